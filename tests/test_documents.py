@@ -1,0 +1,56 @@
+"""What the documents show works: every Python snippet runs, every command exists.
+
+The snippets of one document run in order and share one namespace, as a reader would type them, in an empty folder
+and with warnings as errors. A snippet that follows the comment `<!-- not run -->` is only read.
+"""
+
+import re
+import subprocess
+import sys
+import textwrap
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.exists()]
+PROGRAMS = {"headwater": Path(sys.executable).with_name("headwater"), "./dev": ROOT / "dev"}
+
+FENCED = re.compile(r"(?P<skip><!-- not run -->\s*)?^ *```(?P<language>\w+)[^\n]*\n(?P<body>.*?)^ *```", re.M | re.S)
+COMMAND = re.compile(r"^\s*(?:\$ )?(?P<program>headwater|\./dev) (?P<verb>[a-z][\w-]*)", re.M)
+
+each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+
+
+def blocks(document, *languages):
+    return (block for block in FENCED.finditer(document.read_text()) if block["language"] in languages)
+
+
+@cache
+def help_of(program):
+    return subprocess.run([PROGRAMS[program], "--help"], capture_output=True, text=True, check=True).stdout
+
+
+@each_document
+def test_python_snippets_run(document, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "__main__"}
+    for block in blocks(document, "python"):
+        if not block["skip"]:
+            lines_before = block.string.count("\n", 0, block.start("body"))
+            code = "\n" * lines_before + textwrap.dedent(block["body"])  # a traceback names the document's own line
+            exec(compile(code, document, "exec", dont_inherit=True), namespace)
+
+
+@each_document
+def test_commands_exist(document):
+    commands = {
+        match.groups() for block in blocks(document, "console", "sh") for match in COMMAND.finditer(block["body"])
+    }
+    unknown = [
+        f"{program} {verb}"
+        for program, verb in sorted(commands)
+        if not re.search(rf"^\W*(dev )?{verb}\b", help_of(program), re.M)
+    ]
+    assert not unknown
