@@ -1,0 +1,275 @@
+"""The gradient algebra: the verbs that every kind of per-sample gradient answers, and their dense meaning.
+
+Layout: a gradient value holds n per-sample gradients of one part, each a matrix G_n [o, i]. Example: for one row of
+`Linear(3, 2)` with bias, G is [2, 4], the outer product of the output-gradient [2] with the input and a one [4].
+
+    verb                 meaning                                   result
+    dense()              the matrices themselves                   [n, o, i]
+    inner(other)         <G_n, H_m>, all pairs                     [n, m]
+    project(basis)       <G_n, U_k>, basis [k, o, i]               [n, k]
+    combine(weights)     sum_n w_kn G_n, weights [k, n]            [k, o, i]
+    sandwich(L, R)       L G_n R^T                                 a gradient value
+    scale(w)             w * G_n, elementwise, w [o, i]            a gradient value
+    weighted(w)          w_n G_n, w [n]                            a gradient value
+    take(index)          some rows                                 a gradient value
+    quadratic(w)         sum_oi w_oi (G_n)_oi^2                    [n]
+    second_moment(...)   sum_n w_n (L G_n R^T)_oi^2                [o, i]
+    moments(...)         sums from which Kronecker factors follow  `Moments`
+
+Each kind overrides what it can do faster; whichever route is taken gives the same number. A route is chosen by a
+cost formula and bounded by `headwater.arrays.working_memory`, never by a user setting.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from headwater.arrays import Array, accumulable, add_product, namespace, rows_within_memory, transpose, zeros_like
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Additive sums for a Kronecker approximation of the mean of vec(G) vec(G)^T: left/left_count (x) right/right_count.
+
+    `left` is [o, o], or [o] where it is diagonal; `right` is [i, i], or None where it was counted before.
+    """
+
+    left: Array
+    right: Array | None
+    left_count: Array | float
+    right_count: Array | float
+
+    def __add__(self, other: Moments) -> Moments:
+        right = self.right if other.right is None else other.right if self.right is None else self.right + other.right
+        return Moments(
+            self.left + other.left, right, self.left_count + other.left_count, self.right_count + other.right_count
+        )
+
+
+class Gradient(ABC):
+    """n per-sample gradients of one part, each a matrix [o, i]."""
+
+    rows: int
+    shape: tuple[int, int]
+
+    @abstractmethod
+    def dense(self) -> Array:
+        """The matrices themselves: [n, o, i]."""
+
+    @abstractmethod
+    def take(self, index: slice | Array) -> Gradient:
+        """Some rows, in the order of `index`."""
+
+    @abstractmethod
+    def weighted(self, weights: Array) -> Gradient:
+        """Row n times weights[n]."""
+
+    @property
+    @abstractmethod
+    def arrays(self) -> tuple[Array, ...]:
+        """The floating-point arrays that hold it; their finiteness is the gradient's."""
+
+    def chunks(self, numbers_per_row: int) -> Iterator[tuple[slice, Gradient]]:
+        """The rows in pieces, so that `numbers_per_row` numbers for each fit into the working memory."""
+        step = rows_within_memory(numbers_per_row, self.arrays[0])
+        for start in range(0, self.rows, step):
+            rows = slice(start, min(start + step, self.rows))
+            yield rows, self if step >= self.rows else self.take(rows)
+
+    def inner(self, other: Gradient) -> Array:
+        """All pairs of dot products with the rows of `other`: [n, m]."""
+        blocks = [transpose(other.project(piece.dense())) for _, piece in self.chunks(self.shape[0] * self.shape[1])]
+        return _stack_rows(blocks, self.arrays[0], other.rows)
+
+    def project(self, basis: Array) -> Array:
+        """Against the matrices of a basis [k, o, i]: [n, k]."""
+        flat = basis.reshape((basis.shape[0], -1))
+        blocks = [
+            piece.dense().reshape((piece.rows, -1)) @ transpose(flat)
+            for _, piece in self.chunks(self.shape[0] * self.shape[1])
+        ]
+        return _stack_rows(blocks, self.arrays[0], int(basis.shape[0]))
+
+    def combine(self, weights: Array) -> Array:
+        """Weighted sums over rows, weights [k, n]: [k, o, i]."""
+        total = zeros_like(self.arrays[0], (int(weights.shape[0]), self.shape[0] * self.shape[1]))
+        for rows, piece in self.chunks(self.shape[0] * self.shape[1]):
+            total = add_product(total, transpose(weights[:, rows]), piece.dense().reshape((piece.rows, -1)))
+        return total.reshape((-1, *self.shape))
+
+    def sandwich(self, left: Array | None, right: Array | None) -> Gradient:
+        """L G R^T for L [p, o] and R [q, i]; None stands for the identity, a vector for a diagonal matrix."""
+        return Dense(multiply_right(multiply_left(left, self.dense()), right))
+
+    def scale(self, weights: Array) -> Gradient:
+        """Elementwise: weights [o, i]."""
+        return Dense(self.dense() * weights)
+
+    def quadratic(self, weights: Array | None = None) -> Array:
+        """sum_oi w_oi G_oi^2 of each row: [n]. Without weights, the squared norm."""
+        out = []
+        for _, piece in self.chunks(self.shape[0] * self.shape[1]):
+            square = piece.dense() ** 2
+            square = square if weights is None else square * weights
+            out.append(namespace(square).sum(square.reshape((piece.rows, -1)), axis=1))
+        return namespace(*out).concat(out, axis=0) if out else zeros_like(self.arrays[0], (0,))
+
+    def second_moment(
+        self, weights: Array | None = None, left: Array | None = None, right: Array | None = None
+    ) -> Array:
+        """sum_n w_n (L G_n R^T)_oi^2: [o, i]."""
+        total = None
+        for rows, piece in self.chunks(2 * self.shape[0] * self.shape[1]):
+            moment = piece.sandwich(left, right).squares(None if weights is None else weights[rows])
+            total = moment if total is None else total + moment
+        return zeros_like(self.arrays[0], self.shape) if total is None else total
+
+    def squares(self, weights: Array | None) -> Array:
+        """sum_n w_n G_n^2, elementwise: [o, i]. `second_moment` without the sandwich or the memory bound."""
+        square = self.dense() ** 2
+        xp = namespace(square)
+        return xp.sum(square if weights is None else square * weights[:, None, None], axis=0)
+
+    def moments(self, weights: Array | None = None, again: bool = False) -> Moments:
+        """Sums for Kronecker factors; `again` for another draw of rows that have been counted already.
+
+        Without outer-product structure, Shampoo's factors: sum G G^T per row, and sum G^T G over its own trace. Exact
+        where o or i is one. Source: Gupta et al. 2018, arXiv 1802.09568; George et al. 2018, arXiv 1806.03884.
+        """
+        left = right = None
+        count = norm = 0.0
+        o, i = self.shape
+        for rows, piece in self.chunks(2 * o * i):
+            plain = piece.dense()
+            mine = plain if weights is None else plain * weights[rows][:, None, None]
+            xp = namespace(plain)
+            swap = xp.permute_dims
+            left = add_product(left, swap(plain, (0, 2, 1)).reshape((-1, o)), swap(mine, (0, 2, 1)).reshape((-1, o)))
+            right = add_product(right, plain.reshape((-1, i)), mine.reshape((-1, i)))
+            count = count + (piece.rows if weights is None else xp.sum(weights[rows]))
+            norm = norm + xp.sum(plain * mine)
+        return Moments(left, right, 0.0 if again else count, norm)
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Gradient):
+    """The matrices themselves: values [n, o, i]."""
+
+    values: Array
+
+    @property
+    def rows(self) -> int:  # type: ignore[override]
+        return int(self.values.shape[0])
+
+    @property
+    def shape(self) -> tuple[int, int]:  # type: ignore[override]
+        return int(self.values.shape[1]), int(self.values.shape[2])
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        return (self.values,)
+
+    def dense(self) -> Array:
+        return self.values
+
+    def take(self, index: slice | Array) -> Dense:
+        return Dense(self.values[index])
+
+    def weighted(self, weights: Array) -> Dense:
+        return Dense(self.values * weights[:, None, None])
+
+    def inner(self, other: Gradient) -> Array:
+        return transpose(other.project(self.values))
+
+    def project(self, basis: Array) -> Array:
+        return self.values.reshape((self.rows, -1)) @ transpose(basis.reshape((basis.shape[0], -1)))
+
+
+@dataclass(frozen=True, eq=False)
+class Sum(Gradient):
+    """Several gradients of one and the same matrix, added: a weight that is used in two ways (a tied embedding)."""
+
+    terms: tuple[Gradient, ...]
+
+    @property
+    def rows(self) -> int:  # type: ignore[override]
+        return self.terms[0].rows
+
+    @property
+    def shape(self) -> tuple[int, int]:  # type: ignore[override]
+        return self.terms[0].shape
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        return tuple(array for term in self.terms for array in term.arrays)
+
+    def dense(self) -> Array:
+        return _total([term.dense() for term in self.terms])
+
+    def take(self, index: slice | Array) -> Sum:
+        return Sum(tuple(term.take(index) for term in self.terms))
+
+    def weighted(self, weights: Array) -> Sum:
+        return Sum(tuple(term.weighted(weights) for term in self.terms))
+
+    def inner(self, other: Gradient) -> Array:
+        others = other.terms if isinstance(other, Sum) else (other,)
+        return _total([mine.inner(theirs) for mine in self.terms for theirs in others])
+
+    def project(self, basis: Array) -> Array:
+        return _total([term.project(basis) for term in self.terms])
+
+    def combine(self, weights: Array) -> Array:
+        return _total([term.combine(weights) for term in self.terms])
+
+    def sandwich(self, left: Array | None, right: Array | None) -> Sum:
+        return Sum(tuple(term.sandwich(left, right) for term in self.terms))
+
+    def scale(self, weights: Array) -> Sum:
+        return Sum(tuple(term.scale(weights) for term in self.terms))
+
+
+def _total(arrays: Sequence[Array]) -> Array:
+    total = arrays[0]
+    for array in arrays[1:]:
+        total = total + array
+    return total
+
+
+def _stack_rows(blocks: Sequence[Array], like: Array, columns: int) -> Array:
+    if not blocks:
+        return zeros_like(like, (0, columns))
+    return blocks[0] if len(blocks) == 1 else namespace(*blocks).concat(list(blocks), axis=0)
+
+
+def multiply_left(left: Array | None, values: Array) -> Array:
+    """L G for values [n, o, i] and L [p, o], a diagonal [o], or None; one large product instead of n small ones."""
+    if left is None:
+        return values
+    if left.ndim == 1:
+        return values * left[:, None]
+    xp = namespace(values)
+    return xp.permute_dims(multiply_right(xp.permute_dims(values, (0, 2, 1)), left), (0, 2, 1))
+
+
+def multiply_right(values: Array, right: Array | None) -> Array:
+    """G R^T for values [n, o, i] and R [q, i], a diagonal [i], or None."""
+    if right is None:
+        return values
+    if right.ndim == 1:
+        return values * right
+    n, o, i = values.shape
+    return (values.reshape((n * o, i)) @ transpose(right)).reshape((n, o, int(right.shape[0])))
+
+
+def draws_second_moment(
+    draws: Sequence[Gradient], weights: Array | None, left: Array | None, right: Array | None
+) -> Array:
+    """The sum over draws (several output-gradients of the same rows) of `second_moment`."""
+    first, *rest = draws
+    together = first.second_moment_with(rest, weights, left, right) if hasattr(first, "second_moment_with") else None
+    if together is not None:
+        return accumulable(together)
+    return _total([accumulable(draw.second_moment(weights, left, right)) for draw in draws])

@@ -1,0 +1,110 @@
+"""The per-sample gradients of one block: its parts side by side, and the same numbers as flat vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from headwater.arrays import Array, namespace, rows_within_memory
+from headwater.blocks import Layout
+from headwater.gradients.algebra import Dense, Gradient
+from headwater.gradients.outer import Outer, RowSparse
+
+
+@dataclass(frozen=True, eq=False)
+class BlockGradient:
+    """n per-sample gradients of a block: one gradient value for each part of the layout."""
+
+    layout: Layout
+    parts: tuple[Gradient, ...]
+
+    @classmethod
+    def from_flat(cls, layout: Layout, flat: Array) -> BlockGradient:
+        """Flat vectors (n, D), in the block's parameter order."""
+        return cls(layout, tuple(Dense(values) for values in layout.split(flat)))
+
+    @property
+    def rows(self) -> int:
+        return self.parts[0].rows
+
+    @property
+    def like(self) -> Array:
+        """Some array of the value: its framework, dtype and device."""
+        return self.parts[0].arrays[0]
+
+    def flat(self) -> Array:
+        """(n, D), in the block's parameter order."""
+        return self.layout.merge([part.dense() for part in self.parts])
+
+    def take(self, index: slice | Array) -> BlockGradient:
+        return BlockGradient(self.layout, tuple(part.take(index) for part in self.parts))
+
+    def weighted(self, weights: Array) -> BlockGradient:
+        return BlockGradient(self.layout, tuple(part.weighted(weights) for part in self.parts))
+
+    def inner(self, other: BlockGradient) -> Array:
+        """All pairs of dot products: [n, m]."""
+        total = None
+        for mine, theirs in zip(self.parts, other.parts, strict=True):
+            product = mine.inner(theirs)
+            total = product if total is None else total + product
+        return total
+
+    def project(self, flat: Array) -> Array:
+        """Dot products with flat vectors (K, D): [n, K]."""
+        total = None
+        for part, basis in zip(self.parts, self.layout.split(flat), strict=True):
+            product = part.project(basis)
+            total = product if total is None else total + product
+        return total
+
+    def combine(self, weights: Array) -> Array:
+        """Weighted sums over rows, weights [k, n], as flat vectors: (k, D)."""
+        return self.layout.merge([part.combine(weights) for part in self.parts])
+
+    def squared_norms(self) -> Array:
+        """[n]."""
+        total = None
+        for part in self.parts:
+            square = part.quadratic()
+            total = square if total is None else total + square
+        return total
+
+    def flat_chunks(self) -> list[Array]:
+        """`flat` in pieces that fit into the working memory."""
+        step = rows_within_memory(2 * self.layout.size, self.like)
+        return [self.take(slice(start, start + step)).flat() for start in range(0, self.rows, step)]
+
+
+def stack(values: Sequence[BlockGradient]) -> BlockGradient:
+    """Rows of several values of one block under one another."""
+    first = values[0]
+    if len(values) == 1:
+        return first
+    parts = tuple(_stack_parts([value.parts[k] for value in values]) for k in range(len(first.parts)))
+    return BlockGradient(first.layout, parts)
+
+
+def _stack_parts(parts: Sequence[Gradient]) -> Gradient:
+    """Same kind and same number of positions: the factors are stacked; else everything is made dense."""
+    xp, first = namespace(*[part.arrays[0] for part in parts]), parts[0]
+
+    def rows(arrays: Sequence[Array]) -> Array:
+        return xp.concat(list(arrays), axis=0)
+
+    if isinstance(first, Outer) and all(_like_outer(first, part) for part in parts):
+        return Outer(rows([p.a for p in parts]), rows([p.b for p in parts]), first.ones)  # type: ignore[attr-defined]
+    if isinstance(first, RowSparse) and all(
+        isinstance(p, RowSparse) and p.ids.shape[1] == first.ids.shape[1] for p in parts
+    ):
+        return RowSparse(rows([p.ids for p in parts]), rows([p.values for p in parts]), first.size)  # type: ignore[attr-defined]
+    return Dense(rows([part.dense() for part in parts]))
+
+
+def _like_outer(first: Gradient, part: Gradient) -> bool:
+    return (
+        isinstance(first, Outer)
+        and isinstance(part, Outer)
+        and part.positions == first.positions
+        and part.ones == first.ones
+    )

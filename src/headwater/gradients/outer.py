@@ -1,0 +1,334 @@
+"""Gradients kept as what they are: outer products of inputs and output-gradients, summed over positions.
+
+Layouts:
+- `Outer`: inputs a [n, t, i], output-gradients b [n, t, o]; G_n = sum_t b_nt a_nt^T is [o, i]. With `ones`, every input
+  has a further entry 1 that is not stored (the bias column), and G_n is [o, i + 1].
+- `RowSparse`: ids [n, t], values [n, t, d]; G_n = sum_t e_(ids_nt) values_nt^T is [vocabulary, d]. Never one-hot.
+
+Costs in multiply-adds per row (T positions): stored T (o + i); made dense T o i; a pair by the ghost form T T' (o + i)
+against o i once both are dense. At T = 1 the ghost form is nearly free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from headwater.arrays import (
+    Array,
+    add_product,
+    as_like,
+    namespace,
+    rows_within_memory,
+    scatter_rows,
+    transpose,
+    zeros_like,
+)
+from headwater.gradients.algebra import Dense, Gradient, Moments, Sum, multiply_left, multiply_right
+
+
+@dataclass(frozen=True, eq=False)
+class Outer(Gradient):
+    """Sums over positions of outer products: a [n, t, i], b [n, t, o]."""
+
+    a: Array
+    b: Array
+    ones: bool = False
+
+    @property
+    def rows(self) -> int:  # type: ignore[override]
+        return int(self.a.shape[0])
+
+    @property
+    def positions(self) -> int:
+        return int(self.a.shape[1])
+
+    @property
+    def shape(self) -> tuple[int, int]:  # type: ignore[override]
+        return int(self.b.shape[2]), int(self.a.shape[2]) + self.ones
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        return self.a, self.b
+
+    def take(self, index: slice | Array) -> Outer:
+        return replace(self, a=self.a[index], b=self.b[index])
+
+    def weighted(self, weights: Array) -> Outer:
+        return replace(self, b=self.b * weights[:, None, None])
+
+    def join(self, other: Outer) -> Outer:
+        """The sum of two gradients of the same matrix: more positions."""
+        xp, mine, theirs = namespace(self.a), self, other
+        if mine.ones != theirs.ones:
+            mine, theirs = mine._bordered(), theirs._bordered()
+        return Outer(xp.concat([mine.a, theirs.a], axis=1), xp.concat([mine.b, theirs.b], axis=1), mine.ones)
+
+    def _bordered(self) -> Outer:
+        """The ones written out as a last entry of every input."""
+        if not self.ones:
+            return self
+        xp = namespace(self.a)
+        column = xp.ones_like(self.a[:, :, :1])
+        return Outer(xp.concat([self.a, column], axis=2), self.b)
+
+    def dense(self) -> Array:
+        full = self._bordered()
+        if self.positions == 1:
+            return full.b[:, 0, :, None] * full.a[:, 0, None, :]
+        return transpose(full.b) @ full.a
+
+    def inner(self, other: Gradient) -> Array:
+        if not isinstance(other, Outer):
+            return transpose(other.inner(self))
+        if self._ghost_is_cheaper(other):
+            return self._ghost_inner(other)
+        small, large = (self, other) if self.rows <= other.rows else (other, self)
+        scores = large.project(small.dense())
+        return scores if large is self else transpose(scores)
+
+    def _ghost_is_cheaper(self, other: Outer) -> bool:
+        (o, i), n, m = self.shape, self.rows, other.rows
+        ghost = n * m * self.positions * other.positions * (o + i)
+        dense = (n * self.positions + m * other.positions) * o * i + n * m * o * i
+        return ghost <= dense
+
+    def _ghost_inner(self, other: Outer) -> Array:
+        """sum over t, t' of (a_nt . a_mt') (b_nt . b_mt'): Gram matrices over positions, never a gradient."""
+        t, s, xp = self.positions, other.positions, namespace(self.a)
+        a, b = transpose(other.a.reshape((other.rows * s, -1))), transpose(other.b.reshape((other.rows * s, -1)))
+        out, one = [], 1 if self.ones and other.ones else 0
+        if self.ones != other.ones:
+            return self._bordered()._ghost_inner(other._bordered())
+        step = rows_within_memory(2 * t * s * other.rows, self.a)
+        for start in range(0, self.rows, step):
+            mine = self.take(slice(start, start + step))
+            grams = mine.a.reshape((mine.rows * t, -1)) @ a
+            grams = (grams + one if one else grams) * (mine.b.reshape((mine.rows * t, -1)) @ b)
+            out.append(grams if t == s == 1 else xp.sum(grams.reshape((mine.rows, t, other.rows, s)), axis=(1, 3)))
+        if not out:
+            return zeros_like(self.a, (0, other.rows))
+        return out[0] if len(out) == 1 else xp.concat(out, axis=0)
+
+    def project(self, basis: Array) -> Array:
+        """Dense rows against the basis; at one position and few matrices, inputs first and output-gradients after."""
+        (o, i), k = self.shape, int(basis.shape[0])
+        if self.positions > 1 or k >= i:
+            return super().project(basis)
+        full, out = self._bordered(), []
+        xp, matrix = namespace(self.a), transpose(basis.reshape((k * o, i)))
+        for _, piece in full.chunks(k * o):
+            part = (piece.a[:, 0] @ matrix).reshape((piece.rows, k, o))  # type: ignore[attr-defined]
+            out.append((part @ piece.b[:, 0, :, None])[:, :, 0])  # type: ignore[attr-defined]
+        return xp.concat(out, axis=0) if out else zeros_like(self.a, (0, k))
+
+    def combine(self, weights: Array) -> Array:
+        k = int(weights.shape[0])
+        if k > 1 and self.positions > 1:
+            return super().combine(weights)
+        full, (o, i) = self._bordered(), self.shape
+        a = full.a.reshape((-1, i))
+        xp = namespace(a)
+        sums = [transpose((full.b * w[:, None, None]).reshape((-1, o))) @ a for w in weights]
+        return xp.stack(sums, axis=0) if sums else zeros_like(self.a, (0, o, i))
+
+    def sandwich(self, left: Array | None, right: Array | None) -> Gradient:
+        """Acts on the factors while they are the cheaper thing to hold; else each side is turned where it is smaller."""
+        t, (o, i) = self.positions, self.shape
+        if t * (o + i) <= o * i or t == 1:
+            return self._turn(left, right)
+        first_left, first_right = t <= i, t <= o
+        turned = self._turn(left if first_left else None, right if first_right else None)
+        values = multiply_left(None if first_left else left, turned.dense())
+        return Dense(multiply_right(values, None if first_right else right))
+
+    def _turn(self, left: Array | None, right: Array | None) -> Outer:
+        b = multiply_right(self.b, left)
+        if right is None:
+            return replace(self, b=b)
+        if not self.ones:
+            return Outer(multiply_right(self.a, right), b)
+        if right.ndim == 1:
+            return Outer(multiply_right(self._bordered().a, right), b)
+        return Outer(multiply_right(self.a, right[:, :-1]) + right[:, -1], b)
+
+    def quadratic(self, weights: Array | None = None) -> Array:
+        if self.positions > 1:
+            return super().quadratic(weights)
+        xp = namespace(self.a)
+        full = self._bordered() if weights is not None else self
+        a, b = full.a[:, 0] ** 2, full.b[:, 0] ** 2
+        if weights is None:
+            return (xp.sum(a, axis=1) + (1 if self.ones else 0)) * xp.sum(b, axis=1)
+        return xp.sum((b @ weights) * a, axis=1)
+
+    def squares(self, weights: Array | None) -> Array:
+        if self.positions > 1:
+            return super().squares(weights)
+        full = self._bordered()
+        b = full.b[:, 0] ** 2
+        return transpose(b if weights is None else b * weights[:, None]) @ full.a[:, 0] ** 2
+
+    def second_moment_with(
+        self, others: Sequence[Gradient], weights: Array | None, left: Array | None, right: Array | None
+    ) -> Array | None:
+        """At one position, draws that share their inputs need one product for all; None if these do not."""
+        draws = [self, *(d for d in others if isinstance(d, Outer) and d.a is self.a)]
+        if self.positions > 1 or len(draws) <= len(others):
+            return None
+        turned = self._turn(left, right)._bordered()
+        b = sum(multiply_right(draw.b, left)[:, 0] ** 2 for draw in draws)  # type: ignore[misc]
+        return transpose(b if weights is None else b * weights[:, None]) @ turned.a[:, 0] ** 2
+
+    def moments(self, weights: Array | None = None, again: bool = False) -> Moments:
+        """Sums over rows and positions of b b^T and a a^T; the mean over rows and over positions follow by the counts."""
+        o, t, xp = self.shape[0], self.positions, namespace(self.a)
+        rows = self.rows if weights is None else xp.sum(weights)
+        weighted = None if weights is None else weights[:, None, None]
+        left = _gram(None, self.b, weighted, o)
+        if again:
+            return Moments(left, None, 0.0, 0.0)
+        right = _gram(None, self.a, weighted, int(self.a.shape[2]))
+        if self.ones:
+            a = self.a if weighted is None else self.a * weighted
+            column = xp.sum(a, axis=(0, 1))[:, None]
+            corner = as_like(rows * t, self.a).reshape((1, 1))
+            right = xp.concat(
+                [xp.concat([right, column], axis=1), xp.concat([transpose(column), corner], axis=1)], axis=0
+            )
+        return Moments(left, right, rows, rows * t)
+
+
+def _gram(total: Array | None, rows: Array, weights: Array | None, size: int) -> Array:
+    flat = rows.reshape((-1, size))
+    if weights is None:
+        return add_product(total, flat, flat)
+    return add_product(total, (rows * weights).reshape((-1, size)), flat)
+
+
+@dataclass(frozen=True, eq=False)
+class RowSparse(Gradient):
+    """Sums over positions of vectors that belong to rows of a table: ids [n, t], values [n, t, d], `size` table rows."""
+
+    ids: Array
+    values: Array
+    size: int
+
+    @property
+    def rows(self) -> int:  # type: ignore[override]
+        return int(self.ids.shape[0])
+
+    @property
+    def shape(self) -> tuple[int, int]:  # type: ignore[override]
+        return self.size, int(self.values.shape[2])
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        return (self.values,)
+
+    def take(self, index: slice | Array) -> RowSparse:
+        return replace(self, ids=self.ids[index], values=self.values[index])
+
+    def weighted(self, weights: Array) -> RowSparse:
+        return replace(self, values=self.values * weights[:, None, None])
+
+    def join(self, other: RowSparse) -> RowSparse:
+        """The sum of two gradients of the same table: more positions."""
+        xp = namespace(self.values)
+        ids, values = xp.concat([self.ids, other.ids], axis=1), xp.concat([self.values, other.values], axis=1)
+        return replace(self, ids=ids, values=values)
+
+    def _coalesced(self) -> RowSparse:
+        """Positions with the same id in one row added up at the first of them; the others become zero."""
+        same = self.ids[:, :, None] == self.ids[:, None, :]
+        xp, t = namespace(self.values), int(self.ids.shape[1])
+        order = xp.arange(t, device=self.ids.device)
+        earlier = order[:, None] > order[None, :]
+        first = ~xp.any(same & earlier, axis=2)
+        summed = xp.astype(same, self.values.dtype) @ self.values
+        return replace(self, values=summed * xp.astype(first, self.values.dtype)[:, :, None])
+
+    def dense(self) -> Array:
+        n, t = self.ids.shape
+        xp = namespace(self.ids)
+        offset = xp.arange(n, dtype=self.ids.dtype, device=self.ids.device)[:, None] * self.size
+        flat = scatter_rows(self.values.reshape((n * t, -1)), (self.ids + offset).reshape((-1,)), n * self.size)
+        return flat.reshape((n, *self.shape))
+
+    def inner(self, other: Gradient) -> Array:
+        """Rows meet only on shared ids."""
+        if isinstance(other, Sum):
+            return transpose(other.inner(self))
+        if isinstance(other, Outer):
+            return self._inner_outer(other._bordered())
+        if not isinstance(other, RowSparse):
+            return transpose(other.inner(self))
+        t, s = int(self.ids.shape[1]), int(other.ids.shape[1])
+        if t * s > self.size:
+            return super().inner(other)
+        xp, flat, out = namespace(self.values), transpose(other.values.reshape((other.rows * s, -1))), []
+        for _, mine in self.chunks(2 * t * s * other.rows):
+            grams = (mine.values.reshape((mine.rows * t, -1)) @ flat).reshape((mine.rows, t, other.rows, s))  # type: ignore[attr-defined]
+            same = mine.ids[:, :, None, None] == other.ids[None, None]  # type: ignore[attr-defined]
+            out.append(xp.sum(grams * xp.astype(same, grams.dtype), axis=(1, 3)))
+        return xp.concat(out, axis=0) if out else zeros_like(self.values, (0, other.rows))
+
+    def _inner_outer(self, other: Outer) -> Array:
+        """The cross term of a tied table: sum over t, s of b_ms[ids_nt] (values_nt . a_ms)."""
+        xp, out = namespace(self.values), []
+        t, s, m = int(self.ids.shape[1]), other.positions, other.rows
+        a, b = transpose(other.a.reshape((m * s, -1))), other.b.reshape((m * s, -1))
+        for _, mine in self.chunks(2 * t * s * m):
+            ids = mine.ids.reshape((-1,))  # type: ignore[attr-defined]
+            grams = (mine.values.reshape((mine.rows * t, -1)) @ a) * transpose(xp.take(b, ids, axis=1))  # type: ignore[attr-defined]
+            out.append(xp.sum(grams.reshape((mine.rows, t, m, s)), axis=(1, 3)))
+        return xp.concat(out, axis=0) if out else zeros_like(self.values, (0, m))
+
+    def project(self, basis: Array) -> Array:
+        xp, out = namespace(self.values), []
+        t, d = self.ids.shape[1], self.values.shape[2]
+        for _, mine in self.chunks(2 * int(basis.shape[0]) * int(t) * int(d)):
+            rows = xp.take(basis, mine.ids.reshape((-1,)), axis=1).reshape((-1, mine.rows, t * d))  # type: ignore[attr-defined]
+            out.append(transpose(xp.sum(rows * mine.values.reshape((1, mine.rows, t * d)), axis=2)))  # type: ignore[attr-defined]
+        return xp.concat(out, axis=0) if out else zeros_like(self.values, (0, int(basis.shape[0])))
+
+    def combine(self, weights: Array) -> Array:
+        xp, ids = namespace(self.values), self.ids.reshape((-1,))
+        sums = [
+            scatter_rows((self.values * w[:, None, None]).reshape((-1, self.shape[1])), ids, self.size) for w in weights
+        ]
+        return xp.stack(sums, axis=0) if sums else zeros_like(self.values, (0, *self.shape))
+
+    def sandwich(self, left: Array | None, right: Array | None) -> Gradient:
+        if left is not None and left.ndim == 2:
+            return Dense(multiply_right(multiply_left(left, self.dense()), right))
+        values = self.values if left is None else self.values * left[self.ids][:, :, None]
+        return replace(self, values=multiply_right(values, right))
+
+    def scale(self, weights: Array) -> RowSparse:
+        return replace(self, values=self.values * weights[self.ids])
+
+    def quadratic(self, weights: Array | None = None) -> Array:
+        xp, square = namespace(self.values), self._coalesced().values ** 2
+        return xp.sum(square if weights is None else square * weights[self.ids], axis=(1, 2))
+
+    def squares(self, weights: Array | None) -> Array:
+        square = self._coalesced().values ** 2
+        square = square if weights is None else square * weights[:, None, None]
+        return scatter_rows(square.reshape((-1, self.shape[1])), self.ids.reshape((-1,)), self.size)
+
+    def moments(self, weights: Array | None = None, again: bool = False) -> Moments:
+        """The table's side is diagonal, the frequencies of the ids; the other side is sum values values^T.
+
+        The roles of left and right are those of a linear map applied to one-hot ids: left carries the inputs here.
+        """
+        xp, (n, t) = namespace(self.values), self.ids.shape
+        total = n if weights is None else xp.sum(weights)
+        each = xp.ones_like(self.values[:, :, :1])
+        each = each if weights is None else each * weights[:, None, None]
+        counts = scatter_rows(each.reshape((-1, 1)), self.ids.reshape((-1,)), self.size)[:, 0]
+        flat = self.values.reshape((n * t, -1))
+        right = add_product(None, flat if weights is None else (self.values * each).reshape((n * t, -1)), flat)
+        if again:
+            return Moments(counts * 0.0, right, 0.0, 0.0)
+        return Moments(counts, right, total * t, total)

@@ -1,0 +1,119 @@
+"""A gradient provider that speaks the algebra. A framework fills five methods; the contract's three follow.
+
+`StructuredGradientProvider` is the seam between a framework and the maths: everything above it (curvature,
+influence, methods) is written once, for every framework.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from headwater.arrays import Array, namespace
+from headwater.blocks import Layout
+from headwater.errors import ShapeMismatch
+from headwater.gradients.block import BlockGradient
+from headwater.types import Batch, BatchType, GradientProvider, TensorType, split
+
+BlockGradients = OrderedDict[str, BlockGradient]
+Fisher = Literal["auto", "exact", "sampled", "empirical"]
+Kind = Literal["hessian", "ggn"]
+
+
+class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
+    """Per-sample gradients as values of the algebra, block by block, and second-order products of the model.
+
+    The loss of a row is the loss function's value on that row alone, whatever its reduction; a row's weight
+    multiplies it, so that a weight of 2 means the row twice.
+    """
+
+    @property
+    @abstractmethod
+    def layouts(self) -> OrderedDict[str, Layout]:
+        """The blocks, in order, and how each is laid out."""
+
+    @abstractmethod
+    def grads(self, batch: BatchType, *, query: bool = False, weighted: bool = True) -> BlockGradients:
+        """Per-sample gradients by block: of the loss, or of the measurement for query rows."""
+
+    @abstractmethod
+    def fisher_grads(
+        self, batch: BatchType, fisher: Fisher, *, draws: range = range(1), seed: int = 0
+    ) -> list[BlockGradients]:
+        """Gradient values whose summed g g^T is each row's Fisher information (unweighted).
+
+        "empirical" gives one, with the batch's own targets; "exact" one for each class, times the square root of its
+        probability; "sampled" one for each draw, divided by the square root of their number. A draw depends on the
+        row, the seed and the draw's number, never on the batch that the row arrives in. "auto" is exact where the
+        classes are few, else sampled.
+        """
+
+    @abstractmethod
+    def curvature_product(self, batch: BatchType, block: str, vectors: Array, kind: Kind) -> Array:
+        """Weighted sum over the rows of the block's own square of the Hessian or GGN, times vectors: (K, D_block)."""
+
+    @abstractmethod
+    def mixed_prod(self, batch: BatchType, factors: Mapping[str, Array]) -> Array:
+        """`grad_x <factor_k, grad_w l(row)>`, summed over the blocks of the factors (K, D_block): (K, N, *x_shape).
+
+        Equals the contraction of `flat_mixed_grads`, which is never built.
+        """
+
+    @abstractmethod
+    def as_batch(self, x: Any, y: Any) -> BatchType:
+        """Inputs and targets as this framework's batch, moved to where the model is."""
+
+    @abstractmethod
+    def row_weights(self, batch: BatchType) -> Array | None:
+        """The rows' weights [n], or None if all are one."""
+
+    @abstractmethod
+    def fingerprint(self) -> tuple:
+        """Changes when the weights do."""
+
+    @property
+    def sizes(self) -> OrderedDict[str, int]:
+        return OrderedDict((name, layout.size) for name, layout in self.layouts.items())
+
+    @property
+    def n_parameters(self) -> int:
+        """D, over all blocks."""
+        return sum(self.sizes.values())
+
+    def flat_grads(self, batch: BatchType) -> TensorType:
+        """(N, D): `grads` made dense and flat, block after block."""
+        flat = [value.flat() for value in self.grads(batch).values()]
+        return namespace(*flat).concat(flat, axis=1)
+
+    def jacobian_prod(self, batch: BatchType, g: TensorType) -> TensorType:
+        """(N, K) for g (K, D): `grads` projected on g, never made dense where that costs more."""
+        if g.ndim != 2 or g.shape[1] != self.n_parameters:  # type: ignore[attr-defined]
+            raise ShapeMismatch(f"Expected g of shape (K, {self.n_parameters}), got {tuple(g.shape)}.")  # type: ignore[attr-defined]
+        pieces = split(g, self.sizes)
+        return sum(value.project(pieces[name]) for name, value in self.grads(batch).items())  # type: ignore[return-value]
+
+    def block(self, name: str) -> BlockProvider:
+        """This provider, seen through one block."""
+        return BlockProvider(self, name)
+
+
+class BlockProvider(GradientProvider[Batch, Array]):
+    """One block of a structured provider, as a provider of its own."""
+
+    def __init__(self, whole: StructuredGradientProvider, name: str):
+        self.whole = whole
+        self.name = name
+
+    def flat_grads(self, batch: Batch) -> Array:
+        """(N, D_block)."""
+        return self.whole.grads(batch)[self.name].flat()
+
+    def flat_mixed_grads(self, batch: Batch) -> Array:
+        """(N, *x_shape, D_block)."""
+        return split(self.whole.flat_mixed_grads(batch), self.whole.sizes)[self.name]
+
+    def jacobian_prod(self, batch: Batch, g: Array) -> Array:
+        """(N, K) for g (K, D_block)."""
+        return self.whole.grads(batch)[self.name].project(g)

@@ -1,0 +1,247 @@
+"""Linear maps with the words of algebra: apply, adjoint, +, @, scalar times, shifted, inverse; and two tags.
+
+Layout: an operator maps vectors along the trailing axis, (..., D) to (..., D). An operator that belongs to one part
+reads its vectors as matrices [o, i], row by row, and also maps gradient values without making them dense.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+from headwater.arrays import Array, identity, namespace, transpose
+from headwater.errors import InvalidInput, ShapeMismatch, SingularOperator
+from headwater.gradients.algebra import Dense, Gradient
+from headwater.gradients.block import BlockGradient
+from headwater.types import Operator
+
+
+class LinearOperator(Operator[Array]):
+    """A linear map that knows whether it is symmetric and whether it is positive semi-definite."""
+
+    symmetric: bool = False
+    psd: bool = False
+
+    def _validate_tensor_input(self, tensor: Array) -> None:
+        super()._validate_tensor_input(tensor)
+        name = str(tensor.dtype).rsplit(".", 1)[-1]
+        if not name.startswith(("float", "bfloat")):
+            raise InvalidInput(f"{type(self).__name__} applies to floating-point arrays, not to {name}.")
+
+    @abstractmethod
+    def adjoint(self) -> LinearOperator:
+        """The transposed map."""
+
+    def inverse(self, damping: float = 0.0) -> LinearOperator:
+        """(self + damping I)^-1. Errors: SingularOperator where there is none."""
+        raise NotImplementedError(f"{type(self).__name__} has no closed-form inverse.")
+
+    @abstractmethod
+    def trace(self) -> float:
+        """The sum of the eigenvalues."""
+
+    def mean_eigenvalue(self) -> float:
+        """trace / D: the natural unit of damping."""
+        return self.trace() / self.input_size
+
+    def shifted(self, shift: float) -> LinearOperator:
+        """self + shift I."""
+        return SumOperator(self, ScaledOperator(shift, IdentityOperator(self.input_size)))
+
+    def apply_gradient(self, value: Gradient) -> Gradient:
+        """Map every row of a gradient value of this operator's part."""
+        flat = self.apply(value.dense().reshape((value.rows, self.input_size)))
+        return Dense(flat.reshape((value.rows, *value.shape)))
+
+    def apply_block(self, value: BlockGradient) -> BlockGradient:
+        """Map every row of a whole block's gradients."""
+        return BlockGradient.from_flat(value.layout, self.apply(value.flat()))
+
+    def sides(self, queries: Gradient, train_rows: int) -> tuple[LinearOperator, LinearOperator]:
+        """Two maps L and R with <self g, h> = <L g, R h>: what to do once per query, and once per train row.
+
+        An operator that is diagonal in a rotated basis need not rotate back: both sides may meet in that basis. The
+        numbers of rows decide what is cheaper; the scores are the same.
+        """
+        return self, IdentityOperator(self.input_size)
+
+    def quadratic_gradient(self, value: Gradient) -> Array:
+        """<self g, g> of each row of a gradient value: [n]."""
+        return rowwise_inner(self.apply_gradient(value).dense(), value.dense())
+
+    def quadratic(self, value: BlockGradient) -> Array:
+        """<self g, g> of each row of a whole block's gradients: [n]."""
+        chunks = [(self.apply(flat), flat) for flat in value.flat_chunks()]
+        return namespace(value.like).concat([rowwise_inner(left, right) for left, right in chunks], axis=0)
+
+    def block_sides(self, queries: BlockGradient, train_rows: int) -> tuple[LinearOperator, LinearOperator]:
+        """`sides`, for an operator on a whole block."""
+        return self, IdentityOperator(self.input_size)
+
+    def dense(self, like: Array) -> Array:
+        """The matrix [D, D], in the dtype of `like`; for checks and small operators."""
+        return transpose(self.apply(identity(self.input_size, like)))
+
+    def __add__(self, other: LinearOperator) -> LinearOperator:
+        return SumOperator(self, other)
+
+    def __matmul__(self, other: LinearOperator) -> LinearOperator:
+        return ProductOperator(self, other)
+
+    def __mul__(self, factor: float) -> LinearOperator:
+        return ScaledOperator(float(factor), self)
+
+    __rmul__ = __mul__
+
+
+def rowwise_inner(left: Array, right: Array) -> Array:
+    """Row by row dot products of [n, ...] and [n, ...]: [n]."""
+    product = left * right
+    return namespace(product).sum(product.reshape((product.shape[0], -1)), axis=1)
+
+
+def _same_size(first: Operator[Any], second: Operator[Any]) -> int:
+    if first.input_size != second.input_size:
+        raise ShapeMismatch(
+            f"{type(first).__name__} has input_size {first.input_size}, "
+            f"{type(second).__name__} has {second.input_size}: they cannot be combined."
+        )
+    return first.input_size
+
+
+class IdentityOperator(LinearOperator):
+    """Every vector to itself."""
+
+    symmetric = psd = True
+
+    def __init__(self, input_size: int):
+        self._size = int(input_size)
+
+    @property
+    def input_size(self) -> int:
+        return self._size
+
+    def _apply(self, tensor: Array) -> Array:
+        return tensor
+
+    def apply_gradient(self, value: Gradient) -> Gradient:
+        return value
+
+    def apply_block(self, value: BlockGradient) -> BlockGradient:
+        return value
+
+    def quadratic_gradient(self, value: Gradient) -> Array:
+        return value.quadratic()
+
+    def quadratic(self, value: BlockGradient) -> Array:
+        return value.squared_norms()
+
+    def adjoint(self) -> IdentityOperator:
+        return self
+
+    def inverse(self, damping: float = 0.0) -> LinearOperator:
+        if 1.0 + damping == 0.0:
+            raise SingularOperator("The identity minus itself has no inverse (damping is -1).")
+        return ScaledOperator(1.0 / (1.0 + damping), self)
+
+    def trace(self) -> float:
+        return float(self._size)
+
+
+class ScaledOperator(LinearOperator):
+    """A number times an operator."""
+
+    def __init__(self, factor: float, inner: LinearOperator):
+        self.factor = float(factor)
+        self.inner = inner
+        self.symmetric = inner.symmetric
+        self.psd = inner.psd and self.factor >= 0
+
+    @property
+    def input_size(self) -> int:
+        return self.inner.input_size
+
+    def _apply(self, tensor: Array) -> Array:
+        return self.inner.apply(tensor) * self.factor
+
+    def adjoint(self) -> LinearOperator:
+        return ScaledOperator(self.factor, self.inner.adjoint())
+
+    def inverse(self, damping: float = 0.0) -> LinearOperator:
+        if self.factor == 0.0:
+            if damping == 0.0:
+                raise SingularOperator("Zero times an operator has no inverse without damping.")
+            return ScaledOperator(1.0 / damping, IdentityOperator(self.input_size))
+        return ScaledOperator(1.0 / self.factor, self.inner.inverse(damping / self.factor))
+
+    def trace(self) -> float:
+        return self.factor * self.inner.trace()
+
+
+class SumOperator(LinearOperator):
+    """Two operators, added."""
+
+    def __init__(self, first: LinearOperator, second: LinearOperator):
+        self._size = _same_size(first, second)
+        self.first, self.second = first, second
+        self.symmetric = first.symmetric and second.symmetric
+        self.psd = first.psd and second.psd
+
+    @property
+    def input_size(self) -> int:
+        return self._size
+
+    def _apply(self, tensor: Array) -> Array:
+        return self.first.apply(tensor) + self.second.apply(tensor)
+
+    def adjoint(self) -> LinearOperator:
+        return SumOperator(self.first.adjoint(), self.second.adjoint())
+
+    def inverse(self, damping: float = 0.0) -> LinearOperator:
+        """In closed form where one term is a multiple of the identity."""
+        for term, other in ((self.first, self.second), (self.second, self.first)):
+            shift = _multiple_of_identity(other)
+            if shift is not None:
+                return term.inverse(damping + shift)
+        return super().inverse(damping)
+
+    def trace(self) -> float:
+        return self.first.trace() + self.second.trace()
+
+
+def _multiple_of_identity(operator: LinearOperator) -> float | None:
+    if isinstance(operator, IdentityOperator):
+        return 1.0
+    if isinstance(operator, ScaledOperator):
+        inner = _multiple_of_identity(operator.inner)
+        return None if inner is None else operator.factor * inner
+    return None
+
+
+class ProductOperator(LinearOperator):
+    """One operator after another: (first @ second) v = first(second(v))."""
+
+    def __init__(self, first: LinearOperator, second: LinearOperator):
+        self._size = _same_size(first, second)
+        self.first, self.second = first, second
+
+    @property
+    def input_size(self) -> int:
+        return self._size
+
+    def _apply(self, tensor: Array) -> Array:
+        return self.first.apply(self.second.apply(tensor))
+
+    def apply_gradient(self, value: Gradient) -> Gradient:
+        return self.first.apply_gradient(self.second.apply_gradient(value))
+
+    def adjoint(self) -> LinearOperator:
+        return ProductOperator(self.second.adjoint(), self.first.adjoint())
+
+    def inverse(self, damping: float = 0.0) -> LinearOperator:
+        if damping:
+            return super().inverse(damping)
+        return ProductOperator(self.second.inverse(), self.first.inverse())
+
+    def trace(self) -> float:
+        raise NotImplementedError("The trace of a product needs its matrix: use dense().")
