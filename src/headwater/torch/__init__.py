@@ -1,0 +1,26 @@
+"""PyTorch: per-sample gradients of any nn.Module, and influence on top of them."""
+
+try:
+    import torch as _torch  # noqa: F401
+except ImportError:
+    from headwater.errors import MissingExtra
+
+    raise MissingExtra("torch", "torch") from None
+
+from headwater.torch.batch import TorchBatch
+from headwater.torch.influence import TorchComposableInfluence
+from headwater.torch.losses import Bernoulli, CrossEntropy, Likelihood, OutputHessian, SquaredError, TargetSampler
+from headwater.torch.provider import Coverage, TorchGradientProvider
+
+__all__ = [
+    "Bernoulli",
+    "Coverage",
+    "CrossEntropy",
+    "Likelihood",
+    "OutputHessian",
+    "SquaredError",
+    "TargetSampler",
+    "TorchBatch",
+    "TorchComposableInfluence",
+    "TorchGradientProvider",
+]

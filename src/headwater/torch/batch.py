@@ -1,0 +1,70 @@
+"""Rows for a torch model, and how they become calls of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+from headwater.errors import InvalidInput, UnsupportedModel
+from headwater.types import Batch
+
+
+@dataclass(frozen=True, eq=False)
+class TorchBatch(Batch[torch.Tensor]):
+    """Inputs and targets; x is a tensor, a tuple of tensors (positional arguments) or a dict of them (keywords).
+
+    `weights` [n]: a weight of 2 means the row twice. `ids` [n], integers: names that follow the row everywhere; random
+    draws depend on them. Errors: BatchMismatch if lengths disagree.
+    """
+
+    weights: torch.Tensor | None = None
+    ids: Any = None
+
+    def _columns(self) -> dict[str, Any]:
+        return {"x": self.x, "y": self.y, "weights": self.weights, "ids": self.ids}
+
+    def take(self, rows: slice) -> TorchBatch:
+        """Some of the rows."""
+        x, y = (tree_map(lambda t: t[rows], part) for part in (self.x, self.y))
+        weights, ids = (None if part is None else part[rows] for part in (self.weights, self.ids))
+        return TorchBatch(x, y, weights, ids)
+
+    def to(self, device: torch.device) -> TorchBatch:
+        """On another device; NumPy arrays become tensors. Errors: InvalidInput for what is neither."""
+        x, y, weights = (tree_map(lambda v: as_tensor(v, device), part) for part in (self.x, self.y, self.weights))
+        return TorchBatch(x, y, weights, self.ids)
+
+
+def as_tensor(value: Any, device: torch.device) -> torch.Tensor | None:
+    if value is None:
+        return None
+    if isinstance(value, torch.Tensor):
+        return value.detach().to(device)
+    if isinstance(value, (np.ndarray, np.generic, int, float)):
+        return torch.as_tensor(value, device=device)
+    raise InvalidInput(f"A batch holds tensors or NumPy arrays, not {type(value).__name__}: {value!r:.80}")
+
+
+def call(function: Callable[..., Any], x: Any) -> Any:
+    """The model on inputs x: a dict is keywords, a tuple positional arguments."""
+    if isinstance(x, Mapping):
+        return function(**x)
+    if isinstance(x, (tuple, list)):
+        return function(*x)
+    return function(x)
+
+
+def differentiable_input(x: Any) -> torch.Tensor:
+    """The one floating-point tensor that a perturbation acts on. Errors: UnsupportedModel if x is not one."""
+    if isinstance(x, torch.Tensor) and x.is_floating_point():
+        return x
+    kinds = [str(leaf.dtype) for leaf in tree_leaves(x) if isinstance(leaf, torch.Tensor)]
+    raise UnsupportedModel(
+        f"mode='perturbation' differentiates with respect to one floating-point tensor x; here x is "
+        f"{type(x).__name__} of {', '.join(kinds)}. Use mode='up', or give the model embeddings as its input."
+    )

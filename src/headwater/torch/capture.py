@@ -1,0 +1,116 @@
+"""One forward pass that remembers what went through chosen layers, and backward passes without weight gradients.
+
+The user's model is called with detached copies of its parameters swapped in for the call, so only layer outputs need
+gradients; hooks live for one call. Afterwards, also after an exception, nothing about the model has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from headwater.torch.batch import call
+
+
+@dataclass
+class Use:
+    """One call of one layer: its name, its input, and its output."""
+
+    layer: str
+    input: torch.Tensor
+    output: torch.Tensor
+    version: int
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A forward pass: the model's output, and the calls of the watched layers, in order."""
+
+    output: Any
+    uses: tuple[Use, ...]
+
+    def output_grads(
+        self, outputs: Sequence[torch.Tensor], cotangents: Sequence[torch.Tensor], keep: bool
+    ) -> list[torch.Tensor]:
+        """The gradient at each use's output, zero where the output does not depend on it. `keep` the graph for more."""
+        if not self.uses:
+            return []
+        live = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+        if not live:
+            return [torch.zeros_like(use.output) for use in self.uses]
+        grads = torch.autograd.grad(
+            [o for o, _ in live],
+            [use.output for use in self.uses],
+            [c for _, c in live],
+            retain_graph=keep,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        return list(grads)
+
+
+def detached_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters without gradients, and copies of the buffers (a forward pass may write to them)."""
+    state = {name: p.detach() for name, p in model.named_parameters()}
+    state |= {name: b.clone() for name, b in model.named_buffers()}
+    return state
+
+
+def run(model: nn.Module, state: Mapping[str, torch.Tensor], x: Any) -> Any:
+    """The model's output with these parameters and buffers instead of its own."""
+
+    def functional(*args: Any, **kwargs: Any) -> Any:
+        return torch.func.functional_call(model, dict(state), args, kwargs)
+
+    return call(functional, x)
+
+
+def twice_differentiable() -> Any:
+    """Attention in plain operations, which have second and forward-mode derivatives."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def record(model: nn.Module, state: Mapping[str, torch.Tensor], layers: Mapping[str, nn.Module], x: Any) -> Recording:
+    """One forward pass with the layers watched.
+
+    A layer's output may be changed in place by what follows (a ReLU, say), which would spoil its gradient; then the
+    pass is repeated with copies.
+    """
+    try:
+        recording = _record(model, state, layers, x, copies=False)
+        if all(use.output._version == use.version for use in recording.uses):
+            return recording
+    except RuntimeError as error:
+        if "in-place" not in str(error):
+            raise
+    return _record(model, state, layers, x, copies=True)
+
+
+def _record(
+    model: nn.Module, state: Mapping[str, torch.Tensor], layers: Mapping[str, nn.Module], x: Any, copies: bool
+) -> Recording:
+    uses: list[Use] = []
+
+    def watch(name: str):
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+            given = args[0] if args else kwargs.get("input", next(iter(kwargs.values()), None))
+            if not isinstance(output, torch.Tensor) or not isinstance(given, torch.Tensor):
+                return None
+            if not output.requires_grad:
+                output.requires_grad_()
+            uses.append(Use(name, given.detach(), output, output._version))
+            return output.clone() if copies else None
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, module in layers.items():
+            stack.callback(module.register_forward_hook(watch(name), with_kwargs=True).remove)
+        output = run(model, state, x)
+    return Recording(output, tuple(uses))

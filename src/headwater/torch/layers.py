@@ -1,0 +1,181 @@
+"""Layer types whose per-sample gradients follow from their input and their output-gradient.
+
+A rule says, for one type of layer, which parts its parameters form and what gradient values fill them. A new layer
+type is a new rule here. A rule is never trusted blindly: the provider checks it against autograd on the first rows it
+sees, so a subclass with another forward falls back to plain per-sample gradients.
+
+Layout: layer inputs x [n, *, i] and output-gradients g [n, *, o]; convolutions have channels second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+from headwater.blocks import Part, Piece
+from headwater.errors import UnsupportedModel
+from headwater.gradients.algebra import Dense, Gradient
+from headwater.gradients.outer import Outer, RowSparse
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one type of layer fills its parts.
+
+    `parts(module, weight, bias)`: names in, None for a parameter that is not wanted; parts out.
+    `values(module, x, g, weight, bias)`: whether each is wanted; gradient values out, one for each part.
+    """
+
+    parts: Callable[[Any, str | None, str | None], list[Part]]
+    values: Callable[[Any, torch.Tensor, torch.Tensor, bool, bool], list[Gradient]]
+
+
+def matrix_parts(shape: tuple[int, int], weight: str | None, bias: str | None) -> list[Part]:
+    """One part for a weight [o, i], its bias as the last column; or what there is of the two."""
+    o, i = shape
+    column = None if bias is None else Piece(bias, 0, (o, 1))
+    if weight is None:
+        return [] if column is None else [Part(column)]
+    return [Part(Piece(weight, 0, (o, i)), column)]
+
+
+def _outer(a: torch.Tensor, b: torch.Tensor, weight: bool, bias: bool) -> list[Gradient]:
+    """a [n, t, i], b [n, t, o]."""
+    if weight:
+        return [Outer(a, b, ones=bias)]
+    return [Dense(b.sum(1).unsqueeze(2))] if bias else []
+
+
+def _positions(x: torch.Tensor) -> torch.Tensor:
+    """[n, *, i] to [n, t, i]."""
+    return x.reshape(len(x), -1, x.shape[-1]) if x.ndim > 2 else x.unsqueeze(1)
+
+
+LINEAR = Rule(
+    parts=lambda m, weight, bias: matrix_parts((m.out_features, m.in_features), weight, bias),
+    values=lambda m, x, g, weight, bias: _outer(_positions(x), _positions(g), weight, bias),
+)
+
+
+def _conv_parts(m: Any, weight: str | None, bias: str | None) -> list[Part]:
+    i = m.weight[0].numel()
+    if m.groups == 1:
+        return matrix_parts((m.out_channels, i), weight, bias)
+    o = m.out_channels // m.groups
+    groups = [] if weight is None else [Part(Piece(weight, k * o * i, (o, i))) for k in range(m.groups)]
+    return groups + matrix_parts((m.out_channels, 1), None, bias)
+
+
+def _conv_values(m: Any, x: torch.Tensor, g: torch.Tensor, weight: bool, bias: bool) -> list[Gradient]:
+    b = g.flatten(2).transpose(1, 2)
+    if m.groups == 1 or not weight:
+        return _outer(patches(m, x).flatten(2) if weight else b, b, weight, bias)
+    a = patches(m, x)
+    groups: list[Gradient] = [
+        Outer(a_k.flatten(2).contiguous(), b_k.contiguous())
+        for a_k, b_k in zip(a.chunk(m.groups, dim=2), b.chunk(m.groups, dim=2), strict=True)
+    ]
+    return groups + _outer(b, b, False, bias)
+
+
+def patches(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """What each output position of a convolution sees: [n, t, channels, kernel]."""
+    dims = x.ndim - 2
+    mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
+    x = F.pad(x, m._reversed_padding_repeated_twice, mode=mode)
+    for k in range(dims):
+        span = m.dilation[k] * (m.kernel_size[k] - 1) + 1
+        x = x.unfold(2 + k, span, m.stride[k])[..., :: m.dilation[k]]
+    n, channels = x.shape[:2]
+    space, kernel = x.shape[2 : 2 + dims], x.shape[2 + dims :]
+    return x.movedim(1, 1 + dims).reshape(n, space.numel(), channels, kernel.numel())
+
+
+CONVOLUTION = Rule(parts=_conv_parts, values=_conv_values)
+
+
+def _embedding_parts(m: Any, weight: str | None, bias: str | None) -> list[Part]:
+    if m.max_norm is not None or m.scale_grad_by_freq:
+        option = "max_norm" if m.max_norm is not None else "scale_grad_by_freq"
+        raise UnsupportedModel(
+            f"Embedding({option}=...) changes the weights in its forward pass, or mixes the rows of a batch; "
+            "attribute the model without it."
+        )
+    return [] if weight is None else [Part(Piece(weight, 0, (m.num_embeddings, m.embedding_dim)))]
+
+
+def _embedding_values(m: Any, x: torch.Tensor, g: torch.Tensor, weight: bool, bias: bool) -> list[Gradient]:
+    ids = x.reshape(len(x), -1).long()
+    values = g.reshape(*ids.shape, -1)
+    if m.padding_idx is not None:
+        values = values * (ids != m.padding_idx).unsqueeze(-1)
+    return [RowSparse(ids, values, m.num_embeddings)]
+
+
+EMBEDDING = Rule(parts=_embedding_parts, values=_embedding_values)
+
+
+def _affine_parts(m: Any, weight: str | None, bias: str | None) -> list[Part]:
+    """Scale and shift as one column vector [2c, 1], the shift below: small enough for an exact block."""
+    size = (m.weight if m.weight is not None else m.bias).numel()
+    low = None if bias is None else Piece(bias, 0, (size, 1))
+    if weight is None:
+        return [] if low is None else [Part(low)]
+    return [Part(Piece(weight, 0, (size, 1)), low, below=low is not None)]
+
+
+def _affine(normalise: Callable[[Any, torch.Tensor], torch.Tensor], channels_last: bool) -> Rule:
+    def values(m: Any, x: torch.Tensor, g: torch.Tensor, weight: bool, bias: bool) -> list[Gradient]:
+        n, size = len(g), (m.weight if m.weight is not None else m.bias).numel()
+        shape, axis = ((n, -1, size), 1) if channels_last else ((n, size, -1), 2)
+        parts = []
+        if weight:
+            parts.append((g * normalise(m, x)).reshape(shape).sum(axis))
+        if bias:
+            parts.append(g.reshape(shape).sum(axis))
+        return [Dense(torch.cat(parts, dim=1).unsqueeze(2))]
+
+    return Rule(parts=_affine_parts, values=values)
+
+
+LAYER_NORM = _affine(lambda m, x: F.layer_norm(x, m.normalized_shape, None, None, m.eps), channels_last=True)
+RMS_NORM = _affine(lambda m, x: F.rms_norm(x, m.normalized_shape, None, m.eps), channels_last=True)
+GROUP_NORM = _affine(lambda m, x: F.group_norm(x, m.num_groups, None, None, m.eps), channels_last=False)
+BATCH_NORM = _affine(
+    lambda m, x: F.batch_norm(x, m.running_mean, m.running_var, None, None, False, 0.0, m.eps), channels_last=False
+)
+INSTANCE_NORM = _affine(
+    lambda m, x: F.instance_norm(
+        x, m.running_mean, m.running_var, None, None, m.training or not m.track_running_stats, 0.0, m.eps
+    ),
+    channels_last=False,
+)
+
+RULES: dict[type[nn.Module], Rule] = {
+    nn.Linear: LINEAR,
+    nn.Conv1d: CONVOLUTION,
+    nn.Conv2d: CONVOLUTION,
+    nn.Conv3d: CONVOLUTION,
+    nn.Embedding: EMBEDDING,
+    nn.LayerNorm: LAYER_NORM,
+    nn.RMSNorm: RMS_NORM,
+    nn.GroupNorm: GROUP_NORM,
+    nn.BatchNorm1d: BATCH_NORM,
+    nn.BatchNorm2d: BATCH_NORM,
+    nn.BatchNorm3d: BATCH_NORM,
+    nn.InstanceNorm1d: INSTANCE_NORM,
+    nn.InstanceNorm2d: INSTANCE_NORM,
+    nn.InstanceNorm3d: INSTANCE_NORM,
+}
+
+
+def rule_for(module: nn.Module) -> Rule | None:
+    """The rule of the nearest known base class; lazy and transposed layers have none."""
+    if isinstance(module, (nn.modules.lazy.LazyModuleMixin, nn.modules.conv._ConvTransposeNd)):
+        return None
+    return next((RULES[kind] for kind in type(module).__mro__ if kind in RULES), None)

@@ -1,0 +1,199 @@
+"""Which parameters of a model are attributed, how they form blocks and parts, and which layer calls fill each part."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from headwater.blocks import Block, Layout, Parameter, Part, Piece, Structure, partition
+from headwater.errors import InvalidSetting, RowsInteract
+from headwater.gradients.algebra import Dense, Gradient, Sum
+from headwater.gradients.outer import Outer, RowSparse
+from headwater.torch.capture import Use
+from headwater.torch.layers import Rule, rule_for
+
+
+@dataclass(frozen=True)
+class Source:
+    """A layer that gives gradients to some parts: which of its parameters, and where its parts are in the block."""
+
+    layer: str
+    weight: bool
+    bias: bool
+    block: str
+    first: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Blocks and their layouts; the layers that fill parts; the parameters that plain autograd fills, by part."""
+
+    layouts: OrderedDict[str, Layout]
+    sources: tuple[Source, ...]
+    plain: tuple[tuple[str, int, str], ...]
+    """(block, part index, parameter) for parts without a layer."""
+
+    @property
+    def layers(self) -> list[str]:
+        return list(OrderedDict.fromkeys(source.layer for source in self.sources))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer with a rule, and the canonical names of its trainable parameters."""
+
+    name: str
+    module: nn.Module
+    rule: Rule
+    weight: str | None
+    bias: str | None
+
+
+def trainable_parameters(model: nn.Module) -> list[Parameter]:
+    """Parameters that require gradients, tied ones once. Errors: InvalidSetting if there is none."""
+    found = [Parameter(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad]
+    if not found:
+        raise InvalidSetting(f"{type(model).__name__} has no parameter that requires gradients: nothing to attribute.")
+    return found
+
+
+def check_eval(model: nn.Module) -> None:
+    """Errors: RowsInteract if the model is in train mode and that matters."""
+    chance = (nn.modules.dropout._DropoutNd, nn.RReLU)
+    live = []
+    for name, module in model.named_modules():
+        noisy = isinstance(module, chance) and getattr(module, "p", 1.0) > 0
+        noisy |= isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and module.dropout > 0
+        if module.training and (noisy or isinstance(module, nn.modules.batchnorm._BatchNorm)):
+            live.append(f"{name or 'the model'} ({type(module).__name__})")
+    if live:
+        raise RowsInteract(
+            f"The model is in train mode with {', '.join(live[:4])}{' ...' if len(live) > 4 else ''}: a row's gradient would "
+            "depend on chance or on the other rows. Call model.eval() first."
+        )
+
+
+def make_plan(model: nn.Module, structure: Structure, distrusted: Collection[str] = ()) -> Plan:
+    """Blocks by structure; parts by layer rules, and by plain autograd for `distrusted` parameters and those without rule."""
+    blocks = partition(trainable_parameters(model), structure)
+    block_of = {p.name: block.name for block in blocks.values() for p in block.parameters}
+    layers = _layers(model, {name for name in block_of if name not in distrusted})
+    users = _count_uses(layers)
+    layouts, sources, plain = OrderedDict(), [], []
+    for block in blocks.values():
+        parts, own_sources, own_plain = _fill(block, layers, users, block_of)
+        layouts[block.name] = Layout(block, tuple(parts))
+        sources += own_sources
+        plain += own_plain
+    return Plan(layouts, tuple(sources), tuple(plain))
+
+
+def _layers(model: nn.Module, wanted: Collection[str]) -> list[Layer]:
+    canonical = {id(p): name for name, p in model.named_parameters()}
+    found = []
+    for name, module in model.named_modules():
+        rule = rule_for(module)
+        if rule is None or _is_parametrised(module):
+            continue
+        weight, bias = (canonical.get(id(getattr(module, role, None))) for role in ("weight", "bias"))
+        weight, bias = (n if n in wanted else None for n in (weight, bias))
+        if weight is not None or bias is not None:
+            found.append(Layer(name, module, rule, weight, bias))
+    return found
+
+
+def _is_parametrised(module: nn.Module) -> bool:
+    return nn.utils.parametrize.is_parametrized(module)
+
+
+def _count_uses(layers: list[Layer]) -> dict[str, int]:
+    uses: dict[str, int] = {}
+    for layer in layers:
+        for name in (layer.weight, layer.bias):
+            if name is not None:
+                uses[name] = uses.get(name, 0) + 1
+    return uses
+
+
+def _fill(
+    block: Block, layers: list[Layer], users: Mapping[str, int], block_of: Mapping[str, str]
+) -> tuple[list[Part], list[Source], list[tuple[str, int, str]]]:
+    parts: list[Part] = []
+    sources: list[Source] = []
+    at: dict[str, int] = {}
+    for layer in layers:
+        roles = [n if n is not None and block_of[n] == block.name else None for n in (layer.weight, layer.bias)]
+        together = all(n is not None and users[n] == 1 for n in roles)
+        for weight, bias in [tuple(roles)] if together else [(roles[0], None), (None, roles[1])]:
+            name = weight if weight is not None else bias
+            if name is None:
+                continue
+            new = layer.rule.parts(layer.module, weight, bias)
+            if name not in at:
+                at[name] = len(parts)
+                parts += new
+            elif [p.shape for p in new] != [p.shape for p in parts[at[name] : at[name] + len(new)]]:
+                continue
+            sources.append(Source(layer.name, weight is not None, bias is not None, block.name, at[name], len(new)))
+    filled = {piece.parameter for part in parts for piece in part.pieces}
+    plain = []
+    for parameter in block.parameters:
+        if parameter.name not in filled:
+            plain.append((block.name, len(parts), parameter.name))
+            parts.append(Part(Piece(parameter.name, 0, as_matrix(parameter.shape))))
+    return parts, sources, plain
+
+
+def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """A parameter's shape as a matrix: the first axis against the rest."""
+    if len(shape) < 2:
+        return (shape[0] if shape else 1), 1
+    rest = 1
+    for size in shape[1:]:
+        rest *= size
+    return shape[0], rest
+
+
+def fill_parts(
+    plan: Plan, modules: Mapping[str, nn.Module], uses: list[Use], grads: list[torch.Tensor]
+) -> dict[tuple[str, int], Gradient]:
+    """(block, part index) to the gradient value that the layer calls give, several calls added up."""
+    calls: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for use, grad in zip(uses, grads, strict=True):
+        calls.setdefault(use.layer, []).append((use.input, grad))
+    found: dict[tuple[str, int], list[Gradient]] = {}
+    for source in plan.sources:
+        module = modules[source.layer]
+        rule = rule_for(module)
+        assert rule is not None
+        for given, grad in calls.get(source.layer, []):
+            values = rule.values(module, wide(given), wide(grad), source.weight, source.bias)
+            for k, value in enumerate(values):
+                found.setdefault((source.block, source.first + k), []).append(value)
+    return {place: add(values) for place, values in found.items()}
+
+
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """Half precision becomes float32: products and sums are never accumulated in less."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def add(values: list[Gradient]) -> Gradient:
+    """Gradients of one matrix from several calls: of one kind, more positions of it; else a sum of kinds."""
+    kinds: list[Gradient] = []
+    for value in values:
+        for k, mine in enumerate(kinds):
+            if isinstance(mine, (Outer, RowSparse)) and type(mine) is type(value):
+                kinds[k] = mine.join(value)  # type: ignore[arg-type]
+                break
+            if isinstance(mine, Dense) and isinstance(value, Dense):
+                kinds[k] = Dense(mine.values + value.values)
+                break
+        else:
+            kinds.append(value)
+    return kinds[0] if len(kinds) == 1 else Sum(tuple(kinds))

@@ -1,0 +1,79 @@
+"""Second-order products of a model's loss with flat vectors: Hessian, GGN, and the derivative of gradients by input.
+
+Letters: K vectors; leaves, the parameters [*shape] that are differentiated; tangents, one [K, *shape] for each leaf.
+All K are pushed through together (one vectorised backward); a model that cannot be vectorised is looped over.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+Tensors = Sequence[torch.Tensor]
+
+
+def batched_vjp(outputs: Tensors, inputs: Tensors, cotangents: Tensors) -> list[torch.Tensor]:
+    """For each k, the gradient of sum outputs . cotangents[k] by the inputs: [K, *shape] each; zero where unused."""
+    live = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+    count = len(cotangents[0])
+    if not live:
+        return [i.new_zeros((count, *i.shape)) for i in inputs]
+    outs, cots = [o for o, _ in live], [c for _, c in live]
+    try:
+        grads = torch.autograd.grad(outs, inputs, cots, retain_graph=True, allow_unused=True, is_grads_batched=True)
+    except RuntimeError:
+        each = [
+            torch.autograd.grad(outs, inputs, [c[k] for c in cots], retain_graph=True, allow_unused=True)
+            for k in range(count)
+        ]
+        grads = [None if column[0] is None else torch.stack(column) for column in zip(*each, strict=True)]
+    return [i.new_zeros((count, *i.shape)) if g is None else g for g, i in zip(grads, inputs, strict=True)]
+
+
+def hessian_product(loss: torch.Tensor, leaves: Tensors, tangents: Tensors) -> list[torch.Tensor]:
+    """The Hessian of a scalar loss times each tangent: reverse over reverse."""
+    slopes = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True, materialize_grads=True)
+    return batched_vjp(slopes, leaves, tangents)
+
+
+def ggn_product(
+    function: Callable[[Tensors], Any], loss: Callable[[Any], torch.Tensor], leaves: Tensors, tangents: Tensors
+) -> list[torch.Tensor]:
+    """J^T H J times each tangent: J the Jacobian of the output by the leaves, H the Hessian of the loss by the output."""
+    output, structure = tree_flatten(function(leaves))
+    outputs = [o for o in output if isinstance(o, torch.Tensor) and o.is_floating_point()]
+    pushed = push_forward(lambda given: tree_flatten(function(given))[0], outputs, leaves, tangents)
+    points = [o.detach().requires_grad_() if o.is_floating_point() else o for o in output]
+    moving = [p for p in points if p.requires_grad]
+    slopes = torch.autograd.grad(
+        loss(tree_unflatten(points, structure)), moving, create_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return batched_vjp(outputs, leaves, batched_vjp(slopes, moving, pushed))
+
+
+def push_forward(
+    function: Callable[[Tensors], Any], outputs: Tensors, leaves: Tensors, tangents: Tensors
+) -> list[torch.Tensor]:
+    """J times each tangent: [K, *output shape]. Forward mode; where an operation has none, two reverse passes."""
+
+    def floating(given: Tensors) -> tuple[torch.Tensor, ...]:
+        return tuple(o for o in function(given) if o.is_floating_point())
+
+    def one(*direction: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        plain = tuple(leaf.detach() for leaf in leaves)
+        return torch.func.jvp(lambda *given: floating(given), plain, direction)[1]
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`torch.jit.script`", DeprecationWarning)  # torch's own, at the first jvp
+            return list(torch.func.vmap(one)(*tangents))
+    except (NotImplementedError, RuntimeError):
+        dummies = [torch.zeros_like(o, requires_grad=True) for o in outputs]
+        pulled = torch.autograd.grad(
+            outputs, leaves, dummies, create_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return batched_vjp(pulled, dummies, tangents)

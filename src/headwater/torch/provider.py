@@ -1,0 +1,502 @@
+"""Per-sample gradients and second-order products of a torch model, as values of the gradient algebra."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from headwater.arrays import rows_within_memory
+from headwater.blocks import Layout, Structure
+from headwater.errors import (
+    BatchMismatch,
+    BlockMismatch,
+    InvalidInput,
+    NonFiniteValue,
+    RowsInteract,
+    ShapeMismatch,
+    UnsupportedModel,
+)
+from headwater.gradients.algebra import Dense, Gradient
+from headwater.gradients.block import BlockGradient
+from headwater.gradients.outer import Outer, RowSparse
+from headwater.gradients.provider import BlockGradients, Fisher, Kind, StructuredGradientProvider
+from headwater.random import row_keys, row_normals, row_uniforms
+from headwater.torch.batch import TorchBatch, differentiable_input
+from headwater.torch.capture import Recording, detached_state, record, run, twice_differentiable
+from headwater.torch.losses import (
+    Likelihood,
+    Loss,
+    check_finite,
+    check_loss,
+    find_likelihood,
+    fisher_cotangents,
+    normalisation,
+    row_losses,
+)
+from headwater.torch.plan import as_matrix, check_eval, fill_parts, make_plan, trainable_parameters
+from headwater.torch.products import batched_vjp, ggn_product, hessian_product
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How many of the trainable parameters are attributed, and which are not."""
+
+    attributed: int
+    trainable: int
+    missing: tuple[str, ...] = ()
+
+    @property
+    def fraction(self) -> float:
+        return self.attributed / self.trainable
+
+
+class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]):
+    """Per-sample gradients of a torch model.
+
+    The loss of a row is `loss(model(row), target)` on that row alone, summed if it is not reduced; `measurement`, a
+    function of the same kind, takes its place for query rows. The model is never changed: not its mode, parameters,
+    gradients, hooks or buffers. On the first rows that it sees, the provider compares what its layer rules give with
+    plain autograd, row by row; parameters that disagree get plain per-sample gradients, and rows that act on each
+    other are refused.
+
+    model: any nn.Module that takes rows along the first axis. loss: any callable of (output, target). blocks: "full",
+    "layer", "parameter" or {name: [parameter or module names]}. likelihood: the distribution behind the loss, where it
+    is not known by itself ("cross_entropy", "binary_cross_entropy", "squared_error", or a `Likelihood`).
+    Errors: RowsInteract for a model in train mode with dropout or batch norm; UnsupportedLoss; BlockMismatch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        *,
+        blocks: Structure = "full",
+        measurement: Loss | None = None,
+        likelihood: Likelihood | str | None = None,
+    ):
+        check_loss(loss)
+        self.model = model
+        self.loss = loss
+        self.measurement = measurement or loss
+        self.likelihood = find_likelihood(loss, likelihood)
+        self.normalisation: str | None = None
+        """How the loss treats several rows, found on the first of them: "mean", "sum", "none", ..."""
+        self._structure = blocks
+        self._modules = dict(model.named_modules())
+        self._plan = make_plan(model, blocks)
+        self._checked = False
+
+    # What there is ------------------------------------------------------------------------------------------------
+
+    @property
+    def layouts(self) -> OrderedDict[str, Layout]:
+        return self._plan.layouts
+
+    @property
+    def coverage(self) -> Coverage:
+        """Attributed and trainable parameters."""
+        trainable = trainable_parameters(self.model)
+        inside = {p.name for layout in self.layouts.values() for p in layout.block.parameters}
+        return Coverage(
+            sum(p.size for p in trainable if p.name in inside),
+            sum(p.size for p in trainable),
+            tuple(p.name for p in trainable if p.name not in inside),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def fingerprint(self) -> tuple:
+        with torch.no_grad():
+            tensors = [p.detach() for p in self.model.parameters()] + [
+                b for b in self.model.buffers() if b.is_floating_point()
+            ]
+            return tuple(
+                (float(t.sum(dtype=torch.float64)), float(torch.linalg.vector_norm(t, dtype=torch.float64)))
+                for t in tensors
+            )
+
+    # Batches ------------------------------------------------------------------------------------------------------
+
+    def as_batch(self, x: Any, y: Any) -> TorchBatch:
+        return self._ready(TorchBatch(x, y))
+
+    def _ready(self, batch: TorchBatch) -> TorchBatch:
+        if not isinstance(batch, TorchBatch):
+            batch = TorchBatch(batch.x, batch.y)
+        if len(batch) == 0:
+            raise BatchMismatch("The batch has no rows.")
+        batch = batch.to(self.device)
+        kind = next(self.model.parameters()).dtype
+        for leaf in tree_leaves(batch.x):
+            if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.dtype != kind and not self._checked:
+                self._try_dtype(batch, leaf.dtype, kind)
+        return batch
+
+    def _try_dtype(self, batch: TorchBatch, given: torch.dtype, kind: torch.dtype) -> None:
+        try:
+            with torch.no_grad():
+                run(self.model, detached_state(self.model), batch.take(slice(0, 1)).x)
+        except RuntimeError as error:
+            raise InvalidInput(
+                f"x is {given}, the model's parameters are {kind}, and the model does not convert: {error}. "
+                f"Pass x.to({kind})."
+            ) from error
+
+    def row_weights(self, batch: TorchBatch) -> torch.Tensor | None:
+        return batch.weights
+
+    # Gradients ----------------------------------------------------------------------------------------------------
+
+    def grads(self, batch: TorchBatch, *, query: bool = False, weighted: bool = True) -> BlockGradients:
+        batch = self._prepare(batch)
+        loss = self.measurement if query else self.loss
+        with self._autograd():
+            recording, state = self._record(batch)
+            losses = row_losses(loss, recording.output, batch.y)
+            check_finite(losses)
+            values = self._values(recording, [losses], [torch.ones_like(losses)])
+            plain = self._plain_grads(batch, state, lambda output, target: loss(output, target).sum())
+        return self._blocks(values | plain, batch.weights if weighted else None)
+
+    def fisher_grads(
+        self, batch: TorchBatch, fisher: Fisher, *, draws: range = range(1), seed: int = 0
+    ) -> list[BlockGradients]:
+        batch = self._prepare(batch)
+        with self._autograd():
+            recording, state = self._record(batch)
+            output = recording.output
+            keys = None if fisher == "empirical" else self._row_keys(batch)
+            numbers = [partial(self._numbers, keys, number, seed) for number in draws]
+            cold = tree_map(lambda t: t.detach(), output)
+            check_finite(row_losses(self.loss, cold, batch.y))
+            cotangents = list(fisher_cotangents(self.likelihood, self.loss, cold, batch.y, fisher, numbers))
+            inputs: dict = {}
+            found = []
+            for k, v in enumerate(cotangents):
+                values = self._values(recording, [output], [v], keep=k + 1 < len(cotangents), inputs=inputs)
+                values |= self._plain_grads(batch, state, _against, v)
+                found.append(self._blocks(values, None))
+        return found
+
+    def _numbers(self, keys: np.ndarray, number: int, seed: int, count: int, normal: bool) -> torch.Tensor:
+        """Random numbers [n, count] for the rows of a batch: uniform, or standard normal."""
+        if normal:
+            found = row_normals(keys, count, draw=number, seed=seed)
+        else:
+            found = row_uniforms(keys, count, draw=number, seed=seed)[..., 0]
+        return torch.as_tensor(found, device=self.device)
+
+    def _row_keys(self, batch: TorchBatch) -> np.ndarray:
+        """Ids where the batch carries them; else the rows' content."""
+        if batch.ids is not None:
+            return np.asarray(batch.ids.cpu() if isinstance(batch.ids, torch.Tensor) else batch.ids).astype(np.uint64)
+        return row_keys([_host(t) for t in tree_leaves((batch.x, batch.y)) if isinstance(t, torch.Tensor)])
+
+    def _record(self, batch: TorchBatch) -> tuple[Recording, dict[str, torch.Tensor]]:
+        state = detached_state(self.model)
+        layers = {name: self._modules[name] for name in self._plan.layers}
+        return record(self.model, state, layers, batch.x), state
+
+    def _values(
+        self,
+        recording: Recording,
+        outputs: list[torch.Tensor],
+        cotangents: list[torch.Tensor],
+        keep: bool = False,
+        inputs: dict | None = None,
+    ) -> dict[tuple[str, int], Gradient]:
+        """Gradient values from the layers; `inputs` shares the layer inputs between several output-gradients."""
+        grads = recording.output_grads(outputs, cotangents, keep)
+        values = fill_parts(self._plan, self._modules, list(recording.uses), grads)
+        if inputs is not None:
+            values = {place: _with_inputs(value, inputs.setdefault(place, value)) for place, value in values.items()}
+        return values
+
+    def _plain_grads(
+        self, batch: TorchBatch, state: Mapping[str, torch.Tensor], score: Any, cotangents: torch.Tensor | None = None
+    ) -> dict[tuple[str, int], Gradient]:
+        """Per-sample gradients of score(output, target) by autograd, for the parts that no layer rule fills."""
+        if not self._plan.plain:
+            return {}
+        names = [name for _, _, name in self._plan.plain]
+        target = batch.y if cotangents is None else cotangents
+
+        def one(chosen: dict[str, torch.Tensor], x: Any, y: Any) -> torch.Tensor:
+            output = run(self.model, {**state, **chosen}, tree_map(lambda t: t.unsqueeze(0), x))
+            return score(output, tree_map(lambda t: t.unsqueeze(0), y))
+
+        chosen = {name: state[name] for name in names}
+        size = 4 * sum(t.numel() for t in chosen.values())
+        step = rows_within_memory(size, next(iter(chosen.values())))
+        found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+        with twice_differentiable():
+            for start in range(0, len(batch), step):
+                piece = batch.take(slice(start, start + step))
+                for name, grad in _rowwise(
+                    torch.func.grad(one),
+                    chosen,
+                    piece.x,
+                    target[start : start + step] if isinstance(target, torch.Tensor) else piece.y,
+                ).items():
+                    found[name].append(grad)
+        return {
+            (block, k): Dense(torch.cat(found[name]).reshape(len(batch), *as_matrix(tuple(state[name].shape))))
+            for block, k, name in self._plan.plain
+        }
+
+    def _blocks(self, values: Mapping[tuple[str, int], Gradient], weights: torch.Tensor | None) -> BlockGradients:
+        like = next(iter(values.values()))
+        blocks: BlockGradients = OrderedDict()
+        for name, layout in self.layouts.items():
+            parts = [values.get((name, k)) or _zero(part.shape, like) for k, part in enumerate(layout.parts)]
+            for part in parts:
+                if not all(bool(torch.isfinite(a.sum())) for a in part.arrays):
+                    raise _not_finite(name, part)
+            value = BlockGradient(layout, tuple(parts))
+            blocks[name] = value if weights is None else value.weighted(weights.to(value.like.dtype))
+        return blocks
+
+    def _autograd(self) -> Any:
+        """Gradients on, whatever the caller's context."""
+        return _EnableGrad()
+
+    # The check on the first rows ----------------------------------------------------------------------------------
+
+    def _prepare(self, batch: TorchBatch) -> TorchBatch:
+        batch = self._ready(batch)
+        check_eval(self.model)
+        if not self._checked:
+            with self._autograd():
+                self._check(batch.take(slice(0, 2)))
+            self._checked = True
+        return batch
+
+    def _check(self, rows: TorchBatch) -> None:
+        """Compare with plain autograd, one row at a time; see the class."""
+        state = detached_state(self.model)
+        names = [p.name for layout in self.layouts.values() for p in layout.block.parameters]
+        leaves = {name: state[name].requires_grad_() for name in names}
+        alone = [self._alone(rows.take(slice(k, k + 1)), {**state, **leaves}, leaves) for k in range(len(rows))]
+        for tensor in state.values():
+            tensor.requires_grad_(False)
+        recording, _ = self._record(rows)
+        self._check_independence(recording.output, [output for output, _ in alone])
+        self.normalisation = normalisation(self.loss, recording.output, rows.y)
+        losses = row_losses(self.loss, recording.output, rows.y)
+        check_finite(losses)
+        values = self._values(recording, [losses], [torch.ones_like(losses)])
+        wrong = self._disagreeing(values, [grads for _, grads in alone])
+        if wrong:
+            self._plan = make_plan(self.model, self._structure, wrong)
+
+    def _alone(
+        self, row: TorchBatch, state: Mapping[str, torch.Tensor], leaves: Mapping[str, torch.Tensor]
+    ) -> tuple[Any, dict[str, torch.Tensor]]:
+        with twice_differentiable():
+            output = run(self.model, state, row.x)
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and (tensor.ndim == 0 or len(tensor) != 1):
+                raise UnsupportedModel(
+                    f"The model's output for one row has shape {tuple(tensor.shape)}; its first axis must run over rows."
+                )
+        loss = self.loss(output, row.y).sum()
+        if not loss.requires_grad:
+            raise UnsupportedModel("The loss does not depend on any attributed parameter.")
+        grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        return tree_map(lambda t: t.detach(), output), dict(zip(leaves, grads, strict=True))
+
+    def _check_independence(self, together: Any, alone: list[Any]) -> None:
+        for k, output in enumerate(alone):
+            for one, both in zip(tree_leaves(output), tree_leaves(together), strict=True):
+                if isinstance(one, torch.Tensor) and one.is_floating_point() and not _close(both.detach()[k], one[0]):
+                    gap = float((both.detach()[k] - one[0]).abs().max())
+                    raise RowsInteract(
+                        f"The model's output for row {k} changes by {gap:g} when the row is alone in its batch: rows act on "
+                        "each other, or the model is random. Its rows have no gradients of their own."
+                    )
+
+    def _disagreeing(
+        self, values: Mapping[tuple[str, int], Gradient], alone: list[dict[str, torch.Tensor]]
+    ) -> list[str]:
+        """Parameters whose structured gradient is not autograd's."""
+        wrong = []
+        covered = {name for _, _, name in self._plan.plain}
+        for block, layout in self.layouts.items():
+            like = next(iter(values.values()), None)
+            mine = [values.get((block, k)) for k in range(len(layout.parts))]
+            for k, part in enumerate(layout.parts):
+                for number, grads in enumerate(alone):
+                    value = mine[k]
+                    for piece in part.pieces:
+                        if piece.parameter in covered:
+                            continue
+                        expected = grads[piece.parameter].reshape(-1)[piece.start : piece.start + piece.size]
+                        got = _piece_of(value, part, piece, number) if value is not None and like is not None else None
+                        got = torch.zeros_like(expected) if got is None else got.reshape(-1)
+                        if not _close(got, expected.to(got.dtype)):
+                            wrong.append(piece.parameter)
+        return wrong
+
+    # Second order -------------------------------------------------------------------------------------------------
+
+    def curvature_product(self, batch: TorchBatch, block: str, vectors: torch.Tensor, kind: Kind) -> torch.Tensor:
+        batch = self._prepare(batch)
+        parameters = self._block_parameters(block)
+        if vectors.ndim != 2 or vectors.shape[1] != self.layouts[block].size:
+            raise ShapeMismatch(f"Expected vectors (K, {self.layouts[block].size}), got {tuple(vectors.shape)}.")
+        with self._autograd(), twice_differentiable():
+            state = detached_state(self.model)
+            leaves = [state[p.name].requires_grad_() for p in parameters]
+
+            def function(given: Any) -> Any:
+                chosen = {p.name: t for p, t in zip(parameters, given, strict=True)}
+                return run(self.model, {**state, **chosen}, batch.x)
+
+            def total(output: Any) -> torch.Tensor:
+                losses = row_losses(self.loss, output, batch.y)
+                return (losses if batch.weights is None else losses * batch.weights).sum()
+
+            found = []
+            step = rows_within_memory(8 * (self.layouts[block].size + len(batch) * 64), vectors)
+            for start in range(0, len(vectors), step):
+                tangents = self._pieces(block, vectors[start : start + step])
+                if kind == "ggn":
+                    products = ggn_product(function, total, leaves, tangents)
+                else:
+                    products = hessian_product(total(function(leaves)), leaves, tangents)
+                found.append(torch.cat([p.reshape(len(p), -1) for p in products], dim=1))
+        return torch.cat(found).detach() if found else vectors.clone()
+
+    def _block_parameters(self, block: str) -> Any:
+        if block not in self.layouts:
+            raise BlockMismatch(f"There is no block {block!r}; the blocks are {list(self.layouts)}.")
+        return self.layouts[block].block.parameters
+
+    def _pieces(self, block: str, vectors: torch.Tensor) -> list[torch.Tensor]:
+        """Flat vectors (K, D) as one tensor [K, *shape] for each parameter."""
+        parameters = self._block_parameters(block)
+        cut = vectors.split([p.size for p in parameters], dim=1)
+        return [piece.reshape(len(vectors), *p.shape) for piece, p in zip(cut, parameters, strict=True)]
+
+    def mixed_prod(self, batch: TorchBatch, factors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        batch = self._prepare(batch)
+        differentiable_input(batch.x)
+        with self._autograd(), twice_differentiable():
+            state = detached_state(self.model)
+            names = [p.name for block in factors for p in self._block_parameters(block)]
+            leaves = [state[name].requires_grad_() for name in names]
+            x = batch.x.clone().requires_grad_()
+            losses = row_losses(self.loss, run(self.model, state, x), batch.y)
+            losses = losses if batch.weights is None else losses * batch.weights
+            slopes = torch.autograd.grad(
+                losses.sum(), leaves, create_graph=True, allow_unused=True, materialize_grads=True
+            )
+            count = len(next(iter(factors.values())))
+            step = rows_within_memory(8 * (x.numel() + sum(t.numel() for t in leaves)), x)
+            found = []
+            for start in range(0, count, step):
+                pieces = [p for block, f in factors.items() for p in self._pieces(block, f[start : start + step])]
+                found += batched_vjp(slopes, [x], pieces)
+        return torch.cat(found).detach() if found else x.new_zeros((0, *x.shape))
+
+    def flat_mixed_grads(self, batch: TorchBatch) -> torch.Tensor:
+        """(N, *x_shape, D). Errors: UnsupportedModel if x is not one floating-point tensor."""
+        batch = self._prepare(batch)
+        differentiable_input(batch.x)
+        state = detached_state(self.model)
+        names = [p.name for layout in self.layouts.values() for p in layout.block.parameters]
+
+        def loss(chosen: dict[str, torch.Tensor], x: torch.Tensor, y: Any) -> torch.Tensor:
+            output = run(self.model, {**state, **chosen}, x.unsqueeze(0))
+            return self.loss(output, tree_map(lambda t: t.unsqueeze(0), y)).sum()
+
+        def mixed(chosen: dict[str, torch.Tensor], x: torch.Tensor, y: Any) -> dict[str, torch.Tensor]:
+            return torch.func.jacrev(torch.func.grad(loss, argnums=1))(chosen, x, y)
+
+        with self._autograd(), twice_differentiable():
+            found = _rowwise(mixed, {name: state[name] for name in names}, batch.x, batch.y)
+        flat = torch.cat([found[name].reshape(*batch.x.shape, -1) for name in names], dim=-1).detach()
+        if batch.weights is not None:
+            flat = flat * batch.weights.reshape((-1,) + (1,) * (flat.ndim - 1))
+        return flat
+
+
+class _EnableGrad:
+    """Autograd on, also inside the caller's no_grad or inference_mode."""
+
+    def __enter__(self) -> None:
+        self._inference = torch.inference_mode(False)
+        self._inference.__enter__()
+        self._grad = torch.enable_grad()
+        self._grad.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._grad.__exit__(*error)
+        self._inference.__exit__(*error)
+
+
+def _against(output: Any, cotangent: torch.Tensor) -> torch.Tensor:
+    """The output contracted with a cotangent: its gradient is the vector-Jacobian product."""
+    return (output * cotangent).sum()
+
+
+def _rowwise(function: Any, chosen: dict[str, torch.Tensor], x: Any, y: Any) -> dict[str, torch.Tensor]:
+    """function(chosen, row of x, row of y), for all rows: vectorised, or one by one where that fails."""
+    try:
+        return torch.func.vmap(function, in_dims=(None, 0, 0))(chosen, x, y)
+    except RuntimeError:
+        rows = len(tree_leaves(x)[0])
+        each = [function(chosen, *tree_map(lambda t, k=k: t[k], (x, y))) for k in range(rows)]
+        return {name: torch.stack([one[name] for one in each]) for name in each[0]}
+
+
+def _host(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
+
+
+def _close(got: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Equal up to rounding, in norm."""
+    tolerance = max(1e-8, 1e4 * torch.finfo(expected.dtype).eps) if expected.dtype == torch.float64 else 2e-3
+    tolerance = 0.1 if expected.dtype in (torch.float16, torch.bfloat16) else tolerance
+    gap, scale = (got - expected).norm(), torch.maximum(got.norm(), expected.norm())
+    return bool(gap <= tolerance * scale + torch.finfo(expected.dtype).tiny)
+
+
+def _piece_of(value: Gradient, part: Any, piece: Any, row: int) -> torch.Tensor:
+    matrix = value.take(slice(row, row + 1)).dense()[0]
+    if part.bias is None:
+        return matrix
+    if part.below:
+        cut = part.weight.shape[0]
+        return matrix[cut:] if piece is part.bias else matrix[:cut]
+    return matrix[:, -1] if piece is part.bias else matrix[:, :-1]
+
+
+def _zero(shape: tuple[int, int], like: Gradient) -> Gradient:
+    array = like.arrays[0]
+    return Dense(array.new_zeros((like.rows, *shape)))
+
+
+def _with_inputs(value: Gradient, first: Gradient) -> Gradient:
+    """The same layer inputs as the first draw's, so that what depends on them alone is computed once."""
+    if isinstance(value, Outer) and isinstance(first, Outer):
+        return Outer(first.a, value.b, value.ones)
+    if isinstance(value, RowSparse) and isinstance(first, RowSparse):
+        return RowSparse(first.ids, value.values, value.size)
+    return value
+
+
+def _not_finite(block: str, part: Gradient) -> NonFiniteValue:
+    bad = sorted({int(k) for a in part.arrays for k in (~torch.isfinite(a.reshape(len(a), -1)).all(1)).nonzero()[:, 0]})
+    return NonFiniteValue(f"The gradients of block {block!r} are not finite for rows {bad[:5]} of this batch.")
