@@ -1,0 +1,156 @@
+"""Hessian, generalised Gauss-Newton and Fisher of the mean loss, exact and matrix-free; dense where it fits.
+
+All are means over the training rows. Costs per product and row: GGN one forward-mode and one reverse pass, Hessian two
+reverse passes, Fisher one projection and one combination of per-sample gradients.
+Source: Pearlmutter 1994; Schraudolph 2002; Martens 2020, arXiv 1412.1193.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from headwater.arrays import Array, add_product, identity, namespace, rows_within_memory, transpose
+from headwater.curvature.passes import WeightedMean, batches, total_weight
+from headwater.errors import InvalidSetting, NonFiniteValue
+from headwater.gradients.block import BlockGradient
+from headwater.gradients.provider import Fisher, StructuredGradientProvider
+from headwater.operators.algebra import LinearOperator
+from headwater.operators.structured import DenseOperator
+from headwater.types import Batch
+
+Curvature = Literal["hessian", "ggn", "fisher", "empirical_fisher"]
+KINDS = ("hessian", "ggn", "fisher", "empirical_fisher")
+LARGEST_DENSE = 20_000
+"""Parameters of a block beyond which a dense matrix is refused: 3.2 GB in float64, and hours to diagonalise."""
+
+
+class CurvatureOperator(LinearOperator):
+    """The curvature of one block over a whole data set, by products alone; each apply is a pass over the loader.
+
+    kind: "hessian", "ggn", "fisher" (as `fisher` says) or "empirical_fisher".
+    """
+
+    symmetric = True
+
+    def __init__(
+        self,
+        provider: StructuredGradientProvider,
+        loader: Iterable[Any],
+        block: str,
+        kind: Curvature,
+        *,
+        fisher: Fisher = "auto",
+        seed: int = 0,
+        progress: bool = False,
+    ):
+        check_kind(kind)
+        self.provider, self.loader, self.block, self.kind = provider, loader, block, kind
+        self.fisher: Fisher = "empirical" if kind == "empirical_fisher" else fisher
+        self.seed, self.progress = seed, progress
+        self.psd = kind != "hessian"
+
+    @property
+    def input_size(self) -> int:
+        return self.provider.sizes[self.block]
+
+    def _apply(self, tensor: Array) -> Array:
+        vectors, mean = tensor.reshape((-1, self.input_size)), WeightedMean[Array]()
+        for batch in batches(self.provider, self.loader, f"{self.kind} of {self.block}", self.progress):
+            mean.add(self._sum_over_rows(batch, vectors), total_weight(self.provider, batch))
+        return mean.value.reshape(tensor.shape)
+
+    def _sum_over_rows(self, batch: Batch, vectors: Array) -> Array:
+        if self.kind in ("hessian", "ggn"):
+            return self.provider.curvature_product(batch, self.block, vectors, self.kind)  # type: ignore[arg-type]
+        weights, total = self.provider.row_weights(batch), None
+        for draw in self.provider.fisher_grads(batch, self.fisher, seed=self.seed):
+            value = draw[self.block]
+            along = transpose(value.project(vectors))
+            product = value.combine(along if weights is None else along * weights)
+            total = product if total is None else total + product
+        return total
+
+    def adjoint(self) -> CurvatureOperator:
+        return self
+
+    def trace(self) -> float:
+        raise NotImplementedError("The trace of a matrix-free curvature needs its matrix: use fit_dense.")
+
+
+def check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise InvalidSetting(f"curvature is {kind!r}; expected one of {', '.join(map(repr, KINDS))}.")
+
+
+def fit_dense(
+    provider: StructuredGradientProvider,
+    loader: Iterable[Any],
+    kind: Curvature,
+    *,
+    fisher: Fisher = "auto",
+    seed: int = 0,
+    progress: bool = False,
+) -> tuple[OrderedDict[str, LinearOperator], float]:
+    """Every block's own curvature as a dense operator, in one pass; and the rows' total weight.
+
+    Shapes: [D_block, D_block]. Errors: InvalidSetting for a block that is too large; NonFiniteValue.
+    """
+    check_kind(kind)
+    for name, size in provider.sizes.items():
+        if size > LARGEST_DENSE:
+            raise InvalidSetting(
+                f"Block {name!r} has {size} parameters; its dense curvature would take {size**2 * 8 / 1e9:.0f} GB. "
+                "Use smaller blocks (blocks='layer'), or Kfac or Ekfac."
+            )
+    means = OrderedDict((name, WeightedMean[Array]()) for name in provider.layouts)
+    for batch in batches(provider, loader, kind, progress):
+        weight = total_weight(provider, batch)
+        if kind in ("hessian", "ggn"):
+            for name in provider.layouts:
+                means[name].add(_by_products(provider, batch, name, kind), weight)
+        else:
+            sums = _by_gradients(provider, batch, "empirical" if kind == "empirical_fisher" else fisher, seed)
+            for name, matrix in sums.items():
+                means[name].add(matrix, weight)
+    return OrderedDict((name, _operator(name, mean.value, kind)) for name, mean in means.items()), mean_weight(means)
+
+
+def mean_weight(means: OrderedDict[str, WeightedMean[Array]]) -> float:
+    return next(iter(means.values())).weight
+
+
+def _operator(name: str, matrix: Array, kind: str) -> DenseOperator:
+    xp = namespace(matrix)
+    if not bool(xp.all(xp.isfinite(matrix))):
+        raise NonFiniteValue(f"The {kind} of block {name!r} is not finite.")
+    return DenseOperator((matrix + transpose(matrix)) / 2, symmetric=True, psd=kind != "hessian")
+
+
+def _by_products(provider: StructuredGradientProvider, batch: Batch, block: str, kind: Any) -> Array:
+    like = next(iter(provider.grads(batch).values())).like
+    return provider.curvature_product(batch, block, identity(provider.sizes[block], like), kind)
+
+
+def _by_gradients(
+    provider: StructuredGradientProvider, batch: Batch, fisher: Fisher, seed: int
+) -> OrderedDict[str, Array]:
+    weights = provider.row_weights(batch)
+    sums: OrderedDict[str, Array] = OrderedDict()
+    for draw in provider.fisher_grads(batch, fisher, seed=seed):
+        for name, value in draw.items():
+            total = sums.get(name)
+            for flat, mine in _flat_pairs(value, weights):
+                total = add_product(total, flat, mine)
+            sums[name] = total
+    return sums
+
+
+def _flat_pairs(value: BlockGradient, weights: Array | None) -> Iterable[tuple[Array, Array]]:
+    """Flat gradients, and the same times the rows' weights, in pieces."""
+    step = rows_within_memory(2 * value.layout.size, value.like)
+    for start in range(0, value.rows, step):
+        rows = slice(start, min(start + step, value.rows))
+        flat = value.take(rows).flat()
+        yield flat, flat if weights is None else flat * weights[rows][:, None]

@@ -1,0 +1,144 @@
+"""KFAC and EKFAC: the Fisher information of each part as a Kronecker product, or diagonal in a Kronecker eigenbasis.
+
+For a part with inputs a and output-gradients b (T positions a row): left = sum over rows and positions of b b^T, per row;
+right = mean over rows and positions of a a^T; the Fisher is near left (x) right. EKFAC keeps the eigenvectors of the two
+and replaces the eigenvalues by what they ought to be, the mean over rows of (U_left^T G U_right)^2.
+
+Sources: Martens and Grosse 2015, arXiv 1503.05671; George et al. 2018, arXiv 1806.03884; Grosse et al. 2023,
+arXiv 2308.03296.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any
+
+from headwater.arrays import Array, accumulable, add_product, namespace
+from headwater.curvature.passes import WeightedMean, batches, total_weight
+from headwater.errors import InvalidSetting, NonFiniteValue
+from headwater.gradients.algebra import Gradient, Moments, Sum, draws_second_moment
+from headwater.gradients.provider import BlockGradients, Fisher, StructuredGradientProvider
+from headwater.operators.algebra import LinearOperator
+from headwater.operators.structured import BlockDiagonalOperator, KroneckerOperator
+
+Place = tuple[str, int]
+"""(block name, part index)."""
+
+
+def fit_kfac(
+    provider: StructuredGradientProvider,
+    loader: Iterable[Any],
+    *,
+    fisher: Fisher = "auto",
+    samples: int = 1,
+    seed: int = 0,
+    progress: bool = False,
+    basis_only: bool = False,
+) -> tuple[OrderedDict[str, LinearOperator], float]:
+    """Every block's Fisher as a Kronecker product for each part, in one pass; and the rows' total weight.
+
+    Errors: InvalidSetting for a table that is used as a linear map too (tied embeddings), unless the factors are only
+    wanted for a `basis`; NonFiniteValue.
+    """
+    found: dict[Place, Moments] = {}
+    weight = 0.0
+    for batch in batches(provider, loader, "Kronecker factors", progress):
+        draws = provider.fisher_grads(batch, fisher, draws=range(samples), seed=seed)
+        for place, moments in _batch_moments(draws, provider.row_weights(batch), basis_only).items():
+            found[place] = found[place] + moments if place in found else moments
+        weight += total_weight(provider, batch)
+    parts = {place: _kronecker(place, moments) for place, moments in found.items()}
+    return _by_block(provider, parts), weight
+
+
+def fit_ekfac(
+    provider: StructuredGradientProvider,
+    loader: Iterable[Any],
+    *,
+    fisher: Fisher = "auto",
+    samples: int = 1,
+    seed: int = 0,
+    progress: bool = False,
+) -> tuple[OrderedDict[str, LinearOperator], float]:
+    """Every block's Fisher, diagonal in the Kronecker eigenbasis, in two passes; and the rows' total weight.
+
+    Sampled labels of the second pass are independent of those that gave the basis: with the same draws the spectrum
+    overfits the basis, and the scores are markedly worse.
+    """
+    kfac, weight = fit_kfac(
+        provider, loader, fisher=fisher, samples=samples, seed=seed, progress=progress, basis_only=True
+    )
+    bases = {
+        (name, k): part.eigen  # type: ignore[attr-defined]
+        for name, block in kfac.items()
+        for k, part in enumerate(block.operators)  # type: ignore[attr-defined]
+    }
+    spectra = {place: WeightedMean[Array]() for place in bases}
+    for batch in batches(provider, loader, "EKFAC spectrum", progress):
+        draws = provider.fisher_grads(batch, fisher, draws=range(samples, 2 * samples), seed=seed)
+        rows = total_weight(provider, batch)
+        for place, basis in bases.items():
+            values = [draw[place[0]].parts[place[1]] for draw in draws]
+            turns = basis.rotation._turns()
+            spectra[place].add(draws_second_moment(values, provider.row_weights(batch), *turns), rows)
+    if any(mean.weight != weight for mean in spectra.values()):
+        raise InvalidSetting("The loader gave other rows in the second pass than in the first.")
+    parts = {place: basis.with_spectrum(_finite(place, spectra[place].value)) for place, basis in bases.items()}
+    return _by_block(provider, parts), weight
+
+
+def _batch_moments(draws: list[BlockGradients], weights: Array | None, basis_only: bool) -> dict[Place, Moments]:
+    """Sums over the batch's rows and draws; what the draws share, rows and layer inputs, is counted once."""
+    found: dict[Place, Moments] = {}
+    for draw in draws:
+        for name, block in draw.items():
+            for k, part in enumerate(block.parts):
+                mine = found.get((name, k))
+                moments = _part_moments(name, part, weights, mine is not None, basis_only)
+                found[name, k] = moments if mine is None else mine + moments
+    return found
+
+
+def _part_moments(name: str, part: Gradient, weights: Array | None, again: bool, basis_only: bool) -> Moments:
+    if not isinstance(part, Sum):
+        return part.moments(weights, again)
+    if not basis_only:
+        raise InvalidSetting(
+            f"Block {name!r} has a weight that is used both as an embedding and as a linear map; its Fisher is no Kronecker "
+            "product. Use hw.Ekfac(), hw.Direct(), or blocks without it."
+        )
+    return _tied_basis(part, weights)
+
+
+def _tied_basis(part: Sum, weights: Array | None) -> Moments:
+    """For a table that is a linear map too: no turn on the vocabulary's side, and sum G^T G on the other."""
+    xp, (o, i) = namespace(part.arrays[0]), part.shape
+    right = None
+    for rows, piece in part.chunks(2 * o * i):
+        plain = piece.dense()
+        mine = plain if weights is None else plain * weights[rows][:, None, None]
+        right = add_product(right, plain.reshape((-1, i)), mine.reshape((-1, i)))
+    ones = xp.ones_like(part.arrays[0].reshape((-1,))[:1])
+    return Moments(xp.broadcast_to(ones, (o,)), right, 1.0, xp.linalg.trace(right))
+
+
+def _kronecker(place: Place, moments: Moments) -> KroneckerOperator:
+    left, right = accumulable(moments.left), accumulable(moments.right)
+    count = moments.right_count
+    right = right / count if float(count) > 0 else right
+    return KroneckerOperator(_finite(place, left / moments.left_count), _finite(place, right), psd=True)
+
+
+def _finite(place: Place, array: Array) -> Array:
+    xp = namespace(array)
+    if not bool(xp.all(xp.isfinite(array))):
+        raise NonFiniteValue(f"The Kronecker curvature of block {place[0]!r} is not finite.")
+    return array
+
+
+def _by_block(provider: StructuredGradientProvider, parts: dict[Place, Any]) -> OrderedDict[str, LinearOperator]:
+    return OrderedDict(
+        (name, BlockDiagonalOperator(layout, [parts[name, k] for k in range(len(layout.parts))]))
+        for name, layout in provider.layouts.items()
+    )

@@ -1,0 +1,72 @@
+"""Passes over a data loader, and the one weighted accumulator of everything that is a mean over rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Generic, TypeVar
+
+from headwater.arrays import namespace
+from headwater.errors import BatchMismatch, InvalidInput
+from headwater.gradients.provider import StructuredGradientProvider
+from headwater.progress import track
+from headwater.types import Batch
+
+Value = TypeVar("Value")
+
+
+def batches(
+    provider: StructuredGradientProvider, loader: Iterable[Any], what: str, show: bool = False
+) -> Iterator[Batch]:
+    """The loader's batches as the framework's, empty ones left out.
+
+    Errors: InvalidInput for a loader that can be read only once, or an item that is no batch; BatchMismatch for a
+    loader without rows.
+    """
+    if iter(loader) is loader:
+        raise InvalidInput(
+            f"The loader is a {type(loader).__name__}, which can be read only once; pass something that can be iterated "
+            "again, such as a list of batches or a DataLoader."
+        )
+    empty = True
+    for item in track(loader, what, show):
+        batch = as_batch(provider, item)
+        if batch is not None:
+            empty = False
+            yield batch
+    if empty:
+        raise BatchMismatch(f"The loader has no rows ({what}).")
+
+
+def as_batch(provider: StructuredGradientProvider, item: Any) -> Batch | None:
+    """One item of a loader: a Batch, or (x, y). None if it has no rows."""
+    if isinstance(item, Batch):
+        return item if len(item) else None
+    if isinstance(item, (tuple, list)) and len(item) == 2:
+        return provider.as_batch(*item) if len(Batch(*item)) else None
+    length = f" of {len(item)} entries" if isinstance(item, (tuple, list)) else ""
+    raise InvalidInput(f"A loader gives (x, y) or a Batch, not {type(item).__name__}{length}.")
+
+
+def total_weight(provider: StructuredGradientProvider, batch: Batch) -> float:
+    """The number of rows, each counted with its weight."""
+    weights = provider.row_weights(batch)
+    return float(len(batch)) if weights is None else float(namespace(weights).sum(weights))
+
+
+class WeightedMean(Generic[Value]):
+    """sum of values over sum of weights: the mean over rows, whatever batches they came in."""
+
+    def __init__(self) -> None:
+        self._total: Any = None
+        self.weight = 0.0
+
+    def add(self, weighted_sum: Value, weight: float) -> None:
+        """A batch's contribution: its weighted sum, and its rows' total weight."""
+        self._total = weighted_sum if self._total is None else self._total + weighted_sum
+        self.weight += weight
+
+    @property
+    def value(self) -> Value:
+        if self.weight <= 0:
+            raise InvalidInput(f"The rows' weights sum to {self.weight:g}; a mean needs a positive sum.")
+        return self._total / self.weight

@@ -1,0 +1,341 @@
+"""Influence, composed of a gradient provider and one operator per block.
+
+    score(query, train) = sum over blocks  < Op_block(grad loss(query)), grad loss(train) >
+
+Op_block is (C + damping I)^-1 with C the mean curvature over the training rows, or a method's approximation of it.
+Sign: positive means that more weight on the train row lowers the query's loss. Unit: the decrease of the query's loss
+per unit of weight in the mean objective; divided by the number of train rows, the increase when the row is removed.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, Self
+
+from headwater.arrays import Array, namespace, transpose
+from headwater.errors import BatchMismatch, BlockMismatch, InvalidInput, NotFittedError, StaleFit
+from headwater.gradients.block import stack
+from headwater.gradients.provider import BlockGradients, StructuredGradientProvider
+from headwater.methods.base import Curvatures, Method
+from headwater.methods.damping import Damping, damping_by_block, in_units
+from headwater.operators.algebra import LinearOperator
+from headwater.operators.structured import BlockDiagonalOperator, SeparableOperator
+from headwater.types import BlockMapper, InfluenceMode, OperatorGradientComposition, TensorType
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from headwater.store.scores import Extremes, Scores
+
+ByBlock = OrderedDict[str, Array]
+
+
+class InfluenceMapper(BlockMapper[Array, Any]):
+    """The contract's block mapper over a structured provider: one pass through the model serves all blocks."""
+
+    def __init__(self, provider: StructuredGradientProvider, operators: Mapping[str, LinearOperator]):
+        super().__init__(
+            {name: OperatorGradientComposition(op, provider.block(name)) for name, op in operators.items()}
+        )
+        self.provider = provider
+        self.operators = OrderedDict(operators)
+
+    def generate_transformed_grads(self, batch: Any) -> Iterator[tuple[str, Array]]:
+        for name, value in self.provider.grads(batch, query=True).items():
+            yield name, self.operators[name].apply_block(value).flat()
+
+    def generate_interactions(
+        self, left_batch: Any, right_batch: Any, mode: InfluenceMode | str
+    ) -> Iterator[tuple[str, Array]]:
+        right_batch = left_batch if right_batch is None else right_batch
+        if InfluenceMode(mode) is InfluenceMode.Perturbation:
+            factors = self.transformed_grads(left_batch)
+            yield from self.generate_interactions_from_transformed_grads(factors, right_batch, mode)
+            return
+        queries = self.queries(self.provider.grads(left_batch, query=True), len(right_batch))
+        yield from queries.scores(self.provider.grads(right_batch)).items()
+
+    def generate_interactions_from_transformed_grads(
+        self, left_factors: Array | Mapping[str, Array], right_batch: Any, mode: InfluenceMode | str
+    ) -> Iterator[tuple[str, Array]]:
+        factors = self._factors_by_block(left_factors)
+        if InfluenceMode(mode) is InfluenceMode.Perturbation:
+            for name in self.operators:
+                yield name, self.provider.mixed_prod(right_batch, {name: factors[name]})
+            return
+        for name, value in self.provider.grads(right_batch).items():
+            yield name, transpose(value.project(factors[name]))
+
+    def perturbation(self, factors: Mapping[str, Array], batch: Any) -> Array:
+        """All blocks together, in one differentiation: (N, M, *x_shape)."""
+        return self.provider.mixed_prod(batch, self._factors_by_block(factors))
+
+    def queries(self, grads: BlockGradients, train_rows: int) -> Queries:
+        """Query gradients made ready to meet train rows, in whichever basis is cheaper for `train_rows` of them."""
+        left, right = OrderedDict(), OrderedDict()
+        for name, value in grads.items():
+            mine, theirs = self.operators[name].block_sides(value, train_rows)
+            left[name], right[name] = mine.apply_block(value), theirs
+        return Queries(left, right)
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Query gradients after their side of the operator, and the side that train gradients go through."""
+
+    left: BlockGradients
+    right: Mapping[str, LinearOperator]
+
+    def scores(self, train: BlockGradients) -> ByBlock:
+        """By block: [q, n]."""
+        return OrderedDict(
+            (name, self.left[name].inner(self.right[name].apply_block(value))) for name, value in train.items()
+        )
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What `fit` found: each block's undamped curvature, the rows' total weight, and which weights the model had."""
+
+    curvature: Curvatures
+    rows: float
+    fingerprint: tuple
+
+
+class ComposableInfluence(ABC, Generic[TensorType]):
+    """Influence of train rows on query rows; a framework's subclass only says how its provider is made.
+
+    x and y are a framework's tensors (x also a tuple or dict of them); N_test and N_train are numbers of rows.
+    """
+
+    def __init__(
+        self,
+        provider: StructuredGradientProvider,
+        method: Method,
+        *,
+        damping: Damping | Mapping[str, Damping] | None = None,
+    ):
+        if not isinstance(method, Method):
+            raise InvalidInput(f"method is {method!r}; expected settings such as hw.Ekfac() or hw.Direct().")
+        self.method = method
+        self.provider = method.view(provider)
+        self.damping = damping_by_block(damping, method.default_damping, self.provider.layouts)
+        self._fitted: Fitted | None = None
+        self._mapper: InfluenceMapper | None = None
+
+    # Fitting ------------------------------------------------------------------------------------------------------
+
+    def fit(self, loader: Iterable[Any], *, progress: bool = False) -> Self:
+        """Learn the curvature of the mean loss over the loader's rows. The loader gives (x, y) or batches, repeatably."""
+        curvature, rows = self.method.fit(self.provider, loader, progress)
+        fitted = Fitted(curvature, rows, self.provider.fingerprint())
+        self._mapper = self._make_mapper(fitted)
+        self._fitted = fitted
+        return self
+
+    @property
+    def is_fitted(self) -> bool:
+        return self._fitted is not None
+
+    @property
+    def n_parameters(self) -> int:
+        """D, the attributed parameters."""
+        return self.provider.n_parameters
+
+    @property
+    def n_train(self) -> float:
+        """The rows that were fitted, each counted with its weight."""
+        return self._need_fit().rows
+
+    @property
+    def block_names(self) -> list[str]:
+        return list(self.provider.layouts)
+
+    def with_damping(self, damping: Damping | Mapping[str, Damping]) -> Self:
+        """The same influence at another damping; everything that was fitted is used again."""
+        other = copy.copy(self)
+        other.damping = damping_by_block(damping, self.method.default_damping, self.provider.layouts)
+        other._mapper = None if self._fitted is None else other._make_mapper(self._fitted)
+        return other
+
+    @property
+    def absolute_damping(self) -> dict[str, float]:
+        """The damping of each block in the units of its curvature."""
+        curvature = self._need_fit().curvature
+        return {name: in_units(self.damping[name], curvature[name].mean_eigenvalue()) for name in curvature}
+
+    @property
+    def truncation_errors(self) -> dict[str, list[float]]:
+        """For a separable inverse spectrum: each part's relative error, by block; exact parts have zero."""
+        return {
+            name: [op.truncation_error if isinstance(op, SeparableOperator) else 0.0 for op in _parts(block)]
+            for name, block in self.block_mapper.operators.items()
+        }
+
+    @property
+    def block_mapper(self) -> InfluenceMapper:
+        """The fitted operators, composed with the provider. Errors: NotFittedError."""
+        self._need_fit()
+        assert self._mapper is not None
+        return self._mapper
+
+    def _make_mapper(self, fitted: Fitted) -> InfluenceMapper:
+        operators = OrderedDict()
+        for name, curvature in fitted.curvature.items():
+            damping = in_units(self.damping[name], curvature.mean_eigenvalue())
+            operators[name] = self.method.invert(curvature, damping)
+        return InfluenceMapper(self.provider, operators)
+
+    def _need_fit(self) -> Fitted:
+        if self._fitted is None:
+            raise NotFittedError("Call fit(loader) first.")
+        return self._fitted
+
+    def _ready(self) -> InfluenceMapper:
+        """Errors: NotFittedError; StaleFit if the model's weights have changed."""
+        if self.provider.fingerprint() != self._need_fit().fingerprint:
+            raise StaleFit("The model's weights have changed since fit(). Fit again, or restore the weights.")
+        return self.block_mapper
+
+    # Tensors in, tensors out --------------------------------------------------------------------------------------
+
+    def influences(
+        self, x_test: Any, y_test: Any, x: Any = None, y: Any = None, mode: InfluenceMode | str = InfluenceMode.Up
+    ) -> TensorType:
+        """Scores of train rows (x, y), or of the test rows themselves, on test rows.
+
+        Shapes: (N_test, N_train) for mode "up"; (N_test, N_train, *x_shape) for "perturbation".
+        Errors: InvalidInput if only one of x, y is given; NotFittedError; StaleFit; UnsupportedInfluenceModeError.
+        """
+        mapper, mode, test, train = self._asked(x_test, y_test, x, y, mode)
+        if mode is InfluenceMode.Perturbation:
+            return mapper.perturbation(mapper.transformed_grads(test), train)
+        return _sum(mapper.interactions(test, train, mode))
+
+    def influences_by_block(
+        self, x_test: Any, y_test: Any, x: Any = None, y: Any = None, mode: InfluenceMode | str = InfluenceMode.Up
+    ) -> OrderedDict[str, TensorType]:
+        """`influences`, one summand for each block."""
+        mapper, mode, test, train = self._asked(x_test, y_test, x, y, mode)
+        return mapper.interactions(test, train, mode)
+
+    def influence_factors(self, x: Any, y: Any) -> TensorType:
+        """Op(gradient) of each row, all blocks side by side: (N, D)."""
+        factors = self.influence_factors_by_block(x, y)
+        return namespace(*factors.values()).concat(list(factors.values()), axis=1)
+
+    def influence_factors_by_block(self, x: Any, y: Any) -> OrderedDict[str, TensorType]:
+        """Op(gradient) of each row: (N, D_block) by block."""
+        return self._ready().transformed_grads(self._batch(x, y, "x and y"))
+
+    def influences_from_factors(
+        self,
+        z_test_factors: TensorType | Mapping[str, TensorType],
+        x: Any,
+        y: Any,
+        mode: InfluenceMode | str = InfluenceMode.Up,
+    ) -> TensorType:
+        """`influences` from factors computed before: one tensor (N, D), or a dict by block."""
+        mode, mapper, train = InfluenceMode(mode), self._ready(), self._batch(x, y, "x and y")
+        if mode is InfluenceMode.Perturbation:
+            return mapper.perturbation(z_test_factors, train)  # type: ignore[arg-type]
+        return _sum(mapper.interactions_from_transformed_grads(z_test_factors, train, mode))  # type: ignore[arg-type]
+
+    def influences_from_factors_by_block(
+        self,
+        z_test_factors: TensorType | Mapping[str, TensorType],
+        x: Any,
+        y: Any,
+        mode: InfluenceMode | str = InfluenceMode.Up,
+    ) -> OrderedDict[str, TensorType]:
+        """`influences_from_factors`, one summand for each block."""
+        mode, mapper, train = InfluenceMode(mode), self._ready(), self._batch(x, y, "x and y")
+        return mapper.interactions_from_transformed_grads(z_test_factors, train, mode)  # type: ignore[arg-type]
+
+    def _asked(
+        self, x_test: Any, y_test: Any, x: Any, y: Any, mode: InfluenceMode | str
+    ) -> tuple[InfluenceMapper, InfluenceMode, Any, Any]:
+        mode = InfluenceMode(mode)
+        if (x is None) != (y is None):
+            raise InvalidInput(f"Only {'y' if x is None else 'x'} was given; pass both x and y, or neither.")
+        mapper, test = self._ready(), self._batch(x_test, y_test, "x_test and y_test")
+        return mapper, mode, test, test if x is None else self._batch(x, y, "x and y")
+
+    def _batch(self, x: Any, y: Any, what: str) -> Any:
+        try:
+            return self.provider.as_batch(x, y)
+        except BatchMismatch as error:
+            raise BatchMismatch(f"{what}: {error}") from None
+
+    # Loaders in, labelled scores out ------------------------------------------------------------------------------
+
+    def attribute(
+        self,
+        train_loader: Iterable[Any],
+        query_loader: Iterable[Any],
+        *,
+        unit: str = "influence",
+        by_block: bool = False,
+        progress: bool = False,
+    ) -> Scores:
+        """Scores of all train rows on all query rows, labelled: one pass over each loader.
+
+        unit: "influence" (what `influences` gives), or "removal" (that over n_train: the predicted increase of the
+        query's loss when the row is removed). by_block: keep each block's share.
+        """
+        from headwater.run.attribute import attribute
+
+        return attribute(self, train_loader, query_loader, unit=unit, by_block=by_block, progress=progress)
+
+    def top(
+        self,
+        train_loader: Iterable[Any],
+        query_loader: Iterable[Any],
+        k: int,
+        *,
+        unit: str = "influence",
+        progress: bool = False,
+    ) -> Extremes:
+        """The k most helpful and the k most harmful train rows of each query, without keeping the matrix of scores."""
+        from headwater.run.attribute import top
+
+        return top(self, train_loader, query_loader, k, unit=unit, progress=progress)
+
+    def self_influence(self, train_loader: Iterable[Any], *, progress: bool = False) -> np.ndarray:
+        """<Op g_n, g_n> for each row, without the N x N matrix: [n]."""
+        from headwater.run.attribute import self_influence
+
+        return self_influence(self, train_loader, progress=progress)
+
+    def query_grads(self, batch: Any) -> BlockGradients:
+        """The gradients of query rows, as values. Errors: NotFittedError; StaleFit."""
+        return self._ready().provider.grads(batch, query=True)
+
+    def batch_self_influence(self, batch: Any) -> Array:
+        """<Op g_n, g_n> of a batch's rows: [n]."""
+        mapper = self.block_mapper
+        return sum(mapper.operators[name].quadratic(value) for name, value in self.provider.grads(batch).items())
+
+
+def stack_blocks(values: list[BlockGradients]) -> BlockGradients:
+    """Rows of several batches under one another."""
+    names = list(values[0])
+    if any(list(v) != names for v in values):
+        raise BlockMismatch("The batches have different blocks.")
+    return OrderedDict((name, stack([v[name] for v in values])) for name in names)
+
+
+def _parts(operator: LinearOperator) -> Iterable[LinearOperator]:
+    return operator.operators if isinstance(operator, BlockDiagonalOperator) else (operator,)
+
+
+def _sum(by_block: Mapping[str, Array]) -> Any:
+    """The blocks' scores, added in order."""
+    total = None
+    for value in by_block.values():
+        total = value if total is None else total + value
+    return total

@@ -1,0 +1,1 @@
+"""Papers as recipes: each method is frozen settings and a few lines."""

@@ -1,0 +1,52 @@
+"""What a method is: frozen settings that turn a provider and a loader into one operator per block, and invert it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from headwater.gradients.provider import StructuredGradientProvider
+from headwater.methods.damping import Damping, Relative
+from headwater.operators.algebra import LinearOperator
+
+Curvatures = OrderedDict[str, LinearOperator]
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A way to attribute: which curvature, and how it is inverted. Knows no framework.
+
+    `fit` runs over the data once or twice; `invert` is cheap, so that another damping costs nothing.
+    """
+
+    @abstractmethod
+    def fit(
+        self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
+    ) -> tuple[Curvatures, float]:
+        """The undamped curvature of each block, a mean over the rows, and the rows' total weight."""
+
+    @abstractmethod
+    def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:
+        """(curvature + damping)^-1, or this method's approximation of it; damping is absolute."""
+
+    @property
+    def default_damping(self) -> Damping:
+        """What is used when no damping is given."""
+        return Relative(0.1)
+
+    @property
+    def predicts_removal(self) -> bool:
+        """Whether score / n_train predicts the change of the query's loss when the row is removed."""
+        return True
+
+    def view(self, provider: StructuredGradientProvider) -> StructuredGradientProvider:
+        """The provider as this method sees it."""
+        return provider
+
+    def describe(self) -> str:
+        """The settings in words: "Ekfac(fisher='auto', ...)"."""
+        options = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self))
+        return f"{type(self).__name__}({options})"

@@ -1,0 +1,42 @@
+"""The exact influence function: a dense curvature, inverted once. The reference for all other methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from headwater.curvature.exact import Curvature, check_kind, fit_dense
+from headwater.gradients.provider import Fisher, StructuredGradientProvider
+from headwater.methods.base import Curvatures, Method
+from headwater.methods.damping import Damping, Relative
+from headwater.operators.algebra import LinearOperator
+
+
+@dataclass(frozen=True)
+class Direct(Method):
+    """g_query^T (C + damping I)^-1 g_train with C dense. Source: Koh and Liang 2017, arXiv 1703.04730."""
+
+    curvature: Curvature = "ggn"
+    """"hessian", "ggn", "fisher" or "empirical_fisher", of the mean loss."""
+    fisher: Fisher = "auto"
+    """For the Fisher: enumerate labels ("exact"), sample them ("sampled"), or whichever suits ("auto")."""
+    seed: int = 0
+    """For sampled labels."""
+    allow_indefinite: bool = False
+    """Invert a Hessian although it has negative eigenvalues at the damping; refused otherwise."""
+
+    def __post_init__(self) -> None:
+        check_kind(self.curvature)
+
+    def fit(
+        self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
+    ) -> tuple[Curvatures, float]:
+        return fit_dense(provider, loader, self.curvature, fisher=self.fisher, seed=self.seed, progress=progress)
+
+    def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:
+        return curvature.inverse(damping, allow_indefinite=self.allow_indefinite)  # type: ignore[call-arg]
+
+    @property
+    def default_damping(self) -> Damping:
+        return Relative(1.0)

@@ -1,0 +1,45 @@
+"""Gradient similarity: no curvature at all, a baseline and a reference."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from headwater.curvature.passes import batches, total_weight
+from headwater.gradients.provider import StructuredGradientProvider
+from headwater.gradients.unit import UnitGradientProvider
+from headwater.methods.base import Curvatures, Method
+from headwater.methods.damping import Damping
+from headwater.operators.algebra import IdentityOperator, LinearOperator
+
+
+@dataclass(frozen=True)
+class GradDot(Method):
+    """<grad query, grad train>: one step of gradient descent on the train row. Damping has no meaning here."""
+
+    def fit(
+        self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
+    ) -> tuple[Curvatures, float]:
+        rows = sum(total_weight(provider, batch) for batch in batches(provider, loader, "counting rows", progress))
+        return OrderedDict((name, IdentityOperator(size)) for name, size in provider.sizes.items()), rows
+
+    def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:
+        return curvature
+
+    @property
+    def default_damping(self) -> Damping:
+        return 0.0
+
+    @property
+    def predicts_removal(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class GradCos(GradDot):
+    """The cosine between the two gradients, over all blocks together. Damping has no meaning here."""
+
+    def view(self, provider: StructuredGradientProvider) -> StructuredGradientProvider:
+        return UnitGradientProvider(provider)

@@ -1,0 +1,104 @@
+"""KFAC and EKFAC: the Fisher information in Kronecker factors, from a laptop to large models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from headwater.arrays import namespace
+from headwater.curvature.kronecker import fit_ekfac, fit_kfac
+from headwater.curvature.separable import separate
+from headwater.errors import InvalidSetting
+from headwater.gradients.provider import Fisher, StructuredGradientProvider
+from headwater.methods.base import Curvatures, Method
+from headwater.operators.algebra import LinearOperator
+from headwater.operators.structured import (
+    BlockDiagonalOperator,
+    EigenKroneckerOperator,
+    KroneckerOperator,
+    SeparableOperator,
+)
+
+DampingForm = Literal["exact", "factored"]
+
+
+def _check_fisher(fisher: str, samples: int) -> None:
+    if fisher not in get_args(Fisher):
+        raise InvalidSetting(f"fisher is {fisher!r}; expected one of {', '.join(map(repr, get_args(Fisher)))}.")
+    if samples < 1:
+        raise InvalidSetting(f"samples is {samples}; expected at least 1.")
+
+
+@dataclass(frozen=True)
+class Kfac(Method):
+    """The Fisher of each layer as a Kronecker product. Source: Martens and Grosse 2015, arXiv 1503.05671."""
+
+    damping_form: DampingForm = "exact"
+    """"exact": added to the product; "factored": shared out to the two factors, so that pairs cost o + i, not o i."""
+    fisher: Fisher = "auto"
+    """Labels: enumerated ("exact"), "sampled", the data's own ("empirical"), or enumerated where they are few ("auto")."""
+    samples: int = 1
+    """How many labels are sampled for a row."""
+    seed: int = 0
+    """For sampled labels."""
+
+    def __post_init__(self) -> None:
+        _check_fisher(self.fisher, self.samples)
+        if self.damping_form not in get_args(DampingForm):
+            raise InvalidSetting(f"damping_form is {self.damping_form!r}; expected 'exact' or 'factored'.")
+
+    def fit(
+        self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
+    ) -> tuple[Curvatures, float]:
+        return fit_kfac(provider, loader, fisher=self.fisher, samples=self.samples, seed=self.seed, progress=progress)
+
+    def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:
+        assert isinstance(curvature, BlockDiagonalOperator)
+        return curvature.map(lambda part: self._invert_part(part, damping))
+
+    def _invert_part(self, part: LinearOperator, damping: float) -> LinearOperator:
+        assert isinstance(part, KroneckerOperator)
+        return part.inverse(damping) if self.damping_form == "exact" else part.factored_inverse(damping)
+
+
+@dataclass(frozen=True)
+class Ekfac(Method):
+    """KFAC's eigenbasis with the right eigenvalues. Source: George et al. 2018, arXiv 1806.03884.
+
+    With `rank`, the inverse spectrum is a sum of that many outer products: pairs cost rank (o + i) instead of o i, and
+    `truncation_errors` of the fitted inverse says what that costs in accuracy.
+    """
+
+    rank: int | None = None
+    """None for the exact inverse spectrum, else how many outer products stand for it."""
+    fisher: Fisher = "auto"
+    """Labels: enumerated ("exact"), "sampled", the data's own ("empirical"), or enumerated where they are few ("auto")."""
+    samples: int = 1
+    """How many labels are sampled for a row, in each of the two passes."""
+    seed: int = 0
+    """For sampled labels."""
+
+    def __post_init__(self) -> None:
+        _check_fisher(self.fisher, self.samples)
+        if self.rank is not None and self.rank < 1:
+            raise InvalidSetting(f"rank is {self.rank}; expected at least 1, or None for the exact spectrum.")
+
+    def fit(
+        self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
+    ) -> tuple[Curvatures, float]:
+        return fit_ekfac(provider, loader, fisher=self.fisher, samples=self.samples, seed=self.seed, progress=progress)
+
+    def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:
+        assert isinstance(curvature, BlockDiagonalOperator)
+        return curvature.map(lambda part: self._invert_part(part, damping))
+
+    def _invert_part(self, part: LinearOperator, damping: float) -> LinearOperator:
+        assert isinstance(part, EigenKroneckerOperator)
+        inverse = part.inverse(damping)
+        if self.rank is None or self.rank >= min(part.spectrum.shape):
+            return inverse
+        u, v, error = separate(inverse.spectrum, part.spectrum, self.rank)
+        xp = namespace(u)
+        u, v = (xp.astype(factor, part.like.dtype) for factor in (u, v))
+        return SeparableOperator(inverse, u, v, truncation_error=error)

@@ -1,0 +1,142 @@
+"""Serial runs: query factors once, one pass over the train rows, a tile of scores for each train batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from headwater.arrays import to_numpy
+from headwater.curvature.passes import batches
+from headwater.errors import BatchMismatch, InvalidSetting
+from headwater.influence import ComposableInfluence, Queries, stack_blocks
+from headwater.store.scores import Extremes, Running, Scores
+
+UNITS = ("influence", "removal")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Scores of all queries on the rows of one train batch; by_block [q, n] each, already in the wanted unit."""
+
+    by_block: dict[str, np.ndarray]
+    train_ids: np.ndarray
+
+    @property
+    def total(self) -> np.ndarray:
+        return (
+            np.sum(list(self.by_block.values()), axis=0)
+            if len(self.by_block) > 1
+            else next(iter(self.by_block.values()))
+        )
+
+
+def attribute(
+    influence: ComposableInfluence,
+    train_loader: Iterable[Any],
+    query_loader: Iterable[Any],
+    *,
+    unit: str,
+    by_block: bool,
+    progress: bool,
+) -> Scores:
+    """See `ComposableInfluence.attribute`."""
+    queries, query_ids = _queries(influence, query_loader, progress)
+    tiles = list(_tiles(influence, queries, train_loader, unit, by_block, progress))
+    return Scores(
+        values=np.concatenate([tile.total for tile in tiles], axis=1),
+        query_ids=query_ids,
+        train_ids=_distinct(np.concatenate([tile.train_ids for tile in tiles]), "train"),
+        by_block={
+            name: np.concatenate([tile.by_block[name] for tile in tiles], axis=1) for name in influence.block_names
+        }
+        if by_block
+        else None,
+        unit=unit,
+        n_train=influence.n_train,
+        method=influence.method.describe(),
+        damping=influence.absolute_damping,
+    )
+
+
+def top(
+    influence: ComposableInfluence,
+    train_loader: Iterable[Any],
+    query_loader: Iterable[Any],
+    k: int,
+    *,
+    unit: str,
+    progress: bool,
+) -> Extremes:
+    """See `ComposableInfluence.top`."""
+    queries, query_ids = _queries(influence, query_loader, progress)
+    running = Running(k, query_ids)
+    for tile in _tiles(influence, queries, train_loader, unit, False, progress):
+        running.add(tile.total, tile.train_ids)
+    return running.extremes()
+
+
+def self_influence(influence: ComposableInfluence, train_loader: Iterable[Any], *, progress: bool) -> np.ndarray:
+    """See `ComposableInfluence.self_influence`."""
+    influence._ready()
+    rows = [
+        to_numpy(influence.batch_self_influence(batch))
+        for batch in batches(influence.provider, train_loader, "self-influence", progress)
+    ]
+    return np.concatenate(rows)
+
+
+def _queries(influence: ComposableInfluence, query_loader: Iterable[Any], progress: bool) -> tuple[Queries, np.ndarray]:
+    """All queries, after their side of the operators; computed once."""
+    grads, ids, start = [], [], 0
+    for batch in batches(influence.provider, query_loader, "query factors", progress):
+        grads.append(influence.query_grads(batch))
+        ids.append(_ids(batch, start))
+        start += len(batch)
+    queries = influence.block_mapper.queries(stack_blocks(grads), int(influence.n_train))
+    return queries, _distinct(np.concatenate(ids), "query")
+
+
+def _tiles(
+    influence: ComposableInfluence,
+    queries: Queries,
+    train_loader: Iterable[Any],
+    unit: str,
+    by_block: bool,
+    progress: bool,
+) -> Iterator[Tile]:
+    scale, start = _scale(influence, unit), 0
+    for batch in batches(influence.provider, train_loader, "train scores", progress):
+        scores = queries.scores(influence.provider.grads(batch))
+        if not by_block:
+            scores = {"": sum(scores.values())}  # type: ignore[assignment]
+        tile = {name: to_numpy(block) * scale if scale != 1.0 else to_numpy(block) for name, block in scores.items()}
+        yield Tile(tile, _ids(batch, start))
+        start += len(batch)
+
+
+def _scale(influence: ComposableInfluence, unit: str) -> float:
+    if unit not in UNITS:
+        raise InvalidSetting(f"unit is {unit!r}; expected one of {', '.join(map(repr, UNITS))}.")
+    if unit == "removal" and not influence.method.predicts_removal:
+        raise InvalidSetting(
+            f"{influence.method.describe()} predicts no change of loss, only similarity; use unit='influence'."
+        )
+    return 1.0 / influence.n_train if unit == "removal" else 1.0
+
+
+def _ids(batch: Any, start: int) -> np.ndarray:
+    """The batch's own ids, or positions in the loader."""
+    ids = getattr(batch, "ids", None)
+    if ids is None:
+        return np.arange(start, start + len(batch))
+    return np.asarray(ids.cpu() if hasattr(ids, "cpu") else ids)
+
+
+def _distinct(ids: np.ndarray, what: str) -> np.ndarray:
+    found, counts = np.unique(ids, return_counts=True)
+    if (counts > 1).any():
+        raise BatchMismatch(f"The {what} rows have the ids {found[counts > 1][:5].tolist()} more than once.")
+    return ids

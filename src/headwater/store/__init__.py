@@ -1,0 +1,1 @@
+"""Numbers at rest; knows no maths."""

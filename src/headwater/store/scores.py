@@ -1,0 +1,136 @@
+"""Scores at rest: numbers with the names of their rows, their unit and sign, and how they came about. Knows no maths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from headwater.errors import InvalidSetting, ShapeMismatch
+
+if TYPE_CHECKING:
+    import xarray
+
+UNIT_IN_WORDS = {
+    "influence": "decrease of the query's loss per unit of weight on the train row in the mean objective",
+    "removal": "predicted increase of the query's loss when the train row is removed",
+}
+SIGN_IN_WORDS = "positive: the train row helps the query (lowers its loss)"
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """How much each train row helps (positive) or harms (negative) each query.
+
+    `numpy.asarray(scores)` is the matrix [query, train].
+    """
+
+    values: np.ndarray
+    """[query, train]."""
+    query_ids: np.ndarray
+    """[query]: the ids that the batches carried, or positions in the loader."""
+    train_ids: np.ndarray
+    """[train]."""
+    unit: str = "influence"
+    """"influence" or "removal"; `unit_in_words` says what they mean."""
+    n_train: float = 1.0
+    """Rows that the curvature was fitted on."""
+    method: str = ""
+    """The method's settings."""
+    damping: Mapping[str, float] = field(default_factory=dict)
+    """Absolute damping by block."""
+    by_block: Mapping[str, np.ndarray] | None = None
+    """Each block's share, [query, train]; they sum to `values`."""
+
+    def __post_init__(self) -> None:
+        if self.values.shape != (len(self.query_ids), len(self.train_ids)):
+            raise ShapeMismatch(
+                f"The scores are {self.values.shape}, for {len(self.query_ids)} queries and {len(self.train_ids)} train rows."
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape  # type: ignore[return-value]
+
+    @property
+    def unit_in_words(self) -> str:
+        return UNIT_IN_WORDS[self.unit]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False and dtype is not None and np.dtype(dtype) != self.values.dtype:
+            raise ValueError(f"The scores are {self.values.dtype}; as {np.dtype(dtype)} they need a copy.")
+        return np.array(self.values, dtype=dtype, copy=True) if copy else np.asarray(self.values, dtype=dtype)
+
+    def __repr__(self) -> str:
+        return f"Scores({self.shape[0]} queries x {self.shape[1]} train rows, unit={self.unit!r}, {self.method})"
+
+    def top(self, k: int) -> Extremes:
+        """The k most helpful and the k most harmful train rows of each query."""
+        running = Running(k, self.query_ids)
+        running.add(self.values, self.train_ids)
+        return running.extremes()
+
+    def to_xarray(self) -> xarray.Dataset:
+        """A labelled data set: `scores` (query, train), `block_scores` (block, query, train) where kept; attributes."""
+        import xarray as xr
+
+        coords = {"query": self.query_ids, "train": self.train_ids}
+        data: dict[str, Any] = {"scores": (("query", "train"), self.values)}
+        if self.by_block is not None:
+            data["block_scores"] = (("block", "query", "train"), np.stack(list(self.by_block.values())))
+            coords["block"] = np.array(list(self.by_block))
+        attributes = {
+            "unit": self.unit,
+            "unit_in_words": self.unit_in_words,
+            "sign": SIGN_IN_WORDS,
+            "method": self.method,
+            "n_train": self.n_train,
+            "damping": dict(self.damping),
+        }
+        return xr.Dataset(data, coords=coords, attrs=attributes)
+
+
+@dataclass(frozen=True, eq=False)
+class Extremes:
+    """Both ends of every query's ranking; arrays [query, k], strongest first."""
+
+    query_ids: np.ndarray
+    helpful_ids: np.ndarray
+    helpful_scores: np.ndarray
+    """Descending."""
+    harmful_ids: np.ndarray
+    harmful_scores: np.ndarray
+    """Ascending: the most harmful first."""
+
+
+class Running:
+    """The k largest and smallest scores of each query so far; ties go to the row that came first."""
+
+    def __init__(self, k: int, query_ids: np.ndarray):
+        if not isinstance(k, (int, np.integer)) or k < 1:
+            raise InvalidSetting(f"k is {k!r}; expected a whole number of at least 1.")
+        self.k = int(k)
+        self.query_ids = query_ids
+        self._ends: list[tuple[np.ndarray, np.ndarray]] | None = None
+
+    def add(self, scores: np.ndarray, train_ids: np.ndarray) -> None:
+        """A tile: scores [query, n] of the train rows with these ids [n]."""
+        ids = np.broadcast_to(train_ids, scores.shape)
+        if self._ends is None:
+            self._ends = [(scores[:, :0], ids[:, :0])] * 2
+        self._ends = [
+            self._best(np.concatenate([kept, scores], axis=1), np.concatenate([names, ids], axis=1), sign)
+            for (kept, names), sign in zip(self._ends, (-1, 1), strict=True)
+        ]
+
+    def _best(self, scores: np.ndarray, ids: np.ndarray, sign: int) -> tuple[np.ndarray, np.ndarray]:
+        order = np.argsort(sign * scores, axis=1, kind="stable")[:, : self.k]
+        return np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1)
+
+    def extremes(self) -> Extremes:
+        """What has been seen so far; fewer than k columns if there were fewer rows."""
+        assert self._ends is not None
+        (helpful, helpful_ids), (harmful, harmful_ids) = self._ends
+        return Extremes(self.query_ids, helpful_ids, helpful, harmful_ids, harmful)
