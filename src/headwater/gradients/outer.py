@@ -26,6 +26,9 @@ from headwater.arrays import (
 )
 from headwater.gradients.algebra import Dense, Gradient, Moments, Sum, multiply_left, multiply_right
 
+LARGE_PRODUCT = 500_000
+"""Multiply-adds above which a matrix product outweighs the call that starts it."""
+
 
 @dataclass(frozen=True, eq=False)
 class Outer(Gradient):
@@ -111,16 +114,22 @@ class Outer(Gradient):
         return out[0] if len(out) == 1 else xp.concat(out, axis=0)
 
     def project(self, basis: Array) -> Array:
-        """Dense rows against the basis; at one position and few matrices, inputs first and output-gradients after."""
+        """At many positions, dense rows against the basis. At one, sum_o b_no (U_ko . a_n), nothing made dense."""
         (o, i), k = self.shape, int(basis.shape[0])
-        if self.positions > 1 or k >= i:
+        if self.positions > 1:
             return super().project(basis)
-        full, out = self._bordered(), []
-        xp, matrix = namespace(self.a), transpose(basis.reshape((k * o, i)))
-        for _, piece in full.chunks(k * o):
-            part = (piece.a[:, 0] @ matrix).reshape((piece.rows, k, o))  # type: ignore[attr-defined]
-            out.append((part @ piece.b[:, 0, :, None])[:, :, 0])  # type: ignore[attr-defined]
-        return xp.concat(out, axis=0) if out else zeros_like(self.a, (0, k))
+        full = self._bordered()
+        xp, a, b = namespace(self.a), transpose(full.a[:, 0]), transpose(full.b[:, 0])
+        if self.rows * k * i >= LARGE_PRODUCT:
+            total = zeros_like(self.a, (k, self.rows))
+            for row in range(o):
+                total += basis[:, row] @ (a * b[row])
+            return transpose(total)
+        out = []
+        for rows, _ in full.chunks(k * o):
+            turned = (basis.reshape((k * o, i)) @ a[:, rows]).reshape((k, o, -1))
+            out.append(xp.sum(turned * b[:, rows], axis=1))
+        return transpose(xp.concat(out, axis=1)) if out else zeros_like(self.a, (0, k))
 
     def combine(self, weights: Array) -> Array:
         k = int(weights.shape[0])

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
-from headwater.arrays import Array, as_like, device, namespace, precise, transpose
+from headwater.arrays import Array, as_like, device, identity, namespace, precise, transpose
 from headwater.blocks import Layout
 from headwater.errors import IndefiniteCurvature, InvalidSetting, ShapeMismatch, SingularOperator
 from headwater.gradients.algebra import Gradient, multiply_left, multiply_right
@@ -243,7 +243,12 @@ def _diagonalise(side: Array) -> tuple[Array, Array | None]:
 
 
 def _invert_side(side: Array, shift: float) -> Array:
+    """(side + shift I)^-1 of a positive semi-definite side; only without a shift can it be singular."""
     xp = namespace(side)
+    if side.ndim == 2 and shift > 0:
+        matrix = precise(side)
+        inverse = xp.linalg.inv(matrix + shift * identity(int(side.shape[0]), matrix))
+        return xp.astype((inverse + transpose(inverse)) / 2, side.dtype)
     values, basis = _diagonalise(side)
     inverse = invert_spectrum(values, shift)
     return xp.astype(inverse if basis is None else (basis * inverse) @ transpose(basis), side.dtype)

@@ -41,7 +41,7 @@ from headwater.torch.losses import (
     normalisation,
     row_losses,
 )
-from headwater.torch.plan import as_matrix, check_eval, fill_parts, make_plan, trainable_parameters
+from headwater.torch.plan import as_matrix, check_eval, fill_parts, make_plan, trainable_parameters, wide
 from headwater.torch.products import batched_vjp, ggn_product, hessian_product
 
 
@@ -166,7 +166,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             check_finite(losses)
             values = self._values(recording, [losses], [torch.ones_like(losses)])
             plain = self._plain_grads(batch, state, lambda output, target: loss(output, target).sum())
-        return self._blocks(values | plain, batch.weights if weighted else None)
+        return self._blocks(values | plain, len(batch), batch.weights if weighted else None)
 
     def fisher_grads(
         self, batch: TorchBatch, fisher: Fisher, *, draws: range = range(1), seed: int = 0
@@ -185,7 +185,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             for k, v in enumerate(cotangents):
                 values = self._values(recording, [output], [v], keep=k + 1 < len(cotangents), inputs=inputs)
                 values |= self._plain_grads(batch, state, _against, v)
-                found.append(self._blocks(values, None))
+                found.append(self._blocks(values, len(batch), None))
         return found
 
     def _numbers(self, keys: np.ndarray, number: int, seed: int, count: int, normal: bool) -> torch.Tensor:
@@ -254,17 +254,24 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             for block, k, name in self._plan.plain
         }
 
-    def _blocks(self, values: Mapping[tuple[str, int], Gradient], weights: torch.Tensor | None) -> BlockGradients:
-        like = next(iter(values.values()))
+    def _blocks(
+        self, values: Mapping[tuple[str, int], Gradient], rows: int, weights: torch.Tensor | None
+    ) -> BlockGradients:
         blocks: BlockGradients = OrderedDict()
         for name, layout in self.layouts.items():
-            parts = [values.get((name, k)) or _zero(part.shape, like) for k, part in enumerate(layout.parts)]
-            for part in parts:
-                if not all(bool(torch.isfinite(a.sum())) for a in part.arrays):
-                    raise _not_finite(name, part)
-            value = BlockGradient(layout, tuple(parts))
+            value = self._block(layout, values, rows)
             blocks[name] = value if weights is None else value.weighted(weights.to(value.like.dtype))
+        _check_finite_grads(blocks)
         return blocks
+
+    def _block(self, layout: Layout, values: Mapping[tuple[str, int], Gradient], rows: int) -> BlockGradient:
+        """The parts of a block; those that no layer call filled are zero."""
+        like = wide(next(self.model.parameters()).detach())
+        parts = (
+            values.get((layout.block.name, k)) or Dense(like.new_zeros((rows, *part.shape)))
+            for k, part in enumerate(layout.parts)
+        )
+        return BlockGradient(layout, tuple(parts))
 
     def _autograd(self) -> Any:
         """Gradients on, whatever the caller's context."""
@@ -286,16 +293,17 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         state = detached_state(self.model)
         names = [p.name for layout in self.layouts.values() for p in layout.block.parameters]
         leaves = {name: state[name].requires_grad_() for name in names}
-        alone = [self._alone(rows.take(slice(k, k + 1)), {**state, **leaves}, leaves) for k in range(len(rows))]
+        last = len(rows) - 1
+        output, grads = self._alone(rows.take(slice(last, last + 1)), {**state, **leaves}, leaves)
         for tensor in state.values():
             tensor.requires_grad_(False)
         recording, _ = self._record(rows)
-        self._check_independence(recording.output, [output for output, _ in alone])
+        self._check_independence(recording.output, output, last)
         self.normalisation = normalisation(self.loss, recording.output, rows.y)
         losses = row_losses(self.loss, recording.output, rows.y)
         check_finite(losses)
         values = self._values(recording, [losses], [torch.ones_like(losses)])
-        wrong = self._disagreeing(values, [grads for _, grads in alone])
+        wrong = self._disagreeing(values, grads, last)
         if wrong:
             self._plan = make_plan(self.model, self._structure, wrong)
 
@@ -315,36 +323,28 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
         return tree_map(lambda t: t.detach(), output), dict(zip(leaves, grads, strict=True))
 
-    def _check_independence(self, together: Any, alone: list[Any]) -> None:
-        for k, output in enumerate(alone):
-            for one, both in zip(tree_leaves(output), tree_leaves(together), strict=True):
-                if isinstance(one, torch.Tensor) and one.is_floating_point() and not _close(both.detach()[k], one[0]):
-                    gap = float((both.detach()[k] - one[0]).abs().max())
-                    raise RowsInteract(
-                        f"The model's output for row {k} changes by {gap:g} when the row is alone in its batch: rows act on "
-                        "each other, or the model is random. Its rows have no gradients of their own."
-                    )
+    def _check_independence(self, together: Any, alone: Any, row: int) -> None:
+        for one, both in zip(tree_leaves(alone), tree_leaves(together), strict=True):
+            if isinstance(one, torch.Tensor) and one.is_floating_point() and not _close(both.detach()[row], one[0]):
+                gap = float((both.detach()[row] - one[0]).abs().max())
+                raise RowsInteract(
+                    f"The model's output for row {row} changes by {gap:g} when the row is alone in its batch: rows act on "
+                    "each other, or the model is random. Its rows have no gradients of their own."
+                )
 
     def _disagreeing(
-        self, values: Mapping[tuple[str, int], Gradient], alone: list[dict[str, torch.Tensor]]
+        self, values: Mapping[tuple[str, int], Gradient], expected: Mapping[str, torch.Tensor], row: int
     ) -> list[str]:
-        """Parameters whose structured gradient is not autograd's."""
+        """Parameters whose gradient for this row, as the layer rules give it, is not autograd's."""
+        plain = {name for _, _, name in self._plan.plain}
         wrong = []
-        covered = {name for _, _, name in self._plan.plain}
-        for block, layout in self.layouts.items():
-            like = next(iter(values.values()), None)
-            mine = [values.get((block, k)) for k in range(len(layout.parts))]
-            for k, part in enumerate(layout.parts):
-                for number, grads in enumerate(alone):
-                    value = mine[k]
-                    for piece in part.pieces:
-                        if piece.parameter in covered:
-                            continue
-                        expected = grads[piece.parameter].reshape(-1)[piece.start : piece.start + piece.size]
-                        got = _piece_of(value, part, piece, number) if value is not None and like is not None else None
-                        got = torch.zeros_like(expected) if got is None else got.reshape(-1)
-                        if not _close(got, expected.to(got.dtype)):
-                            wrong.append(piece.parameter)
+        for layout in self.layouts.values():
+            flat = self._block(layout, values, row + 1).take(slice(row, row + 1)).flat()[0]
+            pieces = flat.split([p.size for p in layout.block.parameters])
+            for parameter, got in zip(layout.block.parameters, pieces, strict=True):
+                truth = expected[parameter.name].reshape(-1)
+                if parameter.name not in plain and not _close(got, truth.to(got.dtype)):
+                    wrong.append(parameter.name)
         return wrong
 
     # Second order -------------------------------------------------------------------------------------------------
@@ -473,21 +473,6 @@ def _close(got: torch.Tensor, expected: torch.Tensor) -> bool:
     return bool(gap <= tolerance * scale + torch.finfo(expected.dtype).tiny)
 
 
-def _piece_of(value: Gradient, part: Any, piece: Any, row: int) -> torch.Tensor:
-    matrix = value.take(slice(row, row + 1)).dense()[0]
-    if part.bias is None:
-        return matrix
-    if part.below:
-        cut = part.weight.shape[0]
-        return matrix[cut:] if piece is part.bias else matrix[:cut]
-    return matrix[:, -1] if piece is part.bias else matrix[:, :-1]
-
-
-def _zero(shape: tuple[int, int], like: Gradient) -> Gradient:
-    array = like.arrays[0]
-    return Dense(array.new_zeros((like.rows, *shape)))
-
-
 def _with_inputs(value: Gradient, first: Gradient) -> Gradient:
     """The same layer inputs as the first draw's, so that what depends on them alone is computed once."""
     if isinstance(value, Outer) and isinstance(first, Outer):
@@ -497,6 +482,13 @@ def _with_inputs(value: Gradient, first: Gradient) -> Gradient:
     return value
 
 
-def _not_finite(block: str, part: Gradient) -> NonFiniteValue:
-    bad = sorted({int(k) for a in part.arrays for k in (~torch.isfinite(a.reshape(len(a), -1)).all(1)).nonzero()[:, 0]})
-    return NonFiniteValue(f"The gradients of block {block!r} are not finite for rows {bad[:5]} of this batch.")
+def _check_finite_grads(blocks: BlockGradients) -> None:
+    """Errors: NonFiniteValue naming the block and the rows. A sum is finite only if all of it is: one look for all."""
+    sums = [array.sum().double() for value in blocks.values() for part in value.parts for array in part.arrays]
+    if bool(torch.isfinite(torch.stack(sums).sum())):
+        return
+    for name, value in blocks.items():
+        for part in value.parts:
+            bad = {int(k) for a in part.arrays for k in (~torch.isfinite(a.reshape(len(a), -1)).all(1)).nonzero()[:, 0]}
+            if bad:
+                raise NonFiniteValue(f"The gradients of block {name!r} are not finite for rows {sorted(bad)[:5]}.")

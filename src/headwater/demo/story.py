@@ -1,0 +1,288 @@
+"""The story: what the experiment found, beside its baselines, as text for a terminal and as one HTML page."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+import headwater
+from headwater.demo.experiment import LOSS, MISLABELLED, NOTHING, RANDOM, WIDTHS, Findings, Floats
+from headwater.evaluate import auc, average_precision, precision_at, recall_at, recall_curve
+from headwater.report import (
+    Case,
+    Cases,
+    Condition,
+    Curve,
+    Curves,
+    Dots,
+    Fact,
+    Picture,
+    Section,
+    Share,
+    Table,
+    mean_and_spread,
+    page,
+)
+
+BLAMED = (
+    "Each prediction that the network gets wrong is traced to the training rows that raised its loss the most. Some of "
+    "these carry a label that was made wrong on purpose. Not every mistake comes from them: the planted mistakes "
+    "({kinds}) are those that the wrong labels teach.\n\n"
+    "Ranking rows by their own loss names much the same rows for every query. That is hard to beat at finding wrong "
+    "labels, but it cannot tell which of them made this very mistake: see the last column."
+)
+ITSELF = "Self-influence is a row's score for itself: how much the network would lose on the row had it not been trained on it."
+STRONG = (
+    "A row's own loss is a strong baseline for finding wrong labels, often as good as self-influence and much cheaper: "
+    "if that is all you want, try it first."
+)
+LEFT_OUT = (
+    "The test that counts: leave the blamed rows out, train again from fresh seeds, and look at the same predictions. "
+    "They were chosen because one network got them wrong, and a new seed alone mends some of them. So the same seeds "
+    "also train with nothing left out, and without as many rows drawn at random."
+)
+
+
+def tell(found: Findings) -> str:
+    """The findings as plain text, for a terminal."""
+    parts = [_opening(found), suspects(found).text(), detection(found).text(), STRONG, removal(found).text()]
+    return "\n\n".join([*parts, *filter(None, [foretold(found)]), f"({_made(found)})"])
+
+
+def report(found: Findings) -> str:
+    """The findings as one HTML page."""
+    return page(
+        "Where did the mistakes come from?",
+        lead=_opening(found),
+        unit=found.unit,
+        unit_note=_unit_note(found),
+        facts=_facts(found),
+        sections=[
+            Section("Some mistakes, and the rows behind them", "", [cases(found)]),
+            Section("Are the right rows blamed?", BLAMED.format(kinds=_kinds()), [suspects(found)]),
+            Section(
+                "Do the mistakes go away?", f"{LEFT_OUT}\n\n{foretold(found)}", [removal_dots(found), removal(found)]
+            ),
+            Section(
+                "Wrong labels, without asking about a prediction",
+                f"{ITSELF} {STRONG}",
+                [detection_curves(found), detection(found)],
+            ),
+        ],
+        foot=_made(found),
+    )
+
+
+def _unit_note(found: Findings) -> str:
+    if found.unit == "removal":
+        return "The loss is cross-entropy, in nats."
+    return f"{found.name} knows no curvature: read its scores as a ranking by likeness of gradients, not as a forecast."
+
+
+def _opening(found: Findings) -> str:
+    queries, wrong = len(found.digits.y_query), len(found.wrong)
+    return (
+        f"A small network was trained on {found.settings.train} handwritten digits. {found.digits.mislabelled.sum()} of "
+        f"them were mislabelled on purpose: {_kinds()}. It misreads {wrong} of {queries} new digits. Which training rows "
+        "made it do so?"
+    )
+
+
+def _kinds() -> str:
+    return ", ".join(f"{share:.0%} of the {digit}s called {called}" for digit, called, share in MISLABELLED)
+
+
+def _facts(found: Findings) -> list[Fact]:
+    blamed = suspects(found).rows
+    right = {name: Share(float(values.mean())) for name, values in found.retrained_right.items()}
+    wanted = found.digits.mislabelled
+    return [
+        Fact(f"{len(found.wrong)} of {len(found.digits.y_query)}", "predictions are wrong"),
+        Fact(
+            f"{blamed[0][2]}",
+            f"of the ten rows blamed for a planted mistake are mislabelled (at random: {blamed[-1][2]})",
+        ),
+        Fact(
+            f"{right[NOTHING]} to {right[found.name]}",
+            f"of {len(found.explained)} mistakes are right after retraining without the blamed rows "
+            f"(without random rows: {right[RANDOM]})",
+        ),
+        Fact(
+            f"{auc(found.self_influence, wanted):.3f}",
+            f"AUC of self-influence for wrong labels (the row's own loss: {auc(found.losses, wanted):.3f})",
+        ),
+    ]
+
+
+def _made(found: Findings) -> str:
+    settings = found.settings
+    damping = f", damping {settings.damping:g} times the mean eigenvalue" if found.unit == "removal" else ""
+    return (
+        f"Made by headwater {headwater.__version__}: headwater demo --seed {settings.seed} --method {settings.method}. "
+        f"{found.name}{damping}; network {'-'.join(map(str, WIDTHS))}, {settings.steps} steps; one network "
+        f"is explained, and {settings.retrains} seeds retrained for each change. Data: the handwritten digits of scikit-learn (UCI)."
+    )
+
+
+def suspects(found: Findings) -> Table:
+    """Are the rows blamed for a wrong prediction really mislabelled? Means over predictions, of the first ten rows."""
+    digits, planted = found.digits, found.planted
+    true = digits.y_query[found.wrong]
+    same = digits.mislabelled & (digits.original == true[:, None]) & (digits.given == found.predicted[:, None])
+
+    def share(ranking: Floats, positives: NDArray[np.bool_], which: NDArray[np.bool_]) -> str | Share:
+        hits = [precision_at(ranking[i], positives[i], 10) for i in np.flatnonzero(which)]
+        return Share(float(np.mean(hits))) if hits else "-"
+
+    everywhere = np.broadcast_to(digits.mislabelled, same.shape)
+    return Table(
+        title="Are the ten rows blamed for a mistake really mislabelled?",
+        reading="Each cell is a share of ten rows, averaged over wrong predictions; more is better. Attribution is told "
+        " the query's true label; so are the baselines, which rank only rows that are labelled otherwise.",
+        columns=(
+            "The ten rows ranked first by",
+            f"mislabelled, all {len(planted)} mistakes",
+            f"mislabelled, {planted.sum()} planted mistakes",
+            f"mislabelled this very way, {planted.sum()} planted",
+        ),
+        rows=[
+            (
+                name,
+                share(ranking, everywhere, np.ones_like(planted)),
+                share(ranking, everywhere, planted),
+                share(ranking, same, planted),
+            )
+            for name, ranking in found.rankings.items()
+        ],
+        ours=0,
+    )
+
+
+def _detectors(found: Findings) -> dict[str, Floats]:
+    """Scores of train rows that may give wrong labels away, [n] each."""
+    return {
+        f"self-influence ({found.name})": found.self_influence,
+        LOSS: found.losses,
+        RANDOM: np.zeros_like(found.losses),
+    }
+
+
+def detection(found: Findings) -> Table:
+    """Does self-influence find the wrong labels without any query?"""
+    wanted = found.digits.mislabelled
+    return Table(
+        title="Finding wrong labels without a query",
+        reading="AUC is the chance that a wrong label outranks a right one (0.5 is chance, 1 is perfect); the last "
+        "column is the share of all wrong labels that are met when the first tenth of the rows is checked.",
+        columns=("Rows ranked by", "AUC", "average precision", "found in first 10%"),
+        rows=[
+            (
+                name,
+                f"{auc(score, wanted):.3f}",
+                f"{average_precision(score, wanted):.3f}",
+                Share(recall_at(score, wanted, 0.1)),
+            )
+            for name, score in _detectors(found).items()
+        ],
+        ours=0,
+    )
+
+
+def detection_curves(found: Findings) -> Curves:
+    """The wrong labels met as the first fifth of the rows is checked."""
+    n = len(found.losses)
+    checked = np.arange(n // 5 + 1)
+    return Curves(
+        title="How soon the wrong labels turn up",
+        reading="Rows are checked from the highest score down; a curve that rises early saves checking.",
+        x_label="share of training rows checked",
+        y_label="share of wrong labels found",
+        curves=[
+            Curve(name, checked / n, recall_curve(score, found.digits.mislabelled)[checked])
+            for name, score in _detectors(found).items()
+        ],
+    )
+
+
+def removal(found: Findings) -> Table:
+    """Does a mistake go away when the rows blamed for it are left out?"""
+    return Table(
+        title="Retraining without the rows",
+        reading="Mean ± standard deviation over seeds, of means over predictions; a useful ranking lowers the loss "
+        "more than random rows do, and the first line is what a fresh seed does by itself.",
+        columns=(f"{found.settings.removed} rows left out", "loss, nats", "predictions now right, %"),
+        rows=[
+            (
+                name,
+                mean_and_spread(losses.mean(0)),
+                mean_and_spread(100 * found.retrained_right[name].mean(0), digits=0),
+            )
+            for name, losses in found.retrained_losses.items()
+        ],
+        ours=1,
+    )
+
+
+def removal_dots(found: Findings) -> Dots:
+    """The losses of `removal`, seed by seed."""
+    return Dots(
+        title="The loss of the mistakes after retraining",
+        reading="Each dot is one seed's mean over the explained mistakes, the tick their mean, the bar one standard "
+        "deviation to either side; further left is better.",
+        x_label=f"mean loss of {len(found.explained)} wrong predictions, nats",
+        conditions=[Condition(name, losses.mean(0)) for name, losses in found.retrained_losses.items()],
+        ours=1,
+    )
+
+
+def foretold(found: Findings) -> str:
+    """What the scores of the removed rows add up to, beside what retraining did; empty if scores are no forecast."""
+    if found.unit != "removal":
+        return ""
+    harmful = np.sort(found.scores[found.explained], axis=1)[:, : found.settings.removed]
+    measured = found.retrained_losses[NOTHING].mean() - found.retrained_losses[found.name].mean()
+    return (
+        f"The scores of the {harmful.shape[1]} rows add up to a predicted fall in loss of "
+        f"{-harmful.sum(1).mean():.2f} nats per prediction; retraining measured {measured:.2f}. Each score is a "
+        "first-order forecast for one row of one network: sums over many rows overlap, and a loss cannot fall below "
+        "zero, so read the sum as a ranking, not as a promise."
+    )
+
+
+def cases(found: Findings, each: int = 3, rows: int = 5) -> Cases:
+    """The first explained mistakes of both kinds, planted and other, with their most harmful and helpful rows."""
+    kinds = (found.explained[found.planted[found.explained] == kind] for kind in (True, False))
+    return Cases(
+        title="Mistakes and the rows behind them",
+        reading="On the left what the network misread; beside it the training rows that pushed hardest towards the "
+        "mistake and hardest against it, with their scores in nats; a red frame marks a planted wrong label.",
+        cases=[_case(found, case, rows) for kind in kinds for case in kind[:each]],
+    )
+
+
+def _case(found: Findings, case: int, rows: int) -> Case:
+    digits, query, scores = found.digits, found.wrong[case], found.scores[case]
+    true, said = digits.y_query[query], found.predicted[case]
+    order = np.argsort(scores, kind="stable")
+
+    def picture(row: int) -> Picture:
+        given, original = digits.given[row], digits.original[row]
+        marked = bool(given != original)
+        return Picture(
+            image=digits.x_train[row].reshape(8, 8),
+            lines=[f"labelled {given}", *([f"but a {original}"] if marked else []), f"{scores[row]:+.2f}"],
+            alt=f"Training row {row}: a handwritten {original}, labelled {given}",
+            marked=marked,
+        )
+
+    return Case(
+        query=Picture(
+            image=digits.x_query[query].reshape(8, 8),
+            lines=[f"is a {true}", f"read as {said}"],
+            alt=f"Query {query}: a handwritten {true}, read as {said}",
+        ),
+        groups=[
+            ("most harmful", [picture(row) for row in order[:rows]]),
+            ("most helpful", [picture(row) for row in order[::-1][:rows]]),
+        ],
+    )
