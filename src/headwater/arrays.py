@@ -6,6 +6,7 @@ no word (adding in place, scattering rows) the array's own methods are asked for
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -20,7 +21,7 @@ _WORKING_MEMORY: ContextVar[int] = ContextVar("headwater_working_memory", defaul
 
 
 @contextmanager
-def working_memory(limit: int):
+def working_memory(limit: int) -> Iterator[None]:
     """Bound the temporary arrays of one contraction to about `limit` bytes. The numbers do not depend on it."""
     token = _WORKING_MEMORY.set(max(1, int(limit)))
     try:
@@ -59,7 +60,7 @@ def zeros_like(array: Array, shape: tuple[int, ...]) -> Array:
 
 
 def as_like(values: Any, array: Array, dtype: Any = None) -> Array:
-    """Host numbers as an array of the same framework and device as `array`, and of its dtype unless another is given."""
+    """Host numbers as an array of `array`'s framework and device, and of its dtype unless another is given."""
     xp = namespace(array)
     return xp.asarray(values, dtype=dtype or array.dtype, device=device(array))
 
@@ -100,30 +101,31 @@ def transpose(matrix: Array) -> Array:
 def add_product(total: Array | None, left: Array, right: Array) -> Array:
     """`total + left^T right` for left [n, p], right [n, q]; in place where the framework can.
 
-    A symmetric product (right is left) of a large matrix is built from its lower blocks only: three quarters of
-    the multiplications at two blocks a side, five eighths at four.
+    A product of an array with itself is symmetric, and only its lower half is computed (NumPy does that by itself).
     """
-    if right is left and left.shape[1] >= 256 and left.shape[0] >= 256:
-        return _add_gram(total, left)
-    if total is not None and hasattr(total, "addmm_"):
-        return total.addmm_(left.T, right)
-    product = transpose(left) @ right
-    return product if total is None else total + product
+    if not hasattr(left, "addmm_"):
+        product = transpose(left) @ right
+        return product if total is None else total + product
+    if right is left and left.shape[1] >= PANELS * 32:
+        product = _gram(left)
+        return product if total is None else total.add_(product)
+    return transpose(left) @ right if total is None else total.addmm_(left.T, right)
 
 
-def _add_gram(total: Array | None, rows: Array) -> Array:
-    xp, size = namespace(rows), int(rows.shape[1])
-    step = -(-size // (4 if size >= 512 else 2))
-    cuts = range(0, size, step)
-    lower = [[transpose(rows[:, i : i + step]) @ rows[:, j : j + step] for j in cuts if j <= i] for i in cuts]
-    full = xp.concat(
-        [
-            xp.concat([lower[i][j] if j <= i else transpose(lower[j][i]) for j in range(len(lower))], axis=1)
-            for i in range(len(lower))
-        ],
-        axis=0,
-    )
-    return full if total is None else total + full
+PANELS = 4
+"""Row panels of a symmetric product: with 4, five eighths of the multiplications are left."""
+
+
+def _gram(rows: Array) -> Array:
+    """rows^T rows, panel by panel up to the diagonal, the rest mirrored."""
+    size = int(rows.shape[1])
+    full, step = zeros_like(rows, (size, size)), -(-size // PANELS)
+    for start in range(0, size, step):
+        stop = min(start + step, size)
+        panel = rows[:, start:stop].T @ rows[:, :stop]
+        full[start:stop, :stop] = panel
+        full[:start, start:stop] = panel[:, :start].T
+    return full
 
 
 def scatter_rows(values: Array, ids: Array, rows: int) -> Array:

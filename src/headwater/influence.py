@@ -70,7 +70,7 @@ class InfluenceMapper(BlockMapper[Array, Any]):
         for name, value in self.provider.grads(right_batch).items():
             yield name, transpose(value.project(factors[name]))
 
-    def perturbation(self, factors: Mapping[str, Array], batch: Any) -> Array:
+    def perturbation(self, factors: Array | Mapping[str, Array], batch: Any) -> Array:
         """All blocks together, in one differentiation: (N, M, *x_shape)."""
         return self.provider.mixed_prod(batch, self._factors_by_block(factors))
 
@@ -130,7 +130,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
     # Fitting ------------------------------------------------------------------------------------------------------
 
     def fit(self, loader: Iterable[Any], *, progress: bool = False) -> Self:
-        """Learn the curvature of the mean loss over the loader's rows. The loader gives (x, y) or batches, repeatably."""
+        """Learn the curvature of the mean loss over the loader's rows; it gives (x, y) or batches, repeatably."""
         curvature, rows = self.method.fit(self.provider, loader, progress)
         fitted = Fitted(curvature, rows, self.provider.fingerprint())
         self._mapper = self._make_mapper(fitted)
@@ -242,8 +242,8 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         """`influences` from factors computed before: one tensor (N, D), or a dict by block."""
         mode, mapper, train = InfluenceMode(mode), self._ready(), self._batch(x, y, "x and y")
         if mode is InfluenceMode.Perturbation:
-            return mapper.perturbation(z_test_factors, train)  # type: ignore[arg-type]
-        return _sum(mapper.interactions_from_transformed_grads(z_test_factors, train, mode))  # type: ignore[arg-type]
+            return mapper.perturbation(z_test_factors, train)
+        return _sum(mapper.interactions_from_transformed_grads(z_test_factors, train, mode))
 
     def influences_from_factors_by_block(
         self,
@@ -254,7 +254,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
     ) -> OrderedDict[str, TensorType]:
         """`influences_from_factors`, one summand for each block."""
         mode, mapper, train = InfluenceMode(mode), self._ready(), self._batch(x, y, "x and y")
-        return mapper.interactions_from_transformed_grads(z_test_factors, train, mode)  # type: ignore[arg-type]
+        return mapper.interactions_from_transformed_grads(z_test_factors, train, mode)
 
     def _asked(
         self, x_test: Any, y_test: Any, x: Any, y: Any, mode: InfluenceMode | str

@@ -72,7 +72,7 @@ def page(
     """
     if unit not in UNIT_IN_WORDS:
         raise InvalidSetting(f"The unit of the scores must be one of {sorted(UNIT_IN_WORDS)}; got {unit!r}.")
-    meaning = f"A score is the {UNIT_IN_WORDS[unit]}. {SIGN_IN_WORDS.capitalize()}. {unit_note}"
+    meaning = f"A score is the {UNIT_IN_WORDS[unit]}. {SIGN_IN_WORDS.capitalize()}; negative: it harms it. {unit_note}"
     strip = "".join(f"<div><dt>{_text(f.meaning)}</dt><dd>{_text(f.value)}</dd></div>" for f in facts)
     return f"""<!doctype html>
 <html lang="en">
@@ -285,7 +285,7 @@ class Picture:
 
     def html(self) -> str:
         kind = "ink" if np.ndim(self.image) == 2 else "colour"
-        image = f'<img class="{kind}" src="{png(self.image)}" alt="{_text(self.alt)}">'
+        image = f'<div class="frame"><img class="{kind}" src="{png(self.image)}" alt="{_text(self.alt)}"></div>'
         lines = "<br>".join(_text(line) for line in self.lines)
         return f"<li{' class=marked' if self.marked else ''}>{image}<span>{lines}</span></li>"
 
@@ -357,10 +357,10 @@ class _Axis:
         return self.first + share * (self.last - self.first)
 
     def ticks(self) -> NDArray[np.float64]:
-        """Four to ten round values inside the axis."""
+        """Four to seven round values inside the axis."""
         span = (self.stop - self.start) or 1.0
         power = 10.0 ** math.floor(math.log10(span))
-        step = next(power * part for part in (0.1, 0.2, 0.25, 0.5, 1) if span / (power * part) <= 6)
+        step = next(power * part for part in (0.2, 0.25, 0.5, 1, 2) if span / (power * part) <= 6)
         return np.round(np.arange(math.ceil(self.start / step), math.floor(self.stop / step + 1e-9) + 1) * step, 12)
 
 
@@ -474,15 +474,16 @@ svg text { fill: var(--muted); font-variant-numeric: lining-nums tabular-nums; }
 .dots.ours text { font-weight: 650; } .dots.ours rect { fill: var(--wash); opacity: 1; }
 .dots.ours circle { fill: var(--ours); } .dots.ours path { stroke: var(--ours); }
 .case { display: flex; gap: 1.8rem; padding: 1.4rem 0; border-top: 1px solid var(--rule); }
-.case ul { list-style: none; display: flex; flex-wrap: wrap; gap: .5rem; margin: 0; padding: 0; }
-.case img { display: block; width: 100%; image-rendering: pixelated; border: 1px solid var(--rule);
-  border-radius: 3px; }
-.case li { width: 5rem; font-size: .74rem; line-height: 1.35; color: var(--muted); }
-.case li span { display: block; margin-top: .3rem; }
-.query { flex: none; } .query li { width: 7rem; font-size: .8rem; color: var(--ink); }
-.groups { display: grid; gap: 1.1rem; }
+.case ul { list-style: none; display: grid; grid-template-columns: repeat(auto-fill, minmax(3.4rem, 5.2rem));
+  gap: .6rem; margin: 0; padding: 0; }
+.case img { display: block; width: 100%; }
+.frame { border: 1px solid var(--rule); border-radius: 3px; overflow: hidden; }
+.case li { font-size: .74rem; line-height: 1.35; color: var(--muted); }
+.case li span { display: block; margin-top: .35rem; font-variant-numeric: lining-nums tabular-nums; }
+.case .query { flex: none; display: block; width: 7rem; } .case .query li { font-size: .8rem; color: var(--ink); }
+.groups { flex: 1; display: grid; gap: 1.1rem; }
 h4 { font-size: .8rem; margin-bottom: .4rem; }
-.marked img { border-color: var(--mark); outline: 1px solid var(--mark); background: var(--mark-wash); }
+.marked .frame { border-color: var(--mark); box-shadow: 0 0 0 1px var(--mark); background: var(--mark-wash); }
 .case .marked span { color: var(--mark); }
 footer { margin-top: 4.5rem; padding-top: 1rem; border-top: 1px solid var(--rule); font-size: .82rem;
   color: var(--muted); }

@@ -185,7 +185,7 @@ class OperatorGradientComposition(Generic[TensorType, BatchType]):
     def interactions(
         self, left_batch: BatchType, right_batch: BatchType | None, mode: InfluenceMode | str
     ) -> TensorType:
-        """Up: `<Op(grad left), grad right>`, (N, M). Perturbation: `<Op(grad left), grad_x grad right>`, (N, M, *x_shape)."""
+        """`<Op(grad left), grad right>`: (N, M); perturbation: `<Op(grad left), grad_x grad right>`, (N, M, *x_shape)."""
         right_batch = left_batch if right_batch is None else right_batch
         return self.interactions_from_transformed_grads(self.transformed_grads(left_batch), right_batch, mode)
 
@@ -266,8 +266,9 @@ class BlockMapper(ABC, Generic[TensorType, BatchType]):
             )
         for name, factor in factors.items():
             expected = self.composable_block_dict[name].op.input_size
-            if getattr(factor, "shape", (None,))[-1] != expected:
-                raise BlockMismatch(f"Block {name!r} has {expected} parameters, its factors are {tuple(factor.shape)}.")  # type: ignore[attr-defined]
+            shape = tuple(getattr(factor, "shape", ()))
+            if not shape or shape[-1] != expected:
+                raise BlockMismatch(f"Block {name!r} has {expected} parameters, its factors are {shape}.")
         return factors
 
 
@@ -276,7 +277,7 @@ def split(z: Any, sizes: Mapping[str, int], dim: int = -1) -> OrderedDict[str, A
     axis = dim if dim >= 0 else z.ndim + dim
     if not 0 <= axis < z.ndim or z.shape[axis] != sum(sizes.values()):
         raise BlockMismatch(
-            f"Expected {sum(sizes.values())} entries along axis {dim} (blocks {dict(sizes)}), got shape {tuple(z.shape)}."
+            f"Expected {sum(sizes.values())} entries along axis {dim} (blocks {dict(sizes)}), got {tuple(z.shape)}."
         )
     pieces, start = OrderedDict(), 0
     for name, size in sizes.items():

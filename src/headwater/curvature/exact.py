@@ -63,7 +63,7 @@ class CurvatureOperator(LinearOperator):
 
     def _sum_over_rows(self, batch: Batch, vectors: Array) -> Array:
         if self.kind in ("hessian", "ggn"):
-            return self.provider.curvature_product(batch, self.block, vectors, self.kind)  # type: ignore[arg-type]
+            return self.provider.curvature_product(batch, self.block, vectors, self.kind)
         weights, total = self.provider.row_weights(batch), None
         for draw in self.provider.fisher_grads(batch, self.fisher, seed=self.seed):
             value = draw[self.block]

@@ -1,8 +1,9 @@
 """KFAC and EKFAC: the Fisher information of each part as a Kronecker product, or diagonal in a Kronecker eigenbasis.
 
-For a part with inputs a and output-gradients b (T positions a row): left = sum over rows and positions of b b^T, per row;
-right = mean over rows and positions of a a^T; the Fisher is near left (x) right. EKFAC keeps the eigenvectors of the two
-and replaces the eigenvalues by what they ought to be, the mean over rows of (U_left^T G U_right)^2.
+For a part with inputs a and output-gradients b (T positions a row): left is the sum over rows and positions of b b^T,
+per row; right is the mean over rows and positions of a a^T; the Fisher is near left (x) right. EKFAC keeps the
+eigenvectors of the two and replaces the eigenvalues by what they ought to be, the mean over rows of
+(U_left^T G U_right)^2.
 
 Sources: Martens and Grosse 2015, arXiv 1503.05671; George et al. 2018, arXiv 1806.03884; Grosse et al. 2023,
 arXiv 2308.03296.
@@ -70,7 +71,7 @@ def fit_ekfac(
         provider, loader, fisher=fisher, samples=samples, seed=seed, progress=progress, basis_only=True
     )
     bases = {
-        (name, k): part.eigen  # type: ignore[attr-defined]
+        (name, k): part.eigen
         for name, block in kfac.items()
         for k, part in enumerate(block.operators)  # type: ignore[attr-defined]
     }
@@ -105,8 +106,8 @@ def _part_moments(name: str, part: Gradient, weights: Array | None, again: bool,
         return part.moments(weights, again)
     if not basis_only:
         raise InvalidSetting(
-            f"Block {name!r} has a weight that is used both as an embedding and as a linear map; its Fisher is no Kronecker "
-            "product. Use hw.Ekfac(), hw.Direct(), or blocks without it."
+            f"Block {name!r} has a weight that is used both as an embedding and as a linear map; its Fisher is no "
+            "Kronecker product. Use hw.Ekfac(), hw.Direct(), or blocks without it."
         )
     return _tied_basis(part, weights)
 

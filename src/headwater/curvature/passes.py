@@ -17,24 +17,33 @@ Value = TypeVar("Value")
 def batches(
     provider: StructuredGradientProvider, loader: Iterable[Any], what: str, show: bool = False
 ) -> Iterator[Batch]:
-    """The loader's batches as the framework's, empty ones left out.
+    """The loader's batches as the framework's, empty ones left out, large ones cut to what the provider takes at once.
 
     Errors: InvalidInput for a loader that can be read only once, or an item that is no batch; BatchMismatch for a
     loader without rows.
     """
-    if iter(loader) is loader:
+    if isinstance(loader, Iterator):
         raise InvalidInput(
-            f"The loader is a {type(loader).__name__}, which can be read only once; pass something that can be iterated "
-            "again, such as a list of batches or a DataLoader."
+            f"The loader is a {type(loader).__name__}, which can be read only once; pass something that can be "
+            "iterated again, such as a list of batches or a DataLoader."
         )
     empty = True
     for item in track(loader, what, show):
         batch = as_batch(provider, item)
         if batch is not None:
             empty = False
-            yield batch
+            yield from _pieces(provider, batch)
     if empty:
         raise BatchMismatch(f"The loader has no rows ({what}).")
+
+
+def _pieces(provider: StructuredGradientProvider, batch: Any) -> Iterator[Any]:
+    step = max(1, provider.rows_at_once(batch))
+    if step >= len(batch):
+        yield batch
+        return
+    for start in range(0, len(batch), step):
+        yield batch.take(slice(start, start + step))
 
 
 def as_batch(provider: StructuredGradientProvider, item: Any) -> Batch | None:

@@ -25,7 +25,7 @@ Floats = NDArray[np.float64]
 MISLABELLED = ((4, 9, 0.3), (7, 1, 0.2))
 """Planted in the training set: (digit, what it is called instead, share of that digit's rows)."""
 
-WIDTHS = (64, 64, 64, 10)
+WIDTHS, L2 = (64, 64, 64, 10), 1e-3
 METHODS = {"ekfac": "EKFAC", "kfac": "KFAC", "direct": "exact GGN", "grad-dot": "grad-dot", "grad-cos": "grad-cos"}
 PIXELS, HIDDEN, LOSS, RANDOM = "nearest in pixels", "nearest in last hidden layer", "highest own loss", "random"
 NOTHING = "nothing"
@@ -182,7 +182,7 @@ def _train(settings: Settings, digits: Digits, keep: NDArray[np.bool_], seeds: l
             seeds,
             widths=WIDTHS,
             steps=settings.steps,
-            l2=1e-3,
+            l2=L2,
             progress=bar.update,
         )
 

@@ -24,6 +24,12 @@ from headwater.report import (
     page,
 )
 
+MINUS = "\N{MINUS SIGN}"
+
+SHOWN = (
+    "Nobody picked these. The mistakes are in the order of the queries: first some of the kinds that the wrong labels "
+    "teach, then some of other kinds, where the rows behind them may be rightly labelled."
+)
 BLAMED = (
     "Each prediction that the network gets wrong is traced to the training rows that raised its loss the most. Some of "
     "these carry a label that was made wrong on purpose. Not every mistake comes from them: the planted mistakes "
@@ -31,7 +37,9 @@ BLAMED = (
     "Ranking rows by their own loss names much the same rows for every query. That is hard to beat at finding wrong "
     "labels, but it cannot tell which of them made this very mistake: see the last column."
 )
-ITSELF = "Self-influence is a row's score for itself: how much the network would lose on the row had it not been trained on it."
+ITSELF = (
+    "Self-influence is a row's score for itself: how much more the network would lose on that row had it never seen it."
+)
 STRONG = (
     "A row's own loss is a strong baseline for finding wrong labels, often as good as self-influence and much cheaper: "
     "if that is all you want, try it first."
@@ -58,7 +66,7 @@ def report(found: Findings) -> str:
         unit_note=_unit_note(found),
         facts=_facts(found),
         sections=[
-            Section("Some mistakes, and the rows behind them", "", [cases(found)]),
+            Section("Some mistakes, and the rows behind them", SHOWN, [cases(found)]),
             Section("Are the right rows blamed?", BLAMED.format(kinds=_kinds()), [suspects(found)]),
             Section(
                 "Do the mistakes go away?", f"{LEFT_OUT}\n\n{foretold(found)}", [removal_dots(found), removal(found)]
@@ -82,9 +90,9 @@ def _unit_note(found: Findings) -> str:
 def _opening(found: Findings) -> str:
     queries, wrong = len(found.digits.y_query), len(found.wrong)
     return (
-        f"A small network was trained on {found.settings.train} handwritten digits. {found.digits.mislabelled.sum()} of "
-        f"them were mislabelled on purpose: {_kinds()}. It misreads {wrong} of {queries} new digits. Which training rows "
-        "made it do so?"
+        f"A small network was trained on {found.settings.train} handwritten digits. {found.digits.mislabelled.sum()} "
+        f"of them were mislabelled on purpose: {_kinds()}. It misreads {wrong} of {queries} new digits. Which training "
+        "rows made it do so?"
     )
 
 
@@ -120,7 +128,8 @@ def _made(found: Findings) -> str:
     return (
         f"Made by headwater {headwater.__version__}: headwater demo --seed {settings.seed} --method {settings.method}. "
         f"{found.name}{damping}; network {'-'.join(map(str, WIDTHS))}, {settings.steps} steps; one network "
-        f"is explained, and {settings.retrains} seeds retrained for each change. Data: the handwritten digits of scikit-learn (UCI)."
+        f"is explained, and {settings.retrains} seeds retrained for each change. "
+        "Data: the handwritten digits that come with scikit-learn."
     )
 
 
@@ -137,8 +146,8 @@ def suspects(found: Findings) -> Table:
     everywhere = np.broadcast_to(digits.mislabelled, same.shape)
     return Table(
         title="Are the ten rows blamed for a mistake really mislabelled?",
-        reading="Each cell is a share of ten rows, averaged over wrong predictions; more is better. Attribution is told "
-        " the query's true label; so are the baselines, which rank only rows that are labelled otherwise.",
+        reading="Each cell is a share of ten rows, averaged over wrong predictions; more is better. Attribution knows "
+        "each query's true label, and so do the baselines: they rank only the rows that are labelled otherwise.",
         columns=(
             "The ten rows ranked first by",
             f"mislabelled, all {len(planted)} mistakes",
@@ -240,12 +249,12 @@ def foretold(found: Findings) -> str:
     if found.unit != "removal":
         return ""
     harmful = np.sort(found.scores[found.explained], axis=1)[:, : found.settings.removed]
-    measured = found.retrained_losses[NOTHING].mean() - found.retrained_losses[found.name].mean()
+    before, after = (found.retrained_losses[name].mean() for name in (NOTHING, found.name))
     return (
-        f"The scores of the {harmful.shape[1]} rows add up to a predicted fall in loss of "
-        f"{-harmful.sum(1).mean():.2f} nats per prediction; retraining measured {measured:.2f}. Each score is a "
-        "first-order forecast for one row of one network: sums over many rows overlap, and a loss cannot fall below "
-        "zero, so read the sum as a ranking, not as a promise."
+        f"The scores of the {harmful.shape[1]} rows add up to a predicted fall in loss of {-harmful.sum(1).mean():.2f} "
+        f"nats per prediction; retraining measured {before - after:.2f} of the {before:.2f} there were. Each score is "
+        "a first-order forecast for one row of one network. Sums over many rows overlap, and a loss cannot fall below "
+        "zero: read the sum as a ranking, not as a promise."
     )
 
 
@@ -253,9 +262,9 @@ def cases(found: Findings, each: int = 3, rows: int = 5) -> Cases:
     """The first explained mistakes of both kinds, planted and other, with their most harmful and helpful rows."""
     kinds = (found.explained[found.planted[found.explained] == kind] for kind in (True, False))
     return Cases(
-        title="Mistakes and the rows behind them",
-        reading="On the left what the network misread; beside it the training rows that pushed hardest towards the "
-        "mistake and hardest against it, with their scores in nats; a red frame marks a planted wrong label.",
+        title="What the network misread, and what it had been shown",
+        reading="On the left the query; beside it the training rows that pushed hardest towards the mistake and "
+        "hardest against it, with their labels and scores; a red frame marks a planted wrong label.",
         cases=[_case(found, case, rows) for kind in kinds for case in kind[:each]],
     )
 
@@ -270,7 +279,11 @@ def _case(found: Findings, case: int, rows: int) -> Case:
         marked = bool(given != original)
         return Picture(
             image=digits.x_train[row].reshape(8, 8),
-            lines=[f"labelled {given}", *([f"but a {original}"] if marked else []), f"{scores[row]:+.2f}"],
+            lines=[
+                f"labelled {given}",
+                *([f"but a {original}"] if marked else []),
+                f"{scores[row]:+.2f}".replace("-", MINUS),
+            ],
             alt=f"Training row {row}: a handwritten {original}, labelled {given}",
             marked=marked,
         )

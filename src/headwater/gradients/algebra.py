@@ -31,7 +31,9 @@ from headwater.arrays import Array, accumulable, add_product, namespace, rows_wi
 
 @dataclass(frozen=True)
 class Moments:
-    """Additive sums for a Kronecker approximation of the mean of vec(G) vec(G)^T: left/left_count (x) right/right_count.
+    """Additive sums for a Kronecker approximation of the mean of vec(G) vec(G)^T.
+
+    The approximation is left/left_count (x) right/right_count.
 
     `left` is [o, o], or [o] where it is diagonal; `right` is [i, i], or None where it was counted before.
     """

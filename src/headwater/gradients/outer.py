@@ -142,7 +142,7 @@ class Outer(Gradient):
         return xp.stack(sums, axis=0) if sums else zeros_like(self.a, (0, o, i))
 
     def sandwich(self, left: Array | None, right: Array | None) -> Gradient:
-        """Acts on the factors while they are the cheaper thing to hold; else each side is turned where it is smaller."""
+        """On the factors while they are the cheaper thing to hold; else each side is turned where it is smaller."""
         t, (o, i) = self.positions, self.shape
         if t * (o + i) <= o * i or t == 1:
             return self._turn(left, right)
@@ -186,11 +186,11 @@ class Outer(Gradient):
         if self.positions > 1 or len(draws) <= len(others):
             return None
         turned = self._turn(left, right)._bordered()
-        b = sum(multiply_right(draw.b, left)[:, 0] ** 2 for draw in draws)  # type: ignore[misc]
+        b = sum(multiply_right(draw.b, left)[:, 0] ** 2 for draw in draws)
         return transpose(b if weights is None else b * weights[:, None]) @ turned.a[:, 0] ** 2
 
     def moments(self, weights: Array | None = None, again: bool = False) -> Moments:
-        """Sums over rows and positions of b b^T and a a^T; the mean over rows and over positions follow by the counts."""
+        """Sums over rows and positions of b b^T and a a^T; means over rows, and positions, follow by the counts."""
         o, t, xp = self.shape[0], self.positions, namespace(self.a)
         rows = self.rows if weights is None else xp.sum(weights)
         weighted = None if weights is None else weights[:, None, None]
@@ -217,7 +217,7 @@ def _gram(total: Array | None, rows: Array, weights: Array | None, size: int) ->
 
 @dataclass(frozen=True, eq=False)
 class RowSparse(Gradient):
-    """Sums over positions of vectors that belong to rows of a table: ids [n, t], values [n, t, d], `size` table rows."""
+    """Sums over positions of vectors that belong to rows of a table: ids [n, t], values [n, t, d]; `size` rows."""
 
     ids: Array
     values: Array

@@ -73,6 +73,10 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
     def fingerprint(self) -> tuple:
         """Changes when the weights do."""
 
+    def rows_at_once(self, batch: BatchType) -> int:
+        """How many rows to take through the model together; larger batches are cut. The numbers do not depend on it."""
+        return len(batch)
+
     @property
     def sizes(self) -> OrderedDict[str, int]:
         return OrderedDict((name, layout.size) for name, layout in self.layouts.items())
@@ -92,7 +96,7 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
         if g.ndim != 2 or g.shape[1] != self.n_parameters:  # type: ignore[attr-defined]
             raise ShapeMismatch(f"Expected g of shape (K, {self.n_parameters}), got {tuple(g.shape)}.")  # type: ignore[attr-defined]
         pieces = split(g, self.sizes)
-        return sum(value.project(pieces[name]) for name, value in self.grads(batch).items())  # type: ignore[return-value]
+        return sum(value.project(pieces[name]) for name, value in self.grads(batch).items())
 
     def block(self, name: str) -> BlockProvider:
         """This provider, seen through one block."""

@@ -81,6 +81,9 @@ class UnitGradientProvider(StructuredGradientProvider[Any, Any]):
     def row_weights(self, batch: Any) -> Array | None:
         return self.plain.row_weights(batch)
 
+    def rows_at_once(self, batch: Any) -> int:
+        return self.plain.rows_at_once(batch)
+
     def fingerprint(self) -> tuple:
         return self.plain.fingerprint()
 

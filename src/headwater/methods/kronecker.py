@@ -37,7 +37,7 @@ class Kfac(Method):
     damping_form: DampingForm = "exact"
     """"exact": added to the product; "factored": shared out to the two factors, so that pairs cost o + i, not o i."""
     fisher: Fisher = "auto"
-    """Labels: enumerated ("exact"), "sampled", the data's own ("empirical"), or enumerated where they are few ("auto")."""
+    """Labels: all of them ("exact"), "sampled", the data's own ("empirical"), or "auto": all where they are few."""
     samples: int = 1
     """How many labels are sampled for a row."""
     seed: int = 0
@@ -73,7 +73,7 @@ class Ekfac(Method):
     rank: int | None = None
     """None for the exact inverse spectrum, else how many outer products stand for it."""
     fisher: Fisher = "auto"
-    """Labels: enumerated ("exact"), "sampled", the data's own ("empirical"), or enumerated where they are few ("auto")."""
+    """Labels: all of them ("exact"), "sampled", the data's own ("empirical"), or "auto": all where they are few."""
     samples: int = 1
     """How many labels are sampled for a row, in each of the two passes."""
     seed: int = 0

@@ -24,20 +24,21 @@ def invert_spectrum(spectrum: Array, damping: float, allow_indefinite: bool = Tr
     """1 / (spectrum + damping), in the precision of the spectrum.
 
     Errors: SingularOperator if some |spectrum + damping| is below eps times the largest; IndefiniteCurvature, naming
-    the smallest damping that would do, if some is negative and that is not allowed.
+    a damping that would do, if some is negative and that is not allowed.
     """
     xp = namespace(spectrum)
     damped = spectrum + damping
     largest, eps = float(xp.max(xp.abs(damped))), float(xp.finfo(spectrum.dtype).eps)
     if float(xp.min(xp.abs(damped))) <= eps * largest:
         raise SingularOperator(
-            f"At damping {damping:g} the smallest eigenvalue is zero to rounding (largest {largest:g}). Use more damping."
+            f"At damping {damping:g} the smallest eigenvalue is zero to rounding (largest {largest:g}). "
+            "Use more damping."
         )
     lowest = float(xp.min(damped))
     if not allow_indefinite and lowest < 0:
         raise IndefiniteCurvature(
-            f"At damping {damping:g} the smallest eigenvalue is {lowest:g}: not a minimum. A damping above "
-            f"{damping - lowest:g} would do; so would curvature='ggn', which is never negative."
+            f"At damping {damping:g} the smallest eigenvalue is {lowest:g}: not a minimum. A damping of "
+            f"{1.01 * (damping - lowest):.3g} would do; so would curvature='ggn', which is never negative."
         )
     return 1.0 / damped
 
@@ -315,7 +316,7 @@ class EigenKroneckerOperator(LinearOperator):
 
     @cached_property
     def rotation(self) -> RotationOperator:
-        return RotationOperator(self.left, self.right, tuple(self.spectrum.shape))  # type: ignore[arg-type]
+        return RotationOperator(self.left, self.right, tuple(self.spectrum.shape))
 
     def with_spectrum(self, spectrum: Array) -> EigenKroneckerOperator:
         """Another spectrum in the same basis."""

@@ -1,4 +1,4 @@
-"""Scores at rest: numbers with the names of their rows, their unit and sign, and how they came about. Knows no maths."""
+"""Scores at rest: numbers with the names of their rows, their unit and sign, and how they came about."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ class Scores:
     def __post_init__(self) -> None:
         if self.values.shape != (len(self.query_ids), len(self.train_ids)):
             raise ShapeMismatch(
-                f"The scores are {self.values.shape}, for {len(self.query_ids)} queries and {len(self.train_ids)} train rows."
+                f"The scores are {self.values.shape}, for {len(self.query_ids)} queries and {len(self.train_ids)} rows."
             )
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.values.shape  # type: ignore[return-value]
+        return self.values.shape
 
     @property
     def unit_in_words(self) -> str:

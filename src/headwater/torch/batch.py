@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +59,15 @@ def call(function: Callable[..., Any], x: Any) -> Any:
     if isinstance(x, (tuple, list)):
         return function(*x)
     return function(x)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without torch's remarks that an operation is vectorised by a loop, or scripted: the user can do nothing about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+        warnings.filterwarnings("ignore", "`torch.jit.script`", DeprecationWarning)
+        yield
 
 
 def differentiable_input(x: Any) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -25,7 +26,13 @@ class Use:
     layer: str
     input: torch.Tensor
     output: torch.Tensor
-    version: int
+    input_version: int
+    output_version: int
+
+    @property
+    def is_spoilt(self) -> bool:
+        """Whether input or output has been changed in place since."""
+        return (self.input._version, self.output._version) != (self.input_version, self.output_version)
 
 
 @dataclass(frozen=True)
@@ -64,11 +71,26 @@ def detached_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def run(model: nn.Module, state: Mapping[str, torch.Tensor], x: Any) -> Any:
     """The model's output with these parameters and buffers instead of its own."""
+    slots = {slot: state[name] for slot, name in _slots(model).items()}
 
     def functional(*args: Any, **kwargs: Any) -> Any:
-        return torch.func.functional_call(model, dict(state), args, kwargs)
+        return torch.func.functional_call(model, slots, args, kwargs, tie_weights=False)
 
     return call(functional, x)
+
+
+def _slots(model: nn.Module) -> dict[str, str]:
+    """Every place that holds a parameter or buffer, once, to the canonical name of what it holds.
+
+    A module with two names has one place: torch would swap it twice, and put the wrong tensor back (torch 2.13).
+    """
+    names = {id(t): name for name, t in chain(model.named_parameters(), model.named_buffers())}
+    return {
+        f"{prefix}.{role}" if prefix else role: names[id(tensor)]
+        for prefix, module in model.named_modules()
+        for role, tensor in chain(module._parameters.items(), module._buffers.items())
+        if tensor is not None
+    }
 
 
 def twice_differentiable() -> Any:
@@ -79,12 +101,12 @@ def twice_differentiable() -> Any:
 def record(model: nn.Module, state: Mapping[str, torch.Tensor], layers: Mapping[str, nn.Module], x: Any) -> Recording:
     """One forward pass with the layers watched.
 
-    A layer's output may be changed in place by what follows (a ReLU, say), which would spoil its gradient; then the
-    pass is repeated with copies.
+    A layer's input or output may be changed in place by what follows (a ReLU, say), which would spoil its gradient;
+    then the pass is repeated with copies.
     """
     try:
         recording = _record(model, state, layers, x, copies=False)
-        if all(use.output._version == use.version for use in recording.uses):
+        if not any(use.is_spoilt for use in recording.uses):
             return recording
     except RuntimeError as error:
         if "in-place" not in str(error):
@@ -97,14 +119,15 @@ def _record(
 ) -> Recording:
     uses: list[Use] = []
 
-    def watch(name: str):
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             given = args[0] if args else kwargs.get("input", next(iter(kwargs.values()), None))
             if not isinstance(output, torch.Tensor) or not isinstance(given, torch.Tensor):
                 return None
             if not output.requires_grad:
                 output.requires_grad_()
-            uses.append(Use(name, given.detach(), output, output._version))
+            given = given.detach().clone() if copies else given.detach()
+            uses.append(Use(name, given, output, given._version, output._version))
             return output.clone() if copies else None
 
         return hook

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from headwater.errors import InvalidSetting, NonFiniteValue, UnsupportedLoss
+from headwater.torch.batch import quiet
 
 Loss = Callable[[Any, Any], torch.Tensor]
 FEW = 16
@@ -32,7 +33,8 @@ def row_losses(loss: Loss, output: Any, target: Any) -> torch.Tensor:
         return _scalar(loss(tree_map(lambda v: v.unsqueeze(0), o), tree_map(lambda v: v.unsqueeze(0), t)))
 
     try:
-        return torch.func.vmap(one)(output, target)
+        with quiet():
+            return torch.func.vmap(one)(output, target)
     except (RuntimeError, ValueError):
         rows = len(tree_leaves(output)[0])
         pick = [tree_map(lambda v, k=k: v[k], (output, target)) for k in range(rows)]
@@ -48,7 +50,8 @@ def _scalar(value: Any) -> torch.Tensor:
 def check_finite(losses: torch.Tensor) -> None:
     """Errors: NonFiniteValue naming the rows."""
     if not torch.isfinite(losses.detach().sum()):
-        bad = (~torch.isfinite(losses.detach())).nonzero()[:, 0].tolist()
+        losses = losses.detach()
+        bad = (~torch.isfinite(losses)).nonzero()[:, 0].tolist()
         raise NonFiniteValue(
             f"The loss is not finite for rows {bad[:5]} of this batch (values {[float(losses[k]) for k in bad[:5]]}): "
             "look for NaN or infinity in these inputs, or for a row without any target."
@@ -57,15 +60,17 @@ def check_finite(losses: torch.Tensor) -> None:
 
 def check_loss(loss: Loss) -> None:
     """Errors: UnsupportedLoss where a row alone means something else than in its batch."""
-    module = loss if isinstance(loss, nn.Module) else None
+    plain = loss.func if isinstance(loss, partial) else loss
+    options = partial_options(loss)
     if (
-        isinstance(module, (nn.CrossEntropyLoss, nn.NLLLoss))
-        and module.weight is not None
-        and module.reduction == "mean"
+        (isinstance(plain, (nn.CrossEntropyLoss, nn.NLLLoss)) or plain in (F.cross_entropy, F.nll_loss))
+        and getattr(options, "weight", None) is not None
+        and getattr(options, "reduction", "mean") == "mean"
     ):
+        name = getattr(plain, "__name__", type(plain).__name__)
         raise UnsupportedLoss(
-            f"{type(module).__name__}(weight=..., reduction='mean') divides by the batch's total class weight, so a row "
-            "on its own has no weight. Use reduction='sum' or 'none'."
+            f"{name}(weight=..., reduction='mean') divides by the batch's total class weight, so a "
+            "row on its own has no weight. Use reduction='sum' or 'none'."
         )
 
 
@@ -88,12 +93,14 @@ def normalisation(loss: Loss, output: Any, target: Any) -> str:
     each = torch.autograd.grad(rows.sum(), outputs, retain_graph=True, allow_unused=True, materialize_grads=True)
     mine, alone = (torch.cat([g.reshape(len(rows), -1) for g in grads], dim=1) for grads in (whole, each))
     cosine = F.cosine_similarity(mine, alone, dim=1)
-    live = (mine.norm(dim=1) > 0) & (alone.norm(dim=1) > 0)
-    if bool((cosine[live] > 1 - 1e-3).all()):
+    here, there = mine.norm(dim=1), alone.norm(dim=1)
+    from_others = (there == 0) & (here > 1e-6 * here.max())
+    live = (here > 0) & (there > 0)
+    if bool((cosine[live] > 1 - 1e-3).all()) and not bool(from_others.any()):
         return "weighted mean"
     raise UnsupportedLoss(
-        "The loss of a batch is no weighted sum of its rows' losses: rows act on each other inside the loss, so a row's "
-        "own gradient has no meaning."
+        "The loss of a batch is no weighted sum of its rows' losses: rows act on each other inside the loss, so a "
+        "row's own gradient has no meaning."
     )
 
 
@@ -110,7 +117,7 @@ class Likelihood(ABC):
 
     @abstractmethod
     def exact(self, loss: Loss, output: torch.Tensor, target: Any) -> list[torch.Tensor] | None:
-        """Cotangents whose summed v v^T is exactly it; None if there would be one for each of several targets of a row."""
+        """Cotangents whose summed v v^T is exactly it; None where a row has several targets."""
 
     @abstractmethod
     def sampled(self, loss: Loss, output: torch.Tensor, target: Any, draw: Draw) -> torch.Tensor:
@@ -159,7 +166,7 @@ class CrossEntropy(Likelihood):
 
 
 def _class_axis(output: torch.Tensor, target: Any) -> int:
-    """The axis of the classes: the one that the target lacks; torch's own losses put it second, language models last."""
+    """The axis of the classes, which the target lacks: second in torch's own losses, last in language models."""
     shape, wanted = tuple(output.shape), tuple(getattr(target, "shape", ()))
     if isinstance(target, torch.Tensor) and not target.is_floating_point():
         for axis in (len(shape) - 1, 1):
@@ -307,7 +314,7 @@ def fisher_cotangents(
     output: Any,
     target: Any,
     fisher: str,
-    draws: Iterator[Draw] | list[Draw],
+    draws: Sequence[Draw],
 ) -> Iterator[torch.Tensor]:
     """Cotangents whose summed v v^T is (or estimates) each row's output Hessian; see `Likelihood`."""
     if fisher == "empirical":
@@ -331,9 +338,8 @@ def fisher_cotangents(
         return
     if fisher == "exact":
         raise UnsupportedLoss(
-            "fisher='exact' enumerates the targets of a row, which needs one target per row and a likelihood that can be "
-            "enumerated. Use fisher='sampled'."
+            "fisher='exact' enumerates the targets of a row, which needs one target per row and a likelihood that "
+            "can be enumerated. Use fisher='sampled'."
         )
-    each = list(draws)
-    for draw in each:
-        yield likelihood.sampled(loss, output, target, draw) / math.sqrt(len(each))
+    for draw in draws:
+        yield likelihood.sampled(loss, output, target, draw) / math.sqrt(len(draws))

@@ -73,13 +73,13 @@ def check_eval(model: nn.Module) -> None:
             live.append(f"{name or 'the model'} ({type(module).__name__})")
     if live:
         raise RowsInteract(
-            f"The model is in train mode with {', '.join(live[:4])}{' ...' if len(live) > 4 else ''}: a row's gradient would "
-            "depend on chance or on the other rows. Call model.eval() first."
+            f"The model is in train mode with {', '.join(live[:4])}{' ...' if len(live) > 4 else ''}: a row's gradient "
+            "would depend on chance or on the other rows. Call model.eval() first."
         )
 
 
 def make_plan(model: nn.Module, structure: Structure, distrusted: Collection[str] = ()) -> Plan:
-    """Blocks by structure; parts by layer rules, and by plain autograd for `distrusted` parameters and those without rule."""
+    """Blocks by structure; parts by layer rules, or plain autograd for `distrusted` parameters and the rest."""
     blocks = partition(trainable_parameters(model), structure)
     block_of = {p.name: block.name for block in blocks.values() for p in block.parameters}
     layers = _layers(model, {name for name in block_of if name not in distrusted})

@@ -6,12 +6,13 @@ All K are pushed through together (one vectorised backward); a model that cannot
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from headwater.torch.batch import quiet
 
 Tensors = Sequence[torch.Tensor]
 
@@ -24,7 +25,10 @@ def batched_vjp(outputs: Tensors, inputs: Tensors, cotangents: Tensors) -> list[
         return [i.new_zeros((count, *i.shape)) for i in inputs]
     outs, cots = [o for o, _ in live], [c for _, c in live]
     try:
-        grads = torch.autograd.grad(outs, inputs, cots, retain_graph=True, allow_unused=True, is_grads_batched=True)
+        with quiet():
+            grads: Sequence[torch.Tensor | None] = torch.autograd.grad(
+                outs, inputs, cots, retain_graph=True, allow_unused=True, is_grads_batched=True
+            )
     except RuntimeError:
         each = [
             torch.autograd.grad(outs, inputs, [c[k] for c in cots], retain_graph=True, allow_unused=True)
@@ -43,7 +47,7 @@ def hessian_product(loss: torch.Tensor, leaves: Tensors, tangents: Tensors) -> l
 def ggn_product(
     function: Callable[[Tensors], Any], loss: Callable[[Any], torch.Tensor], leaves: Tensors, tangents: Tensors
 ) -> list[torch.Tensor]:
-    """J^T H J times each tangent: J the Jacobian of the output by the leaves, H the Hessian of the loss by the output."""
+    """J^T H J times each tangent: J the output's Jacobian by the leaves, H the loss's Hessian by the output."""
     output, structure = tree_flatten(function(leaves))
     outputs = [o for o in output if isinstance(o, torch.Tensor) and o.is_floating_point()]
     pushed = push_forward(lambda given: tree_flatten(function(given))[0], outputs, leaves, tangents)
@@ -68,8 +72,7 @@ def push_forward(
         return torch.func.jvp(lambda *given: floating(given), plain, direction)[1]
 
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`torch.jit.script`", DeprecationWarning)  # torch's own, at the first jvp
+        with quiet():
             return list(torch.func.vmap(one)(*tangents))
     except (NotImplementedError, RuntimeError):
         dummies = [torch.zeros_like(o, requires_grad=True) for o in outputs]

@@ -29,7 +29,7 @@ from headwater.gradients.block import BlockGradient
 from headwater.gradients.outer import Outer, RowSparse
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, StructuredGradientProvider
 from headwater.random import row_keys, row_normals, row_uniforms
-from headwater.torch.batch import TorchBatch, differentiable_input
+from headwater.torch.batch import TorchBatch, differentiable_input, quiet
 from headwater.torch.capture import Recording, detached_state, record, run, twice_differentiable
 from headwater.torch.losses import (
     Likelihood,
@@ -93,6 +93,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         self._modules = dict(model.named_modules())
         self._plan = make_plan(model, blocks)
         self._checked = False
+        self._numbers_per_row = 1
 
     # What there is ------------------------------------------------------------------------------------------------
 
@@ -152,6 +153,10 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
                 f"Pass x.to({kind})."
             ) from error
 
+    def rows_at_once(self, batch: TorchBatch) -> int:
+        self._prepare(batch)
+        return rows_within_memory(self._numbers_per_row, next(self.model.parameters()))
+
     def row_weights(self, batch: TorchBatch) -> torch.Tensor | None:
         return batch.weights
 
@@ -175,8 +180,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         with self._autograd():
             recording, state = self._record(batch)
             output = recording.output
-            keys = None if fisher == "empirical" else self._row_keys(batch)
-            numbers = [partial(self._numbers, keys, number, seed) for number in draws]
+            numbers = [partial(self._numbers, self._row_keys(batch), number, seed) for number in draws]
             cold = tree_map(lambda t: t.detach(), output)
             check_finite(row_losses(self.loss, cold, batch.y))
             cotangents = list(fisher_cotangents(self.likelihood, self.loss, cold, batch.y, fisher, numbers))
@@ -248,7 +252,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
                     piece.x,
                     target[start : start + step] if isinstance(target, torch.Tensor) else piece.y,
                 ).items():
-                    found[name].append(grad)
+                    found[name].append(wide(grad))
         return {
             (block, k): Dense(torch.cat(found[name]).reshape(len(batch), *as_matrix(tuple(state[name].shape))))
             for block, k, name in self._plan.plain
@@ -298,11 +302,12 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         for tensor in state.values():
             tensor.requires_grad_(False)
         recording, _ = self._record(rows)
-        self._check_independence(recording.output, output, last)
-        self.normalisation = normalisation(self.loss, recording.output, rows.y)
         losses = row_losses(self.loss, recording.output, rows.y)
         check_finite(losses)
+        self._check_independence(recording.output, output, last)
+        self.normalisation = normalisation(self.loss, recording.output, rows.y)
         values = self._values(recording, [losses], [torch.ones_like(losses)])
+        self._numbers_per_row = sum(a.numel() for v in values.values() for a in v.arrays) // len(rows)
         wrong = self._disagreeing(values, grads, last)
         if wrong:
             self._plan = make_plan(self.model, self._structure, wrong)
@@ -315,21 +320,23 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         for tensor in tree_leaves(output):
             if isinstance(tensor, torch.Tensor) and (tensor.ndim == 0 or len(tensor) != 1):
                 raise UnsupportedModel(
-                    f"The model's output for one row has shape {tuple(tensor.shape)}; its first axis must run over rows."
+                    f"The model's output for one row has shape {tuple(tensor.shape)}; "
+                    "its first axis must run over rows."
                 )
         loss = self.loss(output, row.y).sum()
         if not loss.requires_grad:
             raise UnsupportedModel("The loss does not depend on any attributed parameter.")
         grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
-        return tree_map(lambda t: t.detach(), output), dict(zip(leaves, grads, strict=True))
+        dense = [g.to_dense() if g.is_sparse else g for g in grads]
+        return tree_map(lambda t: t.detach(), output), dict(zip(leaves, dense, strict=True))
 
     def _check_independence(self, together: Any, alone: Any, row: int) -> None:
         for one, both in zip(tree_leaves(alone), tree_leaves(together), strict=True):
             if isinstance(one, torch.Tensor) and one.is_floating_point() and not _close(both.detach()[row], one[0]):
                 gap = float((both.detach()[row] - one[0]).abs().max())
                 raise RowsInteract(
-                    f"The model's output for row {row} changes by {gap:g} when the row is alone in its batch: rows act on "
-                    "each other, or the model is random. Its rows have no gradients of their own."
+                    f"The model's output for row {row} changes by {gap:g} when the row is alone in its batch: rows act "
+                    "on each other, or the model is random. Its rows have no gradients of their own."
                 )
 
     def _disagreeing(
@@ -343,7 +350,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             pieces = flat.split([p.size for p in layout.block.parameters])
             for parameter, got in zip(layout.block.parameters, pieces, strict=True):
                 truth = expected[parameter.name].reshape(-1)
-                if parameter.name not in plain and not _close(got, truth.to(got.dtype)):
+                if parameter.name not in plain and not _close(got.to(truth.dtype), truth):
                     wrong.append(parameter.name)
         return wrong
 
@@ -453,7 +460,8 @@ def _against(output: Any, cotangent: torch.Tensor) -> torch.Tensor:
 def _rowwise(function: Any, chosen: dict[str, torch.Tensor], x: Any, y: Any) -> dict[str, torch.Tensor]:
     """function(chosen, row of x, row of y), for all rows: vectorised, or one by one where that fails."""
     try:
-        return torch.func.vmap(function, in_dims=(None, 0, 0))(chosen, x, y)
+        with quiet():
+            return torch.func.vmap(function, in_dims=(None, 0, 0))(chosen, x, y)
     except RuntimeError:
         rows = len(tree_leaves(x)[0])
         each = [function(chosen, *tree_map(lambda t, k=k: t[k], (x, y))) for k in range(rows)]

@@ -53,7 +53,7 @@ class StackedMlps:
         """The cross-entropy of every model at every row, [m, n], in nats. x: [n, i]; y: [n] class indices."""
         logits = self.logits(x)
         labels = torch.as_tensor(y, device=logits.device).long().expand(logits.shape[:2])
-        return cross_entropy(logits.mT, labels, reduction="none")
+        return cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
 
     def model(self, index: int) -> torch.nn.Sequential:
         """Model `index` as an ordinary module in eval mode, with parameters of its own."""
@@ -77,7 +77,7 @@ def train_mlps(
     lr: float = 0.1,
     momentum: float = 0.9,
     l2: float = 1e-4,
-    side_by_side: int = 64,
+    side_by_side: int = 32,
     progress: Callable[[int], object] | None = None,
 ) -> StackedMlps:
     """Train one classifier per seed, each on the rows it keeps: SGD with momentum and a cosine learning rate.
@@ -174,7 +174,7 @@ def _descend(
     for step in range(steps):
         rows = order[:, step]
         logits = _linear(_hidden(weights, biases, x[rows]), weights[-1], biases[-1])
-        loss = cross_entropy(logits.mT, y[rows], reduction="sum") / batch_size
+        loss = cross_entropy(logits.flatten(0, 1), y[rows].flatten(), reduction="sum") / batch_size
         rate = lr * (1 + math.cos(math.pi * step / steps)) / 2
         with torch.no_grad():
             for p, v, gradient in zip(parameters, velocities, torch.autograd.grad(loss, parameters), strict=True):
