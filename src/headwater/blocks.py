@@ -64,7 +64,7 @@ def partition(parameters: Sequence[Parameter], structure: Structure) -> OrderedD
     if isinstance(structure, Mapping):
         return _own_blocks(parameters, structure)
     keys = {"full": lambda p: "full", "layer": lambda p: p.owner, "parameter": lambda p: p.name}
-    if structure not in keys:
+    if not isinstance(structure, str) or structure not in keys:
         raise InvalidSetting(f"blocks is {structure!r}; expected 'full', 'layer', 'parameter' or a mapping of names.")
     groups: OrderedDict[str, list[Parameter]] = OrderedDict()
     for parameter in parameters:
@@ -77,6 +77,8 @@ def _own_blocks(parameters: Sequence[Parameter], mapping: Mapping[str, Sequence[
     for name, wanted in mapping.items():
         if isinstance(wanted, str):
             raise InvalidSetting(f"Block {name!r} is the string {wanted!r}; expected a list of names.")
+        if not wanted:
+            raise BlockMismatch(f"Block {name!r} has no parameters.")
         blocks[name] = Block(name, tuple(p for entry in wanted for p in _named(entry, parameters, name)))
     doubled = [n for n, k in Counter(p.name for b in blocks.values() for p in b.parameters).items() if k > 1]
     if doubled:
@@ -156,7 +158,11 @@ class Layout:
         return tuple(sorted(pieces, key=lambda item: (order[item[1].parameter], item[1].start)))
 
     def split(self, flat: Array) -> list[Array]:
-        """Flat vectors (K, D) to one array (K, o, i) for each part."""
+        """Flat vectors (K, D) to one array (K, o, i) for each part. Errors: ShapeMismatch for another D."""
+        if flat.ndim != 2 or flat.shape[1] != self.size:
+            raise ShapeMismatch(
+                f"Block {self.block.name!r} takes flat vectors (K, {self.size}), got shape {tuple(flat.shape)}."
+            )
         found, start = {}, 0
         for _, piece in self._flat_order:
             found[piece] = flat[:, start : start + piece.size].reshape((flat.shape[0], *piece.shape))

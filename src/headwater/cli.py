@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from cyclopts import App, CycloptsError, Parameter
 
 import headwater
-from headwater.errors import HeadwaterError
+from headwater.errors import HeadwaterError, InvalidSetting
 
 app = App(
     name="headwater",
@@ -31,7 +31,7 @@ def demo(
     show: Annotated[bool, Parameter(name="--open", negative="")] = False,
     quiet: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
-    """Teach a small network wrong labels, then trace its mistakes back to them. Under a minute on two cores.
+    """Teach a small network wrong labels, then trace its mistakes back to them. Takes about half a minute.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ def demo(
     seed
         Of all that is drawn: same seed, same numbers.
     method
-        How the influence of a training row is computed.
+        How the influence of a training row is computed; direct is exact within each layer, and takes longer.
     show
         Open the report in a browser.
     quiet
@@ -48,6 +48,8 @@ def demo(
     """
     from headwater.demo import Settings, explore, report, tell
 
+    if not out.resolve().parent.is_dir():
+        raise InvalidSetting(f"--out {out}: there is no folder {out.resolve().parent}.")
     found = explore(Settings(seed=seed, method=method, quiet=quiet))
     out.write_text(report(found), encoding="utf-8")
     if not quiet:

@@ -10,6 +10,7 @@ per unit of weight in the mean objective; divided by the number of train rows, t
 from __future__ import annotations
 
 import copy
+import os
 from abc import ABC
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
@@ -280,16 +281,18 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         *,
         unit: str = "influence",
         by_block: bool = False,
+        store: str | os.PathLike[str] | None = None,
         progress: bool = False,
     ) -> Scores:
         """Scores of all train rows on all query rows, labelled: one pass over each loader.
 
         unit: "influence" (what `influences` gives), or "removal" (that over n_train: the predicted increase of the
-        query's loss when the row is removed). by_block: keep each block's share.
+        query's loss when the row is removed). by_block: keep each block's share. store: a folder where finished tiles
+        are kept, so that the same call goes on where a stopped one ended.
         """
         from headwater.run.attribute import attribute
 
-        return attribute(self, train_loader, query_loader, unit=unit, by_block=by_block, progress=progress)
+        return attribute(self, train_loader, query_loader, unit=unit, by_block=by_block, store=store, progress=progress)
 
     def top(
         self,

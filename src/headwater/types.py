@@ -13,9 +13,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from headwater.arrays import namespace
 from headwater.errors import (
@@ -48,7 +48,7 @@ class Batch(Generic[TensorType]):
     """Some rows: inputs x and targets y, the same number of each.
 
     `x` may be a tensor, or a tuple or mapping of tensors whose first axis runs over the rows. A subclass may carry
-    sample weights and row ids. Errors: BatchMismatch if lengths disagree.
+    sample weights and row ids. Errors: BatchMismatch if lengths disagree, or there are none.
     """
 
     x: Any
@@ -56,6 +56,8 @@ class Batch(Generic[TensorType]):
 
     def __post_init__(self) -> None:
         lengths = {name: _lengths(value) for name, value in self._columns().items()}
+        if not any(lengths.values()):
+            raise BatchMismatch("There is nothing in the batch: x and y are None.")
         if len({n for sizes in lengths.values() for n in sizes}) > 1:
             said = ", ".join(f"{name} has {' / '.join(map(str, sizes))}" for name, sizes in lengths.items() if sizes)
             raise BatchMismatch(f"The pieces of a batch need the same number of rows, but {said}.")
@@ -67,6 +69,20 @@ class Batch(Generic[TensorType]):
     def __len__(self) -> int:
         return next(n for value in self._columns().values() for n in _lengths(value))
 
+    def take(self, rows: slice) -> Self:
+        """Some of the rows."""
+        return replace(self, **{name: _rows(value, rows) for name, value in self._columns().items()})
+
+
+def _rows(value: Any, rows: slice) -> Any:
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        return {name: _rows(v, rows) for name, v in value.items()}
+    if isinstance(value, (tuple, list)) and any(hasattr(v, "shape") for v in value):
+        return tuple(_rows(v, rows) for v in value)
+    return value[rows]
+
 
 def _lengths(value: Any) -> list[int]:
     if value is None:
@@ -75,7 +91,10 @@ def _lengths(value: Any) -> list[int]:
         return [n for v in value.values() for n in _lengths(v)]
     if isinstance(value, (tuple, list)) and any(hasattr(v, "shape") for v in value):
         return [n for v in value for n in _lengths(v)]
-    return [int(value.shape[0]) if hasattr(value, "shape") else len(value)]
+    shape = getattr(value, "shape", None)
+    if shape == () or (shape is None and not hasattr(value, "__len__")):
+        raise BatchMismatch(f"A piece of the batch has no rows: {value!r:.80}")
+    return [len(value) if shape is None else int(shape[0])]
 
 
 class GradientProvider(ABC, Generic[BatchType, TensorType]):
@@ -185,7 +204,7 @@ class OperatorGradientComposition(Generic[TensorType, BatchType]):
     def interactions(
         self, left_batch: BatchType, right_batch: BatchType | None, mode: InfluenceMode | str
     ) -> TensorType:
-        """`<Op(grad left), grad right>`: (N, M); perturbation: `<Op(grad left), grad_x grad right>`, (N, M, *x_shape)."""
+        """`<Op(grad left), grad right>`, (N, M), or `<Op(grad left), grad_x grad right>`, (N, M, *x_shape)."""
         right_batch = left_batch if right_batch is None else right_batch
         return self.interactions_from_transformed_grads(self.transformed_grads(left_batch), right_batch, mode)
 

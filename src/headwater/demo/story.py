@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import headwater
-from headwater.demo.experiment import LOSS, MISLABELLED, NOTHING, RANDOM, WIDTHS, Findings, Floats
+from headwater.demo.experiment import HIDDEN, LOSS, MISLABELLED, NOTHING, RANDOM, WIDTHS, Findings, Floats
 from headwater.evaluate import auc, average_precision, precision_at, recall_at, recall_curve
 from headwater.report import (
     Case,
@@ -101,19 +101,20 @@ def _kinds() -> str:
 
 
 def _facts(found: Findings) -> list[Fact]:
-    blamed = suspects(found).rows
+    blamed = {name: planted for name, _, planted, _ in suspects(found).rows}
     right = {name: Share(float(values.mean())) for name, values in found.retrained_right.items()}
     wanted = found.digits.mislabelled
     return [
         Fact(f"{len(found.wrong)} of {len(found.digits.y_query)}", "predictions are wrong"),
         Fact(
-            f"{blamed[0][2]}",
-            f"of the ten rows blamed for a planted mistake are mislabelled (at random: {blamed[-1][2]})",
+            f"{blamed[found.name]}",
+            "of the ten rows blamed for a planted mistake are mislabelled "
+            f"(nearest in the last hidden layer: {blamed[HIDDEN]}; random: {blamed[RANDOM]})",
         ),
         Fact(
             f"{right[NOTHING]} to {right[found.name]}",
             f"of {len(found.explained)} mistakes are right after retraining without the blamed rows "
-            f"(without random rows: {right[RANDOM]})",
+            f"(the nearest rows: {right[HIDDEN]}; random rows: {right[RANDOM]})",
         ),
         Fact(
             f"{auc(found.self_influence, wanted):.3f}",

@@ -18,6 +18,7 @@ from headwater.arrays import (
     Array,
     add_product,
     as_like,
+    device,
     namespace,
     rows_within_memory,
     scatter_rows,
@@ -251,7 +252,7 @@ class RowSparse(Gradient):
         """Positions with the same id in one row added up at the first of them; the others become zero."""
         same = self.ids[:, :, None] == self.ids[:, None, :]
         xp, t = namespace(self.values), int(self.ids.shape[1])
-        order = xp.arange(t, device=self.ids.device)
+        order = xp.arange(t, device=device(self.ids))
         earlier = order[:, None] > order[None, :]
         first = ~xp.any(same & earlier, axis=2)
         summed = xp.astype(same, self.values.dtype) @ self.values
@@ -260,8 +261,9 @@ class RowSparse(Gradient):
     def dense(self) -> Array:
         n, t = self.ids.shape
         xp = namespace(self.ids)
-        offset = xp.arange(n, dtype=self.ids.dtype, device=self.ids.device)[:, None] * self.size
-        flat = scatter_rows(self.values.reshape((n * t, -1)), (self.ids + offset).reshape((-1,)), n * self.size)
+        offset = xp.arange(n, dtype=self.ids.dtype, device=device(self.ids))[:, None] * self.size
+        values = self.values.reshape((n * t, self.shape[1]))
+        flat = scatter_rows(values, (self.ids + offset).reshape((-1,)), n * self.size)
         return flat.reshape((n, *self.shape))
 
     def inner(self, other: Gradient) -> Array:

@@ -11,6 +11,8 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import numpy as np
+
 from headwater.arrays import Array, namespace
 from headwater.blocks import Layout
 from headwater.errors import ShapeMismatch
@@ -70,7 +72,11 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
         """The rows' weights [n], or None if all are one."""
 
     @abstractmethod
-    def fingerprint(self) -> tuple:
+    def row_keys(self, batch: BatchType) -> np.ndarray:
+        """A 64-bit key for each row, from its id where the batch carries ids, else from its content: uint64 [n]."""
+
+    @abstractmethod
+    def fingerprint(self) -> tuple[Any, ...]:
         """Changes when the weights do."""
 
     def rows_at_once(self, batch: BatchType) -> int:

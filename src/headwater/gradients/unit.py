@@ -6,6 +6,8 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from headwater.arrays import Array, namespace
 from headwater.blocks import Layout
 from headwater.errors import InvalidSetting
@@ -83,6 +85,9 @@ class UnitGradientProvider(StructuredGradientProvider[Any, Any]):
 
     def rows_at_once(self, batch: Any) -> int:
         return self.plain.rows_at_once(batch)
+
+    def row_keys(self, batch: Any) -> np.ndarray:
+        return self.plain.row_keys(batch)
 
     def fingerprint(self) -> tuple:
         return self.plain.fingerprint()

@@ -11,29 +11,25 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
-from headwater.arrays import Array, as_like, device, identity, namespace, precise, transpose
+from headwater.arrays import Array, as_like, identity, namespace, precise, transpose
 from headwater.blocks import Layout
-from headwater.errors import IndefiniteCurvature, InvalidSetting, ShapeMismatch, SingularOperator
+from headwater.errors import IndefiniteCurvature, InvalidSetting, NonFiniteValue, ShapeMismatch, SingularOperator
 from headwater.gradients.algebra import Gradient, multiply_left, multiply_right
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.outer import Outer
 from headwater.operators.algebra import LinearOperator, ProductOperator
 
 
-def invert_spectrum(spectrum: Array, damping: float, allow_indefinite: bool = True) -> Array:
+def invert_spectrum(spectrum: Array, damping: float, allow_indefinite: bool = True, *, diagonalised: int = 1) -> Array:
     """1 / (spectrum + damping), in the precision of the spectrum.
 
-    Errors: SingularOperator if some |spectrum + damping| is below eps times the largest; IndefiniteCurvature, naming
-    a damping that would do, if some is negative and that is not allowed.
+    diagonalised: the size of the matrix whose computed eigenvalues these are; a zero among them shows as about that
+    many eps. Errors: SingularOperator if some |spectrum + damping| is zero to rounding; IndefiniteCurvature, naming a
+    damping that would do, if some is negative and that is not allowed; NonFiniteValue.
     """
     xp = namespace(spectrum)
     damped = spectrum + damping
-    largest, eps = float(xp.max(xp.abs(damped))), float(xp.finfo(spectrum.dtype).eps)
-    if float(xp.min(xp.abs(damped))) <= eps * largest:
-        raise SingularOperator(
-            f"At damping {damping:g} the smallest eigenvalue is zero to rounding (largest {largest:g}). "
-            "Use more damping."
-        )
+    _refuse_singular(xp.abs(damped), damping, diagonalised)
     lowest = float(xp.min(damped))
     if not allow_indefinite and lowest < 0:
         raise IndefiniteCurvature(
@@ -41,6 +37,19 @@ def invert_spectrum(spectrum: Array, damping: float, allow_indefinite: bool = Tr
             f"{1.01 * (damping - lowest):.3g} would do; so would curvature='ggn', which is never negative."
         )
     return 1.0 / damped
+
+
+def _refuse_singular(sizes: Array, damping: float, diagonalised: int) -> None:
+    """Look at the sizes of what is about to be inverted. Errors: SingularOperator; NonFiniteValue."""
+    xp = namespace(sizes)
+    largest, smallest = float(xp.max(sizes)), float(xp.min(sizes))
+    if not math.isfinite(largest):
+        raise NonFiniteValue(f"The operator is not finite, and has no inverse (damping {damping:g}).")
+    if smallest <= largest * max(float(xp.finfo(sizes.dtype).eps), diagonalised * 2.0**-52):
+        raise SingularOperator(
+            f"At damping {damping:g} the smallest eigenvalue is zero to rounding (largest {largest:g}). "
+            "Use more damping."
+        )
 
 
 class DenseOperator(LinearOperator):
@@ -72,11 +81,12 @@ class DenseOperator(LinearOperator):
 
     def inverse(self, damping: float = 0.0, *, allow_indefinite: bool = True) -> DenseOperator:
         if not self.symmetric:
-            xp, size = namespace(self.matrix), self.input_size
-            eye = xp.eye(size, dtype=self.matrix.dtype, device=device(self.matrix))
-            return DenseOperator(xp.linalg.inv(self.matrix + damping * eye))
+            damped = self.matrix + damping * identity(self.input_size, self.matrix)
+            linalg = namespace(damped).linalg
+            _refuse_singular(linalg.svdvals(damped), damping, self.input_size)
+            return DenseOperator(linalg.inv(damped))
         values, vectors = self.eigen
-        inverse = invert_spectrum(values, damping, allow_indefinite)
+        inverse = invert_spectrum(values, damping, allow_indefinite, diagonalised=self.input_size)
         matrix = (vectors * inverse) @ transpose(vectors)
         positive = bool(namespace(inverse).all(inverse > 0))
         return DenseOperator(namespace(matrix).astype(matrix, self.matrix.dtype), symmetric=True, psd=positive)
@@ -212,8 +222,8 @@ class KroneckerOperator(LinearOperator):
         return EigenKroneckerOperator(left_basis, right_basis, spectrum, like=self.right)
 
     def inverse(self, damping: float = 0.0) -> LinearOperator:
-        """Exact: (left (x) right + damping I)^-1, in the eigenbasis."""
-        return self.eigen.inverse(damping)
+        """Exact: (left (x) right + damping I)^-1, in the eigenbasis; symmetric operators only."""
+        return self.eigen.inverse(damping) if self.symmetric else super().inverse(damping)
 
     def factored_inverse(self, damping: float) -> KroneckerOperator:
         """(left + (s / p) I)^-1 (x) (right + s p I)^-1, with s the root of the damping and p the balance of the traces.
@@ -225,6 +235,8 @@ class KroneckerOperator(LinearOperator):
         mean_right = _side_trace(self.right) / _side_size(self.right)
         if damping < 0:
             raise InvalidSetting(f"Factored damping needs damping >= 0, got {damping:g}.")
+        if not self.symmetric:
+            raise NotImplementedError("A KroneckerOperator that is not symmetric has no inverse in factored form.")
         balance = math.sqrt(mean_right / mean_left) if mean_left > 0 and mean_right > 0 else 1.0
         root = math.sqrt(damping)
         sides = [
@@ -251,7 +263,7 @@ def _invert_side(side: Array, shift: float) -> Array:
         inverse = xp.linalg.inv(matrix + shift * identity(int(side.shape[0]), matrix))
         return xp.astype((inverse + transpose(inverse)) / 2, side.dtype)
     values, basis = _diagonalise(side)
-    inverse = invert_spectrum(values, shift)
+    inverse = invert_spectrum(values, shift, diagonalised=_side_size(side))
     return xp.astype(inverse if basis is None else (basis * inverse) @ transpose(basis), side.dtype)
 
 
@@ -354,7 +366,7 @@ class EigenKroneckerOperator(LinearOperator):
         Errors: SingularOperator if some |spectrum + damping| is below eps times its maximum.
         Source: George et al. 2018, arXiv 1806.03884.
         """
-        return self.with_spectrum(invert_spectrum(self.spectrum, damping))
+        return self.with_spectrum(invert_spectrum(self.spectrum, damping, diagonalised=sum(self.spectrum.shape)))
 
     def trace(self) -> float:
         return float(namespace(self.spectrum).sum(self.spectrum))
@@ -476,8 +488,9 @@ class LowRankPlusDiagonalOperator(LinearOperator):
         inverse = invert_spectrum(self.diagonal, damping)
         scaled = self.factor * inverse[:, None]
         small = as_like(xp.eye(int(self.core.shape[0])), self.core) + self.core @ (transpose(self.factor) @ scaled)
+        _refuse_singular(xp.linalg.svdvals(small), damping, int(small.shape[0]))
         core = -xp.linalg.solve(small, self.core)
-        return LowRankPlusDiagonalOperator(scaled, (core + transpose(core)) / 2, inverse, psd=self.psd)
+        return LowRankPlusDiagonalOperator(scaled, (core + transpose(core)) / 2, inverse, psd=self.psd and damping >= 0)
 
     def trace(self) -> float:
         xp = namespace(self.factor)

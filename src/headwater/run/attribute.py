@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from headwater.curvature.passes import batches
 from headwater.errors import BatchMismatch, InvalidSetting
 from headwater.influence import ComposableInfluence, Queries, stack_blocks
 from headwater.store.scores import Extremes, Running, Scores
+from headwater.store.tiles import TileStore
 
 UNITS = ("influence", "removal")
 
@@ -40,11 +42,15 @@ def attribute(
     *,
     unit: str,
     by_block: bool,
+    store: str | os.PathLike[str] | None,
     progress: bool,
 ) -> Scores:
     """See `ComposableInfluence.attribute`."""
-    queries, query_ids = _queries(influence, query_loader, progress)
-    tiles = list(_tiles(influence, queries, train_loader, unit, by_block, progress))
+    queries, query_ids, query_keys = _queries(influence, query_loader, progress)
+    kept = None
+    if store is not None:
+        kept = TileStore(store, _identity(influence, unit, by_block, query_ids, query_keys))
+    tiles = list(_tiles(influence, queries, train_loader, unit, by_block, progress, kept))
     return Scores(
         values=np.concatenate([tile.total for tile in tiles], axis=1),
         query_ids=query_ids,
@@ -71,7 +77,7 @@ def top(
     progress: bool,
 ) -> Extremes:
     """See `ComposableInfluence.top`."""
-    queries, query_ids = _queries(influence, query_loader, progress)
+    queries, query_ids, _ = _queries(influence, query_loader, progress)
     running = Running(k, query_ids)
     for tile in _tiles(influence, queries, train_loader, unit, False, progress):
         running.add(tile.total, tile.train_ids)
@@ -88,15 +94,34 @@ def self_influence(influence: ComposableInfluence, train_loader: Iterable[Any], 
     return np.concatenate(rows)
 
 
-def _queries(influence: ComposableInfluence, query_loader: Iterable[Any], progress: bool) -> tuple[Queries, np.ndarray]:
-    """All queries, after their side of the operators; computed once."""
-    grads, ids, start = [], [], 0
+def _queries(
+    influence: ComposableInfluence, query_loader: Iterable[Any], progress: bool
+) -> tuple[Queries, np.ndarray, np.ndarray]:
+    """All queries, after their side of the operators, computed once; their ids, and keys of their content."""
+    grads, ids, keys, start = [], [], [], 0
     for batch in batches(influence.provider, query_loader, "query factors", progress):
         grads.append(influence.query_grads(batch))
         ids.append(_ids(batch, start))
+        keys.append(influence.provider.row_keys(batch))
         start += len(batch)
     queries = influence.block_mapper.queries(stack_blocks(grads), int(influence.n_train))
-    return queries, _distinct(np.concatenate(ids), "query")
+    return queries, _distinct(np.concatenate(ids), "query"), np.concatenate(keys)
+
+
+def _identity(
+    influence: ComposableInfluence, unit: str, by_block: bool, query_ids: np.ndarray, query_keys: np.ndarray
+) -> dict[str, Any]:
+    """What makes two stored runs the same."""
+    return {
+        "method": influence.method.describe(),
+        "damping": influence.absolute_damping,
+        "weights": influence.provider.fingerprint(),
+        "n_train": influence.n_train,
+        "unit": unit,
+        "by_block": by_block,
+        "query_ids": query_ids.tolist(),
+        "query_rows": query_keys.tolist(),
+    }
 
 
 def _tiles(
@@ -106,14 +131,21 @@ def _tiles(
     unit: str,
     by_block: bool,
     progress: bool,
+    store: TileStore | None = None,
 ) -> Iterator[Tile]:
+    """One for each train batch; from the store where it is there, and into the store where it is not."""
     scale, start = _scale(influence, unit), 0
+    names = influence.block_names if by_block else ["all"]
     for batch in batches(influence.provider, train_loader, "train scores", progress):
-        scores = queries.scores(influence.provider.grads(batch))
-        if not by_block:
-            scores = {"": sum(scores.values())}  # type: ignore[assignment]
-        tile = {name: to_numpy(block) * scale if scale != 1.0 else to_numpy(block) for name, block in scores.items()}
-        yield Tile(tile, _ids(batch, start))
+        keys = None if store is None else influence.provider.row_keys(batch)
+        tile = None if store is None or keys is None else store.read(start, keys)
+        if tile is None:
+            scores = list(queries.scores(influence.provider.grads(batch)).values())
+            blocks = scores if by_block else [sum(scores[1:], scores[0])]
+            tile = np.stack([to_numpy(block) for block in blocks]) * scale
+            if store is not None and keys is not None:
+                store.write(start, keys, tile)
+        yield Tile(dict(zip(names, tile, strict=True)), _ids(batch, start))
         start += len(batch)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from headwater.errors import InvalidSetting, ShapeMismatch
+from headwater.errors import InvalidInput, InvalidSetting, ShapeMismatch
 
 if TYPE_CHECKING:
     import xarray
@@ -18,6 +20,11 @@ UNIT_IN_WORDS = {
     "removal": "predicted increase of the query's loss when the train row is removed",
 }
 SIGN_IN_WORDS = "positive: the train row helps the query (lowers its loss)"
+
+
+def _check_labels(values: np.ndarray, query_ids: np.ndarray, train_ids: np.ndarray) -> None:
+    if values.shape != (len(query_ids), len(train_ids)):
+        raise ShapeMismatch(f"The scores are {values.shape}, for {len(query_ids)} queries and {len(train_ids)} rows.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,10 +52,12 @@ class Scores:
     """Each block's share, [query, train]; they sum to `values`."""
 
     def __post_init__(self) -> None:
-        if self.values.shape != (len(self.query_ids), len(self.train_ids)):
-            raise ShapeMismatch(
-                f"The scores are {self.values.shape}, for {len(self.query_ids)} queries and {len(self.train_ids)} rows."
-            )
+        _check_labels(self.values, self.query_ids, self.train_ids)
+        for name, share in (self.by_block or {}).items():
+            if share.shape != self.values.shape:
+                raise ShapeMismatch(f"The scores are {self.values.shape}, the share of block {name!r} {share.shape}.")
+        if self.unit not in UNIT_IN_WORDS:
+            raise InvalidSetting(f"unit is {self.unit!r}; expected one of {', '.join(map(repr, UNIT_IN_WORDS))}.")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -71,6 +80,33 @@ class Scores:
         running = Running(k, self.query_ids)
         running.add(self.values, self.train_ids)
         return running.extremes()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to a zarr folder. Errors: FileExistsError if there is one already."""
+        if Path(path).exists():
+            raise FileExistsError(f"{path} exists; remove it, or choose another name.")
+        data = self.to_xarray()
+        data.attrs["blocks"] = list(self.by_block or ())
+        data.drop_vars("block", errors="ignore").to_zarr(path, mode="w-", consolidated=False)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Scores:
+        """Read what `save` wrote."""
+        import xarray as xr
+
+        with xr.open_zarr(path, consolidated=False) as data:
+            shares = data["block_scores"].values if "block_scores" in data else ()
+            attributes = data.attrs
+            return cls(
+                values=data["scores"].values,
+                query_ids=data["query"].values,
+                train_ids=data["train"].values,
+                unit=attributes["unit"],
+                n_train=attributes["n_train"],
+                method=attributes["method"],
+                damping=attributes["damping"],
+                by_block=dict(zip(attributes["blocks"], shares, strict=True)) if attributes["blocks"] else None,
+            )
 
     def to_xarray(self) -> xarray.Dataset:
         """A labelled data set: `scores` (query, train), `block_scores` (block, query, train) where kept; attributes."""
@@ -117,6 +153,7 @@ class Running:
 
     def add(self, scores: np.ndarray, train_ids: np.ndarray) -> None:
         """A tile: scores [query, n] of the train rows with these ids [n]."""
+        _check_labels(scores, self.query_ids, train_ids)
         ids = np.broadcast_to(train_ids, scores.shape)
         if self._ends is None:
             self._ends = [(scores[:, :0], ids[:, :0])] * 2
@@ -131,6 +168,7 @@ class Running:
 
     def extremes(self) -> Extremes:
         """What has been seen so far; fewer than k columns if there were fewer rows."""
-        assert self._ends is not None
+        if self._ends is None:
+            raise InvalidInput("There is no tile of scores yet.")
         (helpful, helpful_ids), (harmful, harmful_ids) = self._ends
         return Extremes(self.query_ids, helpful_ids, helpful, harmful_ids, harmful)

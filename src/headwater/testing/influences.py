@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from headwater.arrays import working_memory
 from headwater.errors import NotFittedError, UnsupportedInfluenceModeError
 from headwater.influence import ComposableInfluence
 from headwater.methods.damping import Relative
 from headwater.testing.contract import Contract, host
-from headwater.types import InfluenceMode
+from headwater.types import Batch, InfluenceMode
 
 Rows = tuple[Any, Any]
 """x and y."""
@@ -141,6 +142,21 @@ class InfluenceContract(Contract):
             self.assert_same(influence.influences(*queries, *self.take(train, [2]), mode=mode), expected[:, 2:3])
             many = influence.influences(*self.take(queries, index.tolist()), *train, mode=mode)
             self.assert_same(many, expected[index])
+
+    def test_scores_do_not_depend_on_the_working_memory(self) -> None:
+        with working_memory(1):
+            shares = [self._scores(self.fitted(), mode) for mode in self.modes]
+            labelled = self.fitted().attribute(self.loader(self.train(), 4), self.loader(self.queries(), 2)).values
+        for mode, share in zip(self.modes, shares, strict=True):
+            self.assert_same(share, self._scores(self.fitted(), mode))
+        self.assert_same(labelled, self._scores(self.fitted()))
+
+    def test_a_loader_may_give_pairs_or_batches(self) -> None:
+        loader = [Batch(x, y) for x, y in self.loader(self.train(), 3)]
+        influence = self.influence().fit(loader)
+        np.testing.assert_array_equal(self._scores(influence), self._scores(self.fitted()))
+        queries = [Batch(*self.queries())]
+        self.assert_same(influence.attribute(loader, queries).values, self._scores(influence))
 
     def test_without_train_rows_the_queries_are_scored_on_themselves(self) -> None:
         influence, queries = self.fitted(), self.queries()

@@ -180,6 +180,13 @@ class StructuredProviderContract(GradientProviderContract):
             for name, value in draw.items():
                 self.assert_same(value.flat(), expected[name].flat())
 
+    def test_a_rows_key_is_its_own_in_every_batch(self) -> None:
+        keys = self.provider().row_keys(self.all_rows())
+        assert keys.dtype == np.uint64
+        assert len(np.unique(keys)) == self.rows
+        index = [4, 0, 4]
+        np.testing.assert_array_equal(self.provider().row_keys(self.batch(index)), keys[index])
+
     def test_looking_does_not_change_the_fingerprint(self) -> None:
         provider = self.provider()
         before = provider.fingerprint()

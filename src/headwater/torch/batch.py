@@ -63,7 +63,7 @@ def call(function: Callable[..., Any], x: Any) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without torch's remarks that an operation is vectorised by a loop, or scripted: the user can do nothing about it."""
+    """Without torch's remarks on how it vectorises or scripts an operation: its user can do nothing about it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
         warnings.filterwarnings("ignore", "`torch.jit.script`", DeprecationWarning)

@@ -7,6 +7,7 @@ the user's own reduction over them is kept.
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,10 @@ FEW = 16
 
 def row_losses(loss: Loss, output: Any, target: Any) -> torch.Tensor:
     """The loss of each row on its own: [n]. One vectorised call where the loss allows it, else row by row."""
+    if isinstance(output, torch.Tensor) and isinstance(target, torch.Tensor):
+        found = _torch_row_losses(loss, output, target)
+        if found is not None:
+            return found
 
     def one(o: Any, t: Any) -> torch.Tensor:
         return _scalar(loss(tree_map(lambda v: v.unsqueeze(0), o), tree_map(lambda v: v.unsqueeze(0), t)))
@@ -39,6 +44,38 @@ def row_losses(loss: Loss, output: Any, target: Any) -> torch.Tensor:
         rows = len(tree_leaves(output)[0])
         pick = [tree_map(lambda v, k=k: v[k], (output, target)) for k in range(rows)]
         return torch.stack([one(o, t) for o, t in pick])
+
+
+_TERMWISE = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy)
+_TERMWISE_MODULES = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss)
+_CLASSES = (F.cross_entropy, F.nll_loss)
+_CLASSES_MODULES = (nn.CrossEntropyLoss, nn.NLLLoss)
+
+
+def _torch_row_losses(loss: Loss, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor | None:
+    """Torch's own losses unreduced, then reduced row by row as they would have been; None for any other loss."""
+    plain, options = (loss.func, loss.keywords) if isinstance(loss, partial) else (loss, {})
+    of_classes = plain in _CLASSES or type(plain) in _CLASSES_MODULES
+    if not (
+        of_classes or plain in (*_TERMWISE, F.binary_cross_entropy_with_logits) or type(plain) in _TERMWISE_MODULES
+    ):
+        return None
+    if isinstance(plain, nn.Module):
+        reduction, unreduced = str(plain.reduction), copy.copy(plain)
+        unreduced.reduction = "none"
+        terms = unreduced(output, target)
+    elif "reduce" in options or "size_average" in options or (isinstance(loss, partial) and loss.args):
+        return None
+    else:
+        reduction = options.get("reduction", "mean")
+        terms = plain(output, target, **{**options, "reduction": "none"})
+    terms = terms.reshape(len(output), -1)
+    if reduction != "mean":
+        return terms.sum(1)
+    if not of_classes or target.is_floating_point():
+        return terms.mean(1)
+    ignored = getattr(plain, "ignore_index", options.get("ignore_index", -100))
+    return terms.sum(1) / (target.reshape(len(target), -1) != ignored).sum(1)
 
 
 def _scalar(value: Any) -> torch.Tensor:

@@ -180,7 +180,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         with self._autograd():
             recording, state = self._record(batch)
             output = recording.output
-            numbers = [partial(self._numbers, self._row_keys(batch), number, seed) for number in draws]
+            numbers = [partial(self._numbers, self.row_keys(batch), number, seed) for number in draws]
             cold = tree_map(lambda t: t.detach(), output)
             check_finite(row_losses(self.loss, cold, batch.y))
             cotangents = list(fisher_cotangents(self.likelihood, self.loss, cold, batch.y, fisher, numbers))
@@ -200,8 +200,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             found = row_uniforms(keys, count, draw=number, seed=seed)[..., 0]
         return torch.as_tensor(found, device=self.device)
 
-    def _row_keys(self, batch: TorchBatch) -> np.ndarray:
-        """Ids where the batch carries them; else the rows' content."""
+    def row_keys(self, batch: TorchBatch) -> np.ndarray:
         if batch.ids is not None:
             return np.asarray(batch.ids.cpu() if isinstance(batch.ids, torch.Tensor) else batch.ids).astype(np.uint64)
         return row_keys([_host(t) for t in tree_leaves((batch.x, batch.y)) if isinstance(t, torch.Tensor)])

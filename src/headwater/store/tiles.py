@@ -1,0 +1,109 @@
+"""A run at rest: tiles of scores in a folder, each complete or not there, so that a run that was stopped can go on.
+
+Layout of the folder: `identity.json` (what was asked), `tiles.zarr` (one array for each tile, [block, query, train]),
+and `ledger.jsonl`, one line for each tile that is complete. A tile is written first and entered after, so a run that is
+killed, or runs out of disk, loses at most the tile that it was writing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from headwater.errors import InvalidInput
+
+
+class TileStore:
+    """Tiles of one run. Opening a folder that holds another run is refused.
+
+    identity: what makes two runs the same, JSON values only. Errors: InvalidInput naming what differs.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], identity: Mapping[str, Any]):
+        self.path = Path(path)
+        self._check_identity(json.loads(json.dumps(identity)))
+        self._ledger = {(line["start"], line["stop"]): line["rows"] for line in self._read_ledger()}
+
+    def _check_identity(self, identity: dict[str, Any]) -> None:
+        file = self.path / "identity.json"
+        if not file.exists():
+            if self.path.exists() and any(self.path.iterdir()):
+                raise InvalidInput(f"{self.path} is not empty and holds no run of headwater; choose another folder.")
+            self.path.mkdir(parents=True, exist_ok=True)
+            _write_whole(file, json.dumps(identity, indent=1))
+            return
+        found = json.loads(file.read_text())
+        different = [key for key in {**found, **identity} if found.get(key) != identity.get(key)]
+        if different:
+            changes = (f"{key} was {_short(found.get(key))}, now {_short(identity.get(key))}" for key in different)
+            raise InvalidInput(
+                f"{self.path} holds another run: {'; '.join(changes)}. Choose another folder, or remove this one."
+            )
+
+    def _read_ledger(self) -> list[dict[str, Any]]:
+        file, lines = self.path / "ledger.jsonl", []
+        for line in file.read_text().splitlines() if file.exists() else []:
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:  # the line that a killed run was writing
+                continue
+        return lines
+
+    def read(self, start: int, keys: np.ndarray) -> np.ndarray | None:
+        """The tile of the train rows from `start` on, with these keys: [block, query, train]; None if it is not there.
+
+        Errors: InvalidInput if the tile was computed from other rows.
+        """
+        rows = self._ledger.get((start, start + len(keys)))
+        if rows is None:
+            return None
+        if rows != _checksum(keys):
+            raise InvalidInput(
+                f"The train loader gives other rows at {start} to {start + len(keys)} than in the run stored in "
+                f"{self.path}. To go on with a run, its loader must not shuffle."
+            )
+        return np.asarray(self._group()[f"{start}-{start + len(keys)}"][:])
+
+    def write(self, start: int, keys: np.ndarray, tile: np.ndarray) -> None:
+        """Keep a tile [block, query, train]; it counts once this returns."""
+        stop = start + len(keys)
+        self._group().create_array(f"{start}-{stop}", data=np.ascontiguousarray(tile), overwrite=True)
+        line = {"start": start, "stop": stop, "rows": _checksum(keys)}
+        with open(self.path / "ledger.jsonl", "a+b") as ledger:
+            torn = ledger.seek(0, os.SEEK_END) > 0 and not _ends_line(ledger)
+            ledger.write((b"\n" if torn else b"") + json.dumps(line).encode() + b"\n")
+            ledger.flush()
+            os.fsync(ledger.fileno())
+        self._ledger[start, stop] = line["rows"]
+
+    def _group(self) -> Any:
+        import zarr
+
+        return zarr.open_group(self.path / "tiles.zarr", mode="a")
+
+
+def _ends_line(file: Any) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return bool(file.read(1) == b"\n")
+
+
+def _write_whole(file: Path, text: str) -> None:
+    """The whole text, or nothing."""
+    draft = file.with_suffix(".draft")
+    draft.write_text(text)
+    os.replace(draft, file)
+
+
+def _checksum(keys: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(keys).tobytes())
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,188 @@
+"""Claims about the demo: honest numbers, the same every time, from one command."""
+
+import re
+import subprocess
+import sys
+from functools import cache
+
+import numpy as np
+import pytest
+
+from headwater import __version__, cli
+from headwater.demo import METHODS, Settings, explore, report, tell
+from headwater.demo import experiment as demo
+from headwater.demo.story import suspects
+from headwater.errors import InvalidSetting, MissingExtra
+
+SMALL = {"train": 400, "steps": 60, "explained": 3, "retrains": 2, "removed": 10, "quiet": True}
+
+
+@cache
+def small(**options):
+    return explore(Settings(**(SMALL | options)))
+
+
+def test_the_same_seed_gives_the_same_numbers():
+    again = explore(Settings(**SMALL))
+    assert tell(again) == tell(small())
+    assert report(again) == report(small())
+    np.testing.assert_array_equal(again.scores, small().scores)
+
+
+def test_another_seed_gives_other_numbers():
+    assert not np.array_equal(small(seed=1).digits.given, small().digits.given)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_wrong_labels_are_planted_as_announced(seed):
+    digits = demo.load(Settings(seed=seed))
+    assert len(digits.given) == 1000 and len(digits.y_query) == 797
+    for digit, called, share in demo.MISLABELLED:
+        mine = digits.original == digit
+        assert set(digits.given[mine]) == {digit, called}
+        assert (digits.given[mine] == called).mean() == pytest.approx(share, abs=0.51 / mine.sum())
+    untouched = ~np.isin(digits.original, [digit for digit, *_ in demo.MISLABELLED])
+    assert not digits.mislabelled[untouched].any()
+
+
+def test_every_wrong_prediction_is_explained_and_no_other():
+    found = small()
+    assert found.scores.shape == (len(found.wrong), 400)
+    assert (found.predicted != found.digits.y_query[found.wrong]).all()
+
+
+def test_baselines_rank_only_rows_that_are_labelled_otherwise():
+    found = small()
+    same = found.digits.given == found.digits.y_query[found.wrong][:, None]
+    for name in (demo.PIXELS, demo.HIDDEN, demo.LOSS, demo.RANDOM):
+        assert np.array_equal(np.isneginf(found.rankings[name]), same)
+
+
+def test_the_most_harmful_row_is_ranked_first():
+    found = small()
+    ranking = found.rankings[METHODS["ekfac"]]
+    np.testing.assert_array_equal(ranking.argmax(1), found.scores.argmin(1))
+
+
+def test_every_removal_is_retrained_with_the_same_seeds():
+    found = small()
+    assert list(found.retrained_losses) == [demo.NOTHING, "EKFAC", demo.HIDDEN, demo.LOSS, demo.RANDOM]
+    assert {losses.shape for losses in found.retrained_losses.values()} == {(3, 2)}
+
+
+def test_retraining_without_rows_equals_training_on_the_others():
+    """The slow truth: no shared subsets, one model at a time."""
+    from headwater.torch.trainer import train_mlps
+
+    settings, found = Settings(**SMALL), small()
+    query = found.wrong[found.explained[1]]
+    keep = np.ones((1, 400), bool)
+    keep[0, np.argsort(found.scores[found.explained[1]], kind="stable")[:10]] = False
+    digits = found.digits
+    alone = train_mlps(digits.x_train, digits.given, keep, [2], widths=demo.WIDTHS, steps=settings.steps, l2=demo.L2)
+    loss = alone.losses(digits.x_query[[query]], digits.y_query[[query]]).item()
+    assert found.retrained_losses["EKFAC"][1, 1] == pytest.approx(loss, rel=1e-3)
+
+
+def test_the_text_shows_every_baseline():
+    text = tell(small())
+    for name in (demo.PIXELS, demo.HIDDEN, demo.LOSS, demo.RANDOM, "strong baseline"):
+        assert name in text
+
+
+def test_the_report_is_one_page_that_loads_nothing():
+    text = report(small())
+    assert not re.search(r"https?://|<script|<link", text)
+    assert not re.findall(r'src="(?!data:image/png)', text)
+    assert "increase of the query&rsquo;s loss when the train row is removed" in text
+
+
+@pytest.mark.parametrize("method", ["kfac", "grad-dot", "grad-cos"])
+def test_every_method_tells_its_story(method):
+    found = small(method=method)
+    assert METHODS[method] in tell(found)
+    assert found.unit == ("influence" if method.startswith("grad") else "removal")
+    assert ("predicted fall in loss" in tell(found)) == (found.unit == "removal")
+    assert report(found).endswith("</html>\n")
+
+
+@pytest.mark.slow
+def test_direct_tells_its_story():
+    assert "exact GGN" in tell(small(method="direct"))
+
+
+@pytest.mark.slow
+def test_the_full_demo_finds_the_planted_labels():
+    """At full size a blamed row is far likelier to be mislabelled than a random one, and removal mends mistakes."""
+    found = explore(Settings(quiet=True))
+    _, mislabelled, *_ = zip(*suspects(found).rows, strict=True)
+    assert mislabelled[0].value > 4 * mislabelled[-1].value
+    losses = {name: values.mean() for name, values in found.retrained_losses.items()}
+    assert losses["EKFAC"] < min(losses[demo.NOTHING], losses[demo.RANDOM]) - 0.3
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(InvalidSetting, match="got 'magic'"):
+        explore(Settings(method="magic"))
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setattr(demo, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match=re.escape("pip install 'headwater[demo]'")):
+        explore(Settings())
+
+
+# The command line ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_demo(monkeypatch):
+    monkeypatch.setattr("headwater.demo.Settings", lambda **options: Settings(**(SMALL | options)))
+
+
+def test_the_demo_command_writes_the_report_and_prints_the_findings(small_demo, tmp_path, capsys):
+    out = tmp_path / "page.html"
+    cli.main(["demo", "--out", str(out)])
+    printed = capsys.readouterr().out
+    assert out.read_text() == report(small())
+    assert tell(small()) in printed and str(out) in printed
+
+
+def test_quiet_writes_the_report_and_says_nothing(small_demo, tmp_path, capsys):
+    cli.main(["demo", "--quiet", "--out", str(tmp_path / "page.html")])
+    assert capsys.readouterr() == ("", "")
+
+
+def test_open_shows_the_report_in_a_browser(small_demo, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr("webbrowser.open", shown.append)
+    cli.main(["demo", "--quiet", "--open", "--out", str(tmp_path / "page.html")])
+    assert shown == [(tmp_path / "page.html").as_uri()]
+
+
+def test_version_prints_the_version(capsys):
+    cli.main(["version"])
+    assert capsys.readouterr().out == f"{__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["demo", "--method", "magic"], "magic"),
+        (["demo", "--seed", "x"], "--seed"),
+        (["demo", "--out", "nowhere/page.html"], "there is no folder"),
+        (["dmeo"], "dmeo"),
+    ],
+)
+def test_a_wrong_command_is_one_line_and_exit_status_2(arguments, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2 and printed.out == ""
+    assert printed.err.startswith("headwater: ") and printed.err.count("\n") == 1 and said in printed.err
+
+
+def test_help_needs_no_framework():
+    code = "import sys, headwater.cli, headwater.demo; print({'torch', 'sklearn'} & set(sys.modules))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "set()"

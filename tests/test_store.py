@@ -1,0 +1,138 @@
+"""Runs at rest: a stopped run goes on, another run is refused, saved scores come back."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+
+import headwater as hw
+from headwater.errors import InvalidInput
+from headwater.store.tiles import TileStore
+from headwater.torch import TorchComposableInfluence
+
+
+@pytest.fixture
+def run():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 4))
+    x, y = torch.randn(23, 5), torch.randint(4, (23,))
+    loader = [(x[i : i + 6], y[i : i + 6]) for i in range(0, 23, 6)]
+    influence = TorchComposableInfluence(model, torch.nn.CrossEntropyLoss(), hw.Ekfac()).fit(loader)
+    return influence, loader, [(x[:4], y[:4])]
+
+
+class Stopping:
+    """A loader that fails after some batches."""
+
+    def __init__(self, batches, after):
+        self.batches, self.after = batches, after
+
+    def __iter__(self):
+        yield from self.batches[: self.after]
+        raise KeyboardInterrupt
+
+
+def test_a_stopped_run_goes_on_and_gives_the_same_scores(run, tmp_path):
+    influence, loader, query = run
+    with pytest.raises(KeyboardInterrupt):
+        influence.attribute(Stopping(loader, 2), query, store=tmp_path / "run", by_block=True)
+    assert len((tmp_path / "run" / "ledger.jsonl").read_text().splitlines()) == 2
+    whole = influence.attribute(loader, query, by_block=True)
+    influence.provider.grads, calls = _counted(influence.provider.grads)
+    resumed = influence.attribute(loader, query, store=tmp_path / "run", by_block=True)
+    assert len(calls) == 1 + 2, "one pass over the queries, and the two batches that were missing"
+    np.testing.assert_array_equal(resumed.values, whole.values)
+    for name in whole.by_block:
+        np.testing.assert_array_equal(resumed.by_block[name], whole.by_block[name])
+
+
+def _counted(function):
+    calls = []
+
+    def counting(*args, **kwargs):
+        calls.append(args)
+        return function(*args, **kwargs)
+
+    return counting, calls
+
+
+def test_a_torn_ledger_line_is_computed_again(run, tmp_path):
+    influence, loader, query = run
+    whole = influence.attribute(loader, query, store=tmp_path / "run")
+    ledger = tmp_path / "run" / "ledger.jsonl"
+    ledger.write_text(ledger.read_text()[:-9])
+    np.testing.assert_array_equal(influence.attribute(loader, query, store=tmp_path / "run").values, whole.values)
+    complete = [line for line in ledger.read_text().splitlines() if line.endswith("}")]
+    assert len({(json.loads(line)["start"]) for line in complete}) == 4
+
+
+def test_another_run_in_the_same_folder_is_refused(run, tmp_path):
+    influence, loader, query = run
+    influence.attribute(loader, query, store=tmp_path / "run")
+    with pytest.raises(InvalidInput, match="damping was"):
+        influence.with_damping(0.5).attribute(loader, query, store=tmp_path / "run")
+    with pytest.raises(InvalidInput, match="query_rows"):
+        influence.attribute(loader, [loader[2]][:1], store=tmp_path / "run")
+    shuffled = [loader[1], loader[0], *loader[2:]]
+    with pytest.raises(InvalidInput, match="must not shuffle"):
+        influence.attribute(shuffled, query, store=tmp_path / "run")
+
+
+def test_a_folder_with_other_things_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InvalidInput, match="holds no run"):
+        TileStore(tmp_path, {})
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_tile_that_cannot_be_written_is_not_entered(tmp_path, monkeypatch):
+    store, keys = TileStore(tmp_path / "run", {"a": 1}), np.arange(3, dtype=np.uint64)
+
+    def full():
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "_group", full)
+    with pytest.raises(OSError, match="No space"):
+        store.write(0, keys, np.ones((1, 2, 3)))
+    assert TileStore(tmp_path / "run", {"a": 1}).read(0, keys) is None
+
+
+def test_a_killed_run_goes_on(tmp_path):
+    script = textwrap.dedent(
+        """
+        import os, signal, sys
+        import numpy as np
+        from headwater.store.tiles import TileStore
+        store = TileStore(sys.argv[1], {"run": 1})
+        for start in range(0, 9, 3):
+            if start == 6:
+                os.kill(os.getpid(), signal.SIGKILL)
+            store.write(start, np.arange(start, start + 3, dtype=np.uint64), np.full((1, 2, 3), float(start)))
+        """
+    )
+    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "run")], env=os.environ, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    store = TileStore(tmp_path / "run", {"run": 1})
+    found = [store.read(start, np.arange(start, start + 3, dtype=np.uint64)) for start in range(0, 9, 3)]
+    assert found[0][0, 0, 0] == 0.0 and found[1][0, 0, 0] == 3.0 and found[2] is None
+
+
+def test_saved_scores_come_back_whole(run, tmp_path):
+    influence, loader, query = run
+    for by_block in (False, True):
+        scores = influence.attribute(loader, query, unit="removal", by_block=by_block)
+        scores.save(tmp_path / f"{by_block}.zarr")
+        again = hw.Scores.open(tmp_path / f"{by_block}.zarr")
+        np.testing.assert_array_equal(again.values, scores.values)
+        np.testing.assert_array_equal(again.train_ids, scores.train_ids)
+        assert (again.unit, again.method, again.n_train) == (scores.unit, scores.method, scores.n_train)
+        assert dict(again.damping) == dict(scores.damping)
+        assert (again.by_block or {}).keys() == (scores.by_block or {}).keys()
+        with pytest.raises(FileExistsError, match="exists"):
+            scores.save(tmp_path / f"{by_block}.zarr")
