@@ -38,10 +38,12 @@ def batches(
 
 
 def _pieces(provider: StructuredGradientProvider, batch: Any) -> Iterator[Any]:
-    step = max(1, provider.rows_at_once(batch))
-    if step >= len(batch):
+    """The batch, or nearly equal pieces of it that the provider takes at once."""
+    pieces = -(-len(batch) // max(1, provider.rows_at_once(batch)))
+    if pieces == 1:
         yield batch
         return
+    step = -(-len(batch) // pieces)
     for start in range(0, len(batch), step):
         yield batch.take(slice(start, start + step))
 

@@ -152,10 +152,10 @@ class InfluenceContract(Contract):
         self.assert_same(labelled, self._scores(self.fitted()))
 
     def test_a_loader_may_give_pairs_or_batches(self) -> None:
-        loader = [Batch(x, y) for x, y in self.loader(self.train(), 3)]
+        loader: list[Batch[Any]] = [Batch(x, y) for x, y in self.loader(self.train(), 3)]
         influence = self.influence().fit(loader)
         np.testing.assert_array_equal(self._scores(influence), self._scores(self.fitted()))
-        queries = [Batch(*self.queries())]
+        queries: list[Batch[Any]] = [Batch(*self.queries())]
         self.assert_same(influence.attribute(loader, queries).values, self._scores(influence))
 
     def test_without_train_rows_the_queries_are_scored_on_themselves(self) -> None:
