@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import headwater as hw
-from headwater.errors import InvalidInput
+from headwater.errors import BatchMismatch, InvalidInput
 from headwater.store.tiles import TileStore
-from headwater.torch import TorchComposableInfluence
+from headwater.torch import TorchBatch, TorchComposableInfluence
 
 
 @pytest.fixture
@@ -136,3 +136,29 @@ def test_saved_scores_come_back_whole(run, tmp_path):
         assert (again.by_block or {}).keys() == (scores.by_block or {}).keys()
         with pytest.raises(FileExistsError, match="exists"):
             scores.save(tmp_path / f"{by_block}.zarr")
+
+
+def test_a_loader_that_shuffles_is_refused_unless_its_batches_carry_ids(run):
+    influence, loader, query = run
+    x, y = (torch.cat(column) for column in zip(*loader, strict=True))
+    plain = influence.attribute(loader, query)
+    rows = torch.utils.data.TensorDataset(x, y, torch.arange(100, 123))
+    shuffled = torch.utils.data.DataLoader(
+        rows, batch_size=6, shuffle=True, collate_fn=lambda items: tuple(map(torch.stack, zip(*items, strict=True)))
+    )
+
+    class Pairs:
+        def __iter__(self):
+            return ((x, y) for x, y, _ in shuffled)
+
+    class Named:
+        def __iter__(self):
+            return (TorchBatch(x, y, ids=ids) for x, y, ids in shuffled)
+
+    for refused in (influence.attribute, lambda t, q: influence.top(t, q, 2), lambda t, q: influence.self_influence(t)):
+        with pytest.raises(BatchMismatch, match="shuffle=False"):
+            refused(Pairs(), query)
+    named = influence.fit(Named()).attribute(Named(), query)
+    order = np.argsort(named.train_ids)
+    np.testing.assert_array_equal(named.train_ids[order], np.arange(100, 123))
+    np.testing.assert_allclose(named.values[:, order], plain.values, rtol=1e-4, atol=1e-5)

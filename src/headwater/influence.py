@@ -196,10 +196,13 @@ class ComposableInfluence(ABC, Generic[TensorType]):
             raise NotFittedError("Call fit(loader) first.")
         return self._fitted
 
-    def _ready(self) -> InfluenceMapper:
+    def check_weights(self) -> None:
         """Errors: NotFittedError; StaleFit if the model's weights have changed."""
         if self.provider.fingerprint() != self._need_fit().fingerprint:
             raise StaleFit("The model's weights have changed since fit(). Fit again, or restore the weights.")
+
+    def _ready(self) -> InfluenceMapper:
+        self.check_weights()
         return self.block_mapper
 
     # Tensors in, tensors out --------------------------------------------------------------------------------------

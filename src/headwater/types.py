@@ -277,7 +277,7 @@ class BlockMapper(ABC, Generic[TensorType, BatchType]):
 
     def _factors_by_block(self, factors: TensorType | Mapping[str, TensorType]) -> Mapping[str, TensorType]:
         if not isinstance(factors, Mapping):
-            return self._split_to_blocks(factors)
+            factors = self._split_to_blocks(factors)
         if set(factors) != set(self.composable_block_dict):
             raise BlockMismatch(
                 f"The factors have blocks {list(factors)}, the mapper has {list(self.composable_block_dict)}. "
@@ -286,8 +286,8 @@ class BlockMapper(ABC, Generic[TensorType, BatchType]):
         for name, factor in factors.items():
             expected = self.composable_block_dict[name].op.input_size
             shape = tuple(getattr(factor, "shape", ()))
-            if not shape or shape[-1] != expected:
-                raise BlockMismatch(f"Block {name!r} has {expected} parameters, its factors are {shape}.")
+            if len(shape) != 2 or shape[1] != expected:
+                raise BlockMismatch(f"The factors of block {name!r} have shape {shape}, expected (N, {expected}).")
         return factors
 
 

@@ -50,8 +50,10 @@ def _pieces(provider: StructuredGradientProvider, batch: Any) -> Iterator[Any]:
 
 def as_batch(provider: StructuredGradientProvider, item: Any) -> Batch | None:
     """One item of a loader: a Batch, or (x, y). None if it has no rows."""
+    if isinstance(item, Batch) and len(item):
+        return provider.as_batch(item.x, item.y) if type(item) is Batch else item
     if isinstance(item, Batch):
-        return item if len(item) else None
+        return None
     if isinstance(item, (tuple, list)) and len(item) == 2:
         return provider.as_batch(*item) if len(Batch(*item)) else None
     length = f" of {len(item)} entries" if isinstance(item, (tuple, list)) else ""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 
-from headwater.errors import BlockMismatch, InvalidSetting
+from headwater.errors import BlockMismatch, IndefiniteCurvature, InvalidSetting
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,12 @@ class Relative:
         _check(self.factor, "relative damping")
 
     def absolute(self, mean_eigenvalue: float) -> float:
-        """In the units of the operator."""
+        """In the units of the operator. Errors: IndefiniteCurvature if the mean eigenvalue is negative."""
+        if mean_eigenvalue < 0:
+            raise IndefiniteCurvature(
+                f"The mean eigenvalue is {mean_eigenvalue:g}, so damping relative to it would be negative. Give an "
+                "absolute damping, or use curvature='ggn', which is never negative."
+            )
         return self.factor * mean_eigenvalue
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from headwater.arrays import to_numpy
-from headwater.curvature.passes import batches
+from headwater.curvature.passes import as_batch, batches
 from headwater.errors import BatchMismatch, InvalidSetting
+from headwater.gradients.provider import StructuredGradientProvider
 from headwater.influence import ComposableInfluence, Queries, stack_blocks
 from headwater.store.scores import Extremes, Running, Scores
 from headwater.store.tiles import TileStore
@@ -86,24 +87,20 @@ def top(
 
 def self_influence(influence: ComposableInfluence, train_loader: Iterable[Any], *, progress: bool) -> np.ndarray:
     """See `ComposableInfluence.self_influence`."""
-    influence._ready()
-    rows = [
-        to_numpy(influence.batch_self_influence(batch))
-        for batch in batches(influence.provider, train_loader, "self-influence", progress)
-    ]
-    return np.concatenate(rows)
+    influence.check_weights()
+    named = _named_batches(influence.provider, train_loader, "self-influence", progress)
+    return np.concatenate([to_numpy(influence.batch_self_influence(batch)) for batch, _, _ in named])
 
 
 def _queries(
     influence: ComposableInfluence, query_loader: Iterable[Any], progress: bool
 ) -> tuple[Queries, np.ndarray, np.ndarray]:
     """All queries, after their side of the operators, computed once; their ids, and keys of their content."""
-    grads, ids, keys, start = [], [], [], 0
-    for batch in batches(influence.provider, query_loader, "query factors", progress):
+    grads, ids, keys = [], [], []
+    for batch, names, _ in _named_batches(influence.provider, query_loader, "query factors", progress):
         grads.append(influence.query_grads(batch))
-        ids.append(_ids(batch, start))
+        ids.append(names)
         keys.append(influence.provider.row_keys(batch))
-        start += len(batch)
     queries = influence.block_mapper.queries(stack_blocks(grads), int(influence.n_train))
     return queries, _distinct(np.concatenate(ids), "query"), np.concatenate(keys)
 
@@ -134,9 +131,8 @@ def _tiles(
     store: TileStore | None = None,
 ) -> Iterator[Tile]:
     """One for each train batch; from the store where it is there, and into the store where it is not."""
-    scale, start = _scale(influence, unit), 0
-    names = influence.block_names if by_block else ["all"]
-    for batch in batches(influence.provider, train_loader, "train scores", progress):
+    scale, names = _scale(influence, unit), influence.block_names if by_block else ["all"]
+    for batch, ids, start in _named_batches(influence.provider, train_loader, "train scores", progress):
         keys = None if store is None else influence.provider.row_keys(batch)
         tile = None if store is None or keys is None else store.read(start, keys)
         if tile is None:
@@ -145,8 +141,7 @@ def _tiles(
             tile = np.stack([to_numpy(block) for block in blocks]) * scale
             if store is not None and keys is not None:
                 store.write(start, keys, tile)
-        yield Tile(dict(zip(names, tile, strict=True)), _ids(batch, start))
-        start += len(batch)
+        yield Tile(dict(zip(names, tile, strict=True)), ids)
 
 
 def _scale(influence: ComposableInfluence, unit: str) -> float:
@@ -159,12 +154,35 @@ def _scale(influence: ComposableInfluence, unit: str) -> float:
     return 1.0 / influence.n_train if unit == "removal" else 1.0
 
 
-def _ids(batch: Any, start: int) -> np.ndarray:
-    """The batch's own ids, or positions in the loader."""
-    ids = getattr(batch, "ids", None)
-    if ids is None:
-        return np.arange(start, start + len(batch))
-    return np.asarray(ids.cpu() if hasattr(ids, "cpu") else ids)
+def _named_batches(
+    provider: StructuredGradientProvider, loader: Iterable[Any], what: str, progress: bool
+) -> Iterator[tuple[Any, np.ndarray, int]]:
+    """Batches, the names of their rows (their own ids, or positions in the loader), and where each starts.
+
+    Errors: BatchMismatch if positions do not name rows, because the loader gives other rows each time.
+    """
+    start, expected = 0, _first_keys(provider, loader)
+    for batch in batches(provider, loader, what, progress):
+        if start == 0 and expected is not None:
+            found = provider.row_keys(batch)
+            if not np.array_equal(found, expected[: len(found)]):
+                raise BatchMismatch(
+                    f"The loader gives other rows each time it is read ({what}): it shuffles, or changes its rows. "
+                    "Scores are named by position, so pass shuffle=False, or batches with ids."
+                )
+        ids = getattr(batch, "ids", None)
+        if ids is None:
+            ids = np.arange(start, start + len(batch))
+        yield batch, np.asarray(ids.cpu() if hasattr(ids, "cpu") else ids), start
+        start += len(batch)
+
+
+def _first_keys(provider: StructuredGradientProvider, loader: Iterable[Any]) -> np.ndarray | None:
+    """Keys of the rows of the loader's first batch; None if that has ids, or there is none."""
+    if iter(loader) is loader:
+        return None  # `batches` says why such a loader cannot be used
+    first = next((batch for item in loader if (batch := as_batch(provider, item)) is not None), None)
+    return None if first is None or getattr(first, "ids", None) is not None else provider.row_keys(first)
 
 
 def _distinct(ids: np.ndarray, what: str) -> np.ndarray:

@@ -54,7 +54,8 @@ _CLASSES_MODULES = (nn.CrossEntropyLoss, nn.NLLLoss)
 
 def _torch_row_losses(loss: Loss, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor | None:
     """Torch's own losses unreduced, then reduced row by row as they would have been; None for any other loss."""
-    plain, options = (loss.func, loss.keywords) if isinstance(loss, partial) else (loss, {})
+    plain: Any = loss.func if isinstance(loss, partial) else loss
+    options = loss.keywords if isinstance(loss, partial) else {}
     of_classes = plain in _CLASSES or type(plain) in _CLASSES_MODULES
     if not (
         of_classes or plain in (*_TERMWISE, F.binary_cross_entropy_with_logits) or type(plain) in _TERMWISE_MODULES

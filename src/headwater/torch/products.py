@@ -35,13 +35,18 @@ def batched_vjp(outputs: Tensors, inputs: Tensors, cotangents: Tensors) -> list[
             for k in range(count)
         ]
         grads = [None if column[0] is None else torch.stack(column) for column in zip(*each, strict=True)]
-    return [i.new_zeros((count, *i.shape)) if g is None else g for g, i in zip(grads, inputs, strict=True)]
+    return [i.new_zeros((count, *i.shape)) if g is None else _filled(g) for g, i in zip(grads, inputs, strict=True)]
+
+
+def _filled(tensor: torch.Tensor) -> torch.Tensor:
+    """Not sparse: `Embedding(sparse=True)` has sparse gradients."""
+    return tensor.to_dense() if tensor.is_sparse else tensor
 
 
 def hessian_product(loss: torch.Tensor, leaves: Tensors, tangents: Tensors) -> list[torch.Tensor]:
     """The Hessian of a scalar loss times each tangent: reverse over reverse."""
     slopes = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True, materialize_grads=True)
-    return batched_vjp(slopes, leaves, tangents)
+    return batched_vjp([_filled(s) for s in slopes], leaves, tangents)
 
 
 def ggn_product(

@@ -29,7 +29,7 @@ from headwater.gradients.block import BlockGradient
 from headwater.gradients.outer import Outer, RowSparse
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, StructuredGradientProvider
 from headwater.random import row_keys, row_normals, row_uniforms
-from headwater.torch.batch import TorchBatch, differentiable_input, quiet
+from headwater.torch.batch import TorchBatch, as_tensor, differentiable_input, quiet
 from headwater.torch.capture import Recording, detached_state, record, run, twice_differentiable
 from headwater.torch.losses import (
     Likelihood,
@@ -92,7 +92,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         self._structure = blocks
         self._modules = dict(model.named_modules())
         self._plan = make_plan(model, blocks)
-        self._checked = False
+        self._checked = 0
         self._numbers_per_row = 1
 
     # What there is ------------------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         return rows_within_memory(self._numbers_per_row, next(self.model.parameters()))
 
     def row_weights(self, batch: TorchBatch) -> torch.Tensor | None:
-        return batch.weights
+        return as_tensor(batch.weights, self.device)
 
     # Gradients ----------------------------------------------------------------------------------------------------
 
@@ -285,10 +285,11 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
     def _prepare(self, batch: TorchBatch) -> TorchBatch:
         batch = self._ready(batch)
         check_eval(self.model)
-        if not self._checked:
+        rows = min(2, len(batch))
+        if self._checked < rows:  # one row alone does not show whether rows act on each other
             with self._autograd():
                 self._check(batch.take(slice(0, 2)))
-            self._checked = True
+            self._checked = rows
         return batch
 
     def _check(self, rows: TorchBatch) -> None:
@@ -301,6 +302,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         for tensor in state.values():
             tensor.requires_grad_(False)
         recording, _ = self._record(rows)
+        _check_rows(recording.output, len(rows))
         losses = row_losses(self.loss, recording.output, rows.y)
         check_finite(losses)
         self._check_independence(recording.output, output, last)
@@ -308,7 +310,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         values = self._values(recording, [losses], [torch.ones_like(losses)])
         self._numbers_per_row = sum(a.numel() for v in values.values() for a in v.arrays) // len(rows)
         wrong = self._disagreeing(values, grads, last)
-        if wrong:
+        if wrong and not self._checked:
             self._plan = make_plan(self.model, self._structure, wrong)
 
     def _alone(
@@ -316,12 +318,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
     ) -> tuple[Any, dict[str, torch.Tensor]]:
         with twice_differentiable():
             output = run(self.model, state, row.x)
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, torch.Tensor) and (tensor.ndim == 0 or len(tensor) != 1):
-                raise UnsupportedModel(
-                    f"The model's output for one row has shape {tuple(tensor.shape)}; "
-                    "its first axis must run over rows."
-                )
+        _check_rows(output, 1)
         loss = self.loss(output, row.y).sum()
         if not loss.requires_grad:
             raise UnsupportedModel("The loss does not depend on any attributed parameter.")
@@ -449,6 +446,16 @@ class _EnableGrad:
     def __exit__(self, *error: Any) -> None:
         self._grad.__exit__(*error)
         self._inference.__exit__(*error)
+
+
+def _check_rows(output: Any, rows: int) -> None:
+    """Errors: UnsupportedModel for an output whose first axis is not that of the rows."""
+    for tensor in tree_leaves(output):
+        if isinstance(tensor, torch.Tensor) and (tensor.ndim == 0 or len(tensor) != rows):
+            raise UnsupportedModel(
+                f"The model's output for {rows} row(s) has shape {tuple(tensor.shape)}; "
+                "its first axis must run over rows."
+            )
 
 
 def _against(output: Any, cotangent: torch.Tensor) -> torch.Tensor:
