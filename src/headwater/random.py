@@ -6,6 +6,7 @@ Source: Salmon, Moraes, Dror and Shaw 2011, "Parallel random numbers: as easy as
 
 from __future__ import annotations
 
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,12 @@ def row_keys(columns: list[Any]) -> np.ndarray:
             axis=1, dtype=np.uint64
         )
     return _mix(total)
+
+
+def name_keys(names: list[Any]) -> np.ndarray:
+    """A 64-bit key for each name: uint64 [n]."""
+    digests = (blake2b(str(name).encode(), digest_size=8).digest() for name in names)
+    return np.array([int.from_bytes(digest, "little") for digest in digests], dtype=np.uint64)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -62,8 +62,8 @@ def _torch_row_losses(loss: Loss, output: torch.Tensor, target: torch.Tensor) ->
     ):
         return None
     if isinstance(plain, nn.Module):
-        reduction, unreduced = str(plain.reduction), copy.copy(plain)
-        unreduced.reduction = "none"
+        reduction, unreduced = plain.reduction, copy.copy(plain)
+        unreduced.reduction = "none"  # type: ignore[assignment]
         terms = unreduced(output, target)
     elif "reduce" in options or "size_average" in options or (isinstance(loss, partial) and loss.args):
         return None
@@ -105,7 +105,7 @@ def check_loss(loss: Loss) -> None:
         and getattr(options, "weight", None) is not None
         and getattr(options, "reduction", "mean") == "mean"
     ):
-        name = getattr(plain, "__name__", type(plain).__name__)
+        name: str = getattr(plain, "__name__", type(plain).__name__)
         raise UnsupportedLoss(
             f"{name}(weight=..., reduction='mean') divides by the batch's total class weight, so a "
             "row on its own has no weight. Use reduction='sum' or 'none'."

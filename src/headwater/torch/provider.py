@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from headwater.gradients.algebra import Dense, Gradient
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.outer import Outer, RowSparse
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, StructuredGradientProvider
-from headwater.random import row_keys, row_normals, row_uniforms
+from headwater.random import name_keys, row_keys, row_normals, row_uniforms
 from headwater.torch.batch import TorchBatch, as_tensor, differentiable_input, quiet
 from headwater.torch.capture import Recording, detached_state, record, run, twice_differentiable
 from headwater.torch.losses import (
@@ -116,15 +117,10 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def fingerprint(self) -> tuple:
-        with torch.no_grad():
-            tensors = [p.detach() for p in self.model.parameters()] + [
-                b for b in self.model.buffers() if b.is_floating_point()
-            ]
-            return tuple(
-                (float(t.sum(dtype=torch.float64)), float(torch.linalg.vector_norm(t, dtype=torch.float64)))
-                for t in tensors
-            )
+    def fingerprint(self) -> tuple[int, ...]:
+        """Checksums of the parameters' and buffers' bytes."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return tuple(zlib.crc32(memoryview(_host(t.detach().reshape(-1).view(torch.uint8)))) for t in tensors)
 
     # Batches ------------------------------------------------------------------------------------------------------
 
@@ -134,6 +130,8 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
     def _ready(self, batch: TorchBatch) -> TorchBatch:
         if not isinstance(batch, TorchBatch):
             batch = TorchBatch(batch.x, batch.y)
+        if batch.x is None or batch.y is None:
+            raise InvalidInput(f"{'x' if batch.x is None else 'y'} is None; a batch needs inputs and targets.")
         if len(batch) == 0:
             raise BatchMismatch("The batch has no rows.")
         batch = batch.to(self.device)
@@ -202,7 +200,8 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
 
     def row_keys(self, batch: TorchBatch) -> np.ndarray:
         if batch.ids is not None:
-            return np.asarray(batch.ids.cpu() if isinstance(batch.ids, torch.Tensor) else batch.ids).astype(np.uint64)
+            ids = np.asarray(batch.ids.cpu() if isinstance(batch.ids, torch.Tensor) else batch.ids)
+            return ids.astype(np.uint64) if ids.dtype.kind in "iu" else name_keys(ids.tolist())
         return row_keys([_host(t) for t in tree_leaves((batch.x, batch.y)) if isinstance(t, torch.Tensor)])
 
     def _record(self, batch: TorchBatch) -> tuple[Recording, dict[str, torch.Tensor]]:

@@ -1,0 +1,129 @@
+"""Claims about the counter-based random numbers: they are Philox, uniform, and belong to rows, never to batches."""
+
+import numpy as np
+import pytest
+
+from headwater.random import philox, row_keys, row_normals, row_uniforms
+
+# Random123's known answers, tests/kat_vectors: philox4x32, 10 rounds.
+KNOWN = {
+    "zero": ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    "ones": ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    "pi": (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+}
+
+
+@pytest.mark.parametrize("counter, key, words", KNOWN.values(), ids=KNOWN)
+@pytest.mark.parametrize("dtype", [np.uint32, np.uint64, np.int64])
+def test_philox_gives_the_published_words(counter, key, words, dtype):
+    got = philox(np.array(counter, dtype=dtype), key)
+    assert got.dtype == np.uint32
+    assert [*got] == [*words]
+
+
+def test_philox_of_many_counters_is_that_of_each():
+    counters = np.array([[counter] for counter, *_ in KNOWN.values()], dtype=np.uint64)
+    got = philox(counters, (3, 4))
+    assert got.shape == (3, 1, 4)
+    for k in range(3):
+        np.testing.assert_array_equal(got[k, 0], philox(counters[k, 0], (3, 4)))
+
+
+KEYS = np.random.default_rng(0).integers(0, 2**64, size=2000, dtype=np.uint64)
+
+
+def test_uniforms_have_the_moments_of_uniforms_and_no_correlations():
+    u = row_uniforms(KEYS, 20, draw=0, seed=0)
+    assert u.shape == (2000, 20, 2)
+    assert (u > 0).all() and (u < 1).all()
+    for power in (1, 2, 3, 4):
+        deviation = np.sqrt(1 / (2 * power + 1) - 1 / (power + 1) ** 2)
+        assert abs(np.mean(u**power) - 1 / (power + 1)) < 4 * deviation / np.sqrt(u.size)
+    first, second, shifted = u[..., 0] - 0.5, u[..., 1] - 0.5, np.roll(u[..., 0], 1, axis=1) - 0.5
+    for other in (second, shifted, np.roll(first, 1, axis=0)):
+        assert abs(np.mean(first * other)) < 4 / 12 / np.sqrt(first.size)
+
+
+def test_uniforms_fill_all_their_bits():
+    """Each of the 52 leading bits is one half of the time."""
+    bits = np.floor(row_uniforms(KEYS, 5, draw=0, seed=0).ravel() * 2.0**52).astype(np.uint64)
+    shares = [float(np.mean((bits >> np.uint64(k)) & np.uint64(1))) for k in range(52)]
+    assert max(abs(share - 0.5) for share in shares) < 4.5 * 0.5 / np.sqrt(bits.size)
+
+
+def test_normals_have_the_moments_of_normals():
+    z = row_normals(KEYS, 20, draw=0, seed=0)
+    assert z.shape == (2000, 20)
+    for power, mean, variance in [(1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)]:
+        assert abs(np.mean(z**power) - mean) < 4 * np.sqrt(variance / z.size)
+
+
+@pytest.mark.parametrize("numbers", [row_uniforms, row_normals])
+def test_numbers_depend_on_the_row_the_draw_the_seed_and_the_position_and_on_nothing_else(numbers):
+    whole = numbers(KEYS[:50], 8, draw=3, seed=7)
+    shuffled = np.random.default_rng(1).permutation(50)
+    np.testing.assert_array_equal(numbers(KEYS[shuffled], 8, draw=3, seed=7), whole[shuffled])
+    np.testing.assert_array_equal(numbers(KEYS[:50], 3, draw=3, seed=7), whole[:, :3])
+    for other in ({"draw": 4, "seed": 7}, {"draw": 3, "seed": 8}, {"draw": 3, "seed": 7 + 2**32}):
+        assert not (numbers(KEYS[:50], 8, **other) == whole).any()
+    assert np.unique(whole).size == whole.size
+
+
+def test_both_halves_of_a_key_count():
+    keys = np.array([5, 5 + 2**32, 5 + 2**63], dtype=np.uint64)
+    assert np.unique(row_uniforms(keys, 1, draw=0, seed=0)[:, 0, 0]).size == 3
+
+
+# Keys of rows ---------------------------------------------------------------------------------------------------------
+
+
+def columns(n=40):
+    rng = np.random.default_rng(2)
+    return [
+        rng.standard_normal((n, 3, 2)),
+        rng.standard_normal((n, 5)).astype(np.float32),  # 20 bytes a row: not a whole number of words
+        rng.integers(0, 9, size=n),
+        rng.integers(0, 2, size=(n, 3)).astype(bool),
+    ]
+
+
+def test_a_rows_key_is_the_same_in_every_batch_and_order():
+    whole = row_keys(columns())
+    assert whole.dtype == np.uint64
+    for index in (slice(0, 1), slice(7, 20), slice(None, None, -1), np.array([3, 3, 0])):
+        np.testing.assert_array_equal(row_keys([column[index] for column in columns()]), whole[index])
+
+
+def test_rows_that_differ_in_one_number_have_other_keys():
+    whole = row_keys(columns())
+    assert np.unique(whole).size == len(whole)
+    for k, column in enumerate(columns()):
+        changed = columns()
+        flat = changed[k].reshape(len(column), -1)
+        flat[:, -1] = ~flat[:, -1] if flat.dtype == bool else flat[:, -1] + 1
+        assert not (row_keys(changed) == whole).any()
+
+
+def test_keys_tell_columns_and_positions_apart():
+    a, b = np.arange(20.0), np.arange(20.0) + 0.5
+    both = row_keys([a, b])
+    assert not (row_keys([b, a]) == both).any()
+    assert not (row_keys([np.stack([a, b], axis=1)]) == row_keys([np.stack([b, a], axis=1)])).any()
+    assert not (row_keys([a]) == row_keys([a, np.zeros(20)])).any()
+
+
+def test_equal_rows_have_equal_keys():
+    column = np.array([[1.0, 2.0], [3.0, 4.0], [1.0, 2.0]])
+    first, second, third = row_keys([column])
+    assert first == third != second
+
+
+def test_keys_of_similar_rows_look_random():
+    """Consecutive integers: every bit of the keys is one half of the time."""
+    keys = row_keys([np.arange(20_000)])
+    shares = [float(np.mean((keys >> np.uint64(k)) & np.uint64(1))) for k in range(64)]
+    assert max(abs(share - 0.5) for share in shares) < 4.5 * 0.5 / np.sqrt(keys.size)

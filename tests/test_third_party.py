@@ -1,0 +1,289 @@
+"""Claims about a third party's whole backend, in plain NumPy: it fills the seam, and all methods work and agree.
+
+Linear regression with two outputs and loss sum_o c_o (w_o x + b_o - y_o)^2 / 2, a block for each output. Its mean GGN,
+Hessian and Fisher information are block-diagonal, with blocks c_o times the mean of (x, 1) (x, 1)^T; so the exact
+method, KFAC and EKFAC must all give the closed form.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+import headwater as hw
+from headwater.blocks import Block, Layout, Parameter, Part, Piece
+from headwater.errors import StaleFit
+from headwater.gradients.block import BlockGradient
+from headwater.gradients.outer import Outer
+from headwater.gradients.provider import StructuredGradientProvider
+from headwater.influence import ComposableInfluence, InfluenceMapper
+from headwater.operators.structured import BlockDiagonalOperator, KroneckerOperator
+from headwater.random import row_keys, row_normals
+from headwater.testing import BlockMapperContract, InfluenceContract, StructuredProviderContract
+from headwater.types import Batch
+
+I = 3  # noqa: E741
+COSTS = np.array([1.0, 4.0])
+NAMES = ("first", "second")
+RNG = np.random.default_rng(3)
+WEIGHTS, BIASES = RNG.standard_normal((2, I)), RNG.standard_normal(2)
+X, Y = RNG.standard_normal((7, I)) * [3.0, 1.0, 0.2], RNG.standard_normal((7, 2))
+QUERY_X, QUERY_Y = RNG.standard_normal((4, I)), RNG.standard_normal((4, 2))
+
+
+@dataclass(frozen=True, eq=False)
+class Rows(Batch):
+    """NumPy arrays, with or without weights."""
+
+    weights: object = None
+
+    def _columns(self):
+        return super()._columns() | {"weights": self.weights}
+
+
+class LinearProvider(StructuredGradientProvider):
+    """The model is two arrays, and everything has a closed form."""
+
+    def __init__(self, weights=WEIGHTS, biases=BIASES):
+        self.weights, self.biases = weights.copy(), biases.copy()
+
+    @property
+    def layouts(self):
+        return OrderedDict((name, _layout(name)) for name in NAMES)
+
+    def as_batch(self, x, y):
+        return Rows(x, y)
+
+    def row_weights(self, batch):
+        return getattr(batch, "weights", None)
+
+    def row_keys(self, batch):
+        return row_keys([batch.x, batch.y])
+
+    def fingerprint(self):
+        return self.weights.tobytes(), self.biases.tobytes()
+
+    def rows_at_once(self, batch):
+        return 2
+
+    def _residuals(self, batch):
+        return batch.x @ self.weights.T + self.biases - batch.y
+
+    def _weight_each(self, batch):
+        weights = self.row_weights(batch)
+        return np.ones(len(batch)) if weights is None else weights
+
+    def _values(self, batch, cotangents):
+        """Gradient values for derivatives by the outputs [n, 2]."""
+        parts = [Outer(batch.x[:, None], cotangents[:, None, k, None], ones=True) for k in range(2)]
+        return OrderedDict(
+            (name, BlockGradient(_layout(name), (part,))) for name, part in zip(NAMES, parts, strict=True)
+        )
+
+    def grads(self, batch, *, query=False, weighted=True):
+        each = self._weight_each(batch) if weighted else np.ones(len(batch))
+        return self._values(batch, COSTS * self._residuals(batch) * each[:, None])
+
+    def fisher_grads(self, batch, fisher, *, draws=range(1), seed=0):
+        if fisher == "empirical":
+            return [self.grads(batch, weighted=False)]
+        if fisher in ("auto", "exact"):
+            return [self._values(batch, np.tile(row, (len(batch), 1))) for row in np.diag(np.sqrt(COSTS))]
+        keys = self.row_keys(batch)
+        drawn = [row_normals(keys, 2, draw=number, seed=seed) * np.sqrt(COSTS / len(draws)) for number in draws]
+        return [self._values(batch, cotangents) for cotangents in drawn]
+
+    def curvature_product(self, batch, block, vectors, kind):
+        inputs = np.concatenate([batch.x, np.ones((len(batch), 1))], axis=1)
+        cost = COSTS[NAMES.index(block)]
+        return cost * ((vectors @ inputs.T) * self._weight_each(batch)) @ inputs
+
+    def mixed_prod(self, batch, factors):
+        mixed = dict(zip(NAMES, np.split(self.flat_mixed_grads(batch), 2, axis=-1), strict=True))
+        return sum(np.einsum("kd,nxd->knx", factor, mixed[name]) for name, factor in factors.items())
+
+    def flat_mixed_grads(self, batch):
+        """d/dx of c r (x, 1) with r = w x + b - y: c (w (x, 1)^T + r (I, 0))."""
+        inputs = np.concatenate([batch.x, np.ones((len(batch), 1))], axis=1)
+        pairs = zip(COSTS, self.weights, self._residuals(batch).T, strict=True)
+        blocks = [c * (w[:, None] * inputs[:, None, :] + r[:, None, None] * np.eye(I, I + 1)) for c, w, r in pairs]
+        return np.concatenate(blocks, axis=-1) * self._weight_each(batch)[:, None, None]
+
+
+def _layout(name):
+    parameters = (Parameter(f"{name}.weight", (I,)), Parameter(f"{name}.bias", (1,)))
+    return Layout(
+        Block(name, parameters), (Part(Piece(f"{name}.weight", 0, (1, I)), Piece(f"{name}.bias", 0, (1, 1))),)
+    )
+
+
+class LinearInfluence(ComposableInfluence):
+    def __init__(self, method, *, damping=None):
+        super().__init__(LinearProvider(), method, damping=damping)
+
+
+def slow_gradient(x, y):
+    residual = WEIGHTS @ x + BIASES - y
+    return np.concatenate([cost * r * np.append(x, 1.0) for cost, r in zip(COSTS, residual, strict=True)])
+
+
+def by_differences(x, y, step=1e-4):
+    """[I, D]; exact but for rounding, since the gradient is quadratic in x."""
+    return np.stack([(slow_gradient(x + e, y) - slow_gradient(x - e, y)) / (2 * step) for e in step * np.eye(I)])
+
+
+def slow_curvature(rows):
+    inputs = np.append(rows, np.ones((len(rows), 1)), axis=1)
+    return np.kron(np.diag(COSTS), inputs.T @ inputs)
+
+
+def slow_inverse(damping):
+    """Each block's own, at `damping` times its own mean eigenvalue; no operator where damping is None."""
+    if damping is None:
+        return np.eye(2 * (I + 1))
+    curvature = slow_curvature(X) / len(X)
+    means = [np.trace(part[k : k + I + 1]) / (I + 1) for k, part in ((0, curvature), (I + 1, curvature[:, I + 1 :]))]
+    return np.linalg.inv(curvature + damping * np.kron(np.diag(means), np.eye(I + 1)))
+
+
+class TestProvider(StructuredProviderContract):
+    rounding = 1e5  # the truth of the mixed gradients is a difference quotient
+
+    def provider(self):
+        return LinearProvider()
+
+    def batch(self, index):
+        return Rows(X[list(index)], Y[list(index)])
+
+    def slow_grads(self):
+        return np.array([slow_gradient(x, y) for x, y in zip(X, Y, strict=True)])
+
+    def slow_mixed_grads(self):
+        return np.array([by_differences(x, y) for x, y in zip(X, Y, strict=True)])
+
+    def slow_curvature(self, kind):
+        return slow_curvature(X)
+
+
+class TestWeightedProvider(TestProvider):
+    """Every row has a weight, which multiplies its loss."""
+
+    each = np.arange(1.0, 8.0)
+
+    def batch(self, index):
+        return Rows(X[list(index)], Y[list(index)], self.each[list(index)])
+
+    def slow_grads(self):
+        return super().slow_grads() * self.each[:, None]
+
+    def slow_mixed_grads(self):
+        return super().slow_mixed_grads() * self.each[:, None, None]
+
+    def slow_curvature(self, kind):
+        return sum(weight * slow_curvature(row[None]) for weight, row in zip(self.each, X, strict=True))
+
+
+class TestMapper(BlockMapperContract):
+    """The library's own mapper over a third party's provider: one pass for all blocks."""
+
+    def mapper(self):
+        operators = {
+            name: BlockDiagonalOperator(_layout(name), [KroneckerOperator(cost * np.eye(1), np.diag([1.0, 2, 3, 4]))])
+            for name, cost in zip(NAMES, COSTS, strict=True)
+        }
+        return InfluenceMapper(LinearProvider(), operators)
+
+    def left(self):
+        return Rows(X, Y)
+
+    def right(self):
+        return Rows(QUERY_X, QUERY_Y)
+
+
+EXACT = {
+    "exact, GGN": hw.Direct("ggn"),
+    "exact, Hessian": hw.Direct("hessian"),
+    "exact, Fisher": hw.Direct("fisher"),
+    "KFAC": hw.Kfac(),
+    "EKFAC": hw.Ekfac(),
+}
+"""All of them are the closed form here."""
+OTHERS = {
+    "exact, empirical Fisher": hw.Direct("empirical_fisher"),
+    "KFAC, factored": hw.Kfac(damping_form="factored"),
+    "KFAC, sampled": hw.Kfac(fisher="sampled", samples=2),
+    "EKFAC, sampled": hw.Ekfac(fisher="sampled"),
+    "EKFAC, empirical": hw.Ekfac(fisher="empirical"),
+}
+WITHOUT_DAMPING = {"gradient dot product": hw.GradDot(), "gradient cosine": hw.GradCos()}
+
+
+class Contract(InfluenceContract):
+    @pytest.fixture(autouse=True)
+    def _which(self, method):
+        self.method = method
+
+    def influence(self, damping=None):
+        return LinearInfluence(self.method, damping=damping)
+
+    def train(self):
+        return X, Y
+
+    def queries(self):
+        return QUERY_X, QUERY_Y
+
+
+@pytest.mark.parametrize("method", EXACT.values(), ids=EXACT)
+class TestExactMethods(Contract):
+    def slow_scores(self, mode, damping):
+        queries = np.array([slow_gradient(x, y) for x, y in zip(QUERY_X, QUERY_Y, strict=True)])
+        kind = slow_gradient if mode == "up" else by_differences
+        train = np.array([kind(x, y) for x, y in zip(X, Y, strict=True)])
+        return np.einsum("qd,de,n...e->qn...", queries, slow_inverse(damping), train)
+
+
+@pytest.mark.parametrize("method", OTHERS.values(), ids=OTHERS)
+class TestOtherMethods(Contract):
+    pass
+
+
+@pytest.mark.parametrize("method", WITHOUT_DAMPING.values(), ids=WITHOUT_DAMPING)
+class TestMethodsWithoutDamping(Contract):
+    dampings = ()
+
+    def slow_scores(self, mode, damping):
+        def unit(x, y):
+            gradient = slow_gradient(x, y)
+            return gradient / np.linalg.norm(gradient) if isinstance(self.method, hw.GradCos) else gradient
+
+        def differences(x, y, step=1e-5):
+            return np.stack([(unit(x + e, y) - unit(x - e, y)) / (2 * step) for e in step * np.eye(I)])
+
+        self.rounding = 1e7  # a difference quotient of what is not quadratic
+        queries = np.array([unit(x, y) for x, y in zip(QUERY_X, QUERY_Y, strict=True)])
+        kind = unit if mode == "up" else differences
+        return np.einsum("qd,n...d->qn...", queries, np.array([kind(x, y) for x, y in zip(X, Y, strict=True)]))
+
+
+@pytest.mark.parametrize("method", [*EXACT.values(), hw.Kfac(damping_form="factored")], ids=repr)
+def test_a_weight_of_two_is_the_row_twice(method):
+    weights = np.array([1.0, 2.0, 1.0, 3.0, 1.0, 1.0, 2.0])
+    index = np.repeat(np.arange(7), weights.astype(int))
+    weighted, repeated = LinearInfluence(method), LinearInfluence(method)
+    weighted.fit([Rows(X[:4], Y[:4], weights[:4]), Rows(X[4:], Y[4:], weights[4:])])
+    repeated.fit([Rows(X[index], Y[index])])
+    assert weighted.n_train == repeated.n_train == 11
+    expected = repeated.influences(QUERY_X, QUERY_Y, X, Y)
+    got = weighted.influences(QUERY_X, QUERY_Y, X, Y)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-11 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("method", [hw.Direct(), hw.Ekfac(), hw.GradDot()], ids=repr)
+def test_weights_that_change_after_the_fit_are_noticed(method):
+    influence = LinearInfluence(method).fit([(X, Y)])
+    influence.provider.weights[0, 0] += 1e-9
+    with pytest.raises(StaleFit, match="changed since"):
+        influence.influences(QUERY_X, QUERY_Y, X, Y)
+    influence.provider.weights[0, 0] = WEIGHTS[0, 0]
+    influence.influences(QUERY_X, QUERY_Y, X, Y)
