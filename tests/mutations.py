@@ -26,7 +26,8 @@ from headwater.methods.damping import in_units
 from headwater.methods.direct import Direct
 from headwater.methods.kronecker import Ekfac, Kfac
 from headwater.operators.algebra import IdentityOperator, LinearOperator
-from headwater.operators.structured import DenseOperator, EigenKroneckerOperator, KroneckerOperator
+from headwater.operators.kronecker import EigenKroneckerOperator, KroneckerOperator
+from headwater.operators.structured import DenseOperator
 from headwater.torch import CrossEntropy, TorchGradientProvider, losses
 
 # Laws -----------------------------------------------------------------------------------------------------------------
@@ -203,15 +204,14 @@ for _method in (Direct, Kfac, Ekfac):
 
 @mutant
 def eigenvectors_of_a_kronecker_side_are_transposed() -> Iterator[None]:
-    from headwater.operators import structured
 
-    original = structured._diagonalise
+    original = kronecker_operators._diagonalise
 
     def wrong(side: Any) -> Any:
         values, basis = original(side)
         return values, None if basis is None else transpose(basis)
 
-    with patch.object(structured, "_diagonalise", wrong):
+    with patch.object(kronecker_operators, "_diagonalise", wrong):
         yield
 
 

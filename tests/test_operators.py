@@ -27,16 +27,18 @@ from headwater.operators.algebra import (
     ScaledOperator,
     SumOperator,
 )
+from headwater.operators.kronecker import (
+    EigenKroneckerOperator,
+    KroneckerOperator,
+    RotationOperator,
+    SeparableOperator,
+    SeparableScale,
+)
 from headwater.operators.structured import (
     BlockDiagonalOperator,
     DenseOperator,
     DiagonalOperator,
-    EigenKroneckerOperator,
-    KroneckerOperator,
     LowRankPlusDiagonalOperator,
-    RotationOperator,
-    SeparableOperator,
-    SeparableScale,
 )
 from headwater.testing import LinearOperatorContract
 

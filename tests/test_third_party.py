@@ -18,7 +18,8 @@ from headwater.gradients.block import BlockGradient
 from headwater.gradients.outer import Outer
 from headwater.gradients.provider import StructuredGradientProvider
 from headwater.influence import ComposableInfluence, InfluenceMapper
-from headwater.operators.structured import BlockDiagonalOperator, KroneckerOperator
+from headwater.operators.kronecker import KroneckerOperator
+from headwater.operators.structured import BlockDiagonalOperator
 from headwater.random import row_keys, row_normals
 from headwater.testing import BlockMapperContract, InfluenceContract, StructuredProviderContract
 from headwater.types import Batch

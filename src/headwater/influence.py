@@ -24,7 +24,8 @@ from headwater.gradients.provider import BlockGradients, StructuredGradientProvi
 from headwater.methods.base import Curvatures, Method
 from headwater.methods.damping import Damping, damping_by_block, in_units
 from headwater.operators.algebra import LinearOperator
-from headwater.operators.structured import BlockDiagonalOperator, SeparableOperator
+from headwater.operators.kronecker import SeparableOperator
+from headwater.operators.structured import BlockDiagonalOperator
 from headwater.types import BlockMapper, InfluenceMode, OperatorGradientComposition, TensorType
 
 if TYPE_CHECKING:

@@ -21,7 +21,8 @@ from headwater.errors import InvalidSetting, NonFiniteValue
 from headwater.gradients.algebra import Gradient, Moments, Sum, draws_second_moment
 from headwater.gradients.provider import BlockGradients, Fisher, StructuredGradientProvider
 from headwater.operators.algebra import LinearOperator
-from headwater.operators.structured import BlockDiagonalOperator, KroneckerOperator
+from headwater.operators.kronecker import KroneckerOperator
+from headwater.operators.structured import BlockDiagonalOperator
 
 Place = tuple[str, int]
 """(block name, part index)."""

@@ -13,12 +13,8 @@ from headwater.errors import InvalidSetting
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
 from headwater.methods.base import Curvatures, Method
 from headwater.operators.algebra import LinearOperator
-from headwater.operators.structured import (
-    BlockDiagonalOperator,
-    EigenKroneckerOperator,
-    KroneckerOperator,
-    SeparableOperator,
-)
+from headwater.operators.kronecker import EigenKroneckerOperator, KroneckerOperator, SeparableOperator
+from headwater.operators.structured import BlockDiagonalOperator
 
 DampingForm = Literal["exact", "factored"]
 

@@ -120,7 +120,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
     def fingerprint(self) -> tuple[int, ...]:
         """Checksums of the parameters' and buffers' bytes."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
-        return tuple(zlib.crc32(memoryview(_host(t.detach().reshape(-1).view(torch.uint8)))) for t in tensors)
+        return tuple(zlib.crc32(_host(t.detach().reshape(-1).view(torch.uint8)).tobytes()) for t in tensors)
 
     # Batches ------------------------------------------------------------------------------------------------------
 
