@@ -204,6 +204,7 @@ for _method in (Direct, Kfac, Ekfac):
 
 @mutant
 def eigenvectors_of_a_kronecker_side_are_transposed() -> Iterator[None]:
+    from headwater.operators import kronecker as kronecker_operators
 
     original = kronecker_operators._diagonalise
 

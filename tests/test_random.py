@@ -73,6 +73,15 @@ def test_numbers_depend_on_the_row_the_draw_the_seed_and_the_position_and_on_not
     assert np.unique(whole).size == whole.size
 
 
+@pytest.mark.parametrize("word", [0, 0xFFFFFFFF])
+def test_the_least_and_the_largest_words_give_numbers_inside_the_open_interval(monkeypatch, word):
+    """A uniform of zero or one would make a normal infinite."""
+    monkeypatch.setattr("headwater.random.philox", lambda counter, key: np.full(counter.shape, word, dtype=np.uint32))
+    u = row_uniforms(KEYS[:1], 1, draw=0, seed=0)
+    assert (u > 0).all() and (u < 1).all()
+    assert np.isfinite(row_normals(KEYS[:1], 1, draw=0, seed=0)).all()
+
+
 def test_both_halves_of_a_key_count():
     keys = np.array([5, 5 + 2**32, 5 + 2**63], dtype=np.uint64)
     assert np.unique(row_uniforms(keys, 1, draw=0, seed=0)[:, 0, 0]).size == 3

@@ -17,6 +17,7 @@ from headwater.errors import StaleFit
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.outer import Outer
 from headwater.gradients.provider import StructuredGradientProvider
+from headwater.gradients.unit import UnitGradientProvider
 from headwater.influence import ComposableInfluence, InfluenceMapper
 from headwater.operators.kronecker import KroneckerOperator
 from headwater.operators.structured import BlockDiagonalOperator
@@ -129,9 +130,13 @@ def slow_gradient(x, y):
     return np.concatenate([cost * r * np.append(x, 1.0) for cost, r in zip(COSTS, residual, strict=True)])
 
 
-def by_differences(x, y, step=1e-4):
-    """[I, D]; exact but for rounding, since the gradient is quadratic in x."""
-    return np.stack([(slow_gradient(x + e, y) - slow_gradient(x - e, y)) / (2 * step) for e in step * np.eye(I)])
+def slow_unit(x, y):
+    return slow_gradient(x, y) / np.linalg.norm(slow_gradient(x, y))
+
+
+def by_differences(x, y, function=slow_gradient, step=1e-4):
+    """[I, D]; exact but for rounding for the plain gradient, which is quadratic in x."""
+    return np.stack([(function(x + e, y) - function(x - e, y)) / (2 * step) for e in step * np.eye(I)])
 
 
 def slow_curvature(rows):
@@ -140,9 +145,7 @@ def slow_curvature(rows):
 
 
 def slow_inverse(damping):
-    """Each block's own, at `damping` times its own mean eigenvalue; no operator where damping is None."""
-    if damping is None:
-        return np.eye(2 * (I + 1))
+    """Each block's own, at `damping` times its own mean eigenvalue."""
     curvature = slow_curvature(X) / len(X)
     means = [np.trace(part[k : k + I + 1]) / (I + 1) for k, part in ((0, curvature), (I + 1, curvature[:, I + 1 :]))]
     return np.linalg.inv(curvature + damping * np.kron(np.diag(means), np.eye(I + 1)))
@@ -183,6 +186,23 @@ class TestWeightedProvider(TestProvider):
 
     def slow_curvature(self, kind):
         return sum(weight * slow_curvature(row[None]) for weight, row in zip(self.each, X, strict=True))
+
+
+class TestUnitProvider(TestWeightedProvider):
+    """Gradients of length one over both blocks together, times the rows' weights."""
+
+    rounding = 1e7  # a difference quotient of what is not quadratic
+    fishers = kinds = ()
+
+    def provider(self):
+        return UnitGradientProvider(LinearProvider())
+
+    def slow_grads(self):
+        return np.array([weight * slow_unit(*row) for weight, *row in zip(self.each, X, Y, strict=True)])
+
+    def slow_mixed_grads(self):
+        rows = zip(self.each, X, Y, strict=True)
+        return np.array([weight * by_differences(x, y, slow_unit, 1e-5) for weight, x, y in rows])
 
 
 class TestMapper(BlockMapperContract):
@@ -254,17 +274,14 @@ class TestMethodsWithoutDamping(Contract):
     dampings = ()
 
     def slow_scores(self, mode, damping):
-        def unit(x, y):
-            gradient = slow_gradient(x, y)
-            return gradient / np.linalg.norm(gradient) if isinstance(self.method, hw.GradCos) else gradient
-
-        def differences(x, y, step=1e-5):
-            return np.stack([(unit(x + e, y) - unit(x - e, y)) / (2 * step) for e in step * np.eye(I)])
-
         self.rounding = 1e7  # a difference quotient of what is not quadratic
-        queries = np.array([unit(x, y) for x, y in zip(QUERY_X, QUERY_Y, strict=True)])
-        kind = unit if mode == "up" else differences
-        return np.einsum("qd,n...d->qn...", queries, np.array([kind(x, y) for x, y in zip(X, Y, strict=True)]))
+        plain = slow_unit if isinstance(self.method, hw.GradCos) else slow_gradient
+        queries = np.array([plain(x, y) for x, y in zip(QUERY_X, QUERY_Y, strict=True)])
+        if mode == "up":
+            train = np.array([plain(x, y) for x, y in zip(X, Y, strict=True)])
+        else:
+            train = np.array([by_differences(x, y, plain, 1e-5) for x, y in zip(X, Y, strict=True)])
+        return np.einsum("qd,n...d->qn...", queries, train)
 
 
 @pytest.mark.parametrize("method", [*EXACT.values(), hw.Kfac(damping_form="factored")], ids=repr)

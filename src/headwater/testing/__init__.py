@@ -15,7 +15,7 @@ Inherit, fill the hooks, and pytest runs the claims. Nothing here knows a framew
 | `LinearOperatorContract` | `operators.algebra.LinearOperator` | the same; gradient_values, block_values, dampings |
 | `GradientContract` | `gradients.algebra.Gradient` | value, meaning, partners |
 | `GradientProviderContract` | `types.GradientProvider` | provider, batch, slow_grads, slow_mixed_grads |
-| `StructuredProviderContract` | `gradients.provider.StructuredGradientProvider` | the same; slow_curvature, fishers |
+| `StructuredProviderContract` | `gradients.provider.StructuredGradientProvider` | the same; slow_curvature, fishers, kinds |
 | `BlockMapperContract` | `types.BlockMapper` | mapper, left, right, modes |
 | `InfluenceContract` | `influence.ComposableInfluence` | influence, train, queries, slow_scores, modes, dampings |
 

@@ -84,6 +84,8 @@ class StructuredProviderContract(GradientProviderContract):
 
     fishers: tuple[str, ...] = ("exact", "sampled", "empirical")
     """The Fisher informations that the provider under test has."""
+    kinds: tuple[Kind, ...] = ("ggn", "hessian")
+    """The curvatures whose products it has."""
 
     def provider(self) -> StructuredGradientProvider[Any, Any]:
         raise NotImplementedError
@@ -135,8 +137,7 @@ class StructuredProviderContract(GradientProviderContract):
 
     def test_curvature_products_are_those_of_the_sum_over_rows(self) -> None:
         provider = self.provider()
-        kinds: tuple[Kind, ...] = ("ggn", "hessian")
-        for kind in kinds:
+        for kind in self.kinds:
             for name, size in provider.sizes.items():
                 batches = [self.all_rows(), self.batch(range(3)), self.batch(range(3, self.rows))]
                 eye = self.array(np.eye(size))
