@@ -28,7 +28,7 @@ from headwater.methods.kronecker import Ekfac, Kfac
 from headwater.operators.algebra import IdentityOperator, LinearOperator
 from headwater.operators.kronecker import EigenKroneckerOperator, KroneckerOperator
 from headwater.operators.structured import DenseOperator
-from headwater.torch import CrossEntropy, TorchGradientProvider, losses
+from headwater.torch import CrossEntropy, TorchGradientProvider, likelihoods
 
 # Laws -----------------------------------------------------------------------------------------------------------------
 
@@ -334,7 +334,7 @@ def the_fisher_takes_the_square_of_the_sum_over_classes() -> Iterator[None]:
 def classes_count_alike_in_the_fisher() -> Iterator[None]:
     def wrong(self: Any, loss: Any, output: Any, target: Any) -> Any:
         count = output.shape[-1]
-        return [losses.cotangent(loss, output, torch.full_like(target, c)) / count**0.5 for c in range(count)]
+        return [likelihoods.cotangent(loss, output, torch.full_like(target, c)) / count**0.5 for c in range(count)]
 
     with patch.object(CrossEntropy, "exact", wrong):
         yield

@@ -12,10 +12,10 @@ Inherit, fill the hooks, and pytest runs the claims. Nothing here knows a framew
 | contract | for | hooks |
 |---|---|---|
 | `OperatorContract` | `types.Operator` | operator, matrix |
-| `LinearOperatorContract` | `operators.algebra.LinearOperator` | the same; gradient_values, block_values, dampings |
+| `LinearOperatorContract` | `operators.algebra.LinearOperator` | also gradient_values, block_values, dampings |
 | `GradientContract` | `gradients.algebra.Gradient` | value, meaning, partners |
 | `GradientProviderContract` | `types.GradientProvider` | provider, batch, slow_grads, slow_mixed_grads |
-| `StructuredProviderContract` | `gradients.provider.StructuredGradientProvider` | the same; slow_curvature, fishers, kinds |
+| `StructuredProviderContract` | `gradients.provider.StructuredGradientProvider` | also slow_curvature, fishers, kinds |
 | `BlockMapperContract` | `types.BlockMapper` | mapper, left, right, modes |
 | `InfluenceContract` | `influence.ComposableInfluence` | influence, train, queries, slow_scores, modes, dampings |
 

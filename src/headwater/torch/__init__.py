@@ -9,7 +9,7 @@ except ImportError:
 
 from headwater.torch.batch import TorchBatch
 from headwater.torch.influence import TorchComposableInfluence
-from headwater.torch.losses import Bernoulli, CrossEntropy, Likelihood, OutputHessian, SquaredError, TargetSampler
+from headwater.torch.likelihoods import Bernoulli, CrossEntropy, Likelihood, OutputHessian, SquaredError, TargetSampler
 from headwater.torch.provider import Coverage, TorchGradientProvider
 
 __all__ = [

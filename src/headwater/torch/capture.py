@@ -6,8 +6,8 @@ gradients; hooks live for one call. Afterwards, also after an exception, nothing
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -91,6 +91,13 @@ def _slots(model: nn.Module) -> dict[str, str]:
         for role, tensor in chain(module._parameters.items(), module._buffers.items())
         if tensor is not None
     }
+
+
+@contextmanager
+def autograd_on() -> Iterator[None]:
+    """Gradients on, also inside the caller's no_grad or inference_mode."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def twice_differentiable() -> Any:

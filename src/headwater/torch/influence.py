@@ -11,7 +11,8 @@ from headwater.blocks import Structure
 from headwater.influence import ComposableInfluence
 from headwater.methods.base import Method
 from headwater.methods.damping import Damping
-from headwater.torch.losses import Likelihood, Loss
+from headwater.torch.likelihoods import Likelihood
+from headwater.torch.losses import Loss
 from headwater.torch.provider import Coverage, TorchGradientProvider
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from headwater.torch.batch import quiet
 
@@ -85,3 +85,14 @@ def push_forward(
             outputs, leaves, dummies, create_graph=True, allow_unused=True, materialize_grads=True
         )
         return batched_vjp(pulled, dummies, tangents)
+
+
+def rowwise(function: Any, chosen: dict[str, torch.Tensor], x: Any, y: Any) -> dict[str, torch.Tensor]:
+    """function(chosen, row of x, row of y), for all rows: vectorised, or one by one where that fails."""
+    try:
+        with quiet():
+            return torch.func.vmap(function, in_dims=(None, 0, 0))(chosen, x, y)
+    except RuntimeError:
+        rows = len(tree_leaves(x)[0])
+        each = [function(chosen, *tree_map(lambda t, k=k: t[k], (x, y))) for k in range(rows)]
+        return {name: torch.stack([one[name] for one in each]) for name in each[0]}

@@ -20,30 +20,20 @@ from headwater.errors import (
     BatchMismatch,
     BlockMismatch,
     InvalidInput,
-    NonFiniteValue,
-    RowsInteract,
     ShapeMismatch,
-    UnsupportedModel,
 )
 from headwater.gradients.algebra import Dense, Gradient
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.outer import Outer, RowSparse
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, StructuredGradientProvider
 from headwater.random import name_keys, row_keys, row_normals, row_uniforms
-from headwater.torch.batch import TorchBatch, as_tensor, differentiable_input, quiet
-from headwater.torch.capture import Recording, detached_state, record, run, twice_differentiable
-from headwater.torch.losses import (
-    Likelihood,
-    Loss,
-    check_finite,
-    check_loss,
-    find_likelihood,
-    fisher_cotangents,
-    normalisation,
-    row_losses,
-)
+from headwater.torch.batch import TorchBatch, as_tensor, differentiable_input
+from headwater.torch.capture import Recording, autograd_on, detached_state, record, run, twice_differentiable
+from headwater.torch.check import check_finite_grads, check_independence, check_rows, close, one_row_alone
+from headwater.torch.likelihoods import Likelihood, find_likelihood, fisher_cotangents
+from headwater.torch.losses import Loss, check_finite, check_loss, normalisation, row_losses
 from headwater.torch.plan import as_matrix, check_eval, fill_parts, make_plan, trainable_parameters, wide
-from headwater.torch.products import batched_vjp, ggn_product, hessian_product
+from headwater.torch.products import batched_vjp, ggn_product, hessian_product, rowwise
 
 
 @dataclass(frozen=True)
@@ -163,7 +153,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
     def grads(self, batch: TorchBatch, *, query: bool = False, weighted: bool = True) -> BlockGradients:
         batch = self._prepare(batch)
         loss = self.measurement if query else self.loss
-        with self._autograd():
+        with autograd_on():
             recording, state = self._record(batch)
             losses = row_losses(loss, recording.output, batch.y)
             check_finite(losses)
@@ -175,7 +165,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         self, batch: TorchBatch, fisher: Fisher, *, draws: range = range(1), seed: int = 0
     ) -> list[BlockGradients]:
         batch = self._prepare(batch)
-        with self._autograd():
+        with autograd_on():
             recording, state = self._record(batch)
             output = recording.output
             numbers = [partial(self._numbers, self.row_keys(batch), number, seed) for number in draws]
@@ -244,7 +234,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         with twice_differentiable():
             for start in range(0, len(batch), step):
                 piece = batch.take(slice(start, start + step))
-                for name, grad in _rowwise(
+                for name, grad in rowwise(
                     torch.func.grad(one),
                     chosen,
                     piece.x,
@@ -263,7 +253,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         for name, layout in self.layouts.items():
             value = self._block(layout, values, rows)
             blocks[name] = value if weights is None else value.weighted(weights.to(value.like.dtype))
-        _check_finite_grads(blocks)
+        check_finite_grads(blocks)
         return blocks
 
     def _block(self, layout: Layout, values: Mapping[tuple[str, int], Gradient], rows: int) -> BlockGradient:
@@ -275,10 +265,6 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         )
         return BlockGradient(layout, tuple(parts))
 
-    def _autograd(self) -> Any:
-        """Gradients on, whatever the caller's context."""
-        return _EnableGrad()
-
     # The check on the first rows ----------------------------------------------------------------------------------
 
     def _prepare(self, batch: TorchBatch) -> TorchBatch:
@@ -286,7 +272,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         check_eval(self.model)
         rows = min(2, len(batch))
         if self._checked < rows:  # one row alone does not show whether rows act on each other
-            with self._autograd():
+            with autograd_on():
                 self._check(batch.take(slice(0, 2)))
             self._checked = rows
         return batch
@@ -297,42 +283,22 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         names = [p.name for layout in self.layouts.values() for p in layout.block.parameters]
         leaves = {name: state[name].requires_grad_() for name in names}
         last = len(rows) - 1
-        output, grads = self._alone(rows.take(slice(last, last + 1)), {**state, **leaves}, leaves)
+        output, grads = one_row_alone(
+            self.model, self.loss, rows.take(slice(last, last + 1)), {**state, **leaves}, leaves
+        )
         for tensor in state.values():
             tensor.requires_grad_(False)
         recording, _ = self._record(rows)
-        _check_rows(recording.output, len(rows))
+        check_rows(recording.output, len(rows))
         losses = row_losses(self.loss, recording.output, rows.y)
         check_finite(losses)
-        self._check_independence(recording.output, output, last)
+        check_independence(recording.output, output, last)
         self.normalisation = normalisation(self.loss, recording.output, rows.y)
         values = self._values(recording, [losses], [torch.ones_like(losses)])
         self._numbers_per_row = sum(a.numel() for v in values.values() for a in v.arrays) // len(rows)
         wrong = self._disagreeing(values, grads, last)
         if wrong and not self._checked:
             self._plan = make_plan(self.model, self._structure, wrong)
-
-    def _alone(
-        self, row: TorchBatch, state: Mapping[str, torch.Tensor], leaves: Mapping[str, torch.Tensor]
-    ) -> tuple[Any, dict[str, torch.Tensor]]:
-        with twice_differentiable():
-            output = run(self.model, state, row.x)
-        _check_rows(output, 1)
-        loss = self.loss(output, row.y).sum()
-        if not loss.requires_grad:
-            raise UnsupportedModel("The loss does not depend on any attributed parameter.")
-        grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
-        dense = [g.to_dense() if g.is_sparse else g for g in grads]
-        return tree_map(lambda t: t.detach(), output), dict(zip(leaves, dense, strict=True))
-
-    def _check_independence(self, together: Any, alone: Any, row: int) -> None:
-        for one, both in zip(tree_leaves(alone), tree_leaves(together), strict=True):
-            if isinstance(one, torch.Tensor) and one.is_floating_point() and not _close(both.detach()[row], one[0]):
-                gap = float((both.detach()[row] - one[0]).abs().max())
-                raise RowsInteract(
-                    f"The model's output for row {row} changes by {gap:g} when the row is alone in its batch: rows act "
-                    "on each other, or the model is random. Its rows have no gradients of their own."
-                )
 
     def _disagreeing(
         self, values: Mapping[tuple[str, int], Gradient], expected: Mapping[str, torch.Tensor], row: int
@@ -345,7 +311,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             pieces = flat.split([p.size for p in layout.block.parameters])
             for parameter, got in zip(layout.block.parameters, pieces, strict=True):
                 truth = expected[parameter.name].reshape(-1)
-                if parameter.name not in plain and not _close(got.to(truth.dtype), truth):
+                if parameter.name not in plain and not close(got.to(truth.dtype), truth):
                     wrong.append(parameter.name)
         return wrong
 
@@ -356,7 +322,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         parameters = self._block_parameters(block)
         if vectors.ndim != 2 or vectors.shape[1] != self.layouts[block].size:
             raise ShapeMismatch(f"Expected vectors (K, {self.layouts[block].size}), got {tuple(vectors.shape)}.")
-        with self._autograd(), twice_differentiable():
+        with autograd_on(), twice_differentiable():
             state = detached_state(self.model)
             leaves = [state[p.name].requires_grad_() for p in parameters]
 
@@ -393,7 +359,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
     def mixed_prod(self, batch: TorchBatch, factors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         batch = self._prepare(batch)
         differentiable_input(batch.x)
-        with self._autograd(), twice_differentiable():
+        with autograd_on(), twice_differentiable():
             state = detached_state(self.model)
             names = [p.name for block in factors for p in self._block_parameters(block)]
             leaves = [state[name].requires_grad_() for name in names]
@@ -425,36 +391,12 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         def mixed(chosen: dict[str, torch.Tensor], x: torch.Tensor, y: Any) -> dict[str, torch.Tensor]:
             return torch.func.jacrev(torch.func.grad(loss, argnums=1))(chosen, x, y)
 
-        with self._autograd(), twice_differentiable():
-            found = _rowwise(mixed, {name: state[name] for name in names}, batch.x, batch.y)
+        with autograd_on(), twice_differentiable():
+            found = rowwise(mixed, {name: state[name] for name in names}, batch.x, batch.y)
         flat = torch.cat([found[name].reshape(*batch.x.shape, -1) for name in names], dim=-1).detach()
         if batch.weights is not None:
             flat = flat * batch.weights.reshape((-1,) + (1,) * (flat.ndim - 1))
         return flat
-
-
-class _EnableGrad:
-    """Autograd on, also inside the caller's no_grad or inference_mode."""
-
-    def __enter__(self) -> None:
-        self._inference = torch.inference_mode(False)
-        self._inference.__enter__()
-        self._grad = torch.enable_grad()
-        self._grad.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._grad.__exit__(*error)
-        self._inference.__exit__(*error)
-
-
-def _check_rows(output: Any, rows: int) -> None:
-    """Errors: UnsupportedModel for an output whose first axis is not that of the rows."""
-    for tensor in tree_leaves(output):
-        if isinstance(tensor, torch.Tensor) and (tensor.ndim == 0 or len(tensor) != rows):
-            raise UnsupportedModel(
-                f"The model's output for {rows} row(s) has shape {tuple(tensor.shape)}; "
-                "its first axis must run over rows."
-            )
 
 
 def _against(output: Any, cotangent: torch.Tensor) -> torch.Tensor:
@@ -462,28 +404,9 @@ def _against(output: Any, cotangent: torch.Tensor) -> torch.Tensor:
     return (output * cotangent).sum()
 
 
-def _rowwise(function: Any, chosen: dict[str, torch.Tensor], x: Any, y: Any) -> dict[str, torch.Tensor]:
-    """function(chosen, row of x, row of y), for all rows: vectorised, or one by one where that fails."""
-    try:
-        with quiet():
-            return torch.func.vmap(function, in_dims=(None, 0, 0))(chosen, x, y)
-    except RuntimeError:
-        rows = len(tree_leaves(x)[0])
-        each = [function(chosen, *tree_map(lambda t, k=k: t[k], (x, y))) for k in range(rows)]
-        return {name: torch.stack([one[name] for one in each]) for name in each[0]}
-
-
 def _host(tensor: torch.Tensor) -> np.ndarray:
     tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
-
-
-def _close(got: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Equal up to rounding, in norm."""
-    tolerance = max(1e-8, 1e4 * torch.finfo(expected.dtype).eps) if expected.dtype == torch.float64 else 2e-3
-    tolerance = 0.1 if expected.dtype in (torch.float16, torch.bfloat16) else tolerance
-    gap, scale = (got - expected).norm(), torch.maximum(got.norm(), expected.norm())
-    return bool(gap <= tolerance * scale + torch.finfo(expected.dtype).tiny)
 
 
 def _with_inputs(value: Gradient, first: Gradient) -> Gradient:
@@ -493,15 +416,3 @@ def _with_inputs(value: Gradient, first: Gradient) -> Gradient:
     if isinstance(value, RowSparse) and isinstance(first, RowSparse):
         return RowSparse(first.ids, value.values, value.size)
     return value
-
-
-def _check_finite_grads(blocks: BlockGradients) -> None:
-    """Errors: NonFiniteValue naming the block and the rows. A sum is finite only if all of it is: one look for all."""
-    sums = [array.sum().double() for value in blocks.values() for part in value.parts for array in part.arrays]
-    if bool(torch.isfinite(torch.stack(sums).sum())):
-        return
-    for name, value in blocks.items():
-        for part in value.parts:
-            bad = {int(k) for a in part.arrays for k in (~torch.isfinite(a.reshape(len(a), -1)).all(1)).nonzero()[:, 0]}
-            if bad:
-                raise NonFiniteValue(f"The gradients of block {name!r} are not finite for rows {sorted(bad)[:5]}.")

@@ -1,0 +1,256 @@
+"""The distribution of targets behind a loss: what the Fisher information averages over.
+
+A likelihood gives cotangents of the output [n, ...], v, such that the sum (or the mean over draws) of v v^T is the
+Hessian of the row's loss with respect to the row's output.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+from headwater.errors import InvalidSetting, UnsupportedLoss
+from headwater.torch.losses import Loss, partial_options, row_losses
+
+FEW = 16
+"""As many classes or outputs are enumerated under fisher="auto"; beyond, labels are sampled."""
+
+Draw = Callable[[int, bool], torch.Tensor]
+"""(numbers per row, normal?) -> uniform or standard normal numbers [n, count], fixed by row, seed and draw."""
+
+
+class Likelihood(ABC):
+    """The distribution of targets behind a loss: what the Fisher information averages over.
+
+    Both methods give cotangents of the output [n, ...], v, such that the mean (or sum) of v v^T is the Hessian of the
+    row's loss with respect to the output.
+    """
+
+    @abstractmethod
+    def exact(self, loss: Loss, output: torch.Tensor, target: Any) -> list[torch.Tensor] | None:
+        """Cotangents whose summed v v^T is exactly it; None where a row has several targets."""
+
+    @abstractmethod
+    def sampled(self, loss: Loss, output: torch.Tensor, target: Any, draw: Draw) -> torch.Tensor:
+        """One cotangent, with v v^T right on average."""
+
+
+def cotangent(loss: Loss, output: torch.Tensor, target: Any) -> torch.Tensor:
+    """The gradient of the rows' losses with respect to the output: [n, ...]."""
+    leaf = output.detach().requires_grad_()
+    return torch.autograd.grad(row_losses(loss, leaf, target).sum(), leaf)[0]
+
+
+class CrossEntropy(Likelihood):
+    """Integer classes; `log_probabilities` if the output already is that (NLLLoss). Ignored targets stay ignored."""
+
+    def __init__(self, ignore_index: int = -100, log_probabilities: bool = False):
+        self.ignore_index = ignore_index
+        self.log_probabilities = log_probabilities
+
+    def _probabilities(self, output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Probabilities with the classes last, and the axis where they were."""
+        axis = _class_axis(output, target)
+        moved = output.detach().movedim(axis, -1)
+        return (moved.exp() if self.log_probabilities else moved.softmax(-1)), axis
+
+    def exact(self, loss: Loss, output: torch.Tensor, target: Any) -> list[torch.Tensor] | None:
+        p, _ = self._probabilities(output, target)
+        if target.numel() != len(target):
+            return None
+        p = p.reshape(len(target), -1)
+        return [
+            cotangent(loss, output, self._keep_ignored(target, torch.full_like(target, c)))
+            * p[:, c].sqrt().reshape((-1,) + (1,) * (output.ndim - 1))
+            for c in range(p.shape[1])
+        ]
+
+    def sampled(self, loss: Loss, output: torch.Tensor, target: Any, draw: Draw) -> torch.Tensor:
+        p, _ = self._probabilities(output, target)
+        u = draw(target.numel() // max(1, len(target)), False).reshape(target.shape)
+        below = p.double().cumsum(-1) < u.unsqueeze(-1) * p.double().sum(-1, keepdim=True)
+        labels = below.sum(-1).clamp_(max=p.shape[-1] - 1).to(target.dtype)
+        return cotangent(loss, output, self._keep_ignored(target, labels))
+
+    def _keep_ignored(self, target: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return torch.where(target == self.ignore_index, target, labels)
+
+
+def _class_axis(output: torch.Tensor, target: Any) -> int:
+    """The axis of the classes, which the target lacks: second in torch's own losses, last in language models."""
+    shape, wanted = tuple(output.shape), tuple(getattr(target, "shape", ()))
+    if isinstance(target, torch.Tensor) and not target.is_floating_point():
+        for axis in (len(shape) - 1, 1):
+            if shape[:axis] + shape[axis + 1 :] == wanted:
+                return axis
+    raise UnsupportedLoss(
+        f"Cross entropy needs integer classes of the output's shape without its class axis; the output is {shape}, the "
+        f"target {wanted} of {getattr(target, 'dtype', type(target).__name__)}. For another loss, give its likelihood."
+    )
+
+
+class Bernoulli(Likelihood):
+    """Independent yes / no targets of the output's shape; the output is a logit, or a probability (BCELoss)."""
+
+    def __init__(self, logits: bool = True):
+        self.logits = logits
+
+    def _probability(self, output: torch.Tensor) -> torch.Tensor:
+        return output.detach().sigmoid() if self.logits else output.detach()
+
+    def exact(self, loss: Loss, output: torch.Tensor, target: Any) -> list[torch.Tensor] | None:
+        if output.numel() != len(output):
+            return None
+        p = self._probability(output)
+        no, yes = (cotangent(loss, output, torch.full_like(target, c)) for c in (0, 1))
+        return [no * (1 - p).sqrt(), yes * p.sqrt()]
+
+    def sampled(self, loss: Loss, output: torch.Tensor, target: Any, draw: Draw) -> torch.Tensor:
+        u = draw(output.numel() // max(1, len(output)), False).reshape(output.shape)
+        return cotangent(loss, output, (u < self._probability(output)).to(target.dtype))
+
+
+class SquaredError(Likelihood):
+    """Gaussian targets of the output's shape; the variance follows from the loss's own scale."""
+
+    def _root_curvature(self, loss: Loss, output: torch.Tensor, target: Any) -> torch.Tensor:
+        leaf = output.detach().requires_grad_()
+        slope = torch.autograd.grad(row_losses(loss, leaf, target).sum(), leaf, create_graph=True)[0]
+        return torch.autograd.grad(slope.sum(), leaf)[0].clamp_(min=0).sqrt()
+
+    def exact(self, loss: Loss, output: torch.Tensor, target: Any) -> list[torch.Tensor] | None:
+        if output.ndim > 2:
+            return None
+        root = self._root_curvature(loss, output, target).reshape(len(output), -1)
+        unit = torch.eye(root.shape[1], dtype=root.dtype, device=root.device)
+        return [(root * unit[k]).reshape(output.shape) for k in range(root.shape[1])]
+
+    def sampled(self, loss: Loss, output: torch.Tensor, target: Any, draw: Draw) -> torch.Tensor:
+        noise = draw(output.numel() // max(1, len(output)), True).reshape(output.shape)
+        return self._root_curvature(loss, output, target) * noise.to(output.dtype)
+
+
+class OutputHessian(Likelihood):
+    """Any loss whose Hessian with respect to a row's flattened output the user gives.
+
+    `hessian(output, target)`: [n, K, K], symmetric positive semi-definite, K numbers of output per row.
+    """
+
+    def __init__(self, hessian: Callable[[torch.Tensor, Any], torch.Tensor]):
+        self.hessian = hessian
+
+    def _root(self, output: torch.Tensor, target: Any) -> torch.Tensor:
+        values, vectors = torch.linalg.eigh(self.hessian(output.detach(), target))
+        size = output.numel() // max(1, len(output))
+        if vectors.shape != (len(output), size, size):
+            raise InvalidSetting(f"The output Hessian is {tuple(vectors.shape)}; expected {(len(output), size, size)}.")
+        if bool((values < -1e-6 * values.abs().amax()).any()):
+            raise InvalidSetting(f"The output Hessian has a negative eigenvalue, {float(values.min()):g}.")
+        return vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
+
+    def exact(self, loss: Loss, output: torch.Tensor, target: Any) -> list[torch.Tensor] | None:
+        root = self._root(output, target)
+        return [root[:, :, k].reshape(output.shape) for k in range(root.shape[2])]
+
+    def sampled(self, loss: Loss, output: torch.Tensor, target: Any, draw: Draw) -> torch.Tensor:
+        root = self._root(output, target)
+        noise = draw(root.shape[2], True).to(root.dtype)
+        return (root @ noise.unsqueeze(-1)).reshape(output.shape)
+
+
+class TargetSampler(Likelihood):
+    """Any loss whose targets the user samples: `sample(output, uniforms [n, K])` gives targets for the loss.
+
+    K is the number of outputs per row. The targets must follow the distribution whose negative logarithm the loss is.
+    """
+
+    def __init__(self, sample: Callable[[torch.Tensor, torch.Tensor], Any]):
+        self.sample = sample
+
+    def exact(self, loss: Loss, output: torch.Tensor, target: Any) -> list[torch.Tensor] | None:
+        return None
+
+    def sampled(self, loss: Loss, output: torch.Tensor, target: Any, draw: Draw) -> torch.Tensor:
+        uniforms = draw(output.numel() // max(1, len(output)), False)
+        return cotangent(loss, output, self.sample(output.detach(), uniforms))
+
+
+_NAMES: dict[str, Callable[[], Likelihood]] = {
+    "cross_entropy": CrossEntropy,
+    "binary_cross_entropy": Bernoulli,
+    "squared_error": SquaredError,
+}
+_KNOWN: list[tuple[tuple[Any, ...], Callable[[Any], Likelihood]]] = [
+    ((nn.CrossEntropyLoss, F.cross_entropy), lambda loss: CrossEntropy(getattr(loss, "ignore_index", -100))),
+    ((nn.NLLLoss, F.nll_loss), lambda loss: CrossEntropy(getattr(loss, "ignore_index", -100), log_probabilities=True)),
+    ((nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits), lambda loss: Bernoulli()),
+    ((nn.BCELoss, F.binary_cross_entropy), lambda loss: Bernoulli(logits=False)),
+    ((nn.MSELoss, F.mse_loss), lambda loss: SquaredError()),
+]
+
+
+def find_likelihood(loss: Loss, given: Likelihood | str | None) -> Likelihood | None:
+    """The likelihood that was given, or the one behind a loss of torch; None for a loss that is not known."""
+    if isinstance(given, Likelihood):
+        return given
+    if given is not None:
+        if given not in _NAMES:
+            raise InvalidSetting(f"likelihood is {given!r}; expected one of {list(_NAMES)}, or a Likelihood.")
+        return _NAMES[given]()
+    plain = loss.func if isinstance(loss, partial) else loss
+    for kinds, make in _KNOWN:
+        for kind in kinds:
+            if plain is kind or (isinstance(kind, type) and type(plain) is kind):
+                options = partial_options(loss)
+                return None if _reshaped(options) else make(options)
+    return None
+
+
+def _reshaped(options: Any) -> bool:
+    """Class weights and smoothing make a loss that is no negative log-likelihood of one label."""
+    weights = (getattr(options, name, None) for name in ("weight", "pos_weight"))
+    return any(w is not None for w in weights) or bool(getattr(options, "label_smoothing", 0.0))
+
+
+def fisher_cotangents(
+    likelihood: Likelihood | None,
+    loss: Loss,
+    output: Any,
+    target: Any,
+    fisher: str,
+    draws: Sequence[Draw],
+) -> Iterator[torch.Tensor]:
+    """Cotangents whose summed v v^T is (or estimates) each row's output Hessian; see `Likelihood`."""
+    if fisher == "empirical":
+        yield cotangent(loss, output, target)
+        return
+    if likelihood is None or not isinstance(output, torch.Tensor):
+        what = (
+            type(output).__name__
+            if not isinstance(output, torch.Tensor)
+            else getattr(loss, "__name__", type(loss).__name__)
+        )
+        raise UnsupportedLoss(
+            f"The Fisher information needs the distribution behind the loss, which is not known for {what}. Give "
+            "likelihood='cross_entropy', 'binary_cross_entropy' or 'squared_error', an OutputHessian, a TargetSampler, "
+            "or ask for fisher='empirical'."
+        )
+    few = fisher == "auto" and output.numel() <= FEW * len(output)
+    found = likelihood.exact(loss, output, target) if fisher == "exact" or few else None
+    if found is not None:
+        yield from found
+        return
+    if fisher == "exact":
+        raise UnsupportedLoss(
+            "fisher='exact' enumerates the targets of a row, which needs one target per row and a likelihood that "
+            "can be enumerated. Use fisher='sampled'."
+        )
+    for draw in draws:
+        yield likelihood.sampled(loss, output, target, draw) / math.sqrt(len(draws))
