@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Self
 
 from headwater.arrays import Array, namespace, transpose
-from headwater.errors import BatchMismatch, BlockMismatch, InvalidInput, NotFittedError, StaleFit
+from headwater.errors import BatchMismatch, InvalidInput, NotFittedError, StaleFit
 from headwater.gradients.block import stack
 from headwater.gradients.provider import BlockGradients, StructuredGradientProvider
 from headwater.methods.base import Curvatures, Method
@@ -58,7 +58,7 @@ class InfluenceMapper(BlockMapper[Array, Any]):
             factors = self.transformed_grads(left_batch)
             yield from self.generate_interactions_from_transformed_grads(factors, right_batch, mode)
             return
-        queries = self.queries(self.provider.grads(left_batch, query=True), len(right_batch))
+        queries = self.queries(self.provider.grads(left_batch, query=True), len(right_batch) / len(left_batch))
         yield from queries.scores(self.provider.grads(right_batch)).items()
 
     def generate_interactions_from_transformed_grads(
@@ -76,11 +76,11 @@ class InfluenceMapper(BlockMapper[Array, Any]):
         """All blocks together, in one differentiation: (N, M, *x_shape)."""
         return self.provider.mixed_prod(batch, self._factors_by_block(factors))
 
-    def queries(self, grads: BlockGradients, train_rows: int) -> Queries:
-        """Query gradients made ready to meet train rows, in whichever basis is cheaper for `train_rows` of them."""
+    def queries(self, grads: BlockGradients, ratio: float) -> Queries:
+        """Query gradients made ready to meet `ratio` train rows each, in whichever basis is cheaper for that."""
         left, right = OrderedDict(), OrderedDict()
         for name, value in grads.items():
-            mine, theirs = self.operators[name].block_sides(value, train_rows)
+            mine, theirs = self.operators[name].block_sides(value, ratio)
             left[name], right[name] = mine.apply_block(value), theirs
         return Queries(left, right)
 
@@ -318,9 +318,9 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
         return self_influence(self, train_loader, progress=progress)
 
-    def query_grads(self, batch: Any) -> BlockGradients:
-        """The gradients of query rows, as values. Errors: NotFittedError; StaleFit."""
-        return self._ready().provider.grads(batch, query=True)
+    def batch_queries(self, batch: Any, ratio: float) -> Queries:
+        """A batch's queries, ready to meet `ratio` train rows each."""
+        return self.block_mapper.queries(self.provider.grads(batch, query=True), ratio)
 
     def batch_self_influence(self, batch: Any) -> Array:
         """<Op g_n, g_n> of a batch's rows: [n]."""
@@ -328,12 +328,10 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         return sum(mapper.operators[name].quadratic(value) for name, value in self.provider.grads(batch).items())
 
 
-def stack_blocks(values: list[BlockGradients]) -> BlockGradients:
-    """Rows of several batches under one another."""
-    names = list(values[0])
-    if any(list(v) != names for v in values):
-        raise BlockMismatch("The batches have different blocks.")
-    return OrderedDict((name, stack([v[name] for v in values])) for name in names)
+def stack_queries(pieces: list[Queries]) -> Queries:
+    """Queries of several batches under one another; all went through the same operators, at the same ratio."""
+    left = OrderedDict((name, stack([piece.left[name] for piece in pieces])) for name in pieces[0].left)
+    return Queries(left, pieces[0].right)
 
 
 def _parts(operator: LinearOperator) -> Iterable[LinearOperator]:

@@ -57,11 +57,11 @@ class LinearOperator(Operator[Array]):
         """Map every row of a whole block's gradients."""
         return BlockGradient.from_flat(value.layout, self.apply(value.flat()))
 
-    def sides(self, queries: Gradient, train_rows: int) -> tuple[LinearOperator, LinearOperator]:
+    def sides(self, queries: Gradient, ratio: float) -> tuple[LinearOperator, LinearOperator]:
         """Two maps L and R with <self g, h> = <L g, R h>: what to do once per query, and once per train row.
 
-        An operator that is diagonal in a rotated basis need not rotate back: both sides may meet in that basis. The
-        numbers of rows decide what is cheaper; the scores are the same.
+        An operator that is diagonal in a rotated basis need not rotate back: both sides may meet in that basis. What is
+        cheaper depends on `ratio`, the number of train rows for each query; the scores are the same.
         """
         return self, IdentityOperator(self.input_size)
 
@@ -74,7 +74,7 @@ class LinearOperator(Operator[Array]):
         chunks = [(self.apply(flat), flat) for flat in value.flat_chunks()]
         return namespace(value.like).concat([rowwise_inner(left, right) for left, right in chunks], axis=0)
 
-    def block_sides(self, queries: BlockGradient, train_rows: int) -> tuple[LinearOperator, LinearOperator]:
+    def block_sides(self, queries: BlockGradient, ratio: float) -> tuple[LinearOperator, LinearOperator]:
         """`sides`, for an operator on a whole block."""
         return self, IdentityOperator(self.input_size)
 

@@ -184,14 +184,14 @@ class EigenKroneckerOperator(LinearOperator):
         """In the eigenbasis, without turning back."""
         return self.rotation.apply_gradient(value).quadratic(self._weights)
 
-    def sides(self, queries: Gradient, train_rows: int) -> tuple[LinearOperator, LinearOperator]:
-        """Rotate the train rows too, or the queries back: whichever costs less for these numbers of rows."""
+    def sides(self, queries: Gradient, ratio: float) -> tuple[LinearOperator, LinearOperator]:
+        """Rotate the train rows too, or the queries back: whichever costs less at this ratio."""
         (o, i), positions = self.spectrum.shape, getattr(queries, "positions", None)
         sides_turned = (o * o if self.left is not None else 0, i * i if self.right is not None else 0)
         forth = min(positions or i, i) * sides_turned[0] + min(positions or o, o) * sides_turned[1]
         back = i * sides_turned[0] + o * sides_turned[1]
-        if queries.rows * back < train_rows * forth:
-            return super().sides(queries, train_rows)
+        if back < ratio * forth:
+            return super().sides(queries, ratio)
         return ProductOperator(DiagonalOperator(self._weights), self.rotation), self.rotation
 
     def adjoint(self) -> EigenKroneckerOperator:
@@ -253,9 +253,9 @@ class SeparableOperator(LinearOperator):
     def quadratic_gradient(self, value: Gradient) -> Array:
         return self._exact.quadratic_gradient(value)
 
-    def sides(self, queries: Gradient, train_rows: int) -> tuple[LinearOperator, LinearOperator]:
+    def sides(self, queries: Gradient, ratio: float) -> tuple[LinearOperator, LinearOperator]:
         if not self._expansion.pays_for(queries):
-            return self._exact.sides(queries, train_rows)
+            return self._exact.sides(queries, ratio)
         return ProductOperator(self._expansion, self.basis.rotation), self.basis.rotation
 
     def adjoint(self) -> SeparableOperator:

@@ -155,8 +155,8 @@ class BlockDiagonalOperator(LinearOperator):
         rows = [op.quadratic_gradient(part) for op, part in zip(self.operators, value.parts, strict=True)]
         return sum(rows[1:], rows[0])
 
-    def block_sides(self, queries: BlockGradient, train_rows: int) -> tuple[LinearOperator, LinearOperator]:
-        sides = [op.sides(part, train_rows) for op, part in zip(self.operators, queries.parts, strict=True)]
+    def block_sides(self, queries: BlockGradient, ratio: float) -> tuple[LinearOperator, LinearOperator]:
+        sides = [op.sides(part, ratio) for op, part in zip(self.operators, queries.parts, strict=True)]
         left, right = zip(*sides, strict=True)
         return BlockDiagonalOperator(self.layout, left), BlockDiagonalOperator(self.layout, right)
 

@@ -13,7 +13,7 @@ from headwater.arrays import to_numpy
 from headwater.curvature.passes import as_batch, batches
 from headwater.errors import BatchMismatch, InvalidSetting
 from headwater.gradients.provider import StructuredGradientProvider
-from headwater.influence import ComposableInfluence, Queries, stack_blocks
+from headwater.influence import ComposableInfluence, Queries, stack_queries
 from headwater.store.scores import Extremes, Running, Scores
 from headwater.store.tiles import TileStore
 
@@ -96,12 +96,14 @@ def _queries(
     influence: ComposableInfluence, query_loader: Iterable[Any], progress: bool
 ) -> tuple[Queries, np.ndarray, np.ndarray]:
     """All queries, after their side of the operators, computed once; their ids, and keys of their content."""
-    grads, ids, keys = [], [], []
+    influence.check_weights()
+    ratio = influence.n_train / max(1, _count_rows(influence.provider, query_loader))
+    pieces, ids, keys = [], [], []
     for batch, names, _ in _named_batches(influence.provider, query_loader, "query factors", progress):
-        grads.append(influence.query_grads(batch))
+        pieces.append(influence.batch_queries(batch, ratio))
         ids.append(names)
         keys.append(influence.provider.row_keys(batch))
-    queries = influence.block_mapper.queries(stack_blocks(grads), int(influence.n_train))
+    queries = stack_queries(pieces)
     return queries, _distinct(np.concatenate(ids), "query"), np.concatenate(keys)
 
 
@@ -177,10 +179,17 @@ def _named_batches(
         start += len(batch)
 
 
+def _count_rows(provider: StructuredGradientProvider, loader: Iterable[Any]) -> int:
+    """Rows in the loader; zero for one that can be read only once, which is left alone (`batches` says why)."""
+    if isinstance(loader, Iterator):
+        return 0
+    return sum(len(batch) for item in loader if (batch := as_batch(provider, item)) is not None)
+
+
 def _first_keys(provider: StructuredGradientProvider, loader: Iterable[Any]) -> np.ndarray | None:
     """Keys of the rows of the loader's first batch; None if that has ids, or there is none."""
-    if iter(loader) is loader:
-        return None  # `batches` says why such a loader cannot be used
+    if isinstance(loader, Iterator):
+        return None
     first = next((batch for item in loader if (batch := as_batch(provider, item)) is not None), None)
     return None if first is None or getattr(first, "ids", None) is not None else provider.row_keys(first)
 
