@@ -42,10 +42,8 @@ class Recording:
     output: Any
     uses: tuple[Use, ...]
 
-    def output_grads(
-        self, outputs: Sequence[torch.Tensor], cotangents: Sequence[torch.Tensor], keep: bool
-    ) -> list[torch.Tensor]:
-        """The gradient at each use's output, zero where the output does not depend on it. `keep` the graph for more."""
+    def output_grads(self, outputs: Sequence[torch.Tensor], cotangents: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The gradient at each use's output, zero where the output does not depend on it."""
         if not self.uses:
             return []
         live = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
@@ -55,7 +53,6 @@ class Recording:
             [o for o, _ in live],
             [use.output for use in self.uses],
             [c for _, c in live],
-            retain_graph=keep,
             allow_unused=True,
             materialize_grads=True,
         )

@@ -172,10 +172,13 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             cold = tree_map(lambda t: t.detach(), output)
             check_finite(row_losses(self.loss, cold, batch.y))
             cotangents = list(fisher_cotangents(self.likelihood, self.loss, cold, batch.y, fisher, numbers))
-            inputs: dict = {}
+            watched = [use.output for use in recording.uses]
+            grads = batched_vjp([output], watched, [torch.stack(cotangents)]) if watched else []
+            first: dict[tuple[str, int], Gradient] = {}
             found = []
             for k, v in enumerate(cotangents):
-                values = self._values(recording, [output], [v], keep=k + 1 < len(cotangents), inputs=inputs)
+                values = fill_parts(self._plan, self._modules, list(recording.uses), [g[k] for g in grads])
+                values = {place: _with_inputs(value, first.setdefault(place, value)) for place, value in values.items()}
                 values |= self._plain_grads(batch, state, _against, v)
                 found.append(self._blocks(values, len(batch), None))
         return found
@@ -204,15 +207,10 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         recording: Recording,
         outputs: list[torch.Tensor],
         cotangents: list[torch.Tensor],
-        keep: bool = False,
-        inputs: dict | None = None,
     ) -> dict[tuple[str, int], Gradient]:
-        """Gradient values from the layers; `inputs` shares the layer inputs between several output-gradients."""
-        grads = recording.output_grads(outputs, cotangents, keep)
-        values = fill_parts(self._plan, self._modules, list(recording.uses), grads)
-        if inputs is not None:
-            values = {place: _with_inputs(value, inputs.setdefault(place, value)) for place, value in values.items()}
-        return values
+        """Gradient values from the layers."""
+        grads = recording.output_grads(outputs, cotangents)
+        return fill_parts(self._plan, self._modules, list(recording.uses), grads)
 
     def _plain_grads(
         self, batch: TorchBatch, state: Mapping[str, torch.Tensor], score: Any, cotangents: torch.Tensor | None = None
