@@ -21,7 +21,7 @@ from headwater.arrays import transpose
 from headwater.curvature.passes import WeightedMean
 from headwater.gradients.algebra import Dense, Gradient, Moments
 from headwater.gradients.outer import Outer
-from headwater.influence import ComposableInfluence, InfluenceMapper
+from headwater.influence import ComposableInfluence, InfluenceMapper, Sides
 from headwater.methods.damping import in_units
 from headwater.methods.direct import Direct
 from headwater.methods.kronecker import Ekfac, Kfac
@@ -260,7 +260,7 @@ def the_last_batch_is_dropped() -> Iterator[None]:
 @mutant
 def the_bias_is_dropped() -> Iterator[None]:
     """Its column is there, and empty."""
-    bordered = Outer._bordered
+    bordered = Outer.bordered
 
     def wrong(self: Outer) -> Outer:
         full = bordered(self)
@@ -270,7 +270,7 @@ def the_bias_is_dropped() -> Iterator[None]:
         a[..., -1] = 0.0
         return Outer(a, full.b)
 
-    with patch.object(Outer, "_bordered", wrong):
+    with patch.object(Outer, "bordered", wrong):
         yield
 
 
@@ -342,13 +342,10 @@ def classes_count_alike_in_the_fisher() -> Iterator[None]:
 
 @mutant
 def the_inverse_is_applied_on_both_sides() -> Iterator[None]:
-    def queries(self: InfluenceMapper, grads: Any, train_rows: int) -> Any:
-        from headwater.influence import Queries
+    def sides(self: InfluenceMapper, grads: Any, train_per_query: float) -> Any:
+        return Sides(self.operators, self.operators)
 
-        left = type(grads)((name, self.operators[name].apply_block(value)) for name, value in grads.items())
-        return Queries(left, self.operators)
-
-    with patch.object(InfluenceMapper, "queries", queries):
+    with patch.object(InfluenceMapper, "sides", sides):
         yield
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from truth import assert_close, fitted
 
 import headwater as hw
-from headwater.errors import BatchMismatch, InvalidInput, InvalidSetting
+from headwater.errors import BatchMismatch, InvalidInput, InvalidSetting, SingularOperator
 from headwater.torch import TorchBatch, TorchComposableInfluence
 
 METHODS = [hw.GradDot(), hw.GradCos(), hw.Direct("ggn"), hw.Kfac("factored"), hw.Ekfac(), hw.Ekfac(rank=1)]
@@ -230,3 +230,81 @@ def test_removing_rows_by_units_adds_up() -> None:
     assert_close(one / 12.0, other)
     rows = tree_map(lambda t: t[:3], (case.x, case.y))
     assert_close(influence.attribute([rows], queries(case)).values, one[:, :3])
+
+
+def test_queries_of_different_lengths_meet_the_same_train_rows():
+    """The sides of the operators are chosen once for a run, whatever comes first."""
+
+    class Pooled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(6, 5)
+
+        def forward(self, x):
+            return self.layer(x.tanh()).mean(1)
+
+    torch.manual_seed(0)
+    model = Pooled().double()
+    train, short, long = (
+        (torch.randn(n, t, 6).double(), torch.randint(5, (n,))) for n, t in ((20, 4), (3, 1), (2, 40))
+    )
+    for method in (hw.Ekfac(), hw.Kfac(), hw.Ekfac(rank=1), hw.GradDot(), hw.Direct()):
+        influence = TorchComposableInfluence(model, torch.nn.functional.cross_entropy, method).fit([train])
+        for order in ([short, long], [long, short]):
+            got = np.asarray(influence.attribute([train], order))
+            expected = torch.cat([influence.influences(*query, *train) for query in order]).numpy()
+            np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-12 * abs(expected).max())
+
+
+def test_a_measurement_gives_its_name_to_unit_and_sign():
+    def negative_logit(output, target):
+        return -output.gather(1, target[:, None])[:, 0]
+
+    torch.manual_seed(0)
+    model, batch = torch.nn.Linear(4, 3).double(), (torch.randn(9, 4).double(), torch.arange(9) % 3)
+    influence = TorchComposableInfluence(
+        model, torch.nn.functional.cross_entropy, hw.Ekfac(), measurement=negative_logit
+    )
+    scores = influence.fit([batch]).attribute([batch], [batch], unit="removal")
+    assert scores.explained == "negative_logit"
+    assert "increase of the query's negative_logit" in scores.unit_in_words
+    assert "lowers the query's negative_logit" in scores.to_xarray().attrs["sign"]
+
+
+def test_an_unused_layer_has_no_part_in_any_score():
+    class WithSpare(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.spare = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.used(x)
+
+    torch.manual_seed(0)
+    model, batch = WithSpare().double(), (torch.randn(9, 4).double(), torch.arange(9) % 3)
+    for method in (hw.Ekfac(), hw.Kfac(), hw.Direct(), hw.Ekfac(rank=1)):
+        influence = TorchComposableInfluence(model, torch.nn.functional.cross_entropy, method).fit([batch])
+        scores = influence.attribute([batch], [batch], by_block=True)
+        assert not scores.by_block["spare"].any()
+        assert scores.by_block["used"].any()
+        with pytest.raises(SingularOperator, match="Block 'spare'"):
+            influence.with_damping({"used": 0.1, "spare": 0.0})
+
+
+def test_sampled_ekfac_does_not_depend_on_the_batches_where_the_basis_is_not_determined():
+    """More classes than rows: a factor has a null space, whose eigenvectors rounding chooses."""
+    torch.manual_seed(0)
+    model, x, y = torch.nn.Linear(4, 40).double(), torch.randn(30, 4).double(), torch.randint(40, (30,))
+    order = torch.randperm(30)
+    loaders = [
+        *([(x[k : k + size], y[k : k + size]) for k in range(0, 30, size)] for size in (30, 7, 1)),
+        [(x[order], y[order])],
+    ]
+    scores = [
+        TorchComposableInfluence(model, torch.nn.functional.cross_entropy, hw.Ekfac(fisher="sampled"))
+        .fit(loader)
+        .influences(x[:3], y[:3], x, y)
+        for loader in loaders
+    ]
+    for other in scores[1:]:
+        torch.testing.assert_close(other, scores[0], rtol=1e-8, atol=1e-9 * float(scores[0].abs().max()))

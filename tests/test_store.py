@@ -46,7 +46,7 @@ def test_a_stopped_run_goes_on_and_gives_the_same_scores(run, tmp_path):
     whole = influence.attribute(loader, query, by_block=True)
     influence.provider.grads, calls = _counted(influence.provider.grads)
     resumed = influence.attribute(loader, query, store=tmp_path / "run", by_block=True)
-    assert len(calls) == 1 + 2, "one pass over the queries, and the two batches that were missing"
+    assert len(calls) == 1 + 2 + 1, "the queries, the two batches that were missing, and one row to check the others by"
     np.testing.assert_array_equal(resumed.values, whole.values)
     for name in whole.by_block:
         np.testing.assert_array_equal(resumed.by_block[name], whole.by_block[name])
@@ -162,3 +162,30 @@ def test_a_loader_that_shuffles_is_refused_unless_its_batches_carry_ids(run):
     order = np.argsort(named.train_ids)
     np.testing.assert_array_equal(named.train_ids[order], np.arange(100, 123))
     np.testing.assert_allclose(named.values[:, order], plain.values, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_fitted_otherwise_is_not_resumed(run, tmp_path):
+    """Same settings, same rows, same damping: what differs is noticed by computing a stored row again."""
+    influence, loader, query = run
+    absolute = influence.with_damping(0.5)
+    absolute.attribute(loader, query, store=tmp_path / "run")
+    other = TorchComposableInfluence(influence.model, torch.nn.CrossEntropyLoss(), hw.Ekfac(), damping=0.5)
+    other.fit([(x * 2, y) for x, y in loader])
+    with pytest.raises(InvalidInput, match="other scores"):
+        other.attribute(loader, query, store=tmp_path / "run")
+    weighted = [TorchBatch(x, y, weights=torch.full((len(y),), 2.0)) for x, y in loader]
+    with pytest.raises(InvalidInput, match="other rows"):
+        absolute.attribute(weighted, query, store=tmp_path / "run")
+
+
+def test_scores_that_could_not_be_written_are_not_there(run, tmp_path, monkeypatch):
+    influence, loader, query = run
+    scores = influence.attribute(loader, query)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("headwater.store.scores.os.replace", full)
+    with pytest.raises(OSError, match="No space"):
+        scores.save(tmp_path / "scores.zarr")
+    assert not (tmp_path / "scores.zarr").exists()

@@ -651,7 +651,67 @@ def test_ignored_targets_are_not_sampled() -> None:
     names = oracle.trainable(case.model)
     expected = oracle.fisher(case.model, case.loss, case.x, [(labels, weight)], names)
     influence = fitted(case, hw.Direct("fisher"), "full")
-    assert_close(influence._fitted.curvature["full"].matrix, expected)
+    # The loss is half the sum over the two targets that are left, so its gradients count a quarter, its Fisher a half.
+    assert_close(influence._fitted.curvature["full"].matrix, 2 * expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+@pytest.mark.parametrize("name", ["cross_entropy", "binary_cross_entropy", "squared_error", "nll", "probabilities"])
+def test_the_fisher_is_the_ggn_whatever_the_scale_of_the_loss(name, factor, reduction):
+    torch.manual_seed(3)
+    x, classes, answers = torch.randn(9, 4).double(), torch.randint(3, (9,)), torch.randint(2, (9, 3)).double()
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    kinds = {
+        "cross_entropy": (F.cross_entropy, classes, "cross_entropy"),
+        "nll": (
+            lambda o, t, reduction: F.nll_loss(o.log_softmax(-1), t, reduction=reduction),
+            classes,
+            "cross_entropy",
+        ),
+        "binary_cross_entropy": (F.binary_cross_entropy_with_logits, answers, "binary_cross_entropy"),
+        "probabilities": (
+            lambda o, t, reduction: F.binary_cross_entropy(o.sigmoid(), t, reduction=reduction),
+            answers,
+            "binary_cross_entropy",
+        ),
+        "squared_error": (F.mse_loss, torch.randn(9, 3).double(), "squared_error"),
+    }
+    function, y, likelihood = kinds[name]
+
+    def loss(output, target):
+        return factor * function(output, target, reduction=reduction)
+
+    fitted = [
+        TorchComposableInfluence(model, loss, hw.Direct(kind), blocks="full", likelihood=likelihood).fit([(x, y)])
+        for kind in ("fisher", "ggn")
+    ]
+    fisher, ggn = (influence._fitted.curvature["full"].matrix for influence in fitted)
+    assert_close(fisher, ggn)
+
+
+@pytest.mark.parametrize("options", [{"weight": torch.tensor([1.0, 2.0, 5.0]).double()}, {"label_smoothing": 0.1}])
+def test_a_likelihood_that_is_not_the_losses_own_is_refused(options):
+    x, y = torch.randn(9, 4).double(), torch.arange(9) % 3
+    model = nn.Linear(4, 3).double()
+    loss = partial(F.cross_entropy, reduction="sum", **options)
+    influence = TorchComposableInfluence(model, loss, hw.Ekfac(), likelihood="cross_entropy")
+    with pytest.raises(UnsupportedLoss, match="no positive multiple"):
+        influence.fit([(x, y)])
+
+
+def test_an_ignored_class_may_be_drawn_for_other_rows():
+    """ignore_index=0 marks rows without a target; for the others, class 0 is a class like any."""
+    torch.manual_seed(4)
+    x, y = torch.randn(12, 4).double(), torch.arange(12) % 3
+    model = nn.Linear(4, 3).double()
+    kept = y != 0
+    ignoring = TorchComposableInfluence(
+        model, nn.CrossEntropyLoss(ignore_index=0, reduction="sum"), hw.Direct("fisher")
+    )
+    plain = TorchComposableInfluence(model, nn.CrossEntropyLoss(), hw.Direct("fisher"))
+    mine = ignoring.fit([(x, y)])._fitted.curvature["root"].matrix * 12
+    assert_close(mine, plain.fit([(x[kept], y[kept])])._fitted.curvature["root"].matrix * 8)
 
 
 def weighted(**options: Any) -> nn.CrossEntropyLoss:

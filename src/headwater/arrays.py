@@ -137,9 +137,3 @@ def scatter_rows(values: Array, ids: Array, rows: int) -> Array:
         np.add.at(out, ids, values)
         return out
     return out.at[ids].add(values)
-
-
-def all_finite(array: Array) -> bool:
-    """One number tells: a sum is finite unless something in it is not (or it overflows, which is as bad)."""
-    xp = namespace(array)
-    return bool(xp.isfinite(xp.sum(array)))

@@ -48,6 +48,10 @@ def demo(
     """
     from headwater.demo import Settings, explore, report, tell
 
+    if seed < 0:
+        raise InvalidSetting(f"--seed {seed}: expected a whole number of at least 0.")
+    if out.is_dir():
+        raise InvalidSetting(f"--out {out} is a folder; expected the name of a file.")
     if not out.resolve().parent.is_dir():
         raise InvalidSetting(f"--out {out}: there is no folder {out.resolve().parent}.")
     found = explore(Settings(seed=seed, method=method, quiet=quiet))

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Self
 
 from headwater.arrays import Array, namespace, transpose
-from headwater.errors import BatchMismatch, InvalidInput, NotFittedError, StaleFit
+from headwater.errors import BatchMismatch, InvalidInput, NotFittedError, SingularOperator, StaleFit
 from headwater.gradients.block import stack
 from headwater.gradients.provider import BlockGradients, StructuredGradientProvider
 from headwater.methods.base import Curvatures, Method
-from headwater.methods.damping import Damping, damping_by_block, in_units
-from headwater.operators.algebra import LinearOperator
+from headwater.methods.damping import Damping, Relative, damping_by_block, in_units
+from headwater.operators.algebra import IdentityOperator, LinearOperator, ScaledOperator
 from headwater.operators.kronecker import SeparableOperator
 from headwater.operators.structured import BlockDiagonalOperator
 from headwater.types import BlockMapper, InfluenceMode, OperatorGradientComposition, TensorType
@@ -58,7 +58,8 @@ class InfluenceMapper(BlockMapper[Array, Any]):
             factors = self.transformed_grads(left_batch)
             yield from self.generate_interactions_from_transformed_grads(factors, right_batch, mode)
             return
-        queries = self.queries(self.provider.grads(left_batch, query=True), len(right_batch) / len(left_batch))
+        grads = self.provider.grads(left_batch, query=True)
+        queries = self.sides(grads, len(right_batch) / len(left_batch)).queries(grads)
         yield from queries.scores(self.provider.grads(right_batch)).items()
 
     def generate_interactions_from_transformed_grads(
@@ -76,13 +77,29 @@ class InfluenceMapper(BlockMapper[Array, Any]):
         """All blocks together, in one differentiation: (N, M, *x_shape)."""
         return self.provider.mixed_prod(batch, self._factors_by_block(factors))
 
-    def queries(self, grads: BlockGradients, ratio: float) -> Queries:
-        """Query gradients made ready to meet `ratio` train rows each, in whichever basis is cheaper for that."""
-        left, right = OrderedDict(), OrderedDict()
-        for name, value in grads.items():
-            mine, theirs = self.operators[name].block_sides(value, ratio)
-            left[name], right[name] = mine.apply_block(value), theirs
-        return Queries(left, right)
+    def sides(self, grads: BlockGradients, train_per_query: float) -> Sides:
+        """Where queries like these and `train_per_query` train rows each had best meet."""
+        pairs = {name: self.operators[name].block_sides(value, train_per_query) for name, value in grads.items()}
+        return Sides(
+            OrderedDict((name, left) for name, (left, _) in pairs.items()),
+            OrderedDict((name, right) for name, (_, right) in pairs.items()),
+        )
+
+
+@dataclass(frozen=True)
+class Sides:
+    """What query gradients go through, and what train gradients go through, before they meet; see `block_sides`.
+
+    Chosen once for a run: queries that went through one pair of sides cannot meet train rows that went through another.
+    """
+
+    left: Mapping[str, LinearOperator]
+    right: Mapping[str, LinearOperator]
+
+    def queries(self, grads: BlockGradients) -> Queries:
+        """Query gradients, ready to meet train rows."""
+        left = OrderedDict((name, self.left[name].apply_block(v).settled()) for name, v in grads.items())
+        return Queries(left, self.right)
 
 
 @dataclass(frozen=True)
@@ -154,6 +171,16 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         return self._need_fit().rows
 
     @property
+    def explained(self) -> str:
+        """What the scores are about: "loss", or the name of the measurement."""
+        return self.provider.explained
+
+    @property
+    def normalisation(self) -> str | None:
+        """How the loss treats several rows ("mean", "sum", "none", ...), once rows have been seen."""
+        return self.provider.normalisation
+
+    @property
     def block_names(self) -> list[str]:
         return list(self.provider.layouts)
 
@@ -186,11 +213,18 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         return self._mapper
 
     def _make_mapper(self, fitted: Fitted) -> InfluenceMapper:
-        operators = OrderedDict()
-        for name, curvature in fitted.curvature.items():
-            damping = in_units(self.damping[name], curvature.mean_eigenvalue())
-            operators[name] = self.method.invert(curvature, damping)
-        return InfluenceMapper(self.provider, operators)
+        inverses = ((name, self._invert(name, curvature)) for name, curvature in fitted.curvature.items())
+        return InfluenceMapper(self.provider, OrderedDict(inverses))
+
+    def _invert(self, name: str, curvature: LinearOperator) -> LinearOperator:
+        """A block without any curvature and with relative damping has no scale, and no train row reaches it: zero."""
+        damping, mean = self.damping[name], curvature.mean_eigenvalue()
+        if isinstance(damping, Relative) and mean == 0.0:
+            return ScaledOperator(0.0, IdentityOperator(curvature.input_size))
+        try:
+            return self.method.invert(curvature, in_units(damping, mean))
+        except SingularOperator as error:
+            raise type(error)(f"Block {name!r}: {error}") from None
 
     def _need_fit(self) -> Fitted:
         if self._fitted is None:
@@ -318,10 +352,6 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
         return self_influence(self, train_loader, progress=progress)
 
-    def batch_queries(self, batch: Any, ratio: float) -> Queries:
-        """A batch's queries, ready to meet `ratio` train rows each."""
-        return self.block_mapper.queries(self.provider.grads(batch, query=True), ratio)
-
     def batch_self_influence(self, batch: Any) -> Array:
         """<Op g_n, g_n> of a batch's rows: [n]."""
         mapper = self.block_mapper
@@ -329,7 +359,9 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
 
 def stack_queries(pieces: list[Queries]) -> Queries:
-    """Queries of several batches under one another; all went through the same operators, at the same ratio."""
+    """Queries of several batches under one another. Errors: InvalidInput if they went through different sides."""
+    if any(piece.right is not pieces[0].right for piece in pieces):
+        raise InvalidInput("Queries that went through different sides cannot be stacked.")
     left = OrderedDict((name, stack([piece.left[name] for piece in pieces])) for name in pieces[0].left)
     return Queries(left, pieces[0].right)
 

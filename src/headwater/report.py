@@ -72,7 +72,8 @@ def page(
     """
     if unit not in UNIT_IN_WORDS:
         raise InvalidSetting(f"The unit of the scores must be one of {sorted(UNIT_IN_WORDS)}; got {unit!r}.")
-    meaning = f"A score is the {UNIT_IN_WORDS[unit]}. {SIGN_IN_WORDS.capitalize()}; negative: it harms it. {unit_note}"
+    in_words, sign = UNIT_IN_WORDS[unit].format(of="loss"), SIGN_IN_WORDS.format(of="loss").capitalize()
+    meaning = f"A score is the {in_words}. {sign}; negative: it harms. {unit_note}"
     strip = "".join(f"<div><dt>{_text(f.meaning)}</dt><dd>{_text(f.value)}</dd></div>" for f in facts)
     return f"""<!doctype html>
 <html lang="en">

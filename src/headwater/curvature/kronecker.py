@@ -21,7 +21,7 @@ from headwater.errors import InvalidSetting, NonFiniteValue
 from headwater.gradients.algebra import Gradient, Moments, Sum, draws_second_moment
 from headwater.gradients.provider import BlockGradients, Fisher, StructuredGradientProvider
 from headwater.operators.algebra import LinearOperator
-from headwater.operators.kronecker import KroneckerOperator
+from headwater.operators.kronecker import EigenKroneckerOperator, KroneckerOperator
 from headwater.operators.structured import BlockDiagonalOperator
 
 Place = tuple[str, int]
@@ -82,12 +82,36 @@ def fit_ekfac(
         rows = total_weight(provider, batch)
         for place, basis in bases.items():
             values = [draw[place[0]].parts[place[1]] for draw in draws]
-            turns = basis.rotation._turns()
+            turns = basis.rotation.turns()
             spectra[place].add(draws_second_moment(values, provider.row_weights(batch), *turns), rows)
-    if any(mean.weight != weight for mean in spectra.values()):
+    if any(abs(mean.weight - weight) > 1e-6 * weight for mean in spectra.values()):
         raise InvalidSetting("The loader gave other rows in the second pass than in the first.")
-    parts = {place: basis.with_spectrum(_finite(place, spectra[place].value)) for place, basis in bases.items()}
+    parts = {
+        place: basis.with_spectrum(_level_null_space(basis, _finite(place, spectra[place].value)))
+        for place, basis in bases.items()
+    }
     return _by_block(provider, parts), weight
+
+
+def _level_null_space(basis: EigenKroneckerOperator, spectrum: Array) -> Array:
+    """The mean over each side's null space in place of its single entries.
+
+    Where a factor has no eigenvalue to speak of, rounding chooses its eigenvectors, and label draws of the second pass
+    need not vanish there. Their mean over the null space does not depend on the choice.
+    """
+    xp = namespace(spectrum)
+    for axis, turned in ((1, basis.left), (0, basis.right)):
+        if turned is None:
+            continue
+        sizes = xp.max(basis.spectrum, axis=axis)
+        null = sizes <= float(xp.max(sizes)) * max(spectrum.shape) * 8 * float(xp.finfo(basis.like.dtype).eps)
+        count = int(xp.sum(xp.astype(null, xp.int64)))
+        if count > 1:
+            mask = xp.astype(null, spectrum.dtype)
+            mask = mask[:, None] if axis == 1 else mask[None, :]
+            mean = xp.sum(spectrum * mask, axis=1 - axis, keepdims=True) / count
+            spectrum = spectrum * (1 - mask) + mean * mask
+    return spectrum
 
 
 def _batch_moments(draws: list[BlockGradients], weights: Array | None, basis_only: bool) -> dict[Place, Moments]:

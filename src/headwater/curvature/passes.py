@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
-from headwater.arrays import namespace
+from headwater.arrays import namespace, precise
 from headwater.errors import BatchMismatch, InvalidInput
 from headwater.gradients.provider import StructuredGradientProvider
 from headwater.progress import track
@@ -57,13 +57,13 @@ def as_batch(provider: StructuredGradientProvider, item: Any) -> Batch | None:
     if isinstance(item, (tuple, list)) and len(item) == 2:
         return provider.as_batch(*item) if len(Batch(*item)) else None
     length = f" of {len(item)} entries" if isinstance(item, (tuple, list)) else ""
-    raise InvalidInput(f"A loader gives (x, y) or a Batch, not {type(item).__name__}{length}.")
+    raise InvalidInput(f"A loader gives (x, y) or a Batch, not {type(item).__name__}{length}. One batch is [(x, y)].")
 
 
 def total_weight(provider: StructuredGradientProvider, batch: Batch) -> float:
     """The number of rows, each counted with its weight."""
     weights = provider.row_weights(batch)
-    return float(len(batch)) if weights is None else float(namespace(weights).sum(weights))
+    return float(len(batch)) if weights is None else float(namespace(weights).sum(precise(weights)))
 
 
 class WeightedMean(Generic[Value]):

@@ -80,6 +80,10 @@ class Gradient(ABC):
             rows = slice(start, min(start + step, self.rows))
             yield rows, self if step >= self.rows else self.take(rows)
 
+    def settled(self) -> Gradient:
+        """In the form that meets many other gradients at the least cost: what each meeting would make dense, is."""
+        return self
+
     def inner(self, other: Gradient) -> Array:
         """All pairs of dot products with the rows of `other`: [n, m]."""
         blocks = [transpose(other.project(piece.dense())) for _, piece in self.chunks(self.shape[0] * self.shape[1])]
@@ -225,6 +229,10 @@ class Sum(Gradient):
 
     def combine(self, weights: Array) -> Array:
         return _total([term.combine(weights) for term in self.terms])
+
+    def settled(self) -> Gradient:
+        terms = tuple(term.settled() for term in self.terms)
+        return Dense(self.dense()) if any(isinstance(term, Dense) for term in terms) else Sum(terms)
 
     def sandwich(self, left: Array | None, right: Array | None) -> Sum:
         return Sum(tuple(term.sandwich(left, right) for term in self.terms))

@@ -42,6 +42,10 @@ class BlockGradient:
     def weighted(self, weights: Array) -> BlockGradient:
         return BlockGradient(self.layout, tuple(part.weighted(weights) for part in self.parts))
 
+    def settled(self) -> BlockGradient:
+        """In the form that meets many other gradients at the least cost."""
+        return BlockGradient(self.layout, tuple(part.settled() for part in self.parts))
+
     def inner(self, other: BlockGradient) -> Array:
         """All pairs of dot products: [n, m]."""
         total = None

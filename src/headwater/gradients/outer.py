@@ -65,10 +65,10 @@ class Outer(Gradient):
         """The sum of two gradients of the same matrix: more positions."""
         xp, mine, theirs = namespace(self.a), self, other
         if mine.ones != theirs.ones:
-            mine, theirs = mine._bordered(), theirs._bordered()
+            mine, theirs = mine.bordered(), theirs.bordered()
         return Outer(xp.concat([mine.a, theirs.a], axis=1), xp.concat([mine.b, theirs.b], axis=1), mine.ones)
 
-    def _bordered(self) -> Outer:
+    def bordered(self) -> Outer:
         """The ones written out as a last entry of every input."""
         if not self.ones:
             return self
@@ -77,7 +77,7 @@ class Outer(Gradient):
         return Outer(xp.concat([self.a, column], axis=2), self.b)
 
     def dense(self) -> Array:
-        full = self._bordered()
+        full = self.bordered()
         if self.positions == 1:
             return full.b[:, 0, :, None] * full.a[:, 0, None, :]
         return transpose(full.b) @ full.a
@@ -91,6 +91,10 @@ class Outer(Gradient):
         scores = large.project(small.dense())
         return scores if large is self else transpose(scores)
 
+    def settled(self) -> Gradient:
+        (o, i), t = self.shape, self.positions
+        return self if t * t * (o + i) <= o * i or t == 1 else Dense(self.dense())
+
     def _ghost_is_cheaper(self, other: Outer) -> bool:
         (o, i), n, m = self.shape, self.rows, other.rows
         ghost = n * m * self.positions * other.positions * (o + i)
@@ -103,7 +107,7 @@ class Outer(Gradient):
         a, b = transpose(other.a.reshape((other.rows * s, -1))), transpose(other.b.reshape((other.rows * s, -1)))
         out, one = [], 1 if self.ones and other.ones else 0
         if self.ones != other.ones:
-            return self._bordered()._ghost_inner(other._bordered())
+            return self.bordered()._ghost_inner(other.bordered())
         step = rows_within_memory(2 * t * s * other.rows, self.a)
         for start in range(0, self.rows, step):
             mine = self.take(slice(start, start + step))
@@ -119,7 +123,7 @@ class Outer(Gradient):
         (o, i), k = self.shape, int(basis.shape[0])
         if self.positions > 1:
             return super().project(basis)
-        full = self._bordered()
+        full = self.bordered()
         xp, a, b = namespace(self.a), transpose(full.a[:, 0]), transpose(full.b[:, 0])
         if self.rows * k * i >= LARGE_PRODUCT:
             total = zeros_like(self.a, (k, self.rows))
@@ -136,7 +140,7 @@ class Outer(Gradient):
         k = int(weights.shape[0])
         if k > 1 and self.positions > 1:
             return super().combine(weights)
-        full, (o, i) = self._bordered(), self.shape
+        full, (o, i) = self.bordered(), self.shape
         a = full.a.reshape((-1, i))
         xp = namespace(a)
         sums = [transpose((full.b * w[:, None, None]).reshape((-1, o))) @ a for w in weights]
@@ -159,14 +163,14 @@ class Outer(Gradient):
         if not self.ones:
             return Outer(multiply_right(self.a, right), b)
         if right.ndim == 1:
-            return Outer(multiply_right(self._bordered().a, right), b)
+            return Outer(multiply_right(self.bordered().a, right), b)
         return Outer(multiply_right(self.a, right[:, :-1]) + right[:, -1], b)
 
     def quadratic(self, weights: Array | None = None) -> Array:
         if self.positions > 1:
             return super().quadratic(weights)
         xp = namespace(self.a)
-        full = self._bordered() if weights is not None else self
+        full = self.bordered() if weights is not None else self
         a, b = full.a[:, 0] ** 2, full.b[:, 0] ** 2
         if weights is None:
             return (xp.sum(a, axis=1) + (1 if self.ones else 0)) * xp.sum(b, axis=1)
@@ -175,7 +179,7 @@ class Outer(Gradient):
     def squares(self, weights: Array | None) -> Array:
         if self.positions > 1:
             return super().squares(weights)
-        full = self._bordered()
+        full = self.bordered()
         b = full.b[:, 0] ** 2
         return transpose(b if weights is None else b * weights[:, None]) @ full.a[:, 0] ** 2
 
@@ -186,7 +190,7 @@ class Outer(Gradient):
         draws = [self, *(d for d in others if isinstance(d, Outer) and d.a is self.a)]
         if self.positions > 1 or len(draws) <= len(others):
             return None
-        turned = self._turn(left, right)._bordered()
+        turned = self._turn(left, right).bordered()
         b = sum(multiply_right(draw.b, left)[:, 0] ** 2 for draw in draws)
         return transpose(b if weights is None else b * weights[:, None]) @ turned.a[:, 0] ** 2
 
@@ -271,7 +275,7 @@ class RowSparse(Gradient):
         if isinstance(other, Sum):
             return transpose(other.inner(self))
         if isinstance(other, Outer):
-            return self._inner_outer(other._bordered())
+            return self._inner_outer(other.bordered())
         if not isinstance(other, RowSparse):
             return transpose(other.inner(self))
         t, s = int(self.ids.shape[1]), int(other.ids.shape[1])
@@ -322,6 +326,17 @@ class RowSparse(Gradient):
     def quadratic(self, weights: Array | None = None) -> Array:
         xp, square = namespace(self.values), self._coalesced().values ** 2
         return xp.sum(square if weights is None else square * weights[self.ids], axis=(1, 2))
+
+    def second_moment(
+        self, weights: Array | None = None, left: Array | None = None, right: Array | None = None
+    ) -> Array:
+        if left is not None and left.ndim == 2:
+            return super().second_moment(weights, left, right)
+        t, total = int(self.ids.shape[1]), None
+        for rows, piece in self.chunks(2 * t * t):
+            moment = piece.sandwich(left, right).squares(None if weights is None else weights[rows])
+            total = moment if total is None else total + moment
+        return zeros_like(self.values, self.shape) if total is None else total
 
     def squares(self, weights: Array | None) -> Array:
         square = self._coalesced().values ** 2

@@ -1,4 +1,4 @@
-"""A gradient provider that speaks the algebra. A framework fills five methods; the contract's three follow.
+"""A gradient provider that speaks the algebra: what a framework fills, and what follows from it.
 
 `StructuredGradientProvider` is the seam between a framework and the maths: everything above it (curvature,
 influence, methods) is written once, for every framework.
@@ -73,7 +73,17 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
 
     @abstractmethod
     def row_keys(self, batch: BatchType) -> np.ndarray:
-        """A 64-bit key for each row, from its id where the batch carries ids, else from its content: uint64 [n]."""
+        """A 64-bit key for each row, from its id where the batch carries ids, else from its content: uint64 [n].
+
+        Random draws depend on it. Padding is content: rows that are padded differently in another batch need ids.
+        """
+
+    def content_keys(self, batch: BatchType) -> np.ndarray:
+        """A 64-bit key for each row, from everything that the batch says of it, its weight included: uint64 [n].
+
+        By default `row_keys`; a provider whose batches carry ids or weights should say more.
+        """
+        return self.row_keys(batch)
 
     @abstractmethod
     def fingerprint(self) -> tuple[Any, ...]:
@@ -82,6 +92,21 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
     def rows_at_once(self, batch: BatchType) -> int:
         """How many rows to take through the model together; larger batches are cut. The numbers do not depend on it."""
         return len(batch)
+
+    @property
+    def explained(self) -> str:
+        """What `grads(query=True)` differentiates: "loss", or the name of a measurement."""
+        return "loss"
+
+    @property
+    def normalisation(self) -> str | None:
+        """How the loss treats several rows ("mean", "sum", "none", ...), if that is known."""
+        return None
+
+    @property
+    def coverage_fraction(self) -> float:
+        """The share of the model's trainable parameters that is attributed."""
+        return 1.0
 
     @property
     def sizes(self) -> OrderedDict[str, int]:

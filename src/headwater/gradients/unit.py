@@ -89,6 +89,21 @@ class UnitGradientProvider(StructuredGradientProvider[Any, Any]):
     def row_keys(self, batch: Any) -> np.ndarray:
         return self.plain.row_keys(batch)
 
+    def content_keys(self, batch: Any) -> np.ndarray:
+        return self.plain.content_keys(batch)
+
+    @property
+    def explained(self) -> str:
+        return self.plain.explained
+
+    @property
+    def normalisation(self) -> str | None:
+        return self.plain.normalisation
+
+    @property
+    def coverage_fraction(self) -> float:
+        return self.plain.coverage_fraction
+
     def fingerprint(self) -> tuple:
         return self.plain.fingerprint()
 

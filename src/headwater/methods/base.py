@@ -6,9 +6,10 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
-from headwater.gradients.provider import StructuredGradientProvider
+from headwater.errors import InvalidSetting
+from headwater.gradients.provider import Fisher, StructuredGradientProvider
 from headwater.methods.damping import Damping, Relative
 from headwater.operators.algebra import LinearOperator
 
@@ -50,3 +51,9 @@ class Method(ABC):
         """The settings in words: "Ekfac(fisher='auto', ...)"."""
         options = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self))
         return f"{type(self).__name__}({options})"
+
+
+def check_fisher(fisher: str) -> None:
+    """Errors: InvalidSetting for a word that names no way to choose labels."""
+    if fisher not in get_args(Fisher):
+        raise InvalidSetting(f"fisher is {fisher!r}; expected one of {', '.join(map(repr, get_args(Fisher)))}.")

@@ -8,7 +8,7 @@ from typing import Any
 
 from headwater.curvature.exact import Curvature, check_kind, fit_dense
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
-from headwater.methods.base import Curvatures, Method
+from headwater.methods.base import Curvatures, Method, check_fisher
 from headwater.methods.damping import Damping, Relative
 from headwater.operators.algebra import LinearOperator
 
@@ -28,6 +28,7 @@ class Direct(Method):
 
     def __post_init__(self) -> None:
         check_kind(self.curvature)
+        check_fisher(self.fisher)
 
     def fit(
         self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool

@@ -11,7 +11,7 @@ from headwater.curvature.kronecker import fit_ekfac, fit_kfac
 from headwater.curvature.separable import separate
 from headwater.errors import InvalidSetting
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
-from headwater.methods.base import Curvatures, Method
+from headwater.methods.base import Curvatures, Method, check_fisher
 from headwater.operators.algebra import LinearOperator
 from headwater.operators.kronecker import EigenKroneckerOperator, KroneckerOperator, SeparableOperator
 from headwater.operators.structured import BlockDiagonalOperator
@@ -19,10 +19,9 @@ from headwater.operators.structured import BlockDiagonalOperator
 DampingForm = Literal["exact", "factored"]
 
 
-def _check_fisher(fisher: str, samples: int) -> None:
-    if fisher not in get_args(Fisher):
-        raise InvalidSetting(f"fisher is {fisher!r}; expected one of {', '.join(map(repr, get_args(Fisher)))}.")
-    if samples < 1:
+def _check_labels(fisher: str, samples: int) -> None:
+    check_fisher(fisher)
+    if not isinstance(samples, int) or samples < 1:
         raise InvalidSetting(f"samples is {samples}; expected at least 1.")
 
 
@@ -40,7 +39,7 @@ class Kfac(Method):
     """For sampled labels."""
 
     def __post_init__(self) -> None:
-        _check_fisher(self.fisher, self.samples)
+        _check_labels(self.fisher, self.samples)
         if self.damping_form not in get_args(DampingForm):
             raise InvalidSetting(f"damping_form is {self.damping_form!r}; expected 'exact' or 'factored'.")
 
@@ -76,8 +75,8 @@ class Ekfac(Method):
     """For sampled labels."""
 
     def __post_init__(self) -> None:
-        _check_fisher(self.fisher, self.samples)
-        if self.rank is not None and self.rank < 1:
+        _check_labels(self.fisher, self.samples)
+        if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
             raise InvalidSetting(f"rank is {self.rank}; expected at least 1, or None for the exact spectrum.")
 
     def fit(

@@ -57,24 +57,28 @@ class LinearOperator(Operator[Array]):
         """Map every row of a whole block's gradients."""
         return BlockGradient.from_flat(value.layout, self.apply(value.flat()))
 
-    def sides(self, queries: Gradient, ratio: float) -> tuple[LinearOperator, LinearOperator]:
+    def sides(self, queries: Gradient, train_per_query: float) -> tuple[LinearOperator, LinearOperator]:
         """Two maps L and R with <self g, h> = <L g, R h>: what to do once per query, and once per train row.
 
         An operator that is diagonal in a rotated basis need not rotate back: both sides may meet in that basis. What is
-        cheaper depends on `ratio`, the number of train rows for each query; the scores are the same.
+        cheaper depends on the number of train rows for each query; the scores are the same.
         """
         return self, IdentityOperator(self.input_size)
 
     def quadratic_gradient(self, value: Gradient) -> Array:
         """<self g, g> of each row of a gradient value: [n]."""
-        return rowwise_inner(self.apply_gradient(value).dense(), value.dense())
+        rows = [
+            rowwise_inner(self.apply_gradient(piece).dense(), piece.dense())
+            for _, piece in value.chunks(4 * self.input_size)
+        ]
+        return namespace(value.arrays[0]).concat(rows, axis=0)
 
     def quadratic(self, value: BlockGradient) -> Array:
         """<self g, g> of each row of a whole block's gradients: [n]."""
         chunks = [(self.apply(flat), flat) for flat in value.flat_chunks()]
         return namespace(value.like).concat([rowwise_inner(left, right) for left, right in chunks], axis=0)
 
-    def block_sides(self, queries: BlockGradient, ratio: float) -> tuple[LinearOperator, LinearOperator]:
+    def block_sides(self, queries: BlockGradient, train_per_query: float) -> tuple[LinearOperator, LinearOperator]:
         """`sides`, for an operator on a whole block."""
         return self, IdentityOperator(self.input_size)
 

@@ -115,18 +115,18 @@ class RotationOperator(LinearOperator):
     def input_size(self) -> int:
         return math.prod(self.shape)
 
-    def _turns(self) -> tuple[Array | None, Array | None]:
+    def turns(self) -> tuple[Array | None, Array | None]:
         return tuple(None if basis is None else transpose(basis) for basis in (self.left, self.right))  # type: ignore[return-value]
 
     def _apply(self, tensor: Array) -> Array:
-        left, right = self._turns()
+        left, right = self.turns()
         return multiply_right(multiply_left(left, tensor.reshape((-1, *self.shape))), right).reshape(tensor.shape)
 
     def apply_gradient(self, value: Gradient) -> Gradient:
-        return value.sandwich(*self._turns())
+        return value.sandwich(*self.turns())
 
     def adjoint(self) -> LinearOperator:
-        left, right = self._turns()
+        left, right = self.turns()
         return RotationOperator(left, right, self.shape)
 
     def inverse(self, damping: float = 0.0) -> LinearOperator:
@@ -184,14 +184,14 @@ class EigenKroneckerOperator(LinearOperator):
         """In the eigenbasis, without turning back."""
         return self.rotation.apply_gradient(value).quadratic(self._weights)
 
-    def sides(self, queries: Gradient, ratio: float) -> tuple[LinearOperator, LinearOperator]:
-        """Rotate the train rows too, or the queries back: whichever costs less at this ratio."""
+    def sides(self, queries: Gradient, train_per_query: float) -> tuple[LinearOperator, LinearOperator]:
+        """Rotate the train rows too, or the queries back: whichever costs less."""
         (o, i), positions = self.spectrum.shape, getattr(queries, "positions", None)
         sides_turned = (o * o if self.left is not None else 0, i * i if self.right is not None else 0)
         forth = min(positions or i, i) * sides_turned[0] + min(positions or o, o) * sides_turned[1]
         back = i * sides_turned[0] + o * sides_turned[1]
-        if back < ratio * forth:
-            return super().sides(queries, ratio)
+        if back < train_per_query * forth:
+            return super().sides(queries, train_per_query)
         return ProductOperator(DiagonalOperator(self._weights), self.rotation), self.rotation
 
     def adjoint(self) -> EigenKroneckerOperator:
@@ -253,9 +253,9 @@ class SeparableOperator(LinearOperator):
     def quadratic_gradient(self, value: Gradient) -> Array:
         return self._exact.quadratic_gradient(value)
 
-    def sides(self, queries: Gradient, ratio: float) -> tuple[LinearOperator, LinearOperator]:
+    def sides(self, queries: Gradient, train_per_query: float) -> tuple[LinearOperator, LinearOperator]:
         if not self._expansion.pays_for(queries):
-            return self._exact.sides(queries, ratio)
+            return self._exact.sides(queries, train_per_query)
         return ProductOperator(self._expansion, self.basis.rotation), self.basis.rotation
 
     def adjoint(self) -> SeparableOperator:
@@ -288,7 +288,7 @@ class SeparableScale(LinearOperator):
     def apply_gradient(self, value: Gradient) -> Gradient:
         if not isinstance(value, Outer) or not self.pays_for(value):
             return value.scale(transpose(self.u) @ self.v)
-        full = value._bordered()
+        full = value.bordered()
         a = (full.a[:, None] * self.v[None, :, None, :]).reshape((value.rows, -1, int(self.v.shape[1])))
         b = (full.b[:, None] * self.u[None, :, None, :]).reshape((value.rows, -1, int(self.u.shape[1])))
         return Outer(a, b)

@@ -80,6 +80,10 @@ class DenseOperator(LinearOperator):
             _refuse_singular(linalg.svdvals(damped), damping, self.input_size)
             return DenseOperator(linalg.inv(damped))
         values, vectors = self.eigen
+        xp = namespace(values)
+        if self.psd:  # what is below zero is rounding, in the precision that the matrix was summed in
+            noise = self.input_size * float(xp.finfo(self.matrix.dtype).eps) * float(xp.max(values))
+            values = xp.where(values > noise, values, xp.zeros_like(values))
         inverse = invert_spectrum(values, damping, allow_indefinite, diagonalised=self.input_size)
         matrix = (vectors * inverse) @ transpose(vectors)
         positive = bool(namespace(inverse).all(inverse > 0))
@@ -155,8 +159,8 @@ class BlockDiagonalOperator(LinearOperator):
         rows = [op.quadratic_gradient(part) for op, part in zip(self.operators, value.parts, strict=True)]
         return sum(rows[1:], rows[0])
 
-    def block_sides(self, queries: BlockGradient, ratio: float) -> tuple[LinearOperator, LinearOperator]:
-        sides = [op.sides(part, ratio) for op, part in zip(self.operators, queries.parts, strict=True)]
+    def block_sides(self, queries: BlockGradient, train_per_query: float) -> tuple[LinearOperator, LinearOperator]:
+        sides = [op.sides(part, train_per_query) for op, part in zip(self.operators, queries.parts, strict=True)]
         left, right = zip(*sides, strict=True)
         return BlockDiagonalOperator(self.layout, left), BlockDiagonalOperator(self.layout, right)
 

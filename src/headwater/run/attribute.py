@@ -13,11 +13,9 @@ from headwater.arrays import to_numpy
 from headwater.curvature.passes import as_batch, batches
 from headwater.errors import BatchMismatch, InvalidSetting
 from headwater.gradients.provider import StructuredGradientProvider
-from headwater.influence import ComposableInfluence, Queries, stack_queries
-from headwater.store.scores import Extremes, Running, Scores
+from headwater.influence import ComposableInfluence, Queries, Sides, stack_queries
+from headwater.store.scores import UNIT_IN_WORDS, Extremes, Running, Scores
 from headwater.store.tiles import TileStore
-
-UNITS = ("influence", "removal")
 
 
 @dataclass(frozen=True)
@@ -65,6 +63,8 @@ def attribute(
         n_train=influence.n_train,
         method=influence.method.describe(),
         damping=influence.absolute_damping,
+        explained=influence.explained,
+        coverage=influence.provider.coverage_fraction,
     )
 
 
@@ -79,9 +79,11 @@ def top(
 ) -> Extremes:
     """See `ComposableInfluence.top`."""
     queries, query_ids, _ = _queries(influence, query_loader, progress)
-    running = Running(k, query_ids)
+    running, ids = Running(k, query_ids), []
     for tile in _tiles(influence, queries, train_loader, unit, False, progress):
         running.add(tile.total, tile.train_ids)
+        ids.append(tile.train_ids)
+    _distinct(np.concatenate(ids), "train")
     return running.extremes()
 
 
@@ -97,12 +99,15 @@ def _queries(
 ) -> tuple[Queries, np.ndarray, np.ndarray]:
     """All queries, after their side of the operators, computed once; their ids, and keys of their content."""
     influence.check_weights()
-    ratio = influence.n_train / max(1, _count_rows(influence.provider, query_loader))
+    train_per_query = influence.n_train / max(1, _count_rows(influence.provider, query_loader))
+    sides: Sides | None = None
     pieces, ids, keys = [], [], []
     for batch, names, _ in _named_batches(influence.provider, query_loader, "query factors", progress):
-        pieces.append(influence.batch_queries(batch, ratio))
+        grads = influence.provider.grads(batch, query=True)
+        sides = sides or influence.block_mapper.sides(grads, train_per_query)
+        pieces.append(sides.queries(grads))
         ids.append(names)
-        keys.append(influence.provider.row_keys(batch))
+        keys.append(influence.provider.content_keys(batch))
     queries = stack_queries(pieces)
     return queries, _distinct(np.concatenate(ids), "query"), np.concatenate(keys)
 
@@ -116,6 +121,7 @@ def _identity(
         "damping": influence.absolute_damping,
         "weights": influence.provider.fingerprint(),
         "n_train": influence.n_train,
+        "explained": influence.explained,
         "unit": unit,
         "by_block": by_block,
         "query_ids": query_ids.tolist(),
@@ -134,21 +140,32 @@ def _tiles(
 ) -> Iterator[Tile]:
     """One for each train batch; from the store where it is there, and into the store where it is not."""
     scale, names = _scale(influence, unit), influence.block_names if by_block else ["all"]
+    trusted = False
     for batch, ids, start in _named_batches(influence.provider, train_loader, "train scores", progress):
-        keys = None if store is None else influence.provider.row_keys(batch)
-        tile = None if store is None or keys is None else store.read(start, keys)
-        if tile is None:
+
+        def compute(batch: Any = batch) -> np.ndarray:
             scores = list(queries.scores(influence.provider.grads(batch)).values())
             blocks = scores if by_block else [sum(scores[1:], scores[0])]
-            tile = np.stack([to_numpy(block) for block in blocks]) * scale
-            if store is not None and keys is not None:
-                store.write(start, keys, tile)
+            return np.stack([to_numpy(block) for block in blocks]) * scale
+
+        if store is None:
+            tile = compute()
+        else:
+            keys = influence.provider.content_keys(batch)
+            found = store.read(start, keys)
+            if found is None:
+                store.write(start, keys, tile := compute())
+            else:
+                tile = found
+                if not trusted:
+                    store.check(tile[:, :, :1], compute(batch.take(slice(0, 1))))
+                    trusted = True
         yield Tile(dict(zip(names, tile, strict=True)), ids)
 
 
 def _scale(influence: ComposableInfluence, unit: str) -> float:
-    if unit not in UNITS:
-        raise InvalidSetting(f"unit is {unit!r}; expected one of {', '.join(map(repr, UNITS))}.")
+    if unit not in UNIT_IN_WORDS:
+        raise InvalidSetting(f"unit is {unit!r}; expected one of {', '.join(map(repr, UNIT_IN_WORDS))}.")
     if unit == "removal" and not influence.method.predicts_removal:
         raise InvalidSetting(
             f"{influence.method.describe()} predicts no change of loss, only similarity; use unit='influence'."
@@ -166,7 +183,7 @@ def _named_batches(
     start, expected = 0, _first_keys(provider, loader)
     for batch in batches(provider, loader, what, progress):
         if start == 0 and expected is not None:
-            found = provider.row_keys(batch)
+            found = provider.content_keys(batch)
             if not np.array_equal(found, expected[: len(found)]):
                 raise BatchMismatch(
                     f"The loader gives other rows each time it is read ({what}): it shuffles, or changes its rows. "
@@ -191,7 +208,7 @@ def _first_keys(provider: StructuredGradientProvider, loader: Iterable[Any]) -> 
     if isinstance(loader, Iterator):
         return None
     first = next((batch for item in loader if (batch := as_batch(provider, item)) is not None), None)
-    return None if first is None or getattr(first, "ids", None) is not None else provider.row_keys(first)
+    return None if first is None or getattr(first, "ids", None) is not None else provider.content_keys(first)
 
 
 def _distinct(ids: np.ndarray, what: str) -> np.ndarray:

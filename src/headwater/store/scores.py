@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +17,10 @@ if TYPE_CHECKING:
     import xarray
 
 UNIT_IN_WORDS = {
-    "influence": "decrease of the query's loss per unit of weight on the train row in the mean objective",
-    "removal": "predicted increase of the query's loss when the train row is removed",
+    "influence": "decrease of the query's {of} per unit of weight on the train row in the mean objective",
+    "removal": "predicted increase of the query's {of} when the train row is removed",
 }
-SIGN_IN_WORDS = "positive: the train row helps the query (lowers its loss)"
+SIGN_IN_WORDS = "positive: the train row helps (it lowers the query's {of})"
 
 
 def _check_labels(values: np.ndarray, query_ids: np.ndarray, train_ids: np.ndarray) -> None:
@@ -50,6 +51,10 @@ class Scores:
     """Absolute damping by block."""
     by_block: Mapping[str, np.ndarray] | None = None
     """Each block's share, [query, train]; they sum to `values`."""
+    explained: str = "loss"
+    """What the scores are about: the query's loss, or the name of another measurement. Lower is taken to be better."""
+    coverage: float = 1.0
+    """The share of the model's trainable parameters that was attributed."""
 
     def __post_init__(self) -> None:
         _check_labels(self.values, self.query_ids, self.train_ids)
@@ -65,7 +70,11 @@ class Scores:
 
     @property
     def unit_in_words(self) -> str:
-        return UNIT_IN_WORDS[self.unit]
+        return UNIT_IN_WORDS[self.unit].format(of=self.explained)
+
+    @property
+    def sign_in_words(self) -> str:
+        return SIGN_IN_WORDS.format(of=self.explained)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False and dtype is not None and np.dtype(dtype) != self.values.dtype:
@@ -73,7 +82,10 @@ class Scores:
         return np.array(self.values, dtype=dtype, copy=True) if copy else np.asarray(self.values, dtype=dtype)
 
     def __repr__(self) -> str:
-        return f"Scores({self.shape[0]} queries x {self.shape[1]} train rows, unit={self.unit!r}, {self.method})"
+        partly = "" if self.coverage == 1.0 else f", coverage={self.coverage:.3f}"
+        return (
+            f"Scores({self.shape[0]} queries x {self.shape[1]} train rows, unit={self.unit!r}, {self.method}{partly})"
+        )
 
     def top(self, k: int) -> Extremes:
         """The k most helpful and the k most harmful train rows of each query."""
@@ -82,12 +94,15 @@ class Scores:
         return running.extremes()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to a zarr folder. Errors: FileExistsError if there is one already."""
+        """Write to a zarr folder, whole or not at all. Errors: FileExistsError if there is one already."""
         if Path(path).exists():
             raise FileExistsError(f"{path} exists; remove it, or choose another name.")
         data = self.to_xarray()
         data.attrs["blocks"] = list(self.by_block or ())
-        data.drop_vars("block", errors="ignore").to_zarr(path, mode="w-", consolidated=False)
+        draft = Path(f"{path}.draft")
+        shutil.rmtree(draft, ignore_errors=True)
+        data.drop_vars("block", errors="ignore").to_zarr(draft, mode="w-", consolidated=False)
+        os.replace(draft, path)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Scores:
@@ -105,6 +120,8 @@ class Scores:
                 n_train=attributes["n_train"],
                 method=attributes["method"],
                 damping=attributes["damping"],
+                explained=attributes["explained"],
+                coverage=attributes["coverage"],
                 by_block=dict(zip(attributes["blocks"], shares, strict=True)) if attributes["blocks"] else None,
             )
 
@@ -120,7 +137,9 @@ class Scores:
         attributes = {
             "unit": self.unit,
             "unit_in_words": self.unit_in_words,
-            "sign": SIGN_IN_WORDS,
+            "sign": self.sign_in_words,
+            "explained": self.explained,
+            "coverage": self.coverage,
             "method": self.method,
             "n_train": self.n_train,
             "damping": dict(self.damping),

@@ -70,6 +70,16 @@ class TileStore:
             )
         return np.asarray(self._group()[f"{start}-{start + len(keys)}"][:])
 
+    def check(self, stored: np.ndarray, fresh: np.ndarray) -> None:
+        """Stored scores beside the same ones computed again. Errors: InvalidInput if they differ beyond rounding."""
+        gap, largest = float(np.abs(stored - fresh).max()), float(np.abs(fresh).max())
+        if gap > 1e-3 * largest:
+            raise InvalidInput(
+                f"The run stored in {self.path} has other scores than this call (they differ by {gap:g}, of "
+                f"{largest:g}): it was fitted on other rows, or with another loss. Choose another folder, or "
+                "remove this one."
+            )
+
     def write(self, start: int, keys: np.ndarray, tile: np.ndarray) -> None:
         """Keep a tile [block, query, train]; it counts once this returns."""
         stop = start + len(keys)

@@ -13,7 +13,7 @@ from headwater.errors import NonFiniteValue, RowsInteract, UnsupportedModel
 from headwater.gradients.provider import BlockGradients
 from headwater.torch.batch import TorchBatch
 from headwater.torch.capture import run, twice_differentiable
-from headwater.torch.losses import Loss
+from headwater.torch.losses import Loss, explain_failure
 
 
 def one_row_alone(
@@ -27,7 +27,8 @@ def one_row_alone(
     with twice_differentiable():
         output = run(model, state, row.x)
     check_rows(output, 1)
-    value = loss(output, row.y).sum()
+    with explain_failure(output, row.y):
+        value = loss(output, row.y).sum()
     if not value.requires_grad:
         raise UnsupportedModel("The loss does not depend on any attributed parameter.")
     grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
@@ -74,3 +75,11 @@ def check_finite_grads(blocks: BlockGradients) -> None:
             bad = {int(k) for a in part.arrays for k in (~torch.isfinite(a.reshape(len(a), -1)).all(1)).nonzero()[:, 0]}
             if bad:
                 raise NonFiniteValue(f"The gradients of block {name!r} are not finite for rows {sorted(bad)[:5]}.")
+
+
+def check_finite_factors(factors: Mapping[str, torch.Tensor]) -> None:
+    """Errors: NonFiniteValue naming the block and the queries."""
+    for name, factor in factors.items():
+        bad = (~torch.isfinite(factor).all(1)).nonzero()[:, 0].tolist()
+        if bad:
+            raise NonFiniteValue(f"The factors of block {name!r} are not finite for queries {bad[:5]}.")

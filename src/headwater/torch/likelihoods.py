@@ -48,73 +48,140 @@ def cotangent(loss: Loss, output: torch.Tensor, target: Any) -> torch.Tensor:
     return torch.autograd.grad(row_losses(loss, leaf, target).sum(), leaf)[0]
 
 
-class CrossEntropy(Likelihood):
-    """Integer classes; `log_probabilities` if the output already is that (NLLLoss). Ignored targets stay ignored."""
+def loss_scale(slope: torch.Tensor, residual: torch.Tensor, dim: tuple[int, ...] = ()) -> torch.Tensor:
+    """c, where the loss's gradient is c times that of the negative log-likelihood; `dim`: the axes of one target."""
+    along, size = slope * residual, residual**2
+    if dim:
+        along, size = along.sum(dim), size.sum(dim)
+    return along / size.clamp(min=torch.finfo(size.dtype).tiny)
 
-    def __init__(self, ignore_index: int = -100, log_probabilities: bool = False):
+
+def check_scale(name: str, slope: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor) -> None:
+    """Errors: UnsupportedLoss if the gradient at the data's own targets is not `expected`: another likelihood."""
+    tolerance = 1e4 * torch.finfo(slope.dtype).eps
+    gap = float((slope - expected).abs().max()) if slope.numel() else 0.0
+    if gap > tolerance * float(scale.abs().max()) or bool((scale < 0).any()):
+        raise UnsupportedLoss(
+            f"The loss is no positive multiple of the {name} of one target (its gradient is off by {gap:g}): class "
+            "weights, smoothing, or another loss. Give an OutputHessian or a TargetSampler, or fisher='empirical'."
+        )
+
+
+class CrossEntropy(Likelihood):
+    """Integer classes; the loss may be any positive multiple of the cross entropy, another for each target.
+
+    Where the target is `ignore_index` there is none. `class_axis` of the output: -1 or 1; None for whichever the
+    target lacks. `log_probabilities` if the output already is that (NLLLoss).
+    """
+
+    def __init__(self, ignore_index: int = -100, *, class_axis: int | None = None, log_probabilities: bool = False):
         self.ignore_index = ignore_index
+        self.class_axis = class_axis
         self.log_probabilities = log_probabilities
 
-    def _probabilities(self, output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """Probabilities with the classes last, and the axis where they were."""
-        axis = _class_axis(output, target)
+    def _residual(self, p: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The gradient of -log p(label), classes last; for ignored targets it means nothing."""
+        hit = torch.zeros_like(p).scatter_(-1, labels.clamp(0, p.shape[-1] - 1).unsqueeze(-1), 1.0)
+        return -hit if self.log_probabilities else p - hit
+
+    def _scaled(self, loss: Loss, output: torch.Tensor, target: Any) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Probabilities [..., C], the root of the loss's scale [...] (zero where ignored), and the axis of the classes.
+
+        The scale is measured at each target's least likely class, where the gradient is largest.
+        """
+        axis = _class_axis(output, target, self.class_axis)
         moved = output.detach().movedim(axis, -1)
-        return (moved.exp() if self.log_probabilities else moved.softmax(-1)), axis
+        p = moved.exp() if self.log_probabilities else moved.softmax(-1)
+        kept, allowed = target != self.ignore_index, p.clone()
+        if 0 <= self.ignore_index < p.shape[-1]:
+            allowed[..., self.ignore_index] = torch.inf
+        far = torch.where(kept, allowed.argmin(-1), target)
+        slope = cotangent(loss, output, far).movedim(axis, -1)
+        scale = torch.where(kept, loss_scale(slope, self._residual(p, far), (-1,)), 0.0)
+        own = cotangent(loss, output, target).movedim(axis, -1)
+        check_scale("cross entropy", own, self._residual(p, target) * scale.unsqueeze(-1), scale)
+        return p, scale.clamp(min=0).sqrt(), axis
 
     def exact(self, loss: Loss, output: torch.Tensor, target: Any) -> list[torch.Tensor] | None:
-        p, _ = self._probabilities(output, target)
+        p, root, axis = self._scaled(loss, output, target)
         if target.numel() != len(target):
             return None
-        p = p.reshape(len(target), -1)
+        classes = (torch.full_like(target, c) for c in range(p.shape[-1]))
         return [
-            cotangent(loss, output, self._keep_ignored(target, torch.full_like(target, c)))
-            * p[:, c].sqrt().reshape((-1,) + (1,) * (output.ndim - 1))
-            for c in range(p.shape[1])
+            (self._residual(p, label) * (root * p[..., c].sqrt()).unsqueeze(-1)).movedim(-1, axis)
+            for c, label in enumerate(classes)
         ]
 
     def sampled(self, loss: Loss, output: torch.Tensor, target: Any, draw: Draw) -> torch.Tensor:
-        p, _ = self._probabilities(output, target)
+        p, root, axis = self._scaled(loss, output, target)
         u = draw(target.numel() // max(1, len(target)), False).reshape(target.shape)
         below = p.double().cumsum(-1) < u.unsqueeze(-1) * p.double().sum(-1, keepdim=True)
-        labels = below.sum(-1).clamp_(max=p.shape[-1] - 1).to(target.dtype)
-        return cotangent(loss, output, self._keep_ignored(target, labels))
-
-    def _keep_ignored(self, target: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return torch.where(target == self.ignore_index, target, labels)
+        labels = below.sum(-1).clamp_(max=p.shape[-1] - 1)
+        return (self._residual(p, labels) * root.unsqueeze(-1)).movedim(-1, axis)
 
 
-def _class_axis(output: torch.Tensor, target: Any) -> int:
-    """The axis of the classes, which the target lacks: second in torch's own losses, last in language models."""
+def _class_axis(output: torch.Tensor, target: Any, given: int | None) -> int:
+    """The axis of the classes, which the target lacks."""
     shape, wanted = tuple(output.shape), tuple(getattr(target, "shape", ()))
-    if isinstance(target, torch.Tensor) and not target.is_floating_point():
-        for axis in (len(shape) - 1, 1):
-            if shape[:axis] + shape[axis + 1 :] == wanted:
-                return axis
-    raise UnsupportedLoss(
-        f"Cross entropy needs integer classes of the output's shape without its class axis; the output is {shape}, the "
-        f"target {wanted} of {getattr(target, 'dtype', type(target).__name__)}. For another loss, give its likelihood."
-    )
+    axes = {len(shape) - 1, 1} if given is None else {given % len(shape)}
+    fitting = [axis for axis in axes if shape[:axis] + shape[axis + 1 :] == wanted]
+    if not isinstance(target, torch.Tensor) or target.is_floating_point() or not fitting:
+        raise UnsupportedLoss(
+            f"Cross entropy needs integer classes of the output's shape without its class axis; the output is {shape}, "
+            f"the target {wanted} of {getattr(target, 'dtype', type(target).__name__)}. For another loss, give its "
+            "likelihood."
+        )
+    if len(fitting) > 1:
+        raise UnsupportedLoss(
+            f"The classes of an output of shape {shape} may be on axis 1 or {len(shape) - 1}; give "
+            "likelihood=CrossEntropy(class_axis=...)."
+        )
+    return fitting[0]
 
 
 class Bernoulli(Likelihood):
-    """Independent yes / no targets of the output's shape; the output is a logit, or a probability (BCELoss)."""
+    """Independent yes / no targets of the output's shape; the output is a logit, or a probability (BCELoss).
+
+    The loss may be any positive multiple of the binary cross entropy, another for each target.
+    """
 
     def __init__(self, logits: bool = True):
         self.logits = logits
 
-    def _probability(self, output: torch.Tensor) -> torch.Tensor:
-        return output.detach().sigmoid() if self.logits else output.detach()
+    def _residual(self, p: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The gradient of -log p(target)."""
+        return p - target if self.logits else (p - target) / self._variance(p)
+
+    def _variance(self, p: torch.Tensor) -> torch.Tensor:
+        return (p * (1 - p)).clamp(min=torch.finfo(p.dtype).eps)
+
+    def _scaled(self, loss: Loss, output: torch.Tensor, target: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Probabilities, and the root of the loss's scale, measured at the less likely answers; the output's shape."""
+        p = output.detach().sigmoid() if self.logits else output.detach()
+        far = (p < 0.5).to(target.dtype)
+        scale = loss_scale(cotangent(loss, output, far), self._residual(p, far))
+        own = cotangent(loss, output, target)
+        check_scale("binary cross entropy", own, self._residual(p, target) * scale, scale)
+        return p, scale.clamp(min=0).sqrt()
 
     def exact(self, loss: Loss, output: torch.Tensor, target: Any) -> list[torch.Tensor] | None:
-        if output.numel() != len(output):
+        p, root = self._scaled(loss, output, target)
+        if output.ndim > 2:
             return None
-        p = self._probability(output)
-        no, yes = (cotangent(loss, output, torch.full_like(target, c)) for c in (0, 1))
-        return [no * (1 - p).sqrt(), yes * p.sqrt()]
+        spread = self._variance(p).sqrt() if self.logits else 1 / self._variance(p).sqrt()
+        return one_by_one(root * spread)
 
     def sampled(self, loss: Loss, output: torch.Tensor, target: Any, draw: Draw) -> torch.Tensor:
+        p, root = self._scaled(loss, output, target)
         u = draw(output.numel() // max(1, len(output)), False).reshape(output.shape)
-        return cotangent(loss, output, (u < self._probability(output)).to(target.dtype))
+        return self._residual(p, (u < p).to(p.dtype)) * root
+
+
+def one_by_one(values: torch.Tensor) -> list[torch.Tensor]:
+    """[n, K] as K arrays that hold one column each, and zero elsewhere; [n] as one."""
+    flat = values.reshape(len(values), -1)
+    unit = torch.eye(flat.shape[1], dtype=flat.dtype, device=flat.device)
+    return [(flat * row).reshape(values.shape) for row in unit]
 
 
 class SquaredError(Likelihood):
@@ -128,9 +195,7 @@ class SquaredError(Likelihood):
     def exact(self, loss: Loss, output: torch.Tensor, target: Any) -> list[torch.Tensor] | None:
         if output.ndim > 2:
             return None
-        root = self._root_curvature(loss, output, target).reshape(len(output), -1)
-        unit = torch.eye(root.shape[1], dtype=root.dtype, device=root.device)
-        return [(root * unit[k]).reshape(output.shape) for k in range(root.shape[1])]
+        return one_by_one(self._root_curvature(loss, output, target))
 
     def sampled(self, loss: Loss, output: torch.Tensor, target: Any, draw: Draw) -> torch.Tensor:
         noise = draw(output.numel() // max(1, len(output)), True).reshape(output.shape)
@@ -188,8 +253,14 @@ _NAMES: dict[str, Callable[[], Likelihood]] = {
     "squared_error": SquaredError,
 }
 _KNOWN: list[tuple[tuple[Any, ...], Callable[[Any], Likelihood]]] = [
-    ((nn.CrossEntropyLoss, F.cross_entropy), lambda loss: CrossEntropy(getattr(loss, "ignore_index", -100))),
-    ((nn.NLLLoss, F.nll_loss), lambda loss: CrossEntropy(getattr(loss, "ignore_index", -100), log_probabilities=True)),
+    (
+        (nn.CrossEntropyLoss, F.cross_entropy),
+        lambda loss: CrossEntropy(getattr(loss, "ignore_index", -100), class_axis=1),
+    ),
+    (
+        (nn.NLLLoss, F.nll_loss),
+        lambda loss: CrossEntropy(getattr(loss, "ignore_index", -100), class_axis=1, log_probabilities=True),
+    ),
     ((nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits), lambda loss: Bernoulli()),
     ((nn.BCELoss, F.binary_cross_entropy), lambda loss: Bernoulli(logits=False)),
     ((nn.MSELoss, F.mse_loss), lambda loss: SquaredError()),
@@ -203,7 +274,10 @@ def find_likelihood(loss: Loss, given: Likelihood | str | None) -> Likelihood | 
     if given is not None:
         if given not in _NAMES:
             raise InvalidSetting(f"likelihood is {given!r}; expected one of {list(_NAMES)}, or a Likelihood.")
-        return _NAMES[given]()
+        found = _NAMES[given]()
+        if isinstance(found, CrossEntropy):
+            found.ignore_index = getattr(partial_options(loss), "ignore_index", found.ignore_index)
+        return found
     plain = loss.func if isinstance(loss, partial) else loss
     for kinds, make in _KNOWN:
         for kind in kinds:
@@ -228,6 +302,8 @@ def fisher_cotangents(
     draws: Sequence[Draw],
 ) -> Iterator[torch.Tensor]:
     """Cotangents whose summed v v^T is (or estimates) each row's output Hessian; see `Likelihood`."""
+    if fisher not in ("auto", "exact", "sampled", "empirical"):
+        raise InvalidSetting(f"fisher is {fisher!r}; expected 'auto', 'exact', 'sampled' or 'empirical'.")
     if fisher == "empirical":
         yield cotangent(loss, output, target)
         return

@@ -8,7 +8,8 @@ the user's own reduction over them is kept.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -17,19 +18,26 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from headwater.errors import NonFiniteValue, UnsupportedLoss
+from headwater.errors import HeadwaterError, InvalidInput, NonFiniteValue, UnsupportedLoss
 from headwater.torch.batch import quiet
 
 Loss = Callable[[Any, Any], torch.Tensor]
 
 
 def row_losses(loss: Loss, output: Any, target: Any) -> torch.Tensor:
-    """The loss of each row on its own: [n]. One vectorised call where the loss allows it, else row by row."""
-    if isinstance(output, torch.Tensor) and isinstance(target, torch.Tensor):
-        found = _torch_row_losses(loss, output, target)
-        if found is not None:
-            return found
+    """The loss of each row on its own: [n]. One vectorised call where the loss allows it, else row by row.
 
+    Errors: InvalidInput where the loss fails on these outputs and targets.
+    """
+    with explain_failure(output, target):
+        if isinstance(output, torch.Tensor) and isinstance(target, torch.Tensor):
+            found = _torch_row_losses(loss, output, target)
+            if found is not None:
+                return found
+        return _any_row_losses(loss, output, target)
+
+
+def _any_row_losses(loss: Loss, output: Any, target: Any) -> torch.Tensor:
     def one(o: Any, t: Any) -> torch.Tensor:
         return _scalar(loss(tree_map(lambda v: v.unsqueeze(0), o), tree_map(lambda v: v.unsqueeze(0), t)))
 
@@ -40,6 +48,25 @@ def row_losses(loss: Loss, output: Any, target: Any) -> torch.Tensor:
         rows = len(tree_leaves(output)[0])
         pick = [tree_map(lambda v, k=k: v[k], (output, target)) for k in range(rows)]
         return torch.stack([one(o, t) for o, t in pick])
+
+
+@contextmanager
+def explain_failure(output: Any, target: Any) -> Iterator[None]:
+    """Errors: InvalidInput that says what the loss was called with, for whatever the loss raises."""
+    try:
+        yield
+    except HeadwaterError:
+        raise
+    except Exception as error:
+        raise InvalidInput(
+            f"The loss failed: {error} It was called with output {_describe(output)} and target {_describe(target)}; "
+            "a loss is called on batches and on rows alone."
+        ) from error
+
+
+def _describe(value: Any) -> str:
+    leaves = [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return ", ".join(f"{tuple(leaf.shape)} of {leaf.dtype}" for leaf in leaves) or repr(value)[:60]
 
 
 _TERMWISE = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy)
@@ -56,6 +83,8 @@ def _torch_row_losses(loss: Loss, output: torch.Tensor, target: torch.Tensor) ->
     if not (
         of_classes or plain in (*_TERMWISE, F.binary_cross_entropy_with_logits) or type(plain) in _TERMWISE_MODULES
     ):
+        return None
+    if not of_classes and output.shape != target.shape:
         return None
     if isinstance(plain, nn.Module):
         reduction, unreduced = plain.reduction, copy.copy(plain)
@@ -113,7 +142,9 @@ def normalisation(loss: Loss, output: Any, target: Any) -> str:
 
     Errors: UnsupportedLoss if the batch's loss is no weighted sum of the rows' losses (a contrastive loss, say).
     """
-    rows, value = row_losses(loss, output, target), loss(output, target)
+    rows = row_losses(loss, output, target)
+    with explain_failure(output, target):
+        value = loss(output, target)
     if value.numel() > 1:
         return "none" if value.numel() == len(rows) else "per token"
     if torch.allclose(value.reshape(()), rows.mean(), rtol=1e-4, atol=1e-7):

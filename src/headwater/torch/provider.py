@@ -20,6 +20,7 @@ from headwater.errors import (
     BatchMismatch,
     BlockMismatch,
     InvalidInput,
+    RowsInteract,
     ShapeMismatch,
 )
 from headwater.gradients.algebra import Dense, Gradient
@@ -29,11 +30,20 @@ from headwater.gradients.provider import BlockGradients, Fisher, Kind, Structure
 from headwater.random import name_keys, row_keys, row_normals, row_uniforms
 from headwater.torch.batch import TorchBatch, as_tensor, differentiable_input
 from headwater.torch.capture import Recording, autograd_on, detached_state, record, run, twice_differentiable
-from headwater.torch.check import check_finite_grads, check_independence, check_rows, close, one_row_alone
+from headwater.torch.check import (
+    check_finite_factors,
+    check_finite_grads,
+    check_independence,
+    check_rows,
+    close,
+    one_row_alone,
+)
 from headwater.torch.likelihoods import Likelihood, find_likelihood, fisher_cotangents
 from headwater.torch.losses import Loss, check_finite, check_loss, normalisation, row_losses
 from headwater.torch.plan import as_matrix, check_eval, fill_parts, make_plan, trainable_parameters, wide
 from headwater.torch.products import batched_vjp, ggn_product, hessian_product, rowwise
+
+ARRAYS = (torch.Tensor, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -74,12 +84,12 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         likelihood: Likelihood | str | None = None,
     ):
         check_loss(loss)
+        check_loss(loss if measurement is None else measurement)
         self.model = model
         self.loss = loss
-        self.measurement = measurement or loss
+        self.measurement = loss if measurement is None else measurement
         self.likelihood = find_likelihood(loss, likelihood)
-        self.normalisation: str | None = None
-        """How the loss treats several rows, found on the first of them: "mean", "sum", "none", ..."""
+        self._normalisation: str | None = None
         self._structure = blocks
         self._modules = dict(model.named_modules())
         self._plan = make_plan(model, blocks)
@@ -102,6 +112,20 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             sum(p.size for p in trainable),
             tuple(p.name for p in trainable if p.name not in inside),
         )
+
+    @property
+    def coverage_fraction(self) -> float:
+        return self.coverage.fraction
+
+    @property
+    def explained(self) -> str:
+        if self.measurement is self.loss:
+            return "loss"
+        return getattr(self.measurement, "__name__", type(self.measurement).__name__)
+
+    @property
+    def normalisation(self) -> str | None:
+        return self._normalisation
 
     @property
     def device(self) -> torch.device:
@@ -146,7 +170,8 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         return rows_within_memory(self._numbers_per_row, next(self.model.parameters()))
 
     def row_weights(self, batch: TorchBatch) -> torch.Tensor | None:
-        return as_tensor(batch.weights, self.device)
+        weights = as_tensor(batch.weights, self.device)
+        return None if weights is None else weights.to(wide(next(self.model.parameters()).detach()).dtype)
 
     # Gradients ----------------------------------------------------------------------------------------------------
 
@@ -195,7 +220,12 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         if batch.ids is not None:
             ids = np.asarray(batch.ids.cpu() if isinstance(batch.ids, torch.Tensor) else batch.ids)
             return ids.astype(np.uint64) if ids.dtype.kind in "iu" else name_keys(ids.tolist())
-        return row_keys([_host(t) for t in tree_leaves((batch.x, batch.y)) if isinstance(t, torch.Tensor)])
+        return row_keys([_host(t) for t in tree_leaves((batch.x, batch.y)) if isinstance(t, ARRAYS)])
+
+    def content_keys(self, batch: TorchBatch) -> np.ndarray:
+        leaves = [_host(t) for t in tree_leaves((batch.x, batch.y)) if isinstance(t, ARRAYS)]
+        leaves += [] if batch.weights is None else [_host(batch.weights)]
+        return row_keys(leaves) if batch.ids is None else row_keys([*leaves, self.row_keys(batch)])
 
     def _record(self, batch: TorchBatch) -> tuple[Recording, dict[str, torch.Tensor]]:
         state = detached_state(self.model)
@@ -291,11 +321,16 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         losses = row_losses(self.loss, recording.output, rows.y)
         check_finite(losses)
         check_independence(recording.output, output, last)
-        self.normalisation = normalisation(self.loss, recording.output, rows.y)
+        if last:
+            with torch.no_grad():
+                check_independence(recording.output, run(self.model, state, rows.take(slice(0, 1)).x), 0)
+        self._normalisation = normalisation(self.loss, recording.output, rows.y)
         values = self._values(recording, [losses], [torch.ones_like(losses)])
         self._numbers_per_row = sum(a.numel() for v in values.values() for a in v.arrays) // len(rows)
         wrong = self._disagreeing(values, grads, last)
-        if wrong and not self._checked:
+        if wrong and self._checked:
+            raise RowsInteract(f"The gradients of {wrong} depend on the other rows of the batch.")
+        if wrong:
             self._plan = make_plan(self.model, self._structure, wrong)
 
     def _disagreeing(
@@ -318,6 +353,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
     def curvature_product(self, batch: TorchBatch, block: str, vectors: torch.Tensor, kind: Kind) -> torch.Tensor:
         batch = self._prepare(batch)
         parameters = self._block_parameters(block)
+        vectors = vectors.to(next(self.model.parameters()).dtype)
         if vectors.ndim != 2 or vectors.shape[1] != self.layouts[block].size:
             raise ShapeMismatch(f"Expected vectors (K, {self.layouts[block].size}), got {tuple(vectors.shape)}.")
         with autograd_on(), twice_differentiable():
@@ -328,9 +364,12 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
                 chosen = {p.name: t for p, t in zip(parameters, given, strict=True)}
                 return run(self.model, {**state, **chosen}, batch.x)
 
+            weights = self.row_weights(batch)
+
             def total(output: Any) -> torch.Tensor:
                 losses = row_losses(self.loss, output, batch.y)
-                return (losses if batch.weights is None else losses * batch.weights).sum()
+                check_finite(losses)
+                return (losses if weights is None else losses * weights).sum()
 
             found = []
             step = rows_within_memory(8 * (self.layouts[block].size + len(batch) * 64), vectors)
@@ -341,7 +380,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
                 else:
                     products = hessian_product(total(function(leaves)), leaves, tangents)
                 found.append(torch.cat([p.reshape(len(p), -1) for p in products], dim=1))
-        return torch.cat(found).detach() if found else vectors.clone()
+        return wide(torch.cat(found).detach()) if found else vectors.clone()
 
     def _block_parameters(self, block: str) -> Any:
         if block not in self.layouts:
@@ -357,13 +396,16 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
     def mixed_prod(self, batch: TorchBatch, factors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         batch = self._prepare(batch)
         differentiable_input(batch.x)
+        check_finite_factors(factors)
         with autograd_on(), twice_differentiable():
             state = detached_state(self.model)
             names = [p.name for block in factors for p in self._block_parameters(block)]
             leaves = [state[name].requires_grad_() for name in names]
             x = batch.x.clone().requires_grad_()
             losses = row_losses(self.loss, run(self.model, state, x), batch.y)
-            losses = losses if batch.weights is None else losses * batch.weights
+            check_finite(losses)
+            weights = self.row_weights(batch)
+            losses = losses if weights is None else losses * weights
             slopes = torch.autograd.grad(
                 losses.sum(), leaves, create_graph=True, allow_unused=True, materialize_grads=True
             )
@@ -373,7 +415,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             for start in range(0, count, step):
                 pieces = [p for block, f in factors.items() for p in self._pieces(block, f[start : start + step])]
                 found += batched_vjp(slopes, [x], pieces)
-        return torch.cat(found).detach() if found else x.new_zeros((0, *x.shape))
+        return wide(torch.cat(found).detach()) if found else x.new_zeros((0, *x.shape))
 
     def flat_mixed_grads(self, batch: TorchBatch) -> torch.Tensor:
         """(N, *x_shape, D). Errors: UnsupportedModel if x is not one floating-point tensor."""
@@ -392,9 +434,8 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         with autograd_on(), twice_differentiable():
             found = rowwise(mixed, {name: state[name] for name in names}, batch.x, batch.y)
         flat = torch.cat([found[name].reshape(*batch.x.shape, -1) for name in names], dim=-1).detach()
-        if batch.weights is not None:
-            flat = flat * batch.weights.reshape((-1,) + (1,) * (flat.ndim - 1))
-        return flat
+        weights = self.row_weights(batch)
+        return wide(flat if weights is None else flat * weights.reshape((-1,) + (1,) * (flat.ndim - 1)))
 
 
 def _against(output: Any, cotangent: torch.Tensor) -> torch.Tensor:
@@ -402,7 +443,9 @@ def _against(output: Any, cotangent: torch.Tensor) -> torch.Tensor:
     return (output * cotangent).sum()
 
 
-def _host(tensor: torch.Tensor) -> np.ndarray:
+def _host(tensor: torch.Tensor | np.ndarray) -> np.ndarray:
+    if isinstance(tensor, np.ndarray):
+        return tensor
     tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
 
