@@ -134,15 +134,21 @@ def every_direction(model: nn.Module, x: Any, y: torch.Tensor) -> Pseudo:
     return [(output - step * e, np.ones(len(output))) for e in eye]
 
 
-def sampled_classes(model: nn.Module, x: Any, y: torch.Tensor, uniforms: Sequence[np.ndarray]) -> Pseudo:
-    """Labels by inverting the cumulative distribution over the last axis; one array of uniforms [n, targets] a draw."""
+def sampled_classes(
+    model: nn.Module, x: Any, y: torch.Tensor, uniforms: Sequence[np.ndarray], terms: int = 1
+) -> Pseudo:
+    """Labels by inverting the cumulative distribution over the last axis; one array of uniforms [n, targets] a draw.
+
+    A loss that is the mean of `terms` negative log-likelihoods has gradients that count too little by that factor: the
+    Fisher is the expected Hessian of the loss, so outer products of its gradients count `terms` times.
+    """
     with torch.no_grad():
         p = torch.cat([call(model, row(x, k)).softmax(-1) for k in range(count(x))]).numpy()
     cumulative = p.cumsum(-1)
     draws = []
     for u in uniforms:
         labels = (cumulative < u.reshape(*y.shape, 1)).sum(-1).clip(max=p.shape[-1] - 1)
-        draws.append((torch.as_tensor(labels), np.full(len(y), 1.0 / len(uniforms))))
+        draws.append((torch.as_tensor(labels), np.full(len(y), terms / len(uniforms))))
     return draws
 
 

@@ -66,7 +66,8 @@ class Truth:
             return oracle.own_targets(case.y)
         if kind == "sampled" or (kind == "auto" and case.y.ndim > 1 and not case.y.is_floating_point()):
             uniforms = [self.uniforms(draw, seed) for draw in draws]
-            return oracle.sampled_classes(case.model, case.x, case.y, uniforms)
+            terms = case.y[0].numel()  # `token_loss` is the mean over them
+            return oracle.sampled_classes(case.model, case.x, case.y, uniforms, terms)
         every = oracle.every_direction if case.y.is_floating_point() else oracle.every_class
         return every(case.model, case.x, case.y)
 
