@@ -98,7 +98,7 @@ class Sides:
 
     def queries(self, grads: BlockGradients) -> Queries:
         """Query gradients, ready to meet train rows."""
-        left = OrderedDict((name, self.left[name].apply_block(v).settled()) for name, v in grads.items())
+        left = OrderedDict((name, self.left[name].apply_block(v).settled(v)) for name, v in grads.items())
         return Queries(left, self.right)
 
 

@@ -80,8 +80,8 @@ class Gradient(ABC):
             rows = slice(start, min(start + step, self.rows))
             yield rows, self if step >= self.rows else self.take(rows)
 
-    def settled(self) -> Gradient:
-        """In the form that meets many other gradients at the least cost: what each meeting would make dense, is."""
+    def settled(self, positions: int) -> Gradient:
+        """In the form that meets many gradients of that many positions at the least cost: dense, if each would be."""
         return self
 
     def inner(self, other: Gradient) -> Array:
@@ -230,8 +230,8 @@ class Sum(Gradient):
     def combine(self, weights: Array) -> Array:
         return _total([term.combine(weights) for term in self.terms])
 
-    def settled(self) -> Gradient:
-        terms = tuple(term.settled() for term in self.terms)
+    def settled(self, positions: int) -> Gradient:
+        terms = tuple(term.settled(positions) for term in self.terms)
         return Dense(self.dense()) if any(isinstance(term, Dense) for term in terms) else Sum(terms)
 
     def sandwich(self, left: Array | None, right: Array | None) -> Sum:

@@ -42,9 +42,10 @@ class BlockGradient:
     def weighted(self, weights: Array) -> BlockGradient:
         return BlockGradient(self.layout, tuple(part.weighted(weights) for part in self.parts))
 
-    def settled(self) -> BlockGradient:
-        """In the form that meets many other gradients at the least cost."""
-        return BlockGradient(self.layout, tuple(part.settled() for part in self.parts))
+    def settled(self, partner: BlockGradient) -> BlockGradient:
+        """In the form that meets many gradients like `partner` at the least cost."""
+        positions = (getattr(part, "positions", 1) for part in partner.parts)
+        return BlockGradient(self.layout, tuple(p.settled(t) for p, t in zip(self.parts, positions, strict=True)))
 
     def inner(self, other: BlockGradient) -> Array:
         """All pairs of dot products: [n, m]."""

@@ -91,9 +91,9 @@ class Outer(Gradient):
         scores = large.project(small.dense())
         return scores if large is self else transpose(scores)
 
-    def settled(self) -> Gradient:
+    def settled(self, positions: int) -> Gradient:
         (o, i), t = self.shape, self.positions
-        return self if t * t * (o + i) <= o * i or t == 1 else Dense(self.dense())
+        return self if t * positions * (o + i) <= o * i or t == positions == 1 else Dense(self.dense())
 
     def _ghost_is_cheaper(self, other: Outer) -> bool:
         (o, i), n, m = self.shape, self.rows, other.rows
