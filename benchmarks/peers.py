@@ -1,0 +1,63 @@
+"""Where the peers live: the folder with their drivers, and a Python that has them installed.
+
+The peers are pinned, so that a number quoted from one run can be asked for again. kronfluence names torchvision
+among its requirements but never imports it, and the newest torchvision replaces torch by another build: so
+kronfluence is installed without its requirements, and those it uses are named here.
+"""
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+SOURCE = REPO / "src"
+OWN_VENV = REPO / ".peers"
+
+KRONFLUENCE = "kronfluence==1.0.1"
+KRONFLUENCE_NEEDS = ("accelerate==1.15.0", "einops==0.8.2", "einconv==0.1.0", "opt-einsum==3.4.0", "safetensors")
+OTHERS = ("torch==2.13.0", "captum==0.9.0", "scikit-learn", "scipy")
+
+
+def peerbench_folder(given: str | None = None) -> Path:
+    """The folder of the peers' drivers: `given`, else HEADWATER_PEERBENCH, else ../shared/peerbench.
+
+    Errors: SystemExit where that folder holds no drivers.
+    """
+    folder = Path(given or os.environ.get("HEADWATER_PEERBENCH") or REPO.parent / "shared" / "peerbench").resolve()
+    if not (folder / "common.py").is_file():
+        raise SystemExit(f"No peer drivers in {folder}: name their folder with --peers or HEADWATER_PEERBENCH.")
+    return folder
+
+
+def peer_python(given: str | None = None) -> str:
+    """A Python with the peers installed: `given`, else HEADWATER_PEER_PYTHON, else the one in .peers/, made at need."""
+    named = given or os.environ.get("HEADWATER_PEER_PYTHON")
+    if named:
+        return named
+    python = OWN_VENV / "bin" / "python"
+    if not (OWN_VENV / "complete").is_file():
+        install_peers(python)
+    return str(python)
+
+
+def install_peers(python: Path) -> None:
+    """Make .peers/ with the pinned peers and what headwater depends on (headwater itself is read from src/)."""
+    print(f"Installing the peers into {OWN_VENV.name}/ ...", file=sys.stderr)
+    subprocess.run([sys.executable, "-m", "venv", str(OWN_VENV)], check=True)
+    (OWN_VENV / ".gitignore").write_text("*\n")
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    pip = [str(python), "-m", "pip", "install", "--quiet"]
+    pinned = [*pip, "-c", str(REPO / "constraints.txt")]
+    subprocess.run([*pinned, OTHERS[0]], check=True)  # first: a later requirement must find the build that is wanted
+    subprocess.run([*pinned, *OTHERS, *KRONFLUENCE_NEEDS, *project["dependencies"]], check=True)
+    subprocess.run([*pip, "--no-deps", KRONFLUENCE], check=True)
+    (OWN_VENV / "complete").touch()
+
+
+def one_thread(peerbench: Path) -> dict[str, str]:
+    """The environment of a driver: one thread, headwater from src/, the drivers' folder on the path."""
+    ones = dict.fromkeys(("PB_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    path = os.pathsep.join([str(SOURCE), str(peerbench)])
+    return {**os.environ, **ones, "PYTHONPATH": path, "HEADWATER_PEERBENCH": str(peerbench)}
