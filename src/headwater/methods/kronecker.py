@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -19,27 +20,40 @@ from headwater.operators.structured import BlockDiagonalOperator
 DampingForm = Literal["exact", "factored"]
 
 
-def _check_labels(fisher: str, samples: int) -> None:
-    check_fisher(fisher)
-    if not isinstance(samples, int) or samples < 1:
-        raise InvalidSetting(f"samples is {samples}; expected at least 1.")
+@dataclass(frozen=True, kw_only=True)
+class KroneckerMethod(Method):
+    """The Fisher information, part by part, in Kronecker factors: which labels it averages over."""
 
-
-@dataclass(frozen=True)
-class Kfac(Method):
-    """The Fisher of each layer as a Kronecker product. Source: Martens and Grosse 2015, arXiv 1503.05671."""
-
-    damping_form: DampingForm = "exact"
-    """"exact": added to the product; "factored": shared out to the two factors, so that pairs cost o + i, not o i."""
     fisher: Fisher = "auto"
     """Labels: all of them ("exact"), "sampled", the data's own ("empirical"), or "auto": all where they are few."""
     samples: int = 1
-    """How many labels are sampled for a row."""
+    """How many labels are sampled for a row, in each pass."""
     seed: int = 0
     """For sampled labels."""
 
     def __post_init__(self) -> None:
-        _check_labels(self.fisher, self.samples)
+        check_fisher(self.fisher)
+        if not isinstance(self.samples, int) or self.samples < 1:
+            raise InvalidSetting(f"samples is {self.samples}; expected a whole number of at least 1.")
+
+    def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:
+        assert isinstance(curvature, BlockDiagonalOperator)
+        return curvature.map(lambda part: self.invert_part(part, damping))
+
+    @abstractmethod
+    def invert_part(self, part: LinearOperator, damping: float) -> LinearOperator:
+        """(part + damping)^-1, or what stands for it."""
+
+
+@dataclass(frozen=True)
+class Kfac(KroneckerMethod):
+    """The Fisher of each layer as a Kronecker product. Source: Martens and Grosse 2015, arXiv 1503.05671."""
+
+    damping_form: DampingForm = "exact"
+    """"exact": added to the product; "factored": shared out to the two factors, so that pairs cost o + i, not o i."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.damping_form not in get_args(DampingForm):
             raise InvalidSetting(f"damping_form is {self.damping_form!r}; expected 'exact' or 'factored'.")
 
@@ -48,34 +62,24 @@ class Kfac(Method):
     ) -> tuple[Curvatures, float]:
         return fit_kfac(provider, loader, fisher=self.fisher, samples=self.samples, seed=self.seed, progress=progress)
 
-    def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:
-        assert isinstance(curvature, BlockDiagonalOperator)
-        return curvature.map(lambda part: self._invert_part(part, damping))
-
-    def _invert_part(self, part: LinearOperator, damping: float) -> LinearOperator:
+    def invert_part(self, part: LinearOperator, damping: float) -> LinearOperator:
         assert isinstance(part, KroneckerOperator)
         return part.inverse(damping) if self.damping_form == "exact" else part.factored_inverse(damping)
 
 
 @dataclass(frozen=True)
-class Ekfac(Method):
+class Ekfac(KroneckerMethod):
     """KFAC's eigenbasis with the right eigenvalues. Source: George et al. 2018, arXiv 1806.03884.
 
     With `rank`, the inverse spectrum is a sum of that many outer products: pairs cost rank (o + i) instead of o i, and
-    `truncation_errors` of the fitted inverse says what that costs in accuracy.
+    `truncation_errors` of the fitted influence says what that costs in accuracy.
     """
 
     rank: int | None = None
     """None for the exact inverse spectrum, else how many outer products stand for it."""
-    fisher: Fisher = "auto"
-    """Labels: all of them ("exact"), "sampled", the data's own ("empirical"), or "auto": all where they are few."""
-    samples: int = 1
-    """How many labels are sampled for a row, in each of the two passes."""
-    seed: int = 0
-    """For sampled labels."""
 
     def __post_init__(self) -> None:
-        _check_labels(self.fisher, self.samples)
+        super().__post_init__()
         if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
             raise InvalidSetting(f"rank is {self.rank}; expected at least 1, or None for the exact spectrum.")
 
@@ -84,11 +88,7 @@ class Ekfac(Method):
     ) -> tuple[Curvatures, float]:
         return fit_ekfac(provider, loader, fisher=self.fisher, samples=self.samples, seed=self.seed, progress=progress)
 
-    def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:
-        assert isinstance(curvature, BlockDiagonalOperator)
-        return curvature.map(lambda part: self._invert_part(part, damping))
-
-    def _invert_part(self, part: LinearOperator, damping: float) -> LinearOperator:
+    def invert_part(self, part: LinearOperator, damping: float) -> LinearOperator:
         assert isinstance(part, EigenKroneckerOperator)
         inverse = part.inverse(damping)
         if self.rank is None or self.rank >= min(part.spectrum.shape):
