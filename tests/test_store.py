@@ -14,7 +14,13 @@ import torch
 import headwater as hw
 from headwater.errors import BatchMismatch, InvalidInput
 from headwater.store.tiles import TileStore
+from headwater.testing import TileStoreContract
 from headwater.torch import TorchBatch, TorchComposableInfluence
+
+
+class TestTiles(TileStoreContract):
+    def open_store(self, path, identity):
+        return TileStore(path, identity)
 
 
 @pytest.fixture

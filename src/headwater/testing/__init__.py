@@ -1,4 +1,4 @@
-"""The contract as test classes, for whoever adds a framework, an operator, a kind of gradient or a block mapper.
+"""The contract as test classes, for whoever adds a framework, an operator, a kind of gradient or a store.
 
 Inherit, fill the hooks, and pytest runs the claims. Nothing here knows a framework, or imports pytest:
 
@@ -18,6 +18,7 @@ Inherit, fill the hooks, and pytest runs the claims. Nothing here knows a framew
 | `StructuredProviderContract` | `gradients.provider.StructuredGradientProvider` | also slow_curvature, fishers, kinds |
 | `BlockMapperContract` | `types.BlockMapper` | mapper, left, right, modes |
 | `InfluenceContract` | `influence.ComposableInfluence` | influence, train, queries, slow_scores, modes, dampings |
+| `TileStoreContract` | `store.tiles.TileStore` | open_store |
 
 Every contract has the hook `array`, NumPy numbers to the framework's, and `rounding`, in eps.
 """
@@ -31,3 +32,4 @@ from headwater.testing.operators import OperatorContract as OperatorContract
 from headwater.testing.operators import RememberedGradients as RememberedGradients
 from headwater.testing.providers import GradientProviderContract as GradientProviderContract
 from headwater.testing.providers import StructuredProviderContract as StructuredProviderContract
+from headwater.testing.stores import TileStoreContract as TileStoreContract

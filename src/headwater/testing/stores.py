@@ -1,0 +1,89 @@
+"""The contract of a store of tiles: complete or not there, and never another run's."""
+
+from __future__ import annotations
+
+import tempfile
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from headwater.errors import InvalidInput
+from headwater.testing.contract import Contract
+
+
+class TileStoreLike(Protocol):
+    """What a run asks of a store; tiles are [block, query, train], keys [train] name the rows' content."""
+
+    def read(self, start: int, keys: np.ndarray) -> np.ndarray | None: ...
+
+    def write(self, start: int, keys: np.ndarray, tile: np.ndarray) -> None: ...
+
+    def check(self, stored: np.ndarray, fresh: np.ndarray) -> None: ...
+
+
+class TileStoreContract(Contract):
+    """For `store.tiles.TileStore` and whatever takes its place. Hook: `open_store`."""
+
+    @abstractmethod
+    def open_store(self, path: Path, identity: Mapping[str, Any]) -> TileStoreLike:
+        """A hook: the store in this folder, new or found there. Errors: InvalidInput if it holds another run."""
+
+    @contextmanager
+    def folder(self) -> Iterator[Path]:
+        """An empty place for one claim."""
+        with tempfile.TemporaryDirectory() as path:
+            yield Path(path) / "run"
+
+    def tile(self, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Keys of five rows, and a tile for them: two blocks, three queries."""
+        return np.arange(5, dtype=np.uint64) + np.uint64(seed), self.random(2, 3, 5, seed=seed)
+
+    def test_what_was_written_is_read_by_another_opening(self) -> None:
+        with self.folder() as path:
+            keys, tile = self.tile()
+            self.open_store(path, {"run": 1}).write(10, keys, tile)
+            found = self.open_store(path, {"run": 1}).read(10, keys)
+            np.testing.assert_array_equal(found, tile)
+
+    def test_what_was_not_written_is_not_there(self) -> None:
+        with self.folder() as path:
+            keys, tile = self.tile()
+            store = self.open_store(path, {"run": 1})
+            store.write(10, keys, tile)
+            assert store.read(0, keys) is None
+            assert store.read(10, keys[:4]) is None
+
+    def test_a_tile_can_be_written_again(self) -> None:
+        with self.folder() as path:
+            (keys, tile), (_, other) = self.tile(), self.tile(seed=1)
+            store = self.open_store(path, {"run": 1})
+            store.write(0, keys, tile)
+            store.write(0, keys, other)
+            np.testing.assert_array_equal(self.open_store(path, {"run": 1}).read(0, keys), other)
+
+    def test_other_rows_in_the_same_place_are_refused(self) -> None:
+        with self.folder() as path:
+            (keys, tile), (others, _) = self.tile(), self.tile(seed=1)
+            store = self.open_store(path, {"run": 1})
+            store.write(0, keys, tile)
+            with self.refuses(InvalidInput, "other rows"):
+                store.read(0, others)
+
+    def test_another_run_is_refused_and_what_differs_is_named(self) -> None:
+        with self.folder() as path:
+            keys, tile = self.tile()
+            self.open_store(path, {"method": "a", "damping": 1.0}).write(0, keys, tile)
+            with self.refuses(InvalidInput, "damping", "2.0"):
+                self.open_store(path, {"method": "a", "damping": 2.0})
+
+    def test_scores_that_come_out_otherwise_are_refused(self) -> None:
+        with self.folder() as path:
+            _, tile = self.tile()
+            store = self.open_store(path, {"run": 1})
+            store.check(tile, tile * (1 + 1e-6))
+            with self.refuses(InvalidInput, "other scores"):
+                store.check(tile, tile * 1.1)
