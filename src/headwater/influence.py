@@ -322,7 +322,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         store: str | os.PathLike[str] | None = None,
         progress: bool = False,
     ) -> Scores:
-        """Scores of all train rows on all query rows, labelled: one pass over each loader.
+        """Scores of all train rows on all query rows, labelled: every row goes through the model once.
 
         unit: "influence" (what `influences` gives), or "removal" (that over n_train: the predicted increase of the
         query's loss when the row is removed). by_block: keep each block's share. store: a folder where finished tiles

@@ -40,8 +40,8 @@ def fit_kfac(
 ) -> tuple[OrderedDict[str, LinearOperator], float]:
     """Every block's Fisher as a Kronecker product for each part, in one pass; and the rows' total weight.
 
-    Errors: InvalidSetting for a table that is used as a linear map too (tied embeddings), unless the factors are only
-    wanted for a `basis`; NonFiniteValue.
+    Errors: InvalidSetting for a table that is used as a linear map too (tied embeddings), unless
+    `basis_only`, when the factors' eigenvectors are all that is wanted; NonFiniteValue.
     """
     found: dict[Place, Moments] = {}
     weight = 0.0

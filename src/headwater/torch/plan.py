@@ -19,14 +19,13 @@ from headwater.torch.layers import Rule, rule_for
 
 @dataclass(frozen=True)
 class Source:
-    """A layer that gives gradients to some parts: which of its parameters, and where its parts are in the block."""
+    """A layer that gives gradients to some parts: which of its parameters, and where its parts begin in the block."""
 
     layer: str
     weight: bool
     bias: bool
     block: str
     first: int
-    count: int
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ def _fill(
                 parts += new
             elif [p.shape for p in new] != [p.shape for p in parts[at[name] : at[name] + len(new)]]:
                 continue
-            sources.append(Source(layer.name, weight is not None, bias is not None, block.name, at[name], len(new)))
+            sources.append(Source(layer.name, weight is not None, bias is not None, block.name, at[name]))
     filled = {piece.parameter for part in parts for piece in part.pieces}
     plain = []
     for parameter in block.parameters:
