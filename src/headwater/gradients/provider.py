@@ -15,13 +15,14 @@ import numpy as np
 
 from headwater.arrays import Array, namespace
 from headwater.blocks import Layout
-from headwater.errors import ShapeMismatch
+from headwater.errors import ShapeMismatch, UnsupportedModel
 from headwater.gradients.block import BlockGradient
 from headwater.types import Batch, BatchType, GradientProvider, TensorType, split
 
 BlockGradients = OrderedDict[str, BlockGradient]
 Fisher = Literal["auto", "exact", "sampled", "empirical"]
 Kind = Literal["hessian", "ggn"]
+OutputFunction = Literal["margin", "logit"]
 
 
 class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
@@ -52,6 +53,13 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
         classes are few, else sampled.
         """
 
+    def ggn_grads(self, batch: BatchType) -> list[BlockGradients] | None:
+        """Gradient values whose summed g g^T is exactly each row's own GGN (unweighted): one for each output.
+
+        None where a row has many outputs, or its loss is not convex in them; then only products are to be had.
+        """
+        return None
+
     @abstractmethod
     def curvature_product(self, batch: BatchType, block: str, vectors: Array, kind: Kind) -> Array:
         """Weighted sum over the rows of the block's own square of the Hessian or GGN, times vectors: (K, D_block)."""
@@ -62,6 +70,22 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
 
         Equals the contraction of `flat_mixed_grads`, which is never built.
         """
+
+    def losses(self, batch: BatchType, *, query: bool = False) -> Array:
+        """The rows' losses, unweighted, or their measurements for query rows: [n]."""
+        raise UnsupportedModel(f"{type(self).__name__} does not give its rows' losses.")
+
+    def of_output(self, function: OutputFunction) -> StructuredGradientProvider:
+        """The same model and blocks, with another function of the output as loss and as measurement.
+
+        "margin": minus log p/(1-p) of the row's target; "logit": minus the output that belongs to it. Both are better
+        when lower, as losses are. Errors: UnsupportedModel for outputs and targets that have no such thing.
+        """
+        raise UnsupportedModel(f"{type(self).__name__} knows no other functions of its output, such as the {function}.")
+
+    def parameters(self, block: str) -> Array:
+        """The block's weights as a flat vector: (D_block,)."""
+        raise UnsupportedModel(f"{type(self).__name__} does not give its weights.")
 
     @abstractmethod
     def as_batch(self, x: Any, y: Any) -> BatchType:

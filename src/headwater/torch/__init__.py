@@ -10,6 +10,7 @@ except ImportError:
 from headwater.torch.batch import TorchBatch
 from headwater.torch.influence import TorchComposableInfluence
 from headwater.torch.likelihoods import Bernoulli, CrossEntropy, Likelihood, OutputHessian, SquaredError, TargetSampler
+from headwater.torch.measurements import negative_logit, negative_margin
 from headwater.torch.provider import Coverage, TorchGradientProvider
 
 __all__ = [
@@ -23,4 +24,6 @@ __all__ = [
     "TorchBatch",
     "TorchComposableInfluence",
     "TorchGradientProvider",
+    "negative_logit",
+    "negative_margin",
 ]

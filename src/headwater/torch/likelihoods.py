@@ -22,6 +22,9 @@ from headwater.torch.losses import Loss, partial_options, row_losses
 FEW = 16
 """As many classes or outputs are enumerated under fisher="auto"; beyond, labels are sampled."""
 
+MOST = 64
+"""Outputs of a row up to which its GGN is kept as one gradient for each output."""
+
 Draw = Callable[[int, bool], torch.Tensor]
 """(numbers per row, normal?) -> uniform or standard normal numbers [n, count], fixed by row, seed and draw."""
 
@@ -330,3 +333,38 @@ def fisher_cotangents(
         )
     for draw in draws:
         yield likelihood.sampled(loss, output, target, draw) / math.sqrt(len(draws))
+
+
+def ggn_cotangents(likelihood: Likelihood | None, loss: Loss, output: Any, target: Any) -> list[torch.Tensor] | None:
+    """Cotangents whose summed v v^T is exactly each row's output Hessian, for any loss of few outputs; else None.
+
+    None also where the loss is not convex in the output: then the GGN has no such root.
+    """
+    if not isinstance(output, torch.Tensor) or output.numel() > MOST * len(output):
+        return None
+    if likelihood is not None:
+        try:
+            found = likelihood.exact(loss, output, target)
+        except UnsupportedLoss:
+            found = None
+        if found is not None:
+            return found
+    values, vectors = torch.linalg.eigh(_output_hessian(loss, output, target))
+    if bool((values < -1e3 * torch.finfo(values.dtype).eps * values.abs().amax()).any()):
+        return None
+    root = vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
+    return [root[:, :, k].reshape(output.shape) for k in range(root.shape[2])]
+
+
+def _output_hessian(loss: Loss, output: torch.Tensor, target: Any) -> torch.Tensor:
+    """The Hessian of each row's loss by its flattened output: [n, K, K]."""
+    size = output.numel() // len(output)
+    with torch.enable_grad():
+        leaf = output.detach().reshape(len(output), size).requires_grad_()
+        losses = row_losses(loss, leaf.reshape(output.shape), target)
+        slope = torch.autograd.grad(losses.sum(), leaf, create_graph=True)[0]
+        if not slope.requires_grad:  # a loss that is linear in its output
+            return leaf.new_zeros((len(leaf), size, size))
+        rows = [torch.autograd.grad(slope[:, k].sum(), leaf, retain_graph=True)[0] for k in range(size)]
+    hessian = torch.stack(rows, dim=1)
+    return (hessian + hessian.mT) / 2

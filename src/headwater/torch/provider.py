@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ from headwater.errors import (
 from headwater.gradients.algebra import Dense, Gradient
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.outer import Outer, RowSparse
-from headwater.gradients.provider import BlockGradients, Fisher, Kind, StructuredGradientProvider
+from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
 from headwater.random import name_keys, row_keys, row_normals, row_uniforms
 from headwater.torch.batch import TorchBatch, as_tensor, differentiable_input
 from headwater.torch.capture import Recording, autograd_on, detached_state, record, run, twice_differentiable
@@ -38,8 +38,9 @@ from headwater.torch.check import (
     close,
     one_row_alone,
 )
-from headwater.torch.likelihoods import Likelihood, find_likelihood, fisher_cotangents
+from headwater.torch.likelihoods import Likelihood, find_likelihood, fisher_cotangents, ggn_cotangents
 from headwater.torch.losses import Loss, check_finite, check_loss, normalisation, row_losses
+from headwater.torch.measurements import negative_logit, negative_margin
 from headwater.torch.plan import as_matrix, check_eval, fill_parts, make_plan, trainable_parameters, wide
 from headwater.torch.products import batched_vjp, ggn_product, hessian_product, rowwise
 
@@ -190,13 +191,31 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         self, batch: TorchBatch, fisher: Fisher, *, draws: range = range(1), seed: int = 0
     ) -> list[BlockGradients]:
         batch = self._prepare(batch)
+        numbers = [partial(self._numbers, self.row_keys(batch), number, seed) for number in draws]
+
+        def choose(output: Any) -> list[torch.Tensor]:
+            return list(fisher_cotangents(self.likelihood, self.loss, output, batch.y, fisher, numbers))
+
+        found = self._pull_back(batch, choose)
+        assert found is not None
+        return found
+
+    def ggn_grads(self, batch: TorchBatch) -> list[BlockGradients] | None:
+        batch = self._prepare(batch)
+        return self._pull_back(batch, lambda output: ggn_cotangents(self.likelihood, self.loss, output, batch.y))
+
+    def _pull_back(
+        self, batch: TorchBatch, choose: Callable[[Any], list[torch.Tensor] | None]
+    ) -> list[BlockGradients] | None:
+        """Gradient values of the output along cotangents [n, ...] that are chosen when the output is known."""
         with autograd_on():
             recording, state = self._record(batch)
             output = recording.output
-            numbers = [partial(self._numbers, self.row_keys(batch), number, seed) for number in draws]
             cold = tree_map(lambda t: t.detach(), output)
             check_finite(row_losses(self.loss, cold, batch.y))
-            cotangents = list(fisher_cotangents(self.likelihood, self.loss, cold, batch.y, fisher, numbers))
+            cotangents = choose(cold)
+            if cotangents is None:
+                return None
             watched = [use.output for use in recording.uses]
             grads = batched_vjp([output], watched, [torch.stack(cotangents)]) if watched else []
             first: dict[tuple[str, int], Gradient] = {}
@@ -207,6 +226,20 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
                 values |= self._plain_grads(batch, state, _against, v)
                 found.append(self._blocks(values, len(batch), None))
         return found
+
+    def losses(self, batch: TorchBatch, *, query: bool = False) -> torch.Tensor:
+        batch = self._prepare(batch)
+        with torch.no_grad():
+            output = run(self.model, detached_state(self.model), batch.x)
+            return row_losses(self.measurement if query else self.loss, output, batch.y)
+
+    def of_output(self, function: OutputFunction) -> TorchGradientProvider:
+        chosen = {"margin": negative_margin, "logit": negative_logit}[function]
+        return TorchGradientProvider(self.model, chosen, blocks=self._structure)
+
+    def parameters(self, block: str) -> torch.Tensor:
+        state = dict(self.model.named_parameters())
+        return wide(torch.cat([state[p.name].detach().reshape(-1) for p in self._block_parameters(block)]))
 
     def _numbers(self, keys: np.ndarray, number: int, seed: int, count: int, normal: bool) -> torch.Tensor:
         """Random numbers [n, count] for the rows of a batch: uniform, or standard normal."""
