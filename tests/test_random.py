@@ -1,9 +1,20 @@
 """Claims about the counter-based random numbers: they are Philox, uniform, and belong to rows, never to batches."""
 
+from hashlib import blake2b
+
 import numpy as np
 import pytest
 
-from headwater.random import philox, row_keys, row_normals, row_uniforms
+from headwater.random import (
+    PROJECTION_VERSION,
+    normals,
+    philox,
+    row_keys,
+    row_normals,
+    row_uniforms,
+    signs,
+    words,
+)
 
 # Random123's known answers, tests/kat_vectors: philox4x32, 10 rounds.
 KNOWN = {
@@ -136,3 +147,78 @@ def test_keys_of_similar_rows_look_random():
     keys = row_keys([np.arange(20_000)])
     shares = [float(np.mean((keys >> np.uint64(k)) & np.uint64(1))) for k in range(64)]
     assert max(abs(share - 0.5) for share in shares) < 4.5 * 0.5 / np.sqrt(keys.size)
+
+
+# Numbers of named matrices --------------------------------------------------------------------------------------------
+
+
+GOLDEN = {
+    "signs": [[-1, 1, -1, 1, 1, 1, 1, 1], [1, -1, -1, -1, 1, 1, -1, -1]],
+    "normals": [
+        [0.6659964669690004, 0.4776071451064451, -1.100995669177836],
+        [0.3394588133487111, 0.65047367339642, 1.182704262736339],
+    ],
+    "words": [[3013503040, 4051214642, 4099619102, 55052374], [3550161649, 3518997398, 256481174, 4234522620]],
+}
+
+
+def test_named_numbers_are_those_of_this_version_for_ever():
+    """Stored runs depend on them: if this fails, PROJECTION_VERSION has to change."""
+    assert PROJECTION_VERSION == 1
+    assert signs("fc.weight", range(2), range(8), seed=0).tolist() == GOLDEN["signs"]
+    np.testing.assert_allclose(normals("fc.weight", range(2), 3, seed=0), GOLDEN["normals"], rtol=1e-14)
+    assert words("fc.weight", range(2), seed=0).tolist() == GOLDEN["words"]
+
+
+def test_signs_are_the_bits_of_philox():
+    """Entry (r, c): bit c % 32 of word (c % 128) // 32 of the block with the counter (c // 128, 0, r, 0)."""
+    got = signs("a", range(3), range(400), seed=5)
+    digest = blake2b(b"1/5/a", digest_size=8).digest()
+    key = int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+    for r, c in [(0, 0), (0, 31), (1, 32), (2, 127), (2, 128), (1, 399)]:
+        word = int(philox(np.array([c // 128, 0, r, 0]), key)[(c % 128) // 32])
+        assert got[r, c] == (1 if (word >> (c % 32)) & 1 else -1)
+
+
+def test_any_cut_of_a_named_matrix_is_the_same():
+    whole = signs("a", range(40), range(500), seed=1)
+    assert whole.dtype == np.int8
+    for rows, columns in [(range(3, 9), range(130, 260)), (range(1), range(1)), (range(39, 40), range(127, 500))]:
+        cut = signs("a", rows, columns, seed=1)
+        np.testing.assert_array_equal(cut, whole[rows.start : rows.stop, columns.start : columns.stop])
+    numbers = normals("a", range(40), 9, seed=1)
+    np.testing.assert_array_equal(normals("a", range(7, 20), 5, seed=1), numbers[7:20, :5])
+    np.testing.assert_array_equal(words("a", range(7, 20), seed=1), words("a", range(40), seed=1)[7:20])
+
+
+def test_many_blocks_are_drawn_as_each_is(monkeypatch):
+    few = signs("a", range(5), range(700), seed=0), normals("a", range(50), 7, seed=0)
+    monkeypatch.setattr("headwater.random._BLOCKS_AT_ONCE", 3)
+    np.testing.assert_array_equal(signs("a", range(5), range(700), seed=0), few[0])
+    np.testing.assert_array_equal(normals("a", range(50), 7, seed=0), few[1])
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        lambda name, seed: signs(name, range(100), range(300), seed=seed).astype(float),
+        lambda name, seed: normals(name, range(100), 300, seed=seed),
+        lambda name, seed: words(name, range(10_000), seed=seed) / 2.0**31 - 1,
+    ],
+    ids=["signs", "normals", "words"],
+)
+def test_streams_of_other_names_and_seeds_and_other_entries_are_independent(numbers):
+    first = numbers("a", 0)
+    streams = [numbers("b", 0), numbers("a", 1), numbers("a", 2**40), np.roll(first, 1, 0), np.roll(first, 1, 1)]
+    for other in streams:
+        correlation = np.mean(first * other) / np.mean(first**2)
+        assert abs(correlation) < 4.5 / np.sqrt(first.size)
+    assert abs(np.mean(first)) < 4.5 * np.std(first) / np.sqrt(first.size)
+
+
+def test_named_normals_have_the_moments_of_normals():
+    z = normals("a", range(3000), 20, seed=0)
+    for power, mean, variance in [(1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)]:
+        assert abs(np.mean(z**power) - mean) < 4 * np.sqrt(variance / z.size)
+    pairs = np.corrcoef(z[:, 0::2].ravel() ** 2, z[:, 1::2].ravel() ** 2)[0, 1]
+    assert abs(pairs) < 4.5 / np.sqrt(z.size / 2)

@@ -12,9 +12,11 @@ HeadwaterError
 │   ├── RowsInteract                        a row's result depends on the other rows of its batch
 │   └── UnsupportedLoss                     a loss or likelihood that has no per-row meaning
 ├── SingularOperator (ArithmeticError)      not invertible at this damping
-│   └── IndefiniteCurvature                 negative eigenvalues at this damping
+│   ├── IndefiniteCurvature                 negative eigenvalues at this damping
+│   └── Diverged                            an iteration ran away; says which step size to try
 ├── NotFittedError (ValueError, AttributeError)
 ├── StaleFit (RuntimeError)                 the weights have changed since `fit`
+├── NotConverged (UserWarning)              a warning: solves missed their tolerance
 └── MissingExtra (ImportError)              an optional package is not installed
 """
 
@@ -71,12 +73,20 @@ class IndefiniteCurvature(SingularOperator):
     """The damped curvature has negative eigenvalues."""
 
 
+class Diverged(SingularOperator):
+    """An iteration ran away."""
+
+
 class NotFittedError(HeadwaterError, ValueError, AttributeError):
     """`fit` has not been called."""
 
 
 class StaleFit(HeadwaterError, RuntimeError):
     """The model's weights are not those that were fitted."""
+
+
+class NotConverged(HeadwaterError, UserWarning):
+    """Solves missed their tolerance; given as a warning, since what they found may still serve."""
 
 
 class MissingExtra(HeadwaterError, ImportError):

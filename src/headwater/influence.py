@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self
 
 from headwater.arrays import Array, namespace, transpose
 from headwater.errors import BatchMismatch, InvalidInput, NotFittedError, SingularOperator, StaleFit
-from headwater.gradients.block import stack
+from headwater.gradients.block import BlockGradient, stack
 from headwater.gradients.provider import BlockGradients, StructuredGradientProvider
 from headwater.methods.base import Curvatures, Method
 from headwater.methods.damping import Damping, Relative, damping_by_block, in_units
@@ -48,7 +48,8 @@ class InfluenceMapper(BlockMapper[Array, Any]):
 
     def generate_transformed_grads(self, batch: Any) -> Iterator[tuple[str, Array]]:
         for name, value in self.provider.grads(batch, query=True).items():
-            yield name, self.operators[name].apply_block(value).flat()
+            operator = self.operators[name]
+            yield name, operator.apply_block(operator.seen(value)).flat()
 
     def generate_interactions(
         self, left_batch: Any, right_batch: Any, mode: InfluenceMode | str
@@ -71,7 +72,7 @@ class InfluenceMapper(BlockMapper[Array, Any]):
                 yield name, self.provider.mixed_prod(right_batch, {name: factors[name]})
             return
         for name, value in self.provider.grads(right_batch).items():
-            yield name, transpose(value.project(factors[name]))
+            yield name, transpose(self.operators[name].seen(value).project(factors[name]))
 
     def perturbation(self, factors: Array | Mapping[str, Array], batch: Any) -> Array:
         """All blocks together, in one differentiation: (N, M, *x_shape)."""
@@ -98,7 +99,7 @@ class Sides:
 
     def queries(self, grads: BlockGradients) -> Queries:
         """Query gradients, ready to meet train rows."""
-        left = OrderedDict((name, self.left[name].apply_block(v).settled(v)) for name, v in grads.items())
+        left = OrderedDict((name, _pass(self.left[name], v).settled(v)) for name, v in grads.items())
         return Queries(left, self.right)
 
 
@@ -112,7 +113,7 @@ class Queries:
     def scores(self, train: BlockGradients) -> ByBlock:
         """By block: [q, n]."""
         return OrderedDict(
-            (name, self.left[name].inner(self.right[name].apply_block(value))) for name, value in train.items()
+            (name, self.left[name].inner(_pass(self.right[name], value))) for name, value in train.items()
         )
 
 
@@ -213,8 +214,12 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         return self._mapper
 
     def _make_mapper(self, fitted: Fitted) -> InfluenceMapper:
-        inverses = ((name, self._invert(name, curvature)) for name, curvature in fitted.curvature.items())
+        inverses = ((name, self._scaled(name, self._invert(name, c))) for name, c in fitted.curvature.items())
         return InfluenceMapper(self.provider, OrderedDict(inverses))
+
+    def _scaled(self, name: str, inverse: LinearOperator) -> LinearOperator:
+        scale = self.provider.block_scale(name)
+        return inverse if scale == 1.0 else ScaledOperator(scale, inverse)
 
     def _invert(self, name: str, curvature: LinearOperator) -> LinearOperator:
         """A block without any curvature and with relative damping has no scale, and no train row reaches it: zero."""
@@ -352,10 +357,33 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
         return self_influence(self, train_loader, progress=progress)
 
+    def removal(
+        self,
+        train_loader: Iterable[Any],
+        query_loader: Iterable[Any],
+        groups: Iterable[Any] | None = None,
+        *,
+        progress: bool = False,
+    ) -> np.ndarray:
+        """The rise of each query's loss when a row, or a group, is removed: [q, n] or [q, groups].
+
+        Score / n_train, and what the removed rows' own curvature adds: one Newton step without them. groups: for each
+        its rows' positions in the loader, or ids where batches carry them. See `headwater.run.removal`.
+        """
+        from headwater.run.removal import removal
+
+        return removal(self, train_loader, query_loader, groups, progress=progress)
+
     def batch_self_influence(self, batch: Any) -> Array:
         """<Op g_n, g_n> of a batch's rows: [n]."""
-        mapper = self.block_mapper
-        return sum(mapper.operators[name].quadratic(value) for name, value in self.provider.grads(batch).items())
+        operators = self.block_mapper.operators
+        grads = getattr(self.provider, "self_grads", self.provider.grads)(batch)
+        return sum(operators[name].quadratic(operators[name].seen(value)) for name, value in grads.items())
+
+
+def _pass(side: LinearOperator, value: BlockGradient) -> BlockGradient:
+    """Through one side of an operator, as the operator sees rows."""
+    return side.apply_block(side.seen(value))
 
 
 def stack_queries(pieces: list[Queries]) -> Queries:
@@ -367,6 +395,8 @@ def stack_queries(pieces: list[Queries]) -> Queries:
 
 
 def _parts(operator: LinearOperator) -> Iterable[LinearOperator]:
+    if isinstance(operator, ScaledOperator):
+        return _parts(operator.inner)
     return operator.operators if isinstance(operator, BlockDiagonalOperator) else (operator,)
 
 

@@ -77,3 +77,63 @@ def _mix(x: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+# Numbers of named matrices --------------------------------------------------------------------------------------------
+
+PROJECTION_VERSION = 1
+"""Changes when any of the numbers below do; part of the identity of everything that was projected with them."""
+
+_SIGNS, _NORMALS, _WORDS = range(3)
+_BLOCKS_AT_ONCE = 2**14
+"""Philox blocks in one call: their words stay in the processor's cache."""
+
+
+def signs(name: str, rows: range, columns: range, *, seed: int) -> np.ndarray:
+    """Signs of a named matrix: int8 [rows, columns], each 1 or -1.
+
+    Entry (r, c) depends on the name, the seed, r and c alone, so that any cut of the matrix is the same. One Philox
+    block gives the 128 signs of columns 128 b to 128 b + 127: bit c % 32 of word (c % 128) // 32.
+    """
+    first = columns.start // 128
+    words = _words(name, rows, range(first, -(-columns.stop // 128)), _SIGNS, seed)
+    bits = np.unpackbits(words.astype("<u4").view(np.uint8).reshape(len(rows), -1), axis=1, bitorder="little")
+    start = columns.start - 128 * first
+    cut = bits[:, start : start + len(columns)].view(np.int8)
+    return cut * np.int8(2) - np.int8(1)
+
+
+def normals(name: str, rows: range, columns: int, *, seed: int) -> np.ndarray:
+    """Standard normal numbers of a named matrix: float64 [rows, columns]; entries as independent as those of `signs`.
+
+    One Philox block gives four columns of a row: its words u are the uniforms (u + 1/2) / 2^32, and each two of them
+    give two normals by Box and Muller. None is larger than 6.8.
+    """
+    words = _words(name, rows, range(-(-columns // 4)), _NORMALS, seed).reshape(len(rows), -1, 2)
+    uniform = (words.astype(np.float64) + 0.5) * 2.0**-32
+    radius, angle = np.sqrt(-2.0 * np.log(uniform[..., 0])), 2.0 * np.pi * uniform[..., 1]
+    pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
+    return pairs.reshape(len(rows), -1)[:, :columns]
+
+
+def words(name: str, rows: range, *, seed: int) -> np.ndarray:
+    """Four random words for each row of a named list: uint32 [rows, 4]."""
+    return _words(name, rows, range(1), _WORDS, seed)[:, 0]
+
+
+def _words(name: str, rows: range, blocks: range, kind: int, seed: int) -> np.ndarray:
+    """One Philox block for each row and column block: uint32 [rows, blocks, 4]."""
+    key, wide = _stream(name, seed), len(blocks)
+    found = np.empty((len(rows) * wide, 4), dtype=np.uint32)
+    for start in range(0, len(found), _BLOCKS_AT_ONCE):
+        place = np.arange(start, min(start + _BLOCKS_AT_ONCE, len(found)), dtype=np.uint64)
+        row, block = place // np.uint64(wide) + np.uint64(rows.start), place % np.uint64(wide) + np.uint64(blocks.start)
+        counter = np.stack([block & _LOW, block >> _HALF, row, np.full_like(row, kind)], axis=-1)
+        found[start : start + len(place)] = philox(counter, key)
+    return found.reshape(len(rows), wide, 4)
+
+
+def _stream(name: str, seed: int) -> tuple[int, int]:
+    """Philox's key for a name and a seed."""
+    digest = blake2b(f"{PROJECTION_VERSION}/{seed}/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Generic, Self, TypeVar
+
+import numpy as np
 
 from headwater.arrays import namespace
 from headwater.errors import (
@@ -69,19 +71,49 @@ class Batch(Generic[TensorType]):
     def __len__(self) -> int:
         return next(n for value in self._columns().values() for n in _lengths(value))
 
-    def take(self, rows: slice) -> Self:
-        """Some of the rows."""
+    def take(self, rows: slice | np.ndarray) -> Self:
+        """Some of the rows: a slice, or their numbers in the order that is wanted."""
         return replace(self, **{name: _rows(value, rows) for name, value in self._columns().items()})
 
 
-def _rows(value: Any, rows: slice) -> Any:
+def join(batches: Sequence[BatchType]) -> list[BatchType]:
+    """The batches as one, or as they are where their pieces do not fit together (rows padded to other lengths)."""
+    if len(batches) < 2:
+        return list(batches)
+    try:
+        columns = {name: _joined([b._columns()[name] for b in batches]) for name in batches[0]._columns()}
+    except _DoNotFit:
+        return list(batches)
+    return [replace(batches[0], **columns)]
+
+
+class _DoNotFit(Exception):
+    """Pieces of batches that are no one array."""
+
+
+def _joined(values: list[Any]) -> Any:
+    first = values[0]
+    if all(value is None for value in values):
+        return None
+    if isinstance(first, Mapping):
+        return {name: _joined([value[name] for value in values]) for name in first}
+    if isinstance(first, (tuple, list)) and any(hasattr(v, "shape") for v in first):
+        return tuple(_joined(list(column)) for column in zip(*values, strict=True))
+    if not all(hasattr(v, "shape") and v.shape[1:] == first.shape[1:] and v.dtype == first.dtype for v in values):
+        raise _DoNotFit
+    return namespace(*values).concat(values, axis=0)
+
+
+def _rows(value: Any, rows: slice | np.ndarray) -> Any:
     if value is None:
         return None
     if isinstance(value, Mapping):
         return {name: _rows(v, rows) for name, v in value.items()}
     if isinstance(value, (tuple, list)) and any(hasattr(v, "shape") for v in value):
         return tuple(_rows(v, rows) for v in value)
-    return value[rows]
+    if isinstance(rows, slice) or hasattr(value, "shape"):
+        return value[rows]
+    return [value[k] for k in rows]
 
 
 def _lengths(value: Any) -> list[int]:

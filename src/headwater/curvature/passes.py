@@ -80,6 +80,11 @@ class WeightedMean(Generic[Value]):
 
     @property
     def value(self) -> Value:
-        if self.weight <= 0:
-            raise InvalidInput(f"The rows' weights sum to {self.weight:g}; a mean needs a positive sum.")
-        return self._total / self.weight
+        return self._total / positive_weight(self.weight)
+
+
+def positive_weight(weight: float) -> float:
+    """The rows' total weight. Errors: InvalidInput unless it is positive."""
+    if not weight > 0:
+        raise InvalidInput(f"The rows' weights sum to {weight:g}; a mean needs a positive sum.")
+    return weight

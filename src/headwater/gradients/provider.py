@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -86,6 +86,14 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
     def parameters(self, block: str) -> Array:
         """The block's weights as a flat vector: (D_block,)."""
         raise UnsupportedModel(f"{type(self).__name__} does not give its weights.")
+
+    def each(self, change: Callable[[StructuredGradientProvider], StructuredGradientProvider]) -> Any:
+        """The provider after a change; an ensemble of models changes each of them."""
+        return change(self)
+
+    def block_scale(self, block: str) -> float:
+        """What the block's operator is multiplied by: one, or the share of a model in an ensemble's score."""
+        return 1.0
 
     @abstractmethod
     def as_batch(self, x: Any, y: Any) -> BatchType:

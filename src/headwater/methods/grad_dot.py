@@ -39,7 +39,7 @@ class GradDot(Method):
 
 @dataclass(frozen=True)
 class GradCos(GradDot):
-    """The cosine between the two gradients, over all blocks together. Damping has no meaning here."""
+    """The cosine between the two gradients, over all blocks of a model together. Damping has no meaning here."""
 
     def view(self, provider: StructuredGradientProvider) -> StructuredGradientProvider:
-        return UnitGradientProvider(provider)
+        return provider.each(UnitGradientProvider)

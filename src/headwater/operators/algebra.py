@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any
 
-from headwater.arrays import Array, identity, namespace, transpose
+from headwater.arrays import Array, device, identity, namespace, transpose
 from headwater.errors import InvalidInput, ShapeMismatch, SingularOperator
 from headwater.gradients.algebra import Dense, Gradient
 from headwater.gradients.block import BlockGradient
@@ -56,6 +56,10 @@ class LinearOperator(Operator[Array]):
     def apply_block(self, value: BlockGradient) -> BlockGradient:
         """Map every row of a whole block's gradients."""
         return BlockGradient.from_flat(value.layout, self.apply(value.flat()))
+
+    def seen(self, value: BlockGradient) -> BlockGradient:
+        """What this operator's method has of rows: all of them, unless it stores gradients cut short."""
+        return value
 
     def sides(self, queries: Gradient, train_per_query: float) -> tuple[LinearOperator, LinearOperator]:
         """Two maps L and R with <self g, h> = <L g, R h>: what to do once per query, and once per train row.
@@ -167,6 +171,32 @@ class ScaledOperator(LinearOperator):
 
     def _apply(self, tensor: Array) -> Array:
         return self.inner.apply(tensor) * self.factor
+
+    def apply_gradient(self, value: Gradient) -> Gradient:
+        return self.inner.apply_gradient(value).weighted(self._factors(value.rows, value.arrays[0]))
+
+    def apply_block(self, value: BlockGradient) -> BlockGradient:
+        return self.inner.apply_block(value).weighted(self._factors(value.rows, value.like))
+
+    def seen(self, value: BlockGradient) -> BlockGradient:
+        return self.inner.seen(value)
+
+    def _factors(self, rows: int, like: Array) -> Array:
+        return namespace(like).full((rows,), self.factor, dtype=like.dtype, device=device(like))
+
+    def sides(self, queries: Gradient, train_per_query: float) -> tuple[LinearOperator, LinearOperator]:
+        left, right = self.inner.sides(queries, train_per_query)
+        return ScaledOperator(self.factor, left), right
+
+    def block_sides(self, queries: BlockGradient, train_per_query: float) -> tuple[LinearOperator, LinearOperator]:
+        left, right = self.inner.block_sides(queries, train_per_query)
+        return ScaledOperator(self.factor, left), right
+
+    def quadratic_gradient(self, value: Gradient) -> Array:
+        return self.inner.quadratic_gradient(value) * self.factor
+
+    def quadratic(self, value: BlockGradient) -> Array:
+        return self.inner.quadratic(value) * self.factor
 
     def adjoint(self) -> LinearOperator:
         return ScaledOperator(self.factor, self.inner.adjoint())

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from headwater.blocks import Structure
+from headwater.errors import InvalidInput, InvalidSetting
+from headwater.gradients.ensemble import EnsembleProvider
+from headwater.gradients.provider import StructuredGradientProvider
 from headwater.influence import ComposableInfluence
 from headwater.methods.base import Method
 from headwater.methods.damping import Damping
 from headwater.torch.likelihoods import Likelihood
 from headwater.torch.losses import Loss
 from headwater.torch.provider import Coverage, TorchGradientProvider
+
+Checkpoint = Mapping[str, torch.Tensor] | nn.Module | str | os.PathLike[str]
+"""Weights: a state dict, a model that has them, or a file that `torch.load` reads as a state dict."""
 
 
 class TorchComposableInfluence(ComposableInfluence[torch.Tensor]):
@@ -22,6 +31,10 @@ class TorchComposableInfluence(ComposableInfluence[torch.Tensor]):
     model, loss, measurement, likelihood: see `TorchGradientProvider`. method: settings such as hw.Ekfac(). blocks:
     "full", "layer", "parameter" or {name: [parameter or module names]}. damping: a float (absolute), hw.relative(...)
     (times the block's mean eigenvalue), a dict of these by block, or None for the method's default.
+
+    checkpoints: weights of the same architecture, from one run or from models that were trained apart. The scores are
+    then the mean over them (for hw.TracIn the sum, with learning rates), and the blocks are "0/<block>", "1/<block>",
+    ... `model` gives the architecture only: its own present weights are no further checkpoint, and are not changed.
 
     Parameters with requires_grad=False are left out; `coverage` says how much is attributed.
     """
@@ -36,11 +49,16 @@ class TorchComposableInfluence(ComposableInfluence[torch.Tensor]):
         damping: Damping | Mapping[str, Damping] | None = None,
         measurement: Loss | None = None,
         likelihood: Likelihood | str | None = None,
+        checkpoints: Sequence[Checkpoint] | None = None,
     ):
-        self._torch_provider = TorchGradientProvider(
-            model, loss, blocks=blocks, measurement=measurement, likelihood=likelihood
-        )
-        super().__init__(self._torch_provider, method, damping=damping)
+        def provide(model: nn.Module) -> TorchGradientProvider:
+            return TorchGradientProvider(model, loss, blocks=blocks, measurement=measurement, likelihood=likelihood)
+
+        self._torch_provider = provide(model)
+        provider: StructuredGradientProvider = self._torch_provider
+        if checkpoints is not None:
+            provider = EnsembleProvider([provide(loaded) for loaded in _load_all(model, checkpoints)])
+        super().__init__(provider, method, damping=damping)
 
     @property
     def model(self) -> nn.Module:
@@ -50,3 +68,42 @@ class TorchComposableInfluence(ComposableInfluence[torch.Tensor]):
     def coverage(self) -> Coverage:
         """How many of the trainable parameters are attributed, and which are not."""
         return self._torch_provider.coverage
+
+
+def _load_all(model: nn.Module, checkpoints: Sequence[Checkpoint]) -> list[nn.Module]:
+    """Copies of the model at each of the weights. Errors: InvalidSetting if there are none."""
+    if isinstance(checkpoints, (Mapping, nn.Module, str, os.PathLike)):
+        raise InvalidSetting(f"checkpoints is one {type(checkpoints).__name__}; expected a sequence of checkpoints.")
+    found = [_load(model, checkpoint, f"Checkpoint {k}") for k, checkpoint in enumerate(checkpoints)]
+    if not found:
+        raise InvalidSetting("checkpoints is empty; give at least one, or None for the model as it is.")
+    return found
+
+
+def _load(model: nn.Module, checkpoint: Checkpoint, name: str) -> nn.Module:
+    """A copy of the model at other weights. Errors: InvalidInput for weights that are not this architecture's."""
+    if isinstance(checkpoint, (str, os.PathLike)):
+        name = f"{name} ({os.fspath(checkpoint)})"
+    state = _state(checkpoint, name)
+    loaded = copy.deepcopy(model)
+    try:
+        keys = loaded.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise InvalidInput(f"{name} does not fit the model: {error}") from error
+    if keys.missing_keys or keys.unexpected_keys:
+        raise InvalidInput(
+            f"{name} is of another architecture than the model: missing are {keys.missing_keys}, unexpected are "
+            f"{keys.unexpected_keys}."
+        )
+    return loaded
+
+
+def _state(checkpoint: Any, name: str) -> Mapping[str, torch.Tensor]:
+    """Its state dict, whatever form it came in."""
+    if isinstance(checkpoint, nn.Module):
+        return checkpoint.state_dict()
+    if isinstance(checkpoint, (str, os.PathLike)):
+        checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    if not isinstance(checkpoint, Mapping):
+        raise InvalidInput(f"{name} is {type(checkpoint).__name__}; expected a state dict, a module, or a file of one.")
+    return checkpoint

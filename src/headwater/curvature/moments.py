@@ -1,0 +1,81 @@
+"""Second moments of projected gradients: one mean over the rows of the data set, K x K for each block."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from headwater.arrays import Array, accumulable, add_product, namespace
+from headwater.curvature.exact import LARGEST_DENSE
+from headwater.curvature.passes import WeightedMean, batches, total_weight
+from headwater.errors import InvalidSetting, NonFiniteValue
+from headwater.gradients.block import BlockGradient
+from headwater.gradients.provider import Fisher, StructuredGradientProvider
+from headwater.operators.projected import MomentOperator, ProjectedOperator
+from headwater.operators.projection import Make, Projection
+
+
+@dataclass(eq=False)
+class _Moment:
+    """One block's sum so far."""
+
+    projection: Projection
+    mean: WeightedMean[Array] = field(default_factory=WeightedMean)
+
+
+def fit_moments(
+    provider: StructuredGradientProvider,
+    loader: Iterable[Any],
+    make: Make,
+    *,
+    fisher: Fisher = "empirical",
+    draws: range = range(1),
+    seed: int = 0,
+    progress: bool = False,
+) -> tuple[OrderedDict[str, ProjectedOperator], float]:
+    """Every block's mean of P g g^T P^T, between its projections, in one pass; and the rows' total weight.
+
+    Shapes: the core of a block is [K, K]. Which g: as in `fisher_grads`; a row's weight multiplies its product.
+    Errors: InvalidSetting if K is too large for a matrix; NonFiniteValue.
+    """
+    found: OrderedDict[str, _Moment] = OrderedDict()
+    rows = 0
+    for batch in batches(provider, loader, "projected gradients", progress):
+        weights, weight = provider.row_weights(batch), total_weight(provider, batch)
+        sums: dict[str, Array] = {}
+        for draw in provider.fisher_grads(batch, fisher, draws=draws, seed=seed):
+            for name, value in draw.items():
+                if name not in found:
+                    found[name] = _Moment(_checked(name, make(name, value)))
+                sums[name] = _product(sums.get(name), found[name].projection, value, weights)
+        for name, matrix in sums.items():
+            found[name].mean.add(matrix, weight)
+        rows += len(batch)
+    weight = next(iter(found.values())).mean.weight
+    return OrderedDict((name, _operator(name, moment, rows)) for name, moment in found.items()), weight
+
+
+def _product(total: Array | None, projection: Projection, value: BlockGradient, weights: Array | None) -> Array:
+    small = accumulable(projection.stored(value).flat())
+    return add_product(total, small, small if weights is None else small * weights[:, None])
+
+
+def _operator(name: str, moment: _Moment, rows: int) -> ProjectedOperator:
+    matrix = moment.mean.value
+    xp = namespace(matrix)
+    if not bool(xp.all(xp.isfinite(matrix))):
+        raise NonFiniteValue(f"The second moment of the projected gradients of block {name!r} is not finite.")
+    symmetric = (matrix + xp.linalg.matrix_transpose(matrix)) / 2
+    return ProjectedOperator(moment.projection, MomentOperator(symmetric), rows=rows)
+
+
+def _checked(name: str, projection: Projection) -> Projection:
+    size = projection.small.size
+    if size > LARGEST_DENSE:
+        raise InvalidSetting(
+            f"Block {name!r} is projected to {size} numbers, whose second moment would take "
+            f"{size**2 * 8 / 1e9:.0f} GB. Use a smaller dimension, or smaller blocks (blocks='layer')."
+        )
+    return projection

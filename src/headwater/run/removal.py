@@ -1,0 +1,291 @@
+"""Removal with the curvature that goes with the rows: one exact Newton step without them, for each row or group.
+
+1. At the weights w the mean loss has the curvature C. The operators hold A^-1 with A = C + damping I: what is at its
+   minimum in w is taken to be (1/N) sum_n l_n + damping / 2 |.|^2, with N the rows' total weight.
+2. Take the rows S away, and leave N and the damping as they are. The slope in w is then -(1/N) g_S, with g_S the sum
+   of their gradients, and the curvature A - J^T J / N, with J the gradients whose summed g g^T are the rows' own GGN.
+3. One Newton step moves the weights by delta = (1/N) (A - J^T J / N)^-1 g_S, and raises a query's loss, to first order
+   in delta, by <g_q, delta>.
+4. By Woodbury's identity that needs A^-1 alone: N <g_q, delta> = g_q A^-1 g_S + (g_q A^-1 J^T) (I - H)^-1 h, with the
+   leverage H = J A^-1 J^T / N and h = J A^-1 g_S / N. One row with one output: its influence over (1 - leverage).
+
+Least squares and ridge regression are quadratic: there the step is exact leave-one-out. (For the sum of halved squares
+plus ridge / 2 |w|^2 the damping is ridge / N, and N stays, so that the ridge does.) Where a method's curvature falls
+apart into blocks or parts, so does that of the removed rows. Where it is no GGN (a Hessian, a Fisher information), the
+removed rows' share of it is their GGN all the same. One step, and the query's loss to first order along it: with few
+rows and little damping neither is near the truth.
+
+Sources: Cook 1977; Koh et al. 2019, arXiv 1905.13289; Basu et al. 2020, arXiv 1911.00418 (groups).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from headwater.arrays import Array, identity, namespace, precise, rows_within_memory, to_numpy, transpose
+from headwater.blocks import Block, Layout, Parameter, Part, Piece
+from headwater.errors import BatchMismatch, InvalidInput, InvalidSetting, SingularOperator, UnsupportedModel
+from headwater.gradients.block import BlockGradient, stack
+from headwater.gradients.provider import BlockGradients, StructuredGradientProvider
+from headwater.influence import ComposableInfluence
+from headwater.operators.algebra import LinearOperator, ScaledOperator
+from headwater.operators.structured import BlockDiagonalOperator
+from headwater.run.attribute import _distinct, _named_batches
+
+
+@dataclass(frozen=True)
+class Region:
+    """Parameters whose curvature is inverted by itself: a block, or one part of it."""
+
+    block: str
+    part: int | None
+    """None for the whole block."""
+    inverse: LinearOperator
+    scale: float
+    """What the region's scores are multiplied by: its model's share in an ensemble."""
+
+    def of(self, grads: BlockGradients) -> BlockGradient:
+        """The region's share of the gradients, as its operator sees them."""
+        value = grads[self.block]
+        if self.part is None:
+            return self.inverse.seen(value)
+        return BlockGradient(_alone(value.layout.parts[self.part].shape), (value.parts[self.part],))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some train rows in one region, with their weights."""
+
+    grads: BlockGradient
+    """Of their losses."""
+    outputs: tuple[BlockGradient, ...]
+    """Their GGN in one gradient for each output."""
+
+
+def removal(
+    influence: ComposableInfluence,
+    train_loader: Iterable[Any],
+    query_loader: Iterable[Any],
+    groups: Iterable[Any] | None,
+    *,
+    progress: bool,
+) -> np.ndarray:
+    """See `ComposableInfluence.removal` and the derivation above: [q, n] or [q, groups], and positive for what helps.
+
+    Rows go batch by batch; of an unfinished group its rows' gradients are kept, in their structured form.
+    Errors: InvalidSetting for a method that predicts no removal, or whose operators are not symmetric; UnsupportedModel
+    for rows whose GGN has no gradients; SingularOperator where nothing holds the weights once rows are gone;
+    InvalidInput for groups that are empty or name rows that are not there.
+    """
+    influence.check_weights()
+    regions = _regions(influence)
+    queries = _queries(influence, regions, query_loader, progress)
+    if groups is None:
+        return _each_row(influence, regions, queries, train_loader, progress)
+    return _each_group(influence, regions, queries, train_loader, _named_groups(groups), progress)
+
+
+def _regions(influence: ComposableInfluence) -> list[Region]:
+    if not influence.method.predicts_removal:
+        raise InvalidSetting(f"{influence.method.describe()} predicts no change of loss, only similarity.")
+    found = []
+    for name, operator in influence.block_mapper.operators.items():
+        scale = influence.provider.block_scale(name)
+        inverse = operator.inner if scale != 1.0 and isinstance(operator, ScaledOperator) else operator
+        if not inverse.symmetric:
+            raise InvalidSetting(f"The operator of block {name!r} is not symmetric: it is no inverse of a curvature.")
+        if isinstance(inverse, BlockDiagonalOperator):
+            parts = zip(inverse.layout.parts, inverse.operators, strict=True)
+            alone = [BlockDiagonalOperator(_alone(part.shape), [own]) for part, own in parts]
+            found += [Region(name, k, own, scale) for k, own in enumerate(alone)]
+        else:
+            found.append(Region(name, None, inverse, scale))
+    return found
+
+
+def _alone(shape: tuple[int, int]) -> Layout:
+    """A part as a block of its own, flattened row by row."""
+    return Layout(Block("part", (Parameter("part", shape),)), (Part(Piece("part", 0, shape)),))
+
+
+def _queries(
+    influence: ComposableInfluence, regions: Sequence[Region], loader: Iterable[Any], progress: bool
+) -> list[BlockGradient]:
+    """A^-1 of all query gradients, region by region."""
+    pieces: list[list[BlockGradient]] = [[] for _ in regions]
+    names = []
+    for batch, ids, _ in _named_batches(influence.provider, loader, "query factors", progress):
+        grads = influence.provider.grads(batch, query=True)
+        names.append(ids)
+        for found, region in zip(pieces, regions, strict=True):
+            mine = region.of(grads)
+            found.append(region.inverse.apply_block(mine).settled(mine))
+    _distinct(np.concatenate(names), "query")
+    return [stack(found) for found in pieces]
+
+
+def _train_rows(provider: StructuredGradientProvider, regions: Sequence[Region], batch: Any) -> list[Rows]:
+    """A batch's gradients, region by region. Errors: UnsupportedModel for rows whose GGN has no gradients."""
+    outputs = provider.ggn_grads(batch)
+    if outputs is None:
+        raise UnsupportedModel(
+            "removal() takes each row's own curvature away, in one gradient for each output; here rows have many "
+            "outputs, or a loss that is not convex in them. Use attribute(unit='removal'), which leaves it in."
+        )
+    weights, grads = provider.row_weights(batch), provider.grads(batch)
+    roots = None if weights is None else namespace(weights).sqrt(weights)
+    return [Rows(r.of(grads), tuple(_weighted(r.of(draw), roots) for draw in outputs)) for r in regions]
+
+
+def _weighted(value: BlockGradient, weights: Array | None) -> BlockGradient:
+    return value if weights is None else value.weighted(namespace(weights).astype(weights, value.like.dtype))
+
+
+# Every row by itself --------------------------------------------------------------------------------------------------
+
+
+def _each_row(
+    influence: ComposableInfluence,
+    regions: Sequence[Region],
+    queries: Sequence[BlockGradient],
+    loader: Iterable[Any],
+    progress: bool,
+) -> np.ndarray:
+    columns, names = [], []
+    for batch, ids, _ in _named_batches(influence.provider, loader, "removal", progress):
+        rows = _train_rows(influence.provider, regions, batch)
+        shares = [_rows_share(*given, influence.n_train, ids) for given in zip(regions, queries, rows, strict=True)]
+        columns.append(sum(shares[1:], shares[0]))
+        names.append(ids)
+    _distinct(np.concatenate(names), "train")
+    return np.concatenate(columns, axis=1)
+
+
+def _rows_share(region: Region, queries: BlockGradient, rows: Rows, n_train: float, ids: np.ndarray) -> np.ndarray:
+    """What one region adds to the change of each query's loss, for each row's removal: [q, n]."""
+    gram = precise(_own_gram(region.inverse, rows)) / n_train
+    shares = _solve_without(gram[:, 1:, 1:], gram[:, 1:, :1], rows.grads.like, [f"row {name}" for name in ids])
+    change = precise(queries.inner(rows.grads))
+    for k, output in enumerate(rows.outputs):
+        change = change + precise(queries.inner(output)) * shares[:, k, 0]
+    return to_numpy(change) * (region.scale / n_train)
+
+
+def _own_gram(inverse: LinearOperator, rows: Rows) -> Array:
+    """<A^-1 u, v> for u, v the loss's and the outputs' gradients of one row: [n, 1 + outputs, 1 + outputs]."""
+    values, xp = (rows.grads, *rows.outputs), namespace(rows.grads.like)
+    step = rows_within_memory(3 * len(values) * inverse.input_size, rows.grads.like)
+    found = []
+    for start in range(0, rows.grads.rows, step):
+        flat = xp.stack([value.take(slice(start, start + step)).flat() for value in values], axis=1)
+        found.append(inverse.apply(flat) @ transpose(flat))
+    return xp.concat(found, axis=0)
+
+
+def _solve_without(leverage: Array, right: Array, like: Array, names: Sequence[str]) -> Array:
+    """(I - leverage)^-1 right for each of the names; leverage [n, m, m], right [n, m, 1], to the precision of `like`.
+
+    Errors: SingularOperator, naming the first whose removal leaves a direction without curvature, or below zero.
+    """
+    xp = namespace(leverage)
+    left = identity(int(leverage.shape[1]), leverage) - (leverage + transpose(leverage)) / 2
+    lowest = xp.linalg.eigvalsh(left)[:, 0]
+    enough = lowest > 1e4 * float(xp.finfo(like.dtype).eps)
+    if not bool(xp.all(enough)):
+        first = int(np.argmin(to_numpy(enough)))
+        raise SingularOperator(
+            f"Without {names[first]} the curvature has no inverse: it has the leverage {1 - float(lowest[first]):.6g}, "
+            "and from 1 on nothing else holds some direction of the weights. Use more damping."
+        )
+    return xp.linalg.solve(left, right)
+
+
+# Rows together --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Group:
+    """Rows that are removed together: their names, and those that have been seen, by region."""
+
+    number: int
+    names: np.ndarray
+    seen: int = 0
+    rows: list[list[Rows]] = field(default_factory=list)
+
+    def add(self, regions: Sequence[Rows], index: np.ndarray) -> bool:
+        """Keep these rows of a batch; whether the group is complete."""
+        self.rows.append([_take(rows, index) for rows in regions])
+        self.seen += len(index)
+        return self.seen == len(self.names)
+
+    def __str__(self) -> str:
+        return (
+            f"group {self.number} (rows {', '.join(map(str, self.names[:5]))}{' ...' if len(self.names) > 5 else ''})"
+        )
+
+
+def _named_groups(groups: Iterable[Any]) -> list[Group]:
+    found = [Group(number, np.atleast_1d(np.asarray(names))) for number, names in enumerate(groups)]
+    for group in found:
+        if group.names.ndim != 1 or not len(group.names):
+            raise InvalidInput(f"Group {group.number} has shape {group.names.shape}; expected one or more rows' names.")
+        if len(np.unique(group.names)) < len(group.names):
+            raise BatchMismatch(f"A row is in {group} more than once.")
+    if not found:
+        raise InvalidInput("There are no groups; pass groups=None for every row by itself.")
+    return found
+
+
+def _each_group(
+    influence: ComposableInfluence,
+    regions: Sequence[Region],
+    queries: Sequence[BlockGradient],
+    loader: Iterable[Any],
+    groups: Sequence[Group],
+    progress: bool,
+) -> np.ndarray:
+    columns: dict[int, np.ndarray] = {}
+    names = []
+    for batch, ids, _ in _named_batches(influence.provider, loader, "removal of groups", progress):
+        names.append(ids)
+        inside = [(group, np.flatnonzero(np.isin(ids, group.names))) for group in groups]
+        found = [(group, index) for group, index in inside if len(index)]
+        rows = _train_rows(influence.provider, regions, batch) if found else []
+        for group, index in found:
+            if group.add(rows, index):
+                columns[group.number] = _group_column(group, regions, queries, influence.n_train)
+                group.rows.clear()
+    _distinct(np.concatenate(names), "train")
+    missing = [group for group in groups if group.number not in columns]
+    if missing:
+        raise InvalidInput(f"Not every row of {missing[0]} is in the train loader: {missing[0].seen} were found.")
+    return np.stack([columns[group.number] for group in groups], axis=1)
+
+
+def _group_column(group: Group, regions: Sequence[Region], queries: Sequence[BlockGradient], n: float) -> np.ndarray:
+    """The change of each query's loss: [q]."""
+    pieces = zip(*group.rows, strict=True)
+    shares = [_group_share(*given, n, str(group)) for given in zip(regions, queries, pieces, strict=True)]
+    return sum(shares[1:], shares[0])
+
+
+def _group_share(region: Region, queries: BlockGradient, pieces: Sequence[Rows], n: float, name: str) -> np.ndarray:
+    grads = stack([piece.grads for piece in pieces])
+    outputs = stack([output for piece in pieces for output in piece.outputs])
+    xp, like = namespace(grads.like), grads.like
+    slope = grads.combine(xp.ones_like(grads.squared_norms())[None, :])
+    along = outputs.project(region.inverse.apply(slope))
+    gram = xp.concat([outputs.project(region.inverse.apply(flat)) for flat in outputs.flat_chunks()], axis=1)
+    shares = _solve_without(precise(gram)[None] / n, precise(along)[None] / n, like, [name])[0]
+    change = precise(queries.project(slope)) + precise(queries.inner(outputs)) @ shares
+    return to_numpy(change)[:, 0] * (region.scale / n)
+
+
+def _take(rows: Rows, index: np.ndarray) -> Rows:
+    """Some rows, by position."""
+    where = namespace(rows.grads.like).asarray(index)
+    return Rows(rows.grads.take(where), tuple(output.take(where) for output in rows.outputs))
