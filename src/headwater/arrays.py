@@ -30,6 +30,11 @@ def working_memory(limit: int) -> Iterator[None]:
         _WORKING_MEMORY.reset(token)
 
 
+def working_memory_limit() -> int:
+    """Bytes."""
+    return _WORKING_MEMORY.get()
+
+
 def rows_within_memory(numbers_per_row: int, like: Array) -> int:
     """How many rows of `numbers_per_row` numbers of `like`'s dtype fit into the working memory; at least one."""
     return max(1, _WORKING_MEMORY.get() // max(1, numbers_per_row * itemsize(like)))

@@ -1,9 +1,4 @@
-"""Hessian, generalised Gauss-Newton and Fisher of the mean loss, exact and matrix-free; dense where it fits.
-
-All are means over the training rows. Costs per product and row: GGN one forward-mode and one reverse pass, Hessian two
-reverse passes, Fisher one projection and one combination of per-sample gradients.
-Source: Pearlmutter 1994; Schraudolph 2002; Martens 2020, arXiv 1412.1193.
-"""
+"""Hessian, generalised Gauss-Newton and Fisher of the mean loss over the training rows, as dense matrices."""
 
 from __future__ import annotations
 
@@ -24,59 +19,6 @@ Curvature = Literal["hessian", "ggn", "fisher", "empirical_fisher"]
 KINDS = ("hessian", "ggn", "fisher", "empirical_fisher")
 LARGEST_DENSE = 20_000
 """Parameters of a block beyond which a dense matrix is refused: 3.2 GB in float64, and hours to diagonalise."""
-
-
-class CurvatureOperator(LinearOperator):
-    """The curvature of one block over a whole data set, by products alone; each apply is a pass over the loader.
-
-    kind: "hessian", "ggn", "fisher" (as `fisher` says) or "empirical_fisher".
-    """
-
-    symmetric = True
-
-    def __init__(
-        self,
-        provider: StructuredGradientProvider,
-        loader: Iterable[Any],
-        block: str,
-        kind: Curvature,
-        *,
-        fisher: Fisher = "auto",
-        seed: int = 0,
-        progress: bool = False,
-    ):
-        check_kind(kind)
-        self.provider, self.loader, self.block, self.kind = provider, loader, block, kind
-        self.fisher: Fisher = "empirical" if kind == "empirical_fisher" else fisher
-        self.seed, self.progress = seed, progress
-        self.psd = kind != "hessian"
-
-    @property
-    def input_size(self) -> int:
-        return self.provider.sizes[self.block]
-
-    def _apply(self, tensor: Array) -> Array:
-        vectors, mean = tensor.reshape((-1, self.input_size)), WeightedMean[Array]()
-        for batch in batches(self.provider, self.loader, f"{self.kind} of {self.block}", self.progress):
-            mean.add(self._sum_over_rows(batch, vectors), total_weight(self.provider, batch))
-        return mean.value.reshape(tensor.shape)
-
-    def _sum_over_rows(self, batch: Batch, vectors: Array) -> Array:
-        if self.kind in ("hessian", "ggn"):
-            return self.provider.curvature_product(batch, self.block, vectors, self.kind)
-        weights, total = self.provider.row_weights(batch), None
-        for draw in self.provider.fisher_grads(batch, self.fisher, seed=self.seed):
-            value = draw[self.block]
-            along = transpose(value.project(vectors))
-            product = value.combine(along if weights is None else along * weights)
-            total = product if total is None else total + product
-        return total
-
-    def adjoint(self) -> CurvatureOperator:
-        return self
-
-    def trace(self) -> float:
-        raise NotImplementedError("The trace of a matrix-free curvature needs its matrix: use fit_dense.")
 
 
 def check_kind(kind: str) -> None:

@@ -9,9 +9,9 @@ from functools import cached_property
 from headwater.arrays import Array, as_like, identity, namespace, precise, transpose
 from headwater.blocks import Layout
 from headwater.errors import IndefiniteCurvature, NonFiniteValue, ShapeMismatch, SingularOperator
-from headwater.gradients.algebra import Gradient
+from headwater.gradients.algebra import Dense, Gradient
 from headwater.gradients.block import BlockGradient
-from headwater.operators.algebra import LinearOperator
+from headwater.operators.algebra import IdentityOperator, LinearOperator
 
 
 def invert_spectrum(spectrum: Array, damping: float, allow_indefinite: bool = True, *, diagonalised: int = 1) -> Array:
@@ -210,3 +210,97 @@ class LowRankPlusDiagonalOperator(LinearOperator):
     def trace(self) -> float:
         xp = namespace(self.factor)
         return float(xp.sum((self.factor @ self.core) * self.factor) + xp.sum(self.diagonal))
+
+
+class EigenpairsOperator(LinearOperator):
+    """sum_k values_k u_k u_k^T with orthonormal u: the leading part of a symmetric operator, low in rank.
+
+    Shapes: values [k], vectors [k, D].
+    """
+
+    symmetric = True
+
+    def __init__(self, values: Array, vectors: Array):
+        self.values, self.vectors = values, vectors
+        self.psd = bool(namespace(values).all(values >= 0))
+
+    @property
+    def input_size(self) -> int:
+        return int(self.vectors.shape[1])
+
+    def _apply(self, tensor: Array) -> Array:
+        return ((tensor @ transpose(self.vectors)) * self._weights) @ self.vectors
+
+    @property
+    def _weights(self) -> Array:
+        return namespace(self.values).astype(self.values, self.vectors.dtype)
+
+    def adjoint(self) -> EigenpairsOperator:
+        return self
+
+    def inverse(self, damping: float = 0.0, *, complement: bool = True) -> EigenpairsPlusScaledOperator:
+        """On the span 1 / (values + damping); off it 1 / damping, or nothing without the complement."""
+        values = invert_spectrum(self.values, damping)
+        if not complement:
+            return EigenpairsPlusScaledOperator(EigenpairsOperator(values, self.vectors), 0.0)
+        if damping == 0.0:
+            raise SingularOperator("An operator of low rank has no inverse without damping. Use more damping.")
+        return EigenpairsPlusScaledOperator(EigenpairsOperator(values - 1.0 / damping, self.vectors), 1.0 / damping)
+
+    def trace(self) -> float:
+        return float(namespace(self.values).sum(self.values))
+
+
+class EigenpairsPlusScaledOperator(LinearOperator):
+    """A multiple of the identity, corrected on a few directions: leading + scale I.
+
+    Pairs need not meet in D numbers: gradients meet as they are, in outer products, and in k numbers more.
+    """
+
+    symmetric = True
+
+    def __init__(self, leading: EigenpairsOperator, scale: float):
+        self.leading, self.scale = leading, float(scale)
+        self.psd = bool(namespace(leading.values).all(leading.values + self.scale >= 0)) and scale >= 0
+
+    @property
+    def input_size(self) -> int:
+        return self.leading.input_size
+
+    def _apply(self, tensor: Array) -> Array:
+        return self.leading.apply(tensor) + tensor * self.scale
+
+    def adjoint(self) -> EigenpairsPlusScaledOperator:
+        return self
+
+    def trace(self) -> float:
+        return self.leading.trace() + self.scale * self.input_size
+
+    def quadratic(self, value: BlockGradient) -> Array:
+        along = value.project(self.leading.vectors)
+        return value.squared_norms() * self.scale + (along * along) @ self.leading._weights
+
+    def block_sides(self, queries: BlockGradient, train_per_query: float) -> tuple[LinearOperator, LinearOperator]:
+        """Train rows along k directions, where k is below the number of queries; else queries through the operator."""
+        if int(self.leading.vectors.shape[0]) >= queries.rows:
+            return super().block_sides(queries, train_per_query)
+        weights = self.leading._weights
+        return BesideOperator(self.leading.vectors, weights, self.scale), BesideOperator(
+            self.leading.vectors, weights * 0 + 1, 1.0
+        )
+
+
+class BesideOperator(IdentityOperator):
+    """A gradient, scaled, and beside it, as one part more, its weighted coordinates along some directions."""
+
+    def __init__(self, vectors: Array, weights: Array, scale: float):
+        super().__init__(int(vectors.shape[1]))
+        self.vectors, self.weights, self.scale = vectors, weights, scale
+
+    def apply_block(self, value: BlockGradient) -> BlockGradient:
+        along = (value.project(self.vectors) * self.weights)[:, None, :]
+        if self.scale == 0.0:
+            return BlockGradient(value.layout, (Dense(along),))
+        each = namespace(along).ones_like(along[:, 0, 0]) * self.scale
+        parts = value.parts if self.scale == 1.0 else value.weighted(each).parts
+        return BlockGradient(value.layout, (*parts, Dense(along)))

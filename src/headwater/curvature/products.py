@@ -1,0 +1,264 @@
+"""Hessian, generalised Gauss-Newton and Fisher of the mean loss, exact and matrix-free: one operator for each block.
+
+All are means over the training rows. Costs per product and row, in forward passes: GGN about 4 and Hessian 6 by
+differentiation; GGN and Fisher 2, and as many backward passes as there are outputs or draws once for all vectors, from
+gradients kept as outer products.
+Source: Pearlmutter 1994; Schraudolph 2002; Martens 2020, arXiv 1412.1193.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from headwater.arrays import Array, identity, itemsize, namespace, working_memory_limit
+from headwater.curvature.exact import Curvature, check_kind
+from headwater.curvature.passes import batches, positive_weight, total_weight
+from headwater.errors import NonFiniteValue
+from headwater.gradients.draws import DrawsProduct, squared_norms
+from headwater.gradients.provider import BlockGradients, Fisher, StructuredGradientProvider
+from headwater.operators.algebra import LinearOperator, rowwise_inner
+from headwater.operators.iterative import host
+from headwater.operators.krylov import Bounds, extreme_eigenvalues
+from headwater.operators.sketch import sign_vectors
+from headwater.random import row_uniforms
+from headwater.types import Batch, join
+
+EXACT_TRACE = 256
+"""Parameters of a block up to which a trace that no gradients give is summed up exactly, from as many products."""
+PROBES = 64
+"""Random vectors that estimate the trace of a larger block."""
+FEW_VECTORS = 4
+"""Vectors up to which differentiating twice costs less than gradients of every output."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """One batch on its way through a product: its gradients where curvature is a sum of g g^T, else None."""
+
+    batch: Batch
+    draws: list[BlockGradients] | None
+    weights: Array | None
+    total: float
+
+
+class RowDraws:
+    """The rows of a data set, batch by batch, with their draws; kept in memory where all of them fit."""
+
+    def __init__(
+        self,
+        provider: StructuredGradientProvider,
+        loader: Iterable[Any],
+        kind: Curvature,
+        fisher: Fisher,
+        seed: int,
+        progress: bool,
+        keep: bool = True,
+    ):
+        self.provider, self.loader, self.kind = provider, loader, kind
+        self.fisher: Fisher = "empirical" if kind == "empirical_fisher" else fisher
+        self.seed, self.progress = seed, progress
+        self._kept: list[Rows] | None = None
+        self._fits = keep and kind != "hessian"
+
+    @property
+    def label(self) -> str:
+        return self.kind.replace("_", " ")
+
+    def rows(self, with_draws: bool) -> Iterator[Rows]:
+        """Every batch, once. Without draws where they would cost more than they save."""
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept: list[Rows] = []
+        room = KEPT_SHARE * working_memory_limit()
+        for batch in batches(self.provider, self.loader, self.label, self.progress):
+            draws = self._draws(batch) if with_draws else None
+            rows = Rows(batch, draws, self.provider.row_weights(batch), total_weight(self.provider, batch))
+            room -= size_of(draws)
+            self._fits &= draws is not None and room >= 0
+            if with_draws and self._fits:
+                kept.append(rows)
+            else:
+                kept.clear()
+            yield rows
+        if with_draws and self._fits:
+            self._kept = kept
+
+    def _draws(self, batch: Batch) -> list[BlockGradients] | None:
+        if self.kind == "hessian":
+            return None
+        if self.kind == "ggn":
+            return self.provider.ggn_grads(batch)
+        return self.provider.fisher_grads(batch, self.fisher, seed=self.seed)
+
+    @cached_property
+    def like(self) -> Array:
+        """Some array of the provider's: its framework, dtype and device."""
+        first = next(batches(self.provider, self.loader, self.label))
+        return next(iter(self.provider.grads(first).values())).like
+
+    @property
+    def is_kept(self) -> bool:
+        return self._kept is not None
+
+
+STEP_DRAWS = 1 << 20
+"""Where the numbers begin that put rows into order; those of labels are below."""
+KEPT_SHARE = 4
+"""Times the working memory that draws may take up between passes."""
+
+
+def size_of(draws: list[BlockGradients] | None) -> int:
+    """Bytes; arrays that draws share are counted once."""
+    arrays = {
+        id(array): int(np.prod(array.shape)) * itemsize(array)
+        for draw in draws or ()
+        for block in draw.values()
+        for part in block.parts
+        for array in part.arrays
+    }
+    return sum(arrays.values())
+
+
+class CurvatureOperator(LinearOperator):
+    """The curvature of one block over a whole data set, by products alone; each apply is a pass over the rows."""
+
+    symmetric = True
+
+    def __init__(self, source: RowDraws, block: str):
+        self.source, self.block = source, block
+        self.psd = source.kind != "hessian"
+        self._trace: float | None = None
+        self.trace_error = 0.0
+        """Standard error of the trace where it is estimated; zero where it is exact."""
+
+    @property
+    def input_size(self) -> int:
+        return self.source.provider.sizes[self.block]
+
+    def _apply(self, tensor: Array) -> Array:
+        vectors = tensor.reshape((-1, self.input_size))
+        product, rest, weight = DrawsProduct(self.source.provider.layouts[self.block], vectors), None, 0.0
+        for rows in self.source.rows(self._want_draws(int(vectors.shape[0]))):
+            weight += rows.total
+            if rows.draws is not None:
+                product.add([draw[self.block] for draw in rows.draws], rows.weights)
+                continue
+            found = self.source.provider.curvature_product(rows.batch, self.block, vectors, self.source.kind)  # type: ignore[arg-type]
+            rest = found if rest is None else rest + found
+        total = product.value if rest is None else product.value + rest
+        return (total / positive_weight(weight)).reshape(tensor.shape)
+
+    def _want_draws(self, vectors: int) -> bool:
+        kind = self.source.kind
+        return kind != "hessian" and (kind != "ggn" or self.source.is_kept or vectors > FEW_VECTORS)
+
+    def adjoint(self) -> CurvatureOperator:
+        return self
+
+    def trace(self) -> float:
+        """Exact where gradients or few products give it, else Hutchinson's estimate (`trace_error`)."""
+        if self._trace is None:
+            self.set_trace(*_trace_by_products(self))
+        assert self._trace is not None
+        return self._trace
+
+    def set_trace(self, trace: float, error: float = 0.0) -> None:
+        if not np.isfinite(trace):
+            raise NonFiniteValue(f"The {self.source.label} of block {self.block!r} is not finite.")
+        self._trace, self.trace_error = trace, error
+
+    @cached_property
+    def bounds(self) -> Bounds:
+        """The ends of the spectrum, from a few dozen products."""
+        return extreme_eigenvalues(self, self.start)
+
+    @property
+    def start(self) -> Array:
+        """A vector of random signs, fixed by the seed: [1, D]."""
+        return sign_vectors(1, self.input_size, self.like, seed=self.source.seed, stream=3)
+
+    @property
+    def like(self) -> Array:
+        """Some array of the provider's: its framework, dtype and device."""
+        return self.source.like
+
+
+def fit_products(
+    provider: StructuredGradientProvider,
+    loader: Iterable[Any],
+    kind: Curvature,
+    *,
+    fisher: Fisher = "auto",
+    seed: int = 0,
+    progress: bool = False,
+) -> tuple[OrderedDict[str, CurvatureOperator], float]:
+    """Every block's own curvature, matrix-free, with its trace; and the rows' total weight."""
+    check_kind(kind)
+    source = RowDraws(provider, loader, kind, fisher, seed, progress)
+    operators = OrderedDict((name, CurvatureOperator(source, name)) for name in provider.layouts)
+    traces, weight, complete = dict.fromkeys(operators, 0.0), 0.0, True
+    for rows in source.rows(with_draws=kind != "hessian"):
+        weight += rows.total
+        complete &= rows.draws is not None
+        for name in operators if rows.draws is not None else ():
+            norms = squared_norms([draw[name] for draw in rows.draws or ()])
+            weighted = norms if rows.weights is None else norms * rows.weights
+            traces[name] += float(namespace(norms).sum(weighted))
+    positive_weight(weight)
+    if complete:
+        for name, operator in operators.items():
+            operator.set_trace(traces[name] / weight)
+    return operators, weight
+
+
+def fit_steps(
+    provider: StructuredGradientProvider,
+    loader: Iterable[Any],
+    kind: Curvature,
+    *,
+    steps: int,
+    rows: int,
+    fisher: Fisher = "auto",
+    seed: int = 0,
+) -> dict[str, list[CurvatureOperator]]:
+    """For each block, the curvature of a few rows for each step; whatever the loader's batches.
+
+    Each epoch puts the rows into a random order by their keys, and takes them in turn; a rest too small is left.
+    """
+    keys = np.concatenate([provider.row_keys(batch) for batch in batches(provider, loader, "rows of the steps")])
+    rows = min(rows, len(keys))
+    step_of = np.full((steps * rows, 2), -1)  # (row, step), in any order
+    each = len(keys) // rows
+    for epoch in range(-(-steps // each)):
+        order = np.argsort(row_uniforms(keys, 1, draw=STEP_DRAWS + epoch, seed=seed)[:, 0, 0], kind="stable")
+        first = epoch * each
+        taken = order[: min(each, steps - first) * rows]
+        step_of[first * rows : first * rows + len(taken)] = np.stack(
+            [taken, first + np.arange(len(taken)) // rows], axis=1
+        )
+    pieces: list[list[Batch]] = [[] for _ in range(steps)]
+    start = 0
+    for batch in batches(provider, loader, "rows of the steps"):
+        inside = step_of[(step_of[:, 0] >= start) & (step_of[:, 0] < start + len(batch))]
+        for step in np.unique(inside[:, 1]):
+            pieces[step].append(batch.take(np.sort(inside[inside[:, 1] == step, 0]) - start))
+        start += len(batch)
+    sources = [RowDraws(provider, join(piece), kind, fisher, seed, False, keep=False) for piece in pieces]
+    return {name: [CurvatureOperator(source, name) for source in sources] for name in provider.layouts}
+
+
+def _trace_by_products(operator: CurvatureOperator) -> tuple[float, float]:
+    """The trace, and its standard error. Source: Hutchinson 1990."""
+    size, like = operator.input_size, operator.like
+    if size <= EXACT_TRACE:
+        return float(namespace(like).linalg.trace(operator.apply(identity(size, like)))), 0.0
+    probes = sign_vectors(PROBES, size, like, seed=operator.source.seed, stream=0)
+    found = host(rowwise_inner(operator.apply(probes), probes))
+    return float(found.mean()), float(found.std(ddof=1) / PROBES**0.5)

@@ -1,0 +1,173 @@
+"""Several gradients of the same rows, one for each output or label draw, and the curvature that they sum to.
+
+Draws of a row share the inputs of its layers. With K draws, Q vectors and T positions, sum_k g_k <g_k, v> costs about
+2 T o i Q multiply-adds a row when v is contracted with the shared inputs first, and 2 K o i (Q + T) draw by draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from headwater.arrays import Array, add_product, namespace, rows_within_memory, transpose
+from headwater.blocks import Layout
+from headwater.gradients.algebra import Gradient
+from headwater.gradients.block import BlockGradient
+from headwater.gradients.outer import Outer
+
+Draws = Sequence[BlockGradient]
+
+
+class DrawsProduct:
+    """The sum over rows and draws of g <g, v>, for flat vectors v (Q, D) and rows that come in batches."""
+
+    def __init__(self, layout: Layout, vectors: Array):
+        self.layout = layout
+        self._sides = [_PartProduct(basis) for basis in layout.split(vectors)]
+
+    def add(self, draws: Draws, weights: Array | None = None) -> None:
+        """More rows, each counted with its weight [n]."""
+        along = self.project(draws)
+        self.combine(draws, along if weights is None else along * weights[:, None, None])
+
+    def project(self, draws: Draws) -> Array:
+        """Dot products of every draw of every row with the vectors: [n, q, k]."""
+        products = [side.project([draw.parts[k] for draw in draws]) for k, side in enumerate(self._sides)]
+        return sum(products[1:], products[0])
+
+    def combine(self, draws: Draws, weights: Array) -> None:
+        """Add the draws, weighted by [n, q, k]."""
+        for k, side in enumerate(self._sides):
+            side.combine([draw.parts[k] for draw in draws], weights)
+
+    @property
+    def value(self) -> Array:
+        """(Q, D)."""
+        return self.layout.merge([side.total() for side in self._sides])
+
+
+def draws_gram(left: Draws, right: Draws) -> Array:
+    """All dot products between two groups of rows, draw by draw: [n, k, m, j]."""
+    tiles = [
+        _gram([draw.parts[p] for draw in left], [draw.parts[p] for draw in right]) for p in range(len(left[0].parts))
+    ]
+    return sum(tiles[1:], tiles[0])
+
+
+def _gram(left: Sequence[Gradient], right: Sequence[Gradient]) -> Array:
+    one, other = left[0], right[0]
+    xp = namespace(one.arrays[0])
+    if not (_one_position(left) and _one_position(right) and one.shape == other.shape):
+        rows = [xp.stack([mine.inner(theirs) for theirs in right], axis=2) for mine in left]
+        return xp.stack(rows, axis=1)
+    a, c = one.bordered().a[:, 0], other.bordered().a[:, 0]  # type: ignore[attr-defined]
+    b, d = (xp.stack([part.b[:, 0] for part in parts], axis=1) for parts in (left, right))  # type: ignore[attr-defined]
+    (n, k, o), (m, j, _) = b.shape, d.shape
+    outputs = (b.reshape((n * k, o)) @ transpose(d.reshape((m * j, o)))).reshape((n, k, m, j))
+    return outputs * (a @ transpose(c))[:, None, :, None]
+
+
+def _one_position(parts: Sequence[Gradient]) -> bool:
+    first = parts[0]
+    return (
+        isinstance(first, Outer)
+        and first.positions == 1
+        and all(isinstance(part, Outer) and part.a is first.a for part in parts)
+    )
+
+
+def squared_norms(draws: Draws) -> Array:
+    """The sum over draws of each row's squared norm: [n]."""
+    norms = [draw.squared_norms() for draw in draws]
+    return sum(norms[1:], norms[0])
+
+
+class _PartProduct:
+    """One part's share. basis [q, o, i]; sums [q, o, i], with a bias column apart where inputs end with a one."""
+
+    def __init__(self, basis: Array):
+        self.basis = basis
+        self._sum: Array | None = None
+        self._column: Array | None = None
+        self._dense: Array | None = None
+        self._turned: dict[bool, Array] = {}
+
+    def project(self, parts: Sequence[Gradient]) -> Array:
+        first = _shared(parts, int(self.basis.shape[0]))
+        xp = namespace(self.basis)
+        if first is None:
+            return xp.stack([part.project(self.basis) for part in parts], axis=2)
+        q, o, _ = self.basis.shape
+        flat, out, t = self._inputs_first(first.ones), [], first.positions
+        for rows in _pieces(first, q, len(parts)):
+            a, b = first.a[rows], _stacked(parts, rows)
+            n = int(a.shape[0])
+            along = (a.reshape((n * t, -1)) @ flat).reshape((n, t, q, o)) @ transpose(b)
+            found = along[:, 0] if t == 1 else xp.sum(along, axis=1)
+            if first.ones:
+                shift = xp.tensordot(_over_positions(b), self.basis[:, :, -1], axes=([2], [1]))
+                found = found + transpose(shift)
+            out.append(found)
+        return out[0] if len(out) == 1 else xp.concat(out, axis=0)
+
+    def combine(self, parts: Sequence[Gradient], weights: Array) -> None:
+        q, o, i = self.basis.shape
+        first = _shared(parts, int(q))
+        if first is None:
+            for k, part in enumerate(parts):
+                product = part.combine(transpose(weights[:, :, k]))
+                self._dense = product if self._dense is None else self._dense + product
+            return
+        xp, t = namespace(weights), first.positions
+        for rows in _pieces(first, q, len(parts)):
+            mine, b = weights[rows], _stacked(parts, rows)
+            along = (mine[:, None] @ b).reshape((int(mine.shape[0]) * t, q * o))
+            inputs = first.a[rows].reshape((-1, i - first.ones))
+            if first.ones:
+                column = xp.tensordot(mine, _over_positions(b), axes=([0, 2], [0, 1]))
+                self._column = column if self._column is None else self._column + column
+            self._sum = add_product(self._sum, along, inputs)
+
+    def total(self) -> Array:
+        """[q, o, i]."""
+        found = [] if self._dense is None else [self._dense]
+        if self._sum is not None:
+            q, o, _ = self.basis.shape
+            whole = self._sum.reshape((q, o, -1))
+            if self._column is not None:
+                whole = namespace(whole).concat([whole, self._column.reshape((q, o, 1))], axis=2)
+            found.append(whole)
+        return sum(found[1:], found[0]) if found else self.basis * 0
+
+    def _inputs_first(self, ones: bool) -> Array:
+        """The basis as [i, q o], without the bias column."""
+        if ones not in self._turned:
+            basis = self.basis[:, :, :-1] if ones else self.basis
+            self._turned[ones] = transpose(basis.reshape((-1, int(basis.shape[2]))))
+        return self._turned[ones]
+
+
+def _pieces(first: Outer, vectors: int, draws: int) -> list[slice]:
+    """Rows whose products with all vectors fit into the working memory."""
+    step = rows_within_memory(first.positions * int(vectors) * (first.shape[0] + draws), first.a)
+    return [slice(start, start + step) for start in range(0, first.rows, step)]
+
+
+def _stacked(parts: Sequence[Gradient], rows: slice) -> Array:
+    """Output-gradients of some rows, all draws: [n, t, k, o]."""
+    return namespace(parts[0].arrays[0]).stack([part.b[rows] for part in parts], axis=2)  # type: ignore[attr-defined]
+
+
+def _over_positions(b: Array) -> Array:
+    """[n, t, k, o] to [n, k, o]."""
+    return b[:, 0] if b.shape[1] == 1 else namespace(b).sum(b, axis=1)
+
+
+def _shared(parts: Sequence[Gradient], vectors: int) -> Outer | None:
+    """The first draw, if all have its inputs and contracting with these first is the cheaper way; else None."""
+    first = parts[0]
+    if not isinstance(first, Outer) or not all(isinstance(p, Outer) and p.a is first.a for p in parts):
+        return None
+    (o, i), t, k = first.shape, first.positions, len(parts)
+    together = t * vectors * o * (i + k)
+    one_by_one = k * o * i * (vectors + (t if t > 1 else 0))
+    return first if together <= one_by_one else None

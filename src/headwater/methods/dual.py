@@ -1,0 +1,70 @@
+"""Curvature as a sum over train rows, inverted through the rows: the dual form, exact; and DataInf, which swaps."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from headwater.curvature.dual import DualOperator, RowSumOperator, SwappedInverse, fit_dual
+from headwater.curvature.products import fit_products
+from headwater.errors import InvalidSetting
+from headwater.gradients.provider import Fisher, StructuredGradientProvider
+from headwater.methods.base import Curvatures, Method, check_fisher
+from headwater.operators.algebra import LinearOperator
+
+DualCurvature = Literal["empirical_fisher", "fisher", "ggn"]
+
+
+@dataclass(frozen=True)
+class Dual(Method):
+    """The exact damped inverse through the Gram matrix of the rows' gradients; nothing is D x D, nothing is N x D.
+
+    For m gradients (rows times draws) it takes m^2 ghost products, one m x m factorisation for each damping, and for
+    each query two passes over the rows. The natural choice where rows are fewer than parameters.
+    """
+
+    curvature: DualCurvature = "empirical_fisher"
+    """"empirical_fisher" (one gradient a row), or "fisher" or "ggn" (one for each output; for few outputs)."""
+    fisher: Fisher = "auto"
+    """For the Fisher: enumerate labels ("exact"), sample them ("sampled"), or whichever suits ("auto")."""
+    seed: int = 0
+    """For sampled labels."""
+
+    def __post_init__(self) -> None:
+        check_fisher(self.fisher)
+        if self.curvature not in get_args(DualCurvature):
+            known = ", ".join(map(repr, get_args(DualCurvature)))
+            raise InvalidSetting(
+                f"curvature is {self.curvature!r}; the dual form needs a sum over rows: one of {known}."
+            )
+
+    def fit(
+        self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
+    ) -> tuple[Curvatures, float]:
+        duals, rows = fit_dual(provider, loader, self.curvature, fisher=self.fisher, seed=self.seed, progress=progress)
+        return OrderedDict(duals), rows
+
+    def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:
+        assert isinstance(curvature, DualOperator)
+        return curvature.inverse(damping)
+
+
+@dataclass(frozen=True)
+class DataInf(Method):
+    """The mean over rows of (g g^T + damping)^-1, in place of the inverse of the mean. Exact for collinear gradients.
+
+    Needs no inverse of any matrix: two passes over the rows for each batch of queries.
+    Source: Kwon et al. 2024, arXiv 2310.00902 (its damping is 0.1 times the mean eigenvalue, block by block).
+    """
+
+    def fit(
+        self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
+    ) -> tuple[Curvatures, float]:
+        operators, rows = fit_products(provider, loader, "empirical_fisher", progress=progress)
+        return OrderedDict((name, RowSumOperator(operator, rows)) for name, operator in operators.items()), rows
+
+    def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:
+        assert isinstance(curvature, RowSumOperator)
+        return SwappedInverse(curvature, damping)

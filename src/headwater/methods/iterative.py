@@ -1,0 +1,183 @@
+"""Exact curvature, inverted by iteration: conjugate gradients, and what makes them fast."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from headwater.curvature.exact import Curvature, check_kind
+from headwater.curvature.kronecker import fit_ekfac, fit_kfac
+from headwater.curvature.products import CurvatureOperator, fit_products
+from headwater.errors import IndefiniteCurvature, InvalidSetting
+from headwater.gradients.provider import Fisher, StructuredGradientProvider
+from headwater.methods.base import Curvatures, Method, check_fisher
+from headwater.methods.damping import Damping, Relative
+from headwater.operators.algebra import LinearOperator
+from headwater.operators.approximated import ApproximatedOperator
+from headwater.operators.block_krylov import BlockKrylovSolver
+from headwater.operators.cg import ConjugateGradient
+from headwater.operators.iterative import IterativeInverse, Solver
+from headwater.operators.sketch import estimate_diagonal, fit_nystroem
+
+Preconditioner = Literal["ekfac", "kfac", "nystroem", "diagonal"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProductMethod(Method):
+    """Curvature by products alone: of which kind, and with which labels."""
+
+    curvature: Curvature = "ggn"
+    """"hessian", "ggn", "fisher" or "empirical_fisher", of the mean loss."""
+    fisher: Fisher = "auto"
+    """For the Fisher: enumerate labels ("exact"), sample them ("sampled"), or whichever suits ("auto")."""
+    seed: int = 0
+    """For sampled labels, and all other random numbers."""
+
+    def __post_init__(self) -> None:
+        check_kind(self.curvature)
+        check_fisher(self.fisher)
+
+    @property
+    def default_damping(self) -> Damping:
+        return Relative(1.0)
+
+    def products(
+        self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
+    ) -> tuple[OrderedDict[str, CurvatureOperator], float]:
+        """Each block's curvature, matrix-free, and the rows' total weight."""
+        return fit_products(provider, loader, self.curvature, fisher=self.fisher, seed=self.seed, progress=progress)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreconditionedMethod(ProductMethod):
+    """A solver that is helped by an operator near to the curvature, which is easy to invert."""
+
+    preconditioner: Preconditioner | None = "ekfac"
+    """"ekfac", "kfac", "nystroem" (rank 50), "diagonal" (Hutchinson's estimate), or None."""
+    tolerance: float | None = None
+    """Relative residual of each solve; None for the square root of eps (3e-4 in float32)."""
+    allow_indefinite: bool = False
+    """Solve with a Hessian although it has negative eigenvalues at the damping; refused otherwise."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.preconditioner is not None and self.preconditioner not in get_args(Preconditioner):
+            known = ", ".join(map(repr, get_args(Preconditioner)))
+            raise InvalidSetting(f"preconditioner is {self.preconditioner!r}; expected one of {known}, or None.")
+        if self.tolerance is not None and not 0 <= self.tolerance < 1:
+            raise InvalidSetting(f"tolerance is {self.tolerance!r}; expected a number from 0 to 1, or None.")
+
+    @property
+    def solver(self) -> Solver:
+        """The settings of the solver."""
+        raise NotImplementedError
+
+    def fit(
+        self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
+    ) -> tuple[Curvatures, float]:
+        operators, rows = self.products(provider, loader, progress)
+        helpers = self._fit_preconditioner(provider, loader, operators, progress)
+        return OrderedDict((n, ApproximatedOperator(op, helpers.get(n))) for n, op in operators.items()), rows
+
+    def _fit_preconditioner(
+        self,
+        provider: StructuredGradientProvider,
+        loader: Iterable[Any],
+        operators: OrderedDict[str, CurvatureOperator],
+        progress: bool,
+    ) -> dict[str, LinearOperator]:
+        kind = self.preconditioner
+        if kind in ("ekfac", "kfac"):
+            fit = fit_ekfac if kind == "ekfac" else fit_kfac
+            return dict(fit(provider, loader, fisher=self.fisher, seed=self.seed, progress=progress)[0])
+        if kind == "nystroem":
+            return {n: fit_nystroem(op, op.like, rank=SKETCH, seed=self.seed) for n, op in operators.items()}
+        if kind == "diagonal":
+            return {n: estimate_diagonal(op, op.like, probes=PROBES, seed=self.seed) for n, op in operators.items()}
+        return {}
+
+    def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:
+        assert isinstance(curvature, ApproximatedOperator) and isinstance(curvature.exact, CurvatureOperator)
+        exact, helper = curvature.exact, curvature.approximation
+        if not self.allow_indefinite:
+            refuse_indefinite(exact, damping)
+        shift = damping or 1e-6 * abs(exact.mean_eigenvalue())
+        inverse = None if helper is None else helper.inverse(shift)
+        return IterativeInverse(exact, damping, self.solver, inverse, exact.block)
+
+
+SKETCH, PROBES = 50, 32
+"""Vectors that a Nystroem, and a diagonal preconditioner are made from."""
+
+
+def refuse_indefinite(curvature: CurvatureOperator, damping: float) -> None:
+    """Errors: IndefiniteCurvature, naming a damping that would do, where a Hessian has negative eigenvalues."""
+    if curvature.psd:
+        return
+    bounds = curvature.bounds
+    if bounds.lowest + damping < 0:
+        raise IndefiniteCurvature(
+            f"At damping {damping:g} the smallest eigenvalue is {bounds.lowest + damping:g} or less: not a minimum. A "
+            f"damping of {1.01 * (bounds.lowest_error - bounds.lowest):.3g} would do; so would curvature='ggn', which "
+            "is never negative."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cg(PreconditionedMethod):
+    """Conjugate gradients on (C + damping) x = g for all queries together; columns that have converged leave.
+
+    With the EKFAC preconditioner these are the best scores known for a model at hand.
+    Sources: Hestenes and Stiefel 1952; Martens 2010 (curvature by products).
+    """
+
+    max_iterations: int = 1000
+    """For each query."""
+    block: bool = True
+    """One space for all queries (block CG): far fewer products, and q x q systems in each step; else each by itself."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.max_iterations, int) or self.max_iterations < 1:
+            raise InvalidSetting(f"max_iterations is {self.max_iterations!r}; expected a whole number of at least 1.")
+
+    @property
+    def solver(self) -> ConjugateGradient:
+        return ConjugateGradient(self.tolerance, self.max_iterations, self.block)
+
+    def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:
+        """Where an indefinite Hessian is allowed, the smallest residual in the same Krylov space (block MINRES)."""
+        found = super().invert(curvature, damping)
+        assert isinstance(found, IterativeInverse) and isinstance(found.curvature, CurvatureOperator)
+        if not self.allow_indefinite or found.curvature.psd or found.curvature.bounds.lowest + damping > 0:
+            return found
+        solver = BlockKrylovSolver(self.tolerance, self.max_iterations, allow_indefinite=True)
+        return IterativeInverse(found.curvature, damping, solver, None, found.label)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockKrylov(PreconditionedMethod):
+    """One Krylov space for all queries, seeded by EKFAC's answers; every damping from one run (`solve_path`).
+
+    The space is that of the curvature alone, so its seeds decide how soon it is good at a damping far from theirs.
+    Sources: O'Leary 1980; Frommer and Glaessner 1998.
+    """
+
+    max_products: int = 50
+    """For each query."""
+    memory: int = 2**31
+    """Bytes for the basis; queries are taken in groups that fit."""
+    on_disk: bool = False
+    """Keep the basis in temporary files, which `memory` then bounds."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("max_products", "memory"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise InvalidSetting(f"{name} is {getattr(self, name)!r}; expected a whole number of at least 1.")
+
+    @property
+    def solver(self) -> BlockKrylovSolver:
+        return BlockKrylovSolver(self.tolerance, self.max_products, self.memory, self.on_disk, self.allow_indefinite)

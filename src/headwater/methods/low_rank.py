@@ -1,0 +1,98 @@
+"""The part of the curvature that a few directions hold: Arnoldi (Lanczos) and Nystroem."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from headwater.curvature.products import CurvatureOperator
+from headwater.errors import IndefiniteCurvature, InvalidSetting
+from headwater.gradients.provider import StructuredGradientProvider
+from headwater.methods.base import Curvatures
+from headwater.methods.iterative import ProductMethod
+from headwater.operators.algebra import LinearOperator
+from headwater.operators.approximated import ApproximatedOperator
+from headwater.operators.krylov import leading_eigenpairs
+from headwater.operators.sketch import fit_nystroem, sign_vectors
+from headwater.operators.structured import EigenpairsOperator
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankMethod(ProductMethod):
+    """A curvature seen through `rank` directions; off them there is the damping alone."""
+
+    rank: int = 50
+    """How many directions; at most the block's parameters."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise InvalidSetting(f"rank is {self.rank!r}; expected a whole number of at least 1.")
+
+    def fit(
+        self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
+    ) -> tuple[Curvatures, float]:
+        operators, rows = self.products(provider, loader, progress)
+        return OrderedDict((n, ApproximatedOperator(op, self._leading(op))) for n, op in operators.items()), rows
+
+    def _leading(self, operator: CurvatureOperator) -> EigenpairsOperator:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arnoldi(LowRankMethod):
+    """The eigenpairs that are largest in magnitude, by Lanczos with full reorthogonalisation.
+
+    Source: Schioppa et al. 2022, arXiv 2112.03052, which leaves the complement out.
+    """
+
+    complement: bool = True
+    """Count what the eigenpairs leave out as 1 / damping; without it low and middle curvature are lost."""
+    tolerance: float = 1e-3
+    """How well the eigenpairs must have settled, relative to the largest."""
+    max_products: int | None = None
+    """None for ten times the rank."""
+    block: int = 4
+    """Start vectors; products are cheaper by the block."""
+    allow_indefinite: bool = False
+    """Keep eigenvalues that are negative at the damping; refused otherwise."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("block", "max_products"):
+            value = getattr(self, name)
+            if not (value is None and name == "max_products") and (not isinstance(value, int) or value < 1):
+                raise InvalidSetting(f"{name} is {value!r}; expected a whole number of at least 1.")
+
+    def _leading(self, operator: CurvatureOperator) -> EigenpairsOperator:
+        start = sign_vectors(self.block, operator.input_size, operator.like, seed=self.seed, stream=4)
+        limit = self.max_products or 10 * self.rank
+        return leading_eigenpairs(operator, start, self.rank, tolerance=self.tolerance, max_products=limit)
+
+    def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:
+        assert isinstance(curvature, ApproximatedOperator) and isinstance(curvature.approximation, EigenpairsOperator)
+        leading = curvature.approximation
+        lowest = min(map(float, leading.values))
+        if lowest + damping < 0 and not self.allow_indefinite:
+            raise IndefiniteCurvature(
+                f"At damping {damping:g} an eigenvalue is {lowest + damping:g}: not a minimum. A damping of "
+                f"{-1.01 * lowest:.3g} would do for those found; curvature='ggn' is never negative."
+            )
+        return leading.inverse(damping, complement=self.complement)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nystroem(LowRankMethod):
+    """The curvature's part in the range of its product with random vectors. Positive semi-definite curvature only.
+
+    Sources: Williams and Seeger 2000; Hataya and Yamada 2023, arXiv 2302.09726; Frangella, Tropp and Udell 2023.
+    """
+
+    def _leading(self, operator: CurvatureOperator) -> EigenpairsOperator:
+        return fit_nystroem(operator, operator.like, rank=self.rank, seed=self.seed)
+
+    def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:
+        assert isinstance(curvature, ApproximatedOperator) and curvature.approximation is not None
+        return curvature.approximation.inverse(damping)

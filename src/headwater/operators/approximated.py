@@ -1,0 +1,29 @@
+"""An operator together with one that stands for it: a preconditioner, a sketch, leading eigenpairs."""
+
+from __future__ import annotations
+
+from headwater.arrays import Array
+from headwater.operators.algebra import LinearOperator
+
+
+class ApproximatedOperator(LinearOperator):
+    """`exact` in all it does; `approximation` has the structure that makes it easy to invert, or None."""
+
+    symmetric = True
+
+    def __init__(self, exact: LinearOperator, approximation: LinearOperator | None):
+        self.exact, self.approximation = exact, approximation
+        self.psd = exact.psd
+
+    @property
+    def input_size(self) -> int:
+        return self.exact.input_size
+
+    def _apply(self, tensor: Array) -> Array:
+        return self.exact.apply(tensor)
+
+    def adjoint(self) -> LinearOperator:
+        return self
+
+    def trace(self) -> float:
+        return self.exact.trace()

@@ -1,0 +1,206 @@
+"""Conjugate gradients for many right-hand sides: each by itself, or all in one space (block CG).
+
+Sources: Hestenes and Stiefel 1952; O'Leary 1980 (block); Ji and Li 2017 (block CG that survives dependent columns).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from headwater.arrays import Array, as_like, namespace, precise, transpose
+from headwater.errors import IndefiniteCurvature
+from headwater.operators.algebra import IdentityOperator, LinearOperator, rowwise_inner
+from headwater.operators.iterative import (
+    BROKEN,
+    CONVERGED,
+    STAGNATED,
+    UNFINISHED,
+    Solution,
+    Solver,
+    SolveReport,
+    default_tolerance,
+    host,
+    row_norms,
+)
+from headwater.operators.krylov import extreme_eigenvalues, orthonormal
+
+PATIENCE = 25
+"""Steps without a smaller residual after which a column is given up."""
+
+
+@dataclass(frozen=True)
+class ConjugateGradient(Solver):
+    """Preconditioned conjugate gradients; columns that have converged leave.
+
+    A column has converged when its residual is at most tolerance |b|. It has stagnated when rounding, about eps times
+    |C| |x|, hides anything smaller than its residual, or when the residual no longer falls.
+    It refuses negative curvature.
+    """
+
+    tolerance: float | None = None
+    """Relative residual; None for the square root of the dtype's eps."""
+    max_iterations: int = 1000
+    """Per column."""
+    block: bool = False
+    """One space for all columns: fewer steps, and k x k systems in each."""
+
+    def solve(
+        self, curvature: LinearOperator, damping: float, sides: Array, preconditioner: LinearOperator | None, label: str
+    ) -> Solution:
+        state = _Columns(sides, self.tolerance)
+        run = _block_steps if self.block else _steps
+        if state.live.size:
+            run(self, _Damped(curvature, damping), preconditioner or IdentityOperator(curvature.input_size), state)
+        return state.solution(label)
+
+
+class _Damped:
+    """C + damping, which counts what goes through it and remembers the largest and smallest Rayleigh quotients."""
+
+    def __init__(self, curvature: LinearOperator, damping: float):
+        self.curvature, self.damping = curvature, damping
+        self.products = 0
+        self.norm = abs(damping)
+
+    def __call__(self, rows: Array) -> Array:
+        self.products += int(rows.shape[0])
+        return self.curvature.apply(rows) + rows * self.damping
+
+    def refuse(self, sides: Array, lowest: float) -> None:
+        """Errors: IndefiniteCurvature, naming a damping that would do."""
+        bounds = extreme_eigenvalues(self.curvature, sides[:1])
+        needed = max(self.damping - lowest, bounds.lowest_error - bounds.lowest)
+        raise IndefiniteCurvature(
+            f"At damping {self.damping:g} there are directions of negative curvature ({lowest:g}): not a minimum. A "
+            f"damping of {1.01 * needed:.3g} would do; so would curvature='ggn', which is never negative."
+        )
+
+
+class _Columns:
+    """The state of all columns: who is still at work, and what those that left brought home."""
+
+    def __init__(self, sides: Array, tolerance: float | None):
+        self.sides = sides
+        self.tolerance = default_tolerance(sides) if tolerance is None else tolerance
+        self.eps = float(namespace(sides).finfo(sides.dtype).eps)
+        count = int(sides.shape[0])
+        self.norms = host(row_norms(sides))
+        self.live = np.flatnonzero(self.norms > 0)
+        self.residual = np.zeros(count)
+        self.iterations = np.zeros(count, dtype=np.int64)
+        self.outcome = np.full(count, CONVERGED, dtype=object)
+        self.best = np.full(count, np.inf)
+        self.since = np.zeros(count, dtype=np.int64)
+        self.products = 0
+        self._left: list[tuple[np.ndarray, Array]] = []
+
+    def judge(self, residuals: np.ndarray, sizes: np.ndarray, norm: float, step: int) -> np.ndarray:
+        """Mark what has ended among the live columns, from |r| and |x| [live]; which of them stay [live], boolean."""
+        live, relative = self.live, residuals / self.norms[self.live]
+        floor = self.eps * norm * sizes / self.norms[live]
+        self.residual[live] = np.maximum(relative, floor)
+        self.iterations[live] = step
+        better = relative < 0.99 * self.best[live]
+        self.since[live] = np.where(better, 0, self.since[live] + 1)
+        self.best[live] = np.minimum(self.best[live], relative)
+        done = self.residual[live] <= self.tolerance
+        stuck = ~done & ((relative <= floor) | (self.since[live] >= PATIENCE))
+        self.outcome[live[done]] = CONVERGED
+        self.outcome[live[stuck]] = STAGNATED
+        return ~(done | stuck)
+
+    def release(self, x: Array, leaving: np.ndarray) -> None:
+        """Columns of the live that leave, with their solutions."""
+        if leaving.any():
+            self._left.append((self.live[leaving], take(x, np.flatnonzero(leaving))))
+            self.live = self.live[~leaving]
+
+    def solution(self, label: str) -> Solution:
+        xp = namespace(self.sides)
+        order = np.concatenate([columns for columns, _ in self._left] or [np.zeros(0, dtype=np.int64)])
+        zero = np.setdiff1d(np.arange(len(self.norms)), order)
+        rows = [x for _, x in self._left] + ([take(self.sides, zero) * 0] if len(zero) else [])
+        x = take(xp.concat(rows, axis=0), np.argsort(np.concatenate([order, zero]))) if rows else self.sides
+        outcome = self.outcome.astype(str)
+        return Solution(x, SolveReport(label, self.residual, self.iterations, outcome, self.products))
+
+
+def take(rows: Array, index: np.ndarray) -> Array:
+    """Some rows, by host indices."""
+    if len(index) == int(rows.shape[0]) and np.array_equal(index, np.arange(len(index))):
+        return rows
+    xp = namespace(rows)
+    return xp.take(rows, as_like(index.astype(np.int64), rows, dtype=xp.int64), axis=0)
+
+
+def _column(values: np.ndarray, like: Array) -> Array:
+    return as_like(values, like)[:, None]
+
+
+def _steps(settings: ConjugateGradient, operator: _Damped, inverse: LinearOperator, state: _Columns) -> None:
+    """Each column by itself."""
+    r = take(state.sides, state.live)
+    x, z = r * 0, inverse.apply(r)
+    p, rz = z, host(rowwise_inner(r, z))
+    for step in range(1, settings.max_iterations + 1):
+        product = operator(p)
+        curve, length = host(rowwise_inner(p, product)), host(rowwise_inner(p, p))
+        operator.norm = max(operator.norm, float(np.max(np.abs(curve) / np.where(length > 0, length, 1.0))))
+        negative = curve < -4 * state.eps * operator.norm * length
+        if negative.any():
+            operator.refuse(r, float((curve / np.where(length > 0, length, 1.0)).min()))
+        broken = np.abs(curve) <= state.eps**2 * operator.norm * length
+        rate = np.where(broken, 0.0, rz / np.where(broken, 1.0, curve))
+        x, r = x + _column(rate, x) * p, r - _column(rate, r) * product
+        stay = state.judge(host(row_norms(r)), host(row_norms(x)), operator.norm, step) & ~broken
+        state.outcome[state.live[broken]] = BROKEN
+        if step == settings.max_iterations:
+            state.outcome[state.live[stay]] = UNFINISHED
+            stay = np.zeros_like(stay)
+        kept = np.flatnonzero(stay)
+        state.release(x, ~stay)
+        if not len(kept):
+            break
+        x, r, p, rz = take(x, kept), take(r, kept), take(p, kept), rz[kept]
+        z = inverse.apply(r)
+        following = host(rowwise_inner(r, z))
+        p, rz = z + _column(following / rz, z) * p, following
+    state.products = operator.products
+
+
+def _block_steps(settings: ConjugateGradient, operator: _Damped, inverse: LinearOperator, state: _Columns) -> None:
+    """All columns in one space; directions that others already span are dropped."""
+    xp = namespace(state.sides)
+    r = take(state.sides, state.live)
+    x = r * 0
+    p = orthonormal(inverse.apply(r))
+    for step in range(1, settings.max_iterations + 1):
+        product = operator(p)
+        small = precise(p @ transpose(product))
+        values, vectors = xp.linalg.eigh((small + transpose(small)) / 2)
+        operator.norm = max(operator.norm, float(xp.max(xp.abs(values))))
+        if float(values[0]) < -4 * state.eps * operator.norm:
+            operator.refuse(r, float(values[0]))
+        safe = xp.where(xp.abs(values) > state.eps**2 * operator.norm, values, xp.ones_like(values))
+        core = (vectors / safe) @ transpose(vectors)
+        core = xp.astype(core, p.dtype)
+        rate = (r @ transpose(p)) @ core
+        x, r = x + rate @ p, r - rate @ product
+        stay = state.judge(host(row_norms(r)), host(row_norms(x)), operator.norm, step)
+        if step == settings.max_iterations:
+            state.outcome[state.live[stay]] = UNFINISHED
+            stay = np.zeros_like(stay)
+        kept = np.flatnonzero(stay)
+        state.release(x, ~stay)
+        if not len(kept):
+            break
+        x, r = take(x, kept), take(r, kept)
+        z = inverse.apply(r)
+        p = orthonormal(z - ((z @ transpose(product)) @ core) @ p)
+        if not int(p.shape[0]):
+            state.outcome[state.live] = BROKEN
+            state.release(x, np.ones(len(kept), dtype=bool))
+            break
+    state.products = operator.products

@@ -1,0 +1,162 @@
+"""Inverses that only need `apply`: what a solve reports of itself, and the operator that solves when it is applied.
+
+A solver takes right-hand sides [k, D] together and returns a `Solution`. Layout: a *column* of the system is a row of
+these arrays.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import numpy as np
+
+from headwater.arrays import Array, namespace, to_numpy
+from headwater.errors import NotConverged
+from headwater.operators.algebra import LinearOperator, rowwise_inner
+
+CONVERGED, STAGNATED, UNFINISHED, BROKEN = "converged", "stagnated", "out of iterations", "breakdown"
+FINISHED = "finished"
+
+
+@dataclass(frozen=True, eq=False)
+class SolveReport:
+    """How far a solve came, column by column; arrays [k]."""
+
+    label: str
+    """What was inverted: the block's name."""
+    residual: np.ndarray
+    """|b - (C + damping) x| / |b|, as the solver knows it; zero where b is."""
+    iterations: np.ndarray
+    """Steps that the column took part in."""
+    outcome: np.ndarray
+    """"converged", "finished" (as many steps as were asked for), "stagnated" (rounding allows no more), "out of
+    iterations" or "breakdown"."""
+    products: int
+    """Vectors that went through the curvature, over all columns."""
+
+    @property
+    def converged(self) -> np.ndarray:
+        """[k]; steps that were asked for and done count too."""
+        return (self.outcome == CONVERGED) | (self.outcome == FINISHED)
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """Solved right-hand sides [k, D], and how far each came."""
+
+    x: Array
+    report: SolveReport
+
+
+class Solver(ABC):
+    """Frozen settings of a way to solve (C + damping I) x = b for many b at once."""
+
+    @abstractmethod
+    def solve(
+        self, curvature: LinearOperator, damping: float, sides: Array, preconditioner: LinearOperator | None, label: str
+    ) -> Solution:
+        """sides [k, D]. Errors: IndefiniteCurvature where negative curvature is met and not allowed."""
+
+
+_LOG: ContextVar[list[SolveReport] | None] = ContextVar("headwater_solves", default=None)
+
+
+@contextmanager
+def recorded_solves() -> Iterator[list[SolveReport]]:
+    """A list that fills with the report of every solve in this context, in order."""
+    log: list[SolveReport] = []
+    outer = _LOG.get()
+    token = _LOG.set(log)
+    try:
+        yield log
+    finally:
+        _LOG.reset(token)
+        if outer is not None:
+            outer.extend(log)
+
+
+def joined(reports: Sequence[SolveReport]) -> dict[str, SolveReport]:
+    """By label, the columns of all its reports one after the other."""
+    labels = dict.fromkeys(report.label for report in reports)
+    return {label: _join(label, [r for r in reports if r.label == label]) for label in labels}
+
+
+def _join(label: str, reports: Sequence[SolveReport]) -> SolveReport:
+    def columns(name: str) -> np.ndarray:
+        return np.concatenate([getattr(report, name) for report in reports])
+
+    products = sum(report.products for report in reports)
+    return SolveReport(label, columns("residual"), columns("iterations"), columns("outcome"), products)
+
+
+class IterativeInverse(LinearOperator):
+    """(curvature + damping I)^-1, solved anew for whatever it is applied to; all columns together.
+
+    A warning (`NotConverged`) says when columns missed the tolerance; `recorded_solves` has the figures.
+    """
+
+    symmetric = True
+
+    def __init__(
+        self,
+        curvature: LinearOperator,
+        damping: float,
+        solver: Solver,
+        preconditioner: LinearOperator | None = None,
+        label: str = "",
+    ):
+        self.curvature, self.damping, self.solver = curvature, float(damping), solver
+        self.preconditioner, self.label = preconditioner, label
+        self.psd = curvature.psd
+
+    @property
+    def input_size(self) -> int:
+        return self.curvature.input_size
+
+    def _apply(self, tensor: Array) -> Array:
+        sides = tensor.reshape((-1, self.input_size))
+        solution = self.solver.solve(self.curvature, self.damping, sides, self.preconditioner, self.label)
+        log = _LOG.get()
+        if log is not None:
+            log.append(solution.report)
+        _warn(solution.report)
+        return solution.x.reshape(tensor.shape)
+
+    def adjoint(self) -> IterativeInverse:
+        return self
+
+    def trace(self) -> float:
+        raise NotImplementedError("The trace of an inverse that is solved for needs its matrix: use dense().")
+
+
+def _warn(report: SolveReport) -> None:
+    missed = ~report.converged
+    if missed.any():
+        worst = report.residual[missed].max()
+        kinds = ", ".join(f"{(report.outcome == kind).sum()} {kind}" for kind in np.unique(report.outcome[missed]))
+        warnings.warn(
+            f"Block {report.label!r}: {missed.sum()} of {len(missed)} solves missed the tolerance ({kinds}); the worst "
+            f"relative residual is {worst:.2g}. Allow more iterations, use more damping, or another preconditioner.",
+            NotConverged,
+            stacklevel=2,
+        )
+
+
+def row_norms(rows: Array) -> Array:
+    """Euclidean norms of [k, D]: [k]."""
+    return namespace(rows).sqrt(rowwise_inner(rows, rows))
+
+
+def default_tolerance(like: Array) -> float:
+    """Relative residual that is worth asking for: the square root of eps, 3e-4 in float32, 1.5e-8 in float64."""
+    return float(namespace(like).finfo(like.dtype).eps) ** 0.5
+
+
+def host(values: Array) -> np.ndarray:
+    """Small arrays on the host, in float64."""
+    return to_numpy(values).astype(np.float64)

@@ -1,0 +1,112 @@
+"""Descent on (C + damping) x = b by steps that see a few rows each: LiSSA, and with a preconditioner ASTRA.
+
+    v <- momentum v + step P (b - (C_t + damping) x),   x <- x + v,   starting from x = step P b (LiSSA) or P b
+
+C_t is the curvature of the rows of step t. Sources: Agarwal, Bullins and Hazan 2017, arXiv 1602.03943 (LiSSA);
+Wang et al. 2025, "Better training data attribution via better inverse Hessian-vector products" (ASTRA).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from headwater.arrays import Array, namespace
+from headwater.errors import Diverged
+from headwater.operators.algebra import IdentityOperator, LinearOperator, rowwise_inner
+from headwater.operators.iterative import FINISHED, Solution, Solver, SolveReport, host, row_norms
+
+RUNAWAY = 1e4
+"""Times its own size that a right-hand side's residual may grow before the iteration counts as diverged."""
+
+
+class SteppedOperator(LinearOperator):
+    """A curvature, and that of the rows of each step; taken from the beginning again when steps run out."""
+
+    symmetric = True
+
+    def __init__(self, whole: LinearOperator, parts: Sequence[LinearOperator]):
+        self.whole, self.parts = whole, tuple(parts)
+        self.psd = whole.psd
+
+    @property
+    def input_size(self) -> int:
+        return self.whole.input_size
+
+    def _apply(self, tensor: Array) -> Array:
+        return self.whole.apply(tensor)
+
+    def adjoint(self) -> LinearOperator:
+        return self
+
+    def trace(self) -> float:
+        return self.whole.trace()
+
+    def at(self, step: int) -> LinearOperator:
+        """The curvature of the rows of a step."""
+        return self.parts[step % len(self.parts)] if self.parts else self.whole
+
+
+@dataclass(frozen=True)
+class Descent(Solver):
+    """A fixed number of steps; the residual that is reported is that of all rows."""
+
+    steps: int
+    """How many."""
+    step_size: float
+    """What the residual, after the preconditioner, is multiplied with."""
+    momentum: float = 0.0
+    """Share of the last move that is made again."""
+    warm_start: bool = False
+    """Start from P b rather than from step_size P b."""
+
+    def solve(
+        self, curvature: LinearOperator, damping: float, sides: Array, preconditioner: LinearOperator | None, label: str
+    ) -> Solution:
+        assert isinstance(curvature, SteppedOperator)
+        helper = preconditioner or IdentityOperator(curvature.input_size)
+        sizes = host(row_norms(sides))
+        x = helper.apply(sides)
+        x = x if self.warm_start else x * self.step_size
+        move = x * 0
+        for step in range(self.steps):
+            rest = sides - curvature.at(step).apply(x) - x * damping
+            self._check(curvature.at(step), damping, x, host(row_norms(rest)), sizes, step, preconditioner is None)
+            move = move * self.momentum + helper.apply(rest) * self.step_size
+            x = x + move
+        rest = host(row_norms(sides - curvature.apply(x) - x * damping))
+        residual = rest / np.where(sizes > 0, sizes, 1.0)
+        outcome = np.full(len(sizes), FINISHED)
+        products = (self.steps + 1) * len(sizes)
+        return Solution(x, SolveReport(label, residual, np.full(len(sizes), self.steps), outcome, products))
+
+    def _check(
+        self, curvature: LinearOperator, damping: float, x: Array, rest: np.ndarray, sizes: np.ndarray, step: int,
+        plain: bool,
+    ) -> None:  # fmt: skip
+        """Errors: Diverged, naming the step size to try."""
+        if bool((rest <= RUNAWAY * sizes).all()):
+            return
+        top = _steepest(curvature, x) + damping if plain else math.nan
+        raise Diverged(
+            f"Diverged at step {step} with a step size of {self.step_size:.3g}. "
+            + (
+                f"The steepest direction met has curvature {top:.3g}: try scale={1.1 * top:.3g} (a step size of "
+                f"{1 / (1.1 * top):.3g})."
+                if math.isfinite(top) and top > 0
+                else f"Try step_size={self.step_size / 4:.3g}, or less momentum than {self.momentum:g}."
+            )
+        )
+
+
+def _steepest(curvature: LinearOperator, x: Array) -> float:
+    """The largest Rayleigh quotient of the columns: a runaway iteration points along the steepest direction."""
+    xp = namespace(x)
+    finite = host(xp.astype(xp.isfinite(row_norms(x)), x.dtype)) > 0
+    if not finite.all():
+        return math.nan
+    length = host(rowwise_inner(x, x))
+    return float((host(rowwise_inner(curvature.apply(x), x)) / np.where(length > 0, length, 1.0)).max())

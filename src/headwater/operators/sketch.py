@@ -1,0 +1,70 @@
+"""Curvature seen through a few random vectors: its diagonal (Hutchinson), and its low-rank part (Nystroem)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from headwater.arrays import Array, as_like, namespace, precise, transpose
+from headwater.errors import IndefiniteCurvature
+from headwater.operators.algebra import LinearOperator
+from headwater.operators.structured import DiagonalOperator, EigenpairsOperator
+from headwater.random import philox
+
+SIGNS_IN_BLOCK = 128
+
+
+def sign_vectors(count: int, size: int, like: Array, *, seed: int, stream: int) -> Array:
+    """Vectors of random signs [count, size], from a counter: the first ones are the same whatever the count."""
+    blocks = -(-size // SIGNS_IN_BLOCK)
+    counter = np.zeros((count, blocks, 4), dtype=np.uint64)
+    counter[..., 0] = np.arange(blocks, dtype=np.uint64)
+    counter[..., 1] = np.arange(count, dtype=np.uint64)[:, None]
+    counter[..., 2] = stream
+    words = philox(counter, (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))
+    bits = np.unpackbits(words.view(np.uint8).reshape(count, -1), axis=1, count=size, bitorder="little")
+    return as_like(bits.astype(np.int8) * 2 - 1, like)
+
+
+def estimate_diagonal(operator: LinearOperator, like: Array, *, probes: int, seed: int) -> DiagonalOperator:
+    """The mean of z * (A z) over random signs z, and zero where that is negative. Source: Bekas et al. 2007."""
+    vectors = sign_vectors(probes, operator.input_size, like, seed=seed, stream=1)
+    xp = namespace(vectors)
+    diagonal = xp.mean(vectors * operator.apply(vectors), axis=0)
+    return DiagonalOperator(xp.where(diagonal > 0, diagonal, xp.zeros_like(diagonal)))
+
+
+def fit_nystroem(operator: LinearOperator, like: Array, *, rank: int, seed: int) -> EigenpairsOperator:
+    """Y W^+ Y^T for Y = A S and W = S^T A S with random signs S [D, r]: U diag(values) U^T with orthonormal U.
+
+    A small multiple of S S^T is added for the decomposition and taken off the eigenvalues again.
+    Errors: IndefiniteCurvature if S^T A S has a negative eigenvalue beyond rounding.
+    Source: Frangella, Tropp and Udell 2023, arXiv 2110.02820, algorithm 2.1.
+    """
+    size = operator.input_size
+    rank = min(rank, size)
+    xp = namespace(like)
+    signs = sign_vectors(rank, size, like, seed=seed, stream=2)
+    basis = transpose(xp.linalg.qr(transpose(signs), mode="reduced")[0])
+    image = operator.apply(basis)
+    core = precise(basis @ transpose(image))
+    core = (core + transpose(core)) / 2
+    _refuse_indefinite(core, float(xp.finfo(like.dtype).eps), operator)
+    norm = float(xp.linalg.matrix_norm(image))
+    shift = float(xp.finfo(like.dtype).eps) * size**0.5 * norm
+    values, vectors = xp.linalg.eigh(core)
+    values = xp.where(values > 0, values, xp.zeros_like(values)) + shift
+    half = transpose(vectors / xp.sqrt(values)) @ precise(image + shift * basis)
+    _, singular, right = xp.linalg.svd(half, full_matrices=False)
+    spectrum = singular**2 - shift
+    spectrum = xp.where(spectrum > 0, spectrum, xp.zeros_like(spectrum))
+    return EigenpairsOperator(spectrum, xp.astype(right, like.dtype))
+
+
+def _refuse_indefinite(core: Array, eps: float, operator: LinearOperator) -> None:
+    values = namespace(core).linalg.eigvalsh(core)
+    lowest, size = float(values[0]), float(namespace(values).max(namespace(values).abs(values)))
+    if lowest < -1e2 * eps * size:
+        raise IndefiniteCurvature(
+            f"A Nystroem sketch needs curvature that is never negative; it has met {lowest:g} (largest {size:g}). "
+            "Use curvature='ggn' or a Fisher, or Arnoldi for a Hessian."
+        )
