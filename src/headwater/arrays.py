@@ -142,3 +142,11 @@ def scatter_rows(values: Array, ids: Array, rows: int) -> Array:
         np.add.at(out, ids, values)
         return out
     return out.at[ids].add(values)
+
+
+def put_rows(array: Array, ids: Array, rows: Array) -> Array:
+    """`array` [n, d] with the rows that `ids` [m] names replaced by `rows` [m, d]; in place if possible."""
+    if hasattr(array, "at"):
+        return array.at[ids].set(rows)
+    array[ids] = rows
+    return array

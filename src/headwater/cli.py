@@ -1,4 +1,6 @@
-"""The command line: few verbs. What goes wrong is one line on the error stream, and exit status 2."""
+"""The command line: few verbs. What goes wrong is one line on the error stream, and exit status 2; `verify` exits with
+status 1 when scores are off.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,27 @@ app = App(
     version=headwater.__version__,
 )
 
-Method = Literal["ekfac", "kfac", "direct", "grad-dot", "grad-cos"]
+Method = Literal[
+    "ekfac",
+    "kfac",
+    "direct",
+    "cg",
+    "block-krylov",
+    "lissa",
+    "astra",
+    "arnoldi",
+    "nystroem",
+    "datainf",
+    "dual",
+    "trak",
+    "logra",
+    "lorif",
+    "factgrass",
+    "tracin",
+    "representer",
+    "grad-dot",
+    "grad-cos",
+]
 
 
 @app.command
@@ -40,7 +62,7 @@ def demo(
     seed
         Of all that is drawn: same seed, same numbers.
     method
-        How the influence of a training row is computed; direct is exact within each layer, and takes longer.
+        How the influence of a training row is computed: see docs/methods.md.
     show
         Open the report in a browser.
     quiet
@@ -48,18 +70,78 @@ def demo(
     """
     from headwater.demo import Settings, explore, report, tell
 
-    if seed < 0:
-        raise InvalidSetting(f"--seed {seed}: expected a whole number of at least 0.")
     if out.is_dir():
         raise InvalidSetting(f"--out {out} is a folder; expected the name of a file.")
     if not out.resolve().parent.is_dir():
         raise InvalidSetting(f"--out {out}: there is no folder {out.resolve().parent}.")
-    found = explore(Settings(seed=seed, method=method, quiet=quiet))
+    found = explore(Settings(seed=_seed(seed), method=method, quiet=quiet))
     out.write_text(report(found), encoding="utf-8")
     if not quiet:
         print(f"{tell(found)}\n\nThe report, with pictures: {out}")
     if show:
         webbrowser.open(out.resolve().as_uri())
+
+
+@app.command
+def verify(
+    setup: str | None = None,
+    /,
+    *,
+    demo: Annotated[bool, Parameter(negative="")] = False,
+    method: Method = "ekfac",
+    rows: int = 8,
+    queries: int = 4,
+    tolerance: float | None = None,
+    seed: int = 0,
+    quiet: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Recompute random scores the slow plain way, on your model and rows, and compare. Exit status 1 if they differ.
+
+    Parameters
+    ----------
+    setup
+        A Python file that defines influence (fitted or not), train and query (loaders), or a function setup() that
+        returns the three; also file.py:function or module:function.
+    demo
+        Verify the digits demo instead.
+    method
+        Of the demo.
+    rows
+        Train rows for each query.
+    queries
+        Queries.
+    tolerance
+        How far scores may be off, relative to the largest; by default what the dtype allows.
+    seed
+        Of the sample, and of the demo.
+    quiet
+        No progress bars.
+    """
+    if demo == (setup is not None):
+        raise InvalidSetting("Give either a setup file or --demo." if demo else "Give a setup file, or --demo.")
+    from headwater.run.setup import Setup, load_setup
+
+    if demo:
+        from headwater.demo import Settings
+        from headwater.demo.ready import ready
+
+        given = Setup(*ready(Settings(seed=_seed(seed), method=method, quiet=quiet)))
+    else:
+        given = load_setup(str(setup))
+        if not given.influence.is_fitted:
+            given.influence.fit(given.train, progress=not quiet)
+    found = given.influence.verify(
+        given.train, given.query, rows=rows, queries=queries, tolerance=tolerance, seed=_seed(seed), progress=not quiet
+    )
+    print(found)
+    if not found.passed:
+        sys.exit(1)
+
+
+def _seed(seed: int) -> int:
+    if seed < 0:
+        raise InvalidSetting(f"--seed {seed}: expected a whole number of at least 0.")
+    return seed
 
 
 @app.command
@@ -69,7 +151,9 @@ def version() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command and exit: 0 when all went well, 2 with one line on the error stream when not."""
+    """Run one command and exit: 0 when all went well, 1 when a verification failed, 2 with one line on the error stream
+    when something went wrong.
+    """
     try:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except (CycloptsError, HeadwaterError, OSError) as error:

@@ -14,6 +14,7 @@ import os
 from abc import ABC
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Self
 
@@ -24,6 +25,7 @@ from headwater.gradients.provider import BlockGradients, StructuredGradientProvi
 from headwater.methods.base import Curvatures, Method
 from headwater.methods.damping import Damping, Relative, damping_by_block, in_units
 from headwater.operators.algebra import IdentityOperator, LinearOperator, ScaledOperator
+from headwater.operators.iterative import SolveReport, joined, recorded_solves
 from headwater.operators.kronecker import SeparableOperator
 from headwater.operators.structured import BlockDiagonalOperator
 from headwater.types import BlockMapper, InfluenceMode, OperatorGradientComposition, TensorType
@@ -31,6 +33,8 @@ from headwater.types import BlockMapper, InfluenceMode, OperatorGradientComposit
 if TYPE_CHECKING:
     import numpy as np
 
+    from headwater.run.verification import Verification
+    from headwater.status import Status
     from headwater.store.scores import Extremes, Scores
 
 ByBlock = OrderedDict[str, Array]
@@ -142,8 +146,10 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         if not isinstance(method, Method):
             raise InvalidInput(f"method is {method!r}; expected settings such as hw.Ekfac() or hw.Direct().")
         self.method = method
+        self.source = provider
         self.provider = method.view(provider)
         self.damping = damping_by_block(damping, method.default_damping, self.provider.layouts)
+        self._solves: dict[str, SolveReport] = {}
         self._fitted: Fitted | None = None
         self._mapper: InfluenceMapper | None = None
 
@@ -190,12 +196,50 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         other = copy.copy(self)
         other.damping = damping_by_block(damping, self.method.default_damping, self.provider.layouts)
         other._mapper = None if self._fitted is None else other._make_mapper(self._fitted)
+        other._solves = {}
         return other
+
+    def unfitted(
+        self,
+        source: StructuredGradientProvider | None = None,
+        method: Method | None = None,
+        damping: Damping | Mapping[str, Damping] | None = None,
+    ) -> Self:
+        """A copy that has yet to be fitted: with another provider, method or damping where one is given.
+
+        Another method sees what this one's view shows. Blocks stay the same.
+        """
+        other = copy.copy(self)
+        other._fitted, other._mapper, other._solves = None, None, {}
+        if source is not None:
+            other.source, other.provider = source, self.method.view(source)
+        if method is not None:
+            other.method = method
+        if damping is not None:
+            other.damping = damping_by_block(damping, other.method.default_damping, other.provider.layouts)
+        return other
+
+    @property
+    def curvature(self) -> Curvatures:
+        """The undamped curvature of each block. Errors: NotFittedError."""
+        return self._need_fit().curvature
+
+    @property
+    def solves(self) -> dict[str, SolveReport]:
+        """How far the solves of the last call came, by block; empty for a method that solves nothing."""
+        return self._solves
+
+    @property
+    def status(self) -> Status:
+        """What is known of this influence: spectrum, damping, what was cut off, solves. `print` shows a table."""
+        from headwater.status import status_of
+
+        return status_of(self)
 
     @property
     def absolute_damping(self) -> dict[str, float]:
         """The damping of each block in the units of its curvature."""
-        curvature = self._need_fit().curvature
+        curvature = self.curvature
         return {name: in_units(self.damping[name], curvature[name].mean_eigenvalue()) for name in curvature}
 
     @property
@@ -245,6 +289,15 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         self.check_weights()
         return self.block_mapper
 
+    @contextmanager
+    def _recorded(self) -> Iterator[None]:
+        """Keep the solves of what is done inside, in `solves`."""
+        with recorded_solves() as log:
+            try:
+                yield
+            finally:
+                self._solves = joined(log)
+
     # Tensors in, tensors out --------------------------------------------------------------------------------------
 
     def influences(
@@ -256,16 +309,18 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         Errors: InvalidInput if only one of x, y is given; NotFittedError; StaleFit; UnsupportedInfluenceModeError.
         """
         mapper, mode, test, train = self._asked(x_test, y_test, x, y, mode)
-        if mode is InfluenceMode.Perturbation:
-            return mapper.perturbation(mapper.transformed_grads(test), train)
-        return _sum(mapper.interactions(test, train, mode))
+        with self._recorded():
+            if mode is InfluenceMode.Perturbation:
+                return mapper.perturbation(mapper.transformed_grads(test), train)
+            return _sum(mapper.interactions(test, train, mode))
 
     def influences_by_block(
         self, x_test: Any, y_test: Any, x: Any = None, y: Any = None, mode: InfluenceMode | str = InfluenceMode.Up
     ) -> OrderedDict[str, TensorType]:
         """`influences`, one summand for each block."""
         mapper, mode, test, train = self._asked(x_test, y_test, x, y, mode)
-        return mapper.interactions(test, train, mode)
+        with self._recorded():
+            return mapper.interactions(test, train, mode)
 
     def influence_factors(self, x: Any, y: Any) -> TensorType:
         """Op(gradient) of each row, all blocks side by side: (N, D)."""
@@ -274,7 +329,9 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
     def influence_factors_by_block(self, x: Any, y: Any) -> OrderedDict[str, TensorType]:
         """Op(gradient) of each row: (N, D_block) by block."""
-        return self._ready().transformed_grads(self._batch(x, y, "x and y"))
+        mapper, batch = self._ready(), self._batch(x, y, "x and y")
+        with self._recorded():
+            return mapper.transformed_grads(batch)
 
     def influences_from_factors(
         self,
@@ -335,7 +392,9 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         """
         from headwater.run.attribute import attribute
 
-        return attribute(self, train_loader, query_loader, unit=unit, by_block=by_block, store=store, progress=progress)
+        options: dict[str, Any] = {"unit": unit, "by_block": by_block, "store": store, "progress": progress}
+        with self._recorded():
+            return attribute(self, train_loader, query_loader, **options)
 
     def top(
         self,
@@ -349,13 +408,15 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         """The k most helpful and the k most harmful train rows of each query, without keeping the matrix of scores."""
         from headwater.run.attribute import top
 
-        return top(self, train_loader, query_loader, k, unit=unit, progress=progress)
+        with self._recorded():
+            return top(self, train_loader, query_loader, k, unit=unit, progress=progress)
 
     def self_influence(self, train_loader: Iterable[Any], *, progress: bool = False) -> np.ndarray:
         """<Op g_n, g_n> for each row, without the N x N matrix: [n]."""
         from headwater.run.attribute import self_influence
 
-        return self_influence(self, train_loader, progress=progress)
+        with self._recorded():
+            return self_influence(self, train_loader, progress=progress)
 
     def removal(
         self,
@@ -372,7 +433,29 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         """
         from headwater.run.removal import removal
 
-        return removal(self, train_loader, query_loader, groups, progress=progress)
+        with self._recorded():
+            return removal(self, train_loader, query_loader, groups, progress=progress)
+
+    def verify(
+        self,
+        train_loader: Iterable[Any],
+        query_loader: Iterable[Any],
+        *,
+        rows: int = 8,
+        queries: int = 4,
+        seed: int = 0,
+        tolerance: float | None = None,
+        progress: bool = False,
+    ) -> Verification:
+        """Recompute random pairs the slow plain way, on this model and these rows, and compare; `print` shows a table.
+
+        rows: train rows for each of the `queries`. tolerance: how far scores may be off, relative to the largest; None
+        for what the dtype allows. train_loader gives the rows that were fitted. See `headwater.run.verify`.
+        """
+        from headwater.run.verify import verify
+
+        options: dict[str, Any] = {"rows": rows, "queries": queries, "seed": seed, "tolerance": tolerance}
+        return verify(self, train_loader, query_loader, **options, progress=progress)
 
     def batch_self_influence(self, batch: Any) -> Array:
         """<Op g_n, g_n> of a batch's rows: [n]."""

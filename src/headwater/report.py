@@ -62,17 +62,18 @@ def page(
     sections: Sequence[Section],
     facts: Sequence[Fact] = (),
     unit_note: str = "",
+    explained: str = "loss",
     foot: str = "",
 ) -> str:
     """The whole page as text; write it anywhere, it needs no other file.
 
     Units: `unit` names the unit of every score on the page ("removal", "influence"); the page explains it and the sign,
-        and `unit_note` may add what else is to know.
+        and `unit_note` may add what else is to know. `explained` is what of a query they are about.
     Errors: InvalidSetting if the unit is unknown; the figures' own.
     """
     if unit not in UNIT_IN_WORDS:
         raise InvalidSetting(f"The unit of the scores must be one of {sorted(UNIT_IN_WORDS)}; got {unit!r}.")
-    in_words, sign = UNIT_IN_WORDS[unit].format(of="loss"), SIGN_IN_WORDS.format(of="loss").capitalize()
+    in_words, sign = UNIT_IN_WORDS[unit].format(of=explained), SIGN_IN_WORDS.format(of=explained).capitalize()
     meaning = f"A score is the {in_words}. {sign}; negative: it harms. {unit_note}"
     strip = "".join(f"<div><dt>{_text(f.meaning)}</dt><dd>{_text(f.value)}</dd></div>" for f in facts)
     return f"""<!doctype html>

@@ -19,16 +19,27 @@ from typing import Any
 
 import numpy as np
 
-from headwater.arrays import Array, identity, namespace, precise, transpose, working_memory_limit
+from headwater.arrays import (
+    Array,
+    as_like,
+    identity,
+    namespace,
+    precise,
+    put_rows,
+    transpose,
+    working_memory_limit,
+    zeros_like,
+)
 from headwater.curvature.exact import Curvature
 from headwater.curvature.products import KEPT_SHARE, CurvatureOperator, Rows, fit_products, size_of
 from headwater.errors import BatchMismatch, InvalidSetting, SingularOperator
 from headwater.gradients.algebra import Dense
-from headwater.gradients.block import BlockGradient
-from headwater.gradients.draws import DrawsProduct, draws_gram, squared_norms
+from headwater.gradients.block import BlockGradient, stack
+from headwater.gradients.draws import DrawsProduct, squared_norms
 from headwater.gradients.outer import Outer
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
 from headwater.operators.algebra import IdentityOperator, LinearOperator, rowwise_inner
+from headwater.operators.iterative import host
 
 LARGEST_GRAM = 20_000
 """Gradients beyond which a Gram matrix is refused: 1.6 GB in float32, and hours to factorise."""
@@ -54,6 +65,9 @@ class RowSumOperator(LinearOperator):
 
     def trace(self) -> float:
         return self.curvature.trace()
+
+    def spectrum_bounds(self) -> tuple[float, float] | None:
+        return self.curvature.spectrum_bounds()
 
     @property
     def label(self) -> str:
@@ -106,26 +120,48 @@ class SwappedInverse(LinearOperator):
 
 
 class DualOperator(RowSumOperator):
-    """A sum over rows whose Gram matrix is known: its damped inverse is exact."""
+    """A sum over rows whose Gram matrix is known: its damped inverse is exact.
 
-    def __init__(self, curvature: CurvatureOperator, rows: float):
+    heaviest: keep only the gradients that are largest in norm: as many as hold this share of the trace, `most` at most.
+    What is inverted is then the part of the curvature that they make up: a preconditioner for the whole.
+    """
+
+    def __init__(self, curvature: CurvatureOperator, rows: float, *, heaviest: float = 1.0, most: int | None = None):
         super().__init__(curvature, rows)
+        self.heaviest, self.most = heaviest, most
         self._keys: list[np.ndarray] = []
+        self._note_rows()
 
-    def note_rows(self) -> None:
-        """Read all rows once, and remember which they are."""
-        source, gradients = self.curvature.source, 0
+    def _note_rows(self) -> None:
+        """Read all rows once; remember which they are, and which of their gradients are kept.
+
+        Errors: InvalidSetting for more gradients than a Gram matrix may have.
+        """
+        provider, norms = self.curvature.source.provider, []
         for rows in self.passes():
-            self._keys.append(source.provider.content_keys(rows.batch))
-            gradients += len(rows.batch) * len(rows.draws or ())
-            if gradients > LARGEST_GRAM:
-                raise InvalidSetting(
-                    f"Block {self.label!r}: more than {LARGEST_GRAM} gradients (rows times draws) make too large a "
-                    "Gram matrix. Use hw.Cg(), hw.Ekfac(), or fewer rows."
-                )
+            self._keys.append(provider.content_keys(rows.batch))
+            each = [_rooted(draw, rows) for draw in self.draws(rows)]
+            norms.append(np.stack([host(draw.squared_norms()) for draw in each], axis=1))
+        flat = np.concatenate(norms)
+        self.draws_per_row = flat.shape[1]
+        self.kept = np.sort(self._choose(flat.reshape(-1)))
+        if len(self.kept) > LARGEST_GRAM:
+            raise InvalidSetting(
+                f"Block {self.label!r}: {len(self.kept)} gradients (rows times draws) make too large a Gram matrix; at "
+                f"most {LARGEST_GRAM} do. Use hw.Cg(), hw.Ekfac(), or fewer rows."
+            )
 
-    def ordered(self) -> Iterator[tuple[Rows, int]]:
-        """Every batch, and where its rows begin.
+    def _choose(self, norms: np.ndarray) -> np.ndarray:
+        """Positions [m] of the kept gradients, counted row by row and within a row draw by draw."""
+        if self.heaviest == 1.0 and self.most is None:
+            return np.arange(len(norms))
+        order = np.argsort(-norms, kind="stable")
+        held = np.cumsum(norms[order])
+        count = int(np.searchsorted(held, self.heaviest * held[-1])) + 1
+        return order[: min(count, self.most or count)]
+
+    def ordered(self) -> Iterator[tuple[Rows, np.ndarray]]:
+        """Every batch, and which of its gradients are kept: positions within the batch, row by row.
 
         Errors: BatchMismatch if a later pass gives other rows than the first.
         """
@@ -137,52 +173,49 @@ class DualOperator(RowSumOperator):
                     f"Block {self.label!r}: the loader gives other rows, or another order, than at first. "
                     "The dual form reads the rows again for every solve; pass shuffle=False."
                 )
-            yield rows, start
-            start += len(rows.batch)
+            stop = start + len(rows.batch) * self.draws_per_row
+            yield rows, self.kept[(self.kept >= start) & (self.kept < stop)] - start
+            start = stop
 
     @cached_property
     def gram(self) -> Array:
-        """Phi Phi^T [m, m], row by row and within a row draw by draw, in the best precision there is."""
+        """Phi Phi^T [m, m] of the kept gradients, in the best precision there is."""
         tiles: dict[tuple[int, int], Array] = {}
         for group in self._groups():
-            for right, start in self.ordered():
-                for left, begin in group:
-                    if begin <= start:
-                        tiles[begin, start] = self._tile(left, right)
-        starts = sorted({start for _, start in tiles})
+            for number, (rows, kept) in enumerate(self.ordered()):
+                right = None
+                for left, mine in group:
+                    if left <= number and len(kept) and mine.rows:
+                        right = self._gradients(rows, kept) if right is None else right
+                        tiles[left, number] = mine.inner(right)
+        numbers = sorted({number for _, number in tiles})
         xp = namespace(next(iter(tiles.values())))
-        rows = [[tiles[a, b] if a <= b else transpose(tiles[b, a]) for b in starts] for a in starts]
-        return precise(xp.concat([xp.concat(row, axis=1) for row in rows], axis=0))
+        whole = [[tiles[a, b] if a <= b else transpose(tiles[b, a]) for b in numbers] for a in numbers]
+        return precise(xp.concat([xp.concat(row, axis=1) for row in whole], axis=0))
 
-    def _groups(self) -> Iterator[list[tuple[Rows, int]]]:
-        """The rows in groups whose draws fit into memory together."""
-        group: list[tuple[Rows, int]] = []
+    def _groups(self) -> Iterator[list[tuple[int, BlockGradient]]]:
+        """The kept gradients, batch by batch, in groups that fit into memory together."""
+        group: list[tuple[int, BlockGradient]] = []
         room = limit = KEPT_SHARE * working_memory_limit()
-        for rows, start in self.ordered():
+        for number, (rows, kept) in enumerate(self.ordered()):
             room -= size_of(rows.draws)
             if group and room < 0:
                 yield group
                 group, room = [], limit - size_of(rows.draws)
-            group.append((rows, start))
+            group.append((number, self._gradients(rows, kept)))
         yield group
 
-    def along(self, value: BlockGradient) -> Array:
-        """Dot products of a block's gradients with all fitted ones, Phi g: [n, m]."""
-        found = []
-        for rows, _ in self.ordered():
-            n, _, m, k = (tile := draws_gram([value], self.draws(rows))).shape
-            if rows.weights is not None:
-                tile = tile * namespace(tile).sqrt(rows.weights)[:, None]
-            found.append(tile.reshape((n, m * k)))
-        return namespace(*found).concat(found, axis=1)
+    def _gradients(self, rows: Rows, kept: np.ndarray) -> BlockGradient:
+        """The kept gradients of a batch as rows of one value, each times the root of its row's weight."""
+        row, draw = np.divmod(kept, self.draws_per_row)
+        pieces = [_rooted(value, rows).take(row[draw == k]) for k, value in enumerate(self.draws(rows))]
+        back = np.argsort(np.concatenate([np.flatnonzero(draw == k) for k in range(self.draws_per_row)]))
+        return stack(pieces).take(back)
 
-    def _tile(self, left: Rows, right: Rows) -> Array:
-        tile = draws_gram(self.draws(left), self.draws(right))
-        n, k, m, j = tile.shape
-        if left.weights is not None and right.weights is not None:
-            roots = namespace(tile).sqrt(left.weights[:, None] * right.weights[None, :])
-            tile = tile * roots[:, None, :, None]
-        return tile.reshape((n * k, m * j))
+    def along(self, value: BlockGradient) -> Array:
+        """Dot products of a block's gradients with all kept ones, Phi g: [n, m]."""
+        found = [value.inner(self._gradients(rows, kept)) for rows, kept in self.ordered()]
+        return namespace(*found).concat(found, axis=1)
 
     def inverse(self, damping: float = 0.0) -> DualInverse:
         return DualInverse(self, _positive(damping))
@@ -210,14 +243,17 @@ class DualInverse(LinearOperator):
     def _apply(self, tensor: Array) -> Array:
         vectors = tensor.reshape((-1, self.input_size))
         product, curvature, along = self.curvature.product(vectors), self.curvature, []
-        for rows, _ in curvature.ordered():
-            along.append(_rooted(product.project(curvature.draws(rows)), rows))
-        xp = namespace(vectors)
-        whole = xp.permute_dims(xp.concat(along, axis=0), (1, 0, 2))
-        q, n, k = whole.shape
-        weights = xp.permute_dims(self.solve(whole.reshape((q, n * k))).reshape((q, n, k)), (1, 0, 2))
-        for rows, start in curvature.ordered():
-            product.combine(curvature.draws(rows), _rooted(weights[start : start + len(rows.batch)], rows))
+        xp, q = namespace(vectors), int(vectors.shape[0])
+        for rows, kept in curvature.ordered():
+            whole = xp.permute_dims(_weighted(product.project(curvature.draws(rows)), rows), (1, 0, 2))
+            along.append(xp.take(whole.reshape((q, -1)), _index(kept, vectors), axis=1))
+        solved, start = self.solve(xp.concat(along, axis=1)), 0
+        for rows, kept in curvature.ordered():
+            full = zeros_like(vectors, (len(rows.batch) * curvature.draws_per_row, q))
+            mine = transpose(solved[:, start : start + len(kept)])
+            full = put_rows(full, _index(kept, vectors), mine).reshape((len(rows.batch), curvature.draws_per_row, q))
+            product.combine(curvature.draws(rows), _weighted(xp.permute_dims(full, (0, 2, 1)), rows))
+            start += len(kept)
         return ((vectors - product.value) / self.damping).reshape(tensor.shape)
 
     def solve(self, along: Array) -> Array:
@@ -264,9 +300,18 @@ class AlongRows(IdentityOperator):
         return BlockGradient(value.layout, (*parts, Dense(along[:, None, :])))
 
 
-def _rooted(values: Array, rows: Rows) -> Array:
+def _rooted(value: BlockGradient, rows: Rows) -> BlockGradient:
+    """Each row times the root of its weight."""
+    return value if rows.weights is None else value.weighted(namespace(rows.weights).sqrt(rows.weights))
+
+
+def _weighted(values: Array, rows: Rows) -> Array:
     """[n, q, k], each row times the root of its weight."""
     return values if rows.weights is None else values * namespace(values).sqrt(rows.weights)[:, None, None]
+
+
+def _index(positions: np.ndarray, like: Array) -> Array:
+    return as_like(positions, like, dtype=namespace(like).int64)
 
 
 def _cholesky_solve(lower: Array, sides: Array) -> Array:
@@ -298,6 +343,4 @@ def fit_dual(
     """
     operators, rows = fit_products(provider, loader, kind, fisher=fisher, seed=seed, progress=progress)
     duals = OrderedDict((name, DualOperator(operator, rows)) for name, operator in operators.items())
-    for dual in duals.values():
-        dual.note_rows()
     return duals, rows

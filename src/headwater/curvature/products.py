@@ -19,7 +19,7 @@ import numpy as np
 from headwater.arrays import Array, identity, itemsize, namespace, working_memory_limit
 from headwater.curvature.exact import Curvature, check_kind
 from headwater.curvature.passes import batches, positive_weight, total_weight
-from headwater.errors import NonFiniteValue
+from headwater.errors import BatchMismatch, NonFiniteValue
 from headwater.gradients.draws import DrawsProduct, squared_norms
 from headwater.gradients.provider import BlockGradients, Fisher, StructuredGradientProvider
 from headwater.operators.algebra import LinearOperator, rowwise_inner
@@ -64,6 +64,10 @@ class RowDraws:
         self.fisher: Fisher = "empirical" if kind == "empirical_fisher" else fisher
         self.seed, self.progress = seed, progress
         self._kept: list[Rows] | None = None
+        self.has_draws = False
+        """Whether all rows turned out to have draws, at the last full pass that asked for them."""
+        self.weight = 0.0
+        """The rows' total weight, at the last full pass."""
         self._fits = keep and kind != "hessian"
 
     @property
@@ -76,10 +80,12 @@ class RowDraws:
             yield from self._kept
             return
         kept: list[Rows] = []
+        weight, complete = 0.0, with_draws
         room = KEPT_SHARE * working_memory_limit()
         for batch in batches(self.provider, self.loader, self.label, self.progress):
             draws = self._draws(batch) if with_draws else None
             rows = Rows(batch, draws, self.provider.row_weights(batch), total_weight(self.provider, batch))
+            weight, complete = weight + rows.total, complete and draws is not None
             room -= size_of(draws)
             self._fits &= draws is not None and room >= 0
             if with_draws and self._fits:
@@ -87,6 +93,9 @@ class RowDraws:
             else:
                 kept.clear()
             yield rows
+        self.weight = weight
+        if with_draws:
+            self.has_draws = complete
         if with_draws and self._fits:
             self._kept = kept
 
@@ -179,6 +188,9 @@ class CurvatureOperator(LinearOperator):
         """The ends of the spectrum, from a few dozen products."""
         return extreme_eigenvalues(self, self.start)
 
+    def spectrum_bounds(self) -> tuple[float, float] | None:
+        return self.bounds.lowest, self.bounds.highest
+
     @property
     def start(self) -> Array:
         """A vector of random signs, fixed by the seed: [1, D]."""
@@ -231,6 +243,7 @@ def fit_steps(
     """For each block, the curvature of a few rows for each step; whatever the loader's batches.
 
     Each epoch puts the rows into a random order by their keys, and takes them in turn; a rest too small is left.
+    Errors: BatchMismatch if the second pass over the loader gives the rows in another order than the first.
     """
     keys = np.concatenate([provider.row_keys(batch) for batch in batches(provider, loader, "rows of the steps")])
     rows = min(rows, len(keys))
@@ -246,6 +259,8 @@ def fit_steps(
     pieces: list[list[Batch]] = [[] for _ in range(steps)]
     start = 0
     for batch in batches(provider, loader, "rows of the steps"):
+        if not np.array_equal(provider.row_keys(batch), keys[start : start + len(batch)]):
+            raise BatchMismatch("The loader gives other rows, or another order, than at first; pass shuffle=False.")
         inside = step_of[(step_of[:, 0] >= start) & (step_of[:, 0] < start + len(batch))]
         for step in np.unique(inside[:, 1]):
             pieces[step].append(batch.take(np.sort(inside[inside[:, 1] == step, 0]) - start))

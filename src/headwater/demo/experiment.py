@@ -9,6 +9,7 @@ runs, not before.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -18,15 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from headwater.errors import InvalidSetting, MissingExtra
+from headwater.demo.methods import CHECKPOINTS, L2, METHODS, Recipe, recipe_of
+from headwater.errors import MissingExtra
 
 Floats = NDArray[np.float64]
 
 MISLABELLED = ((4, 9, 0.3), (7, 1, 0.2))
 """Planted in the training set: (digit, what it is called instead, share of that digit's rows)."""
 
-WIDTHS, L2 = (64, 64, 64, 10), 1e-3
-METHODS = {"ekfac": "EKFAC", "kfac": "KFAC", "direct": "exact GGN", "grad-dot": "grad-dot", "grad-cos": "grad-cos"}
+WIDTHS = (64, 64, 64, 10)
 PIXELS, HIDDEN, LOSS, RANDOM = "nearest in pixels", "nearest in last hidden layer", "highest own loss", "random"
 NOTHING = "nothing"
 
@@ -38,9 +39,9 @@ class Settings:
     seed: int = 0
     """Of the split, the wrong labels, the network, and all else that is drawn."""
     method: str = "ekfac"
-    """One of METHODS."""
+    """A name in METHODS."""
     damping: float = 1.0
-    """Times the mean eigenvalue of a block's curvature; not read by grad-dot and grad-cos."""
+    """Times the mean eigenvalue of a block's curvature; not read by methods without curvature."""
     train: int = 1000
     """Rows to train on; the rest of the 1797 are queries."""
     steps: int = 500
@@ -85,10 +86,12 @@ class Findings:
     """[w, n]; positive: the row helps."""
     unit: str
     """Of the scores: "removal", or "influence" for methods that forecast nothing."""
+    explained_as: str
+    """What of a query the scores are about: "loss", "margin" or "negative_logit"."""
     rankings: dict[str, Floats]
     """By name, the attribution first: [w, n], larger is looked at first."""
     self_influence: Floats
-    """[n]."""
+    """[n]; by another method than the scores where the recipe says so."""
     losses: Floats
     """[n]: each train row's own loss, under the given label."""
     explained: NDArray[np.int64]
@@ -99,8 +102,12 @@ class Findings:
     """Likewise, 1 where the prediction is right."""
 
     @property
-    def name(self) -> str:
+    def recipe(self) -> Recipe:
         return METHODS[self.settings.method]
+
+    @property
+    def name(self) -> str:
+        return self.recipe.title
 
     @cached_property
     def planted(self) -> NDArray[np.bool_]:
@@ -130,25 +137,29 @@ def explore(settings: Settings) -> Findings:
 
     Errors: MissingExtra without scikit-learn or torch; InvalidSetting for an unknown method.
     """
-    if settings.method not in METHODS:
-        raise InvalidSetting(f"The method must be one of {', '.join(METHODS)}; got {settings.method!r}.")
-    for package, module in (("scikit-learn", "sklearn"), ("torch", "torch")):
-        if find_spec(module) is None:
-            raise MissingExtra(package, "demo")
+    check(settings)
     from headwater.torch.trainer import one_thread
 
     with one_thread():
         return _explore(settings, load(settings))
 
 
+def check(settings: Settings) -> None:
+    """Errors: InvalidSetting for an unknown method; MissingExtra without scikit-learn or torch."""
+    recipe_of(settings.method)
+    for package, module in (("scikit-learn", "sklearn"), ("torch", "torch")):
+        if find_spec(module) is None:
+            raise MissingExtra(package, "demo")
+
+
 def _explore(settings: Settings, digits: Digits) -> Findings:
-    network = _train(settings, digits, np.ones((1, settings.train), bool), [settings.seed], "training")
+    network = train_network(settings, digits)
     predicted = network.logits(digits.x_query)[0].argmax(-1).numpy()
     wrong = np.flatnonzero(predicted != digits.y_query)
-    scores, unit, self_influence = _attribute(settings, digits, network.model(0), wrong)
+    scores, unit, explained_as, self_influence = _attribute(settings, digits, network, wrong)
     losses = network.losses(digits.x_train, digits.given)[0].double().numpy()
     hidden = [network.features(x)[0].numpy() for x in (digits.x_query[wrong], digits.x_train)]
-    rankings = {METHODS[settings.method]: -scores, **_baselines(digits, wrong, losses, *hidden)}
+    rankings = {METHODS[settings.method].title: -scores, **_baselines(digits, wrong, losses, *hidden)}
     rng = np.random.default_rng([settings.seed, 1])
     explained = np.sort(rng.permutation(len(wrong))[: settings.explained])
     removed = _removals(settings, {name: ranking[explained] for name, ranking in rankings.items()}, rng)
@@ -160,6 +171,7 @@ def _explore(settings: Settings, digits: Digits) -> Findings:
         predicted=predicted[wrong],
         scores=scores,
         unit=unit,
+        explained_as=explained_as,
         rankings=rankings,
         self_influence=self_influence,
         losses=losses,
@@ -169,7 +181,26 @@ def _explore(settings: Settings, digits: Digits) -> Findings:
     )
 
 
-def _train(settings: Settings, digits: Digits, keep: NDArray[np.bool_], seeds: list[int], what: str) -> Any:
+def train_network(settings: Settings, digits: Digits) -> Any:
+    """The network that is explained, a StackedMlps of one: with checkpoints, or its last layer refitted, if need be."""
+    from headwater.torch.trainer import refit_heads
+
+    recipe = METHODS[settings.method]
+    every = settings.steps / CHECKPOINTS
+    middles = [round((k + 0.5) * every) for k in range(CHECKPOINTS)] if recipe.checkpoints else []
+    keep = np.ones((1, settings.train), bool)
+    network = _train(settings, digits, keep, [settings.seed], "training", checkpoints=middles)
+    return refit_heads(network, digits.x_train, digits.given, l2=L2) if recipe.refitted else network
+
+
+def _train(
+    settings: Settings,
+    digits: Digits,
+    keep: NDArray[np.bool_],
+    seeds: list[int],
+    what: str,
+    checkpoints: Sequence[int] = (),
+) -> Any:
     """StackedMlps, one per seed, each on the rows it keeps. keep: [m, n]."""
     from headwater.torch.trainer import train_mlps
 
@@ -183,32 +214,49 @@ def _train(settings: Settings, digits: Digits, keep: NDArray[np.bool_], seeds: l
             widths=WIDTHS,
             steps=settings.steps,
             l2=L2,
+            checkpoints=checkpoints,
             progress=bar.update,
         )
 
 
-def _attribute(settings: Settings, digits: Digits, model: Any, wrong: NDArray[np.int64]) -> tuple[Floats, str, Floats]:
-    """Scores of every train row for every wrong prediction, [w, n], their unit, and the rows' self-influence, [n]."""
+def make_influence(settings: Settings, network: Any, name: str | None = None) -> Any:
+    """An influence on the network, not fitted yet, by the settings' method or by another one of METHODS."""
     import headwater as hw
     from headwater.torch import TorchComposableInfluence
-    from headwater.torch.trainer import batches, training_loss
+    from headwater.torch.trainer import training_loss
 
-    methods = {
-        "ekfac": hw.Ekfac(seed=settings.seed),
-        "kfac": hw.Kfac(seed=settings.seed),
-        "direct": hw.Direct(curvature="ggn"),
-        "grad-dot": hw.GradDot(),
-        "grad-cos": hw.GradCos(),
-    }
-    method, show = methods[settings.method], not settings.quiet
-    damping = hw.relative(settings.damping) if method.predicts_removal else None
+    recipe, model, points = recipe_of(name or settings.method), network.model(0), network.checkpoints
+    method = recipe.method(settings.seed, tuple(point.rate for point in points))
+    last = str(len(model) - 1)
+    return TorchComposableInfluence(
+        model,
+        training_loss,
+        method,
+        blocks={"head": [last]} if recipe.blocks == "head" else recipe.blocks,
+        damping=hw.relative(settings.damping) if method.predicts_removal else None,
+        checkpoints=[point.models.model(0) for point in points] or None,
+    )
+
+
+def _attribute(
+    settings: Settings, digits: Digits, network: Any, wrong: NDArray[np.int64]
+) -> tuple[Floats, str, str, Floats]:
+    """Scores of every train row for every wrong prediction, [w, n], their unit, what they are about, and the rows'
+    self-influence, [n].
+    """
+    from headwater.torch.trainer import batches
+
+    recipe, show = METHODS[settings.method], not settings.quiet
     train = batches(digits.x_train, digits.given)
     queries = batches(digits.x_query[wrong], digits.y_query[wrong])
-    influence = TorchComposableInfluence(model, training_loss, method, damping=damping).fit(train, progress=show)
-    unit = "removal" if method.predicts_removal else "influence"
+    influence = make_influence(settings, network).fit(train, progress=show)
+    unit = "removal" if influence.method.predicts_removal else "influence"
     scores = influence.attribute(train, queries, unit=unit, progress=show)
-    self_influence = influence.self_influence(train, progress=show)
-    return np.asarray(scores, dtype=np.float64), unit, np.asarray(self_influence, dtype=np.float64)
+    itself = influence
+    if recipe.itself is not None:
+        itself = make_influence(settings, network, recipe.itself).fit(train, progress=show)
+    own = itself.self_influence(train, progress=show)
+    return np.asarray(scores, np.float64), unit, influence.explained, np.asarray(own, np.float64)
 
 
 def _baselines(

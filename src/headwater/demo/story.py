@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 import headwater
 from headwater.demo.experiment import HIDDEN, LOSS, MISLABELLED, NOTHING, RANDOM, WIDTHS, Findings, Floats
+from headwater.demo.methods import METHODS
 from headwater.evaluate import auc, average_precision, precision_at, recall_at, recall_curve
 from headwater.report import (
     Case,
@@ -54,7 +55,7 @@ LEFT_OUT = (
 def tell(found: Findings) -> str:
     """The findings as plain text, for a terminal."""
     parts = [_opening(found), suspects(found).text(), detection(found).text(), STRONG, removal(found).text()]
-    return "\n\n".join([*parts, *filter(None, [foretold(found)]), f"({_made(found)})"])
+    return "\n\n".join([*parts, *filter(None, [foretold(found), found.recipe.note]), f"({_made(found)})"])
 
 
 def report(found: Findings) -> str:
@@ -64,6 +65,7 @@ def report(found: Findings) -> str:
         lead=_opening(found),
         unit=found.unit,
         unit_note=_unit_note(found),
+        explained=_explained(found),
         facts=_facts(found),
         sections=[
             Section("Some mistakes, and the rows behind them", SHOWN, [cases(found)]),
@@ -82,9 +84,13 @@ def report(found: Findings) -> str:
 
 
 def _unit_note(found: Findings) -> str:
-    if found.unit == "removal":
-        return "The loss is cross-entropy, in nats."
-    return f"{found.name} knows no curvature: read its scores as a ranking by likeness of gradients, not as a forecast."
+    nats = "The loss is cross-entropy, in nats." if found.explained_as == "loss" and found.unit == "removal" else ""
+    return f"{nats} {found.recipe.note}".strip()
+
+
+def _explained(found: Findings) -> str:
+    """What of a query the scores are about, lower being better."""
+    return {"margin": "minus the margin", "negative_logit": "minus the logit"}.get(found.explained_as, "loss")
 
 
 def _opening(found: Findings) -> str:
@@ -170,8 +176,9 @@ def suspects(found: Findings) -> Table:
 
 def _detectors(found: Findings) -> dict[str, Floats]:
     """Scores of train rows that may give wrong labels away, [n] each."""
+    itself = METHODS[found.recipe.itself] if found.recipe.itself else found.recipe
     return {
-        f"self-influence ({found.name})": found.self_influence,
+        f"self-influence ({itself.title})": found.self_influence,
         LOSS: found.losses,
         RANDOM: np.zeros_like(found.losses),
     }
@@ -246,8 +253,8 @@ def removal_dots(found: Findings) -> Dots:
 
 
 def foretold(found: Findings) -> str:
-    """What the scores of the removed rows add up to, beside what retraining did; empty if scores are no forecast."""
-    if found.unit != "removal":
+    """What the scores of the removed rows add up to, beside what retraining did; empty if they forecast no loss."""
+    if found.unit != "removal" or found.explained_as != "loss":
         return ""
     harmful = np.sort(found.scores[found.explained], axis=1)[:, : found.settings.removed]
     before, after = (found.retrained_losses[name].mean() for name in (NOTHING, found.name))

@@ -45,6 +45,8 @@ class BlockGradient:
     def settled(self, partner: BlockGradient) -> BlockGradient:
         """In the form that meets many gradients like `partner` at the least cost."""
         positions = [getattr(part, "positions", 1) for part in partner.parts]
+        if len(self.parts) < len(positions):  # only what stands beside the gradient, not the gradient itself
+            positions = []
         positions += [1] * (len(self.parts) - len(positions))  # what stands beside the gradient itself
         return BlockGradient(self.layout, tuple(p.settled(t) for p, t in zip(self.parts, positions, strict=True)))
 

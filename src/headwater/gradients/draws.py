@@ -45,36 +45,6 @@ class DrawsProduct:
         return self.layout.merge([side.total() for side in self._sides])
 
 
-def draws_gram(left: Draws, right: Draws) -> Array:
-    """All dot products between two groups of rows, draw by draw: [n, k, m, j]."""
-    tiles = [
-        _gram([draw.parts[p] for draw in left], [draw.parts[p] for draw in right]) for p in range(len(left[0].parts))
-    ]
-    return sum(tiles[1:], tiles[0])
-
-
-def _gram(left: Sequence[Gradient], right: Sequence[Gradient]) -> Array:
-    one, other = left[0], right[0]
-    xp = namespace(one.arrays[0])
-    if not (_one_position(left) and _one_position(right) and one.shape == other.shape):
-        rows = [xp.stack([mine.inner(theirs) for theirs in right], axis=2) for mine in left]
-        return xp.stack(rows, axis=1)
-    a, c = one.bordered().a[:, 0], other.bordered().a[:, 0]  # type: ignore[attr-defined]
-    b, d = (xp.stack([part.b[:, 0] for part in parts], axis=1) for parts in (left, right))  # type: ignore[attr-defined]
-    (n, k, o), (m, j, _) = b.shape, d.shape
-    outputs = (b.reshape((n * k, o)) @ transpose(d.reshape((m * j, o)))).reshape((n, k, m, j))
-    return outputs * (a @ transpose(c))[:, None, :, None]
-
-
-def _one_position(parts: Sequence[Gradient]) -> bool:
-    first = parts[0]
-    return (
-        isinstance(first, Outer)
-        and first.positions == 1
-        and all(isinstance(part, Outer) and part.a is first.a for part in parts)
-    )
-
-
 def squared_norms(draws: Draws) -> Array:
     """The sum over draws of each row's squared norm: [n]."""
     norms = [draw.squared_norms() for draw in draws]

@@ -53,6 +53,11 @@ class EnsembleProvider(StructuredGradientProvider[Any, Any]):
     def each(self, change: Callable[[StructuredGradientProvider], StructuredGradientProvider]) -> EnsembleProvider:
         return EnsembleProvider([member.each(change) for member in self.members], self.weights)
 
+    def in_float64(self) -> EnsembleProvider | None:
+        copies = [member.in_float64() for member in self.members]
+        found = [member for member in copies if member is not None]
+        return EnsembleProvider(found, self.weights) if len(found) == len(copies) else None
+
     def of_output(self, function: OutputFunction) -> EnsembleProvider:
         return EnsembleProvider([member.of_output(function) for member in self.members], self.weights)
 
@@ -169,6 +174,10 @@ class EnsembleProvider(StructuredGradientProvider[Any, Any]):
     @property
     def normalisation(self) -> str | None:
         return self.members[0].normalisation
+
+    @property
+    def dtype(self) -> str:
+        return self.members[0].dtype
 
     @property
     def coverage_fraction(self) -> float:

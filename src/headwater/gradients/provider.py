@@ -87,6 +87,14 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
         """The block's weights as a flat vector: (D_block,)."""
         raise UnsupportedModel(f"{type(self).__name__} does not give its weights.")
 
+    def in_float64(self) -> StructuredGradientProvider | None:
+        """A float64 copy of the model with the same blocks and parts, for checks; None where there is no such thing.
+
+        Its `grads` are computed the plain way, one row at a time, whatever this provider knows about layers. It takes
+        the same batches, and draws the same random numbers for the same rows.
+        """
+        return None
+
     def each(self, change: Callable[[StructuredGradientProvider], StructuredGradientProvider]) -> Any:
         """The provider after a change; an ensemble of models changes each of them."""
         return change(self)
@@ -134,6 +142,11 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
     def normalisation(self) -> str | None:
         """How the loss treats several rows ("mean", "sum", "none", ...), if that is known."""
         return None
+
+    @property
+    def dtype(self) -> str:
+        """The numbers that the model computes with: "float32", "float64", ..."""
+        return "unknown"
 
     @property
     def coverage_fraction(self) -> float:

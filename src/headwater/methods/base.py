@@ -43,6 +43,14 @@ class Method(ABC):
         """Whether score / n_train predicts the change of the query's loss when the row is removed."""
         return True
 
+    @property
+    def approximates(self) -> str | None:
+        """The curvature whose damped inverse the scores stand for, exactly or nearly; None for a method without one.
+
+        "hessian", "ggn", "fisher" or "empirical_fisher", of what the method's view of the provider differentiates.
+        """
+        return None
+
     def view(self, provider: StructuredGradientProvider) -> StructuredGradientProvider:
         """The provider as this method sees it."""
         return provider

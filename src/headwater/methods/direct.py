@@ -41,3 +41,7 @@ class Direct(Method):
     @property
     def default_damping(self) -> Damping:
         return Relative(1.0)
+
+    @property
+    def approximates(self) -> str:
+        return self.curvature

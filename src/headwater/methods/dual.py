@@ -46,6 +46,10 @@ class Dual(Method):
         duals, rows = fit_dual(provider, loader, self.curvature, fisher=self.fisher, seed=self.seed, progress=progress)
         return OrderedDict(duals), rows
 
+    @property
+    def approximates(self) -> str:
+        return self.curvature
+
     def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:
         assert isinstance(curvature, DualOperator)
         return curvature.inverse(damping)
@@ -68,3 +72,7 @@ class DataInf(Method):
     def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:
         assert isinstance(curvature, RowSumOperator)
         return SwappedInverse(curvature, damping)
+
+    @property
+    def approximates(self) -> str:
+        return "empirical_fisher"

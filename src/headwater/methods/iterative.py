@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from headwater.curvature.dual import DualOperator
 from headwater.curvature.exact import Curvature, check_kind
 from headwater.curvature.kronecker import fit_ekfac, fit_kfac
 from headwater.curvature.products import CurvatureOperator, fit_products
@@ -21,7 +22,7 @@ from headwater.operators.cg import ConjugateGradient
 from headwater.operators.iterative import IterativeInverse, Solver
 from headwater.operators.sketch import estimate_diagonal, fit_nystroem
 
-Preconditioner = Literal["ekfac", "kfac", "nystroem", "diagonal"]
+Preconditioner = Literal["auto", "dual", "ekfac", "kfac", "nystroem", "diagonal"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,10 @@ class ProductMethod(Method):
     def default_damping(self) -> Damping:
         return Relative(1.0)
 
+    @property
+    def approximates(self) -> str:
+        return self.curvature
+
     def products(
         self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
     ) -> tuple[OrderedDict[str, CurvatureOperator], float]:
@@ -54,8 +59,9 @@ class ProductMethod(Method):
 class PreconditionedMethod(ProductMethod):
     """A solver that is helped by an operator near to the curvature, which is easy to invert."""
 
-    preconditioner: Preconditioner | None = "ekfac"
-    """"ekfac", "kfac", "nystroem" (rank 50), "diagonal" (Hutchinson's estimate), or None."""
+    preconditioner: Preconditioner | None = "auto"
+    """"dual" (the heaviest gradients of the outputs, inverted exactly through their Gram matrix), "ekfac", "kfac",
+    "nystroem" (rank 50), "diagonal" (Hutchinson's estimate), None, or "auto": dual for few outputs, else EKFAC."""
     tolerance: float | None = None
     """Relative residual of each solve; None for the square root of eps (3e-4 in float32)."""
     allow_indefinite: bool = False
@@ -89,6 +95,16 @@ class PreconditionedMethod(ProductMethod):
         progress: bool,
     ) -> dict[str, LinearOperator]:
         kind = self.preconditioner
+        if kind in ("auto", "dual"):
+            found = heaviest_rows(provider, loader, operators, self.curvature, progress)
+            if found is not None:
+                return found
+            if kind == "dual":
+                raise InvalidSetting(
+                    "preconditioner='dual' needs a loss that is convex in few outputs, so that a row's GGN is a short "
+                    "sum of g g^T. Use 'ekfac'."
+                )
+            kind = "ekfac"
         if kind in ("ekfac", "kfac"):
             fit = fit_ekfac if kind == "ekfac" else fit_kfac
             return dict(fit(provider, loader, fisher=self.fisher, seed=self.seed, progress=progress)[0])
@@ -110,6 +126,24 @@ class PreconditionedMethod(ProductMethod):
 
 SKETCH, PROBES = 50, 32
 """Vectors that a Nystroem, and a diagonal preconditioner are made from."""
+HEAVIEST, MOST = 0.99, 4096
+"""Share of the trace, and number, up to which gradients go into a dual preconditioner."""
+
+
+def heaviest_rows(
+    provider: StructuredGradientProvider,
+    loader: Iterable[Any],
+    operators: OrderedDict[str, CurvatureOperator],
+    curvature: Curvature,
+    progress: bool,
+) -> dict[str, LinearOperator] | None:
+    """For each block the part of its GGN (or Fisher) that the heaviest gradients make up; None where rows have none."""
+    if curvature == "hessian":
+        operators, _ = fit_products(provider, loader, "ggn", progress=progress)
+    if not all(op.source.has_draws for op in operators.values()):
+        return None
+    rows = next(iter(operators.values())).source.weight
+    return {n: DualOperator(op, rows, heaviest=HEAVIEST, most=MOST) for n, op in operators.items()}
 
 
 def refuse_indefinite(curvature: CurvatureOperator, damping: float) -> None:
@@ -148,29 +182,29 @@ class Cg(PreconditionedMethod):
         return ConjugateGradient(self.tolerance, self.max_iterations, self.block)
 
     def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:
-        """Where an indefinite Hessian is allowed, the smallest residual in the same Krylov space (block MINRES)."""
+        """Where an indefinite Hessian is allowed, a space with full orthogonalisation: CG would break down."""
         found = super().invert(curvature, damping)
         assert isinstance(found, IterativeInverse) and isinstance(found.curvature, CurvatureOperator)
         if not self.allow_indefinite or found.curvature.psd or found.curvature.bounds.lowest + damping > 0:
             return found
         solver = BlockKrylovSolver(self.tolerance, self.max_iterations, allow_indefinite=True)
-        return IterativeInverse(found.curvature, damping, solver, None, found.label)
+        return IterativeInverse(found.curvature, damping, solver, found.preconditioner, found.label)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockKrylov(PreconditionedMethod):
-    """One Krylov space for all queries, seeded by EKFAC's answers; every damping from one run (`solve_path`).
+    """One Krylov space for all queries, seeded by the preconditioner's answers; every damping from one run.
 
-    The space is that of the curvature alone, so its seeds decide how soon it is good at a damping far from theirs.
-    Sources: O'Leary 1980; Frommer and Glaessner 1998.
+    The space serves the damping at hand; at others (`solve_path`) it is as good as their residuals say.
+    Sources: O'Leary 1980; Saad 2003.
     """
 
     max_products: int = 50
     """For each query."""
     memory: int = 2**31
-    """Bytes for the basis; queries are taken in groups that fit."""
+    """Bytes for the basis and its images; queries are taken in groups that fit."""
     on_disk: bool = False
-    """Keep the basis in temporary files, which `memory` then bounds."""
+    """Keep both in temporary files, which `memory` then bounds."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -36,6 +36,10 @@ class KroneckerMethod(Method):
         if not isinstance(self.samples, int) or self.samples < 1:
             raise InvalidSetting(f"samples is {self.samples}; expected a whole number of at least 1.")
 
+    @property
+    def approximates(self) -> str:
+        return "empirical_fisher" if self.fisher == "empirical" else "ggn"
+
     def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:
         assert isinstance(curvature, BlockDiagonalOperator)
         return curvature.map(lambda part: self.invert_part(part, damping))

@@ -57,6 +57,10 @@ class ProjectedMethod(Method):
     def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:
         return curvature.inverse(damping)
 
+    @property
+    def approximates(self) -> str:
+        return "empirical_fisher"
+
 
 @dataclass(frozen=True)
 class Trak(ProjectedMethod):
@@ -130,6 +134,10 @@ class SidedMethod(ProjectedMethod):
     def reduce(self, moment: ProjectedOperator) -> ProjectedOperator:
         """What is kept of a second moment: all of it."""
         return moment
+
+    @property
+    def approximates(self) -> str:
+        return "empirical_fisher" if self.fisher == "empirical" else "ggn"
 
 
 @dataclass(frozen=True)

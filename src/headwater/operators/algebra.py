@@ -7,6 +7,7 @@ reads its vectors as matrices [o, i], row by row, and also maps gradient values 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from typing import Any
 
 from headwater.arrays import Array, device, identity, namespace, transpose
@@ -43,6 +44,14 @@ class LinearOperator(Operator[Array]):
     def mean_eigenvalue(self) -> float:
         """trace / D: the natural unit of damping."""
         return self.trace() / self.input_size
+
+    def spectrum_bounds(self) -> tuple[float, float] | None:
+        """The smallest and the largest eigenvalue, of a symmetric operator; None where they are not known.
+
+        Exact where the structure shows them. Where only products are to be had, they are Lanczos' estimates, which lie
+        inside the spectrum; the first call then costs a few dozen products.
+        """
+        return None
 
     def shifted(self, shift: float) -> LinearOperator:
         """self + shift I."""
@@ -105,7 +114,19 @@ class LinearOperator(Operator[Array]):
 def rowwise_inner(left: Array, right: Array) -> Array:
     """Row by row dot products of [n, ...] and [n, ...]: [n]."""
     product = left * right
-    return namespace(product).sum(product.reshape((product.shape[0], -1)), axis=1)
+    return namespace(product).sum(product, axis=tuple(range(1, product.ndim)))
+
+
+def spread(values: Iterable[float]) -> tuple[float, float]:
+    """The smallest and the largest of some numbers."""
+    numbers = list(values)
+    return min(numbers), max(numbers)
+
+
+def ends(values: Array) -> tuple[float, float]:
+    """The smallest and the largest number of an array."""
+    xp = namespace(values)
+    return float(xp.min(values)), float(xp.max(values))
 
 
 def _same_size(first: Operator[Any], second: Operator[Any]) -> int:
@@ -154,6 +175,9 @@ class IdentityOperator(LinearOperator):
 
     def trace(self) -> float:
         return float(self._size)
+
+    def spectrum_bounds(self) -> tuple[float, float] | None:
+        return 1.0, 1.0
 
 
 class ScaledOperator(LinearOperator):
@@ -210,6 +234,10 @@ class ScaledOperator(LinearOperator):
 
     def trace(self) -> float:
         return self.factor * self.inner.trace()
+
+    def spectrum_bounds(self) -> tuple[float, float] | None:
+        bounds = self.inner.spectrum_bounds()
+        return None if bounds is None else spread([self.factor * bound for bound in bounds])
 
 
 class SumOperator(LinearOperator):

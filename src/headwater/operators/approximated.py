@@ -27,3 +27,6 @@ class ApproximatedOperator(LinearOperator):
 
     def trace(self) -> float:
         return self.exact.trace()
+
+    def spectrum_bounds(self) -> tuple[float, float] | None:
+        return self.exact.spectrum_bounds()

@@ -1,25 +1,26 @@
 """One Krylov space for all right-hand sides, seeded by an approximate inverse; every damping from one run.
 
-1. Seeds S = M B, M near (C + damping)^-1; the space is span {S, C S, C^2 S, ...} for all columns of B together. It does
-   not depend on the damping that is asked for, only on that of M.
-2. x = V^T (T + damping)^-1 V b, with T = V C V^T: the residual is orthogonal to the space (Galerkin). Where C + damping
-   is indefinite, and that is allowed, x has the smallest residual instead (as in MINRES), which always exists.
-3. (C + damping) x lies in the space and the next block N, so |r|^2 = |b|^2 - |V b|^2 - |N b|^2 + |N b - N C V^T y|^2:
-   every residual, at every damping, costs nothing.
+1. With M near (C + damping)^-1, the first directions are M b for all columns b; further ones M r, for the columns whose
+   residual r is still too large. In exact arithmetic: the Krylov space of M (C + damping), for all columns together.
+2. V is an orthonormal basis of the space, W = C V is kept beside it, and x = V^T y solves the projected system,
+   (V W^T + damping) y = V b: the residual is orthogonal to the space (Galerkin).
+3. r = b - W^T y - damping V^T y needs no further product, and neither does any other damping.
 
-Sources: O'Leary 1980; Simoncini and Gallopoulos 1995; Frommer and Glaessner 1998 (shifted systems).
+Sources: O'Leary 1980; Saad 2003, "Iterative methods for sparse linear systems", chapters 5 and 9.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
-from headwater.arrays import Array, itemsize, namespace, transpose
+from headwater.arrays import Array, as_like, itemsize, namespace, transpose
 from headwater.errors import IndefiniteCurvature
 from headwater.operators.algebra import LinearOperator
+from headwater.operators.cg import PATIENCE, take
 from headwater.operators.iterative import (
     CONVERGED,
     STAGNATED,
@@ -32,7 +33,7 @@ from headwater.operators.iterative import (
     joined,
     row_norms,
 )
-from headwater.operators.krylov import BasisOnDisk, KrylovSpace
+from headwater.operators.krylov import Basis, BasisOnDisk, extreme_eigenvalues, mirrored, orthonormal
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,9 @@ class BlockKrylovSolver(Solver):
     max_products: int = 50
     """For each column."""
     memory: int = 2**31
-    """Bytes for the basis; columns are taken in groups that fit."""
+    """Bytes for the basis and its images; columns are taken in groups that fit."""
     on_disk: bool = False
-    """Keep the basis in files; then `memory` bounds them."""
+    """Keep both in files; then `memory` bounds these."""
     allow_indefinite: bool = False
     """Go on where the projected curvature has negative eigenvalues at the damping."""
 
@@ -63,7 +64,7 @@ class BlockKrylovSolver(Solver):
         preconditioner: LinearOperator | None,
         label: str,
     ) -> list[Solution]:
-        """One solution for each damping, all from the same spaces."""
+        """One solution for each damping, all from the spaces that serve the first: no products for the others."""
         step = self._group(sides)
         groups = [
             self._solve_group(curvature, dampings, sides[start : start + step], preconditioner, label)
@@ -72,9 +73,8 @@ class BlockKrylovSolver(Solver):
         return [_stack([group[k] for group in groups], label, sides) for k in range(len(dampings))]
 
     def _group(self, sides: Array) -> int:
-        """Columns whose basis fits into memory, if they take ten products each."""
-        each = 10 * int(sides.shape[1]) * itemsize(sides)
-        return max(1, self.memory // each)
+        """Columns whose basis and images fit into memory, if they take four products each."""
+        return max(1, self.memory // (8 * _bytes(sides)))
 
     def _solve_group(
         self,
@@ -84,83 +84,148 @@ class BlockKrylovSolver(Solver):
         preconditioner: LinearOperator | None,
         label: str,
     ) -> list[Solution]:
-        seeds = sides if preconditioner is None else preconditioner.apply(sides)
-        space = KrylovSpace(curvature, seeds, BasisOnDisk(sides) if self.on_disk else None)
-        seen = _Seen(self, sides, dampings)
-        room = self.memory // max(1, int(sides.shape[1]) * itemsize(sides))
-        while not space.exhausted:
-            seen.note(space.next)
-            space.extend()
-            seen.solve(space)
-            crowded = space.size + int(space.next.shape[0]) > room
-            if seen.done or seen.powers >= self.max_products or crowded:
+        with GalerkinSpace(curvature, self.on_disk, sides) as space:
+            return self._solve_in(space, dampings, sides, preconditioner, label)
+
+    def _solve_in(
+        self,
+        space: GalerkinSpace,
+        dampings: Sequence[float],
+        sides: Array,
+        preconditioner: LinearOperator | None,
+        label: str,
+    ) -> list[Solution]:
+        columns = _Columns(sides, default_tolerance(sides) if self.tolerance is None else self.tolerance)
+        room, missed = self.memory // _bytes(sides), sides
+        while len(columns.live) and columns.steps < self.max_products:
+            rows = take(missed, columns.live)
+            rows = rows if preconditioner is None else preconditioner.apply(rows)
+            if not space.extend(rows, sides):
                 break
-        return seen.solutions(space, label)
+            y = self._coefficients(space, dampings[0], sides)
+            missed = space.residual(sides, y, dampings[0])
+            columns.judge(host(row_norms(missed)), space.rounding(y, dampings[0], sides))
+            if columns.stuck or 2 * (space.size + len(columns.live)) > room:
+                break
+        found = []
+        for damping in dampings:
+            y = self._coefficients(space, damping, sides)
+            residuals = host(row_norms(space.residual(sides, y, damping))) if space.size else columns.norms * 0
+            found.append(Solution(space.combine(space.basis, y, sides), columns.report(residuals, space, label)))
+        return found
 
-
-class _Seen:
-    """The right-hand sides as the space sees them, and their coefficients at every damping."""
-
-    def __init__(self, settings: BlockKrylovSolver, sides: Array, dampings: Sequence[float]):
-        self.settings, self.sides, self.dampings = settings, sides, dampings
-        self.tolerance = default_tolerance(sides) if settings.tolerance is None else settings.tolerance
-        self.norms = host(row_norms(sides))
-        count = len(self.norms)
-        self.along: list[np.ndarray] = []
-        self.coefficients = [np.zeros((count, 0)) for _ in dampings]
-        self.residuals = [np.where(self.norms > 0, 1.0, 0.0) for _ in dampings]
-        self.powers = 0
-
-    def note(self, block: Array) -> None:
-        """A block that is about to join the space."""
-        self.along.append(host(self.sides @ transpose(block)))
-
-    @property
-    def done(self) -> bool:
-        return all(bool((residual <= self.tolerance).all()) for residual in self.residuals)
-
-    def solve(self, space: KrylovSpace) -> None:
-        self.powers += 1
-        inside, small = np.concatenate(self.along, axis=1), space.projected()
-        beyond = host(self.sides @ transpose(space.next))
-        last = self.along[-1].shape[1]
-        for k, damping in enumerate(self.dampings):
-            y = self._coefficients(small, damping, inside, beyond, space.coupling)
-            missed = (self.norms**2 - (inside**2).sum(1) - (beyond**2).sum(1)).clip(min=0.0)
-            missed = missed + ((beyond - y[:, -last:] @ space.coupling) ** 2).sum(1)
-            self.coefficients[k] = y
-            self.residuals[k] = np.sqrt(missed) / np.where(self.norms > 0, self.norms, 1.0)
-
-    def _coefficients(
-        self, small: np.ndarray, damping: float, inside: np.ndarray, beyond: np.ndarray, coupling: np.ndarray
-    ) -> np.ndarray:
-        """Galerkin's; where the damped curvature is indefinite, and that is allowed, the smallest residual's."""
-        damped = small + damping * np.eye(len(small))
+    def _coefficients(self, space: GalerkinSpace, damping: float, sides: Array) -> np.ndarray:
+        """y [k, m] with (T + damping) y = V b."""
+        damped = space.projected() + damping * np.eye(space.size)
         try:
             half = np.linalg.cholesky(damped)
         except np.linalg.LinAlgError:
-            lowest = float(np.linalg.eigvalsh(small)[0])
-            if not self.settings.allow_indefinite and lowest + damping < 0:
+            lowest = float(np.linalg.eigvalsh(damped)[0])
+            if not self.allow_indefinite and lowest < 0:
+                bounds = extreme_eigenvalues(space.operator, sides[:1])
+                needed = max(damping - lowest, bounds.lowest_error - bounds.lowest)
                 raise IndefiniteCurvature(
-                    f"At damping {damping:g} the curvature has a negative eigenvalue, {lowest + damping:g} or less. "
-                    f"Not a minimum: a damping above {-1.01 * lowest:.3g} is needed; curvature='ggn' is never negative."
+                    f"At damping {damping:g} the curvature has a negative eigenvalue, {lowest:g} or less: not a "
+                    f"minimum. A damping of {1.01 * needed:.3g} would do; so would curvature='ggn', which is never "
+                    "negative."
                 ) from None
-        else:
-            return np.linalg.solve(half.T, np.linalg.solve(half, inside.T)).T
-        below = np.zeros((coupling.shape[1], len(small)))
-        below[:, len(small) - len(coupling) :] = coupling.T
-        stacked, sides = np.concatenate([damped, below]), np.concatenate([inside, beyond], axis=1)
-        return np.linalg.lstsq(stacked, sides.T, rcond=None)[0].T
+            return np.linalg.lstsq(damped, space.along.T, rcond=None)[0].T
+        return np.linalg.solve(half.T, np.linalg.solve(half, space.along.T)).T
 
-    def solutions(self, space: KrylovSpace, label: str) -> list[Solution]:
-        found = []
-        for y, residual in zip(self.coefficients, self.residuals, strict=True):
-            x = space.combine(y) if space.size else self.sides * 0
-            ended = STAGNATED if space.exhausted else UNFINISHED
-            outcome = np.where(residual <= self.tolerance, CONVERGED, ended).astype(str)
-            steps = np.full(len(residual), self.powers)
-            found.append(Solution(x, SolveReport(label, residual, steps, outcome, space.products)))
-        return found
+
+def _bytes(sides: Array) -> int:
+    """Of one vector."""
+    return max(1, int(sides.shape[1]) * itemsize(sides))
+
+
+class GalerkinSpace:
+    """An orthonormal basis V, its images W = C V, and what right-hand sides b have along it."""
+
+    def __init__(self, operator: LinearOperator, on_disk: bool, sides: Array):
+        self.operator = operator
+        self.basis: Basis = BasisOnDisk(sides) if on_disk else []
+        self.images: Basis = BasisOnDisk(sides) if on_disk else []
+        self.along = np.zeros((int(sides.shape[0]), 0))
+        """V b, float64 [k, m]."""
+        self._rows: list[np.ndarray] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        for kept in (self.basis, self.images):
+            if isinstance(kept, BasisOnDisk):
+                kept.__exit__()
+
+    @property
+    def size(self) -> int:
+        return int(self.along.shape[1])
+
+    def extend(self, rows: Array, sides: Array) -> bool:
+        """Directions more; False if rows hold none that is new."""
+        block = orthonormal(rows, self.basis)
+        if not int(block.shape[0]):
+            return False
+        image = self.operator.apply(block)
+        self.basis.append(block)
+        self.images.append(image)
+        self._rows.append(np.concatenate([host(image @ transpose(b)) for b in self.basis], axis=1))
+        self.along = np.concatenate([self.along, host(sides @ transpose(block))], axis=1)
+        return True
+
+    def projected(self) -> np.ndarray:
+        """T = V C V^T, float64 [m, m]."""
+        return mirrored(self._rows)
+
+    def residual(self, sides: Array, y: np.ndarray, damping: float) -> Array:
+        """b - C V^T y - damping V^T y: [k, D]."""
+        return sides - self.combine(self.images, y, sides) - self.combine(self.basis, y, sides) * damping
+
+    def rounding(self, y: np.ndarray, damping: float, sides: Array) -> np.ndarray:
+        """About what rounding does to a residual: eps |C + damping| |y|, with a lower bound of the norm."""
+        norm = float(np.linalg.norm(self.projected(), axis=1).max(initial=0.0))
+        return float(namespace(sides).finfo(sides.dtype).eps) * (norm + abs(damping)) * np.linalg.norm(y, axis=1)
+
+    def combine(self, blocks: Basis, y: np.ndarray, like: Array) -> Array:
+        """Linear combinations [k, D] of the basis or its images."""
+        total, start = like * 0, 0
+        for block in blocks:
+            stop = start + int(block.shape[0])
+            total, start = total + as_like(y[:, start:stop], block) @ block, stop
+        return total
+
+
+class _Columns:
+    """How far each right-hand side has come."""
+
+    def __init__(self, sides: Array, tolerance: float):
+        self.tolerance = tolerance
+        self.norms = host(row_norms(sides))
+        self.live = np.flatnonzero(self.norms > 0)
+        self.taken = np.zeros(len(self.norms), dtype=np.int64)
+        self.best, self.since = np.full(len(self.norms), np.inf), np.zeros(len(self.norms), dtype=np.int64)
+        self.steps, self.hidden = 0, False
+
+    def judge(self, residuals: np.ndarray, rounding: np.ndarray) -> None:
+        """After a step in which all live columns took part; what rounding does to the residuals [k]."""
+        self.steps += 1
+        self.taken[self.live] += 1
+        relative = residuals / np.where(self.norms > 0, self.norms, 1.0)
+        self.live = np.flatnonzero(relative > self.tolerance)
+        self.hidden = bool((residuals <= 10 * rounding)[self.live].all())
+        better = relative < 0.99 * self.best
+        self.since = np.where(better, 0, self.since + 1)
+        self.best = np.minimum(self.best, relative)
+
+    @property
+    def stuck(self) -> bool:
+        """Whether rounding allows no more, or the residual of no live column has fallen for many steps."""
+        return self.hidden or bool((self.since[self.live] >= PATIENCE).all())
+
+    def report(self, residuals: np.ndarray, space: GalerkinSpace, label: str) -> SolveReport:
+        relative = residuals / np.where(self.norms > 0, self.norms, 1.0)
+        outcome = np.where(relative <= self.tolerance, CONVERGED, STAGNATED if self.stuck else UNFINISHED).astype(str)
+        return SolveReport(label, relative, self.taken.copy(), outcome, space.size)
 
 
 def _stack(solutions: list[Solution], label: str, sides: Array) -> Solution:

@@ -14,7 +14,7 @@ from headwater.arrays import Array, identity, namespace, precise, transpose
 from headwater.errors import InvalidSetting
 from headwater.gradients.algebra import Gradient, multiply_left, multiply_right
 from headwater.gradients.outer import Outer
-from headwater.operators.algebra import LinearOperator, ProductOperator
+from headwater.operators.algebra import LinearOperator, ProductOperator, ends
 from headwater.operators.structured import DiagonalOperator, invert_spectrum
 
 
@@ -84,6 +84,9 @@ class KroneckerOperator(LinearOperator):
 
     def trace(self) -> float:
         return _side_trace(self.left) * _side_trace(self.right)
+
+    def spectrum_bounds(self) -> tuple[float, float] | None:
+        return self.eigen.spectrum_bounds() if self.symmetric else None
 
 
 def _diagonalise(side: Array) -> tuple[Array, Array | None]:
@@ -208,6 +211,9 @@ class EigenKroneckerOperator(LinearOperator):
 
     def trace(self) -> float:
         return float(namespace(self.spectrum).sum(self.spectrum))
+
+    def spectrum_bounds(self) -> tuple[float, float] | None:
+        return ends(self.spectrum)
 
 
 class SeparableOperator(LinearOperator):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from headwater.arrays import Array, add_product, as_like, namespace, precise, ro
 from headwater.operators.algebra import LinearOperator
 from headwater.operators.iterative import host, row_norms
 from headwater.operators.structured import EigenpairsOperator
+from headwater.random import row_normals
 
 
 def orthonormal(rows: Array, against: Iterable[Array] = ()) -> Array:
@@ -36,7 +37,7 @@ def orthonormal(rows: Array, against: Iterable[Array] = ()) -> Array:
             rows, bases = rows - (rows @ transpose(basis)) @ basis, True
         if not int(rows.shape[0]):
             break
-        values, vectors = _principal(rows)
+        values, vectors = principal(rows)
         kept = host(values) > least
         if not kept.any():
             return rows[:0]
@@ -49,7 +50,7 @@ def orthonormal(rows: Array, against: Iterable[Array] = ()) -> Array:
     return rows
 
 
-def _principal(rows: Array) -> tuple[Array, Array]:
+def principal(rows: Array) -> tuple[Array, Array]:
     """Singular values [k] and left singular vectors [k, k] of rows [k, D], smaller than D or not."""
     xp = namespace(rows)
     if str(rows.dtype).endswith("64"):
@@ -98,7 +99,7 @@ class Basis(Protocol):
 
 
 class BasisOnDisk:
-    """Blocks of a basis in a folder that is removed afterwards; each is read when it is needed."""
+    """Blocks of a basis in a folder that is removed at the end of its context; each is read when it is needed."""
 
     def __init__(self, like: Array, folder: str | None = None):
         self.like = like
@@ -113,17 +114,34 @@ class BasisOnDisk:
         for k in range(self._count):
             yield as_like(np.load(self._file(k)), self.like)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        self._folder.cleanup()
+
     def _file(self, k: int) -> Path:
         return Path(self._folder.name) / f"{k}.npy"
+
+
+def mirrored(rows: list[np.ndarray]) -> np.ndarray:
+    """A symmetric matrix from its lower block triangle, one array [new, all so far] for each block."""
+    size = rows[-1].shape[1] if rows else 0
+    full, start = np.zeros((size, size)), 0
+    for row in rows:
+        stop = start + row.shape[0]
+        full[start:stop, : row.shape[1]] = row
+        full[: row.shape[1], start:stop] = row.T
+        start = stop
+    return (full + full.T) / 2
 
 
 class KrylovSpace:
     """span {S, A S, A^2 S, ...} for a block S of start vectors [k, D], grown one power at a time."""
 
-    def __init__(self, operator: LinearOperator, start: Array, blocks: Basis | None = None):
+    def __init__(self, operator: LinearOperator, start: Array):
         self.operator = operator
-        self.blocks: Basis = [] if blocks is None else blocks
-        self._sizes: list[int] = []
+        self.blocks: list[Array] = []
         self.next = orthonormal(start)
         self.products = 0
         self._rows: list[np.ndarray] = []
@@ -131,7 +149,7 @@ class KrylovSpace:
 
     @property
     def size(self) -> int:
-        return sum(self._sizes)
+        return sum(int(block.shape[0]) for block in self.blocks)
 
     @property
     def exhausted(self) -> bool:
@@ -144,27 +162,19 @@ class KrylovSpace:
         if self.exhausted:
             return
         self.blocks.append(block)
-        self._sizes.append(int(block.shape[0]))
         image = self.operator.apply(block)
         self.products += int(block.shape[0])
         self._rows.append(np.concatenate([host(image @ transpose(b)) for b in self.blocks], axis=1))
         self.next = orthonormal(image, self.blocks)
         self._coupling = host(image @ transpose(self.next))
 
+    def restart(self, start: Array) -> None:
+        """Go on from other vectors, where the space is exhausted: an eigenvalue shows once for each start vector."""
+        self.next = orthonormal(start, self.blocks)
+
     def projected(self) -> np.ndarray:
         """T = V A V^T, float64 [m, m]."""
-        full, start = np.zeros((self.size, self.size)), 0
-        for row in self._rows:
-            stop = start + row.shape[0]
-            full[start:stop, : row.shape[1]] = row
-            full[: row.shape[1], start:stop] = row.T
-            start = stop
-        return (full + full.T) / 2
-
-    @property
-    def coupling(self) -> np.ndarray:
-        """What the last block's images have along the next block: [last, next]."""
-        return self._coupling
+        return mirrored(self._rows)
 
     def ritz(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Eigenvalues of T ascending [m], eigenvectors in columns [m, m], and |A u - theta u| of each [m]."""
@@ -187,22 +197,35 @@ def leading_eigenpairs(
 ) -> EigenpairsOperator:
     """The `rank` eigenpairs that are largest in magnitude, by block Lanczos with full reorthogonalisation.
 
-    start [b, D]. Stops when |A u - theta u| of all of them is at most tolerance times the largest magnitude, when the
-    space is exhausted, or after max_products (then the last pairs are only as good as the space).
+    start [b, D]. Stops when |A u - theta u| of all of them is at most tolerance times the largest magnitude, or after
+    max_products (then the last pairs are only as good as the space). A space that is exhausted is begun again from
+    other vectors until that shows no further copies of an eigenvalue; else at most b copies of each are found.
     """
-    space = KrylovSpace(operator, start)
+    space, seen, restarts = KrylovSpace(operator, start), None, 0
+    eps = float(namespace(start).finfo(start.dtype).eps)
     while not space.exhausted and (space.products < max_products or not space.products):
         space.extend()
-        if space.size < min(rank, operator.input_size):
-            continue
-        values, vectors, errors = space.ritz()
-        chosen = np.argsort(-np.abs(values), kind="stable")[:rank]
-        if errors[chosen].max() <= tolerance * np.abs(values).max():
+        values, _, errors = space.ritz()
+        kept, scale = _leading(values, rank), np.abs(values).max()
+        if errors.max() <= 1e3 * eps * scale and space.size < operator.input_size:  # invariant, but for rounding
+            found = np.pad(values[kept], (0, rank - len(kept)))
+            if seen is not None and np.abs(np.abs(found) - np.abs(seen)).max() <= tolerance * scale:
+                break
+            seen, restarts = found, restarts + 1
+            space.restart(
+                as_like(row_normals(np.arange(len(start)), operator.input_size, draw=restarts, seed=0), start)
+            )
+        elif seen is None and len(values) >= min(rank, operator.input_size) and errors[kept].max() <= tolerance * scale:
             break
     values, vectors, _ = space.ritz()
-    chosen = np.sort(np.argsort(-np.abs(values), kind="stable")[:rank])
+    chosen = np.sort(_leading(values, rank))
     basis = space.combine(vectors[:, chosen].T)
     return EigenpairsOperator(precise(as_like(values[chosen], basis)), basis)
+
+
+def _leading(values: np.ndarray, rank: int) -> np.ndarray:
+    """Where the values of largest magnitude are, the largest first."""
+    return np.argsort(-np.abs(values), kind="stable")[:rank]
 
 
 def steepness(

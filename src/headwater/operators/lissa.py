@@ -45,6 +45,9 @@ class SteppedOperator(LinearOperator):
     def trace(self) -> float:
         return self.whole.trace()
 
+    def spectrum_bounds(self) -> tuple[float, float] | None:
+        return self.whole.spectrum_bounds()
+
     def at(self, step: int) -> LinearOperator:
         """The curvature of the rows of a step."""
         return self.parts[step % len(self.parts)] if self.parts else self.whole

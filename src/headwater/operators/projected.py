@@ -85,6 +85,10 @@ class ProjectedOperator(LinearOperator):
     def mean_eigenvalue(self) -> float:
         return self.core.mean_eigenvalue()
 
+    def spectrum_bounds(self) -> tuple[float, float] | None:
+        """Those of the core, which is what is damped."""
+        return self.core.spectrum_bounds()
+
 
 class ProjectionSide(LinearOperator):
     """From D numbers to K, and through a core: what rows go through before they meet in the projected space."""

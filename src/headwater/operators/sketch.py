@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from headwater.arrays import Array, as_like, namespace, precise, transpose
+from headwater.arrays import Array, as_like, identity, namespace, precise, transpose
 from headwater.errors import IndefiniteCurvature
 from headwater.operators.algebra import LinearOperator
+from headwater.operators.krylov import orthonormal, principal
 from headwater.operators.structured import DiagonalOperator, EigenpairsOperator
 from headwater.random import philox
 
@@ -36,6 +37,7 @@ def estimate_diagonal(operator: LinearOperator, like: Array, *, probes: int, see
 def fit_nystroem(operator: LinearOperator, like: Array, *, rank: int, seed: int) -> EigenpairsOperator:
     """Y W^+ Y^T for Y = A S and W = S^T A S with random signs S [D, r]: U diag(values) U^T with orthonormal U.
 
+    Signs that depend on each other, as in few dimensions they may, count once; with r = D nothing is left to chance.
     A small multiple of S S^T is added for the decomposition and taken off the eigenvalues again.
     Errors: IndefiniteCurvature if S^T A S has a negative eigenvalue beyond rounding.
     Source: Frangella, Tropp and Udell 2023, arXiv 2110.02820, algorithm 2.1.
@@ -43,8 +45,8 @@ def fit_nystroem(operator: LinearOperator, like: Array, *, rank: int, seed: int)
     size = operator.input_size
     rank = min(rank, size)
     xp = namespace(like)
-    signs = sign_vectors(rank, size, like, seed=seed, stream=2)
-    basis = transpose(xp.linalg.qr(transpose(signs), mode="reduced")[0])
+    whole = rank == size
+    basis = identity(size, like) if whole else orthonormal(sign_vectors(rank, size, like, seed=seed, stream=2))
     image = operator.apply(basis)
     core = precise(basis @ transpose(image))
     core = (core + transpose(core)) / 2
@@ -53,11 +55,14 @@ def fit_nystroem(operator: LinearOperator, like: Array, *, rank: int, seed: int)
     shift = float(xp.finfo(like.dtype).eps) * size**0.5 * norm
     values, vectors = xp.linalg.eigh(core)
     values = xp.where(values > 0, values, xp.zeros_like(values)) + shift
-    half = transpose(vectors / xp.sqrt(values)) @ precise(image + shift * basis)
-    _, singular, right = xp.linalg.svd(half, full_matrices=False)
+    half = xp.astype(transpose(vectors / xp.sqrt(values)), like.dtype) @ (image + shift * basis)
+    singular, left = principal(half)
+    singular, left = precise(singular), precise(left)
+    turn = left / xp.where(singular > 0, singular, xp.ones_like(singular))
+    right = xp.astype(transpose(turn), like.dtype) @ half
     spectrum = singular**2 - shift
     spectrum = xp.where(spectrum > 0, spectrum, xp.zeros_like(spectrum))
-    return EigenpairsOperator(spectrum, xp.astype(right, like.dtype))
+    return EigenpairsOperator(spectrum, right)
 
 
 def _refuse_indefinite(core: Array, eps: float, operator: LinearOperator) -> None:

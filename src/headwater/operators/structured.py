@@ -11,7 +11,7 @@ from headwater.blocks import Layout
 from headwater.errors import IndefiniteCurvature, NonFiniteValue, ShapeMismatch, SingularOperator
 from headwater.gradients.algebra import Dense, Gradient
 from headwater.gradients.block import BlockGradient
-from headwater.operators.algebra import IdentityOperator, LinearOperator
+from headwater.operators.algebra import IdentityOperator, LinearOperator, ends, spread
 
 
 def invert_spectrum(spectrum: Array, damping: float, allow_indefinite: bool = True, *, diagonalised: int = 1) -> Array:
@@ -82,8 +82,9 @@ class DenseOperator(LinearOperator):
         values, vectors = self.eigen
         xp = namespace(values)
         if self.psd:  # what is below zero is rounding, in the precision that the matrix was summed in
-            noise = self.input_size * float(xp.finfo(self.matrix.dtype).eps) * float(xp.max(values))
-            values = xp.where(values > noise, values, xp.zeros_like(values))
+            rounding = float(xp.finfo(self.matrix.dtype).eps) * float(xp.max(values))
+            hidden = damping <= self.input_size**0.5 * rounding  # then small eigenvalues decide, and may be rounding
+            values = xp.where(values > (self.input_size * rounding if hidden else 0.0), values, xp.zeros_like(values))
         inverse = invert_spectrum(values, damping, allow_indefinite, diagonalised=self.input_size)
         matrix = (vectors * inverse) @ transpose(vectors)
         positive = bool(namespace(inverse).all(inverse > 0))
@@ -91,6 +92,9 @@ class DenseOperator(LinearOperator):
 
     def trace(self) -> float:
         return float(namespace(self.matrix).linalg.trace(self.matrix))
+
+    def spectrum_bounds(self) -> tuple[float, float] | None:
+        return ends(self.eigen[0]) if self.symmetric else None
 
 
 class DiagonalOperator(LinearOperator):
@@ -124,6 +128,9 @@ class DiagonalOperator(LinearOperator):
 
     def trace(self) -> float:
         return float(namespace(self.diagonal).sum(self.diagonal))
+
+    def spectrum_bounds(self) -> tuple[float, float] | None:
+        return ends(self.diagonal)
 
 
 class BlockDiagonalOperator(LinearOperator):
@@ -177,6 +184,10 @@ class BlockDiagonalOperator(LinearOperator):
     def trace(self) -> float:
         return sum(op.trace() for op in self.operators)
 
+    def spectrum_bounds(self) -> tuple[float, float] | None:
+        bounds = [op.spectrum_bounds() for op in self.operators]
+        return None if None in bounds else spread(bound for pair in bounds if pair for bound in pair)
+
 
 class LowRankPlusDiagonalOperator(LinearOperator):
     """factor core factor^T + diagonal. Shapes: factor [D, r], core [r, r], diagonal [D]."""
@@ -210,6 +221,17 @@ class LowRankPlusDiagonalOperator(LinearOperator):
     def trace(self) -> float:
         xp = namespace(self.factor)
         return float(xp.sum((self.factor @ self.core) * self.factor) + xp.sum(self.diagonal))
+
+    def spectrum_bounds(self) -> tuple[float, float] | None:
+        """With a constant diagonal: that of the r x r matrix R core R^T, for factor = Q R, and zero off its span."""
+        low, high = ends(self.diagonal)
+        if low != high:
+            return None
+        xp = namespace(self.factor)
+        triangle = xp.linalg.qr(precise(self.factor), mode="reduced")[1]
+        values = ends(xp.linalg.eigvalsh(triangle @ precise(self.core) @ transpose(triangle)))
+        rest = () if int(self.core.shape[0]) >= self.input_size else (0.0,)
+        return spread(low + value for value in (*values, *rest))
 
 
 class EigenpairsOperator(LinearOperator):
@@ -250,6 +272,10 @@ class EigenpairsOperator(LinearOperator):
     def trace(self) -> float:
         return float(namespace(self.values).sum(self.values))
 
+    def spectrum_bounds(self) -> tuple[float, float] | None:
+        rest = () if int(self.vectors.shape[0]) >= self.input_size else (0.0,)
+        return spread((*ends(self.values), *rest))
+
 
 class EigenpairsPlusScaledOperator(LinearOperator):
     """A multiple of the identity, corrected on a few directions: leading + scale I.
@@ -276,6 +302,10 @@ class EigenpairsPlusScaledOperator(LinearOperator):
     def trace(self) -> float:
         return self.leading.trace() + self.scale * self.input_size
 
+    def spectrum_bounds(self) -> tuple[float, float] | None:
+        bounds = self.leading.spectrum_bounds()
+        return None if bounds is None else (bounds[0] + self.scale, bounds[1] + self.scale)
+
     def quadratic(self, value: BlockGradient) -> Array:
         along = value.project(self.leading.vectors)
         return value.squared_norms() * self.scale + (along * along) @ self.leading._weights
@@ -284,10 +314,9 @@ class EigenpairsPlusScaledOperator(LinearOperator):
         """Train rows along k directions, where k is below the number of queries; else queries through the operator."""
         if int(self.leading.vectors.shape[0]) >= queries.rows:
             return super().block_sides(queries, train_per_query)
-        weights = self.leading._weights
-        return BesideOperator(self.leading.vectors, weights, self.scale), BesideOperator(
-            self.leading.vectors, weights * 0 + 1, 1.0
-        )
+        vectors, weights = self.leading.vectors, self.leading._weights
+        beside = 1.0 if self.scale else 0.0  # without a complement the gradients themselves are left out on both sides
+        return BesideOperator(vectors, weights, self.scale), BesideOperator(vectors, weights * 0 + 1, beside)
 
 
 class BesideOperator(IdentityOperator):

@@ -14,6 +14,7 @@ from headwater.curvature.passes import as_batch, batches
 from headwater.errors import BatchMismatch, InvalidSetting
 from headwater.gradients.provider import StructuredGradientProvider
 from headwater.influence import ComposableInfluence, Queries, Sides, stack_queries
+from headwater.operators.iterative import joined, recorded_solves
 from headwater.store.scores import UNIT_IN_WORDS, Extremes, Running, Scores
 from headwater.store.tiles import TileStore
 
@@ -45,7 +46,8 @@ def attribute(
     progress: bool,
 ) -> Scores:
     """See `ComposableInfluence.attribute`."""
-    queries, query_ids, query_keys = _queries(influence, query_loader, progress)
+    with recorded_solves() as log:
+        queries, query_ids, query_keys = _queries(influence, query_loader, progress)
     kept = None
     if store is not None:
         kept = TileStore(store, _identity(influence, unit, by_block, query_ids, query_keys))
@@ -65,6 +67,7 @@ def attribute(
         damping=influence.absolute_damping,
         explained=influence.explained,
         coverage=influence.provider.coverage_fraction,
+        residuals={name: solve.residual for name, solve in joined(log).items()} or None,
     )
 
 

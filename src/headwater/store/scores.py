@@ -55,12 +55,17 @@ class Scores:
     """What the scores are about: the query's loss, or the name of another measurement. Lower is taken to be better."""
     coverage: float = 1.0
     """The share of the model's trainable parameters that was attributed."""
+    residuals: Mapping[str, np.ndarray] | None = None
+    """By block, each query's relative residual [query], for a method that solves; None for the others."""
 
     def __post_init__(self) -> None:
         _check_labels(self.values, self.query_ids, self.train_ids)
         for name, share in (self.by_block or {}).items():
             if share.shape != self.values.shape:
                 raise ShapeMismatch(f"The scores are {self.values.shape}, the share of block {name!r} {share.shape}.")
+        for name, residual in (self.residuals or {}).items():
+            if residual.shape != self.query_ids.shape:
+                raise ShapeMismatch(f"There are {len(self.query_ids)} queries, and {residual.shape} for {name!r}.")
         if self.unit not in UNIT_IN_WORDS:
             raise InvalidSetting(f"unit is {self.unit!r}; expected one of {', '.join(map(repr, UNIT_IN_WORDS))}.")
 
@@ -99,9 +104,10 @@ class Scores:
             raise FileExistsError(f"{path} exists; remove it, or choose another name.")
         data = self.to_xarray()
         data.attrs["blocks"] = list(self.by_block or ())
+        data.attrs["solved_blocks"] = list(self.residuals or ())
         draft = Path(f"{path}.draft")
         shutil.rmtree(draft, ignore_errors=True)
-        data.drop_vars("block", errors="ignore").to_zarr(draft, mode="w-", consolidated=False)
+        data.drop_vars(["block", "solved_block"], errors="ignore").to_zarr(draft, mode="w-", consolidated=False)
         os.replace(draft, path)
 
     @classmethod
@@ -111,7 +117,9 @@ class Scores:
 
         with xr.open_zarr(path, consolidated=False) as data:
             shares = data["block_scores"].values if "block_scores" in data else ()
+            residuals = data["residuals"].values if "residuals" in data else ()
             attributes = data.attrs
+            solved = attributes.get("solved_blocks", [])
             return cls(
                 values=data["scores"].values,
                 query_ids=data["query"].values,
@@ -123,10 +131,13 @@ class Scores:
                 explained=attributes["explained"],
                 coverage=attributes["coverage"],
                 by_block=dict(zip(attributes["blocks"], shares, strict=True)) if attributes["blocks"] else None,
+                residuals=dict(zip(solved, residuals, strict=True)) if solved else None,
             )
 
     def to_xarray(self) -> xarray.Dataset:
-        """A labelled data set: `scores` (query, train), `block_scores` (block, query, train) where kept; attributes."""
+        """A labelled data set with attributes: `scores` (query, train); where there are any, `block_scores` (block,
+        query, train) and `residuals` (solved_block, query).
+        """
         import xarray as xr
 
         coords = {"query": self.query_ids, "train": self.train_ids}
@@ -134,6 +145,9 @@ class Scores:
         if self.by_block is not None:
             data["block_scores"] = (("block", "query", "train"), np.stack(list(self.by_block.values())))
             coords["block"] = np.array(list(self.by_block))
+        if self.residuals:
+            data["residuals"] = (("solved_block", "query"), np.stack(list(self.residuals.values())))
+            coords["solved_block"] = np.array(list(self.residuals))
         attributes = {
             "unit": self.unit,
             "unit_in_words": self.unit_in_words,

@@ -115,6 +115,10 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         )
 
     @property
+    def dtype(self) -> str:
+        return str(next(self.model.parameters()).dtype).removeprefix("torch.")
+
+    @property
     def coverage_fraction(self) -> float:
         return self.coverage.fraction
 
@@ -235,7 +239,21 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
 
     def of_output(self, function: OutputFunction) -> TorchGradientProvider:
         chosen = {"margin": negative_margin, "logit": negative_logit}[function]
-        return TorchGradientProvider(self.model, chosen, blocks=self._structure)
+        return type(self)(self.model, chosen, blocks=self._structure)
+
+    def in_float64(self) -> TorchGradientProvider:
+        from headwater.torch.plain import PlainTorchProvider, wide_copy
+
+        found = PlainTorchProvider(
+            wide_copy(self.model, "model"),
+            loss := wide_copy(self.loss, "loss"),
+            blocks=self._structure,
+            measurement=loss if self.measurement is self.loss else wide_copy(self.measurement, "measurement"),
+            likelihood=self.likelihood,
+        )
+        found._plan, found._checked, found._normalisation = self._plan, self._checked, self._normalisation
+        found._numbers_per_row = self._numbers_per_row
+        return found
 
     def parameters(self, block: str) -> torch.Tensor:
         state = dict(self.model.named_parameters())

@@ -12,9 +12,9 @@ stream. The starting weights are drawn first, so equal seeds start equal whateve
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from headwater.errors import BatchMismatch, InvalidInput, NonFiniteValue, ShapeMismatch
+from headwater.errors import BatchMismatch, InvalidInput, InvalidSetting, NonFiniteValue, ShapeMismatch
 
 training_loss = cross_entropy
 """The loss that `train_mlps` minimises, averaged over a batch; its `reduction="none"` is the per-row loss."""
@@ -36,6 +36,8 @@ class StackedMlps:
     """One [m, o, i] per layer."""
     biases: tuple[Tensor, ...]
     """One [m, o] per layer."""
+    checkpoints: tuple[TrainingCheckpoint, ...] = ()
+    """What the training passed through, where it was asked to keep that."""
 
     def __len__(self) -> int:
         return len(self.weights[0])
@@ -65,6 +67,15 @@ class StackedMlps:
         return torch.nn.Sequential(*layers[:-1]).eval()
 
 
+@dataclass(frozen=True)
+class TrainingCheckpoint:
+    """The models as they were before a step, and the learning rate of that step."""
+
+    step: int
+    rate: float
+    models: StackedMlps
+
+
 def train_mlps(
     x: Any,
     y: Any,
@@ -78,6 +89,7 @@ def train_mlps(
     momentum: float = 0.9,
     l2: float = 1e-4,
     side_by_side: int = 32,
+    checkpoints: Collection[int] = (),
     progress: Callable[[int], object] | None = None,
 ) -> StackedMlps:
     """Train one classifier per seed, each on the rows it keeps: SGD with momentum and a cosine learning rate.
@@ -88,13 +100,18 @@ def train_mlps(
     Shapes: x [n, i]; y [n] class indices; keep [m, n] bool; seeds [m]; widths (i, ..., classes). Tensors or NumPy
         arrays; the dtype and device of x are those of the models.
     Units: the objective is mean cross-entropy in nats plus l2 / 2 times the squared norm of all parameters.
+    Checkpoints: the models before each of these steps (0 to steps - 1) are kept, in the order of the steps.
     Progress: called with the number of models that took one more step; m * steps in all (`tqdm(...).update` fits).
     Errors: BatchMismatch if lengths disagree or a model keeps no row; ShapeMismatch if x does not fit the first width;
-        InvalidInput if a label has no output or x is not floating point; NonFiniteValue if training diverges.
+        InvalidInput if a label has no output or x is not floating point; InvalidSetting for a checkpoint that is no
+        step; NonFiniteValue if training diverges.
     """
+    if not all(0 <= step < steps for step in checkpoints):
+        raise InvalidSetting(f"checkpoints are {list(checkpoints)}; expected steps from 0 to {steps - 1}.")
     x, y, keep = torch.as_tensor(x), torch.as_tensor(y).long(), torch.as_tensor(keep).bool().cpu()
     _check_shapes(x, y, keep, seeds, widths)
-    y, groups = y.to(x.device), []
+    y, wanted = y.to(x.device), sorted(set(checkpoints))
+    groups: list[list[list[Tensor]]] = []  # of each: the parameters at every checkpoint, and in the end
     for start in range(0, len(seeds), side_by_side):
         group = slice(start, start + side_by_side)
         draws = [
@@ -102,10 +119,46 @@ def train_mlps(
         ]
         parameters = [torch.stack(p).to(x).requires_grad_() for p in zip(*(start for start, _ in draws), strict=True)]
         order = torch.stack([rows for _, rows in draws]).to(x.device).view(len(draws), steps, batch_size)
-        _descend(parameters, x, y, order, lr=lr, momentum=momentum, l2=l2, progress=progress)
-        groups.append([p.detach() for p in parameters])
-    stacked = [torch.cat(p) for p in zip(*groups, strict=True)]
-    return StackedMlps(weights=tuple(stacked[0::2]), biases=tuple(stacked[1::2]))
+        passed: list[list[Tensor]] = []
+        _descend(parameters, x, y, order, wanted, passed, lr=lr, momentum=momentum, l2=l2, progress=progress)
+        groups.append([*passed, [p.detach() for p in parameters]])
+    *kept, final = (_stacked(group) for group in zip(*groups, strict=True))
+    rates = (_rate(lr, step, steps) for step in wanted)
+    return replace(final, checkpoints=tuple(map(TrainingCheckpoint, wanted, rates, kept)))
+
+
+def _stacked(groups: Sequence[Sequence[Tensor]]) -> StackedMlps:
+    """Models of several groups (weight, bias, weight, ...), under one another."""
+    parameters = [torch.cat(p) for p in zip(*groups, strict=True)]
+    return StackedMlps(weights=tuple(parameters[0::2]), biases=tuple(parameters[1::2]))
+
+
+def refit_heads(models: StackedMlps, x: Any, y: Any, *, l2: float) -> StackedMlps:
+    """The same models, with last layers at the minimum of their regularised loss on these rows; features stay.
+
+    Each minimises mean cross-entropy plus l2 / 2 times the squared norm of its last weight and bias: convex, solved in
+    float64 by L-BFGS. Shapes: x [n, i]; y [n] class indices. Errors: InvalidSetting unless l2 > 0.
+    """
+    if not l2 > 0:
+        raise InvalidSetting(f"l2 is {l2}; without regularisation the minimum may lie at infinity.")
+    features = models.features(x).double()
+    labels = torch.as_tensor(y, device=features.device).long().expand(features.shape[:2]).flatten()
+    head = [part[-1].double().clone().requires_grad_() for part in (models.weights, models.biases)]
+    solver = torch.optim.LBFGS(
+        head, max_iter=1000, history_size=50, tolerance_grad=1e-9, tolerance_change=0.0, line_search_fn="strong_wolfe"
+    )
+
+    def objective() -> float:
+        logits = _linear(features, *head)
+        loss = cross_entropy(logits.flatten(0, 1), labels, reduction="sum") / features.shape[1]
+        loss = loss + l2 / 2 * sum(p.square().sum() for p in head)
+        for p, slope in zip(head, torch.autograd.grad(loss, head), strict=True):
+            p.grad = slope
+        return float(loss)
+
+    solver.step(objective)
+    weight, bias = (p.detach().to(models.weights[-1]) for p in head)
+    return StackedMlps((*models.weights[:-1], weight), (*models.biases[:-1], bias))
 
 
 def batches(x: Any, y: Any, batch_size: int = 256) -> list[tuple[Tensor, Tensor]]:
@@ -158,6 +211,8 @@ def _descend(
     x: Tensor,
     y: Tensor,
     order: Tensor,
+    wanted: Collection[int],
+    passed: list[list[Tensor]],
     *,
     lr: float,
     momentum: float,
@@ -166,16 +221,19 @@ def _descend(
 ) -> None:
     """SGD in place on stacked parameters (weight, bias, weight, ...). order [m, steps, batch]: the rows of each step.
 
+    Before each of the wanted steps the parameters are copied to `passed`.
     The sum over models of their batch means is differentiated: each model's gradient is that of its own mean.
     """
     weights, biases = parameters[0::2], parameters[1::2]
     velocities = [torch.zeros_like(p) for p in parameters]
     steps, batch_size = order.shape[1:]
     for step in range(steps):
+        if step in wanted:
+            passed.append([p.detach().clone() for p in parameters])
         rows = order[:, step]
         logits = _linear(_hidden(weights, biases, x[rows]), weights[-1], biases[-1])
         loss = cross_entropy(logits.flatten(0, 1), y[rows].flatten(), reduction="sum") / batch_size
-        rate = lr * (1 + math.cos(math.pi * step / steps)) / 2
+        rate = _rate(lr, step, steps)
         with torch.no_grad():
             for p, v, gradient in zip(parameters, velocities, torch.autograd.grad(loss, parameters), strict=True):
                 v.mul_(momentum).add_(gradient).add_(p, alpha=l2)
@@ -184,6 +242,11 @@ def _descend(
             progress(len(rows))
     if not math.isfinite(loss.item()):
         raise NonFiniteValue(f"Training diverged: the last batch's loss is {loss.item()}. Lower lr (it was {lr}).")
+
+
+def _rate(lr: float, step: int, steps: int) -> float:
+    """The learning rate falls from lr to zero along a cosine."""
+    return lr * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def _check_shapes(x: Tensor, y: Tensor, keep: Tensor, seeds: Sequence[int], widths: Sequence[int]) -> None:

@@ -1,0 +1,113 @@
+"""What the demo makes of each method: one table, for the experiment, the story, the command line and `verify --demo`.
+
+name on the command line -> Recipe(title, how it is made, its blocks, what it needs of the training, what to know)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import headwater as hw
+from headwater.errors import InvalidSetting
+
+if TYPE_CHECKING:
+    from headwater.methods.base import Method
+
+Blocks = Literal["full", "layer", "head"]
+Rates = tuple[float, ...]
+
+L2 = 1e-3
+"""Of the demo's training: l2 / 2 times the squared norm of all parameters is added to the mean loss."""
+CHECKPOINTS = 5
+"""Weights that training keeps on the way, for methods that read them."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the demo uses a method."""
+
+    title: str
+    make: Callable[[int, Rates], Method]
+    """From the seed, and the learning rates at the checkpoints (empty without them)."""
+    blocks: Blocks = "layer"
+    """What is attributed together: the whole network, each layer by itself, or the last layer alone."""
+    checkpoints: bool = False
+    """It reads weights from the middle of training."""
+    refitted: bool = False
+    """It wants the last layer where its regularised loss is stationary, so that layer is trained on until it is."""
+    itself: str | None = None
+    """The method that gives self-influence in its place, where that of all rows would take this one too long."""
+    note: str = ""
+    """What a reader of its results should know."""
+
+    def method(self, seed: int, rates: Rates = ()) -> Method:
+        return self.make(seed, rates)
+
+    @property
+    def likeness(self) -> bool:
+        """It forecasts no change of loss: there is no damping, and the unit is "influence"."""
+        return not self.method(0, (1.0,)).predicts_removal
+
+
+WHOLE = "The whole network is one block."
+SAMPLED_STEPS = (
+    f"{WHOLE} Every step sees few rows, so that the answer keeps some noise. Self-influence is that of conjugate "
+    "gradients, which solve the same system for all rows together and far sooner."
+)
+EMPIRICAL = (
+    "The curvature is the empirical Fisher, made of the training rows' own gradients. Wrong labels have large ones, "
+    "and much alike: the directions that they share count as steep, and are damped for it."
+)
+LIKENESS = "{title} knows no curvature: read its scores as a ranking by likeness of gradients, not as a forecast."
+
+METHODS: dict[str, Recipe] = {
+    "ekfac": Recipe("EKFAC", lambda seed, rates: hw.Ekfac(seed=seed)),
+    "kfac": Recipe("KFAC", lambda seed, rates: hw.Kfac(seed=seed)),
+    "direct": Recipe("exact GGN", lambda seed, rates: hw.Direct(curvature="ggn")),
+    "cg": Recipe("conjugate gradients", lambda seed, rates: hw.Cg(seed=seed), "full", note=WHOLE),
+    "block-krylov": Recipe("block Krylov", lambda seed, rates: hw.BlockKrylov(seed=seed), "full", note=WHOLE),
+    "lissa": Recipe("LiSSA", lambda seed, rates: hw.Lissa(seed=seed), "full", itself="cg", note=SAMPLED_STEPS),
+    "astra": Recipe("ASTRA", lambda seed, rates: hw.Astra(seed=seed), "full", itself="cg", note=SAMPLED_STEPS),
+    "arnoldi": Recipe("Arnoldi", lambda seed, rates: hw.Arnoldi(seed=seed), "full", note=WHOLE),
+    "nystroem": Recipe("Nystroem", lambda seed, rates: hw.Nystroem(seed=seed), "full", note=WHOLE),
+    "datainf": Recipe("DataInf", lambda seed, rates: hw.DataInf(), note=EMPIRICAL),
+    "dual": Recipe("dual form", lambda seed, rates: hw.Dual(seed=seed), "full", note=f"{WHOLE} {EMPIRICAL}"),
+    "trak": Recipe(
+        "TRAK",
+        lambda seed, rates: hw.Trak(seed=seed),
+        "full",
+        note="One network, where the paper averages many. What is explained is minus the margin, log p/(1 - p) of the "
+        "true label, not the loss: scores are in its unit.",
+    ),
+    "logra": Recipe("LoGra", lambda seed, rates: hw.LoGra(seed=seed), note=EMPIRICAL),
+    "lorif": Recipe("LoRIF", lambda seed, rates: hw.LoRif(seed=seed), note=EMPIRICAL),
+    "factgrass": Recipe("FactGraSS", lambda seed, rates: hw.FactGrass(seed=seed), note=EMPIRICAL),
+    "tracin": Recipe(
+        "TracIn",
+        lambda seed, rates: hw.TracIn(learning_rates=rates),
+        checkpoints=True,
+        note=f"TracIn adds up likeness of gradients over {CHECKPOINTS} checkpoints of the training, times their "
+        "learning rates. It looks back on what training did; its scores are no forecast of a removal.",
+    ),
+    "representer": Recipe(
+        "representer points",
+        lambda seed, rates: hw.Representer(l2=L2),
+        "head",
+        refitted=True,
+        note="Representer points split the true label's logit into one share for each training row. They need the last "
+        "layer at the minimum of its regularised loss, so it was trained on, to the end, after the rest had stopped. "
+        "They see that layer only, and their scores are no forecast of a removal.",
+    ),
+    "grad-dot": Recipe("grad-dot", lambda seed, rates: hw.GradDot(), note=LIKENESS.format(title="grad-dot")),
+    "grad-cos": Recipe("grad-cos", lambda seed, rates: hw.GradCos(), note=LIKENESS.format(title="grad-cos")),
+}
+"""By the name that `--method` takes."""
+
+
+def recipe_of(name: str) -> Recipe:
+    """Errors: InvalidSetting for an unknown method."""
+    if name not in METHODS:
+        raise InvalidSetting(f"The method must be one of {', '.join(METHODS)}; got {name!r}.")
+    return METHODS[name]

@@ -1,0 +1,97 @@
+"""A user's own file, or function, that says what to work on: an influence, its train rows and queries."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from headwater.errors import HeadwaterError, InvalidInput, InvalidSetting
+from headwater.influence import ComposableInfluence
+
+NAMES = ("influence", "train", "query")
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """What a setup file gives."""
+
+    influence: ComposableInfluence
+    """Fitted or not."""
+    train: Iterable[Any]
+    """The loader of the rows that were, or will be, fitted."""
+    query: Iterable[Any]
+    """The loader of the queries."""
+
+
+def load_setup(target: str) -> Setup:
+    """From "setup.py", "setup.py:function" or "module:function"; the function, by default `setup`, returns the three.
+
+    A file without it defines `influence`, `train` and `query` itself. Errors: InvalidSetting for what is not there;
+    InvalidInput, with the place, for whatever the user's code raises.
+    """
+    place, _, name = target.rpartition(":") if _names_function(target) else (target, "", "")
+    module = _run(target, lambda: _load(place))
+    function = getattr(module, name or "setup", None)
+    if name and not callable(function):
+        raise InvalidSetting(f"{place} has no function {name!r}.")
+    if callable(function):
+        given = _run(target, function)
+        if not isinstance(given, (tuple, list)) or len(given) != len(NAMES):
+            raise InvalidSetting(f"{target}: expected {', '.join(NAMES)}, got {type(given).__name__}.")
+    else:
+        missing = [n for n in NAMES if not hasattr(module, n)]
+        if missing:
+            raise InvalidSetting(
+                f"{target} does not define {', '.join(missing)}. It should define influence, train and query, or a "
+                "function setup() that returns them."
+            )
+        given = [getattr(module, n) for n in NAMES]
+    if not isinstance(given[0], ComposableInfluence):
+        raise InvalidSetting(f"{target}: the influence is {type(given[0]).__name__}; expected a ComposableInfluence.")
+    return Setup(*given)
+
+
+def _names_function(target: str) -> bool:
+    return target.rpartition(":")[2].isidentifier() and ":" in target
+
+
+def _load(place: str) -> ModuleType:
+    if not place.endswith(".py"):
+        sys.path.insert(0, "")
+        try:
+            return importlib.import_module(place)
+        finally:
+            sys.path.remove("")
+    path = Path(place).resolve()
+    if not path.is_file():
+        raise InvalidSetting(f"There is no file {place}.")
+    spec = importlib.util.spec_from_file_location("headwater_setup", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where pickle finds the classes of a data set that workers read
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+def _run(target: str, step: Callable[[], Any]) -> Any:
+    """A step through the user's code; what it raises, with the line that did."""
+    try:
+        return step()
+    except HeadwaterError:
+        raise
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise InvalidInput(
+            f"{target} failed: {type(error).__name__}: {error} ({Path(frame.filename).name}, line {frame.lineno})"
+        ) from error

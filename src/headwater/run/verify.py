@@ -1,0 +1,459 @@
+"""Are these scores right, on this model and these rows? Random pairs, computed again the slow plain way.
+
+1. A random sample: some queries, and for each of them some train rows; all their pairs are computed again.
+2. Is it implemented right? Gradients come from plain autograd in float64, one row at a time. They meet through the
+   method's own operators, applied to plain vectors: those of the fit at hand, and those of a fit from the start, in
+   float64, on rows in other batches. All this ought to give the same scores. So ought any batch size and row order.
+3. How near is the method to what it approximates? The same pairs with the exact damped inverse of each block, in
+   float64: solved densely where blocks are small, else by conjugate gradients to 1e-8.
+4. What does that say of other pairs? Each sampled row gets one of the queries at random, so that the m errors of these
+   pairs, and that of one more row with its query, are exchangeable. Then the ceil((m + 1) 0.9)-th smallest of the m is
+   exceeded by the next one with probability 0.1 at most, whatever the distribution (split conformal prediction).
+
+Nothing of the user's is changed: the float64 model is a copy, and fits go into copies of the influence.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from headwater.arrays import Array, namespace, precise, to_numpy, transpose
+from headwater.curvature.passes import batches, total_weight
+from headwater.errors import HeadwaterError, InvalidSetting, NotConverged
+from headwater.gradients.block import BlockGradient
+from headwater.gradients.provider import StructuredGradientProvider
+from headwater.influence import ComposableInfluence, InfluenceMapper, stack_queries
+from headwater.methods.base import Method
+from headwater.methods.direct import Direct
+from headwater.methods.iterative import Cg
+from headwater.operators.algebra import LinearOperator
+from headwater.operators.iterative import SolveReport, joined, recorded_solves
+from headwater.random import row_uniforms
+from headwater.run.verification import (
+    GRADIENTS,
+    MISCOVERAGE,
+    ORDER,
+    PLAIN,
+    REFIT,
+    SIZES,
+    Approximation,
+    Check,
+    Verification,
+)
+from headwater.types import join
+
+ONE_BY_ONE, REFITTED = 300, 2000
+"""Train rows up to which a fit is repeated with batches of one row, and at all."""
+DENSE = 1000
+"""Parameters of a block up to which the exact inverse is a dense one."""
+EXACT_WORK = 2e9
+"""Train rows times parameters beyond which there is no exact inverse to compare with."""
+TOLERANCES = {"float64": 1e-8, "float32": 1e-3}
+"""How far scores may be off, relative to the largest; 0.1 for any other dtype."""
+SOLVED = 0.05
+"""The most that unfinished solves may add to that."""
+SAMPLING = 1 << 21
+"""Where the random numbers begin that choose pairs."""
+
+Grads = Mapping[str, Array]
+
+
+# The sample -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Rows of a loader chosen at random, each a batch of its own; and what else one pass over the loader shows."""
+
+    rows: list[Any]
+    labels: np.ndarray
+    """[rows]: another uniform number of each."""
+    count: int
+    """Rows in the loader."""
+    weight: float
+    every: list[Any] | None
+    """All rows, each a batch of its own; None where they are more than REFITTED."""
+
+
+def _sample(
+    provider: StructuredGradientProvider, loader: Iterable[Any], size: int, seed: int, draw: int, what: str, show: bool
+) -> Sample:
+    """The rows with the smallest random numbers, which depend on the seed and the row's position alone."""
+    chosen: list[tuple[float, float, Any]] = []
+    every: list[Any] = []
+    count, weight = 0, 0.0
+    for batch in batches(provider, loader, what, show):
+        numbers = row_uniforms(np.arange(count, count + len(batch)), 1, draw=SAMPLING + draw, seed=seed)[:, 0]
+        for k in np.argsort(numbers[:, 0], kind="stable")[:size]:
+            chosen.append((float(numbers[k, 0]), float(numbers[k, 1]), batch.take(slice(int(k), int(k) + 1))))
+        chosen = sorted(chosen, key=lambda row: row[0])[:size]
+        count, weight = count + len(batch), weight + total_weight(provider, batch)
+        if count <= REFITTED:
+            every.extend(batch.take(slice(k, k + 1)) for k in range(len(batch)))
+    rows, labels = [row for *_, row in chosen], np.array([label for _, label, _ in chosen])
+    return Sample(rows, labels, count, weight, every if count <= REFITTED else None)
+
+
+def cut(rows: Sequence[Any], size: int) -> list[Any]:
+    """Rows in batches of `size`, the last one smaller; or as they are, where they do not fit together."""
+    return [batch for start in range(0, len(rows), size) for batch in join(rows[start : start + size])]
+
+
+# Scores of the sample, in many ways -----------------------------------------------------------------------------------
+
+
+def _scores(
+    mapper: InfluenceMapper, queries: Sequence[Any], train: Sequence[Any], train_per_query: float
+) -> np.ndarray:
+    """As a run computes them: both sides chosen once, queries through theirs, then the train batches: [q, n]."""
+    grads = [mapper.provider.grads(batch, query=True) for batch in queries]
+    sides = mapper.sides(grads[0], train_per_query)
+    ready = stack_queries([sides.queries(values) for values in grads])
+    return np.concatenate([_total(ready.scores(mapper.provider.grads(batch))) for batch in train], axis=1)
+
+
+def _scores_from_factors(mapper: InfluenceMapper, queries: Sequence[Any], train: Sequence[Any]) -> np.ndarray:
+    """As `influences_from_factors` computes them: [q, n]."""
+    found = []
+    for batch in queries:
+        factors = mapper.transformed_grads(batch)
+        found.append([_total(mapper.interactions_from_transformed_grads(factors, rows, "up")) for rows in train])
+    return np.concatenate([np.concatenate(row, axis=1) for row in found])
+
+
+def _scores_of_plain(
+    operators: Mapping[str, LinearOperator], mapper: InfluenceMapper, q: Grads, n: Grads
+) -> np.ndarray:
+    """Plain vectors through operators as plain maps, and their dot products in float64: [q, n]."""
+    found = []
+    for name, operator in operators.items():
+        layout = mapper.provider.layouts[name]
+        left, right = (operator.seen(BlockGradient.from_flat(layout, g[name])).flat() for g in (q, n))
+        found.append(to_numpy(precise(operator.apply(left)) @ transpose(precise(right))))
+    return np.sum(found, axis=0)
+
+
+def _total(by_block: Mapping[str, Array]) -> np.ndarray:
+    return np.sum([to_numpy(block).astype(np.float64) for block in by_block.values()], axis=0)
+
+
+def _flat(provider: StructuredGradientProvider, rows: Sequence[Any], query: bool) -> OrderedDict[str, Array]:
+    """Gradients of batches as flat vectors, by block: [n, D_block]."""
+    pieces = [provider.grads(row, query=query) for row in rows]
+    xp = namespace(next(iter(pieces[0].values())).like)
+    return OrderedDict((name, xp.concat([piece[name].flat() for piece in pieces], axis=0)) for name in pieces[0])
+
+
+def _off(got: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference, relative to the largest entry; not a number where there is one in either."""
+    gap, size = float(np.abs(got - expected).max()), float(np.abs(expected).max())
+    return gap / size if size else gap
+
+
+# The verification -----------------------------------------------------------------------------------------------------
+
+
+def verify(
+    influence: ComposableInfluence,
+    train_loader: Iterable[Any],
+    query_loader: Iterable[Any],
+    *,
+    rows: int = 8,
+    queries: int = 4,
+    seed: int = 0,
+    tolerance: float | None = None,
+    progress: bool = False,
+) -> Verification:
+    """See `ComposableInfluence.verify`.
+
+    Errors: NotFittedError; StaleFit; BatchMismatch for a loader without rows; InvalidSetting.
+    """
+    influence.check_weights()
+    for name, value in (("rows", rows), ("queries", queries)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InvalidSetting(f"{name} is {value!r}; expected a whole number of at least 1.")
+    if tolerance is not None and not 0 < tolerance < math.inf:
+        raise InvalidSetting(f"tolerance is {tolerance!r}; expected a positive number, or None.")
+    provider = influence.provider
+    asked = _sample(provider, query_loader, queries, seed, 0, "queries", progress)
+    train = _sample(provider, train_loader, rows * len(asked.rows), seed, 1, "train rows", progress)
+    allowed = TOLERANCES.get(influence.source.dtype, 0.1) if tolerance is None else float(tolerance)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotConverged)  # the table says so
+        return _Verifier(influence, train_loader, asked, train, allowed, seed, progress).verification()
+
+
+class _Verifier:
+    """The checks of one verification, and what several of them need."""
+
+    def __init__(
+        self,
+        influence: ComposableInfluence,
+        loader: Iterable[Any],
+        queries: Sample,
+        train: Sample,
+        tolerance: float,
+        seed: int,
+        progress: bool,
+    ):
+        self.influence, self.loader, self.queries, self.train = influence, loader, queries, train
+        self.tolerance, self.seed, self.progress = tolerance, seed, progress
+        self.mapper = influence.block_mapper
+        self.joined_queries, self.joined_train = join(queries.rows), join(train.rows)
+        self.ratio = train.count / queries.count
+        with recorded_solves() as log:
+            self.scores = _scores(self.mapper, self.joined_queries, self.joined_train, self.ratio)
+        self.solves = joined(log)
+
+    def verification(self) -> Verification:
+        approximation, why = self._approximation()
+        checks = (
+            *self._gradients(),
+            self._refit(),
+            self._batch_sizes(),
+            self._row_order(),
+            self._rows_fitted(),
+            self._finite(),
+            *self._solves(),
+            Check("coverage", self.influence.provider.coverage_fraction, note="share of the trainable parameters"),
+            *self._describe(approximation, why),
+        )
+        return Verification(
+            method=self.influence.method.describe(),
+            rows=len(self.train.rows),
+            queries=len(self.queries.rows),
+            seed=self.seed,
+            tolerance=self.tolerance,
+            checks=checks,
+            approximation=approximation,
+        )
+
+    @cached_property
+    def allowed(self) -> float:
+        """The tolerance, and what solves with these residuals may be off by.
+
+        A score's error is <r, A^-1 g> with r the query's residual: |r| |g| over the smallest damped eigenvalue at most,
+        for each of two solves.
+        """
+        total = 0.0
+        for name, report in self.solves.items():
+            status = self.influence.status.blocks[name]
+            if status.lowest_damped is None or not status.lowest_damped > 0:
+                return self.tolerance + SOLVED
+            q, n = (self._lengths(batch, name, query) for batch, query in self._sides)
+            scale = self.influence.provider.block_scale(name)
+            total += 2 * scale * float((report.residual[: len(q)] * q).max() * n.max()) / status.lowest_damped
+        largest = float(np.abs(self.scores).max())
+        return self.tolerance + min(SOLVED, total / largest if largest else 0.0)
+
+    @property
+    def _sides(self) -> tuple[tuple[list[Any], bool], tuple[list[Any], bool]]:
+        return (self.joined_queries, True), (self.joined_train, False)
+
+    def _lengths(self, rows: Sequence[Any], block: str, query: bool) -> np.ndarray:
+        values = [self.mapper.provider.grads(batch, query=query)[block].squared_norms() for batch in rows]
+        return np.sqrt(np.concatenate([to_numpy(value) for value in values]))
+
+    @cached_property
+    def plain(self) -> tuple[ComposableInfluence, Grads, Grads] | str:
+        """An influence on the float64 copy, and plain gradients of queries and train rows; or why there are none."""
+        try:
+            source = self.influence.source.in_float64()
+            if source is None:
+                return f"{type(self.influence.source).__name__} has no float64 copy"
+            copied = self.influence.unfitted(source)
+            q, n = (_flat(copied.provider, rows.rows, query) for rows, query in self._samples)
+            return copied, q, n
+        except (HeadwaterError, RuntimeError) as error:
+            return _in_words(error)
+
+    @property
+    def _samples(self) -> tuple[tuple[Sample, bool], tuple[Sample, bool]]:
+        return (self.queries, True), (self.train, False)
+
+    # Is it implemented right?
+
+    def _gradients(self) -> list[Check]:
+        """Gradients in batches against plain ones; and plain ones through the fitted operators against the scores."""
+        if isinstance(self.plain, str):
+            return [Check(name, note=self.plain) for name in (GRADIENTS, PLAIN)]
+        copied, q, n = self.plain
+        worst = 0.0
+        for (batch, query), (rows, _) in zip(self._sides, self._samples, strict=True):
+            plain = _flat(copied.source, rows.rows, query)
+            for name, mine in _flat(self.influence.source, batch, query).items():
+                worst = max(worst, _off_by_row(to_numpy(mine), to_numpy(plain[name])))
+        like = next(iter(self.mapper.provider.grads(self.queries.rows[0]).values())).like
+        xp = namespace(like)
+        q, n = ({name: xp.astype(g, like.dtype) for name, g in grads.items()} for grads in (q, n))
+        scores = _scores_of_plain(self.mapper.operators, self.mapper, q, n)
+        return [
+            Check(GRADIENTS, worst, self.tolerance),
+            Check(PLAIN, _off(self.scores, scores), self.allowed),
+        ]
+
+    def _refit(self) -> Check:
+        """All again in float64: fit, gradients, operators, dot products."""
+        if isinstance(self.plain, str):
+            return Check(REFIT, note=self.plain)
+        if self.train.every is None:
+            return Check(REFIT, note=self._too_many)
+        copied, q, n = self.plain
+        size = 1 if self.train.count <= ONE_BY_ONE else 16
+
+        def compute() -> np.ndarray:
+            fitted = copied.unfitted().fit(cut(self.train.every or [], size), progress=self.progress)
+            return _scores_of_plain(fitted.block_mapper.operators, fitted.block_mapper, q, n)
+
+        return self._compare(REFIT, compute, "one row at a time" if size == 1 else f"{size} rows at a time")
+
+    def _batch_sizes(self) -> Check:
+        """Rows one at a time, all at once, and in uneven batches, by three routes."""
+        q, n = self.queries.rows, self.train.rows
+
+        def compute() -> np.ndarray:
+            found = [
+                _scores_from_factors(self.mapper, q, n),
+                _total(self.mapper.interactions(self.joined_queries[0], self.joined_train[0], "up")),
+                _scores(self.mapper, cut(q, 3), cut(n, 5), 0.0),
+                _scores(self.mapper, self.joined_queries, cut(n, 7), 1e9),
+            ]
+            gaps = (scores - self.scores[: scores.shape[0], : scores.shape[1]] for scores in found)
+            return self.scores + max(gaps, key=lambda gap: np.abs(gap).max())
+
+        return self._compare(SIZES, compute)
+
+    def _row_order(self) -> Check:
+        """A fit to the same rows in another order and in other batches."""
+        if self.train.every is None:
+            return Check(ORDER, note=self._too_many)
+        every = self.train.every
+        numbers = row_uniforms(np.arange(len(every)), 1, draw=SAMPLING + 2, seed=self.seed)[:, 0, 0]
+        order = [every[k] for k in np.argsort(numbers, kind="stable")]
+
+        def compute() -> np.ndarray:
+            fitted = self.influence.unfitted().fit(cut(order, 13), progress=self.progress)
+            return _scores(fitted.block_mapper, self.joined_queries, self.joined_train, self.ratio)
+
+        return self._compare(ORDER, compute)
+
+    def _compare(self, name: str, compute: Callable[[], np.ndarray], note: str = "") -> Check:
+        """What is computed against the scores; a note says where its solves missed their tolerance."""
+        try:
+            with recorded_solves() as log:
+                figure = _off(compute(), self.scores)
+        except (HeadwaterError, RuntimeError) as error:
+            return Check(name, note=_in_words(error))
+        missed = sum(int((~report.converged).sum()) for report in log)
+        said = [note, f"{missed} solves missed their tolerance"] if missed else [note]
+        return Check(name, figure, self.allowed, "; ".join(filter(None, said)))
+
+    @property
+    def _too_many(self) -> str:
+        return f"{self.train.count} train rows; at most {REFITTED} are fitted again"
+
+    # Is anything missing?
+
+    def _rows_fitted(self) -> Check:
+        """The loader's rows against those of the fit."""
+        fitted, here = self.influence.n_train, self.train.weight
+        note = "" if math.isclose(fitted, here, rel_tol=1e-6) else f"the fit had {fitted:g}, the loader has {here:g}"
+        return Check("rows of the fit missing", abs(fitted - here), 1e-6 * here, note)
+
+    def _finite(self) -> Check:
+        return Check("scores not finite", float((~np.isfinite(self.scores)).sum()), 0.0)
+
+    def _solves(self) -> list[Check]:
+        return [
+            Check(f"solves missed{where}", float((~report.converged).sum()), 0.0, _residual(report))
+            for name, report in self.solves.items()
+            for where in (f", block {name}" if len(self.solves) > 1 else "",)
+        ]
+
+    # How near is the method to what it approximates?
+
+    def _approximation(self) -> tuple[Approximation | None, str]:
+        """The comparison, or why there is none."""
+        kind = self.influence.method.approximates
+        if kind is None:
+            return None, "the method approximates no inverse"
+        if isinstance(self.plain, str):
+            return None, self.plain
+        copied, q, n = self.plain
+        sizes, rows = copied.provider.sizes, self.train.count
+        if rows * sum(sizes.values()) > EXACT_WORK:
+            return None, f"{rows} rows times {sum(sizes.values())} parameters are too many"
+        dense = max(sizes.values()) <= DENSE
+        method = exact_method(self.influence.method, kind, dense)
+        reference = copied.unfitted(method=method, damping=self.influence.absolute_damping)
+        try:
+            fitted = reference.fit(self.loader, progress=self.progress)
+            exact = _scores_of_plain(fitted.block_mapper.operators, fitted.block_mapper, q, n)
+        except (HeadwaterError, RuntimeError) as error:
+            return None, _in_words(error)
+        how = "dense" if dense else "conjugate gradients to 1e-8"
+        return Approximation(
+            reference=f"exact damped inverse of the {kind.replace('_', ' ')} by block, {how}, float64",
+            scores=self.scores,
+            exact=exact,
+            paired=(self.train.labels * len(self.queries.rows)).astype(np.int64),
+            exhaustive=len(self.train.rows) == rows,
+        ), ""
+
+    def _describe(self, found: Approximation | None, why: str) -> list[Check]:
+        names = ("distance from the exact inverse", "rank correlation with it", "error bound for other pairs")
+        if found is None:
+            return [Check(name, note=why) for name in names]
+        lowest = found.rank_correlations.min()
+        return [
+            Check(names[0], found.relative_error, note=found.reference),
+            Check(
+                names[1], float(found.rank_correlations.mean()), note=f"Spearman, mean of queries; lowest {lowest:.3g}"
+            ),
+            self._bound(names[2], found),
+        ]
+
+    def _bound(self, name: str, found: Approximation) -> Check:
+        count, bound = len(found.paired), found.bound
+        if found.exhaustive:
+            return Check(name, note="no train row is left that was not sampled")
+        if math.isinf(bound):
+            return Check(name, note=f"{count} train rows are too few; at least 9 are needed")
+        share = bound / float(np.abs(found.exact).max())
+        note = (
+            f"with probability {1 - MISCOVERAGE:.0%}, no error of one of these queries on a train row not sampled is "
+            f"larger; {share:.2g} of the largest score here"
+        )
+        return Check(name, bound, note=note)
+
+
+def exact_method(method: Method, kind: str, dense: bool) -> Method:
+    """The exact damped inverse of a curvature of this kind, with the labels that the method would take."""
+    fisher = "empirical" if kind == "empirical_fisher" else getattr(method, "fisher", "auto")
+    options: dict[str, Any] = {"curvature": kind, "fisher": fisher, "seed": getattr(method, "seed", 0)}
+    if dense:
+        return Direct(**options, allow_indefinite=True)
+    indefinite = getattr(method, "allow_indefinite", False)
+    return Cg(**options, tolerance=1e-8, max_iterations=5000, preconditioner="diagonal", allow_indefinite=indefinite)
+
+
+def _off_by_row(got: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference of two rows, in length, relative to the longest row."""
+    gap, size = (float(np.linalg.norm(rows, axis=1).max()) for rows in (got - expected, expected))
+    return gap / size if size else gap
+
+
+def _residual(report: SolveReport) -> str:
+    return f"the worst relative residual is {report.residual.max(initial=0.0):.2g}"
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]

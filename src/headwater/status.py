@@ -1,0 +1,185 @@
+"""What a fitted influence knows about itself: settings, spectrum, what was cut off, and how far its solves came."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from headwater.methods.base import Method
+from headwater.methods.low_rank import LowRankMethod
+from headwater.operators.algebra import LinearOperator
+from headwater.operators.approximated import ApproximatedOperator
+from headwater.operators.iterative import SolveReport
+from headwater.operators.projected import ProjectedOperator
+from headwater.operators.structured import EigenpairsOperator
+
+if TYPE_CHECKING:
+    from headwater.influence import ComposableInfluence
+
+
+@dataclass(frozen=True, eq=False)
+class BlockStatus:
+    """One block: its curvature's spectrum, and what the method left of it."""
+
+    size: int
+    """Parameters."""
+    damping: float
+    """Absolute, in the units of the curvature."""
+    mean_eigenvalue: float
+    """Of the undamped curvature, as the method damps it: of a projected one, over the projected numbers."""
+    mean_error: float
+    """Standard error of the mean eigenvalue where it is estimated; zero where it is exact."""
+    curvature: LinearOperator = field(repr=False)
+    """Undamped."""
+    kept_rank: int | None = None
+    """Directions that a low-rank method keeps; None for a method that keeps all."""
+    kept_mass: float | None = None
+    """Share of the trace that these hold."""
+    truncation_error: float = 0.0
+    """Relative error of a separable inverse spectrum, of the worst part; zero for an exact one."""
+    solve: SolveReport | None = None
+    """How far the solves of the last call came."""
+
+    @cached_property
+    def bounds(self) -> tuple[float, float] | None:
+        """The smallest and largest eigenvalue of the undamped curvature; see `LinearOperator.spectrum_bounds`.
+
+        Where there are only products, asking costs a few dozen of them, once.
+        """
+        return self.curvature.spectrum_bounds()
+
+    @property
+    def lowest(self) -> float | None:
+        return None if self.bounds is None else self.bounds[0]
+
+    @property
+    def highest(self) -> float | None:
+        return None if self.bounds is None else self.bounds[1]
+
+    @property
+    def lowest_damped(self) -> float | None:
+        """The smallest eigenvalue after damping: what the inverse divides by."""
+        return None if self.lowest is None else self.lowest + self.damping
+
+    @property
+    def condition(self) -> float | None:
+        """The largest damped eigenvalue over the smallest; infinite where that is not positive."""
+        if self.bounds is None:
+            return None
+        low, high = self.bounds[0] + self.damping, self.bounds[1] + self.damping
+        return high / low if low > 0 else np.inf
+
+
+@dataclass(frozen=True, eq=False)
+class Status:
+    """What a fitted influence is and knows. `print` shows it as a table, spectrum bounds included."""
+
+    method: str
+    """The method's settings."""
+    n_train: float
+    """Rows that were fitted, each counted with its weight."""
+    coverage: float
+    """The share of the model's trainable parameters that is attributed."""
+    dtype: str
+    """In which gradients are computed."""
+    seed: int | None
+    """Of the method's random numbers; None for a method without any."""
+    explained: str
+    """What the scores are about."""
+    blocks: Mapping[str, BlockStatus]
+
+    def __str__(self) -> str:
+        seed = "no random numbers" if self.seed is None else f"seed {self.seed}"
+        head = (
+            f"{self.method}\n{self.n_train:g} train rows, {self.coverage:.1%} of the trainable parameters, "
+            f"{self.dtype}, {seed}, explains the {self.explained}\n"
+        )
+        names = ["block", "size", "damping", "mean", "lowest", "highest", "lowest damped", "kept", "cut", "residual"]
+        rows = [[name, *_cells(block)] for name, block in self.blocks.items()]
+        return head + "\n" + table([names, *rows])
+
+
+def _cells(block: BlockStatus) -> list[str]:
+    mean = shown(block.mean_eigenvalue) + (f" +- {block.mean_error:.1g}" if block.mean_error else "")
+    kept = "all" if block.kept_rank is None else f"{block.kept_rank} ({block.kept_mass or 0.0:.1%} of the trace)"
+    solve = block.solve
+    residual = "-" if solve is None else f"{solve.residual.max(initial=0.0):.2g} ({len(solve.residual)} solves)"
+    return [
+        str(block.size),
+        shown(block.damping),
+        mean,
+        shown(block.lowest),
+        shown(block.highest),
+        shown(block.lowest_damped),
+        kept,
+        shown(block.truncation_error),
+        residual,
+    ]
+
+
+def shown(value: float | None) -> str:
+    """Three digits, or a dash."""
+    return "-" if value is None else f"{value:.3g}"
+
+
+def table(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
+    """Columns of equal width, numbers to the right; those in `left` to the left."""
+    columns = list(zip(*rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    sides = [str.ljust if k in left else str.rjust for k in range(len(columns))]
+    lines = ([side(cell, w) for side, cell, w in zip(sides, row, widths, strict=True)] for row in rows)
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def status_of(influence: ComposableInfluence) -> Status:
+    """See `ComposableInfluence.status`. Errors: NotFittedError."""
+    fitted, damping = influence.block_mapper.operators, influence.absolute_damping
+    curvature = influence.curvature
+    blocks = {
+        name: BlockStatus(
+            size=operator.input_size,
+            damping=damping[name],
+            mean_eigenvalue=curvature[name].mean_eigenvalue(),
+            mean_error=_trace_error(curvature[name]) / operator.input_size,
+            curvature=curvature[name],
+            **_kept(influence.method, curvature[name]),
+            truncation_error=max(influence.truncation_errors[name]),
+            solve=influence.solves.get(name),
+        )
+        for name, operator in fitted.items()
+    }
+    return Status(
+        method=influence.method.describe(),
+        n_train=influence.n_train,
+        coverage=influence.provider.coverage_fraction,
+        dtype=influence.source.dtype,
+        seed=getattr(influence.method, "seed", None),
+        explained=influence.explained,
+        blocks=blocks,
+    )
+
+
+def _trace_error(curvature: LinearOperator) -> float:
+    """Of an estimated trace, wherever in the operator it is."""
+    for inner in ("exact", "whole", "curvature"):
+        if hasattr(curvature, inner):
+            return _trace_error(getattr(curvature, inner))
+    return float(getattr(curvature, "trace_error", 0.0))
+
+
+def _kept(method: Method, curvature: LinearOperator) -> dict[str, Any]:
+    """Rank and share of the trace, where a method sees the curvature through few directions."""
+    if isinstance(curvature, ProjectedOperator):
+        return {"kept_rank": curvature.kept_rank, "kept_mass": curvature.kept_mass}
+    if isinstance(method, LowRankMethod) and isinstance(curvature, ApproximatedOperator):
+        leading, trace = curvature.approximation, curvature.trace()
+        assert isinstance(leading, EigenpairsOperator)
+        return {
+            "kept_rank": int(leading.vectors.shape[0]),
+            "kept_mass": leading.trace() / trace if trace else 1.0,
+        }
+    return {}
