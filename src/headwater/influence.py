@@ -13,7 +13,7 @@ import copy
 import os
 from abc import ABC
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Self
@@ -25,7 +25,7 @@ from headwater.gradients.provider import BlockGradients, StructuredGradientProvi
 from headwater.methods.base import Curvatures, Method
 from headwater.methods.damping import Damping, Relative, damping_by_block, in_units
 from headwater.operators.algebra import IdentityOperator, LinearOperator, ScaledOperator
-from headwater.operators.iterative import SolveReport, joined, recorded_solves
+from headwater.operators.iterative import SolveReport, apply_path, joined, recorded_solves
 from headwater.operators.kronecker import SeparableOperator
 from headwater.operators.structured import BlockDiagonalOperator
 from headwater.types import BlockMapper, InfluenceMode, OperatorGradientComposition, TensorType
@@ -313,6 +313,35 @@ class ComposableInfluence(ABC, Generic[TensorType]):
             if mode is InfluenceMode.Perturbation:
                 return mapper.perturbation(mapper.transformed_grads(test), train)
             return _sum(mapper.interactions(test, train, mode))
+
+    def damping_path(
+        self,
+        dampings: Sequence[Damping | Mapping[str, Damping]],
+        x_test: Any,
+        y_test: Any,
+        x: Any = None,
+        y: Any = None,
+        mode: InfluenceMode | str = InfluenceMode.Up,
+    ) -> list[TensorType]:
+        """`influences` at each of several dampings; hw.BlockKrylov() has them all from one space.
+
+        That space is grown for the first damping; `solves` and a warning say how far the others came in it.
+        """
+        _, mode, test, train = self._asked(x_test, y_test, x, y, mode)
+        others = [self.with_damping(damping)._ready() for damping in dampings]
+        grads = self.provider.grads(test, query=True) if others else {}
+        factors: list[dict[str, Array]] = [{} for _ in others]
+        with self._recorded():
+            for name, value in grads.items():
+                operators = [mapper.operators[name] for mapper in others]
+                for found, factor in zip(factors, apply_path(operators, operators[0].seen(value).flat()), strict=True):
+                    found[name] = factor
+        if mode is InfluenceMode.Perturbation:
+            return [mapper.perturbation(f, train) for mapper, f in zip(others, factors, strict=True)]
+        return [
+            _sum(mapper.interactions_from_transformed_grads(f, train, mode))
+            for mapper, f in zip(others, factors, strict=True)
+        ]
 
     def influences_by_block(
         self, x_test: Any, y_test: Any, x: Any = None, y: Any = None, mode: InfluenceMode | str = InfluenceMode.Up

@@ -43,7 +43,9 @@ class Settings:
     damping: float = 1.0
     """Times the mean eigenvalue of a block's curvature; not read by methods without curvature."""
     train: int = 1000
-    """Rows to train on; the rest of the 1797 are queries."""
+    """Rows to train on, of 1797."""
+    queries: int | None = None
+    """Rows to query with; None for all the rest."""
     steps: int = 500
     """Of SGD, 64 rows each."""
     explained: int = 20
@@ -123,7 +125,7 @@ def load(settings: Settings) -> Digits:
     rng = np.random.default_rng([settings.seed, 0])
     x, y = load_digits(return_X_y=True)
     order = rng.permutation(len(y))
-    train, query = order[: settings.train], order[settings.train :]
+    train, query = order[: settings.train], order[settings.train :][: settings.queries]
     given = y[train].copy()
     for digit, called, share in MISLABELLED:
         rows = rng.permutation(np.flatnonzero(y[train] == digit))

@@ -52,9 +52,8 @@ class Recipe:
 
 
 WHOLE = "The whole network is one block."
-SAMPLED_STEPS = (
-    f"{WHOLE} Every step sees few rows, so that the answer keeps some noise. Self-influence is that of conjugate "
-    "gradients, which solve the same system for all rows together and far sooner."
+BY_CG = (
+    "Self-influence is that of conjugate gradients, which solve the same system for all rows together and far sooner."
 )
 EMPIRICAL = (
     "The curvature is the empirical Fisher, made of the training rows' own gradients. Wrong labels have large ones, "
@@ -66,23 +65,38 @@ METHODS: dict[str, Recipe] = {
     "ekfac": Recipe("EKFAC", lambda seed, rates: hw.Ekfac(seed=seed)),
     "kfac": Recipe("KFAC", lambda seed, rates: hw.Kfac(seed=seed)),
     "direct": Recipe("exact GGN", lambda seed, rates: hw.Direct(curvature="ggn")),
-    "cg": Recipe("conjugate gradients", lambda seed, rates: hw.Cg(seed=seed), "full", note=WHOLE),
-    "block-krylov": Recipe("block Krylov", lambda seed, rates: hw.BlockKrylov(seed=seed), "full", note=WHOLE),
-    "lissa": Recipe("LiSSA", lambda seed, rates: hw.Lissa(seed=seed), "full", itself="cg", note=SAMPLED_STEPS),
-    "astra": Recipe("ASTRA", lambda seed, rates: hw.Astra(seed=seed), "full", itself="cg", note=SAMPLED_STEPS),
-    "arnoldi": Recipe("Arnoldi", lambda seed, rates: hw.Arnoldi(seed=seed), "full", note=WHOLE),
-    "nystroem": Recipe("Nystroem", lambda seed, rates: hw.Nystroem(seed=seed), "full", note=WHOLE),
+    "cg": Recipe("conjugate gradients", lambda seed, rates: hw.Cg(seed=seed)),
+    "block-krylov": Recipe("block Krylov", lambda seed, rates: hw.BlockKrylov(seed=seed)),
+    "lissa": Recipe(
+        "LiSSA",
+        lambda seed, rates: hw.Lissa(seed=seed),
+        itself="cg",
+        note=f"Every step sees 64 rows, so that the answer keeps some noise. {BY_CG}",
+    ),
+    "astra": Recipe(
+        "ASTRA",
+        lambda seed, rates: hw.Astra(seed=seed, rows=None),
+        itself="cg",
+        note=f"Every step sees all rows: with steps of a few hundred of these it would not settle. {BY_CG}",
+    ),
+    "arnoldi": Recipe("Arnoldi", lambda seed, rates: hw.Arnoldi(seed=seed)),
+    "nystroem": Recipe("Nystroem", lambda seed, rates: hw.Nystroem(seed=seed)),
     "datainf": Recipe("DataInf", lambda seed, rates: hw.DataInf(), note=EMPIRICAL),
     "dual": Recipe("dual form", lambda seed, rates: hw.Dual(seed=seed), "full", note=f"{WHOLE} {EMPIRICAL}"),
     "trak": Recipe(
         "TRAK",
         lambda seed, rates: hw.Trak(seed=seed),
         "full",
-        note="One network, where the paper averages many. What is explained is minus the margin, log p/(1 - p) of the "
-        "true label, not the loss: scores are in its unit.",
+        note="One network, where the paper averages many. What is explained is the negative margin, "
+        "log (1 - p)/p of the true label, not the loss: scores are in its unit.",
     ),
     "logra": Recipe("LoGra", lambda seed, rates: hw.LoGra(seed=seed), note=EMPIRICAL),
-    "lorif": Recipe("LoRIF", lambda seed, rates: hw.LoRif(seed=seed), note=EMPIRICAL),
+    "lorif": Recipe(
+        "LoRIF",
+        lambda seed, rates: hw.LoRif(seed=seed, kept=64),
+        note=f"{EMPIRICAL} A row of one position has a gradient of rank 1 already, so all that LoRIF leaves out here "
+        "are the eigenvalues after the 64th of each layer.",
+    ),
     "factgrass": Recipe("FactGraSS", lambda seed, rates: hw.FactGrass(seed=seed), note=EMPIRICAL),
     "tracin": Recipe(
         "TracIn",

@@ -90,7 +90,7 @@ def _unit_note(found: Findings) -> str:
 
 def _explained(found: Findings) -> str:
     """What of a query the scores are about, lower being better."""
-    return {"margin": "minus the margin", "negative_logit": "minus the logit"}.get(found.explained_as, "loss")
+    return {"margin": "negative margin", "negative_logit": "negative logit"}.get(found.explained_as, "loss")
 
 
 def _opening(found: Findings) -> str:

@@ -62,6 +62,17 @@ class Solver(ABC):
     ) -> Solution:
         """sides [k, D]. Errors: IndefiniteCurvature where negative curvature is met and not allowed."""
 
+    def solve_path(
+        self,
+        curvature: LinearOperator,
+        dampings: Sequence[float],
+        sides: Array,
+        preconditioner: LinearOperator | None,
+        label: str,
+    ) -> list[Solution]:
+        """A solution for each damping; a solver that can shares its work among them."""
+        return [self.solve(curvature, damping, sides, preconditioner, label) for damping in dampings]
+
 
 _LOG: ContextVar[list[SolveReport] | None] = ContextVar("headwater_solves", default=None)
 
@@ -121,10 +132,7 @@ class IterativeInverse(LinearOperator):
     def _apply(self, tensor: Array) -> Array:
         sides = tensor.reshape((-1, self.input_size))
         solution = self.solver.solve(self.curvature, self.damping, sides, self.preconditioner, self.label)
-        log = _LOG.get()
-        if log is not None:
-            log.append(solution.report)
-        _warn(solution.report)
+        _note(solution.report)
         return solution.x.reshape(tensor.shape)
 
     def adjoint(self) -> IterativeInverse:
@@ -132,6 +140,28 @@ class IterativeInverse(LinearOperator):
 
     def trace(self) -> float:
         raise NotImplementedError("The trace of an inverse that is solved for needs its matrix: use dense().")
+
+
+def apply_path(operators: Sequence[LinearOperator], tensor: Array) -> list[Array]:
+    """One tensor through several operators; inverses of one curvature at several dampings share their work."""
+    first = operators[0]
+    if isinstance(first, IterativeInverse) and all(
+        isinstance(op, IterativeInverse) and op.curvature is first.curvature for op in operators
+    ):
+        dampings = [op.damping for op in operators]  # type: ignore[attr-defined]
+        sides = tensor.reshape((-1, first.input_size))
+        solutions = first.solver.solve_path(first.curvature, dampings, sides, first.preconditioner, first.label)
+        for solution in solutions:
+            _note(solution.report)
+        return [solution.x.reshape(tensor.shape) for solution in solutions]
+    return [operator.apply(tensor) for operator in operators]
+
+
+def _note(report: SolveReport) -> None:
+    log = _LOG.get()
+    if log is not None:
+        log.append(report)
+    _warn(report)
 
 
 def _warn(report: SolveReport) -> None:

@@ -145,7 +145,7 @@ def refit_heads(models: StackedMlps, x: Any, y: Any, *, l2: float) -> StackedMlp
     labels = torch.as_tensor(y, device=features.device).long().expand(features.shape[:2]).flatten()
     head = [part[-1].double().clone().requires_grad_() for part in (models.weights, models.biases)]
     solver = torch.optim.LBFGS(
-        head, max_iter=1000, history_size=50, tolerance_grad=1e-9, tolerance_change=0.0, line_search_fn="strong_wolfe"
+        head, max_iter=500, history_size=50, tolerance_grad=1e-8, tolerance_change=0.0, line_search_fn="strong_wolfe"
     )
 
     def objective() -> float:
@@ -154,7 +154,7 @@ def refit_heads(models: StackedMlps, x: Any, y: Any, *, l2: float) -> StackedMlp
         loss = loss + l2 / 2 * sum(p.square().sum() for p in head)
         for p, slope in zip(head, torch.autograd.grad(loss, head), strict=True):
             p.grad = slope
-        return float(loss)
+        return float(loss.detach())
 
     solver.step(objective)
     weight, bias = (p.detach().to(models.weights[-1]) for p in head)
