@@ -1,12 +1,14 @@
-"""headwater: graddot | kfac | kfac_factored | ekfac | ekfac_r4 | ekfac_r16 | ekfac_all_labels | ekfac_rel.
+"""headwater's methods, by the names in METHODS; a driver in the manner of the peers' own, started by run.py.
 
-A driver in the manner of the peers' own, started by run.py. `--damping none` stands for 0.1 times the block's mean
-eigenvalue, as it does for kronfluence.
+`--damping none` stands for 0.1 times the block's mean eigenvalue, as it does for kronfluence. Methods whose peers work
+on all parameters at once have one block, "full"; the others one for each layer. A name that ends in `_last` sees the
+last layer only.
 """
 
 import importlib.metadata
 import sys
 import tomllib
+from collections.abc import Callable
 
 import numpy as np
 from peers import REPO, SOURCE, peerbench_folder
@@ -26,13 +28,18 @@ def batches(x: torch.Tensor, y: torch.Tensor, size: int) -> list[tuple[torch.Ten
     return list(zip(x.split(size), y.split(size), strict=True))
 
 
-def attribute_with(method, damping=None):
-    """A driver method: fit on the train rows, score every pair, return scores [train, query]."""
+def attribute_with(make_method: Callable, *, blocks: str = "layer", damping=None) -> Callable[..., np.ndarray]:
+    """A driver method: fit on the train rows, score every pair, return scores [train, query].
+
+    The method is made when the driver runs, so that a table may name what another version does not have.
+    """
 
     def run(w, meter, args) -> np.ndarray:
         added = damping if damping is not None else hw.relative(0.1) if w.damping is None else w.damping
         loss = w.loss_vec if w.seq else torch.nn.CrossEntropyLoss()
-        influence = TorchComposableInfluence(w.model, loss, method=method, damping=added, likelihood="cross_entropy")
+        influence = TorchComposableInfluence(
+            w.model, loss, method=make_method(), blocks=blocks, damping=added, likelihood="cross_entropy"
+        )
         train, query = batches(w.x, w.y, args.batch), batches(w.xq, w.yq, args.qbatch or len(w.xq))
         with meter("fit"):
             influence.fit(train)
@@ -41,6 +48,11 @@ def attribute_with(method, damping=None):
         return scores.T
 
     return run
+
+
+def on_all_parameters(make_method: Callable) -> Callable[..., np.ndarray]:
+    """As the peers that take all parameters jointly do."""
+    return attribute_with(make_method, blocks="full")
 
 
 def know_own_version() -> None:
@@ -56,15 +68,40 @@ def know_own_version() -> None:
 
 
 ONE_LABEL = {"fisher": "sampled"}  # one sampled label for each row, as in kronfluence; headwater's default takes all
+LOOSE = {"tolerance": 1e-3}
+LARGEST = {"rank": 50, "curvature": "hessian", "allow_indefinite": True}
 METHODS = {
-    "graddot": attribute_with(hw.GradDot()),
-    "kfac": attribute_with(hw.Kfac(**ONE_LABEL)),
-    "kfac_factored": attribute_with(hw.Kfac(damping_form="factored", **ONE_LABEL)),
-    "ekfac": attribute_with(hw.Ekfac(**ONE_LABEL)),
-    "ekfac_r4": attribute_with(hw.Ekfac(rank=4, **ONE_LABEL)),
-    "ekfac_r16": attribute_with(hw.Ekfac(rank=16, **ONE_LABEL)),
-    "ekfac_all_labels": attribute_with(hw.Ekfac()),
-    "ekfac_rel": attribute_with(hw.Ekfac(**ONE_LABEL), damping=hw.relative(0.1)),
+    "graddot": attribute_with(lambda: hw.GradDot()),
+    "tracin": attribute_with(lambda: hw.TracIn()),
+    "kfac": attribute_with(lambda: hw.Kfac(**ONE_LABEL)),
+    "kfac_factored": attribute_with(lambda: hw.Kfac(damping_form="factored", **ONE_LABEL)),
+    "ekfac": attribute_with(lambda: hw.Ekfac(**ONE_LABEL)),
+    "ekfac_r4": attribute_with(lambda: hw.Ekfac(rank=4, **ONE_LABEL)),
+    "ekfac_r16": attribute_with(lambda: hw.Ekfac(rank=16, **ONE_LABEL)),
+    "ekfac_all_labels": attribute_with(lambda: hw.Ekfac()),
+    "ekfac_empirical": attribute_with(lambda: hw.Ekfac(fisher="empirical")),
+    "ekfac_rel": attribute_with(lambda: hw.Ekfac(**ONE_LABEL), damping=hw.relative(0.1)),
+    "direct": on_all_parameters(lambda: hw.Direct("hessian", allow_indefinite=True)),
+    "direct_gn": on_all_parameters(lambda: hw.Direct("ggn")),
+    "direct_last": on_all_parameters(lambda: hw.Direct("hessian", allow_indefinite=True)),
+    "cg": on_all_parameters(lambda: hw.Cg(curvature="ggn", **LOOSE)),
+    "cg_plain": on_all_parameters(lambda: hw.Cg(curvature="ggn", preconditioner=None, **LOOSE)),
+    "cg_hessian": on_all_parameters(lambda: hw.Cg(curvature="hessian", allow_indefinite=True, **LOOSE)),
+    "block_krylov": on_all_parameters(lambda: hw.BlockKrylov(**LOOSE)),
+    "astra": on_all_parameters(lambda: hw.Astra()),
+    "lissa": on_all_parameters(lambda: hw.Lissa()),
+    "arnoldi": on_all_parameters(lambda: hw.Arnoldi(**LARGEST)),
+    "arnoldi_top": on_all_parameters(lambda: hw.Arnoldi(complement=False, **LARGEST)),
+    "nystroem": on_all_parameters(lambda: hw.Nystroem(rank=50)),
+    "dual": on_all_parameters(lambda: hw.Dual()),
+    "datainf": attribute_with(lambda: hw.DataInf()),
+    "trak512": on_all_parameters(lambda: hw.Trak(dimension=512)),
+    "trak2048": on_all_parameters(lambda: hw.Trak(dimension=2048)),
+    "trak_exact": on_all_parameters(lambda: hw.Trak(dimension=None)),
+    "logra": attribute_with(lambda: hw.LoGra(dimension=16)),
+    "logra_pca": attribute_with(lambda: hw.LoGra(dimension=16, init="pca")),
+    "lorif": attribute_with(lambda: hw.LoRif(dimension=16)),
+    "factgrass": attribute_with(lambda: hw.FactGrass(dimension=16)),
 }
 
 if __name__ == "__main__":

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import cache
 from typing import Any
 from unittest.mock import patch
 
-import models
 import numpy as np
 import torch
-from truth import Truth, assert_close, fitted
+from truth import assert_close, fitted, truth_of
 
 import headwater as hw
 from headwater.arrays import transpose
@@ -31,11 +29,6 @@ from headwater.operators.structured import DenseOperator
 from headwater.torch import CrossEntropy, TorchGradientProvider, likelihoods
 
 # Laws -----------------------------------------------------------------------------------------------------------------
-
-
-@cache
-def truth_of(name: str) -> Truth:
-    return Truth(models.CASES[name]())
 
 
 def equals_formula(case: str, method: hw.methods.base.Method, factor: float, mode: str = "up") -> None:

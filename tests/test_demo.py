@@ -4,17 +4,29 @@ import re
 import subprocess
 import sys
 from functools import cache
+from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 
+import headwater
 from headwater import __version__, cli
 from headwater.demo import METHODS, Settings, explore, report, tell
 from headwater.demo import experiment as demo
 from headwater.demo.story import suspects
 from headwater.errors import InvalidSetting, MissingExtra
+from headwater.methods.base import Method
 
 SMALL = {"train": 400, "steps": 60, "explained": 3, "retrains": 2, "removed": 10, "quiet": True}
+
+TINY = {"train": 120, "queries": 80, "steps": 80, "explained": 2, "retrains": 1, "removed": 5, "quiet": True}
+"""For what is asked of every method."""
+
+
+@cache
+def tiny(method):
+    return explore(Settings(**TINY, method=method))
 
 
 @cache
@@ -60,7 +72,7 @@ def test_baselines_rank_only_rows_that_are_labelled_otherwise():
 
 def test_the_most_harmful_row_is_ranked_first():
     found = small()
-    ranking = found.rankings[METHODS["ekfac"]]
+    ranking = found.rankings[METHODS["ekfac"].title]
     np.testing.assert_array_equal(ranking.argmax(1), found.scores.argmin(1))
 
 
@@ -97,18 +109,79 @@ def test_the_report_is_one_page_that_loads_nothing():
     assert "increase of the query&rsquo;s loss when the train row is removed" in text
 
 
-@pytest.mark.parametrize("method", ["kfac", "grad-dot", "grad-cos"])
+LIKENESS = {"tracin", "representer", "grad-dot", "grad-cos"}
+
+
+@pytest.mark.parametrize("method", [pytest.param(m, marks=pytest.mark.slow) if m == "direct" else m for m in METHODS])
 def test_every_method_tells_its_story(method):
-    found = small(method=method)
-    assert METHODS[method] in tell(found)
-    assert found.unit == ("influence" if method.startswith("grad") else "removal")
-    assert ("predicted fall in loss" in tell(found)) == (found.unit == "removal")
+    found = tiny(method)
+    recipe, text = METHODS[method], tell(found)
+    assert recipe.title in text and recipe.note in text and f"--method {method}" in text
+    assert np.isfinite(found.scores).all() and np.isfinite(found.self_influence).all()
+    assert found.unit == ("influence" if method in LIKENESS else "removal")
+    assert ("predicted fall in loss" in text) == (found.unit == "removal" and found.explained_as == "loss")
     assert report(found).endswith("</html>\n")
 
 
-@pytest.mark.slow
-def test_direct_tells_its_story():
-    assert "exact GGN" in tell(small(method="direct"))
+def test_no_two_names_give_the_same_scores():
+    """But for those that solve the same system."""
+    same_network = [name for name, recipe in METHODS.items() if name != "direct" and not recipe.refitted]
+    unit = {name: tiny(name).scores / np.linalg.norm(tiny(name).scores) for name in same_network}
+    alike = {(a, b) for a, x in unit.items() for b, y in unit.items() if a < b and np.abs(x - y).max() < 1e-4}
+    assert alike <= {("block-krylov", "cg")}
+
+
+def test_solvers_of_one_system_agree_in_the_demo():
+    cg, krylov = (tiny(name) for name in ("cg", "block-krylov"))
+    np.testing.assert_allclose(krylov.scores, cg.scores, atol=0.01 * np.abs(cg.scores).max())
+
+
+def test_tracin_reads_checkpoints_of_the_very_training():
+    digits, settings = tiny("tracin").digits, Settings(**TINY, method="tracin")
+    network = demo.train_network(settings, digits)
+    assert [point.step for point in network.checkpoints] == [8, 24, 40, 56, 72]
+    plain = demo.train_network(Settings(**TINY), digits)
+    np.testing.assert_array_equal(network.logits(digits.x_query), plain.logits(digits.x_query))
+
+
+def test_representer_points_add_up_to_the_logit_in_the_demo():
+    found, settings = tiny("representer"), Settings(**TINY, method="representer")
+    network = demo.train_network(settings, found.digits)
+    true = found.digits.y_query[found.wrong]
+    logits = network.logits(found.digits.x_query[found.wrong])[0].numpy()[np.arange(len(true)), true]
+    np.testing.assert_allclose(found.scores.sum(1) / settings.train, logits, atol=0.02 * np.abs(logits).max())
+
+
+def test_self_influence_by_another_method_is_said_to_be():
+    found = tiny("lissa")
+    np.testing.assert_array_equal(found.self_influence, tiny("cg").self_influence)
+    assert "self-influence (conjugate gradients)" in tell(found)
+
+
+def test_scores_of_a_margin_are_not_called_a_loss():
+    text = report(tiny("trak"))
+    assert "increase of the query&rsquo;s negative margin" in text and "query&rsquo;s loss" not in text
+
+
+def test_the_command_line_names_every_method():
+    assert get_args(cli.Method) == tuple(METHODS)
+
+
+def test_every_method_class_has_a_name_in_the_demo():
+    used = {type(recipe.method(0, (1.0,))).__name__ for recipe in METHODS.values()}
+    assert used == set(public_methods())
+
+
+def test_the_page_on_methods_has_a_row_for_every_method():
+    page = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
+    rows = re.findall(r"^\| `hw\.(\w+)\(", page, re.M)
+    assert sorted(rows) == sorted(public_methods())
+
+
+def public_methods():
+    """Names of all method classes that headwater shows."""
+    shown = {name: getattr(headwater, name) for name in headwater.__all__}
+    return [name for name, what in shown.items() if isinstance(what, type) and issubclass(what, Method)]
 
 
 @pytest.mark.slow

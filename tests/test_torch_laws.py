@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 from models import CASES, Case, mlp, settle
 from torch import nn
 from torch.utils._pytree import tree_map
-from truth import Truth, assert_close, fitted, named_loader
+from truth import Truth, assert_close, fitted, named_loader, truth_of
 
 import headwater as hw
 from headwater.errors import IndefiniteCurvature, InvalidSetting, UnsupportedModel
@@ -33,14 +32,17 @@ METHODS: dict[str, Method] = {
     "kfac-factored": hw.Kfac("factored", fisher="empirical"),
     "ekfac": hw.Ekfac(),
     "ekfac-full-rank": hw.Ekfac(rank=10**6, fisher="empirical"),
+    "tracin": hw.TracIn(0.3),
+    "dual": hw.Dual(),
+    "dual-ggn": hw.Dual("ggn"),
+    "datainf": hw.DataInf(),
+    "arnoldi": hw.Arnoldi(rank=10**6, tolerance=1e-13),
+    "nystroem": hw.Nystroem(rank=10**6),
+    "nystroem-6": hw.Nystroem(rank=6, seed=7),
 }
+"""Those that end in a closed form; what is solved for by iteration is in test_inverse_laws."""
 STRUCTURES = ("full", "layer", "parameter", "own")
 FACTORS = (1e-3, 0.1, 1.0)
-
-
-@cache
-def truth_of(name: str) -> Truth:
-    return Truth(CASES[name]())
 
 
 def structure_of(case: Case, structure: str) -> Any:
@@ -138,6 +140,7 @@ SAMPLED: dict[str, Method] = {
     "fisher-sampled": hw.Direct("fisher", fisher="sampled", seed=3),
     "kfac-sampled": hw.Kfac(fisher="sampled", samples=2, seed=4),
     "ekfac-sampled": hw.Ekfac(fisher="sampled", samples=2, seed=5),
+    "dual-sampled": hw.Dual("fisher", fisher="sampled", seed=6),
 }
 
 

@@ -6,8 +6,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from headwater.errors import BatchMismatch, InvalidInput, NonFiniteValue, ShapeMismatch  # noqa: E402
-from headwater.torch.trainer import batches, train_mlps, training_loss  # noqa: E402
+from headwater.errors import BatchMismatch, InvalidInput, InvalidSetting, NonFiniteValue, ShapeMismatch  # noqa: E402
+from headwater.torch.trainer import batches, refit_heads, train_mlps, training_loss  # noqa: E402
 
 WIDTHS = (5, 8, 6, 3)
 
@@ -132,3 +132,41 @@ def test_what_cannot_be_trained_is_refused_with_the_reason(change, error, said):
     x, y = rows()
     with pytest.raises(error, match=said):
         train(**({"x": x, "y": y, "keep": torch.ones(2, 50), "seeds": [0, 1]} | change))
+
+
+def test_checkpoints_lie_on_the_way_and_do_not_change_it():
+    (x, y), keep = rows(), subsets(5)
+    trained = train(x, y, keep, range(5), checkpoints=[45, 0, 15], side_by_side=2)
+    assert torch.equal(trained.logits(x), train(x, y, keep, range(5), side_by_side=2).logits(x))
+    assert [point.step for point in trained.checkpoints] == [0, 15, 45]
+    assert [point.rate for point in trained.checkpoints] == pytest.approx(
+        [0.1, 0.1 * (2 + 2**0.5) / 4, 0.1 * (2 - 2**0.5) / 4]
+    )
+    start = train(x, y, keep, range(5), lr=0.0, side_by_side=2)
+    assert torch.equal(trained.checkpoints[0].models.logits(x), start.logits(x))
+    losses = [float(models.losses(x, y).mean()) for models in (*(p.models for p in trained.checkpoints), trained)]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_a_checkpoint_outside_the_training_is_refused():
+    (x, y), keep = rows(), subsets(1)
+    with pytest.raises(InvalidSetting, match="from 0 to 59"):
+        train(x, y, keep, [0], checkpoints=[60])
+
+
+def test_refitted_heads_are_where_their_regularised_loss_is_stationary():
+    (x, y), keep = rows(), subsets(2)
+    plain = train(x, y, keep, [0, 1])
+    refitted = refit_heads(plain, x, y, l2=1e-2)
+    assert torch.equal(refitted.features(x), plain.features(x))
+    for index in range(2):
+        head = refitted.model(index)[-1].requires_grad_()
+        training_loss(head(plain.features(x)[index]), y).backward()
+        for p in head.parameters():
+            torch.testing.assert_close(p.grad, -1e-2 * p.detach(), rtol=1e-4, atol=1e-7)
+
+
+def test_a_head_without_regularisation_is_not_refitted():
+    (x, y), keep = rows(), subsets(1)
+    with pytest.raises(InvalidSetting, match="l2 is 0"):
+        refit_heads(train(x, y, keep, [0]), x, y, l2=0.0)

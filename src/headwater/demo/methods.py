@@ -93,9 +93,9 @@ METHODS: dict[str, Recipe] = {
     "logra": Recipe("LoGra", lambda seed, rates: hw.LoGra(seed=seed), note=EMPIRICAL),
     "lorif": Recipe(
         "LoRIF",
-        lambda seed, rates: hw.LoRif(seed=seed, kept=64),
+        lambda seed, rates: hw.LoRif(seed=seed, kept=32),
         note=f"{EMPIRICAL} A row of one position has a gradient of rank 1 already, so all that LoRIF leaves out here "
-        "are the eigenvalues after the 64th of each layer.",
+        "are the eigenvalues after the 32nd of each layer.",
     ),
     "factgrass": Recipe("FactGraSS", lambda seed, rates: hw.FactGrass(seed=seed), note=EMPIRICAL),
     "tracin": Recipe(
