@@ -5,10 +5,10 @@
     python benchmarks/accuracy.py --out FOLDER       where results are kept; what is there is not measured again
     python benchmarks/accuracy.py --out FOLDER --known    the table of what is there
 
-W1, a digits network of 85,002 parameters: LDS (see README.md) at 0.1, 1 and 10 times the mean eigenvalue; at the first two
-the rank correlation with the exact damped inverse of the curvature that the method approximates, in the same blocks and
-at the same absolute damping; CPU seconds of fit and score; peak memory. W4, a logistic regression of 62 parameters: LDS,
-and the rank correlation with exact leave-one-out, at the damping that its training had (its l2).
+W1, a digits network of 85,002 parameters: LDS (see README.md) at 0.1, 1 and 10 times the mean eigenvalue; at the first
+two the rank correlation with the exact damped inverse of the curvature that the method approximates, in the same blocks
+and at the same absolute damping; CPU seconds of fit and score; peak memory. W4, a logistic regression of 62 parameters:
+LDS, and the rank correlation with exact leave-one-out, at the damping that its training had (its l2).
 
 Every measurement is a process of its own on one thread, stopped after --limit CPU seconds, warmed up on a few rows. It
 needs the workloads of the peers' folder (see `peers.py`), and no peer.
