@@ -185,7 +185,10 @@ class Cg(PreconditionedMethod):
         """Where an indefinite Hessian is allowed, a space with full orthogonalisation: CG would break down."""
         found = super().invert(curvature, damping)
         assert isinstance(found, IterativeInverse) and isinstance(found.curvature, CurvatureOperator)
-        if not self.allow_indefinite or found.curvature.psd or found.curvature.bounds.lowest + damping > 0:
+        if not self.allow_indefinite or found.curvature.psd:
+            return found
+        bounds = found.curvature.bounds
+        if bounds.lowest - bounds.lowest_error + damping > 0:
             return found
         solver = BlockKrylovSolver(self.tolerance, self.max_iterations, allow_indefinite=True)
         return IterativeInverse(found.curvature, damping, solver, found.preconditioner, found.label)
