@@ -12,6 +12,7 @@ Sources: Woodbury 1950; Kwon et al. 2024, arXiv 2310.00902 (DataInf).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -86,37 +87,105 @@ class RowSumOperator(LinearOperator):
     def product(self, vectors: Array) -> DrawsProduct:
         return DrawsProduct(self.curvature.source.provider.layouts[self.label], vectors)
 
-    def draws(self, rows: Rows) -> list[Any]:
+    def draws(self, rows: Rows) -> list[BlockGradient]:
         return [draw[self.label] for draw in rows.draws or ()]
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether passes read the rows' gradients from memory."""
+        return self.curvature.source.is_kept
 
-class SwappedInverse(LinearOperator):
-    """The mean over rows of (damping I + g g^T)^-1: DataInf."""
+    def gradients(self) -> Iterator[BlockGradient]:
+        """Phi, batch by batch: every draw as a row of its own, times the root of its row's weight."""
+        for rows in self.passes():
+            yield stack([_rooted(draw, rows) for draw in self.draws(rows)])
+
+    def along(self, value: BlockGradient) -> Array:
+        """Dot products of a block's gradients with Phi: [n, m]."""
+        found = [value.inner(gradients) for gradients in self.gradients()]
+        return namespace(*found).concat(found, axis=1)
+
+
+class InverseThroughRows(LinearOperator, ABC):
+    """(I - Phi^T S Phi) / damping, for the gradients Phi [m, D] of all rows and a matrix S over them."""
 
     symmetric = psd = True
 
     def __init__(self, curvature: RowSumOperator, damping: float):
-        self.curvature, self.damping = curvature, _positive(damping)
+        if not damping > 0:
+            raise SingularOperator(f"A sum over rows is singular; its inverse needs damping above 0, got {damping:g}.")
+        self.curvature, self.damping = curvature, damping
 
     @property
     def input_size(self) -> int:
         return self.curvature.input_size
 
-    def _apply(self, tensor: Array) -> Array:
-        vectors = tensor.reshape((-1, self.input_size))
-        product, weight = self.curvature.product(vectors), 0.0
-        for rows in self.curvature.passes():
-            draws = self.curvature.draws(rows)
-            shrink = 1.0 / (self.damping + squared_norms(draws))
-            product.add(draws, shrink if rows.weights is None else shrink * rows.weights)
-            weight += rows.total
-        return ((vectors - product.value / weight) / self.damping).reshape(tensor.shape)
+    @abstractmethod
+    def solve(self, along: Array) -> Array:
+        """S times vectors over the rows: (q, m)."""
+
+    def _meets_along_rows(self, value: BlockGradient) -> bool:
+        """Whether a gradient is cheaper to meet along the rows than as D numbers: ghost products, rows at hand."""
+        return self.curvature.is_kept and all(isinstance(p, Outer) and p.positions == 1 for p in value.parts)
+
+    def block_sides(self, queries: BlockGradient, train_per_query: float) -> tuple[LinearOperator, LinearOperator]:
+        """Gradients that are one outer product meet as they are, and along the m fitted ones; nothing has D numbers."""
+        if not self._meets_along_rows(queries):
+            return super().block_sides(queries, train_per_query)
+        return AlongRows(self, solved=True), AlongRows(self, solved=False)
+
+    def quadratic(self, value: BlockGradient) -> Array:
+        if not self._meets_along_rows(value):
+            return super().quadratic(value)
+        along = self.curvature.along(value)
+        return (value.squared_norms() - rowwise_inner(self.solve(along), along)) / self.damping
 
     def adjoint(self) -> LinearOperator:
         return self
 
     def trace(self) -> float:
-        raise NotImplementedError("The trace of DataInf's inverse needs its matrix: use dense().")
+        raise NotImplementedError("The trace of an inverse through the rows needs its matrix: use dense().")
+
+
+class AlongRows(IdentityOperator):
+    """A gradient, and beside it, as one part more, its dot products with the m fitted gradients.
+
+    <x, y> / damping - Phi x S Phi y / damping: the query's side brings the damping and S.
+    """
+
+    def __init__(self, inverse: InverseThroughRows, solved: bool):
+        super().__init__(inverse.input_size)
+        self.through, self.solved = inverse, solved
+
+    def apply_block(self, value: BlockGradient) -> BlockGradient:
+        along = self.through.curvature.along(value)
+        parts = value.parts
+        if self.solved:
+            along = self.through.solve(along) * (-1.0 / self.through.damping)
+            each = namespace(along).ones_like(along[:, 0]) * (1.0 / self.through.damping)
+            parts = value.weighted(each).parts
+        return BlockGradient(value.layout, (*parts, Dense(along[:, None, :])))
+
+
+class SwappedInverse(InverseThroughRows):
+    """The mean over rows of (damping I + g g^T)^-1: DataInf. S is diagonal: 1 / (damping + |g|^2) for each row, / W."""
+
+    def solve(self, along: Array) -> Array:
+        return along * self._shares
+
+    @cached_property
+    def _shares(self) -> Array:
+        found = [1.0 / (self.damping + squared_norms(self.curvature.draws(rows))) for rows in self.curvature.passes()]
+        return namespace(*found).concat(found, axis=0) / self.curvature.rows
+
+    def _apply(self, tensor: Array) -> Array:
+        vectors = tensor.reshape((-1, self.input_size))
+        product = self.curvature.product(vectors)
+        for rows in self.curvature.passes():
+            draws = self.curvature.draws(rows)
+            shrink = 1.0 / (self.damping + squared_norms(draws))
+            product.add(draws, shrink if rows.weights is None else shrink * rows.weights)
+        return ((vectors - product.value / self.curvature.rows) / self.damping).reshape(tensor.shape)
 
 
 class DualOperator(RowSumOperator):
@@ -212,26 +281,18 @@ class DualOperator(RowSumOperator):
         back = np.argsort(np.concatenate([np.flatnonzero(draw == k) for k in range(self.draws_per_row)]))
         return stack(pieces).take(back)
 
-    def along(self, value: BlockGradient) -> Array:
-        """Dot products of a block's gradients with all kept ones, Phi g: [n, m]."""
-        found = [value.inner(self._gradients(rows, kept)) for rows, kept in self.ordered()]
-        return namespace(*found).concat(found, axis=1)
+    def gradients(self) -> Iterator[BlockGradient]:
+        for rows, kept in self.ordered():
+            yield self._gradients(rows, kept)
 
     def inverse(self, damping: float = 0.0) -> DualInverse:
-        return DualInverse(self, _positive(damping))
+        return DualInverse(self, damping)
 
 
-class DualInverse(LinearOperator):
-    """(C + damping)^-1 through the rows; exact."""
+class DualInverse(InverseThroughRows):
+    """(C + damping)^-1 through the rows; exact. S is (W damping I + Phi Phi^T)^-1."""
 
-    symmetric = psd = True
-
-    def __init__(self, curvature: DualOperator, damping: float):
-        self.curvature, self.damping = curvature, damping
-
-    @property
-    def input_size(self) -> int:
-        return self.curvature.input_size
+    curvature: DualOperator
 
     @cached_property
     def _factor(self) -> Array:
@@ -257,47 +318,8 @@ class DualInverse(LinearOperator):
         return ((vectors - product.value) / self.damping).reshape(tensor.shape)
 
     def solve(self, along: Array) -> Array:
-        """(W damping I + Phi Phi^T)^-1 for vectors over the rows: (q, m)."""
         solved = _cholesky_solve(self._factor, precise(transpose(along)))
         return namespace(along).astype(transpose(solved), along.dtype)
-
-    def block_sides(self, queries: BlockGradient, train_per_query: float) -> tuple[LinearOperator, LinearOperator]:
-        """Gradients that are one outer product meet as they are, and along the m fitted ones; nothing has D numbers."""
-        if not all(isinstance(part, Outer) and part.positions == 1 for part in queries.parts):
-            return super().block_sides(queries, train_per_query)
-        return AlongRows(self, solved=True), AlongRows(self, solved=False)
-
-    def quadratic(self, value: BlockGradient) -> Array:
-        if not all(isinstance(part, Outer) and part.positions == 1 for part in value.parts):
-            return super().quadratic(value)
-        along = self.curvature.along(value)
-        return (value.squared_norms() - rowwise_inner(self.solve(along), along)) / self.damping
-
-    def adjoint(self) -> LinearOperator:
-        return self
-
-    def trace(self) -> float:
-        raise NotImplementedError("The trace of a dual inverse needs its matrix: use dense().")
-
-
-class AlongRows(IdentityOperator):
-    """A gradient, and beside it, as one part more, its dot products with the m fitted gradients.
-
-    <x, y> / damping - Phi x (W damping I + Phi Phi^T)^-1 Phi y: the query's side brings the damping and the solve.
-    """
-
-    def __init__(self, inverse: DualInverse, solved: bool):
-        super().__init__(inverse.input_size)
-        self.dual, self.solved = inverse, solved
-
-    def apply_block(self, value: BlockGradient) -> BlockGradient:
-        along = self.dual.curvature.along(value)
-        parts = value.parts
-        if self.solved:
-            along = self.dual.solve(along) * (-1.0 / self.dual.damping)
-            each = namespace(along).ones_like(along[:, 0]) * (1.0 / self.dual.damping)
-            parts = value.weighted(each).parts
-        return BlockGradient(value.layout, (*parts, Dense(along[:, None, :])))
 
 
 def _rooted(value: BlockGradient, rows: Rows) -> BlockGradient:
@@ -320,12 +342,6 @@ def _cholesky_solve(lower: Array, sides: Array) -> Array:
         return sides.cholesky_solve(lower)
     solve = namespace(lower).linalg.solve
     return solve(transpose(lower), solve(lower, sides))
-
-
-def _positive(damping: float) -> float:
-    if not damping > 0:
-        raise SingularOperator(f"A sum over rows is singular; its inverse needs damping above 0, got {damping:g}.")
-    return damping
 
 
 def fit_dual(
