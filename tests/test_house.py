@@ -13,13 +13,17 @@ from typing import NamedTuple
 
 SOURCE = Path(__file__).parents[1] / "src"
 
-MATHS = {"gradients", "operators", "curvature", "influence", "methods", "torch", "jax", "sklearn"}
+MATHS = {"gradients", "operators", "curvature", "influence", "methods", "torch", "jax", "sklearn", "hf"}
 RESULTS = {"store", "evaluate", "report"}
 
 # A library, or headwater's own room of that name -> the rooms that may import it.
 HOMES = {
-    "torch": {"torch", "run", "demo"},
+    "torch": {"torch", "hf", "run", "demo"},
     "jax": {"jax"},
+    "transformers": {"hf", "demo"},
+    "peft": {"hf"},
+    "datasets": {"hf"},
+    "safetensors": {"store"},
     "sklearn": {"sklearn", "demo"},
     "dask": {"run"},
     "zarr": {"store"},

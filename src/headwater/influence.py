@@ -15,11 +15,20 @@ from abc import ABC
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, Self
 
 from headwater.arrays import Array, namespace, transpose
-from headwater.errors import BatchMismatch, InvalidInput, NotFittedError, SingularOperator, StaleFit
+from headwater.curvature.saved import TakenApart, moved, put_together, take_apart
+from headwater.errors import (
+    BatchMismatch,
+    BlockMismatch,
+    InvalidInput,
+    InvalidSetting,
+    NotFittedError,
+    SingularOperator,
+    StaleFit,
+)
 from headwater.gradients.block import BlockGradient, stack
 from headwater.gradients.provider import BlockGradients, StructuredGradientProvider
 from headwater.methods.base import Curvatures, Method
@@ -38,6 +47,9 @@ if TYPE_CHECKING:
     from headwater.store.scores import Extremes, Scores
 
 ByBlock = OrderedDict[str, Array]
+
+SAVED_FORMAT = 1
+"""Of the folders that `save` writes."""
 
 
 class InfluenceMapper(BlockMapper[Array, Any]):
@@ -123,11 +135,12 @@ class Queries:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What `fit` found: each block's undamped curvature, the rows' total weight, and which weights the model had."""
+    """What `fit` found: each block's undamped curvature, the rows' total weight; which weights the model had, where."""
 
     curvature: Curvatures
     rows: float
     fingerprint: tuple
+    device: Any = None
 
 
 class ComposableInfluence(ABC, Generic[TensorType]):
@@ -158,10 +171,12 @@ class ComposableInfluence(ABC, Generic[TensorType]):
     def fit(self, loader: Iterable[Any], *, progress: bool = False) -> Self:
         """Learn the curvature of the mean loss over the loader's rows; it gives (x, y) or batches, repeatably."""
         curvature, rows = self.method.fit(self.provider, loader, progress)
-        fitted = Fitted(curvature, rows, self.provider.fingerprint())
+        self._keep(Fitted(curvature, rows, self.provider.fingerprint(), self.source.device))
+        return self
+
+    def _keep(self, fitted: Fitted) -> None:
         self._mapper = self._make_mapper(fitted)
         self._fitted = fitted
-        return self
 
     @property
     def is_fitted(self) -> bool:
@@ -285,8 +300,16 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         if self.provider.fingerprint() != self._need_fit().fingerprint:
             raise StaleFit("The model's weights have changed since fit(). Fit again, or restore the weights.")
 
-    def _ready(self) -> InfluenceMapper:
+    def ready(self) -> InfluenceMapper:
+        """The mapper, where the model is: what was fitted follows a model that was moved to another device.
+
+        Errors: NotFittedError; StaleFit if the model's weights have changed.
+        """
         self.check_weights()
+        fitted = self._need_fit()
+        if self.source.device != fitted.device:
+            curvature = moved(fitted.curvature, self.provider, self._like())
+            self._keep(replace(fitted, curvature=curvature, device=self.source.device))
         return self.block_mapper
 
     @contextmanager
@@ -297,6 +320,69 @@ class ComposableInfluence(ABC, Generic[TensorType]):
                 yield
             finally:
                 self._solves = joined(log)
+
+    # At rest ------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Keep what `fit` found in a folder: JSON, and arrays as safetensors; no code, no pickle. For `load`.
+
+        Errors: NotFittedError; StaleFit; FileExistsError; InvalidSetting for hw.Lissa and hw.Astra, whose fit is made
+        of train rows.
+        """
+        from headwater.store.folder import write_folder
+
+        self.check_weights()
+        parts = take_apart(self.curvature)
+        write_folder(path, {**self._identity(), "rows": self.n_train, **parts.description}, parts.arrays)
+
+    def load(self, path: str | os.PathLike[str], loader: Iterable[Any] | None = None) -> Self:
+        """What `save` kept, in place of `fit`: for the same model, weights, blocks and method; damping is free.
+
+        loader: the train rows that were fitted, for methods that read them at every solve (hw.Cg, hw.BlockKrylov,
+        hw.Dual, hw.DataInf). Errors: FileNotFoundError; StaleFit if the model has other weights than then;
+        BlockMismatch; InvalidSetting for another method; NotFittedError, later, if rows are needed and were not given.
+        """
+        from headwater.store.folder import read_folder
+
+        saved, arrays = read_folder(path)
+        self._check_identity(saved, str(path))
+        curvature = put_together(TakenApart(saved, arrays), self.provider, self._like(), loader)
+        self._keep(Fitted(curvature, saved["rows"], self.provider.fingerprint(), self.source.device))
+        return self
+
+    def _like(self) -> Array:
+        """Some array of the model's: its framework and device."""
+        return self.source.parameters(next(iter(self.source.layouts)))
+
+    def _identity(self) -> dict[str, Any]:
+        """What a saved fit belongs to, as JSON has it."""
+        blocks = {
+            name: {"parameters": [[p.name, list(p.shape)] for p in layout.block.parameters]}
+            | {"parts": [list(part.shape) for part in layout.parts]}
+            for name, layout in self.provider.layouts.items()
+        }
+        return {
+            "format": SAVED_FORMAT,
+            "method": self.method.describe(),
+            "explained": self.explained,
+            "blocks": blocks,
+            "fingerprint": _listed(self.provider.fingerprint()),
+        }
+
+    def _check_identity(self, saved: Mapping[str, Any], path: str) -> None:
+        mine = self._identity()
+        if saved.get("format") != SAVED_FORMAT:
+            raise InvalidInput(f"{path} has format {saved.get('format')!r}; this version reads {SAVED_FORMAT}.")
+        if saved["blocks"] != mine["blocks"]:
+            raise BlockMismatch(
+                f"{path} was fitted with the blocks {list(saved['blocks'])}; here they are {list(mine['blocks'])}, or "
+                "their parameters have other shapes."
+            )
+        for name in ("method", "explained"):
+            if saved[name] != mine[name]:
+                raise InvalidSetting(f"{path} was fitted with {name} {saved[name]}; here it is {mine[name]}.")
+        if saved["fingerprint"] != mine["fingerprint"]:
+            raise StaleFit(f"{path} was fitted with other weights than the model has now. Fit again, or restore them.")
 
     # Tensors in, tensors out --------------------------------------------------------------------------------------
 
@@ -328,7 +414,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         That space is grown for the first damping; `solves` and a warning say how far the others came in it.
         """
         _, mode, test, train = self._asked(x_test, y_test, x, y, mode)
-        others = [self.with_damping(damping)._ready() for damping in dampings]
+        others = [self.with_damping(damping).ready() for damping in dampings]
         grads = self.provider.grads(test, query=True) if others else {}
         factors: list[dict[str, Array]] = [{} for _ in others]
         with self._recorded():
@@ -358,7 +444,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
     def influence_factors_by_block(self, x: Any, y: Any) -> OrderedDict[str, TensorType]:
         """Op(gradient) of each row: (N, D_block) by block."""
-        mapper, batch = self._ready(), self._batch(x, y, "x and y")
+        mapper, batch = self.ready(), self._batch(x, y, "x and y")
         with self._recorded():
             return mapper.transformed_grads(batch)
 
@@ -370,7 +456,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         mode: InfluenceMode | str = InfluenceMode.Up,
     ) -> TensorType:
         """`influences` from factors computed before: one tensor (N, D), or a dict by block."""
-        mode, mapper, train = InfluenceMode(mode), self._ready(), self._batch(x, y, "x and y")
+        mode, mapper, train = InfluenceMode(mode), self.ready(), self._batch(x, y, "x and y")
         if mode is InfluenceMode.Perturbation:
             return mapper.perturbation(z_test_factors, train)
         return _sum(mapper.interactions_from_transformed_grads(z_test_factors, train, mode))
@@ -383,7 +469,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         mode: InfluenceMode | str = InfluenceMode.Up,
     ) -> OrderedDict[str, TensorType]:
         """`influences_from_factors`, one summand for each block."""
-        mode, mapper, train = InfluenceMode(mode), self._ready(), self._batch(x, y, "x and y")
+        mode, mapper, train = InfluenceMode(mode), self.ready(), self._batch(x, y, "x and y")
         return mapper.interactions_from_transformed_grads(z_test_factors, train, mode)
 
     def _asked(
@@ -392,7 +478,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         mode = InfluenceMode(mode)
         if (x is None) != (y is None):
             raise InvalidInput(f"Only {'y' if x is None else 'x'} was given; pass both x and y, or neither.")
-        mapper, test = self._ready(), self._batch(x_test, y_test, "x_test and y_test")
+        mapper, test = self.ready(), self._batch(x_test, y_test, "x_test and y_test")
         return mapper, mode, test, test if x is None else self._batch(x, y, "x and y")
 
     def _batch(self, x: Any, y: Any, what: str) -> Any:
@@ -510,6 +596,11 @@ def _parts(operator: LinearOperator) -> Iterable[LinearOperator]:
     if isinstance(operator, ScaledOperator):
         return _parts(operator.inner)
     return operator.operators if isinstance(operator, BlockDiagonalOperator) else (operator,)
+
+
+def _listed(value: Any) -> Any:
+    """Tuples as JSON gives them back."""
+    return [_listed(item) for item in value] if isinstance(value, (tuple, list)) else value
 
 
 def _sum(by_block: Mapping[str, Array]) -> Any:

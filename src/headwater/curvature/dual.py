@@ -15,6 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -188,6 +189,19 @@ class SwappedInverse(InverseThroughRows):
         return ((vectors - product.value / self.curvature.rows) / self.damping).reshape(tensor.shape)
 
 
+@dataclass(frozen=True, eq=False)
+class HeldRows:
+    """Which rows a dual form is made of, and which of their gradients."""
+
+    keys: np.ndarray
+    """The rows' content keys, in the loader's order: uint64 [n]."""
+    kept: np.ndarray
+    """Positions [m] of the kept gradients, counted row by row and within a row draw by draw."""
+    draws_per_row: int
+    gram: Array | None = None
+    """Phi Phi^T [m, m], once it is known."""
+
+
 class DualOperator(RowSumOperator):
     """A sum over rows whose Gram matrix is known: its damped inverse is exact.
 
@@ -195,60 +209,76 @@ class DualOperator(RowSumOperator):
     What is inverted is then the part of the curvature that they make up: a preconditioner for the whole.
     """
 
-    def __init__(self, curvature: CurvatureOperator, rows: float, *, heaviest: float = 1.0, most: int | None = None):
+    def __init__(
+        self,
+        curvature: CurvatureOperator,
+        rows: float,
+        *,
+        heaviest: float = 1.0,
+        most: int | None = None,
+        held: HeldRows | None = None,
+    ):
         super().__init__(curvature, rows)
-        self.heaviest, self.most = heaviest, most
-        self._keys: list[np.ndarray] = []
-        self._note_rows()
+        self._held = held or self._choose_rows(heaviest, most)
 
-    def _note_rows(self) -> None:
+    @property
+    def held(self) -> HeldRows:
+        """Which gradients are kept, with their Gram matrix."""
+        return replace(self._held, gram=self.gram)
+
+    @property
+    def kept(self) -> np.ndarray:
+        return self._held.kept
+
+    @property
+    def draws_per_row(self) -> int:
+        return self._held.draws_per_row
+
+    def _choose_rows(self, heaviest: float, most: int | None) -> HeldRows:
         """Read all rows once; remember which they are, and which of their gradients are kept.
 
         Errors: InvalidSetting for more gradients than a Gram matrix may have.
         """
-        provider, norms = self.curvature.source.provider, []
+        keys, norms = [], []
         for rows in self.passes():
-            self._keys.append(provider.content_keys(rows.batch))
+            keys.append(self.curvature.source.provider.content_keys(rows.batch))
             each = [_rooted(draw, rows) for draw in self.draws(rows)]
             norms.append(np.stack([host(draw.squared_norms()) for draw in each], axis=1))
         flat = np.concatenate(norms)
-        self.draws_per_row = flat.shape[1]
-        self.kept = np.sort(self._choose(flat.reshape(-1)))
-        if len(self.kept) > LARGEST_GRAM:
+        kept = np.sort(_heaviest(flat.reshape(-1), heaviest, most))
+        if len(kept) > LARGEST_GRAM:
             raise InvalidSetting(
-                f"Block {self.label!r}: {len(self.kept)} gradients (rows times draws) make too large a Gram matrix; at "
+                f"Block {self.label!r}: {len(kept)} gradients (rows times draws) make too large a Gram matrix; at "
                 f"most {LARGEST_GRAM} do. Use hw.Cg(), hw.Ekfac(), or fewer rows."
             )
-
-    def _choose(self, norms: np.ndarray) -> np.ndarray:
-        """Positions [m] of the kept gradients, counted row by row and within a row draw by draw."""
-        if self.heaviest == 1.0 and self.most is None:
-            return np.arange(len(norms))
-        order = np.argsort(-norms, kind="stable")
-        held = np.cumsum(norms[order])
-        count = int(np.searchsorted(held, self.heaviest * held[-1])) + 1
-        return order[: min(count, self.most or count)]
+        return HeldRows(np.concatenate(keys), kept, flat.shape[1])
 
     def ordered(self) -> Iterator[tuple[Rows, np.ndarray]]:
         """Every batch, and which of its gradients are kept: positions within the batch, row by row.
 
         Errors: BatchMismatch if a later pass gives other rows than the first.
         """
-        start, source = 0, self.curvature.source
-        for number, rows in enumerate(self.passes()):
+        row, source, each = 0, self.curvature.source, self.draws_per_row
+        for rows in self.passes():
             keys = source.provider.content_keys(rows.batch)
-            if number >= len(self._keys) or not np.array_equal(keys, self._keys[number]):
-                raise BatchMismatch(
-                    f"Block {self.label!r}: the loader gives other rows, or another order, than at first. "
-                    "The dual form reads the rows again for every solve; pass shuffle=False."
-                )
-            stop = start + len(rows.batch) * self.draws_per_row
-            yield rows, self.kept[(self.kept >= start) & (self.kept < stop)] - start
-            start = stop
+            if not np.array_equal(keys, self._held.keys[row : row + len(keys)]):
+                self._refuse_rows()
+            start, row = row * each, row + len(keys)
+            yield rows, self.kept[(self.kept >= start) & (self.kept < row * each)] - start
+        if row != len(self._held.keys):
+            self._refuse_rows()
+
+    def _refuse_rows(self) -> None:
+        raise BatchMismatch(
+            f"Block {self.label!r}: the loader gives other rows, or another order, than at first. "
+            "The dual form reads the rows again for every solve; pass shuffle=False."
+        )
 
     @cached_property
     def gram(self) -> Array:
         """Phi Phi^T [m, m] of the kept gradients, in the best precision there is."""
+        if self._held.gram is not None:
+            return self._held.gram
         tiles: dict[tuple[int, int], Array] = {}
         for group in self._groups():
             for number, (rows, kept) in enumerate(self.ordered()):
@@ -320,6 +350,16 @@ class DualInverse(InverseThroughRows):
     def solve(self, along: Array) -> Array:
         solved = _cholesky_solve(self._factor, precise(transpose(along)))
         return namespace(along).astype(transpose(solved), along.dtype)
+
+
+def _heaviest(norms: np.ndarray, share: float, most: int | None) -> np.ndarray:
+    """Positions of the largest squared norms that make up a share of their sum, `most` at most."""
+    if share == 1.0 and most is None:
+        return np.arange(len(norms))
+    order = np.argsort(-norms, kind="stable")
+    held = np.cumsum(norms[order])
+    count = int(np.searchsorted(held, share * held[-1])) + 1
+    return order[: min(count, most or count)]
 
 
 def _rooted(value: BlockGradient, rows: Rows) -> BlockGradient:

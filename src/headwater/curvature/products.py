@@ -140,11 +140,11 @@ class CurvatureOperator(LinearOperator):
 
     symmetric = True
 
-    def __init__(self, source: RowDraws, block: str):
+    def __init__(self, source: RowDraws, block: str, *, known_trace: float | None = None, trace_error: float = 0.0):
         self.source, self.block = source, block
         self.psd = source.kind != "hessian"
-        self._trace: float | None = None
-        self.trace_error = 0.0
+        self.known_trace = known_trace
+        self.trace_error = trace_error
         """Standard error of the trace where it is estimated; zero where it is exact."""
 
     @property
@@ -173,15 +173,15 @@ class CurvatureOperator(LinearOperator):
 
     def trace(self) -> float:
         """Exact where gradients or few products give it, else Hutchinson's estimate (`trace_error`)."""
-        if self._trace is None:
+        if self.known_trace is None:
             self.set_trace(*_trace_by_products(self))
-        assert self._trace is not None
-        return self._trace
+        assert self.known_trace is not None
+        return self.known_trace
 
     def set_trace(self, trace: float, error: float = 0.0) -> None:
         if not np.isfinite(trace):
             raise NonFiniteValue(f"The {self.source.label} of block {self.block!r} is not finite.")
-        self._trace, self.trace_error = trace, error
+        self.known_trace, self.trace_error = trace, error
 
     @cached_property
     def bounds(self) -> Bounds:

@@ -180,6 +180,10 @@ class EnsembleProvider(StructuredGradientProvider[Any, Any]):
         return self.members[0].dtype
 
     @property
+    def device(self) -> Any:
+        return self.members[0].device
+
+    @property
     def coverage_fraction(self) -> float:
         return self.members[0].coverage_fraction
 

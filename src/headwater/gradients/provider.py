@@ -149,6 +149,11 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
         return "unknown"
 
     @property
+    def device(self) -> Any:
+        """Where its arrays live; None where there is only one place."""
+        return None
+
+    @property
     def coverage_fraction(self) -> float:
         """The share of the model's trainable parameters that is attributed."""
         return 1.0

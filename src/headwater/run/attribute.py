@@ -92,7 +92,7 @@ def top(
 
 def self_influence(influence: ComposableInfluence, train_loader: Iterable[Any], *, progress: bool) -> np.ndarray:
     """See `ComposableInfluence.self_influence`."""
-    influence.check_weights()
+    influence.ready()
     named = _named_batches(influence.provider, train_loader, "self-influence", progress)
     return np.concatenate([to_numpy(influence.batch_self_influence(batch)) for batch, _, _ in named])
 
@@ -101,7 +101,7 @@ def _queries(
     influence: ComposableInfluence, query_loader: Iterable[Any], progress: bool
 ) -> tuple[Queries, np.ndarray, np.ndarray]:
     """All queries, after their side of the operators, computed once; their ids, and keys of their content."""
-    influence.check_weights()
+    influence.ready()
     train_per_query = influence.n_train / max(1, _count_rows(influence.provider, query_loader))
     sides: Sides | None = None
     pieces, ids, keys = [], [], []

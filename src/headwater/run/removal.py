@@ -81,7 +81,7 @@ def removal(
     for rows whose GGN has no gradients; SingularOperator where nothing holds the weights once rows are gone;
     InvalidInput for groups that are empty or name rows that are not there.
     """
-    influence.check_weights()
+    influence.ready()
     regions = _regions(influence)
     queries = _queries(influence, regions, query_loader, progress)
     if groups is None:

@@ -176,7 +176,7 @@ def verify(
 
     Errors: NotFittedError; StaleFit; BatchMismatch for a loader without rows; InvalidSetting.
     """
-    influence.check_weights()
+    influence.ready()
     for name, value in (("rows", rows), ("queries", queries)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise InvalidSetting(f"{name} is {value!r}; expected a whole number of at least 1.")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from headwater.arrays import working_memory
-from headwater.errors import NotFittedError, UnsupportedInfluenceModeError
+from headwater.errors import InvalidSetting, NotFittedError, UnsupportedInfluenceModeError
 from headwater.influence import ComposableInfluence
 from headwater.methods.damping import Relative
 from headwater.testing.contract import Contract, host
@@ -214,6 +216,26 @@ class InfluenceContract(Contract):
         for wrong in ({}, {name: 0.1 for name in names[1:]}, {name: 0.1 for name in [*names, "no such block"]}):
             with self.refuses(ValueError, names[0]):
                 influence.with_damping(wrong)
+
+    # At rest ------------------------------------------------------------------------------------------------------
+
+    def test_a_saved_fit_gives_the_same_scores(self) -> None:
+        """To rounding: what a fit knows only half of (eigenvectors, say) is found again."""
+        fitted, loader = self.fitted(), self.loader(self.train(), 3)
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "fit"
+            try:
+                fitted.save(path)
+            except InvalidSetting:
+                assert not path.exists()
+                return
+            loaded = self.influence().load(path, loader)
+            assert loaded.n_train == fitted.n_train
+            assert loaded.absolute_damping == fitted.absolute_damping
+            for mode in self.modes:
+                self.assert_same(self._scores(loaded, mode), self._scores(fitted, mode))
+            with self.refuses(FileExistsError, path):
+                fitted.save(path)
 
     # Refusals -----------------------------------------------------------------------------------------------------
 
