@@ -100,6 +100,16 @@ def test_a_bias_below_its_weight_is_a_longer_column():
     np.testing.assert_array_equal(norm.merge([matrix])[0], np.arange(4.0))
 
 
+def test_a_weight_that_lies_the_other_way_is_the_same_matrix():
+    other = Layout(
+        Block("linear", (Parameter("weight", (3, 2)), Parameter("bias", (2,)))),
+        (Part(Piece("weight", 0, (2, 3), transposed=True), Piece("bias", 0, (2, 1))),),
+    )
+    (matrix,) = other.split(np.arange(8.0)[None])
+    np.testing.assert_array_equal(matrix[0], [[0, 2, 4, 6], [1, 3, 5, 7]])
+    np.testing.assert_array_equal(other.merge([matrix])[0], np.arange(8.0))
+
+
 def test_groups_are_cut_from_one_parameter_whatever_the_order_of_the_parts():
     grouped = Layout(
         Block("conv", (Parameter("weight", (4, 2)), Parameter("bias", (4,)))),

@@ -18,6 +18,8 @@ from headwater.demo.story import suspects
 from headwater.errors import InvalidSetting, MissingExtra
 from headwater.methods.base import Method
 
+pytestmark = pytest.mark.filterwarnings("ignore::headwater.errors.NotConverged")  # LiSSA's steps are far too few
+
 SMALL = {"train": 400, "steps": 60, "explained": 3, "retrains": 2, "removed": 10, "quiet": True}
 
 TINY = {"train": 120, "queries": 80, "steps": 80, "explained": 2, "retrains": 1, "removed": 5, "quiet": True}

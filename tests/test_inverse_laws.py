@@ -37,6 +37,8 @@ from headwater.methods.stochastic import SteppedMethod
 from headwater.operators.iterative import joined, recorded_solves
 from headwater.torch import TorchBatch, TorchComposableInfluence
 
+pytestmark = pytest.mark.filterwarnings("ignore::headwater.errors.NotConverged")  # steps are few, and truths as short
+
 INDEFINITE: dict[str, Any] = {"curvature": "hessian", "allow_indefinite": True}
 HELPED: dict[str, Any] = {"preconditioner": "ekfac"}
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from models import CASES
 from projected_truth import ProjectedTruth, shared_by
+from torch import nn
 from torch.utils._pytree import tree_map
 from truth import assert_close, fitted
 
@@ -344,3 +345,19 @@ def test_another_damping_needs_no_other_fit(monkeypatch: pytest.MonkeyPatch) -> 
 def test_settings_that_mean_nothing_are_refused(make: Any) -> None:
     with pytest.raises(InvalidSetting):
         make()
+
+
+def test_a_sketch_that_leaves_nothing_but_rounding_is_refused() -> None:
+    """The output-gradients of cross entropy sum to zero; where all go to one place with one sign, nothing is left."""
+    model, x = nn.Linear(4, 2, bias=False).double(), torch.randn(9, 4, dtype=torch.float64)
+    loader, tried = [(x, torch.arange(9) % 2)], set()
+    for seed in range(8):
+        influence = TorchComposableInfluence(model, nn.CrossEntropyLoss(), hw.FactGrass(dimension=(1, 4), seed=seed))
+        try:
+            scores = influence.fit(loader).influences(*loader[0])
+            assert float(scores.abs().max()) < 1e3
+            tried.add("kept")
+        except InvalidSetting as error:
+            assert "nothing but rounding" in str(error)
+            tried.add("refused")
+    assert tried == {"kept", "refused"}

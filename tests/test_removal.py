@@ -306,7 +306,7 @@ def test_methods_that_predict_no_removal_are_refused(ready: Any) -> None:
 def test_rows_whose_ggn_has_no_gradients_are_refused() -> None:
     case = signals()
     for loss in (lambda o, t: (o - t).abs().sqrt().sum(),):
-        influence = TorchComposableInfluence(case.model, loss, hw.Direct("empirical_fisher"), damping=0.1)
+        influence = TorchComposableInfluence(case.model, loss, hw.Direct("hessian", allow_indefinite=True), damping=9.0)
         with pytest.raises(Unsupported, match=r"not convex.*attribute\(unit='removal'\)"):
             influence.fit(case.loader()).removal(case.loader(), case.loader())
 
@@ -469,3 +469,34 @@ MUTANTS = {
     "removal squares the rows' weights in their curvature": weights_multiply_the_ggns_gradients_whole,
     "removal has a multiple of the identity for an inverse": the_inverse_is_a_multiple_of_the_identity,
 }
+
+
+@pytest.mark.parametrize("method", [hw.Dual(), hw.Direct("empirical_fisher")], ids=lambda m: type(m).__name__)
+def test_a_row_leaves_the_empirical_fisher_with_its_own_gradient(method: Any) -> None:
+    """Sherman and Morrison: the score over 1 - h, with h = <A^-1 g, g> / n."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    x, y = torch.randn(17, 3, dtype=torch.float64), torch.arange(17) % 3
+    loader, query = [(x, y)], [(x[:5] + 0.3, y[:5])]
+    influence = TorchComposableInfluence(model, nn.CrossEntropyLoss(), method, blocks="full", damping=hw.relative(0.1))
+    influence.fit(loader)
+    leverage = influence.self_influence(loader) / 17
+    expected = influence.attribute(loader, query, unit="removal").values / (1 - leverage)
+    np.testing.assert_allclose(influence.removal(loader, query), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_data_inf_has_no_curvature_to_take_a_row_out_of() -> None:
+    model, x = nn.Linear(3, 2).double(), torch.randn(6, 3, dtype=torch.float64)
+    influence = TorchComposableInfluence(model, nn.MSELoss(), hw.DataInf()).fit([(x, x[:, :2])])
+    with pytest.raises(InvalidSetting, match="row out of"):
+        influence.removal([(x, x[:, :2])], [(x, x[:, :2])])
+
+
+def test_groups_may_be_sets_and_masks_are_refused() -> None:
+    model, x = nn.Linear(3, 2).double(), torch.randn(6, 3, dtype=torch.float64)
+    influence = TorchComposableInfluence(model, nn.MSELoss(), hw.Direct()).fit([(x, x[:, :2])])
+    loader = [(x, x[:, :2])]
+    np.testing.assert_allclose(
+        influence.removal(loader, loader, groups=[{4, 1}]), influence.removal(loader, loader, groups=[[1, 4]])
+    )
+    with pytest.raises(InvalidInput, match="mask"):
+        influence.removal(loader, loader, groups=[np.arange(6) < 2])

@@ -176,12 +176,61 @@ def test_what_does_not_belong_to_the_fit_is_refused(model, tmp_path):
         influence(model, hw.Ekfac(seed=3)).load(path)
     with pytest.raises(BlockMismatch, match="full"):
         influence(model, hw.Ekfac(), blocks="full").load(path)
-    with pytest.raises(InvalidSetting, match="explained"):
+    with pytest.raises(InvalidSetting, match="fitted with loss"):
         influence(model, hw.Ekfac(), measurement=lambda output, target: output.sum()).load(path)
+    for loss in (nn.CrossEntropyLoss(label_smoothing=0.1), five_times, lambda output, target: output.sum()):
+        with pytest.raises(InvalidSetting, match="fitted with loss"):
+            TorchComposableInfluence(model, loss, hw.Ekfac(), likelihood="cross_entropy").load(path)
     with torch.no_grad():
         model[0].weight += 1e-12
     with pytest.raises(StaleFit, match="other weights"):
         influence(model, hw.Ekfac()).load(path)
+
+
+def five_times(output, target):
+    return 5 * nn.functional.cross_entropy(output, target)
+
+
+@pytest.mark.parametrize(
+    "method", [hw.Cg(preconditioner="ekfac"), hw.DataInf(), hw.Dual(), hw.BlockKrylov()], ids=words
+)
+def test_other_rows_than_those_fitted_are_noticed(model, method, tmp_path):
+    influence(model, method).fit(LOADER).save(tmp_path / "fit")
+    for wrong in ([(X[:20], Y[:20])], [(X + 1, Y)], [QUERIES]):
+        with pytest.raises(InvalidInput, match="other rows"):
+            influence(model, method).load(tmp_path / "fit", wrong).influences(*QUERIES)
+
+
+def test_what_is_needed_is_said_where_it_is_missing(model, tmp_path):
+    influence(model, hw.Ekfac()).fit(LOADER).save(f"{tmp_path}/fit/")
+    described = json.loads((tmp_path / "fit" / "fit.json").read_text())
+    for name in list(described):
+        (tmp_path / "fit" / "fit.json").write_text(json.dumps({k: v for k, v in described.items() if k != name}))
+        with pytest.raises(InvalidInput, match=f"no {name}"):
+            influence(model, hw.Ekfac()).load(tmp_path / "fit")
+
+
+def test_the_status_of_a_fit_without_rows_shows_dashes(model, tmp_path):
+    influence(model, hw.Nystroem(rank=5)).fit(LOADER).save(tmp_path / "fit")
+    assert "-" in str(influence(model, hw.Nystroem(rank=5)).load(tmp_path / "fit").status)
+
+
+class Twisted(nn.Linear):
+    """A layer that headwater's rule does not fit: found out on the first rows, and then taken without structure."""
+
+    def forward(self, x):
+        return super().forward(x * (1 + self.weight.sum()))
+
+
+def test_parts_that_show_only_on_rows_need_some_rows(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(Twisted(4, 3)).double()
+    fitted = influence(model, hw.Ekfac()).fit(LOADER)
+    fitted.save(tmp_path / "fit")
+    with pytest.raises(BlockMismatch, match="load\\(path, loader\\)"):
+        influence(model, hw.Ekfac()).load(tmp_path / "fit")
+    loaded = influence(model, hw.Ekfac()).load(tmp_path / "fit", LOADER)
+    assert torch.allclose(loaded.influences(*QUERIES), fitted.influences(*QUERIES), rtol=1e-11, atol=1e-12)
 
 
 def test_a_failed_load_leaves_the_influence_as_it_was(model, tmp_path):

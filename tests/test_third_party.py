@@ -57,6 +57,10 @@ class LinearProvider(StructuredGradientProvider):
     def as_batch(self, x, y):
         return Rows(x, y)
 
+    def parameters(self, block):
+        output = NAMES.index(block)
+        return np.append(self.weights[output], self.biases[output])
+
     def row_weights(self, batch):
         return getattr(batch, "weights", None)
 

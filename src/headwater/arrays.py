@@ -67,6 +67,8 @@ def zeros_like(array: Array, shape: tuple[int, ...]) -> Array:
 def as_like(values: Any, array: Array, dtype: Any = None) -> Array:
     """Host numbers as an array of `array`'s framework and device, and of its dtype unless another is given."""
     xp = namespace(array)
+    if dtype is not None and array_api_compat.is_jax_array(array):
+        dtype = xp.asarray(np.empty(0, dtype)).dtype  # without float64 JAX has no int64 either
     return xp.asarray(values, dtype=dtype or array.dtype, device=device(array))
 
 
@@ -92,6 +94,8 @@ def accumulable(array: Array) -> Array:
 def precise(array: Array) -> Array:
     """The array in float64, where the framework has it on this device (JAX by default does not)."""
     xp = namespace(array)
+    if array_api_compat.is_jax_array(array) and xp.zeros(()).dtype != xp.float64:
+        return array
     try:
         return xp.astype(array, xp.float64)
     except (TypeError, RuntimeError):

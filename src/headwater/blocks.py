@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from headwater.arrays import Array, namespace
+from headwater.arrays import Array, namespace, transpose
 from headwater.errors import BlockMismatch, InvalidSetting, ShapeMismatch
 
 Structure = str | Mapping[str, Sequence[str]]
@@ -97,15 +97,29 @@ def _named(entry: str, parameters: Sequence[Parameter], block: str) -> list[Para
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive numbers of one flattened parameter, read as a matrix [o, i]."""
+    """Consecutive numbers of one flattened parameter, read as a matrix [o, i].
+
+    `transposed` where they lie the other way round, as [i, o]: a kernel that is multiplied from the right.
+    """
 
     parameter: str
     start: int
     shape: tuple[int, int]
+    transposed: bool = False
 
     @property
     def size(self) -> int:
         return self.shape[0] * self.shape[1]
+
+    def read(self, flat: Array) -> Array:
+        """Numbers as they lie (K, size) to matrices (K, o, i)."""
+        if not self.transposed:
+            return flat.reshape((flat.shape[0], *self.shape))
+        return transpose(flat.reshape((flat.shape[0], *reversed(self.shape))))
+
+    def lay(self, matrices: Array) -> Array:
+        """The inverse of `read`."""
+        return (transpose(matrices) if self.transposed else matrices).reshape((matrices.shape[0], self.size))
 
 
 @dataclass(frozen=True)
@@ -165,7 +179,7 @@ class Layout:
             )
         found, start = {}, 0
         for _, piece in self._flat_order:
-            found[piece] = flat[:, start : start + piece.size].reshape((flat.shape[0], *piece.shape))
+            found[piece] = piece.read(flat[:, start : start + piece.size])
             start += piece.size
         xp = namespace(flat)
         return [
@@ -177,10 +191,7 @@ class Layout:
 
     def merge(self, matrices: Sequence[Array]) -> Array:
         """The inverse of `split`."""
-        flat = [
-            self._cut(matrices[k], k, piece).reshape((matrices[k].shape[0], piece.size))
-            for k, piece in self._flat_order
-        ]
+        flat = [piece.lay(self._cut(matrices[k], k, piece)) for k, piece in self._flat_order]
         return flat[0] if len(flat) == 1 else namespace(*flat).concat(flat, axis=1)
 
     def _cut(self, matrix: Array, part: int, piece: Piece) -> Array:

@@ -83,6 +83,41 @@ def demo(
 
 
 @app.command
+def verses(
+    *,
+    out: Path = Path("headwater-verses"),
+    passages: int = 1500,
+    queries: int = 200,
+    method: Literal["logra", "grad-dot", "grad-cos", "ekfac"] = "logra",
+    quiet: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Trace verses of one Bible translation to the passages of another, with a language model of 135 million numbers.
+
+    Takes about ten minutes, once; needs the packages of headwater[verses].
+
+    Parameters
+    ----------
+    out
+        A folder for the page and the scores; a stopped run goes on there.
+    passages
+        How many compete.
+    queries
+        For how many of them their other wording is asked.
+    method
+        How the influence of a passage is computed.
+    quiet
+        No progress bars and no table; only the page.
+    """
+    from headwater.demo.verses import run
+
+    if out.exists() and not out.is_dir():
+        raise InvalidSetting(f"--out {out} is a file; expected the name of a folder.")
+    run(out, passages, queries, method, progress=not quiet)
+    if not quiet:
+        print(f"\nThe page: {out / 'verses.md'}")
+
+
+@app.command
 def verify(
     setup: str | None = None,
     /,

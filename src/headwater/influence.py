@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, Self
 
 from headwater.arrays import Array, namespace, transpose
+from headwater.curvature.passes import batches
 from headwater.curvature.saved import TakenApart, moved, put_together, take_apart
 from headwater.errors import (
     BatchMismatch,
@@ -31,11 +32,13 @@ from headwater.errors import (
 )
 from headwater.gradients.block import BlockGradient, stack
 from headwater.gradients.provider import BlockGradients, StructuredGradientProvider
+from headwater.gradients.words import in_words
 from headwater.methods.base import Curvatures, Method
 from headwater.methods.damping import Damping, Relative, damping_by_block, in_units
 from headwater.operators.algebra import IdentityOperator, LinearOperator, ScaledOperator
 from headwater.operators.iterative import SolveReport, apply_path, joined, recorded_solves
 from headwater.operators.kronecker import SeparableOperator
+from headwater.operators.released import ReleasedOperator, penalised
 from headwater.operators.structured import BlockDiagonalOperator
 from headwater.types import BlockMapper, InfluenceMode, OperatorGradientComposition, TensorType
 
@@ -170,13 +173,17 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
     def fit(self, loader: Iterable[Any], *, progress: bool = False) -> Self:
         """Learn the curvature of the mean loss over the loader's rows; it gives (x, y) or batches, repeatably."""
-        curvature, rows = self.method.fit(self.provider, loader, progress)
+        curvature, rows = self.method.fit(self.provider, self.as_loader(loader), progress)
         self._keep(Fitted(curvature, rows, self.provider.fingerprint(), self.source.device))
         return self
 
     def _keep(self, fitted: Fitted) -> None:
         self._mapper = self._make_mapper(fitted)
         self._fitted = fitted
+
+    def as_loader(self, loader: Iterable[Any]) -> Iterable[Any]:
+        """What is read of a collection of rows: itself; a framework's subclass may take other things than batches."""
+        return loader
 
     @property
     def is_fitted(self) -> bool:
@@ -273,20 +280,24 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         return self._mapper
 
     def _make_mapper(self, fitted: Fitted) -> InfluenceMapper:
-        inverses = ((name, self._scaled(name, self._invert(name, c))) for name, c in fitted.curvature.items())
+        inverses = (
+            (name, self._scaled(name, self._invert(name, curvature, fitted.rows)))
+            for name, curvature in fitted.curvature.items()
+        )
         return InfluenceMapper(self.provider, OrderedDict(inverses))
 
     def _scaled(self, name: str, inverse: LinearOperator) -> LinearOperator:
         scale = self.provider.block_scale(name)
         return inverse if scale == 1.0 else ScaledOperator(scale, inverse)
 
-    def _invert(self, name: str, curvature: LinearOperator) -> LinearOperator:
+    def _invert(self, name: str, curvature: LinearOperator, rows: float) -> LinearOperator:
         """A block without any curvature and with relative damping has no scale, and no train row reaches it: zero."""
         damping, mean = self.damping[name], curvature.mean_eigenvalue()
         if isinstance(damping, Relative) and mean == 0.0:
             return ScaledOperator(0.0, IdentityOperator(curvature.input_size))
+        penalty = self.provider.penalty(name, rows) if self.method.predicts_removal else None
         try:
-            return self.method.invert(curvature, in_units(damping, mean))
+            return penalised(lambda d: self.method.invert(curvature, d), in_units(damping, mean), penalty)
         except SingularOperator as error:
             raise type(error)(f"Block {name!r}: {error}") from None
 
@@ -345,8 +356,14 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         from headwater.store.folder import read_folder
 
         saved, arrays = read_folder(path)
+        if loader is not None:  # a provider that has seen rows knows the parts of its blocks
+            next(batches(self.provider, self.as_loader(loader), "first rows"))
+        missing = [name for name in (*self._identity(), "rows", "operators", "shared") if name not in saved]
+        if missing:
+            raise InvalidInput(f"{path} is not whole: it has no {', '.join(missing)}.")
         self._check_identity(saved, str(path))
-        curvature = put_together(TakenApart(saved, arrays), self.provider, self._like(), loader)
+        rows = None if loader is None else self.as_loader(loader)
+        curvature = put_together(TakenApart(saved, arrays), self.provider, self._like(), rows)
         self._keep(Fitted(curvature, saved["rows"], self.provider.fingerprint(), self.source.device))
         return self
 
@@ -364,7 +381,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         return {
             "format": SAVED_FORMAT,
             "method": self.method.describe(),
-            "explained": self.explained,
+            "loss": list(self.source.settings()),
             "blocks": blocks,
             "fingerprint": _listed(self.provider.fingerprint()),
         }
@@ -376,9 +393,10 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         if saved["blocks"] != mine["blocks"]:
             raise BlockMismatch(
                 f"{path} was fitted with the blocks {list(saved['blocks'])}; here they are {list(mine['blocks'])}, or "
-                "their parameters have other shapes."
+                "their parameters have other shapes, or other parts. If these are known only once rows were seen, "
+                "load(path, loader) shows some."
             )
-        for name in ("method", "explained"):
+        for name in ("method", "loss"):
             if saved[name] != mine[name]:
                 raise InvalidSetting(f"{path} was fitted with {name} {saved[name]}; here it is {mine[name]}.")
         if saved["fingerprint"] != mine["fingerprint"]:
@@ -411,7 +429,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
     ) -> list[TensorType]:
         """`influences` at each of several dampings; hw.BlockKrylov() has them all from one space.
 
-        That space is grown for the first damping; `solves` and a warning say how far the others came in it.
+        That space is grown for the smallest damping; `solves` and a warning say how far the others came in it.
         """
         _, mode, test, train = self._asked(x_test, y_test, x, y, mode)
         others = [self.with_damping(damping).ready() for damping in dampings]
@@ -509,7 +527,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
         options: dict[str, Any] = {"unit": unit, "by_block": by_block, "store": store, "progress": progress}
         with self._recorded():
-            return attribute(self, train_loader, query_loader, **options)
+            return attribute(self, self.as_loader(train_loader), self.as_loader(query_loader), **options)
 
     def top(
         self,
@@ -524,14 +542,15 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         from headwater.run.attribute import top
 
         with self._recorded():
-            return top(self, train_loader, query_loader, k, unit=unit, progress=progress)
+            train, query = self.as_loader(train_loader), self.as_loader(query_loader)
+            return top(self, train, query, k, unit=unit, progress=progress)
 
     def self_influence(self, train_loader: Iterable[Any], *, progress: bool = False) -> np.ndarray:
         """<Op g_n, g_n> for each row, without the N x N matrix: [n]."""
         from headwater.run.attribute import self_influence
 
         with self._recorded():
-            return self_influence(self, train_loader, progress=progress)
+            return self_influence(self, self.as_loader(train_loader), progress=progress)
 
     def removal(
         self,
@@ -549,7 +568,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         from headwater.run.removal import removal
 
         with self._recorded():
-            return removal(self, train_loader, query_loader, groups, progress=progress)
+            return removal(self, self.as_loader(train_loader), self.as_loader(query_loader), groups, progress=progress)
 
     def verify(
         self,
@@ -570,7 +589,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         from headwater.run.verify import verify
 
         options: dict[str, Any] = {"rows": rows, "queries": queries, "seed": seed, "tolerance": tolerance}
-        return verify(self, train_loader, query_loader, **options, progress=progress)
+        return verify(self, self.as_loader(train_loader), self.as_loader(query_loader), **options, progress=progress)
 
     def batch_self_influence(self, batch: Any) -> Array:
         """<Op g_n, g_n> of a batch's rows: [n]."""
@@ -593,14 +612,16 @@ def stack_queries(pieces: list[Queries]) -> Queries:
 
 
 def _parts(operator: LinearOperator) -> Iterable[LinearOperator]:
-    if isinstance(operator, ScaledOperator):
+    if isinstance(operator, (ScaledOperator, ReleasedOperator)):
         return _parts(operator.inner)
     return operator.operators if isinstance(operator, BlockDiagonalOperator) else (operator,)
 
 
 def _listed(value: Any) -> Any:
-    """Tuples as JSON gives them back."""
-    return [_listed(item) for item in value] if isinstance(value, (tuple, list)) else value
+    """Tuples as JSON gives them back; what JSON does not have in words."""
+    if isinstance(value, (tuple, list)):
+        return [_listed(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else in_words(value)
 
 
 def _sum(by_block: Mapping[str, Array]) -> Any:

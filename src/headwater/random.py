@@ -49,6 +49,13 @@ def row_normals(rows: np.ndarray, count: int, *, draw: int, seed: int) -> np.nda
     return np.sqrt(-2.0 * np.log(u[..., 0])) * np.cos(2.0 * np.pi * u[..., 1])
 
 
+def row_numbers(rows: np.ndarray, draw: int, seed: int, count: int, normal: bool) -> np.ndarray:
+    """What a draw of labels takes: `count` uniform, or standard normal, numbers for each row: float64 [n, count]."""
+    if normal:
+        return row_normals(rows, count, draw=draw, seed=seed)
+    return row_uniforms(rows, count, draw=draw, seed=seed)[..., 0]
+
+
 def row_keys(columns: list[Any]) -> np.ndarray:
     """A 64-bit key for each row, from its content alone: the same row has the same key in every batch.
 

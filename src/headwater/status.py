@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from headwater.errors import NotFittedError
 from headwater.methods.base import Method
 from headwater.methods.low_rank import LowRankMethod
 from headwater.operators.algebra import LinearOperator
@@ -48,9 +49,12 @@ class BlockStatus:
     def bounds(self) -> tuple[float, float] | None:
         """The smallest and largest eigenvalue of the undamped curvature; see `LinearOperator.spectrum_bounds`.
 
-        Where there are only products, asking costs a few dozen of them, once.
+        Where there are only products, asking costs a few dozen of them, once; None if their rows are not at hand.
         """
-        return self.curvature.spectrum_bounds()
+        try:
+            return self.curvature.spectrum_bounds()
+        except NotFittedError:
+            return None
 
     @property
     def lowest(self) -> float | None:

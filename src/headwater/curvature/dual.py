@@ -325,11 +325,19 @@ class DualInverse(InverseThroughRows):
     curvature: DualOperator
 
     @cached_property
-    def _factor(self) -> Array:
-        """The lower Cholesky factor of W damping I + Phi Phi^T."""
+    def factor(self) -> Array:
+        """The lower Cholesky factor of W damping I + Phi Phi^T. Errors: SingularOperator where rounding hides it."""
         gram = self.curvature.gram
-        shift = self.curvature.rows * self.damping
-        return namespace(gram).linalg.cholesky(gram + shift * identity(int(gram.shape[0]), gram))
+        xp, shift = namespace(gram), self.curvature.rows * self.damping
+        largest = float(xp.max(xp.sum(xp.abs(gram), axis=1)))  # no eigenvalue is larger
+        rounding = float(xp.finfo(self.curvature.curvature.like.dtype).eps) * largest
+        if not shift > rounding:
+            raise SingularOperator(
+                f"At damping {self.damping:g} the smallest eigenvalue is zero to rounding of the gradients (largest "
+                f"{largest / self.curvature.rows:g}). Use more damping, {10 * rounding / self.curvature.rows:.2g} for "
+                "example, or float64."
+            )
+        return xp.linalg.cholesky(gram + shift * identity(int(gram.shape[0]), gram))
 
     def _apply(self, tensor: Array) -> Array:
         vectors = tensor.reshape((-1, self.input_size))
@@ -348,7 +356,7 @@ class DualInverse(InverseThroughRows):
         return ((vectors - product.value) / self.damping).reshape(tensor.shape)
 
     def solve(self, along: Array) -> Array:
-        solved = _cholesky_solve(self._factor, precise(transpose(along)))
+        solved = _cholesky_solve(self.factor, precise(transpose(along)))
         return namespace(along).astype(transpose(solved), along.dtype)
 
 

@@ -105,7 +105,7 @@ def _level_null_space(basis: EigenKroneckerOperator, spectrum: Array) -> Array:
             continue
         sizes = xp.max(basis.spectrum, axis=axis)
         null = sizes <= float(xp.max(sizes)) * max(spectrum.shape) * 8 * float(xp.finfo(basis.like.dtype).eps)
-        count = int(xp.sum(xp.astype(null, xp.int64)))
+        count = int(xp.count_nonzero(null))
         if count > 1:
             mask = xp.astype(null, spectrum.dtype)
             mask = mask[:, None] if axis == 1 else mask[None, :]

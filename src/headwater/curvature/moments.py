@@ -49,6 +49,7 @@ def fit_moments(
             for name, value in draw.items():
                 if name not in found:
                     found[name] = _Moment(_checked(name, make(name, value)))
+                    _refuse_rounding(name, found[name].projection, value)
                 sums[name] = _product(sums.get(name), found[name].projection, value, weights)
         for name, matrix in sums.items():
             found[name].mean.add(matrix, weight)
@@ -71,6 +72,10 @@ def _operator(name: str, moment: _Moment, rows: int) -> ProjectedOperator:
     return ProjectedOperator(moment.projection, MomentOperator(symmetric), rows=rows)
 
 
+LOOK = 16
+"""Rows whose projections are looked at before the pass."""
+
+
 def _checked(name: str, projection: Projection) -> Projection:
     size = projection.small.size
     if size > LARGEST_DENSE:
@@ -79,3 +84,17 @@ def _checked(name: str, projection: Projection) -> Projection:
             f"{size**2 * 8 / 1e9:.0f} GB. Use a smaller dimension, or smaller blocks (blocks='layer')."
         )
     return projection
+
+
+def _refuse_rounding(name: str, projection: Projection, value: BlockGradient) -> None:
+    """Errors: InvalidSetting if nothing but rounding is left of the first rows.
+
+    It can happen to few numbers: a cross entropy's output-gradients sum to zero, and that sum may be all there is.
+    """
+    first = value.take(slice(0, LOOK))
+    whole, left = (float(namespace(v.like).sum(v.squared_norms())) for v in (first, projection.apply_block(first)))
+    if left <= (100 * float(namespace(value.like).finfo(value.like.dtype).eps)) ** 2 * whole and whole > 0:
+        raise InvalidSetting(
+            f"The projection of block {name!r} to {projection.small.size} numbers leaves "
+            "nothing but rounding of its gradients. Use another seed, or a larger dimension."
+        )

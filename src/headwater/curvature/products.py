@@ -68,6 +68,9 @@ class RowDraws:
         """Whether all rows turned out to have draws, at the last full pass that asked for them."""
         self.weight = 0.0
         """The rows' total weight, at the last full pass."""
+        self.checksum: int | None = None
+        """Of all rows' content, whatever their order and batches; from the first full pass."""
+        self._known = False
         self._fits = keep and kind != "hessian"
 
     @property
@@ -80,12 +83,14 @@ class RowDraws:
             yield from self._kept
             return
         kept: list[Rows] = []
-        weight, complete = 0.0, with_draws
+        weight, complete, checksum = 0.0, with_draws, 0
         room = KEPT_SHARE * working_memory_limit()
         for batch in batches(self.provider, self.loader, self.label, self.progress):
             draws = self._draws(batch) if with_draws else None
             rows = Rows(batch, draws, self.provider.row_weights(batch), total_weight(self.provider, batch))
             weight, complete = weight + rows.total, complete and draws is not None
+            if not self._known:
+                checksum += int(self.provider.content_keys(batch).sum(dtype=np.uint64))
             room -= size_of(draws)
             self._fits &= draws is not None and room >= 0
             if with_draws and self._fits:
@@ -93,11 +98,19 @@ class RowDraws:
             else:
                 kept.clear()
             yield rows
+        if not self._known:
+            self._know(checksum % 2**64)
         self.weight = weight
         if with_draws:
             self.has_draws = complete
         if with_draws and self._fits:
             self._kept = kept
+
+    def _know(self, checksum: int) -> None:
+        """Errors: BatchMismatch where a saved fit was made of other rows."""
+        if self.checksum not in (None, checksum):
+            raise BatchMismatch("The loader gives other rows than those that were fitted and saved.")
+        self.checksum, self._known = checksum, True
 
     def _draws(self, batch: Batch) -> list[BlockGradients] | None:
         if self.kind == "hessian":

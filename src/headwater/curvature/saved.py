@@ -52,7 +52,7 @@ ARGUMENTS: dict[type, tuple[str, ...]] = {
     DualOperator: ("curvature", "rows", "held"),
     HeldRows: ("keys", "kept", "draws_per_row", "gram"),
     CurvatureOperator: ("source", "block", "known_trace", "trace_error"),
-    RowDraws: ("kind", "fisher", "seed", "weight", "has_draws"),
+    RowDraws: ("kind", "fisher", "seed", "weight", "has_draws", "checksum"),
 }
 """What can be kept, and its constructor's arguments, each also an attribute."""
 
@@ -138,8 +138,8 @@ class _Packer:
     def _record(self, value: Any) -> dict[str, Any]:
         if type(value) not in ARGUMENTS:
             raise InvalidSetting(
-                f"A {type(value).__name__} cannot be saved: it holds train rows themselves. Fit again; it reads them "
-                "once or twice."
+                f"This method's fit cannot be saved: it holds train rows themselves ({type(value).__name__}). Fit "
+                "again; it reads them once or twice."
             )
         arguments = {name: self.pack(getattr(value, name), name) for name in ARGUMENTS[type(value)]}
         return {"class": type(value).__name__, **arguments}
@@ -192,7 +192,7 @@ class _Unpacker:
 
     def _rows(self, entry: dict[str, Any], loader: Iterable[Any]) -> RowDraws:
         source = RowDraws(self.provider, loader, entry["kind"], entry["fisher"], entry["seed"], progress=False)
-        source.weight, source.has_draws = entry["weight"], entry["has_draws"]
+        source.weight, source.has_draws, source.checksum = entry["weight"], entry["has_draws"], entry["checksum"]
         return source
 
 

@@ -75,6 +75,10 @@ class EnsembleProvider(StructuredGradientProvider[Any, Any]):
         number, name = self._locate(block)
         return self.weights[number] * self.members[number].block_scale(name)
 
+    def penalty(self, block: str, weight: float) -> Any:
+        number, name = self._locate(block)
+        return self.members[number].penalty(name, weight)
+
     def by_member(self, values: Mapping[str, Any]) -> list[OrderedDict[str, Any]]:
         """What is named by the ensemble's blocks, for each member by its own blocks."""
         found: list[OrderedDict[str, Any]] = [OrderedDict() for _ in self.members]
@@ -170,6 +174,9 @@ class EnsembleProvider(StructuredGradientProvider[Any, Any]):
     @property
     def explained(self) -> str:
         return self.members[0].explained
+
+    def settings(self) -> tuple[str, ...]:
+        return self.members[0].settings()
 
     @property
     def normalisation(self) -> str | None:

@@ -4,6 +4,8 @@ Layouts:
 - `Outer`: inputs a [n, t, i], output-gradients b [n, t, o]; G_n = sum_t b_nt a_nt^T is [o, i]. With `ones`, every input
   has a further entry 1 that is not stored (the bias column), and G_n is [o, i + 1].
 - `RowSparse`: ids [n, t], values [n, t, d]; G_n = sum_t e_(ids_nt) values_nt^T is [vocabulary, d]. Never one-hot.
+- Either may have `kept` [n, t], one for a position that the row has and zero for padding. Padding has no part in the
+  gradient (a zero output-gradient); `kept` says that it does not count among the inputs of a Kronecker factor either.
 
 Costs in multiply-adds per row (T positions): stored T (o + i); made dense T o i; a pair by the ghost form T T' (o + i)
 against o i once both are dense. At T = 1 the ghost form is nearly free.
@@ -38,6 +40,7 @@ class Outer(Gradient):
     a: Array
     b: Array
     ones: bool = False
+    kept: Array | None = None
 
     @property
     def rows(self) -> int:  # type: ignore[override]
@@ -56,7 +59,7 @@ class Outer(Gradient):
         return self.a, self.b
 
     def take(self, index: slice | Array) -> Outer:
-        return replace(self, a=self.a[index], b=self.b[index])
+        return replace(self, a=self.a[index], b=self.b[index], kept=_taken(self.kept, index))
 
     def weighted(self, weights: Array) -> Outer:
         return replace(self, b=self.b * weights[:, None, None])
@@ -66,7 +69,8 @@ class Outer(Gradient):
         xp, mine, theirs = namespace(self.a), self, other
         if mine.ones != theirs.ones:
             mine, theirs = mine.bordered(), theirs.bordered()
-        return Outer(xp.concat([mine.a, theirs.a], axis=1), xp.concat([mine.b, theirs.b], axis=1), mine.ones)
+        a, b = xp.concat([mine.a, theirs.a], axis=1), xp.concat([mine.b, theirs.b], axis=1)
+        return Outer(a, b, mine.ones, _joined_kept((mine.kept, mine.a), (theirs.kept, theirs.a)))
 
     def bordered(self) -> Outer:
         """The ones written out as a last entry of every input."""
@@ -74,7 +78,7 @@ class Outer(Gradient):
             return self
         xp = namespace(self.a)
         column = xp.ones_like(self.a[:, :, :1])
-        return Outer(xp.concat([self.a, column], axis=2), self.b)
+        return Outer(xp.concat([self.a, column], axis=2), self.b, kept=self.kept)
 
     def dense(self) -> Array:
         full = self.bordered()
@@ -196,21 +200,46 @@ class Outer(Gradient):
 
     def moments(self, weights: Array | None = None, again: bool = False) -> Moments:
         """Sums over rows and positions of b b^T and a a^T; means over rows, and positions, follow by the counts."""
-        o, t, xp = self.shape[0], self.positions, namespace(self.a)
-        rows = self.rows if weights is None else xp.sum(weights)
-        weighted = None if weights is None else weights[:, None, None]
-        left = _gram(None, self.b, weighted, o)
+        o, xp = self.shape[0], namespace(self.a)
+        left = _gram(None, self.b, None if weights is None else weights[:, None, None], o)
         if again:
             return Moments(left, None, 0.0, 0.0)
+        weighted, rows, positions = _counted(self.a, self.kept, weights)
         right = _gram(None, self.a, weighted, int(self.a.shape[2]))
         if self.ones:
             a = self.a if weighted is None else self.a * weighted
             column = xp.sum(a, axis=(0, 1))[:, None]
-            corner = as_like(rows * t, self.a).reshape((1, 1))
+            corner = as_like(positions, self.a).reshape((1, 1))
             right = xp.concat(
                 [xp.concat([right, column], axis=1), xp.concat([transpose(column), corner], axis=1)], axis=0
             )
-        return Moments(left, right, rows, rows * t)
+        return Moments(left, right, rows, positions)
+
+
+def _counted(like: Array, kept: Array | None, weights: Array | None) -> tuple[Array | None, Array, Array]:
+    """How much each position counts, [n, t or 1, 1] (None: one), and the total weights of rows and of positions."""
+    xp, (n, t) = namespace(like), like.shape[:2]
+    rows = n if weights is None else xp.sum(weights)
+    if kept is None:
+        return None if weights is None else weights[:, None, None], rows, rows * t
+    counted = xp.astype(kept, like.dtype)[:, :, None]
+    counted = counted if weights is None else counted * weights[:, None, None]
+    return counted, rows, xp.sum(counted)
+
+
+def _taken(kept: Array | None, index: slice | Array) -> Array | None:
+    return None if kept is None else kept[index]
+
+
+def _joined_kept(*uses: tuple[Array | None, Array]) -> Array | None:
+    """The positions of several uses [n, t_k, ...] side by side; all of a use without `kept` count."""
+    if all(kept is None for kept, _ in uses):
+        return None
+    xp = namespace(uses[0][1])
+    dtype = uses[0][1].dtype
+    return xp.concat(
+        [xp.ones_like(like[:, :, 0]) if kept is None else xp.astype(kept, dtype) for kept, like in uses], axis=1
+    )
 
 
 def _gram(total: Array | None, rows: Array, weights: Array | None, size: int) -> Array:
@@ -227,6 +256,7 @@ class RowSparse(Gradient):
     ids: Array
     values: Array
     size: int
+    kept: Array | None = None
 
     @property
     def rows(self) -> int:  # type: ignore[override]
@@ -241,7 +271,7 @@ class RowSparse(Gradient):
         return (self.values,)
 
     def take(self, index: slice | Array) -> RowSparse:
-        return replace(self, ids=self.ids[index], values=self.values[index])
+        return replace(self, ids=self.ids[index], values=self.values[index], kept=_taken(self.kept, index))
 
     def weighted(self, weights: Array) -> RowSparse:
         return replace(self, values=self.values * weights[:, None, None])
@@ -250,7 +280,8 @@ class RowSparse(Gradient):
         """The sum of two gradients of the same table: more positions."""
         xp = namespace(self.values)
         ids, values = xp.concat([self.ids, other.ids], axis=1), xp.concat([self.values, other.values], axis=1)
-        return replace(self, ids=ids, values=values)
+        kept = _joined_kept((self.kept, self.values), (other.kept, other.values))
+        return replace(self, ids=ids, values=values, kept=kept)
 
     def _coalesced(self) -> RowSparse:
         """Positions with the same id in one row added up at the first of them; the others become zero."""
@@ -349,12 +380,13 @@ class RowSparse(Gradient):
         The roles of left and right are those of a linear map applied to one-hot ids: left carries the inputs here.
         """
         xp, (n, t) = namespace(self.values), self.ids.shape
-        total = n if weights is None else xp.sum(weights)
         each = xp.ones_like(self.values[:, :, :1])
+        counted, total, positions = _counted(each, self.kept, weights)
+        counted = each if counted is None else each * counted
+        counts = scatter_rows(counted.reshape((-1, 1)), self.ids.reshape((-1,)), self.size)[:, 0]
         each = each if weights is None else each * weights[:, None, None]
-        counts = scatter_rows(each.reshape((-1, 1)), self.ids.reshape((-1,)), self.size)[:, 0]
         flat = self.values.reshape((n * t, -1))
         right = add_product(None, flat if weights is None else (self.values * each).reshape((n * t, -1)), flat)
         if again:
             return Moments(counts * 0.0, right, 0.0, 0.0)
-        return Moments(counts, right, total * t, total)
+        return Moments(counts, right, positions, total)

@@ -103,13 +103,22 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
         """What the block's operator is multiplied by: one, or the share of a model in an ensemble's score."""
         return 1.0
 
+    def penalty(self, block: str, weight: float) -> Array | None:
+        """What the training objective adds to the block's curvature beside its rows: a diagonal (D_block,), or None.
+
+        weight: the rows' total weight; a penalty beside the *sum* of the losses is over that beside their mean. Every
+        operator that inverts curvature inverts it with this diagonal; where an approximation has no place for one that
+        differs between parameters (projected gradients), its largest entry serves as damping.
+        """
+        return None
+
     @abstractmethod
     def as_batch(self, x: Any, y: Any) -> BatchType:
         """Inputs and targets as this framework's batch, moved to where the model is."""
 
-    @abstractmethod
     def row_weights(self, batch: BatchType) -> Array | None:
         """The rows' weights [n], or None if all are one."""
+        return None
 
     @abstractmethod
     def row_keys(self, batch: BatchType) -> np.ndarray:
@@ -137,6 +146,10 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
     def explained(self) -> str:
         """What `grads(query=True)` differentiates: "loss", or the name of a measurement."""
         return "loss"
+
+    def settings(self) -> tuple[str, ...]:
+        """What besides the weights decides its gradients, in words: loss, measurement, likelihood."""
+        return ()
 
     @property
     def normalisation(self) -> str | None:

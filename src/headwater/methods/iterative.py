@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from headwater.curvature.dual import DualOperator
+from headwater.curvature.dual import DualInverse, DualOperator
 from headwater.curvature.exact import Curvature, check_kind
 from headwater.curvature.kronecker import fit_ekfac, fit_kfac
 from headwater.curvature.products import CurvatureOperator, fit_products
-from headwater.errors import IndefiniteCurvature, InvalidSetting
+from headwater.errors import IndefiniteCurvature, InvalidSetting, SingularOperator
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
 from headwater.methods.base import Curvatures, Method, check_fisher
 from headwater.methods.damping import Damping, Relative
@@ -119,8 +119,7 @@ class PreconditionedMethod(ProductMethod):
         exact, helper = curvature.exact, curvature.approximation
         if not self.allow_indefinite:
             refuse_indefinite(exact, damping)
-        shift = damping or 1e-6 * abs(exact.mean_eigenvalue())
-        inverse = None if helper is None else helper.inverse(shift)
+        inverse = None if helper is None else near_inverse(helper, damping, exact.mean_eigenvalue())
         return IterativeInverse(exact, damping, self.solver, inverse, exact.block)
 
 
@@ -146,12 +145,33 @@ def heaviest_rows(
     return {n: DualOperator(op, rows, heaviest=HEAVIEST, most=MOST) for n, op in operators.items()}
 
 
-def refuse_indefinite(curvature: CurvatureOperator, damping: float) -> None:
-    """Errors: IndefiniteCurvature, naming a damping that would do, where a Hessian has negative eigenvalues."""
+def near_inverse(helper: LinearOperator, damping: float, mean: float) -> LinearOperator:
+    """(helper + damping)^-1, with more damping where that is singular to rounding: a preconditioner may be off.
+
+    mean: the mean eigenvalue of what it stands for. Errors: SingularOperator if no damping up to that will do.
+    """
+    shift = max(damping, 1e-6 * abs(mean))
+    while True:
+        try:
+            found = helper.inverse(shift)
+            if isinstance(found, DualInverse):
+                found.factor  # noqa: B018  # found out when it is made
+            return found
+        except SingularOperator:
+            if shift >= abs(mean):
+                raise
+            shift *= 10
+
+
+def refuse_indefinite(curvature: CurvatureOperator, damping: float, *, surely: bool = False) -> None:
+    """Errors: IndefiniteCurvature, naming a damping that would do, where a Hessian has negative eigenvalues.
+
+    surely: refuse also where it may have some, by the error of the bound; for solvers that would not notice.
+    """
     if curvature.psd:
         return
     bounds = curvature.bounds
-    if bounds.lowest + damping < 0:
+    if bounds.lowest - (bounds.lowest_error if surely else 0.0) + damping < 0:
         raise IndefiniteCurvature(
             f"At damping {damping:g} the smallest eigenvalue is {bounds.lowest + damping:g} or less: not a minimum. A "
             f"damping of {1.01 * (bounds.lowest_error - bounds.lowest):.3g} would do; so would curvature='ggn', which "
@@ -163,7 +183,6 @@ def refuse_indefinite(curvature: CurvatureOperator, damping: float) -> None:
 class Cg(PreconditionedMethod):
     """Conjugate gradients on (C + damping) x = g for all queries together; columns that have converged leave.
 
-    With the EKFAC preconditioner these are the best scores known for a model at hand.
     Sources: Hestenes and Stiefel 1952; Martens 2010 (curvature by products).
     """
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from headwater.arrays import namespace
 from headwater.curvature.products import CurvatureOperator
 from headwater.errors import IndefiniteCurvature, InvalidSetting
 from headwater.gradients.provider import StructuredGradientProvider
@@ -74,6 +75,8 @@ class Arnoldi(LowRankMethod):
     def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:
         assert isinstance(curvature, ApproximatedOperator) and isinstance(curvature.approximation, EigenpairsOperator)
         leading = curvature.approximation
+        if curvature.psd:  # what is below zero is rounding
+            leading = EigenpairsOperator(namespace(leading.values).clip(leading.values, 0.0, None), leading.vectors)
         lowest = min(map(float, leading.values))
         if lowest + damping < 0 and not self.allow_indefinite:
             raise IndefiniteCurvature(

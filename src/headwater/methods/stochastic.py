@@ -12,7 +12,7 @@ from headwater.curvature.products import CurvatureOperator, fit_steps
 from headwater.errors import InvalidSetting
 from headwater.gradients.provider import StructuredGradientProvider
 from headwater.methods.base import Curvatures
-from headwater.methods.iterative import ProductMethod, refuse_indefinite
+from headwater.methods.iterative import ProductMethod, near_inverse, refuse_indefinite
 from headwater.operators.algebra import LinearOperator
 from headwater.operators.approximated import ApproximatedOperator
 from headwater.operators.iterative import IterativeInverse
@@ -75,7 +75,7 @@ class Lissa(SteppedMethod):
     def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:
         assert isinstance(curvature, SteppedOperator) and isinstance(curvature.whole, CurvatureOperator)
         whole = curvature.whole
-        refuse_indefinite(whole, damping)
+        refuse_indefinite(whole, damping, surely=True)
         scale = self.scale
         if scale is None:
             scale = whole.bounds.highest + whole.bounds.highest_error + damping
@@ -94,7 +94,7 @@ class Astra(SteppedMethod):
     rows: int | None = 256
     """Train rows in a step; None for all of them in every step."""
     step_size: float | None = None
-    """None for what the largest eigenvalue of (EKFAC + damping)^-1 (C + damping) allows."""
+    """None for one over the largest eigenvalue of (EKFAC + damping)^-1 (C_t + damping) of any step."""
     momentum: float = 0.5
     """Share of the last move that is made again."""
 
@@ -116,8 +116,10 @@ class Astra(SteppedMethod):
         assert isinstance(curvature, ApproximatedOperator) and isinstance(curvature.exact, SteppedOperator)
         stepped, whole = curvature.exact, curvature.exact.whole
         assert isinstance(whole, CurvatureOperator) and curvature.approximation is not None
-        refuse_indefinite(whole, damping)
-        helper = curvature.approximation.inverse(damping or 1e-6 * abs(whole.mean_eigenvalue()))
-        step = self.step_size or 1.0 / steepness(whole, damping, helper, whole.start)
+        refuse_indefinite(whole, damping, surely=True)
+        helper = near_inverse(curvature.approximation, damping, whole.mean_eigenvalue())
+        step = self.step_size or 1.0 / max(
+            steepness(part, damping, helper, whole.start) for part in (whole, *stepped.parts)
+        )
         solver = Descent(self.steps, step, self.momentum, warm_start=True)
         return IterativeInverse(stepped, damping, solver, helper, whole.block)

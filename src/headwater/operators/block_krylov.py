@@ -23,6 +23,7 @@ from headwater.operators.algebra import LinearOperator
 from headwater.operators.cg import PATIENCE, take
 from headwater.operators.iterative import (
     CONVERGED,
+    ELSEWHERE,
     STAGNATED,
     UNFINISHED,
     Solution,
@@ -108,10 +109,11 @@ class BlockKrylovSolver(Solver):
             if columns.stuck or 2 * (space.size + len(columns.live)) > room:
                 break
         found = []
-        for damping in dampings:
+        for number, damping in enumerate(dampings):
             y = self._coefficients(space, damping, sides)
             residuals = host(row_norms(space.residual(sides, y, damping))) if space.size else columns.norms * 0
-            found.append(Solution(space.combine(space.basis, y, sides), columns.report(residuals, space, label)))
+            report = columns.report(residuals, 0 if number else space.size, label, grown=number == 0)
+            found.append(Solution(space.combine(space.basis, y, sides), report))
         return found
 
     def _coefficients(self, space: GalerkinSpace, damping: float, sides: Array) -> np.ndarray:
@@ -222,10 +224,12 @@ class _Columns:
         """Whether rounding allows no more, or the residual of no live column has fallen for many steps."""
         return self.hidden or bool((self.since[self.live] >= PATIENCE).all())
 
-    def report(self, residuals: np.ndarray, space: GalerkinSpace, label: str) -> SolveReport:
+    def report(self, residuals: np.ndarray, products: int, label: str, *, grown: bool) -> SolveReport:
+        """grown: the space was grown for the damping that these residuals belong to."""
         relative = residuals / np.where(self.norms > 0, self.norms, 1.0)
-        outcome = np.where(relative <= self.tolerance, CONVERGED, STAGNATED if self.stuck else UNFINISHED).astype(str)
-        return SolveReport(label, relative, self.taken.copy(), outcome, space.size)
+        missed = (STAGNATED if self.stuck else UNFINISHED) if grown else ELSEWHERE
+        outcome = np.where(relative <= self.tolerance, CONVERGED, missed).astype(str)
+        return SolveReport(label, relative, self.taken.copy(), outcome, products)
 
 
 def _stack(solutions: list[Solution], label: str, sides: Array) -> Solution:

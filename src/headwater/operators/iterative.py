@@ -20,7 +20,9 @@ from headwater.errors import NotConverged
 from headwater.operators.algebra import LinearOperator, rowwise_inner
 
 CONVERGED, STAGNATED, UNFINISHED, BROKEN = "converged", "stagnated", "out of iterations", "breakdown"
-FINISHED = "finished"
+FINISHED, ELSEWHERE = "finished", "another damping's space"
+FAR = 0.25
+"""Relative residual up to which steps that were asked for and done count as an answer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,14 +37,14 @@ class SolveReport:
     """Steps that the column took part in."""
     outcome: np.ndarray
     """"converged", "finished" (as many steps as were asked for), "stagnated" (rounding allows no more), "out of
-    iterations" or "breakdown"."""
+    iterations", "another damping's space" (in which there was no more) or "breakdown"."""
     products: int
     """Vectors that went through the curvature, over all columns."""
 
     @property
     def converged(self) -> np.ndarray:
-        """[k]; steps that were asked for and done count too."""
-        return (self.outcome == CONVERGED) | (self.outcome == FINISHED)
+        """[k]; steps that were asked for and done count too, unless they ended far from the answer."""
+        return (self.outcome == CONVERGED) | ((self.outcome == FINISHED) & (self.residual <= FAR))
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +91,16 @@ def recorded_solves() -> Iterator[list[SolveReport]]:
         _LOG.reset(token)
         if outer is not None:
             outer.extend(log)
+
+
+@contextmanager
+def unrecorded_solves() -> Iterator[None]:
+    """Solves of an operator's own in this context are nobody's answer: no log hears of them."""
+    token = _LOG.set(None)
+    try:
+        yield
+    finally:
+        _LOG.reset(token)
 
 
 def joined(reports: Sequence[SolveReport]) -> dict[str, SolveReport]:
@@ -148,12 +160,16 @@ def apply_path(operators: Sequence[LinearOperator], tensor: Array) -> list[Array
     if isinstance(first, IterativeInverse) and all(
         isinstance(op, IterativeInverse) and op.curvature is first.curvature for op in operators
     ):
-        dampings = [op.damping for op in operators]  # type: ignore[attr-defined]
+        order = sorted(range(len(operators)), key=lambda k: operators[k].damping)  # type: ignore[attr-defined]
+        hardest: IterativeInverse = operators[order[0]]  # type: ignore[assignment]
+        dampings = [operators[k].damping for k in order]  # type: ignore[attr-defined]
         sides = tensor.reshape((-1, first.input_size))
-        solutions = first.solver.solve_path(first.curvature, dampings, sides, first.preconditioner, first.label)
-        for solution in solutions:
+        solutions = hardest.solver.solve_path(first.curvature, dampings, sides, hardest.preconditioner, first.label)
+        found: list[Array] = [None] * len(operators)
+        for k, solution in zip(order, solutions, strict=True):
             _note(solution.report)
-        return [solution.x.reshape(tensor.shape) for solution in solutions]
+            found[k] = solution.x.reshape(tensor.shape)
+        return found
     return [operator.apply(tensor) for operator in operators]
 
 

@@ -229,7 +229,7 @@ def _leading(values: np.ndarray, rank: int) -> np.ndarray:
 
 
 def steepness(
-    operator: LinearOperator, damping: float, inverse: LinearOperator, start: Array, steps: int = 15
+    operator: LinearOperator, damping: float, inverse: LinearOperator, start: Array, steps: int = 10
 ) -> float:
     """A little above the largest eigenvalue of inverse (operator + damping), by power iteration from [1, D]."""
     x, found = start, 0.0

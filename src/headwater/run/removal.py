@@ -30,8 +30,9 @@ from headwater.arrays import Array, identity, namespace, precise, rows_within_me
 from headwater.blocks import Block, Layout, Parameter, Part, Piece
 from headwater.errors import BatchMismatch, InvalidInput, InvalidSetting, SingularOperator, UnsupportedModel
 from headwater.gradients.block import BlockGradient, stack
-from headwater.gradients.provider import BlockGradients, StructuredGradientProvider
+from headwater.gradients.provider import BlockGradients
 from headwater.influence import ComposableInfluence
+from headwater.methods.dual import DataInf
 from headwater.operators.algebra import LinearOperator, ScaledOperator
 from headwater.operators.structured import BlockDiagonalOperator
 from headwater.run.attribute import _distinct, _named_batches
@@ -63,7 +64,7 @@ class Rows:
     grads: BlockGradient
     """Of their losses."""
     outputs: tuple[BlockGradient, ...]
-    """Their GGN in one gradient for each output."""
+    """Their own curvature: the GGN in one gradient for each output, or the row's gradient for an empirical Fisher."""
 
 
 def removal(
@@ -92,6 +93,8 @@ def removal(
 def _regions(influence: ComposableInfluence) -> list[Region]:
     if not influence.method.predicts_removal:
         raise InvalidSetting(f"{influence.method.describe()} predicts no change of loss, only similarity.")
+    if isinstance(influence.method, DataInf):
+        raise InvalidSetting("hw.DataInf() inverts each row by itself: there is no curvature to take a row out of.")
     found = []
     for name, operator in influence.block_mapper.operators.items():
         scale = influence.provider.block_scale(name)
@@ -128,9 +131,16 @@ def _queries(
     return [stack(found) for found in pieces]
 
 
-def _train_rows(provider: StructuredGradientProvider, regions: Sequence[Region], batch: Any) -> list[Rows]:
-    """A batch's gradients, region by region. Errors: UnsupportedModel for rows whose GGN has no gradients."""
-    outputs = provider.ggn_grads(batch)
+def _train_rows(influence: ComposableInfluence, regions: Sequence[Region], batch: Any) -> list[Rows]:
+    """A batch's gradients, region by region, and what its rows put into the method's kind of curvature.
+
+    Errors: UnsupportedModel for rows whose GGN has no gradients.
+    """
+    provider = influence.provider
+    if influence.method.approximates == "empirical_fisher":
+        outputs: list[Any] | None = provider.fisher_grads(batch, "empirical")
+    else:
+        outputs = provider.ggn_grads(batch)
     if outputs is None:
         raise UnsupportedModel(
             "removal() takes each row's own curvature away, in one gradient for each output; here rows have many "
@@ -157,7 +167,7 @@ def _each_row(
 ) -> np.ndarray:
     columns, names = [], []
     for batch, ids, _ in _named_batches(influence.provider, loader, "removal", progress):
-        rows = _train_rows(influence.provider, regions, batch)
+        rows = _train_rows(influence, regions, batch)
         shares = [_rows_share(*given, influence.n_train, ids) for given in zip(regions, queries, rows, strict=True)]
         columns.append(sum(shares[1:], shares[0]))
         names.append(ids)
@@ -199,7 +209,8 @@ def _solve_without(leverage: Array, right: Array, like: Array, names: Sequence[s
         first = int(np.argmin(to_numpy(enough)))
         raise SingularOperator(
             f"Without {names[first]} the curvature has no inverse: it has the leverage {1 - float(lowest[first]):.6g}, "
-            "and from 1 on nothing else holds some direction of the weights. Use more damping."
+            "and from 1 on nothing else holds some direction of the weights (or the method's approximation has less of "
+            "it than the row by itself). Use more damping, or an exact method such as hw.Cg()."
         )
     return xp.linalg.solve(left, right)
 
@@ -229,10 +240,13 @@ class Group:
 
 
 def _named_groups(groups: Iterable[Any]) -> list[Group]:
-    found = [Group(number, np.atleast_1d(np.asarray(names))) for number, names in enumerate(groups)]
+    listed = [sorted(names) if isinstance(names, (set, frozenset)) else names for names in groups]
+    found = [Group(number, np.atleast_1d(np.asarray(names))) for number, names in enumerate(listed)]
     for group in found:
         if group.names.ndim != 1 or not len(group.names):
             raise InvalidInput(f"Group {group.number} has shape {group.names.shape}; expected one or more rows' names.")
+        if group.names.dtype == np.bool_:
+            raise InvalidInput(f"Group {group.number} is a mask; give the rows' positions: numpy.flatnonzero(mask).")
         if len(np.unique(group.names)) < len(group.names):
             raise BatchMismatch(f"A row is in {group} more than once.")
     if not found:
@@ -254,7 +268,7 @@ def _each_group(
         names.append(ids)
         inside = [(group, np.flatnonzero(np.isin(ids, group.names))) for group in groups]
         found = [(group, index) for group, index in inside if len(index)]
-        rows = _train_rows(influence.provider, regions, batch) if found else []
+        rows = _train_rows(influence, regions, batch) if found else []
         for group, index in found:
             if group.add(rows, index):
                 columns[group.number] = _group_column(group, regions, queries, influence.n_train)

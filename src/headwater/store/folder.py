@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from headwater.errors import InvalidInput
+from headwater.store.draft import draft
 
 DESCRIPTION, ARRAYS = "fit.json", "arrays.safetensors"
 
@@ -22,20 +22,12 @@ def write_folder(
     path: str | os.PathLike[str], description: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
 ) -> None:
     """Whole or not at all. Errors: FileExistsError if there is one already; OSError, of a full disk for example."""
-    if Path(path).exists():
-        raise FileExistsError(f"{path} exists; remove it, or choose another name.")
-    draft = Path(f"{path}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, draft / ARRAYS)
-        (draft / DESCRIPTION).write_text(json.dumps(description, indent=1))
-        draft.rename(path)
-    except BaseException as error:
-        shutil.rmtree(draft, ignore_errors=True)
-        if isinstance(error, SafetensorError):
+    with draft(path) as folder:
+        try:
+            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / ARRAYS)
+        except SafetensorError as error:
             raise OSError(f"{path} could not be written: {error}") from error
-        raise
+        (folder / DESCRIPTION).write_text(json.dumps(description, indent=1))
 
 
 def read_folder(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from headwater.errors import InvalidInput, InvalidSetting, ShapeMismatch
+from headwater.store.draft import draft
 
 if TYPE_CHECKING:
     import xarray
@@ -100,15 +99,12 @@ class Scores:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a zarr folder, whole or not at all. Errors: FileExistsError if there is one already."""
-        if Path(path).exists():
-            raise FileExistsError(f"{path} exists; remove it, or choose another name.")
         data = self.to_xarray()
         data.attrs["blocks"] = list(self.by_block or ())
         data.attrs["solved_blocks"] = list(self.residuals or ())
-        draft = Path(f"{path}.draft")
-        shutil.rmtree(draft, ignore_errors=True)
-        data.drop_vars(["block", "solved_block"], errors="ignore").to_zarr(draft, mode="w-", consolidated=False)
-        os.replace(draft, path)
+        with draft(path) as folder:
+            plain = data.drop_vars(["block", "solved_block"], errors="ignore")
+            plain.to_zarr(folder, mode="w", consolidated=False)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Scores:

@@ -28,7 +28,7 @@ class TileStore:
     def __init__(self, path: str | os.PathLike[str], identity: Mapping[str, Any]):
         self.path = Path(path)
         self._check_identity(json.loads(json.dumps(identity)))
-        self._ledger = {(line["start"], line["stop"]): line["rows"] for line in self._read_ledger()}
+        self._ledger = {(line["start"], line["stop"]): line for line in self._read_ledger()}
 
     def _check_identity(self, identity: dict[str, Any]) -> None:
         file = self.path / "identity.json"
@@ -38,7 +38,10 @@ class TileStore:
             self.path.mkdir(parents=True, exist_ok=True)
             _write_whole(file, json.dumps(identity, indent=1))
             return
-        found = json.loads(file.read_text())
+        try:
+            found = json.loads(file.read_text())
+        except ValueError as error:
+            raise InvalidInput(f"{file} cannot be read ({error}); choose another folder.") from error
         different = [key for key in {**found, **identity} if found.get(key) != identity.get(key)]
         if different:
             changes = (f"{key} was {_short(found.get(key))}, now {_short(identity.get(key))}" for key in different)
@@ -50,9 +53,11 @@ class TileStore:
         file, lines = self.path / "ledger.jsonl", []
         for line in file.read_text().splitlines() if file.exists() else []:
             try:
-                lines.append(json.loads(line))
+                found = json.loads(line)
             except json.JSONDecodeError:  # the line that a killed run was writing
                 continue
+            if isinstance(found, dict) and {"start", "stop", "rows", "tile"} <= found.keys():
+                lines.append(found)
         return lines
 
     def read(self, start: int, keys: np.ndarray) -> np.ndarray | None:
@@ -60,15 +65,17 @@ class TileStore:
 
         Errors: InvalidInput if the tile was computed from other rows.
         """
-        rows = self._ledger.get((start, start + len(keys)))
-        if rows is None:
+        line = self._ledger.get((start, start + len(keys)))
+        if line is None:
             return None
-        if rows != _checksum(keys):
+        if line["rows"] != _checksum(keys):
             raise InvalidInput(
                 f"The train loader gives other rows at {start} to {start + len(keys)} than in the run stored in "
                 f"{self.path}. To go on with a run, its loader must not shuffle."
             )
-        return np.asarray(self._group()[f"{start}-{start + len(keys)}"][:])
+        group, name = self._group(), f"{start}-{start + len(keys)}"
+        tile = np.asarray(group[name][:]) if name in group else None
+        return None if tile is None or _checksum(tile) != line["tile"] else tile  # lost, by a power cut for example
 
     def check(self, stored: np.ndarray, fresh: np.ndarray) -> None:
         """Stored scores beside the same ones computed again. Errors: InvalidInput if they differ beyond rounding."""
@@ -84,13 +91,13 @@ class TileStore:
         """Keep a tile [block, query, train]; it counts once this returns."""
         stop = start + len(keys)
         self._group().create_array(f"{start}-{stop}", data=np.ascontiguousarray(tile), overwrite=True)
-        line = {"start": start, "stop": stop, "rows": _checksum(keys)}
+        line = {"start": start, "stop": stop, "rows": _checksum(keys), "tile": _checksum(tile)}
         with open(self.path / "ledger.jsonl", "a+b") as ledger:
             torn = ledger.seek(0, os.SEEK_END) > 0 and not _ends_line(ledger)
             ledger.write((b"\n" if torn else b"") + json.dumps(line).encode() + b"\n")
             ledger.flush()
             os.fsync(ledger.fileno())
-        self._ledger[start, stop] = line["rows"]
+        self._ledger[start, stop] = line
 
     def _group(self) -> Any:
         import zarr
@@ -110,8 +117,8 @@ def _write_whole(file: Path, text: str) -> None:
     os.replace(draft, file)
 
 
-def _checksum(keys: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(keys).tobytes())
+def _checksum(values: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(values).tobytes())
 
 
 def _short(value: Any) -> str:

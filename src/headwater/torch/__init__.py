@@ -7,11 +7,12 @@ except ImportError:
 
     raise MissingExtra("torch", "torch") from None
 
+from headwater.gradients.coverage import Coverage
 from headwater.torch.batch import TorchBatch
 from headwater.torch.influence import TorchComposableInfluence
 from headwater.torch.likelihoods import Bernoulli, CrossEntropy, Likelihood, OutputHessian, SquaredError, TargetSampler
 from headwater.torch.measurements import negative_logit, negative_margin
-from headwater.torch.provider import Coverage, TorchGradientProvider
+from headwater.torch.provider import TorchGradientProvider
 
 __all__ = [
     "Bernoulli",

@@ -11,10 +11,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
 
 from headwater.torch.batch import call
 
@@ -41,6 +44,13 @@ class Recording:
 
     output: Any
     uses: tuple[Use, ...]
+    rows: int
+
+    @property
+    def strange(self) -> list[str]:
+        """Layers that were called on another number of rows than the model: what they got does not belong to rows."""
+        sizes = ((use.layer, {len(use.input), len(use.output)}) for use in self.uses)
+        return list(dict.fromkeys(layer for layer, found in sizes if found != {self.rows}))
 
     def output_grads(self, outputs: Sequence[torch.Tensor], cotangents: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The gradient at each use's output, zero where the output does not depend on it."""
@@ -73,7 +83,28 @@ def run(model: nn.Module, state: Mapping[str, torch.Tensor], x: Any) -> Any:
     def functional(*args: Any, **kwargs: Any) -> Any:
         return torch.func.functional_call(model, slots, args, kwargs, tie_weights=False)
 
-    return call(functional, x)
+    with everything_remembered():
+        return call(functional, x)
+
+
+@contextmanager
+def everything_remembered() -> Iterator[None]:
+    """Without `torch.utils.checkpoint`: what is computed again later would see other weights than the call did.
+
+    Both of its ways are passed by, whoever imported its function, and under whatever name.
+    """
+
+    def at_once(function: Any, preserve: bool, *args: Any) -> Any:
+        return function(*args)
+
+    def nothing_else(*args: Any, **kwargs: Any) -> Iterator[None]:
+        yield
+
+    with (
+        patch.object(torch.utils.checkpoint.CheckpointFunction, "apply", at_once),
+        patch.object(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", nothing_else),
+    ):
+        yield
 
 
 def _slots(model: nn.Module) -> dict[str, str]:
@@ -122,6 +153,7 @@ def _record(
     model: nn.Module, state: Mapping[str, torch.Tensor], layers: Mapping[str, nn.Module], x: Any, copies: bool
 ) -> Recording:
     uses: list[Use] = []
+    rows = next((len(leaf) for leaf in tree_leaves(x) if isinstance(leaf, torch.Tensor) and leaf.ndim), 1)
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -131,8 +163,13 @@ def _record(
             if not output.requires_grad:
                 output.requires_grad_()
             given = given.detach().clone() if copies else given.detach()
+            shared = rows > 1 and given.ndim > 1 and output.ndim > 1 and len(given) == len(output) == 1
+            if shared:  # one row for all, such as the embedding of positions
+                given, output = (v.expand(rows, *v.shape[1:]).clone() for v in (given, output))
             uses.append(Use(name, given, output, given._version, output._version))
-            return output.clone() if copies else None
+            if copies:
+                return output.clone()
+            return output if shared else None
 
         return hook
 
@@ -140,4 +177,4 @@ def _record(
         for name, module in layers.items():
             stack.callback(module.register_forward_hook(watch(name), with_kwargs=True).remove)
         output = run(model, state, x)
-    return Recording(output, tuple(uses))
+    return Recording(output, tuple(uses), rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 
 from headwater.blocks import Structure
 from headwater.errors import InvalidInput, InvalidSetting
+from headwater.gradients.coverage import Coverage
 from headwater.gradients.ensemble import EnsembleProvider
 from headwater.gradients.provider import StructuredGradientProvider
 from headwater.influence import ComposableInfluence
@@ -19,7 +20,7 @@ from headwater.methods.base import Method
 from headwater.methods.damping import Damping
 from headwater.torch.likelihoods import Likelihood
 from headwater.torch.losses import Loss
-from headwater.torch.provider import Coverage, TorchGradientProvider
+from headwater.torch.provider import TorchGradientProvider
 
 Checkpoint = Mapping[str, torch.Tensor] | nn.Module | str | os.PathLike[str]
 """Weights: a state dict, a model that has them, or a file that `torch.load` reads as a state dict."""
@@ -54,11 +55,22 @@ class TorchComposableInfluence(ComposableInfluence[torch.Tensor]):
         def provide(model: nn.Module) -> TorchGradientProvider:
             return TorchGradientProvider(model, loss, blocks=blocks, measurement=measurement, likelihood=likelihood)
 
+        self._assemble(provide, model, method, damping, checkpoints)
+
+    def _assemble(
+        self,
+        provide: Callable[[Any], TorchGradientProvider],
+        model: nn.Module,
+        method: Method,
+        damping: Damping | Mapping[str, Damping] | None,
+        checkpoints: Sequence[Checkpoint] | None,
+    ) -> None:
+        """One provider, or one for each checkpoint of the model; and the influence on top."""
         self._torch_provider = provide(model)
         provider: StructuredGradientProvider = self._torch_provider
         if checkpoints is not None:
             provider = EnsembleProvider([provide(loaded) for loaded in _load_all(model, checkpoints)])
-        super().__init__(provider, method, damping=damping)
+        ComposableInfluence.__init__(self, provider, method, damping=damping)
 
     @property
     def model(self) -> nn.Module:

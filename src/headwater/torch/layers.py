@@ -10,7 +10,7 @@ Layout: layer inputs x [n, *, i] and output-gradients g [n, *, o]; convolutions 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,10 +56,21 @@ def _positions(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(len(x), -1, x.shape[-1]) if x.ndim > 2 else x.unsqueeze(1)
 
 
+def _turned_parts(m: Any, weight: str | None, bias: str | None) -> list[Part]:
+    """Those of a linear map whose weight is kept as [i, o]."""
+    i, o = m.weight.shape
+    parts = matrix_parts((o, i), weight, bias)
+    return parts if weight is None else [replace(part, weight=replace(part.weight, transposed=True)) for part in parts]
+
+
 LINEAR = Rule(
     parts=lambda m, weight, bias: matrix_parts((m.out_features, m.in_features), weight, bias),
     values=lambda m, x, g, weight, bias: _outer(_positions(x), _positions(g), weight, bias),
 )
+
+
+TURNED_LINEAR = replace(LINEAR, parts=_turned_parts)
+"""GPT-2's `Conv1D`, a linear map."""
 
 
 def _conv_parts(m: Any, weight: str | None, bias: str | None) -> list[Part]:
@@ -144,6 +155,8 @@ def _affine(normalise: Callable[[Any, torch.Tensor], torch.Tensor], channels_las
 
 
 LAYER_NORM = _affine(lambda m, x: F.layer_norm(x, m.normalized_shape, None, None, m.eps), channels_last=True)
+OWN_RMS_NORM = _affine(lambda m, x: _with_weight(m, 1.0, x) - _with_weight(m, 0.0, x), channels_last=True)
+"""A model's own class, which may add to its weight or normalise in another precision; only affine in the weight."""
 RMS_NORM = _affine(lambda m, x: F.rms_norm(x, m.normalized_shape, None, m.eps), channels_last=True)
 GROUP_NORM = _affine(lambda m, x: F.group_norm(x, m.num_groups, None, None, m.eps), channels_last=False)
 BATCH_NORM = _affine(
@@ -155,6 +168,13 @@ INSTANCE_NORM = _affine(
     ),
     channels_last=False,
 )
+
+
+def _with_weight(m: nn.Module, value: float, x: torch.Tensor) -> torch.Tensor:
+    """The layer on x, with a weight of this number all over."""
+    weight = torch.full_like(m.weight, value, dtype=x.dtype)  # type: ignore[arg-type]
+    return torch.func.functional_call(m, {"weight": weight}, (x,))
+
 
 RULES: dict[type[nn.Module], Rule] = {
     nn.Linear: LINEAR,
@@ -174,8 +194,20 @@ RULES: dict[type[nn.Module], Rule] = {
 }
 
 
+RULES_BY_NAME: dict[str, Rule] = {"transformers.pytorch_utils.Conv1D": TURNED_LINEAR}
+"""Layers of libraries that are not imported here."""
+
+
 def rule_for(module: nn.Module) -> Rule | None:
     """The rule of the nearest known base class; lazy and transposed layers have none."""
     if isinstance(module, (nn.modules.lazy.LazyModuleMixin, nn.modules.conv._ConvTransposeNd)):
         return None
-    return next((RULES[kind] for kind in type(module).__mro__ if kind in RULES), None)
+    found = (
+        RULES.get(kind) or RULES_BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}") for kind in type(module).__mro__
+    )
+    return next((rule for rule in found if rule is not None), OWN_RMS_NORM if _is_own_rms_norm(module) else None)
+
+
+def _is_own_rms_norm(module: nn.Module) -> bool:
+    own = dict(module.named_parameters())
+    return [*own] == ["weight"] and own["weight"].ndim == 1 and type(module).__name__.endswith("RMSNorm")

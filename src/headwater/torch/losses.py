@@ -27,9 +27,12 @@ Loss = Callable[[Any, Any], torch.Tensor]
 def row_losses(loss: Loss, output: Any, target: Any) -> torch.Tensor:
     """The loss of each row on its own: [n]. One vectorised call where the loss allows it, else row by row.
 
+    A loss may say so itself, with a method `row_losses(output, target)`.
     Errors: InvalidInput where the loss fails on these outputs and targets.
     """
     with explain_failure(output, target):
+        if hasattr(loss, "row_losses"):
+            return loss.row_losses(output, target)
         if isinstance(output, torch.Tensor) and isinstance(target, torch.Tensor):
             found = _torch_row_losses(loss, output, target)
             if found is not None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -136,7 +136,7 @@ def _fill(
             if name not in at:
                 at[name] = len(parts)
                 parts += new
-            elif [p.shape for p in new] != [p.shape for p in parts[at[name] : at[name] + len(new)]]:
+            elif _forms(new) != _forms(parts[at[name] : at[name] + len(new)]):
                 continue
             sources.append(Source(layer.name, weight is not None, bias is not None, block.name, at[name]))
     filled = {piece.parameter for part in parts for piece in part.pieces}
@@ -146,6 +146,11 @@ def _fill(
             plain.append((block.name, len(parts), parameter.name))
             parts.append(Part(Piece(parameter.name, 0, as_matrix(parameter.shape))))
     return parts, sources, plain
+
+
+def _forms(parts: list[Part]) -> list[tuple[tuple[int, int], bool]]:
+    """What two uses of a parameter must share to add up."""
+    return [(part.shape, part.weight.transposed) for part in parts]
 
 
 def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -159,11 +164,18 @@ def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def fill_parts(
-    plan: Plan, modules: Mapping[str, nn.Module], uses: list[Use], grads: list[torch.Tensor]
+    plan: Plan,
+    modules: Mapping[str, nn.Module],
+    uses: Iterable[tuple[Use, torch.Tensor]],
+    kept: torch.Tensor | None = None,
 ) -> dict[tuple[str, int], Gradient]:
-    """(block, part index) to the gradient value that the layer calls give, several calls added up."""
+    """(block, part index) to the gradient value that the layer calls give, several calls added up.
+
+    uses: with the gradient at each use's output.
+    kept [n, t]: the positions that rows have, where some are padding; for layers that work on all t of them.
+    """
     calls: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-    for use, grad in zip(uses, grads, strict=True):
+    for use, grad in uses:
         calls.setdefault(use.layer, []).append((use.input, grad))
     found: dict[tuple[str, int], list[Gradient]] = {}
     for source in plan.sources:
@@ -173,8 +185,24 @@ def fill_parts(
         for given, grad in calls.get(source.layer, []):
             values = rule.values(module, wide(given), wide(grad), source.weight, source.bias)
             for k, value in enumerate(values):
-                found.setdefault((source.block, source.first + k), []).append(value)
+                found.setdefault((source.block, source.first + k), []).append(without_padding(value, kept))
     return {place: add(values) for place, values in found.items()}
+
+
+def without_padding(value: Gradient, kept: torch.Tensor | None) -> Gradient:
+    """The value with its padding marked as such, if it has as many positions as `kept` [n, t].
+
+    Padding has no part in a row's loss: its output-gradients are zero. Its inputs could be anything.
+    """
+    if kept is None or not isinstance(value, (Outer, RowSparse)):
+        return value
+    inputs, b = (value.a, value.b) if isinstance(value, Outer) else (value.ids, value.values)
+    if inputs.shape[:2] != kept.shape:
+        return value
+    b = b.masked_fill(~kept.unsqueeze(2), 0.0)
+    if isinstance(value, RowSparse):
+        return replace(value, values=b, kept=kept)
+    return replace(value, a=inputs.masked_fill(~kept.unsqueeze(2), 0.0), b=b, kept=kept)
 
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:

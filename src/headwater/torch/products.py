@@ -87,6 +87,23 @@ def push_forward(
         return batched_vjp(pulled, dummies, tangents)
 
 
+def rowwise_grads(function: Any, chosen: dict[str, torch.Tensor], x: Any, y: Any) -> dict[str, torch.Tensor]:
+    """The gradient of function(chosen, row of x, row of y) by what is chosen, for all rows: [n, *shape] each.
+
+    Vectorised; where the model does not allow it, one row at a time, by plain autograd.
+    """
+    try:
+        with quiet():
+            return torch.func.vmap(torch.func.grad(function), in_dims=(None, 0, 0))(chosen, x, y)
+    except RuntimeError:
+        leaves = {name: t.detach().requires_grad_() for name, t in chosen.items()}
+        each = []
+        for k in range(len(tree_leaves(x)[0])):
+            value = function(leaves, *tree_map(lambda t, k=k: t[k], (x, y)))
+            each.append(torch.autograd.grad(value, [*leaves.values()], allow_unused=True, materialize_grads=True))
+        return {name: torch.stack([_filled(row[k]) for row in each]) for k, name in enumerate(leaves)}
+
+
 def rowwise(function: Any, chosen: dict[str, torch.Tensor], x: Any, y: Any) -> dict[str, torch.Tensor]:
     """function(chosen, row of x, row of y), for all rows: vectorised, or one by one where that fails."""
     try:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,11 +22,14 @@ from headwater.errors import (
     InvalidInput,
     RowsInteract,
     ShapeMismatch,
+    UnsupportedModel,
 )
 from headwater.gradients.algebra import Dense, Gradient
 from headwater.gradients.block import BlockGradient
+from headwater.gradients.coverage import Coverage
 from headwater.gradients.outer import Outer, RowSparse
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
+from headwater.gradients.words import in_words
 from headwater.random import name_keys, row_keys, row_normals, row_uniforms
 from headwater.torch.batch import TorchBatch, as_tensor, differentiable_input
 from headwater.torch.capture import Recording, autograd_on, detached_state, record, run, twice_differentiable
@@ -42,22 +45,9 @@ from headwater.torch.likelihoods import Likelihood, find_likelihood, fisher_cota
 from headwater.torch.losses import Loss, check_finite, check_loss, normalisation, row_losses
 from headwater.torch.measurements import negative_logit, negative_margin
 from headwater.torch.plan import as_matrix, check_eval, fill_parts, make_plan, trainable_parameters, wide
-from headwater.torch.products import batched_vjp, ggn_product, hessian_product, rowwise
+from headwater.torch.products import batched_vjp, ggn_product, hessian_product, rowwise, rowwise_grads
 
 ARRAYS = (torch.Tensor, np.ndarray)
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """How many of the trainable parameters are attributed, and which are not."""
-
-    attributed: int
-    trainable: int
-    missing: tuple[str, ...] = ()
-
-    @property
-    def fraction(self) -> float:
-        return self.attributed / self.trainable
 
 
 class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]):
@@ -106,13 +96,9 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
     @property
     def coverage(self) -> Coverage:
         """Attributed and trainable parameters."""
-        trainable = trainable_parameters(self.model)
         inside = {p.name for layout in self.layouts.values() for p in layout.block.parameters}
-        return Coverage(
-            sum(p.size for p in trainable if p.name in inside),
-            sum(p.size for p in trainable),
-            tuple(p.name for p in trainable if p.name not in inside),
-        )
+        frozen = sum(p.numel() for p in self.model.parameters() if not p.requires_grad)
+        return Coverage.of(trainable_parameters(self.model), inside, frozen)
 
     @property
     def dtype(self) -> str:
@@ -127,6 +113,9 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         if self.measurement is self.loss:
             return "loss"
         return getattr(self.measurement, "__name__", type(self.measurement).__name__)
+
+    def settings(self) -> tuple[str, ...]:
+        return tuple(in_words(value) for value in (self.loss, self.measurement, self.likelihood))
 
     @property
     def normalisation(self) -> str | None:
@@ -187,7 +176,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             recording, state = self._record(batch)
             losses = row_losses(loss, recording.output, batch.y)
             check_finite(losses)
-            values = self._values(recording, [losses], [torch.ones_like(losses)])
+            values = self._values(recording, [losses], [torch.ones_like(losses)], batch)
             plain = self._plain_grads(batch, state, lambda output, target: loss(output, target).sum())
         return self._blocks(values | plain, len(batch), batch.weights if weighted else None)
 
@@ -225,7 +214,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             first: dict[tuple[str, int], Gradient] = {}
             found = []
             for k, v in enumerate(cotangents):
-                values = fill_parts(self._plan, self._modules, list(recording.uses), [g[k] for g in grads])
+                values = self._filled(recording, [g[k] for g in grads], batch)
                 values = {place: _with_inputs(value, first.setdefault(place, value)) for place, value in values.items()}
                 values |= self._plain_grads(batch, state, _against, v)
                 found.append(self._blocks(values, len(batch), None))
@@ -281,17 +270,30 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
     def _record(self, batch: TorchBatch) -> tuple[Recording, dict[str, torch.Tensor]]:
         state = detached_state(self.model)
         layers = {name: self._modules[name] for name in self._plan.layers}
-        return record(self.model, state, layers, batch.x), state
+        recording = record(self.model, state, layers, batch.x)
+        if recording.strange and self._checked >= min(2, len(batch)):
+            raise UnsupportedModel(
+                f"{recording.strange} got other rows than the {len(batch)} of the batch, which they did not before."
+            )
+        return recording, state
 
     def _values(
-        self,
-        recording: Recording,
-        outputs: list[torch.Tensor],
-        cotangents: list[torch.Tensor],
+        self, recording: Recording, outputs: list[torch.Tensor], cotangents: list[torch.Tensor], batch: TorchBatch
     ) -> dict[tuple[str, int], Gradient]:
         """Gradient values from the layers."""
-        grads = recording.output_grads(outputs, cotangents)
-        return fill_parts(self._plan, self._modules, list(recording.uses), grads)
+        return self._filled(recording, recording.output_grads(outputs, cotangents), batch)
+
+    def _filled(
+        self, recording: Recording, grads: list[torch.Tensor], batch: TorchBatch
+    ) -> dict[tuple[str, int], Gradient]:
+        """Gradient values from gradients at the outputs of the recorded uses."""
+        strange = set(recording.strange)
+        uses = [(use, grad) for use, grad in zip(recording.uses, grads, strict=True) if use.layer not in strange]
+        return fill_parts(self._plan, self._modules, uses, self.positions(batch))
+
+    def positions(self, batch: TorchBatch) -> torch.Tensor | None:
+        """Which positions rows have, [n, t], where some are padding; None if all are the row's own."""
+        return None
 
     def _plain_grads(
         self, batch: TorchBatch, state: Mapping[str, torch.Tensor], score: Any, cotangents: torch.Tensor | None = None
@@ -313,8 +315,8 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         with twice_differentiable():
             for start in range(0, len(batch), step):
                 piece = batch.take(slice(start, start + step))
-                for name, grad in rowwise(
-                    torch.func.grad(one),
+                for name, grad in rowwise_grads(
+                    one,
                     chosen,
                     piece.x,
                     target[start : start + step] if isinstance(target, torch.Tensor) else piece.y,
@@ -371,31 +373,38 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         check_rows(recording.output, len(rows))
         losses = row_losses(self.loss, recording.output, rows.y)
         check_finite(losses)
-        check_independence(recording.output, output, last)
+        kind = next(self.model.parameters()).dtype
+        check_independence(recording.output, output, last, kind)
         if last:
             with torch.no_grad():
-                check_independence(recording.output, run(self.model, state, rows.take(slice(0, 1)).x), 0)
+                check_independence(recording.output, run(self.model, state, rows.take(slice(0, 1)).x), 0, kind)
         self._normalisation = normalisation(self.loss, recording.output, rows.y)
-        values = self._values(recording, [losses], [torch.ones_like(losses)])
+        values = self._values(recording, [losses], [torch.ones_like(losses)], rows)
         self._numbers_per_row = sum(a.numel() for v in values.values() for a in v.arrays) // len(rows)
-        wrong = self._disagreeing(values, grads, last)
+        wrong = [*self._disagreeing(values, grads, last), *self._held_by(recording.strange)]
         if wrong and self._checked:
             raise RowsInteract(f"The gradients of {wrong} depend on the other rows of the batch.")
         if wrong:
             self._plan = make_plan(self.model, self._structure, wrong)
+
+    def _held_by(self, layers: Iterable[str]) -> list[str]:
+        """The attributed parameters of these layers."""
+        held = {id(p) for layer in layers for p in self._modules[layer].parameters(recurse=False)}
+        return [name for name, p in self.model.named_parameters() if id(p) in held]
 
     def _disagreeing(
         self, values: Mapping[tuple[str, int], Gradient], expected: Mapping[str, torch.Tensor], row: int
     ) -> list[str]:
         """Parameters whose gradient for this row, as the layer rules give it, is not autograd's."""
         plain = {name for _, _, name in self._plan.plain}
+        floor = float(torch.stack([grad.norm() for grad in expected.values()]).norm())
         wrong = []
         for layout in self.layouts.values():
             flat = self._block(layout, values, row + 1).take(slice(row, row + 1)).flat()[0]
             pieces = flat.split([p.size for p in layout.block.parameters])
             for parameter, got in zip(layout.block.parameters, pieces, strict=True):
                 truth = expected[parameter.name].reshape(-1)
-                if parameter.name not in plain and not close(got.to(truth.dtype), truth):
+                if parameter.name not in plain and not close(got.to(truth.dtype), truth, floor):
                     wrong.append(parameter.name)
         return wrong
 
@@ -504,7 +513,7 @@ def _host(tensor: torch.Tensor | np.ndarray) -> np.ndarray:
 def _with_inputs(value: Gradient, first: Gradient) -> Gradient:
     """The same layer inputs as the first draw's, so that what depends on them alone is computed once."""
     if isinstance(value, Outer) and isinstance(first, Outer):
-        return Outer(first.a, value.b, value.ones)
+        return replace(value, a=first.a)
     if isinstance(value, RowSparse) and isinstance(first, RowSparse):
-        return RowSparse(first.ids, value.values, value.size)
+        return replace(value, ids=first.ids)
     return value

@@ -1,0 +1,63 @@
+"""What can be explained in place of the loss: each row's own number, better when lower, as losses are.
+
+Outputs are logits [n, classes] with integer targets [n], or one logit a row, [n] or [n, 1], with targets 0 and 1.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from headwater.arrays import Array, as_like, is_array, namespace
+from headwater.errors import UnsupportedModel
+
+
+def negative_margin(output: Array, target: Array) -> Array:
+    """Minus log p/(1-p), p the probability of the target: [n]. The chance of another answer is its sigmoid."""
+    classes, labels = _read(output, target, "margin")
+    if classes.shape[1] == 1:
+        return -_signed(classes, labels)
+    xp, hit = namespace(classes), _hit(classes, labels)
+    others = xp.where(hit, xp.full_like(classes, -math.inf), classes)
+    top = xp.max(others, axis=1, keepdims=True)
+    among_others = top[:, 0] + xp.log(xp.sum(xp.exp(others - top), axis=1))
+    return among_others - _chosen(classes, hit)
+
+
+def negative_logit(output: Array, target: Array) -> Array:
+    """Minus the target's logit; with one logit a row, its sign is that of the target: [n]."""
+    classes, labels = _read(output, target, "logit")
+    if classes.shape[1] == 1:
+        return -_signed(classes, labels)
+    return -_chosen(classes, _hit(classes, labels))
+
+
+def _hit(classes: Array, labels: Array) -> Array:
+    """Whether a class is the row's label: [n, classes]."""
+    return labels[:, None] == as_like(range(classes.shape[1]), labels)
+
+
+def _chosen(classes: Array, hit: Array) -> Array:
+    """The label's logit: [n]; NaN for a label that is no class."""
+    xp = namespace(classes)
+    found = xp.sum(xp.where(hit, classes, xp.zeros_like(classes)), axis=1)
+    return xp.where(xp.any(hit, axis=1), found, xp.full_like(found, math.nan))
+
+
+def _signed(logits: Array, labels: Array) -> Array:
+    return logits[:, 0] * namespace(logits).astype(2 * labels - 1, logits.dtype)
+
+
+def _read(output: Any, target: Any, what: str) -> tuple[Array, Array]:
+    """Logits [n, classes], or [n, 1], and integer targets [n]."""
+    if is_array(output) and is_array(target):
+        one = output.ndim == 1 or (output.ndim == 2 and output.shape[1] == 1)
+        if one and math.prod(target.shape) == output.shape[0]:
+            return output.reshape((-1, 1)), target.reshape((-1,))
+        if output.ndim == 2 and target.ndim == 1 and namespace(target).isdtype(target.dtype, "integral"):
+            return output, target
+    shapes = [tuple(getattr(v, "shape", ())) for v in (output, target)]
+    raise UnsupportedModel(
+        f"A row has no {what}: that needs logits (rows, classes) with integer targets (rows,), or one logit a row with "
+        f"targets 0 and 1; the output is {shapes[0]}, the target {shapes[1]}. Give a measurement of your own."
+    )

@@ -1,0 +1,43 @@
+"""Functions and settings in words that tell them apart: for saved fits, which must not be taken for others."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+
+from headwater.arrays import is_array, to_numpy
+
+
+def in_words(value: Any) -> str:
+    """The same in every process for the same function, module or setting; another, as far as can be seen, for others.
+
+    A function is its name, its code, and what it closes over; an object its class and its public attributes.
+    """
+    if value is None or isinstance(value, (bool, int, float, str, bytes, type)):
+        return repr(value)
+    if is_array(value) or isinstance(value, np.generic):
+        array = np.ascontiguousarray(to_numpy(value) if is_array(value) else value)
+        return f"{array.dtype}{array.shape}#{crc32(array.tobytes())}"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {in_words(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (tuple, list)):
+        return "(" + ", ".join(map(in_words, value)) + ")"
+    if isinstance(value, partial):
+        return f"partial({in_words(value.func)}, {in_words(value.args)}, {in_words(value.keywords)})"
+    name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    code = getattr(value, "__code__", None)
+    if code is None:
+        found = {k: v for k, v in getattr(value, "__dict__", {}).items() if not k.startswith("_")}
+        return name + (in_words(_plain(found)) if found else "")
+    cells = [cell.cell_contents for cell in value.__closure__ or ()]
+    kept = [repr(constant) for constant in code.co_consts if isinstance(constant, (int, float, str))]
+    return f"{name}#{crc32(code.co_code)}({', '.join(kept)}){in_words(_plain(dict(enumerate(cells))))}"
+
+
+def _plain(found: dict[Any, Any]) -> dict[Any, Any]:
+    """Without what has no words of its own."""
+    kinds = (bool, int, float, str, tuple, list)
+    return {k: v for k, v in found.items() if v is None or isinstance(v, kinds) or is_array(v) or callable(v)}

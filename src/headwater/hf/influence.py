@@ -1,0 +1,110 @@
+"""Influence for pretrained models."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from headwater.blocks import Structure
+from headwater.errors import InvalidSetting
+from headwater.hf.losses import PerToken
+from headwater.hf.model import base_of
+from headwater.hf.provider import HfGradientProvider
+from headwater.hf.rows import MASK, Collator, Rows, put_back
+from headwater.methods.base import Method
+from headwater.methods.damping import Damping
+from headwater.torch.influence import Checkpoint, TorchComposableInfluence
+from headwater.torch.likelihoods import Likelihood
+from headwater.torch.losses import Loss
+
+
+class HfComposableInfluence(TorchComposableInfluence):
+    """Which training rows made a pretrained model do this, and by how much.
+
+    model, task, per_token, measurement, likelihood: see `HfGradientProvider`. method, blocks, damping, checkpoints: as
+    for torch models. Only parameters with requires_grad=True are attributed: all of a model as it is loaded, the
+    adapters alone of a model with PEFT adapters. `coverage` says how many are frozen.
+
+    Where a loader is asked for, these will do: dicts of columns, batch by batch; a `datasets.Dataset`; a list of dicts,
+    one for each row; with a tokenizer, a list of strings. tokenizer: makes tokens of strings. collator: makes batches
+    of rows, such as a DataCollatorWithPadding; without one, rows are padded on the right. batch_size: rows in such a
+    batch; no number depends on it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        *,
+        task: str | None = None,
+        per_token: PerToken = "mean",
+        blocks: Structure = "layer",
+        damping: Damping | Mapping[str, Damping] | None = None,
+        measurement: Loss | None = None,
+        likelihood: Likelihood | str | None = None,
+        checkpoints: Sequence[Checkpoint] | None = None,
+        tokenizer: Any = None,
+        collator: Collator | None = None,
+        batch_size: int = 8,
+    ):
+        def provide(model: nn.Module) -> HfGradientProvider:
+            return HfGradientProvider(
+                model,
+                task=task,
+                per_token=per_token,
+                blocks=blocks,
+                measurement=measurement,
+                likelihood=likelihood,
+            )
+
+        if batch_size < 1:
+            raise InvalidSetting(f"batch_size is {batch_size}; expected at least 1.")
+        self._assemble(provide, model, method, damping, checkpoints)
+        takes = frozenset(inspect.signature(base_of(model).forward).parameters)
+        self._rows = Rows(tokenizer, collator, batch_size, takes, self._hf_provider.task.padding)
+
+    @property
+    def _hf_provider(self) -> HfGradientProvider:
+        assert isinstance(self._torch_provider, HfGradientProvider)
+        return self._torch_provider
+
+    @property
+    def model(self) -> nn.Module:
+        return self._hf_provider.pretrained
+
+    def as_loader(self, loader: Iterable[Any]) -> Iterable[Any]:
+        """Rows or batches of any kind that the class takes, as batches."""
+        return self._rows.batches(loader, self._hf_provider)
+
+    def token_scores(self, x_test: Any, y_test: Any, x: Any = None, y: Any = None) -> torch.Tensor:
+        """What each label of a train row adds to the row's score: (N_test, N_train, T), as `influences` otherwise.
+
+        The sum over T is the row's score, to rounding. T is that of the train rows as given; a number stands at its
+        label's own position, and is zero where there is no label (-100, padding, a language model's first token).
+        One factor of the size of the model is kept for each test row.
+        Errors: InvalidSetting for a method that changes a row's gradient as a whole; UnsupportedModel where a row has
+        one label; as `influences`.
+        """
+        mapper, _, test, train = self._asked(x_test, y_test, x, y, "up")
+        provider = self._hf_provider
+        with self._recorded():
+            factors = mapper.transformed_grads(test)
+        first = provider.grads(train.take(slice(0, 1)))
+        if self.provider is not provider or any(mapper.operators[n].seen(g) is not g for n, g in first.items()):
+            raise InvalidSetting(
+                f"{self.method.describe()} sees a train row as something else than the sum of its labels' gradients, "
+                "or there are several models; token scores need a method that adds up."
+            )
+        step = provider.rows_at_once(train)
+        pieces = [
+            provider.token_prod(train.take(slice(start, start + step)), factors) for start in range(0, len(train), step)
+        ]
+        width = train.y.shape[1]
+        padded = [nn.functional.pad(piece, (0, width - piece.shape[2])) for piece in pieces]
+        given = x_test if x is None else x
+        mask = given.get(MASK) if isinstance(given, Mapping) else None
+        return put_back(torch.cat(padded, dim=1), None if mask is None else torch.as_tensor(mask))

@@ -1,0 +1,264 @@
+"""Per-sample gradients of a pretrained model: rows of tokens, whatever their padding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from headwater.arrays import rows_within_memory
+from headwater.blocks import Structure
+from headwater.errors import InvalidInput, UnsupportedModel
+from headwater.gradients.provider import OutputFunction
+from headwater.hf.losses import IGNORED, NextToken, PerToken, TokenLoss
+from headwater.hf.model import LogitsOf, task_of
+from headwater.hf.rows import (
+    IDS,
+    MASK,
+    Columns,
+    check_padding_is_said,
+    lengths,
+    same_length_groups,
+    without_spare_padding,
+)
+from headwater.random import row_keys
+from headwater.torch.batch import TorchBatch, as_tensor
+from headwater.torch.capture import autograd_on, detached_state, run, twice_differentiable
+from headwater.torch.likelihoods import CrossEntropy, Likelihood
+from headwater.torch.losses import Loss
+from headwater.torch.measurements import negative_logit, negative_margin
+from headwater.torch.plain import PlainTorchProvider, wide_copy
+from headwater.torch.plan import wide
+from headwater.torch.products import push_forward
+from headwater.torch.provider import TorchGradientProvider
+
+
+class HfGradientProvider(TorchGradientProvider):
+    """Per-sample gradients of a pretrained model, for one of three heads.
+
+    model: a `transformers.PreTrainedModel`, or one with PEFT adapters; it is not changed. x: a dict of its inputs
+    (input_ids, attention_mask, ...), a tensor of ids [n, t], or one of embeddings [n, t, d]. y: labels as the model
+    takes them, -100 where there is none; for a causal language model they may be left out, and are the ids then.
+    The loss of a row is the model's own on that row by itself:
+
+    - causal-lm, token-classification: the cross entropy of its labels, their mean or sum (`per_token`);
+    - sequence-classification: cross entropy, the mean binary cross entropy over the labels, or the mean squared error,
+      as `config.problem_type` says (by default cross entropy, or squared error for a single output).
+
+    task: found from the class's name if not given. measurement: a function of (logits, labels) in place of the loss for
+    query rows. Numbers do not depend on how rows are padded: padding is moved behind the tokens, left out where a
+    batch has more of it than need be, and counts nowhere.
+    Errors: InvalidInput for a model that is not loaded, rows whose padding is not masked, and labels that do not fit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        task: str | None = None,
+        per_token: PerToken = "mean",
+        blocks: Structure = "full",
+        loss: Loss | None = None,
+        measurement: Loss | None = None,
+        likelihood: Likelihood | str | None = None,
+    ):
+        self.task = task_of(model, task)
+        self.pretrained = model
+        self.per_token = per_token
+        own = self._own_loss()
+        likelihood = self._own_likelihood() if loss is None and likelihood is None else likelihood
+        super().__init__(
+            LogitsOf(model),
+            own if loss is None else loss,
+            blocks=blocks,
+            measurement=measurement,
+            likelihood=likelihood,
+        )
+
+    def _own_loss(self) -> Loss:
+        if self.task.has_label_per_token:
+            return TokenLoss(self.task.ahead, self.per_token)
+        kinds = {"regression": nn.MSELoss, "multi_label_classification": nn.BCEWithLogitsLoss}
+        return kinds.get(str(self.task.problem), nn.CrossEntropyLoss)()
+
+    def _own_likelihood(self) -> Likelihood | None:
+        """Of labels for each token; the losses of whole rows are torch's own, whose likelihoods are known."""
+        if not self.task.has_label_per_token:
+            return None
+        return NextToken() if self.task.ahead else CrossEntropy(IGNORED, class_axis=-1)
+
+    @property
+    def normalisation(self) -> str | None:
+        """How a row's tokens are reduced; rows are never mixed."""
+        return f"{self.per_token} per token" if isinstance(self.loss, TokenLoss) else super().normalisation
+
+    def of_output(self, function: OutputFunction) -> HfGradientProvider:
+        chosen: Loss = {"margin": negative_margin, "logit": negative_logit}[function]
+        if self.task.has_label_per_token:
+            raise UnsupportedModel(
+                f"A row of several labels has no {function} of its own. For hw.Trak() give output='loss'; or give a "
+                "measurement of (logits, labels)."
+            )
+        return type(self)(self.pretrained, task=self.task.name, blocks=self._structure, loss=chosen)
+
+    def in_float64(self) -> PlainHfProvider:
+        loss = wide_copy(self.loss, "loss")
+        found = PlainHfProvider(
+            wide_copy(self.pretrained, "model"),
+            task=self.task.name,
+            per_token=self.per_token,
+            blocks=self._structure,
+            loss=loss,
+            measurement=loss if self.measurement is self.loss else wide_copy(self.measurement, "measurement"),
+            likelihood=self.likelihood,
+        )
+        found._plan, found._checked, found._numbers_per_row = self._plan, self._checked, self._numbers_per_row
+        return found
+
+    # Batches ------------------------------------------------------------------------------------------------------
+
+    def _ready(self, batch: TorchBatch) -> TorchBatch:
+        x = batch.x
+        if isinstance(x, Mapping) or (hasattr(x, "ndim") and x.ndim == 2):
+            x, y = self._columns(x, batch.y)
+            batch = TorchBatch(x, y, getattr(batch, "weights", None), getattr(batch, "ids", None))
+        elif not isinstance(x, torch.Tensor):
+            raise InvalidInput(
+                f"x is {type(x).__name__}; expected a dict of tensors (input_ids, attention_mask, ...), ids [n, t], or "
+                "embeddings [n, t, d]. Strings are made tokens of in loaders, with tokenizer=."
+            )
+        else:
+            batch = TorchBatch(x, self._labels(batch.y, tuple(x.shape[:2])), *_extras(batch))
+        return super()._ready(batch)
+
+    def _columns(self, x: Any, y: Any) -> tuple[Columns, Any]:
+        given = dict(x) if isinstance(x, Mapping) else {IDS: x}
+        labels = given.pop("labels", None)
+        if labels is not None and y is not None:
+            raise InvalidInput("Labels are given twice: in x, and as y.")
+        columns = {name: tensor for name, v in given.items() if (tensor := as_tensor(v, self.device)) is not None}
+        ids = columns.get(IDS, columns.get("inputs_embeds"))
+        if ids is None:
+            raise InvalidInput(f"x has the columns {list(given)}; expected input_ids or inputs_embeds.")
+        if IDS in columns:
+            columns[IDS] = columns[IDS].long()
+        check_padding_is_said(columns, self.task.padding)
+        y = self._labels(labels if y is None else y, tuple(ids.shape[:2]), columns)
+        return without_spare_padding(columns, y, self.task.padding, self.task.has_label_per_token)
+
+    def _labels(self, y: Any, shape: tuple[int, ...], x: Columns | None = None) -> torch.Tensor:
+        """Labels in the form that the loss takes. Errors: InvalidInput, naming what does not fit."""
+        labels, task, x = as_tensor(y, self.device), self.task, x or {}
+        if labels is None and task.ahead and IDS in x:
+            labels = x[IDS] if MASK not in x else x[IDS].masked_fill(x[MASK] == 0, IGNORED)
+        if labels is None:
+            raise InvalidInput("There are no labels: give y, or a column 'labels'.")
+        if task.has_label_per_token:
+            expected = shape
+        elif task.problem == "single_label_classification":
+            labels, expected = (labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels), shape[:1]
+        else:
+            labels, expected = (labels[:, None] if labels.ndim == 1 else labels), (shape[0], task.classes)
+        if tuple(labels.shape) != expected:
+            raise InvalidInput(f"Labels have shape {tuple(labels.shape)}; {self._wanted()} have {expected}.")
+        if task.has_label_per_token or task.problem == "single_label_classification":
+            return self._checked_classes(labels, x)
+        return labels.to(wide(next(self.model.parameters()).detach()).dtype)
+
+    def _checked_classes(self, labels: torch.Tensor, x: Columns) -> torch.Tensor:
+        if labels.is_floating_point():
+            raise InvalidInput(
+                f"Labels are {labels.dtype}; {self._wanted()} are whole numbers. For several labels of a row set "
+                "model.config.problem_type='multi_label_classification', for numbers 'regression'."
+            )
+        labels, task = labels.long(), self.task
+        seen = labels[:, task.ahead :] if task.has_label_per_token else labels
+        wrong = (seen >= task.classes) | ((seen < 0) & (seen != IGNORED))
+        if bool(wrong.any()):
+            raise InvalidInput(
+                f"There is a label {int(seen[wrong][0])}; {self._wanted()} are from 0 to {task.classes - 1}, or "
+                f"{IGNORED} for none."
+            )
+        mask = x.get(MASK)
+        if task.has_label_per_token and mask is not None and mask.ndim == 2:
+            padded = ((mask == 0) & (labels != IGNORED)).any(1)
+            if bool(padded.any()):
+                raise InvalidInput(
+                    f"Row {int(padded.int().argmax())} has labels at its padding. Where attention_mask is 0 a label is "
+                    f"{IGNORED}: labels.masked_fill(attention_mask == 0, {IGNORED})."
+                )
+        return labels
+
+    def _wanted(self) -> str:
+        return f"labels for {self.task.problem or self.task.name}"
+
+    def positions(self, batch: TorchBatch) -> torch.Tensor | None:
+        ends = lengths(batch.x) if isinstance(batch.x, Mapping) else None
+        if ends is None:
+            return None
+        return torch.arange(batch.x[MASK].shape[1], device=ends.device) < ends[:, None]
+
+    def row_keys(self, batch: TorchBatch) -> np.ndarray:
+        """By id, or by what the row holds; its padding does not count."""
+        if batch.ids is not None or not isinstance(batch.x, Mapping):
+            return super().row_keys(batch)
+        return self._padless_keys(batch)
+
+    def content_keys(self, batch: TorchBatch) -> np.ndarray:
+        if not isinstance(batch.x, Mapping):
+            return super().content_keys(batch)
+        columns = [self._padless_keys(batch)]
+        columns += [] if batch.weights is None else [np.asarray(torch.as_tensor(batch.weights).cpu())]
+        return row_keys(columns if batch.ids is None else [*columns, self.row_keys(batch)])
+
+    def _padless_keys(self, batch: TorchBatch) -> np.ndarray:
+        batch = self._ready(batch)
+        found = np.zeros(len(batch), dtype=np.uint64)
+        for rows, columns in same_length_groups(batch.x, batch.y, self.task.has_label_per_token):
+            found[rows] = row_keys([wide(column.detach()).cpu().numpy() for column in columns])
+        return found
+
+    # Tokens -------------------------------------------------------------------------------------------------------
+
+    def token_prod(self, batch: TorchBatch, factors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """`<factor_k, grad of a label's share of its row's loss>`: (K, N, T), T positions in canonical form.
+
+        The sum over T is `<factor_k, grad l(row)>`. A derivative of the losses of all labels along each factor at once.
+        Errors: UnsupportedModel where a row has one label.
+        """
+        loss = self.loss
+        if not isinstance(loss, TokenLoss):
+            raise UnsupportedModel(
+                "Scores of tokens need labels of tokens; here a row has one label, or a loss of yours."
+            )
+        batch = self._prepare(batch)
+        state = detached_state(self.model)
+        names = [p.name for block in factors for p in self._block_parameters(block)]
+        count, like = len(next(iter(factors.values()))), state[names[0]]
+
+        def function(given: Any) -> list[torch.Tensor]:
+            output = run(self.model, {**state, **dict(zip(names, given, strict=True))}, batch.x)
+            return [loss.terms(output, batch.y)]
+
+        step = rows_within_memory(8 * (sum(state[name].numel() for name in names) + batch.y.numel() * 64), like)
+        found = []
+        with autograd_on(), twice_differentiable():
+            leaves = [state[name].requires_grad_() for name in names]
+            for start in range(0, count, step):
+                chosen = {block: factor[start : start + step].to(like.dtype) for block, factor in factors.items()}
+                tangents = [piece for block, factor in chosen.items() for piece in self._pieces(block, factor)]
+                found += push_forward(function, function(leaves), leaves, tangents)
+        tokens = torch.cat(found).detach()
+        weights = self.row_weights(batch)
+        return tokens if weights is None else tokens * weights[:, None]
+
+
+class PlainHfProvider(PlainTorchProvider, HfGradientProvider):
+    """A pretrained model in float64 whose rows' gradients come from autograd alone."""
+
+
+def _extras(batch: Any) -> tuple[Any, Any]:
+    return getattr(batch, "weights", None), getattr(batch, "ids", None)

@@ -1,0 +1,211 @@
+"""Rows of tokens: what users have, as batches; and padding, of which no number may depend.
+
+A batch in canonical form has each row's tokens first and its padding after them, and no position that is padding in
+every row. Example: masks [0, 0, 1, 1] and [0, 1, 1, 1] become [1, 1, 0] and [1, 1, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+
+from headwater.errors import InvalidInput
+from headwater.hf.losses import IGNORED
+
+Columns = dict[str, torch.Tensor]
+Collator = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
+
+MASK, IDS, LABELS = "attention_mask", "input_ids", ("labels", "label", "label_ids")
+
+
+# Padding --------------------------------------------------------------------------------------------------------------
+
+
+def spans(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each row's tokens begin and end, [n] each. Errors: InvalidInput for a row without tokens."""
+    held = mask.bool()
+    if not bool(held.any(1).all()):
+        raise InvalidInput(f"Row {int(held.any(1).int().argmin())} has no token: its attention_mask is zero all over.")
+    numbers = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    return held.int().argmax(1), (held * numbers).amax(1)
+
+
+def without_spare_padding(x: Columns, y: Any, fill: int | None, labels_are_tokens: bool) -> tuple[Columns, Any]:
+    """The batch in canonical form; `fill` is the id of the padding token."""
+    mask = x.get(MASK)
+    if mask is None or mask.ndim != 2:
+        return x, y
+    first, end = spans(mask)
+    width, positions = int((end - first).max()), mask.shape[1]
+    if width == positions and not bool(first.any()):
+        return x, y
+    index = first[:, None] + torch.arange(width, device=mask.device)
+    beyond = index >= end[:, None]
+
+    def moved(column: torch.Tensor, filling: int) -> torch.Tensor:
+        if column.ndim < 2 or column.shape[1] != positions:
+            return column
+        shape = (...,) + (None,) * (column.ndim - 2)
+        places = index.clamp(max=positions - 1)[shape].expand(-1, -1, *column.shape[2:])
+        return column.gather(1, places).masked_fill(beyond[shape], filling)
+
+    found = {name: moved(column, (fill or 0) if name == IDS else 0) for name, column in x.items()}
+    return found, moved(y, IGNORED) if labels_are_tokens else y
+
+
+def lengths(x: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """How many positions each row has, in canonical form: [n]; None if nothing says that some have fewer."""
+    mask = x.get(MASK)
+    return None if mask is None or mask.ndim != 2 else spans(mask)[1]
+
+
+def check_padding_is_said(x: Columns, padding: int | None) -> None:
+    """Errors: InvalidInput for rows that begin or end with the padding token, and no attention mask."""
+    ids = x.get(IDS)
+    if MASK in x or ids is None or padding is None or ids.ndim != 2:
+        return
+    padded = (ids[:, 0] == padding) | (ids[:, -1] == padding)
+    if bool(padded.any()):
+        raise InvalidInput(
+            f"Row {int(padded.int().argmax())} begins or ends with the padding token ({padding}), and there is no "
+            f"attention_mask: the model would read padding as text. Pass attention_mask=(input_ids != {padding}).long()"
+            ", or ones if that token is text here."
+        )
+
+
+def put_back(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Numbers [q, n, s] of rows in canonical form, at the positions that the mask [n, t] gives them: [q, n, t]."""
+    if mask is None or mask.ndim != 2:
+        return scores
+    first, end = spans(mask)
+    index = torch.arange(mask.shape[1], device=scores.device) - first.to(scores.device)[:, None]
+    inside = (index >= 0) & (index < (end - first).to(scores.device)[:, None])
+    places = index.clamp(0, scores.shape[2] - 1).expand(len(scores), -1, -1)
+    return scores.gather(2, places).masked_fill(~inside, 0.0)
+
+
+def same_length_groups(x: Columns, y: Any, labels_are_tokens: bool) -> Iterator[tuple[np.ndarray, list[torch.Tensor]]]:
+    """Rows of one length together, without their padding: (their numbers, their columns)."""
+    ends = lengths(x)
+    count = len(next(iter(x.values())))
+    if ends is None:
+        yield np.arange(count), [*(v for k, v in x.items() if k != MASK), y]
+        return
+    mask = x[MASK]
+    for length in ends.unique().tolist():
+        rows = (ends == length).nonzero()[:, 0]
+
+        def cut(column: torch.Tensor, rows: torch.Tensor = rows, length: int = length) -> torch.Tensor:
+            tokens = column.ndim > 1 and column.shape[1] == mask.shape[1]
+            return column[rows, :length] if tokens else column[rows]
+
+        held = cut(mask).bool()
+        columns = [cut(v).masked_fill(~held, -1) if name == IDS else cut(v) for name, v in x.items() if name != MASK]
+        yield rows.cpu().numpy(), [*columns, cut(y) if labels_are_tokens else y[rows]]
+
+
+# What users have ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How single rows become batches."""
+
+    tokenizer: Any = None
+    """Makes tokens of strings; None if rows are tokens."""
+    collator: Collator | None = None
+    """Makes a batch of rows; None for plain padding on the right."""
+    size: int = 8
+    """Rows in a batch."""
+    columns: frozenset[str] = frozenset()
+    """What the model takes."""
+    padding: int | None = None
+
+    def batches(self, source: Any, provider: Any) -> Iterable[Any]:
+        """Rows or batches of any kind as the provider's batches, to be read again and again.
+
+        What can be read only once, or is no collection at all, stays as it is. Errors: InvalidInput.
+        """
+        if isinstance(source, str):
+            raise InvalidInput(f"One string is no collection of rows: {source!r:.60}. Pass a list of strings.")
+        if isinstance(source, Mapping):
+            said = (
+                f"the splits {list(source)}: choose one" if hasattr(source, "column_names") else "one batch: pass [it]"
+            )
+            raise InvalidInput(f"A loader gives batches or rows; {type(source).__name__} is {said}.")
+        if isinstance(source, Iterator) or not isinstance(source, Iterable):
+            return source
+        return _Batches(source, self, provider, single=hasattr(source, "column_names") or _gives_rows(source))
+
+    def collate(self, rows: list[Any]) -> Mapping[str, Any]:
+        """Single rows, strings or dicts, as the columns of one batch."""
+        tokens = [self._tokens(row) for row in rows]
+        return self.collator(tokens) if self.collator is not None else self._padded(tokens)
+
+    def _tokens(self, row: Any) -> dict[str, Any]:
+        row = {"text": row} if isinstance(row, str) else row
+        if IDS not in row and "inputs_embeds" not in row and isinstance(row.get("text"), str):
+            if self.tokenizer is None:
+                raise InvalidInput("Rows are strings; give tokenizer=, which makes tokens of them.")
+            row = {**row, **self.tokenizer(row["text"])}
+        if IDS not in row and "inputs_embeds" not in row:
+            raise InvalidInput(f"A row has the columns {list(row)}, and no input_ids; tokenize it, or give tokenizer=.")
+        return {name: v for name, v in row.items() if name in self.columns | {*LABELS} and v is not None}
+
+    def _padded(self, rows: list[dict[str, Any]]) -> Mapping[str, Any]:
+        """Columns with an entry for each token padded on the right, with a mask; others put under one another."""
+        long = [len(row[IDS] if IDS in row else row["inputs_embeds"]) for row in rows]
+        found: dict[str, Any] = {}
+        for name in rows[0]:
+            if any(name not in row for row in rows):
+                raise InvalidInput(f"Some rows have {name}, others have not.")
+            values = [torch.as_tensor(row[name]) for row in rows]
+            if all(v.ndim and len(v) == t for v, t in zip(values, long, strict=True)) and max(long) > 0:
+                filling = IGNORED if name in LABELS else (self.padding or 0) if name == IDS else 0
+                found[name] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=filling)
+            else:
+                found[name] = torch.stack(values)
+        if MASK not in found:
+            found[MASK] = (torch.arange(max(long)) < torch.tensor(long)[:, None]).long()
+        return found
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """Batches of a source, read anew each time."""
+
+    source: Any
+    rows: Rows
+    provider: Any
+    single: bool
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self._collated() if self.single else self.source:
+            yield self._as_batch(item) if isinstance(item, Mapping) else item
+
+    def _collated(self) -> Iterator[Mapping[str, Any]]:
+        items = iter(self.source)
+        while taken := list(islice(items, self.rows.size)):
+            yield self.rows.collate(taken)
+
+    def _as_batch(self, columns: Mapping[str, Any]) -> Any:
+        """A dict of columns, labels among them."""
+        x = dict(columns)
+        given = [x.pop(name) for name in LABELS if name in x]
+        return self.provider.as_batch(x, given[0] if given else None)
+
+
+def _gives_rows(source: Iterable[Any]) -> bool:
+    """Whether it is a sequence of strings, or of dicts without a batch axis."""
+    first = source[0] if isinstance(source, Sequence) and len(source) else None
+    if isinstance(first, str):
+        return True
+    if not isinstance(first, Mapping):
+        return False
+    ids = first.get(IDS, first.get("inputs_embeds"))
+    return ids is None or np.ndim(ids) == (1 if IDS in first else 2)

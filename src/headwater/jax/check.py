@@ -1,0 +1,85 @@
+"""What is checked on the first rows that a provider sees, and on every gradient: nothing is wrong without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from headwater.errors import HeadwaterError, InvalidInput, NonFiniteValue, RowsInteract, UnsupportedModel
+from headwater.gradients.provider import BlockGradients
+from headwater.jax.derivatives import Model, outputs
+from headwater.jax.losses import describe
+from headwater.jax.tree import Leaves
+
+
+def first_outputs(model: Model, leaves: Leaves, x: Any) -> Any:
+    """The output of a batch. Errors: InvalidInput where the function fails, with what it was called with."""
+    try:
+        return outputs(model, leaves, x)
+    except HeadwaterError:
+        raise
+    except Exception as error:
+        raise InvalidInput(
+            f"apply failed: {error} It was called with x {describe(x)}; it is called on batches and on rows alone, "
+            "and has to be traceable by JAX."
+        ) from error
+
+
+def check_rows(output: Any, rows: int) -> None:
+    """Errors: UnsupportedModel for an output whose first axis is not that of the rows."""
+    for leaf in jax.tree.leaves(output):
+        if leaf.ndim == 0 or len(leaf) != rows:
+            raise UnsupportedModel(
+                f"The output of apply for {rows} row(s) has shape {tuple(leaf.shape)}; its first axis must run over "
+                "rows."
+            )
+
+
+def check_independence(together: Any, alone: Any, row: int) -> None:
+    """Errors: RowsInteract if the output for `row` is another when the row is alone."""
+    for one, both in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
+        expected, got = np.asarray(one)[0], np.asarray(both)[row]
+        if jnp.issubdtype(one.dtype, jnp.floating) and not close(got, expected):
+            gap = float(np.max(np.abs(got - expected)))
+            raise RowsInteract(
+                f"The output of apply for row {row} changes by {gap:g} when the row is alone in its batch: rows act "
+                "on each other (batch norm in train mode, say), or the function is random. Its rows have no "
+                "gradients of their own."
+            )
+
+
+def close(got: Any, expected: Any) -> bool:
+    """Equal up to rounding, in norm."""
+    tolerance = {2: 0.1, 4: 2e-3}.get(expected.dtype.itemsize, 1e-8)
+    one, other = (np.asarray(v, dtype=np.float64).ravel() for v in (got, expected))
+    gap, scale = np.linalg.norm(one - other), max(np.linalg.norm(one), np.linalg.norm(other))
+    return bool(gap <= tolerance * scale + 1e-38)
+
+
+@jax.jit
+def _sums(arrays: list[jax.Array]) -> jax.Array:
+    return jnp.stack([jnp.sum(array.astype(jnp.float32)) for array in arrays])
+
+
+def check_finite_grads(blocks: BlockGradients) -> None:
+    """Errors: NonFiniteValue naming the block and the rows. A sum is finite only if all of it is: one look for all."""
+    arrays = [array for value in blocks.values() for part in value.parts for array in part.arrays]
+    if np.isfinite(np.asarray(_sums(arrays))).all():
+        return
+    for name, value in blocks.items():
+        for array in (array for part in value.parts for array in part.arrays):
+            bad = np.flatnonzero(~np.isfinite(np.asarray(array)).reshape(len(array), -1).all(axis=1))[:5].tolist()
+            if bad:
+                raise NonFiniteValue(f"The gradients of block {name!r} are not finite for rows {bad}.")
+
+
+def check_finite_factors(factors: Mapping[str, Any]) -> None:
+    """Errors: NonFiniteValue naming the block and the queries."""
+    for name, factor in factors.items():
+        bad = np.flatnonzero(~np.isfinite(np.asarray(factor)).all(axis=1))[:5].tolist()
+        if bad:
+            raise NonFiniteValue(f"The factors of block {name!r} are not finite for queries {bad}.")

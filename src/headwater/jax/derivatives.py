@@ -1,0 +1,229 @@
+"""What JAX compiles: gradients of rows, pull-backs, and second-order products.
+
+Everything that decides what is compiled is an argument that can be compared: the model's function and loss, and the
+plan of its parameters. So equal providers, and a loop over batches of one shape, compile once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from headwater.blocks import Layout
+from headwater.gradients.algebra import Dense, Gradient, Sum
+from headwater.gradients.block import BlockGradient
+from headwater.gradients.outer import Outer, RowSparse
+from headwater.gradients.provider import Kind
+from headwater.jax.losses import Loss, as_row, loss_of_row, row_losses, split_floating
+from headwater.jax.plan import Filling, Place, Plan, fill
+from headwater.jax.trace import Program, trace
+from headwater.jax.tree import Leaves, Tree, wide
+
+for kind in (Dense, Sum, Outer, RowSparse):  # compiled functions give gradient values back
+    names = [field.name for field in fields(kind)]
+    numbers = [name for name in names if name in ("ones", "size")]
+    jax.tree_util.register_dataclass(kind, [name for name in names if name not in numbers], numbers)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A function of parameters and rows, the form of its parameters, and a loss."""
+
+    apply: Callable[[Any, Any], Any]
+    tree: Tree
+    loss: Loss
+
+    def __call__(self, leaves: Leaves, x: Any) -> Any:
+        return self.apply(self.tree.build(leaves), x)
+
+    def program(self, leaves: Leaves, x: Any) -> Program:
+        """The function on one row of the shape of x's."""
+        row = jax.tree.map(lambda v: jax.ShapeDtypeStruct((1, *v.shape[1:]), v.dtype), x)
+        return trace(self.apply, self.tree, leaves, row)
+
+
+@partial(jax.jit, static_argnums=0)
+def first(count: int, values: Any) -> Any:
+    """The first rows of every array."""
+    return jax.tree.map(lambda v: v[:count], values)
+
+
+@partial(jax.jit, static_argnums=0)
+def outputs(model: Model, leaves: Leaves, x: Any) -> Any:
+    """Of a batch."""
+    return model(leaves, x)
+
+
+@partial(jax.jit, static_argnums=0)
+def batch_loss(loss: Loss, output: Any, target: Any) -> tuple[Any, jax.Array]:
+    """What the loss makes of a batch, and of its rows alone [n]."""
+    return loss(output, target), row_losses(loss, output, target)
+
+
+@partial(jax.jit, static_argnums=0)
+def losses(model: Model, leaves: Leaves, x: Any, y: Any) -> jax.Array:
+    """Of each row: [n]."""
+    return row_losses(model.loss, model(leaves, x), y)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def gradients(model: Model, plan: Plan, leaves: Leaves, x: Any, y: Any) -> tuple[jax.Array, dict[Place, Gradient]]:
+    """The rows' losses [n], and their gradient values."""
+    filling = fill(plan, model.program(leaves, x))
+    nudges, chosen = _points(filling, leaves)
+
+    def one(x: Any, y: Any) -> Any:
+        def loss(nudges: Any, chosen: Any) -> Any:
+            output, operands = filling.program.run({**leaves, **chosen}, as_row(x), nudges)
+            return loss_of_row(model.loss, output, as_row(y)), operands
+
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(nudges, chosen)
+
+    (found, operands), (slopes, grads) = jax.vmap(one)(x, y)
+    return found, filling.values(operands, slopes, grads)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def pulled_back(model: Model, plan: Plan, leaves: Leaves, x: Any, cotangents: jax.Array) -> list[dict[Place, Gradient]]:
+    """Gradient values of the output contracted with each of the cotangents [c, n, ...]."""
+    filling = fill(plan, model.program(leaves, x))
+    nudges, chosen = _points(filling, leaves)
+
+    def one(x: Any, cotangents: Any) -> Any:
+        def output(nudges: Any, chosen: Any) -> Any:
+            return filling.program.run({**leaves, **chosen}, as_row(x), nudges)
+
+        _, pull, operands = jax.vjp(output, nudges, chosen, has_aux=True)
+        return operands, *jax.vmap(lambda v: pull(as_row(v)))(cotangents)
+
+    operands, slopes, grads = jax.vmap(one, in_axes=(0, 1), out_axes=(0, 1, 1))(x, cotangents)
+    each = [jax.tree.map(lambda v, c=c: v[c], (slopes, grads)) for c in range(len(cotangents))]
+    return [filling.values(operands, *mine) for mine in each]
+
+
+def _points(filling: Filling, leaves: Leaves) -> tuple[dict[int, jax.Array], dict[str, jax.Array]]:
+    """Where gradients are taken: zeros at the sites' outputs, and the parameters that are differentiated plainly."""
+    return filling.program.zeros(filling.steps), {name: leaves[name] for name in filling.parameters}
+
+
+@partial(jax.jit, static_argnums=0)
+def plain_gradient(model: Model, chosen: Leaves, leaves: Leaves, x: Any, y: Any) -> tuple[jax.Array, Leaves]:
+    """The loss of one row, and its gradient by the chosen parameters; x and y are a batch of that row."""
+
+    def loss(chosen: Any) -> Any:
+        return loss_of_row(model.loss, model({**leaves, **chosen}, x), y)
+
+    return jax.value_and_grad(loss)(dict(chosen))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def curvature_products(
+    model: Model, layout: Layout, kind: Kind, vectors: jax.Array, leaves: Leaves, x: Any, y: Any, weights: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The rows' losses, and the Hessian or GGN of their weighted sum by a block times vectors: (K, D_block)."""
+    chosen = {p.name: leaves[p.name] for p in layout.block.parameters}
+
+    def output(chosen: Any) -> Any:
+        return model({**leaves, **chosen}, x)
+
+    def total(output: Any) -> jax.Array:
+        return jnp.sum(row_losses(model.loss, output, y) * weights)
+
+    if kind == "ggn":
+        product = _ggn(output, total, chosen)
+    else:
+        _, product = jax.vjp(jax.grad(lambda chosen: total(output(chosen))), chosen)
+    found = jax.vmap(lambda v: product(v)[0])(_cut(layout, vectors, leaves))
+    return row_losses(model.loss, output(chosen), y), _join(layout, found)
+
+
+def _cut(layout: Layout, vectors: jax.Array, leaves: Leaves) -> dict[str, jax.Array]:
+    """Flat vectors (K, D) as one array [K, *shape] for each parameter of the block, in its dtype."""
+    found, start = {}, 0
+    for p in layout.block.parameters:
+        piece = vectors[:, start : start + p.size].reshape(len(vectors), *p.shape)
+        found[p.name] = piece.astype(leaves[p.name].dtype)
+        start += p.size
+    return found
+
+
+def _join(layout: Layout, pieces: Leaves) -> jax.Array:
+    """The inverse: (K, D)."""
+    flat = [pieces[p.name].reshape(len(pieces[p.name]), -1) for p in layout.block.parameters]
+    return wide(jnp.concatenate(flat, axis=1))
+
+
+def _ggn(function: Callable[[Any], Any], total: Callable[[Any], jax.Array], chosen: Any) -> Callable[[Any], Any]:
+    """J^T H J: J the output's Jacobian by the parameters, H the loss's Hessian by the output.
+
+    J comes from the pull-back, which is linear, by transposing it: so functions whose derivative is given in reverse
+    only have a GGN too.
+    """
+    moving, rest = split_floating(function(chosen))
+
+    def floating(chosen: Any) -> list[jax.Array]:
+        return split_floating(function(chosen))[0]
+
+    _, pull = jax.vjp(floating, chosen)
+    _, bend = jax.vjp(jax.grad(lambda moving: total(rest(moving))), moving)
+    _, push = jax.vjp(lambda v: pull(v)[0], jax.tree.map(jnp.zeros_like, moving))
+    return lambda vector: pull(bend(push(vector)[0])[0])
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def mixed_products(
+    model: Model, layouts: tuple[Layout, ...], factors: Sequence[jax.Array], leaves: Leaves, x: Any, y: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The rows' losses, and each row's derivative by its input of <factor, gradient>: [n, K, *x_shape]."""
+    pieces = [_cut(layout, factor, leaves) for layout, factor in zip(layouts, factors, strict=True)]
+    directions = {name: piece for cut in pieces for name, piece in cut.items()}
+
+    def one(x: Any, y: Any) -> tuple[jax.Array, jax.Array]:
+        def slopes(x: Any) -> tuple[Leaves, jax.Array]:
+            chosen = {name: leaves[name] for name in directions}
+            value, grads = jax.value_and_grad(lambda chosen: _loss(model, {**leaves, **chosen}, x, y))(chosen)
+            return grads, value
+
+        _, pull, value = jax.vjp(slopes, x, has_aux=True)
+        return value, jax.vmap(lambda direction: pull(direction)[0])(directions)
+
+    losses, found = jax.vmap(one)(x, y)
+    return losses, wide(found)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def mixed_gradients(
+    model: Model, layouts: tuple[Layout, ...], leaves: Leaves, x: Any, y: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The rows' losses, and the gradient by the input of the gradient: [n, *x_shape, D]."""
+    chosen = {p.name: leaves[p.name] for layout in layouts for p in layout.block.parameters}
+
+    def one(x: Any, y: Any) -> tuple[jax.Array, Leaves]:
+        def by_input(chosen: Any) -> jax.Array:
+            return jax.grad(lambda x: _loss(model, {**leaves, **chosen}, x, y))(x)
+
+        return _loss(model, leaves, x, y), jax.jacrev(by_input)(chosen)
+
+    losses, found = jax.vmap(one)(x, y)
+    flat = [found[name].reshape(*x.shape, -1) for name in chosen]
+    return losses, wide(jnp.concatenate(flat, axis=-1))
+
+
+@partial(jax.jit, static_argnums=0)
+def flattened(layouts: tuple[Layout, ...], values: Mapping[Place, Gradient]) -> jax.Array:
+    """Gradient values of all blocks as flat vectors: (n, D)."""
+    return jnp.concatenate([block_gradient(layout, values).flat() for layout in layouts], axis=1)
+
+
+def block_gradient(layout: Layout, values: Mapping[Place, Gradient]) -> BlockGradient:
+    """The parts of a block side by side."""
+    return BlockGradient(layout, tuple(values[layout.block.name, k] for k in range(len(layout.parts))))
+
+
+def _loss(model: Model, leaves: Leaves, x: Any, y: Any) -> jax.Array:
+    return loss_of_row(model.loss, model(leaves, as_row(x)), as_row(y))

@@ -1,0 +1,81 @@
+"""Influence for JAX functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from headwater.blocks import Structure
+from headwater.errors import InvalidInput, InvalidSetting
+from headwater.gradients.coverage import Coverage
+from headwater.gradients.ensemble import EnsembleProvider
+from headwater.gradients.likelihoods import Likelihood
+from headwater.gradients.provider import StructuredGradientProvider
+from headwater.influence import ComposableInfluence
+from headwater.jax.losses import Loss
+from headwater.jax.provider import Apply, JaxGradientProvider
+from headwater.methods.base import Method
+from headwater.methods.damping import Damping
+
+
+class JaxComposableInfluence(ComposableInfluence[jax.Array]):
+    """Which training rows made a JAX function do this, and by how much.
+
+    apply, params, loss, measurement, likelihood, example: see `JaxGradientProvider`. method: settings such as
+    hw.Ekfac(). blocks: "full", "layer", "parameter" or {name: [parameter or module names]}. damping: a float
+    (absolute), hw.relative(...) (times the block's mean eigenvalue), a dict of these by block, or None for the method's
+    default.
+
+    checkpoints: pytrees of parameters of the same architecture, from one run or from models that were trained apart.
+    The scores are then the mean over them (for hw.TracIn the sum, with learning rates), and the blocks are
+    "0/<block>", "1/<block>", ... `params` gives the architecture only: it is no further checkpoint.
+    """
+
+    def __init__(
+        self,
+        apply: Apply,
+        params: Any,
+        loss: Loss,
+        method: Method,
+        *,
+        blocks: Structure = "layer",
+        damping: Damping | Mapping[str, Damping] | None = None,
+        measurement: Loss | None = None,
+        likelihood: Likelihood | str | None = None,
+        checkpoints: Sequence[Any] | None = None,
+        example: Any = None,
+    ):
+        self._jax_provider = JaxGradientProvider(
+            apply, params, loss, blocks=blocks, measurement=measurement, likelihood=likelihood, example=example
+        )
+        provider: StructuredGradientProvider = self._jax_provider
+        if checkpoints is not None:
+            provider = EnsembleProvider(_load_all(self._jax_provider, checkpoints))
+        super().__init__(provider, method, damping=damping)
+
+    @property
+    def params(self) -> Any:
+        """The parameters, as a pytree."""
+        return self._jax_provider.params
+
+    @property
+    def coverage(self) -> Coverage:
+        """How many of the floating-point parameters are attributed, and which are not."""
+        return self._jax_provider.coverage
+
+
+def _load_all(provider: JaxGradientProvider, checkpoints: Sequence[Any]) -> list[JaxGradientProvider]:
+    """The provider at each of the weights. Errors: InvalidSetting if there are none; InvalidInput for others."""
+    if not isinstance(checkpoints, (list, tuple)):
+        raise InvalidSetting(f"checkpoints is one {type(checkpoints).__name__}; expected a list of pytrees.")
+    if not checkpoints:
+        raise InvalidSetting("checkpoints is empty; give at least one, or None for the parameters as they are.")
+    found = []
+    for k, checkpoint in enumerate(checkpoints):
+        try:
+            found.append(provider.with_params(checkpoint))
+        except InvalidInput as error:
+            raise InvalidInput(f"Checkpoint {k}: {error}") from error
+    return found

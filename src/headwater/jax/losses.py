@@ -1,0 +1,203 @@
+"""The loss of one row, and the distribution behind a loss.
+
+The loss of a row is the loss function's value on that row alone; a loss that is not reduced is summed over its entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from headwater.errors import HeadwaterError, InvalidInput, NonFiniteValue, UnsupportedLoss
+from headwater.gradients.likelihoods import (
+    Bernoulli,
+    CrossEntropy,
+    Likelihood,
+    OutputLoss,
+    SquaredError,
+    likelihood_named,
+)
+
+Loss = Callable[[Any, Any], Any]
+
+
+def cross_entropy(output: jax.Array, target: jax.Array) -> jax.Array:
+    """Of logits [n, ..., classes] and integer classes [n, ...]: the mean over rows and positions."""
+    chosen = jnp.take_along_axis(output, target[..., None], axis=-1)[..., 0]
+    return jnp.mean(jax.nn.logsumexp(output, axis=-1) - chosen)
+
+
+def binary_cross_entropy(output: jax.Array, target: jax.Array) -> jax.Array:
+    """Of logits and targets 0 and 1 of the same shape: the mean."""
+    return jnp.mean(jax.nn.softplus(output) - output * target)
+
+
+def squared_error(output: jax.Array, target: jax.Array) -> jax.Array:
+    """The mean of squares."""
+    return jnp.mean((output - target) ** 2)
+
+
+def loss_of_row(loss: Loss, output: Any, target: Any) -> jax.Array:
+    """The loss on a batch of one row: a number. Errors: InvalidInput where the loss fails; UnsupportedLoss."""
+    with explain_failure(output, target):
+        value = loss(output, target)
+    if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.floating):
+        raise UnsupportedLoss(f"The loss returned {getattr(value, 'dtype', type(value).__name__)}; expected a number.")
+    return jnp.sum(value)
+
+
+def row_losses(loss: Loss, output: Any, target: Any) -> jax.Array:
+    """The loss of each row on its own: [n]."""
+    return jax.vmap(lambda o, t: loss_of_row(loss, as_row(o), as_row(t)))(output, target)
+
+
+def as_row(row: Any) -> Any:
+    """A batch of one row."""
+    return jax.tree.map(lambda v: v[None], row)
+
+
+@contextmanager
+def explain_failure(output: Any, target: Any) -> Iterator[None]:
+    """Errors: InvalidInput that says what the loss was called with, for whatever the loss raises."""
+    try:
+        yield
+    except HeadwaterError:
+        raise
+    except Exception as error:
+        raise InvalidInput(
+            f"The loss failed: {error} It was called with output {describe(output)} and target {describe(target)}; "
+            "a loss is called on batches and on rows alone, and has to be traceable by JAX."
+        ) from error
+
+
+def describe(value: Any) -> str:
+    """Shapes and dtypes."""
+    return ", ".join(
+        f"{tuple(leaf.shape)} of {leaf.dtype}" for leaf in jax.tree.leaves(value) if hasattr(leaf, "shape")
+    )
+
+
+def check_finite(losses: Any, rows: int) -> None:
+    """Of the first rows, those that are no padding. Errors: NonFiniteValue naming the rows."""
+    values = np.atleast_1d(np.asarray(losses))[:rows]
+    if not np.isfinite(values).all():
+        bad = np.flatnonzero(~np.isfinite(values))[:5].tolist()
+        raise NonFiniteValue(
+            f"The loss is not finite for rows {bad} of this batch (values {[float(values[k]) for k in bad]}): "
+            "look for NaN or infinity in these inputs, or for a row without any target."
+        )
+
+
+def normalisation(loss: Loss, output: Any, target: Any, whole: Any, rows: Any) -> str:
+    """How the loss treats several rows: "mean", "sum", "none", "per token", or "weighted mean" of its rows' losses.
+
+    whole: the loss of the batch; rows: of each row alone [n]. Errors: UnsupportedLoss if the one is no weighted sum of
+    the others (a contrastive loss, say).
+    """
+    value, alone = np.asarray(whole), np.asarray(rows)
+    if value.size > 1:
+        return "none" if value.size == alone.size else "per token"
+    for name, reduced in (("mean", alone.mean()), ("sum", alone.sum())):
+        if np.allclose(value.reshape(()), reduced, rtol=1e-4 if value.itemsize > 2 else 3e-2, atol=1e-7):
+            return name
+    moving, rest = split_floating(output)
+    together = jax.grad(lambda o: jnp.sum(loss(rest(o), target)))(moving)
+    each = jax.grad(lambda o: jnp.sum(row_losses(loss, rest(o), target)))(moving)
+    mine, own = (np.concatenate([np.reshape(g, (alone.size, -1)) for g in grads], axis=1) for grads in (together, each))
+    here, there = np.linalg.norm(mine, axis=1), np.linalg.norm(own, axis=1)
+    live = (here > 0) & (there > 0)
+    cosine = np.sum(mine * own, axis=1)[live] / (here * there)[live]
+    from_others = (there == 0) & (here > 1e-6 * here.max())
+    if (cosine > 1 - 1e-3).all() and not from_others.any():
+        return "weighted mean"
+    raise UnsupportedLoss(
+        "The loss of a batch is no weighted sum of its rows' losses: rows act on each other inside the loss, so a "
+        "row's own gradient has no meaning."
+    )
+
+
+def split_floating(output: Any) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Any]]:
+    """The floating-point leaves of an output, and the output again from them."""
+    leaves, structure = jax.tree.flatten(output)
+    places = [k for k, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+    def rest(moving: list[jax.Array]) -> Any:
+        changed = dict(zip(places, moving, strict=True))
+        return jax.tree.unflatten(structure, [changed.get(k, leaf) for k, leaf in enumerate(leaves)])
+
+    return [leaves[k] for k in places], rest
+
+
+class JaxOutputLoss(OutputLoss):
+    """A loss of JAX as a function of the output."""
+
+    def __init__(self, loss: Loss):
+        self.loss = loss
+        self.name = getattr(loss, "__name__", type(loss).__name__)
+
+    def slope(self, output: Any, target: Any) -> Any:
+        return _slope(self.loss, output, target)
+
+    def bend(self, output: Any, target: Any) -> Any:
+        return _bend(self.loss, output, target)
+
+    def hessian(self, output: Any, target: Any) -> Any:
+        return _hessian(self.loss, output, target)
+
+
+@partial(jax.jit, static_argnums=0)
+def _slope(loss: Loss, output: Any, target: Any) -> Any:
+    return jax.grad(lambda o: jnp.sum(row_losses(loss, o, target)))(output)
+
+
+@partial(jax.jit, static_argnums=0)
+def _bend(loss: Loss, output: Any, target: Any) -> Any:
+    return jax.grad(lambda o: jnp.sum(_slope(loss, o, target)))(output)
+
+
+@partial(jax.jit, static_argnums=0)
+def _hessian(loss: Loss, output: Any, target: Any) -> Any:
+    def one(row: Any, t: Any) -> Any:
+        return jax.jacrev(jax.grad(lambda flat: loss_of_row(loss, flat.reshape((1, *row.shape)), as_row(t))))(
+            row.reshape(-1)
+        )
+
+    hessian = jax.vmap(one)(output, target)
+    return (hessian + jnp.matrix_transpose(hessian)) / 2
+
+
+_KNOWN: dict[str, Callable[[], Likelihood]] = {
+    "softmax_cross_entropy_with_integer_labels": CrossEntropy,
+    "sigmoid_binary_cross_entropy": Bernoulli,
+    "squared_error": SquaredError,
+    "l2_loss": SquaredError,
+}
+"""Losses of optax, by name: optax is not needed to know them."""
+
+_OWN: dict[Any, Callable[[], Likelihood]] = {
+    cross_entropy: CrossEntropy,
+    binary_cross_entropy: Bernoulli,
+    squared_error: SquaredError,
+}
+
+
+def find_likelihood(loss: Loss, given: Likelihood | str | None) -> Likelihood | None:
+    """The likelihood that was given, or the one behind a loss of optax or of `headwater.jax`; None if not known."""
+    if isinstance(given, Likelihood):
+        return given
+    if given is not None:
+        return likelihood_named(given)
+    if isinstance(loss, partial):  # options may change what the loss is
+        return None
+    if loss in _OWN:
+        return _OWN[loss]()
+    if str(getattr(loss, "__module__", "")).partition(".")[0] == "optax":
+        make = _KNOWN.get(getattr(loss, "__name__", ""))
+        return None if make is None else make()
+    return None

@@ -1,0 +1,398 @@
+"""Per-sample gradients and second-order products of a JAX function, as values of the gradient algebra."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from headwater.arrays import rows_within_memory
+from headwater.blocks import Layout, Structure
+from headwater.errors import BlockMismatch, InvalidInput, InvalidSetting, ShapeMismatch
+from headwater.gradients.algebra import Gradient
+from headwater.gradients.coverage import Coverage
+from headwater.gradients.likelihoods import Likelihood, fisher_cotangents, ggn_cotangents
+from headwater.gradients.measurements import negative_logit, negative_margin
+from headwater.gradients.outer import Outer, RowSparse
+from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
+from headwater.gradients.words import in_words
+from headwater.jax import derivatives
+from headwater.jax.batch import JaxBatch, differentiable_input, host_leaves, rounded
+from headwater.jax.check import (
+    check_finite_factors,
+    check_finite_grads,
+    check_independence,
+    check_rows,
+    close,
+    first_outputs,
+)
+from headwater.jax.derivatives import Model
+from headwater.jax.losses import JaxOutputLoss, Loss, check_finite, explain_failure, find_likelihood, normalisation
+from headwater.jax.plan import Place, make_plan
+from headwater.jax.tree import checksums, take_tree, wide
+from headwater.random import name_keys, row_keys, row_normals, row_uniforms
+
+Apply = Callable[[Any, Any], Any]
+
+
+class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
+    """Per-sample gradients of a function of parameters and rows.
+
+    The loss of a row is `loss(apply(params, row), target)` on a batch of that row alone, summed if it is not reduced;
+    `measurement`, a function of the same kind, takes its place for query rows. Parameters that are weights of products,
+    convolutions and tables keep that structure; all others get plain per-sample gradients. On the first rows that it
+    sees, the provider compares the two, and refuses rows that act on each other.
+
+    apply: a pure function (params, x) -> output, traceable by JAX, rows along the first axis of x and of the output.
+    params: a pytree of arrays; its floating-point leaves are attributed, and named by their paths
+    ("params.Dense_0.kernel"). loss: any traceable function of (output, target). blocks: "full", "layer", "parameter"
+    or {name: [parameter or module names]}. likelihood: the distribution behind the loss, where it is not known by
+    itself ("cross_entropy", "binary_cross_entropy", "squared_error", or a `Likelihood`). example: some input rows;
+    the parameters' structure is learned from them, or else from the first batch.
+    Errors: InvalidSetting; BlockMismatch; on the first rows RowsInteract, UnsupportedLoss, InvalidInput.
+    """
+
+    def __init__(
+        self,
+        apply: Apply,
+        params: Any,
+        loss: Loss,
+        *,
+        blocks: Structure = "full",
+        measurement: Loss | None = None,
+        likelihood: Likelihood | str | None = None,
+        example: Any = None,
+    ):
+        for name, function in (("apply", apply), ("loss", loss), ("measurement", measurement or loss)):
+            if not callable(function):
+                raise InvalidSetting(f"{name} is {function!r:.60}; expected a function.")
+        tree, self._leaves = take_tree(params)
+        self._model = Model(_hashable(apply), tree, _hashable(loss))
+        self._measured = self._model if measurement is None else Model(apply, tree, _hashable(measurement))
+        self.likelihood = find_likelihood(loss, likelihood)
+        self._structure = blocks
+        self._plan = make_plan(tree, blocks)
+        self._traced = False
+        self._checked = 0
+        self._normalisation: str | None = None
+        self._numbers_per_row = 1
+        self._fingerprint: tuple[int, ...] | None = None
+        if example is not None:
+            self._learn(jax.tree.map(lambda v: v[:1], example))
+
+    # What there is ------------------------------------------------------------------------------------------------
+
+    @property
+    def params(self) -> Any:
+        """The parameters, as a pytree like the one that was given."""
+        return self._model.tree.build(self._leaves)
+
+    def with_params(self, params: Any) -> Self:
+        """The same function, loss and blocks at other parameters. Errors: InvalidInput for another architecture."""
+        tree, leaves = take_tree(params)
+        if tree != self._model.tree:
+            raise InvalidInput(
+                f"The parameters are of another architecture: {_difference(tree.names, tree.shapes)} in place of "
+                f"{_difference(self._model.tree.names, self._model.tree.shapes)}."
+            )
+        return self._changed(_leaves=leaves, _fingerprint=None, _checked=0)
+
+    def _changed(self, **changes: Any) -> Self:
+        other = copy.copy(self)
+        vars(other).update(changes)
+        return other
+
+    @property
+    def layouts(self) -> OrderedDict[str, Layout]:
+        return self._plan.by_name
+
+    @property
+    def coverage(self) -> Coverage:
+        """Attributed parameters, of all that are floating point."""
+        inside = {p.name for layout in self.layouts.values() for p in layout.block.parameters}
+        return Coverage.of(self._model.tree.parameters, inside)
+
+    @property
+    def coverage_fraction(self) -> float:
+        return self.coverage.fraction
+
+    @property
+    def _like(self) -> jax.Array:
+        """An attributed parameter: the dtype and device of the model."""
+        return self._leaves[self._model.tree.parameters[0].name]
+
+    @property
+    def dtype(self) -> str:
+        return str(self._like.dtype)
+
+    @property
+    def explained(self) -> str:
+        if self._measured.loss is self._model.loss:
+            return "loss"
+        return getattr(self._measured.loss, "__name__", type(self._measured.loss).__name__)
+
+    @property
+    def normalisation(self) -> str | None:
+        return self._normalisation
+
+    @property
+    def device(self) -> Any:
+        places = self._like.devices()
+        return next(iter(places)) if len(places) == 1 else None
+
+    def settings(self) -> tuple[str, ...]:
+        model = self._model
+        return tuple(in_words(value) for value in (model.apply, model.loss, self._measured.loss, self.likelihood))
+
+    def fingerprint(self) -> tuple[int, ...]:
+        """Checksums of the parameters' bytes; arrays of JAX cannot change, so they are read once."""
+        if self._fingerprint is None:
+            self._fingerprint = checksums(self._leaves)
+        return self._fingerprint
+
+    # Batches ------------------------------------------------------------------------------------------------------
+
+    def as_batch(self, x: Any, y: Any) -> JaxBatch:
+        return JaxBatch(x, y).ready()
+
+    def _ready(self, batch: Any) -> JaxBatch:
+        return (batch if isinstance(batch, JaxBatch) else JaxBatch(batch.x, batch.y)).ready()
+
+    def rows_at_once(self, batch: JaxBatch) -> int:
+        self._prepare(batch)
+        return rows_within_memory(self._numbers_per_row, self._like)
+
+    def row_weights(self, batch: JaxBatch) -> jax.Array | None:
+        return None if batch.weights is None else jnp.asarray(batch.weights, dtype=wide(self._like[:0]).dtype)
+
+    def row_keys(self, batch: JaxBatch) -> np.ndarray:
+        if batch.ids is not None:
+            ids = np.asarray(batch.ids)
+            return ids.astype(np.uint64) if ids.dtype.kind in "iu" else name_keys(ids.tolist())
+        batch = batch.ready()
+        return row_keys(host_leaves(batch.x, batch.y))
+
+    def content_keys(self, batch: JaxBatch) -> np.ndarray:
+        batch = batch.ready()
+        leaves = host_leaves(batch.x, batch.y, batch.weights)
+        return row_keys(leaves) if batch.ids is None else row_keys([*leaves, self.row_keys(batch)])
+
+    # Gradients ----------------------------------------------------------------------------------------------------
+
+    def grads(self, batch: JaxBatch, *, query: bool = False, weighted: bool = True) -> BlockGradients:
+        batch = self._prepare(batch)
+        model = self._measured if query else self._model
+        found = derivatives.gradients(model, self._plan, self._leaves, *batch.padded())
+        losses, values = _cut(found, batch)
+        check_finite(losses, len(batch))
+        return self._blocks(values, self.row_weights(batch) if weighted else None)
+
+    def fisher_grads(
+        self, batch: JaxBatch, fisher: Fisher, *, draws: range = range(1), seed: int = 0
+    ) -> list[BlockGradients]:
+        batch = self._prepare(batch)
+        keys = self.row_keys(batch)
+        numbers = [partial(_numbers, keys, number, seed) for number in draws]
+        output, loss = self._output(batch), JaxOutputLoss(self._model.loss)
+        return self._pull_back(batch, list(fisher_cotangents(self.likelihood, loss, output, batch.y, fisher, numbers)))
+
+    def ggn_grads(self, batch: JaxBatch) -> list[BlockGradients] | None:
+        batch = self._prepare(batch)
+        cotangents = ggn_cotangents(self.likelihood, JaxOutputLoss(self._model.loss), self._output(batch), batch.y)
+        return None if cotangents is None else self._pull_back(batch, cotangents)
+
+    def _output(self, batch: JaxBatch) -> Any:
+        """Errors: NonFiniteValue where a loss is not finite."""
+        x, y = batch.padded()
+        check_finite(derivatives.losses(self._model, self._leaves, x, y), len(batch))
+        return _cut(derivatives.outputs(self._model, self._leaves, x), batch)
+
+    def _pull_back(self, batch: JaxBatch, cotangents: list[jax.Array]) -> list[BlockGradients]:
+        """Gradient values of the output along cotangents [n, ...]; layer inputs are those of the first."""
+        stacked = _padded_to(jnp.stack(cotangents), rounded(len(batch)), axis=1)
+        found = _cut(derivatives.pulled_back(self._model, self._plan, self._leaves, batch.padded()[0], stacked), batch)
+        return [
+            self._blocks({place: _with_inputs(value, found[0][place]) for place, value in values.items()}, None)
+            for values in found
+        ]
+
+    def losses(self, batch: JaxBatch, *, query: bool = False) -> jax.Array:
+        batch = self._prepare(batch)
+        model = self._measured if query else self._model
+        return _cut(derivatives.losses(model, self._leaves, *batch.padded()), batch)
+
+    def of_output(self, function: OutputFunction) -> Self:
+        chosen = {"margin": negative_margin, "logit": negative_logit}[function]
+        model = Model(self._model.apply, self._model.tree, chosen)
+        return self._changed(_model=model, _measured=model, likelihood=None, _checked=0, _normalisation=None)
+
+    def in_float64(self) -> JaxGradientProvider | None:
+        """None unless JAX has float64 enabled."""
+        from headwater.jax.plain import PlainJaxProvider
+
+        return PlainJaxProvider.copy_of(self) if jnp.zeros(()).dtype == jnp.float64 else None
+
+    def parameters(self, block: str) -> jax.Array:
+        flat = [self._leaves[p.name].reshape(-1) for p in self._block(block).block.parameters]
+        return wide(jnp.concatenate(flat))
+
+    def _blocks(self, values: Mapping[Place, Gradient], weights: jax.Array | None) -> BlockGradients:
+        blocks: BlockGradients = OrderedDict()
+        for name, layout in self.layouts.items():
+            value = derivatives.block_gradient(layout, values)
+            blocks[name] = value if weights is None else value.weighted(weights)
+        check_finite_grads(blocks)
+        return blocks
+
+    # The first rows -----------------------------------------------------------------------------------------------
+
+    def _prepare(self, batch: Any) -> JaxBatch:
+        batch = self._ready(batch)
+        rows = min(2, len(batch))
+        if self._checked < rows:  # one row alone does not show whether rows act on each other
+            self._check(batch.take(slice(0, 2)))
+            self._checked = rows
+        return batch
+
+    def _learn(self, x: Any) -> None:
+        """The parts that the parameters form, from some rows."""
+        if not self._traced:
+            program = self._model.program(self._leaves, x)
+            self._plan = make_plan(self._model.tree, self._structure, program)
+            self._traced = True
+
+    def _check(self, rows: JaxBatch) -> None:
+        """Compare with plain gradients, one row at a time; see the class."""
+        last = len(rows) - 1
+        together = first_outputs(self._model, self._leaves, rows.x)
+        check_rows(together, len(rows))
+        for k in {0, last} if last else set():
+            alone = derivatives.outputs(self._model, self._leaves, rows.take(slice(k, k + 1)).x)
+            check_independence(together, alone, k)
+        with explain_failure(together, rows.y):
+            value, alone = derivatives.batch_loss(self._model.loss, together, rows.y)
+        self._normalisation = normalisation(self._model.loss, together, rows.y, value, alone)
+        self._learn(rows.x)
+        wrong = self._disagreeing(rows.take(slice(last, last + 1)))
+        if wrong:
+            program = self._model.program(self._leaves, rows.x)
+            self._plan = make_plan(self._model.tree, self._structure, program, wrong)
+
+    def _disagreeing(self, row: JaxBatch) -> list[str]:
+        """Parameters whose gradient for this row, from their uses, is not that of plain differentiation."""
+        chosen = {p.name: self._leaves[p.name] for layout in self._plan.layouts for p in layout.block.parameters}
+        loss, expected = derivatives.plain_gradient(self._model, chosen, self._leaves, row.x, row.y)
+        check_finite(loss, 1)
+        _, values = derivatives.gradients(self._model, self._plan, self._leaves, row.x, row.y)
+        self._numbers_per_row = sum(a.size for value in values.values() for a in value.arrays)
+        flat = np.asarray(derivatives.flattened(self._plan.layouts, values))[0]
+        wrong, start = [], 0
+        for name in chosen:
+            if not close(flat[start : start + expected[name].size], expected[name]):
+                wrong.append(name)
+            start += expected[name].size
+        return wrong
+
+    # Second order -------------------------------------------------------------------------------------------------
+
+    def curvature_product(self, batch: JaxBatch, block: str, vectors: jax.Array, kind: Kind) -> jax.Array:
+        batch = self._prepare(batch)
+        size = self._block(block).size
+        if vectors.ndim != 2 or vectors.shape[1] != size:
+            raise ShapeMismatch(f"Expected vectors (K, {size}), got {tuple(vectors.shape)}.")
+        (x, y), weights, found = batch.padded(), self.row_weights(batch), []
+        weights = jnp.ones(len(batch), wide(self._like[:0]).dtype) if weights is None else weights
+        weights = _padded_to(weights, rounded(len(batch)))
+        step = rows_within_memory(8 * (size + len(batch) * 64), self._like)
+        for start in range(0, len(vectors), step):
+            some, stop = vectors[start : start + step], min(step, len(vectors) - start)
+            losses, products = derivatives.curvature_products(
+                self._model, self._block(block), kind, _padded_to(some, rounded(stop)), self._leaves, x, y, weights
+            )
+            check_finite(losses, len(batch))
+            found.append(products[:stop])
+        return _stacked(found) if found else vectors
+
+    def _block(self, block: str) -> Layout:
+        layouts = self.layouts
+        if block not in layouts:
+            raise BlockMismatch(f"There is no block {block!r}; the blocks are {list(layouts)}.")
+        return layouts[block]
+
+    def mixed_prod(self, batch: JaxBatch, factors: Mapping[str, jax.Array]) -> jax.Array:
+        batch = self._prepare(batch)
+        x = differentiable_input(batch.x)
+        check_finite_factors(factors)
+        layouts = tuple(self._block(block) for block in factors)
+        weights, count = self.row_weights(batch), len(next(iter(factors.values())))
+        step = rows_within_memory(8 * (x.size + sum(layout.size for layout in layouts)), self._like)
+        given, found = batch.padded(), []
+        for start in range(0, count, step):
+            stop = min(step, count - start)
+            some = [_padded_to(factor[start : start + stop], rounded(stop)) for factor in factors.values()]
+            losses, products = derivatives.mixed_products(self._model, layouts, some, self._leaves, *given)
+            check_finite(losses, len(batch))
+            found.append(jnp.moveaxis(products[: len(batch), :stop], 1, 0))
+        whole = _stacked(found) if found else jnp.zeros((0, *x.shape), self._like.dtype)
+        return whole if weights is None else whole * weights.reshape((-1,) + (1,) * (whole.ndim - 2))
+
+    def flat_mixed_grads(self, batch: JaxBatch) -> jax.Array:
+        """(N, *x_shape, D). Errors: UnsupportedModel if x is not one floating-point array."""
+        batch = self._prepare(batch)
+        differentiable_input(batch.x)
+        found = derivatives.mixed_gradients(self._model, self._plan.layouts, self._leaves, *batch.padded())
+        losses, flat = _cut(found, batch)
+        check_finite(losses, len(batch))
+        weights = self.row_weights(batch)
+        return flat if weights is None else flat * weights.reshape((-1,) + (1,) * (flat.ndim - 1))
+
+
+def _stacked(pieces: list[jax.Array]) -> jax.Array:
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)
+
+
+def _cut(values: Any, batch: JaxBatch) -> Any:
+    """Without the rows that padded the batch."""
+    return values if rounded(len(batch)) == len(batch) else derivatives.first(len(batch), values)
+
+
+def _padded_to(array: jax.Array, count: int, axis: int = 0) -> jax.Array:
+    """With zeros up to a number of rows."""
+    missing = count - array.shape[axis]
+    return array if not missing else jnp.pad(array, [(0, missing if k == axis else 0) for k in range(array.ndim)])
+
+
+def _hashable(function: Any) -> Any:
+    """What is compiled is found again by its function; one that cannot be hashed is its own."""
+    try:
+        hash(function)
+    except TypeError:
+        return lambda *given: function(*given)
+    return function
+
+
+def _difference(names: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]) -> str:
+    return ", ".join(f"{name} {shape}" for name, shape in zip(names, shapes, strict=True))
+
+
+def _numbers(keys: np.ndarray, number: int, seed: int, count: int, normal: bool) -> jax.Array:
+    """Random numbers [n, count] for the rows of a batch: uniform, or standard normal."""
+    if normal:
+        return jnp.asarray(row_normals(keys, count, draw=number, seed=seed))
+    return jnp.asarray(row_uniforms(keys, count, draw=number, seed=seed)[..., 0])
+
+
+def _with_inputs(value: Gradient, first: Gradient) -> Gradient:
+    """The same layer inputs as the first draw's, so that what depends on them alone is computed once."""
+    if isinstance(value, Outer) and isinstance(first, Outer):
+        return replace(value, a=first.a)
+    if isinstance(value, RowSparse) and isinstance(first, RowSparse):
+        return replace(value, ids=first.ids)
+    return value

@@ -1,0 +1,113 @@
+"""The inverse of an operator after part of its diagonal is taken away again.
+
+1. A penalty that holds some parameters and not others is a diagonal p. With m its largest entry,
+   C + damping + diag(p) = A - E R E^T, where A = C + (damping + m) I, E picks the k parameters with p < m, and
+   R = diag(m - p) there.
+2. A^-1 is any method's inverse at the damping `damping + m`. By Woodbury's identity the wanted inverse is
+   A^-1 + A^-1 E (R^-1 - E^T A^-1 E)^-1 E^T A^-1: as exact as A^-1 is, at the cost of k solves.
+
+For a linear model E picks the intercepts: one for each output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+
+import numpy as np
+
+from headwater.arrays import Array, identity, namespace, to_numpy, transpose
+from headwater.errors import IndefiniteCurvature, SingularOperator
+from headwater.gradients.block import BlockGradient
+from headwater.operators.algebra import LinearOperator
+from headwater.operators.iterative import unrecorded_solves
+from headwater.operators.projected import ProjectedOperator
+
+NOTHING = 1e4
+"""Times eps: the share of the released penalty below which curvature is nothing but rounding."""
+
+
+def penalised(invert: Callable[[float], LinearOperator], damping: float, penalty: Array | None) -> LinearOperator:
+    """(C + damping I + diag(penalty))^-1, where `invert(d)` is (C + d I)^-1; penalty [D] is not negative.
+
+    A projection has no place for single parameters: there the largest entry is damping, and no more is done.
+    """
+    if penalty is None:
+        return invert(damping)
+    most = namespace(penalty).max(penalty)
+    inverse = invert(damping + float(most))
+    released = most - penalty
+    if isinstance(inverse, ProjectedOperator) or not bool(namespace(penalty).any(released > 0)):
+        return inverse
+    return ReleasedOperator(inverse, released)
+
+
+class ReleasedOperator(LinearOperator):
+    """(A - E R E^T)^-1, given A^-1: `inner`; `released` [D] is R on the whole diagonal, zero for what stays held.
+
+    A direction in which nothing holds the parameters once they are released (all intercepts of a softmax shifted by
+    the same number) is left alone, if no gradient points there. Errors, when applied: SingularOperator where one does;
+    IndefiniteCurvature.
+    """
+
+    def __init__(self, inner: LinearOperator, released: Array):
+        self.inner = inner
+        self._released = released
+        self._index = np.flatnonzero(to_numpy(released))
+        self.symmetric = inner.symmetric
+        self.psd = inner.psd
+
+    @property
+    def input_size(self) -> int:
+        return self.inner.input_size
+
+    @cached_property
+    def _correction(self) -> tuple[Array, Array, Array]:
+        """(R^-1 - E^T A^-1 E)^-1 [k, k], its null space [k, null], and (A^-1 E)^T [k, D].
+
+        Errors: IndefiniteCurvature.
+        """
+        with unrecorded_solves():
+            columns = self.inner.apply(identity(self.input_size, self._released)[self._index])
+        room = 1.0 / self._released[self._index]
+        xp = namespace(columns)
+        core = identity(len(self._index), columns) * room - columns[:, self._index]
+        values, vectors = xp.linalg.eigh((core + transpose(core)) / 2)
+        eps, most = float(xp.finfo(core.dtype).eps), float(xp.max(room))
+        if float(xp.min(values)) < -(eps**0.5) * most:
+            raise IndefiniteCurvature(
+                "Where the penalty does not hold (an intercept), the damped curvature is negative. Use more damping."
+            )
+        empty = np.flatnonzero(to_numpy(xp.abs(values) <= NOTHING * eps * most))
+        full = np.setdiff1d(np.arange(len(self._index)), empty)
+        kept = vectors[:, full]
+        return (kept / values[full]) @ transpose(kept), vectors[:, empty], columns
+
+    def _apply(self, tensor: Array) -> Array:
+        core, empty, columns = self._correction
+        found = self.inner.apply(tensor)
+        along = found[..., self._index]
+        self._refuse_unheld(along, along @ empty)
+        return found + (along @ core) @ columns
+
+    def _refuse_unheld(self, along: Array, unheld: Array) -> None:
+        """Errors: SingularOperator for a vector with a share where there is no curvature and no penalty."""
+        xp = namespace(along)
+        if 0 in unheld.shape or 0 in along.shape:
+            return
+        if float(xp.max(xp.abs(unheld))) > float(xp.finfo(along.dtype).eps) ** 0.5 * float(xp.max(xp.abs(along))):
+            raise SingularOperator(
+                "In some direction of the parameters that the penalty does not hold (an intercept) the train rows have "
+                "no curvature, and a gradient points there. Use more damping."
+            )
+
+    def seen(self, value: BlockGradient) -> BlockGradient:
+        return self.inner.seen(value)
+
+    def adjoint(self) -> LinearOperator:
+        return self if self.symmetric else ReleasedOperator(self.inner.adjoint(), self._released)
+
+    def trace(self) -> float:
+        core, _, columns = self._correction
+        xp = namespace(core)
+        return self.inner.trace() + float(xp.sum(core * (columns @ transpose(columns))))

@@ -1,0 +1,377 @@
+"""Losses as functions of a linear model's output, with their first and second derivatives, in closed form.
+
+Layouts: outputs z [..., n, o], one column for each row of the coefficients; tangents t of that shape; targets as the
+batch holds them: class numbers [n] (integers), or numbers [n] or [n, o].
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from headwater.errors import InvalidInput, UnsupportedLoss, UnsupportedModel
+
+Array = np.ndarray
+Draw = Callable[[int, bool], Array]
+"""(numbers per row, normal?) -> uniform or standard normal numbers [n, count], fixed by row, seed and draw."""
+
+FEW = 16
+"""Outputs up to which targets are enumerated under fisher="auto", as in the torch room."""
+MOST = 64
+"""Outputs up to which a row's GGN is kept as one gradient for each."""
+
+
+def sigmoid(z: Array) -> Array:
+    """1 / (1 + exp(-z)) without overflow."""
+    return np.exp(-np.logaddexp(0.0, -z))
+
+
+def softmax(z: Array) -> Array:
+    shifted = np.exp(z - z.max(axis=-1, keepdims=True))
+    return shifted / shifted.sum(axis=-1, keepdims=True)
+
+
+def one_by_one(values: Array) -> list[Array]:
+    """[n, o] as o arrays that hold one column each, and zero elsewhere."""
+    return [values * unit for unit in np.eye(values.shape[-1])]
+
+
+class Family(ABC):
+    """The loss of a row as a function of its output."""
+
+    @abstractmethod
+    def losses(self, z: Array, y: Array) -> Array:
+        """[..., n]."""
+
+    @abstractmethod
+    def slope(self, z: Array, y: Array) -> Array:
+        """The gradient by the output: [..., n, o]."""
+
+    @abstractmethod
+    def bend(self, z: Array, y: Array, t: Array) -> Array:
+        """The Hessian by the output, times tangents: [..., n, o]."""
+
+    @abstractmethod
+    def roots(self, z: Array, y: Array) -> list[Array] | None:
+        """Cotangents [n, o] whose summed v v^T is that Hessian; None where it is not convex, or large."""
+
+    def exact(self, z: Array) -> list[Array]:
+        """Cotangents whose summed v v^T is the Fisher information of the output. Errors: UnsupportedLoss."""
+        raise self._no_likelihood()
+
+    def sampled(self, z: Array, draw: Draw) -> Array:
+        """One cotangent with v v^T right on average. Errors: UnsupportedLoss."""
+        raise self._no_likelihood()
+
+    def check(self, y: Array) -> None:  # noqa: B027 - most losses take every target
+        """Errors: InvalidInput for targets outside of the loss's domain."""
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def _no_likelihood(self) -> UnsupportedLoss:
+        return UnsupportedLoss(
+            f"The Fisher information needs the distribution behind the loss; {self.name} is no negative "
+            "log-likelihood. Use curvature='ggn', or fisher='empirical'."
+        )
+
+
+class Elementwise(Family):
+    """Every output meets a target of its own, and their losses add up."""
+
+    @abstractmethod
+    def value(self, z: Array, t: Array) -> Array:
+        """The loss of each output, z and target t of one shape."""
+
+    @abstractmethod
+    def first(self, z: Array, t: Array) -> Array:
+        """Its derivative."""
+
+    @abstractmethod
+    def second(self, z: Array, t: Array) -> Array:
+        """Its second derivative."""
+
+    def expected(self, z: Array) -> Array:
+        """The second derivative's mean over the likelihood's targets. Errors: UnsupportedLoss."""
+        raise self._no_likelihood()
+
+    def targets(self, y: Array, outputs: int) -> Array:
+        """[n, o]."""
+        return y.reshape((len(y), outputs))
+
+    def losses(self, z: Array, y: Array) -> Array:
+        return self.value(z, self.targets(y, z.shape[-1])).sum(axis=-1)
+
+    def slope(self, z: Array, y: Array) -> Array:
+        return self.first(z, self.targets(y, z.shape[-1]))
+
+    def bend(self, z: Array, y: Array, t: Array) -> Array:
+        return self.second(z, self.targets(y, z.shape[-1])) * t
+
+    def roots(self, z: Array, y: Array) -> list[Array] | None:
+        second = self.second(z, self.targets(y, z.shape[-1]))
+        return None if z.shape[-1] > MOST or bool((second < 0).any()) else one_by_one(np.sqrt(second))
+
+    def exact(self, z: Array) -> list[Array]:
+        return one_by_one(np.sqrt(self.expected(z)))
+
+    def sampled(self, z: Array, draw: Draw) -> Array:
+        return np.sqrt(self.expected(z)) * draw(z.shape[-1], True)
+
+
+class SquaredError(Elementwise):
+    """(z - y)^2 / 2."""
+
+    def value(self, z: Array, t: Array) -> Array:
+        return (z - t) ** 2 / 2
+
+    def first(self, z: Array, t: Array) -> Array:
+        return z - t
+
+    def second(self, z: Array, t: Array) -> Array:
+        return np.ones_like(z - t)
+
+    def expected(self, z: Array) -> Array:
+        return np.ones_like(z)
+
+
+@dataclass(frozen=True)
+class Huber(Elementwise):
+    """r^2 / 2 up to epsilon, then epsilon (|r| - epsilon / 2). Its second derivative is that almost everywhere."""
+
+    epsilon: float
+
+    def value(self, z: Array, t: Array) -> Array:
+        r = np.abs(z - t)
+        return np.where(r <= self.epsilon, r**2 / 2, self.epsilon * (r - self.epsilon / 2))
+
+    def first(self, z: Array, t: Array) -> Array:
+        return np.clip(z - t, -self.epsilon, self.epsilon)
+
+    def second(self, z: Array, t: Array) -> Array:
+        return np.where(np.abs(z - t) <= self.epsilon, 1.0, 0.0)
+
+
+@dataclass(frozen=True)
+class SquaredEpsilonInsensitive(Elementwise):
+    """max(0, |r| - epsilon)^2."""
+
+    epsilon: float
+
+    def _beyond(self, z: Array, t: Array) -> Array:
+        return np.maximum(np.abs(z - t) - self.epsilon, 0.0)
+
+    def value(self, z: Array, t: Array) -> Array:
+        return self._beyond(z, t) ** 2
+
+    def first(self, z: Array, t: Array) -> Array:
+        return 2 * self._beyond(z, t) * np.sign(z - t)
+
+    def second(self, z: Array, t: Array) -> Array:
+        return np.where(self._beyond(z, t) > 0, 2.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Tweedie(Elementwise):
+    """Half the Tweedie deviance of a power: 0 normal, 1 Poisson, 2 gamma, 3 inverse Gaussian, and between."""
+
+    power: float
+    log_link: bool
+
+    def _mean(self, z: Array) -> Array:
+        return np.exp(z) if self.log_link else z
+
+    def value(self, z: Array, t: Array) -> Array:
+        p, mean = self.power, self._mean(z)
+        if p == 0:
+            return (t - mean) ** 2 / 2
+        if p == 1:
+            own = np.where(t > 0, t, 1.0)
+            return t * np.log(own / mean) - t + mean
+        if p == 2:
+            return np.log(mean / t) + t / mean - 1
+        constant = np.maximum(t, 0.0) ** (2 - p) / ((1 - p) * (2 - p))
+        return constant - t * mean ** (1 - p) / (1 - p) + mean ** (2 - p) / (2 - p)
+
+    def first(self, z: Array, t: Array) -> Array:
+        mean = self._mean(z)
+        return (mean - t) * mean ** (self.log_link - self.power)
+
+    def second(self, z: Array, t: Array) -> Array:
+        p, mean = self.power, self._mean(z)
+        if self.log_link:
+            return mean ** (2 - p) + (1 - p) * (mean - t) * mean ** (1 - p)
+        return mean**-p - p * (mean - t) * mean ** (-p - 1)
+
+    def expected(self, z: Array) -> Array:
+        return self._mean(z) ** (2 * self.log_link - self.power)
+
+    def check(self, y: Array) -> None:
+        lowest = float(y.min())
+        if (self.power >= 2 and lowest <= 0) or (1 <= self.power < 2 and lowest < 0):
+            sign = "> 0" if self.power >= 2 else ">= 0"
+            raise InvalidInput(f"y has {lowest:g}; the deviance of power {self.power:g} needs targets {sign}.")
+
+
+class Classes(Elementwise):
+    """Losses of one signed output: targets 1 and -1, for one class against the other, or each against the rest."""
+
+    def targets(self, y: Array, outputs: int) -> Array:
+        if outputs == 1:
+            return (2.0 * y - 1.0)[:, None]
+        return np.where(y[:, None] == np.arange(outputs), 1.0, -1.0)
+
+
+class SquaredErrorOfSigns(Classes, SquaredError):
+    """(z - s)^2 / 2 for s = 1 or -1: a classifier fitted by least squares."""
+
+
+class LogLoss(Classes):
+    """log(1 + exp(-s z)), s = 1 or -1."""
+
+    def value(self, z: Array, t: Array) -> Array:
+        return np.logaddexp(0.0, -t * z)
+
+    def first(self, z: Array, t: Array) -> Array:
+        return -t * sigmoid(-t * z)
+
+    def second(self, z: Array, t: Array) -> Array:
+        return self.expected(z) * np.ones_like(t)
+
+    def expected(self, z: Array) -> Array:
+        return sigmoid(z) * sigmoid(-z)
+
+    def sampled(self, z: Array, draw: Draw) -> Array:
+        p = sigmoid(z)
+        return p - (draw(z.shape[-1], False) < p)
+
+
+class SquaredHinge(Classes):
+    """max(0, 1 - s z)^2. Its second derivative is that almost everywhere."""
+
+    def value(self, z: Array, t: Array) -> Array:
+        return np.maximum(0.0, 1 - t * z) ** 2
+
+    def first(self, z: Array, t: Array) -> Array:
+        return -2 * t * np.maximum(0.0, 1 - t * z)
+
+    def second(self, z: Array, t: Array) -> Array:
+        return np.where(t * z < 1, 2.0, 0.0)
+
+
+class ModifiedHuber(Classes):
+    """max(0, 1 - s z)^2 down to s z = -1, then -4 s z. Its second derivative is that almost everywhere."""
+
+    def value(self, z: Array, t: Array) -> Array:
+        return np.where(t * z >= -1, np.maximum(0.0, 1 - t * z) ** 2, -4 * t * z)
+
+    def first(self, z: Array, t: Array) -> Array:
+        return t * np.where(t * z >= -1, -2 * np.maximum(0.0, 1 - t * z), -4.0)
+
+    def second(self, z: Array, t: Array) -> Array:
+        return np.where((t * z >= -1) & (t * z < 1), 2.0, 0.0)
+
+
+class NegativeLogit(Classes):
+    """-s z: minus the output that belongs to the target, one output a row; it is also the margin there."""
+
+    def value(self, z: Array, t: Array) -> Array:
+        return -t * z
+
+    def first(self, z: Array, t: Array) -> Array:
+        return -t * np.ones_like(z)
+
+    def second(self, z: Array, t: Array) -> Array:
+        return np.zeros_like(t * z)
+
+
+class Softmax(Family):
+    """Cross entropy: -log p_y, with p the softmax of the outputs."""
+
+    def losses(self, z: Array, y: Array) -> Array:
+        return logsumexp(z) - z[..., np.arange(len(y)), y]
+
+    def slope(self, z: Array, y: Array) -> Array:
+        return softmax(z) - np.eye(z.shape[-1])[y]
+
+    def bend(self, z: Array, y: Array, t: Array) -> Array:
+        p = softmax(z)
+        return p * (t - (p * t).sum(axis=-1, keepdims=True))
+
+    def roots(self, z: Array, y: Array) -> list[Array] | None:
+        return None if z.shape[-1] > MOST else self.exact(z)
+
+    def exact(self, z: Array) -> list[Array]:
+        p = softmax(z)
+        return [(p - unit) * np.sqrt(p[:, c : c + 1]) for c, unit in enumerate(np.eye(z.shape[-1]))]
+
+    def sampled(self, z: Array, draw: Draw) -> Array:
+        p = softmax(z)
+        below = np.cumsum(p, axis=-1) < draw(1, False) * p.sum(axis=-1, keepdims=True)
+        return p - np.eye(z.shape[-1])[np.minimum(below.sum(axis=-1), z.shape[-1] - 1)]
+
+
+class NegativeMargin(Family):
+    """Minus log p_y / (1 - p_y) of the softmax: the log-sum-exp of the other outputs, minus the target's."""
+
+    def _others(self, z: Array, y: Array) -> Array:
+        hidden = np.array(z, copy=True)
+        hidden[..., np.arange(len(y)), y] = -np.inf
+        return hidden
+
+    def losses(self, z: Array, y: Array) -> Array:
+        return logsumexp(self._others(z, y)) - z[..., np.arange(len(y)), y]
+
+    def slope(self, z: Array, y: Array) -> Array:
+        return softmax(self._others(z, y)) - np.eye(z.shape[-1])[y]
+
+    def bend(self, z: Array, y: Array, t: Array) -> Array:
+        p = softmax(self._others(z, y))
+        return p * (t - (p * t).sum(axis=-1, keepdims=True))
+
+    def roots(self, z: Array, y: Array) -> list[Array] | None:
+        if z.shape[-1] > MOST:
+            return None
+        p = softmax(self._others(z, y))
+        return [(p - unit) * np.sqrt(p[:, c : c + 1]) for c, unit in enumerate(np.eye(z.shape[-1]))]
+
+
+class NegativeOutput(Family):
+    """Minus the target's output, of several."""
+
+    def losses(self, z: Array, y: Array) -> Array:
+        return -z[..., np.arange(len(y)), y]
+
+    def slope(self, z: Array, y: Array) -> Array:
+        return np.zeros_like(z) - np.eye(z.shape[-1])[y]
+
+    def bend(self, z: Array, y: Array, t: Array) -> Array:
+        return np.zeros_like(t)
+
+    def roots(self, z: Array, y: Array) -> list[Array] | None:
+        return None if z.shape[-1] > MOST else one_by_one(np.zeros(z.shape))
+
+
+def logsumexp(z: Array) -> Array:
+    top = z.max(axis=-1)
+    return top + np.log(np.exp(z - top[..., None]).sum(axis=-1))
+
+
+def of_output(family: Family, function: str) -> Family:
+    """The margin or the logit, for a family of classes with probabilities. Errors: UnsupportedModel."""
+    if isinstance(family, Softmax):
+        return NegativeMargin() if function == "margin" else NegativeOutput()
+    if isinstance(family, Binary):
+        return NegativeLogit()
+    raise UnsupportedModel(
+        f"A row has no {function}: that needs the log loss of classes, one output for two of them or a softmax; "
+        f"here the loss is {family.name}."
+    )
+
+
+class Binary(LogLoss):
+    """The log loss of two classes, one output a row."""

@@ -1,0 +1,54 @@
+"""Influence for fitted scikit-learn estimators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from headwater.blocks import Structure
+from headwater.gradients.provider import OutputFunction
+from headwater.influence import ComposableInfluence
+from headwater.methods.base import Method
+from headwater.methods.damping import Damping
+from headwater.sklearn.batch import SklearnBatch
+from headwater.sklearn.families import Array
+from headwater.sklearn.provider import NAMES, SklearnGradientProvider
+
+
+class SklearnComposableInfluence(ComposableInfluence[Array]):
+    """Which training rows made a fitted estimator predict this, and by how much.
+
+    The loss is the estimator's own, and its penalty is part of the curvature (`SklearnGradientProvider.penalty`), so
+    that scores in the unit "removal" forecast how a query's loss changes when scikit-learn fits again without the row.
+
+    estimator, blocks, measurement, class_weight, names: see `SklearnGradientProvider`. method: settings, hw.Direct().
+    damping: a float (absolute), hw.relative(...) (times the mean eigenvalue of the rows' curvature), a dict of these by
+    block, or None for the method's default. The penalty is no damping: it is there besides, and damping may be 0.
+    """
+
+    def __init__(
+        self,
+        estimator: Any,
+        method: Method,
+        *,
+        blocks: Structure = "full",
+        damping: Damping | Mapping[str, Damping] | None = None,
+        measurement: OutputFunction | None = None,
+        class_weight: Mapping[Any, float] | None = None,
+        names: tuple[str, str] = NAMES,
+    ):
+        provider = SklearnGradientProvider(
+            estimator, blocks=blocks, measurement=measurement, class_weight=class_weight, names=names
+        )
+        self._estimator, self._prepare = estimator, provider.prepared
+        super().__init__(provider, method, damping=damping)
+
+    @property
+    def estimator(self) -> Any:
+        return self._estimator
+
+    def as_loader(self, loader: Iterable[Any]) -> Iterable[Any]:
+        """Batches go through the steps of a pipeline once, not in every pass."""
+        if isinstance(loader, Iterator):
+            return loader
+        return [self._prepare(item) if isinstance(item, SklearnBatch) and len(item) else item for item in loader]
