@@ -31,6 +31,8 @@ class TracIn(GradDot):
 
     def __post_init__(self) -> None:
         given: Any = self.learning_rates
+        if isinstance(given, str) or not isinstance(given, (Real, Iterable)):
+            raise InvalidSetting(f"learning_rates is {given!r}; expected a number, or one for each checkpoint.")
         if not isinstance(given, Real):
             object.__setattr__(self, "learning_rates", tuple(given))
         for rate in (given,) if isinstance(given, Real) else given:

@@ -238,11 +238,13 @@ class _Verifier:
 
     @cached_property
     def allowed(self) -> float:
-        """The tolerance, and what solves with these residuals may be off by.
+        """The tolerance, what rounding may grow to at this damping, and what solves with these residuals may be off by.
 
         A score's error is <r, A^-1 g> with r the query's residual: |r| |g| over the smallest damped eigenvalue at most,
         for each of two solves.
         """
+        if not self.solves:
+            return self.tolerance + min(SOLVED, self._rounding)
         total = 0.0
         for name, report in self.solves.items():
             status = self.influence.status.blocks[name]
@@ -253,6 +255,15 @@ class _Verifier:
             total += 2 * scale * float((report.residual[: len(q)] * q).max() * n.max()) / status.lowest_damped
         largest = float(np.abs(self.scores).max())
         return self.tolerance + min(SOLVED, total / largest if largest else 0.0)
+
+    @property
+    def _rounding(self) -> float:
+        """Ten times eps, times the worst condition number that the damping leaves."""
+        if self.influence.source.dtype not in TOLERANCES:
+            return 0.0
+        conditions = [block.condition for block in self.influence.status.blocks.values()]
+        worst = max((c for c in conditions if c is not None), default=1.0)
+        return 10 * float(np.finfo(self.influence.source.dtype).eps) * worst
 
     @property
     def _sides(self) -> tuple[tuple[list[Any], bool], tuple[list[Any], bool]]:

@@ -1,0 +1,151 @@
+"""The retraining bank: what is planned is run once, kept as it comes, and never mixed with another recipe."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+from headwater.errors import InvalidInput, InvalidSetting, NonFiniteValue, ShapeMismatch
+from headwater.evaluate.bank import Bank, Plan, plan_removals, plan_subsets
+from headwater.evaluate.lds import lds
+
+PLAN = plan_subsets(12, subsets=7, repeated=3, seed=4)
+RECIPE = {"model": "sum", "steps": 3}
+
+
+def measure(rows, seed):
+    return np.array([rows.sum(), len(rows) + seed / 2**21])
+
+
+def measure_many(keep, seeds):
+    return np.stack([measure(np.flatnonzero(mask), seed) for mask, seed in zip(keep, seeds, strict=True)])
+
+
+def bank(path, plan=PLAN, queries=2, **recipe):
+    return Bank(path, plan, queries, RECIPE | recipe)
+
+
+def test_subsets_have_one_size_and_every_run_a_seed_of_its_own():
+    assert (PLAN.keep.sum(axis=1) == 6).all()
+    assert PLAN.alpha == 0.5
+    assert len(PLAN.places) == 10
+    seeds = PLAN.seeds[PLAN.seeds >= 0]
+    assert len(np.unique(seeds)) == 10
+    assert len(np.unique(PLAN.keep, axis=0)) == 7
+    again = plan_subsets(12, subsets=7, repeated=3, seed=4)
+    np.testing.assert_array_equal(again.keep, PLAN.keep)
+    np.testing.assert_array_equal(again.seeds, PLAN.seeds)
+    assert (plan_subsets(12, subsets=5, runs=3).seeds >= 0).all()
+
+
+def test_removals_leave_out_what_is_named_after_all_rows():
+    np.testing.assert_array_equal(plan_removals(3).keep, [[1, 1, 1], [0, 1, 1], [1, 0, 1], [1, 1, 0]])
+    np.testing.assert_array_equal(plan_removals(3, [[0, 2]]).keep, [[1, 1, 1], [0, 1, 0]])
+    with pytest.raises(InvalidInput, match="there are 3"):
+        plan_removals(3, [[3]])
+
+
+def test_a_bank_is_filled_with_what_is_measured(tmp_path):
+    one = bank(tmp_path / "one").fill(measure)
+    for subset, run in PLAN.places:
+        rows = np.flatnonzero(PLAN.keep[subset])
+        np.testing.assert_array_equal(one.outputs[subset, run], measure(rows, PLAN.seeds[subset, run]))
+    assert np.isnan(one.outputs[3:, 1]).all()
+    for other in (
+        bank(tmp_path / "many").fill_many(measure_many, at_once=4),
+        bank(tmp_path / "threads").fill(measure, workers=3),
+        bank(tmp_path / "one"),
+    ):
+        np.testing.assert_array_equal(other.outputs, one.outputs)
+        assert not other.missing
+
+
+def test_a_bank_that_was_stopped_goes_on_where_it_was(tmp_path):
+    asked = []
+
+    def stops(rows, seed):
+        asked.append(seed)
+        if len(asked) == 5:
+            raise KeyboardInterrupt
+        return measure(rows, seed)
+
+    with pytest.raises(KeyboardInterrupt):
+        bank(tmp_path / "b").fill(stops)
+    again = bank(tmp_path / "b")
+    assert len(again.missing) == 6
+    with pytest.raises(InvalidInput, match="6 of 10 runs are missing"):
+        lds(np.ones((2, 12)), *again)
+    again.fill(stops)
+    assert len(asked) == 11
+    np.testing.assert_array_equal(again.outputs, bank(tmp_path / "c").fill(measure).outputs)
+
+
+def test_a_killed_process_loses_the_run_that_it_was_in(tmp_path):
+    code = f"""
+        import os, sys
+        sys.path.insert(0, {str(__file__).rpartition("/")[0]!r})
+        from test_bank import bank, measure
+        def killed(rows, seed, seen=[]):
+            seen.append(seed)
+            if len(seen) == 4:
+                os.kill(os.getpid(), 9)
+            return measure(rows, seed)
+        bank({str(tmp_path / "b")!r}).fill(killed)
+    """
+    assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)]).returncode == -9
+    assert len(bank(tmp_path / "b").missing) == 7
+
+
+def test_two_recipes_are_not_mixed(tmp_path):
+    bank(tmp_path / "b").fill(measure)
+    for different, what in (
+        (lambda: bank(tmp_path / "b", steps=4), "recipe was"),
+        (lambda: bank(tmp_path / "b", plan=plan_subsets(12, subsets=7, repeated=3, seed=5)), "plan was"),
+        (lambda: bank(tmp_path / "b", queries=3), "queries was 2, now 3"),
+    ):
+        with pytest.raises(InvalidInput, match=what):
+            different()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").write_text("x")
+    with pytest.raises(InvalidInput, match="holds no bank"):
+        bank(tmp_path / "other")
+    (tmp_path / "b" / "recipe.json").write_text("{")
+    with pytest.raises(InvalidInput, match="cannot be read"):
+        bank(tmp_path / "b")
+
+
+def test_outputs_that_cannot_be_used_are_refused_and_the_rest_is_kept(tmp_path):
+    def broken(rows, seed):
+        return [1.0, np.nan] if seed == PLAN.seeds[4, 0] else measure(rows, seed)
+
+    one = bank(tmp_path / "b")
+    with pytest.raises(NonFiniteValue, match=f"subset 4, seed {PLAN.seeds[4, 0]}.*query 1"):
+        one.fill(broken)
+    assert 0 < len(one.missing) < 10
+    with pytest.raises(ShapeMismatch, match=r"are \(3,\); expected \(2,\)"):
+        one.fill(lambda rows, seed: np.zeros(3))
+    with pytest.raises(ShapeMismatch, match="expected"):
+        one.fill_many(lambda keep, seeds: np.zeros((1, 2)))
+
+
+@pytest.mark.parametrize(
+    "options", [{"alpha": 0.0}, {"alpha": 1.0}, {"subsets": 2}, {"runs": 0}, {"repeated": -1}, {"subsets": True}]
+)
+def test_plans_that_mean_nothing_are_refused(options):
+    with pytest.raises(InvalidSetting, match=next(iter(options))):
+        plan_subsets(12, **options)
+
+
+def test_a_plan_of_your_own_must_fit_together():
+    with pytest.raises(ShapeMismatch, match="2 subsets and seeds for 3"):
+        Plan(np.ones((2, 5), bool), np.zeros((3, 1), int))
+    with pytest.raises(InvalidInput, match="Subset 1 keeps no row"):
+        Plan(np.array([[True], [False]]), np.zeros((2, 1), int))
+
+
+def test_the_recipe_can_be_read(tmp_path):
+    bank(tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "recipe.json").read_text())["recipe"] == RECIPE
