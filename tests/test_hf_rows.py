@@ -15,6 +15,7 @@ from hf_cases import (
     bert_config,
     case_of,
     gpt2,
+    gpt2_config,
     is_close,
     padded_left,
     shake,
@@ -30,6 +31,7 @@ from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
+    GPT2ForSequenceClassification,
     PreTrainedTokenizerFast,
 )
 
@@ -377,3 +379,30 @@ def test_importing_the_room_needs_transformers_alone():
     import headwater.hf as room
 
     assert set(room.__all__) == {name for name in vars(room) if name in room.__all__}
+
+
+def test_what_stands_at_padding_has_no_part_in_a_classifier_that_looks_for_it():
+    """GPT-2's classifier reads at the last id that is not the padding's: masked ids of another kind must not count."""
+    model = GPT2ForSequenceClassification(gpt2_config(num_labels=2, pad_token_id=0)).double().eval()
+    ids, labels = torch.tensor([[3, 4, 5, 2], [2, 5, 0, 0]]), torch.tensor([0, 1])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    provider = HfGradientProvider(model)
+    expected = provider.flat_grads(TorchBatch({"input_ids": ids, "attention_mask": mask}, labels))
+    other = ids.masked_fill(mask == 0, 4)
+    assert is_close(provider.flat_grads(TorchBatch({"input_ids": other, "attention_mask": mask}, labels)), expected)
+    alone = provider.flat_grads(TorchBatch({"input_ids": ids[1:, :2], "attention_mask": mask[1:, :2]}, labels[1:]))
+    assert is_close(alone[0], expected[1])
+
+
+def test_columns_and_ids_that_do_not_fit_are_named():
+    provider = HfGradientProvider(gpt2())
+    ids = torch.ones(2, 3, dtype=torch.long)
+    with pytest.raises(InvalidInput, match=f"Row 1 has the id {VOCABULARY}"):
+        provider.flat_grads(TorchBatch({"input_ids": torch.stack([ids[0], ids[0] * VOCABULARY])}, None))
+    with pytest.raises(InvalidInput, match="'labels' holds no tensor"):
+        provider.flat_grads(TorchBatch({"input_ids": ids}, ["a", "b"]))
+    with_text = {"input_ids": ids.tolist(), "text": ["one", "two"], "idx": torch.arange(2)}
+    assert is_close(provider.flat_grads(provider.as_batch(with_text, None)), provider.flat_grads(TorchBatch(ids, ids)))
+    without = GPT2ForSequenceClassification(gpt2_config(num_labels=2, pad_token_id=None)).double().eval()
+    with pytest.raises(InvalidSetting, match="pad_token_id"):
+        HfGradientProvider(without).flat_grads(TorchBatch({"input_ids": ids}, torch.tensor([0, 1])))

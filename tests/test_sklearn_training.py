@@ -418,3 +418,25 @@ def test_a_frame_of_targets_may_be_a_series_with_any_index():
     expected = TrainingInfluence(estimator).fit(pd.DataFrame(x.to_numpy(), columns=x.columns), y.to_numpy())
     got = influence.scores(x.iloc[:4], y.iloc[:4]).values
     np.testing.assert_array_equal(got, expected.scores(x.iloc[:4], y.iloc[:4]).values)
+
+
+def test_a_changed_step_before_the_model_is_noticed() -> None:
+    x, y = load_breast_cancer(return_X_y=True)
+    model = make_pipeline(StandardScaler(), lm.LogisticRegression()).fit(x, y)
+    influence = TrainingInfluence(model).fit(x, y)
+    model[0].mean_ = model[0].mean_ + 5
+    with pytest.raises(StaleFit):
+        influence.scores(x[:2], y[:2])
+
+
+def test_no_groups_no_weight_and_labels_of_no_kind_are_refused() -> None:
+    x, y = load_breast_cancer(return_X_y=True)
+    model = lm.LogisticRegression(max_iter=5000).fit(x / x.max(0), y)
+    x = x / x.max(0)
+    influence = TrainingInfluence(model).fit(x, y)
+    with pytest.raises(InvalidInput, match="no groups"):
+        influence.remove([], x[:2], y[:2])
+    with pytest.raises(InvalidInput, match="flatnonzero"):
+        influence.remove([np.zeros(len(x), bool)], x[:2], y[:2])
+    with pytest.raises(InvalidInput, match="weights"):
+        TrainingInfluence(model).fit(x, y, sample_weight=np.zeros(len(x)))

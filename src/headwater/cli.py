@@ -86,14 +86,14 @@ def demo(
 def verses(
     *,
     out: Path = Path("headwater-verses"),
-    passages: int = 1500,
-    queries: int = 200,
+    passages: int = 3000,
+    queries: int = 300,
     method: Literal["logra", "grad-dot", "grad-cos", "ekfac"] = "logra",
     quiet: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Trace verses of one Bible translation to the passages of another, with a language model of 135 million numbers.
 
-    Takes about ten minutes, once; needs the packages of headwater[verses].
+    Takes about twenty minutes; needs the packages of headwater[verses].
 
     Parameters
     ----------

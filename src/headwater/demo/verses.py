@@ -80,8 +80,8 @@ class Found:
 
 def run(
     out: Path,
-    passages: int = 1500,
-    queries: int = 200,
+    passages: int = 3000,
+    queries: int = 300,
     method: str = "logra",
     progress: bool = True,
     *,

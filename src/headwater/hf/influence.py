@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,6 @@ from torch import nn
 from headwater.blocks import Structure
 from headwater.errors import InvalidSetting
 from headwater.hf.losses import PerToken
-from headwater.hf.model import base_of
 from headwater.hf.provider import HfGradientProvider
 from headwater.hf.rows import MASK, Collator, Rows, put_back
 from headwater.methods.base import Method
@@ -64,8 +62,7 @@ class HfComposableInfluence(TorchComposableInfluence):
         if batch_size < 1:
             raise InvalidSetting(f"batch_size is {batch_size}; expected at least 1.")
         self._assemble(provide, model, method, damping, checkpoints)
-        takes = frozenset(inspect.signature(base_of(model).forward).parameters)
-        self._rows = Rows(tokenizer, collator, batch_size, takes, self._hf_provider.task.padding)
+        self._rows = Rows(tokenizer, collator, batch_size, self._hf_provider.takes, self._hf_provider.task.padding)
 
     @property
     def _hf_provider(self) -> HfGradientProvider:

@@ -91,6 +91,11 @@ def task_of(model: Any, name: str | None) -> Task:
     return Task(cast(TaskName, found), labels, problem, padding)
 
 
+def takes(model: Any) -> frozenset[str]:
+    """The inputs that a model names."""
+    return frozenset(inspect.signature(base_of(model).forward).parameters) - {"labels", "kwargs"}
+
+
 class LogitsOf(nn.Module):
     """A pretrained model that gives its logits alone, without caches; the same parameters under the same names.
 
@@ -110,4 +115,9 @@ class LogitsOf(nn.Module):
         if embeddings is not None:
             inputs["inputs_embeds"] = embeddings
         (model,) = self.__dict__["inner"]
-        return wide(model(**inputs, **self.options).logits)
+        try:
+            return wide(model(**inputs, **self.options).logits)
+        except ValueError as error:
+            if "padding token" not in str(error):
+                raise
+            raise InvalidSetting(f"{error} Set model.config.pad_token_id to the id of your padding.") from None

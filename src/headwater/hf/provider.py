@@ -14,7 +14,7 @@ from headwater.blocks import Structure
 from headwater.errors import InvalidInput, UnsupportedModel
 from headwater.gradients.provider import OutputFunction
 from headwater.hf.losses import IGNORED, NextToken, PerToken, TokenLoss
-from headwater.hf.model import LogitsOf, task_of
+from headwater.hf.model import LogitsOf, base_of, takes, task_of
 from headwater.hf.rows import (
     IDS,
     MASK,
@@ -70,6 +70,7 @@ class HfGradientProvider(TorchGradientProvider):
         self.per_token = per_token
         own = self._own_loss()
         likelihood = self._own_likelihood() if loss is None and likelihood is None else likelihood
+        self.takes = takes(model)
         super().__init__(
             LogitsOf(model),
             own if loss is None else loss,
@@ -139,19 +140,39 @@ class HfGradientProvider(TorchGradientProvider):
         labels = given.pop("labels", None)
         if labels is not None and y is not None:
             raise InvalidInput("Labels are given twice: in x, and as y.")
-        columns = {name: tensor for name, v in given.items() if (tensor := as_tensor(v, self.device)) is not None}
+        columns = {name: self._column(name, v) for name, v in given.items() if v is not None and name in self.takes}
         ids = columns.get(IDS, columns.get("inputs_embeds"))
         if ids is None:
             raise InvalidInput(f"x has the columns {list(given)}; expected input_ids or inputs_embeds.")
         if IDS in columns:
-            columns[IDS] = columns[IDS].long()
+            columns[IDS] = self._checked_ids(columns[IDS])
         check_padding_is_said(columns, self.task.padding)
         y = self._labels(labels if y is None else y, tuple(ids.shape[:2]), columns)
         return without_spare_padding(columns, y, self.task.padding, self.task.has_label_per_token)
 
+    def _column(self, name: str, values: Any) -> torch.Tensor:
+        """Errors: InvalidInput, naming a column that holds no numbers."""
+        try:
+            found = as_tensor(torch.as_tensor(values) if isinstance(values, (list, tuple)) else values, self.device)
+        except (TypeError, ValueError, RuntimeError, InvalidInput) as error:
+            raise InvalidInput(f"The column {name!r} holds no tensor of numbers: {error}") from None
+        assert found is not None
+        return found
+
+    def _checked_ids(self, ids: torch.Tensor) -> torch.Tensor:
+        """Errors: InvalidInput for an id that the model has no embedding for."""
+        found, words = ids.long(), base_of(self.pretrained).get_input_embeddings()
+        size = int(getattr(words, "num_embeddings", 2**62))
+        wrong = (found < 0) | (found >= size)
+        if bool(wrong.any()):
+            row = int(wrong.reshape(len(wrong), -1).any(1).int().argmax())
+            raise InvalidInput(f"Row {row} has the id {int(found[wrong][0])}; the model's go from 0 to {size - 1}.")
+        return found
+
     def _labels(self, y: Any, shape: tuple[int, ...], x: Columns | None = None) -> torch.Tensor:
         """Labels in the form that the loss takes. Errors: InvalidInput, naming what does not fit."""
-        labels, task, x = as_tensor(y, self.device), self.task, x or {}
+        task, x = self.task, x or {}
+        labels = None if y is None else self._column("labels", y)
         if labels is None and task.ahead and IDS in x:
             labels = x[IDS] if MASK not in x else x[IDS].masked_fill(x[MASK] == 0, IGNORED)
         if labels is None:

@@ -40,10 +40,10 @@ def without_spare_padding(x: Columns, y: Any, fill: int | None, labels_are_token
     mask = x.get(MASK)
     if mask is None or mask.ndim != 2:
         return x, y
+    if bool(mask.bool().all()):
+        return x, y
     first, end = spans(mask)
     width, positions = int((end - first).max()), mask.shape[1]
-    if width == positions and not bool(first.any()):
-        return x, y
     index = first[:, None] + torch.arange(width, device=mask.device)
     beyond = index >= end[:, None]
 

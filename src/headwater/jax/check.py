@@ -43,7 +43,11 @@ def check_independence(together: Any, alone: Any, row: int) -> None:
     """Errors: RowsInteract if the output for `row` is another when the row is alone."""
     for one, both in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
         expected, got = np.asarray(one)[0], np.asarray(both)[row]
-        if jnp.issubdtype(one.dtype, jnp.floating) and not close(got, expected):
+        if not jnp.issubdtype(one.dtype, jnp.floating):
+            continue
+        if not np.isfinite(expected).all():
+            raise NonFiniteValue(f"The output of apply is not finite for row {row}: look for NaN in this input.")
+        if not close(got, expected):
             gap = float(np.max(np.abs(got - expected)))
             raise RowsInteract(
                 f"The output of apply for row {row} changes by {gap:g} when the row is alone in its batch: rows act "

@@ -22,6 +22,7 @@ from headwater.gradients.likelihoods import Likelihood, fisher_cotangents, ggn_c
 from headwater.gradients.measurements import negative_logit, negative_margin
 from headwater.gradients.outer import Outer, RowSparse
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
+from headwater.gradients.rowwise import differing
 from headwater.gradients.words import in_words
 from headwater.jax import derivatives
 from headwater.jax.batch import JaxBatch, differentiable_input, host_leaves, rounded
@@ -75,7 +76,7 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
                 raise InvalidSetting(f"{name} is {function!r:.60}; expected a function.")
         tree, self._leaves = take_tree(params)
         self._model = Model(_hashable(apply), tree, _hashable(loss))
-        self._measured = self._model if measurement is None else Model(apply, tree, _hashable(measurement))
+        self._measured = self._model if measurement is None else Model(self._model.apply, tree, _hashable(measurement))
         self.likelihood = find_likelihood(loss, likelihood)
         self._structure = blocks
         self._plan = make_plan(tree, blocks)
@@ -255,10 +256,11 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
 
     def _prepare(self, batch: Any) -> JaxBatch:
         batch = self._ready(batch)
-        rows = min(2, len(batch))
-        if self._checked < rows:  # one row alone does not show whether rows act on each other
-            self._check(batch.take(slice(0, 2)))
-            self._checked = rows
+        if self._checked < min(2, len(batch)):  # one row, or two alike, do not show whether rows act on each other
+            chosen = differing(row_keys(host_leaves(batch.x)))
+            if self._checked < len(chosen):
+                self._check(batch.take(chosen))
+                self._checked = len(chosen)
         return batch
 
     def _learn(self, x: Any) -> None:

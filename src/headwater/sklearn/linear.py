@@ -123,7 +123,10 @@ class LinearModel:
                 f"y has labels of dtype {y.dtype}, such as {_few(y)}; {self.name} was fitted with classes "
                 f"{classes.tolist()} ({classes.dtype}). Pass labels as they were at fit."
             )
-        unknown = np.setdiff1d(y, classes)
+        try:
+            unknown = np.setdiff1d(y, classes)
+        except TypeError as error:
+            raise InvalidInput(f"y has labels that cannot be compared with {classes.tolist()}: {error}.") from None
         if len(unknown):
             raise InvalidInput(f"y has labels {_few(unknown)} that {self.name} does not know: {classes.tolist()}.")
         return np.searchsorted(classes, y).astype(np.int64)

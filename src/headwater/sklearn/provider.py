@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import joblib
 import numpy as np
 
 from headwater.arrays import rows_within_memory
@@ -90,12 +91,14 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
         return self.n_parameters / self.model.weights.size
 
     def fingerprint(self) -> tuple[int, ...]:
-        """Checksums of the coefficients, the intercept, the penalty, the class weights and the loss."""
+        """Checksums of coefficients, intercept, penalty, class weights, loss, and of a pipeline's steps before."""
         model = self.model
         arrays = [model.coef, model.penalty.strength, model.intercept, model.class_weights(self._class_weight)]
-        loss = repr((model.family.name, sorted(vars(model.family).items())))
+        penalty = (model.penalty.per_row, model.penalty.intercept)
+        loss = repr((model.family.name, sorted(vars(model.family).items()), penalty))
+        steps = joblib.hash(last_step(self.estimator)[1])
         numbers = [b"" if a is None else np.ascontiguousarray(a).tobytes() for a in arrays]
-        return tuple(zlib.crc32(given) for given in [*numbers, loss.encode()])
+        return tuple(zlib.crc32(given) for given in [*numbers, loss.encode(), str(steps).encode()])
 
     def parameters(self, block: str) -> Array:
         model, held = self.model, self._held(block)

@@ -122,9 +122,13 @@ class ExactRemoval:
         if groups is None:
             return [np.array([k]) for k in range(rows)]
         found = [np.atleast_1d(np.asarray(group)) for group in groups]
+        if not found:
+            raise InvalidInput("There are no groups; pass None for every row by itself.")
         for number, group in enumerate(found):
             if group.ndim != 1 or not len(group) or group.dtype.kind not in "iu":
-                raise InvalidInput(f"Group {number} is {group!r:.60}; expected positions of one or more rows.")
+                raise InvalidInput(
+                    f"Group {number} is {group!r:.60}; expected positions of rows (of a mask: flatnonzero)."
+                )
             if group.min() < 0 or group.max() >= rows:
                 raise InvalidInput(f"Group {number} names a row outside of 0 ... {rows - 1}: {group!r:.60}.")
             if len(np.unique(group)) < len(group):

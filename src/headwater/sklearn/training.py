@@ -203,7 +203,9 @@ def _class_weight(model: LinearModel, y: Any, weights: Array | None) -> Mapping[
 
 
 def _check_weights(model: LinearModel, weights: Array | None) -> None:
-    """Stochastic descent divides by the number of rows, not by their weights. Errors: InvalidSetting."""
+    """Stochastic descent divides by the number of rows, not by their weights. Errors: InvalidInput; InvalidSetting."""
+    if weights is not None and not weights.sum() > 0:
+        raise InvalidInput("All weights of rows are zero: nothing was fitted to them.")
     if weights is not None and model.name.startswith("SGD") and not np.isclose(weights.mean(), 1.0, rtol=1e-9):
         raise InvalidSetting(
             f"The rows' weights average {weights.mean():g}, but {model.name} holds its penalty against the number of "

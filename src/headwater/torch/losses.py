@@ -16,9 +16,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from headwater.errors import HeadwaterError, InvalidInput, NonFiniteValue, UnsupportedLoss
+from headwater.gradients.rowwise import Slopes, is_weighted_sum
 from headwater.torch.batch import quiet
 
 Loss = Callable[[Any, Any], torch.Tensor]
@@ -150,21 +151,27 @@ def normalisation(loss: Loss, output: Any, target: Any) -> str:
         value = loss(output, target)
     if value.numel() > 1:
         return "none" if value.numel() == len(rows) else "per token"
-    if torch.allclose(value.reshape(()), rows.mean(), rtol=1e-4, atol=1e-7):
-        return "mean"
-    if torch.allclose(value.reshape(()), rows.sum(), rtol=1e-4, atol=1e-7):
-        return "sum"
-    outputs = [t for t in tree_leaves(output) if t.requires_grad]
-    whole = torch.autograd.grad(
-        value.reshape(()), outputs, retain_graph=True, allow_unused=True, materialize_grads=True
-    )
-    each = torch.autograd.grad(rows.sum(), outputs, retain_graph=True, allow_unused=True, materialize_grads=True)
-    mine, alone = (torch.cat([g.reshape(len(rows), -1) for g in grads], dim=1) for grads in (whole, each))
-    cosine = F.cosine_similarity(mine, alone, dim=1)
-    here, there = mine.norm(dim=1), alone.norm(dim=1)
-    from_others = (there == 0) & (here > 1e-6 * here.max())
-    live = (here > 0) & (there > 0)
-    if bool((cosine[live] > 1 - 1e-3).all()) and not bool(from_others.any()):
+    eps = torch.finfo(value.dtype).eps
+    for name, reduced in (("mean", rows.mean()), ("sum", rows.sum())):
+        if torch.allclose(value.reshape(()), reduced.to(value.dtype), rtol=min(1e3 * eps, 0.03), atol=eps):
+            return name
+    leaves, structure = tree_flatten(output)
+    moving = [k for k, t in enumerate(leaves) if t.requires_grad]
+
+    def slopes(at: Any) -> Slopes:
+        given = [t.detach().requires_grad_() if k in moving else t for k, t in enumerate(at)]
+        outputs, changed = [given[k] for k in moving], tree_unflatten(given, structure)
+        found = []
+        for value in (loss(changed, target).reshape(()), row_losses(loss, changed, target).sum()):
+            grads = torch.autograd.grad(value, outputs, retain_graph=True, allow_unused=True, materialize_grads=True)
+            found.append(torch.cat([g.reshape(len(rows), -1) for g in grads], dim=1).double().cpu().numpy())
+        return found[0], found[1]
+
+    moved = [
+        [torch.cat([(t[:1] + share * t[-1:]) / 2, t[1:]]) if k in moving else t for k, t in enumerate(leaves)]
+        for share in (0.0, 1.0)
+    ]
+    if is_weighted_sum(slopes(leaves), *map(slopes, moved)):
         return "weighted mean"
     raise UnsupportedLoss(
         "The loss of a batch is no weighted sum of its rows' losses: rows act on each other inside the loss, so a "

@@ -29,6 +29,7 @@ from headwater.gradients.block import BlockGradient
 from headwater.gradients.coverage import Coverage
 from headwater.gradients.outer import Outer, RowSparse
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
+from headwater.gradients.rowwise import differing
 from headwater.gradients.words import in_words
 from headwater.random import name_keys, row_keys, row_normals, row_uniforms
 from headwater.torch.batch import TorchBatch, as_tensor, differentiable_input
@@ -351,11 +352,12 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
     def _prepare(self, batch: TorchBatch) -> TorchBatch:
         batch = self._ready(batch)
         check_eval(self.model)
-        rows = min(2, len(batch))
-        if self._checked < rows:  # one row alone does not show whether rows act on each other
-            with autograd_on():
-                self._check(batch.take(slice(0, 2)))
-            self._checked = rows
+        if self._checked < min(2, len(batch)):  # one row, or two alike, do not show whether rows act on each other
+            chosen = differing(row_keys([_host(t) for t in tree_leaves(batch.x) if isinstance(t, ARRAYS)]))
+            if self._checked < len(chosen):
+                with autograd_on():
+                    self._check(batch.take(chosen))
+                self._checked = len(chosen)
         return batch
 
     def _check(self, rows: TorchBatch) -> None:
