@@ -2,6 +2,8 @@
 
 from functools import cache
 
+import jax
+import jax.numpy as jnp
 import jax_models
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from jax_models import CASES
 
 from headwater.gradients.algebra import Dense, Sum
 from headwater.gradients.outer import Outer, RowSparse
-from headwater.jax import JaxBatch, JaxGradientProvider
+from headwater.jax import JaxBatch, JaxGradientProvider, squared_error
 from headwater.testing import StructuredProviderContract
 from headwater.torch import TorchBatch, TorchGradientProvider
 
@@ -219,3 +221,11 @@ def test_gradients_in_float64_are_plain_and_know_their_rows():
     same(mine["first"].flat(), theirs["first"].flat(), 1e-5)
     with jax_models.jax.enable_x64(False):
         assert provider.in_float64() is None
+
+
+def test_a_key_of_random_numbers_may_stand_among_the_parameters() -> None:
+    params = {"w": jnp.ones((3, 2)), "rng": jax.random.key(0)}
+    other = {"w": jnp.ones((3, 2)), "rng": jax.random.key(1)}
+    first, second = (JaxGradientProvider(lambda p, x: x @ p["w"], p, squared_error) for p in (params, other))
+    assert list(first.sizes.values()) == [6]
+    assert first.fingerprint() != second.fingerprint()

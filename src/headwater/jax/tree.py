@@ -63,7 +63,12 @@ def take_tree(params: Any) -> tuple[Tree, dict[str, jax.Array]]:
 
 def checksums(leaves: Leaves) -> tuple[int, ...]:
     """Of each leaf's bytes."""
-    return tuple(zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8).tobytes()) for leaf in leaves.values())
+    return tuple(zlib.crc32(np.ascontiguousarray(_numbers(leaf)).view(np.uint8).tobytes()) for leaf in leaves.values())
+
+
+def _numbers(leaf: jax.Array) -> jax.Array:
+    """A key of random numbers as the words that it is made of; else the leaf."""
+    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
 
 
 def wide(array: jax.Array) -> jax.Array:

@@ -279,7 +279,7 @@ class _Verifier:
         try:
             source = self.influence.source.in_float64()
             if source is None:
-                return f"{type(self.influence.source).__name__} has no float64 copy"
+                return f"{type(self.influence.source).__name__} has no float64 copy (in JAX: jax_enable_x64)"
             copied = self.influence.unfitted(source)
             q, n = (_flat(copied.provider, rows.rows, query) for rows, query in self._samples)
             return copied, q, n

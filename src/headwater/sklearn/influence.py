@@ -48,7 +48,7 @@ class SklearnComposableInfluence(ComposableInfluence[Array]):
         return self._estimator
 
     def as_loader(self, loader: Iterable[Any]) -> Iterable[Any]:
-        """Batches go through the steps of a pipeline once, not in every pass."""
+        """A `SklearnBatch` goes through the steps of a pipeline once; pairs (x, y) do in every pass."""
         if isinstance(loader, Iterator):
             return loader
         return [self._prepare(item) if isinstance(item, SklearnBatch) and len(item) else item for item in loader]

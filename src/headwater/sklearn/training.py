@@ -48,6 +48,7 @@ class TrainingInfluence(MetaEstimatorMixin, BaseEstimator):
 
     Rows are named by their position. Values are positive where the row helps: where the loss of the query rises
     without it. Warns (NotConverged) if the coefficients are no minimum on the rows: not converged, or other rows.
+    scikit-learn's clones have their estimator unfitted: for searches over this class give prefit=False.
     """
 
     def __init__(
