@@ -350,8 +350,9 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         """What `save` kept, in place of `fit`: for the same model, weights, blocks and method; damping is free.
 
         loader: the train rows that were fitted, for methods that read them at every solve (hw.Cg, hw.BlockKrylov,
-        hw.Dual, hw.DataInf). Errors: FileNotFoundError; StaleFit if the model has other weights than then;
-        BlockMismatch; InvalidSetting for another method; NotFittedError, later, if rows are needed and were not given.
+        hw.Dual, hw.DataInf, hw.Trak(dimension=None)). Errors: FileNotFoundError; StaleFit if weights are others
+        now; BlockMismatch; InvalidSetting for another method or loss; NotFittedError, later, if rows are needed
+        and were not given; BatchMismatch, later, for other rows.
         """
         from headwater.store.folder import read_folder
 
