@@ -86,7 +86,7 @@ METHODS = {
     "direct_last": on_all_parameters(lambda: hw.Direct("hessian", allow_indefinite=True)),
     "cg": on_all_parameters(lambda: hw.Cg(curvature="ggn", **LOOSE)),
     "cg_plain": on_all_parameters(lambda: hw.Cg(curvature="ggn", preconditioner=None, **LOOSE)),
-    "cg_hessian": on_all_parameters(lambda: hw.Cg(curvature="hessian", allow_indefinite=True, **LOOSE)),
+    "cg_hessian": on_all_parameters(lambda: hw.Cg(curvature="hessian", **LOOSE)),
     "block_krylov": on_all_parameters(lambda: hw.BlockKrylov(**LOOSE)),
     "astra": on_all_parameters(lambda: hw.Astra()),
     "lissa": on_all_parameters(lambda: hw.Lissa()),

@@ -11,6 +11,8 @@ from headwater.jax import JaxComposableInfluence
 from headwater.testing import InfluenceContract
 from headwater.torch import TorchComposableInfluence
 
+pytestmark = pytest.mark.filterwarnings("ignore::headwater.errors.NotConverged")  # LiSSA and ASTRA of few steps
+
 ITERATED = {
     "cg": hw.Cg(tolerance=1e-13),
     "cg alone": hw.Cg(tolerance=1e-13, block=False),

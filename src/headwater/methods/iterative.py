@@ -206,9 +206,6 @@ class Cg(PreconditionedMethod):
         assert isinstance(found, IterativeInverse) and isinstance(found.curvature, CurvatureOperator)
         if not self.allow_indefinite or found.curvature.psd:
             return found
-        bounds = found.curvature.bounds
-        if bounds.lowest - bounds.lowest_error + damping > 0:
-            return found
         solver = BlockKrylovSolver(self.tolerance, self.max_iterations, allow_indefinite=True)
         return IterativeInverse(found.curvature, damping, solver, found.preconditioner, found.label)
 
