@@ -1,4 +1,4 @@
-"""Are the scores true? Metrics on plain arrays; they know neither a framework nor how the scores were made."""
+"""Are the scores true? Metrics on plain arrays, and a bank of retrained models; no framework, no method is known."""
 
 from headwater.evaluate.detection import auc, average_precision, precision_at, recall_at, recall_curve
 

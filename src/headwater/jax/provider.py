@@ -38,7 +38,7 @@ from headwater.jax.derivatives import Model
 from headwater.jax.losses import JaxOutputLoss, Loss, check_finite, explain_failure, find_likelihood, normalisation
 from headwater.jax.plan import Place, make_plan
 from headwater.jax.tree import checksums, take_tree, wide
-from headwater.random import name_keys, row_keys, row_normals, row_uniforms
+from headwater.random import name_keys, row_keys, row_numbers
 
 Apply = Callable[[Any, Any], Any]
 
@@ -386,9 +386,7 @@ def _difference(names: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]) -> 
 
 def _numbers(keys: np.ndarray, number: int, seed: int, count: int, normal: bool) -> jax.Array:
     """Random numbers [n, count] for the rows of a batch: uniform, or standard normal."""
-    if normal:
-        return jnp.asarray(row_normals(keys, count, draw=number, seed=seed))
-    return jnp.asarray(row_uniforms(keys, count, draw=number, seed=seed)[..., 0])
+    return jnp.asarray(row_numbers(keys, number, seed, count, normal))
 
 
 def _with_inputs(value: Gradient, first: Gradient) -> Gradient:

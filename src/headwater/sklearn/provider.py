@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import joblib
@@ -17,7 +18,7 @@ from headwater.gradients.algebra import Dense, Gradient
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.outer import Outer
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
-from headwater.random import name_keys, row_keys, row_normals, row_uniforms
+from headwater.random import name_keys, row_keys, row_numbers
 from headwater.sklearn.batch import FeatureBatch, SklearnBatch
 from headwater.sklearn.families import FEW, Array, Family, of_output
 from headwater.sklearn.linear import LinearModel, last_step, read
@@ -262,15 +263,8 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
             return self._pulled_back(batch, family.exact(z))
         keys, scale = self.row_keys(batch), 1.0 / np.sqrt(len(draws))
 
-        def cotangent(number: int) -> Array:
-            def draw(count: int, normal: bool) -> Array:
-                if normal:
-                    return row_normals(keys, count, draw=number, seed=seed)
-                return row_uniforms(keys, count, draw=number, seed=seed)[..., 0]
-
-            return family.sampled(z, draw) * scale
-
-        return self._pulled_back(batch, [cotangent(number) for number in draws])
+        sampled = [family.sampled(z, partial(row_numbers, keys, number, seed)) * scale for number in draws]
+        return self._pulled_back(batch, sampled)
 
     def ggn_grads(self, batch: SklearnBatch) -> list[BlockGradients] | None:
         model, batch = self.model, self.prepared(batch)

@@ -31,7 +31,7 @@ from headwater.gradients.outer import Outer, RowSparse
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
 from headwater.gradients.rowwise import differing
 from headwater.gradients.words import in_words
-from headwater.random import name_keys, row_keys, row_normals, row_uniforms
+from headwater.random import name_keys, row_keys, row_numbers
 from headwater.torch.batch import TorchBatch, as_tensor, differentiable_input
 from headwater.torch.capture import Recording, autograd_on, detached_state, record, run, twice_differentiable
 from headwater.torch.check import (
@@ -251,11 +251,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
 
     def _numbers(self, keys: np.ndarray, number: int, seed: int, count: int, normal: bool) -> torch.Tensor:
         """Random numbers [n, count] for the rows of a batch: uniform, or standard normal."""
-        if normal:
-            found = row_normals(keys, count, draw=number, seed=seed)
-        else:
-            found = row_uniforms(keys, count, draw=number, seed=seed)[..., 0]
-        return torch.as_tensor(found, device=self.device)
+        return torch.as_tensor(row_numbers(keys, number, seed, count, normal), device=self.device)
 
     def row_keys(self, batch: TorchBatch) -> np.ndarray:
         if batch.ids is not None:
