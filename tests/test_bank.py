@@ -1,6 +1,7 @@
 """The retraining bank: what is planned is run once, kept as it comes, and never mixed with another recipe."""
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from headwater.errors import InvalidInput, InvalidSetting, NonFiniteValue, ShapeMismatch
-from headwater.evaluate.bank import Bank, Plan, plan_removals, plan_subsets
+from headwater.evaluate.bank import Bank, Plan, plan_removals, plan_subsets, retrain
 from headwater.evaluate.lds import lds
 
 PLAN = plan_subsets(12, subsets=7, repeated=3, seed=4)
@@ -149,3 +150,64 @@ def test_a_plan_of_your_own_must_fit_together():
 def test_the_recipe_can_be_read(tmp_path):
     bank(tmp_path / "b")
     assert json.loads((tmp_path / "b" / "recipe.json").read_text())["recipe"] == RECIPE
+
+
+def test_a_bank_is_opened_without_its_plan_and_recipe(tmp_path):
+    filled = bank(tmp_path / "b").fill(measure)
+    again = Bank.open(tmp_path / "b")
+    np.testing.assert_array_equal(again.outputs, filled.outputs)
+    np.testing.assert_array_equal(again.keep, PLAN.keep)
+    assert again.recipe == RECIPE
+    with pytest.raises(FileNotFoundError, match="holds no bank"):
+        Bank.open(tmp_path)
+
+
+def test_a_packed_bank_is_one_file_and_can_be_filled_further(tmp_path):
+    asked = []
+
+    def stops(rows, seed):
+        asked.append(seed)
+        if len(asked) == 5:
+            raise KeyboardInterrupt
+        return measure(rows, seed)
+
+    half = bank(tmp_path / "b")
+    with pytest.raises(KeyboardInterrupt):
+        half.fill(stops)
+    half.pack()
+    assert sorted(os.listdir(tmp_path / "b")) == ["packed.npz", "plan.npz", "recipe.json"]
+    again = bank(tmp_path / "b")
+    assert len(again.missing) == 6
+    again.fill(measure).pack()
+    full = bank(tmp_path / "c").fill(measure).outputs
+    np.testing.assert_array_equal(Bank.open(tmp_path / "b").outputs, full)
+    assert sorted(os.listdir(tmp_path / "b")) == ["packed.npz", "plan.npz", "recipe.json"]
+
+
+def test_processes_give_what_one_worker_gives(tmp_path):
+    both = bank(tmp_path / "b").fill(measure, workers=2, processes=True)
+    np.testing.assert_array_equal(both.outputs, bank(tmp_path / "c").fill(measure).outputs)
+
+
+def test_retraining_in_one_call(tmp_path):
+    asked = []
+
+    def train(rows, seed):
+        asked.append(seed)
+        return measure(rows, seed)
+
+    options = {"rows": 12, "queries": 2, "recipe": {}, "subsets": 5, "repeated": 3, "progress": False}
+    first = retrain(tmp_path / "b", train, **options)
+    measured = retrain(tmp_path / "c", train, lambda model: 2 * model, **options)
+    np.testing.assert_array_equal(measured.outputs, 2 * first.outputs)
+    assert len(asked) == 16
+    retrain(tmp_path / "b", train, **options)
+    assert len(asked) == 16
+    with pytest.raises(InvalidInput, match=r"alpha was 0\.5"):
+        retrain(tmp_path / "b", train, **options, alpha=0.25)
+
+
+def test_a_bank_that_was_stopped_while_it_was_made_is_made_again(tmp_path):
+    bank(tmp_path / "b")
+    (tmp_path / "b" / "recipe.json").unlink()
+    assert len(bank(tmp_path / "b").missing) == 10

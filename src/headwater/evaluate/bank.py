@@ -4,19 +4,22 @@
     seeds    [m, r]      of each run of each subset
     outputs  [m, r, q]   what was measured of each query on the model of each run; NaN where it has not been run
 
-A bank is a folder: `recipe.json` says what was asked, and `runs/` has a file for each run that is complete, so that a
-bank that was stopped goes on where it was. Banks of different recipes are never mixed.
+A bank is a folder: `recipe.json` says what was asked, `plan.npz` which rows and seeds, and `runs/` has a file for each
+run that is complete, so that a bank that was stopped goes on where it was. A full bank can be packed into one file.
+Banks of different recipes are never mixed.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Self
 from zlib import crc32
 
 import numpy as np
@@ -113,6 +116,47 @@ def plan_removals(rows: int, groups: Sequence[Sequence[int]] | None = None, *, r
     return Plan(keep, np.random.default_rng(seed).permutation(2**20)[:runs][None].repeat(len(keep), 0))
 
 
+def retrain(
+    path: str | os.PathLike[str],
+    train: Callable[[NDArray[np.int64], int], Any],
+    measure: Callable[[Any], ArrayLike] | None = None,
+    *,
+    rows: int,
+    queries: int,
+    recipe: Mapping[str, Any],
+    alpha: float = 0.5,
+    subsets: int = 100,
+    runs: int = 1,
+    repeated: int = 20,
+    seed: int = 0,
+    workers: int = 1,
+    processes: bool = False,
+    progress: bool = True,
+) -> Bank:
+    """A full bank of models that were trained on random subsets of the rows; goes on where it was stopped.
+
+    train: (indices of the rows kept, seed) -> model. measure: (model) -> outputs [queries], losses unless the recipe
+    says otherwise; None if `train` returns the outputs itself. recipe: what else decides the outputs, as JSON has it
+    (data, architecture, steps, ...); another recipe needs another folder. alpha, subsets, runs, repeated, seed: see
+    `plan_subsets`. workers, processes: see `Bank.fill`.
+    """
+    plan = plan_subsets(rows, alpha=alpha, subsets=subsets, runs=runs, repeated=repeated, seed=seed)
+    bank = Bank(path, plan, queries, recipe)
+    return bank.fill(
+        partial(_train_and_measure, train, measure), workers=workers, processes=processes, progress=progress
+    )
+
+
+def _train_and_measure(
+    train: Callable[[NDArray[np.int64], int], Any],
+    measure: Callable[[Any], ArrayLike] | None,
+    rows: NDArray[np.int64],
+    seed: int,
+) -> ArrayLike:
+    model = train(rows, seed)
+    return model if measure is None else measure(model)
+
+
 class Bank:
     """Outputs of retrained models, in a folder.
 
@@ -128,8 +172,22 @@ class Bank:
         self.outputs = np.full((*plan.seeds.shape, self.queries), np.nan)
         """[m, r, q]."""
         self._done = np.zeros(plan.seeds.shape, dtype=bool)
+        self._read_packed()
         for place in plan.places:
             self._read(place)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Self:
+        """The bank in a folder, whatever its recipe. Errors: FileNotFoundError; InvalidInput for what is no bank."""
+        file = Path(path) / "recipe.json"
+        if not file.exists():
+            raise FileNotFoundError(f"{path} holds no bank: there is no {file.name} in it.")
+        asked = _json(file)
+        with np.load(Path(path) / "plan.npz") as kept:
+            shape = int(asked["subsets"]), int(asked["rows"])
+            mask = np.unpackbits(kept["keep"], axis=1, count=shape[1]).astype(bool)
+            plan = Plan(mask, kept["seeds"])
+        return cls(path, plan, asked["queries"], asked["recipe"])
 
     def _check(self) -> None:
         asked = {
@@ -142,15 +200,16 @@ class Bank:
         }
         file = self.path / "recipe.json"
         if not file.exists():
-            if self.path.exists() and any(self.path.iterdir()):
+            begun = {"plan.npz", "plan.npz.draft", "recipe.json.draft"}
+            if self.path.exists() and any(found.name not in begun for found in self.path.iterdir()):
                 raise InvalidInput(f"{self.path} is not empty and holds no bank; choose another folder.")
-            (self.path / "runs").mkdir(parents=True, exist_ok=True)
-            _write(file, json.dumps(asked, indent=1).encode())
+            self.path.mkdir(parents=True, exist_ok=True)
+            with _draft(self.path / "plan.npz") as draft:
+                np.savez_compressed(draft, keep=np.packbits(self.plan.keep, axis=1), seeds=self.plan.seeds)
+            with _draft(file) as draft:
+                draft.write(json.dumps(asked, indent=1).encode())
             return
-        try:
-            found = json.loads(file.read_text())
-        except ValueError as error:
-            raise InvalidInput(f"{file} cannot be read: {error}") from error
+        found = _json(file)
         different = [name for name in asked if found.get(name) != asked[name]]
         if different:
             said = "; ".join(f"{name} was {found.get(name)!r}, now {asked[name]!r}" for name in different)
@@ -159,15 +218,21 @@ class Bank:
     def _file(self, place: tuple[int, int]) -> Path:
         return self.path / "runs" / f"{place[0]}-{place[1]}.npy"
 
+    def _read_packed(self) -> None:
+        file = self.path / "packed.npz"
+        if file.exists():
+            with np.load(file) as packed:
+                self.outputs, self._done = packed["outputs"].astype(np.float64), packed["done"]
+
     def _read(self, place: tuple[int, int]) -> None:
         if self._file(place).exists():
             self.outputs[place] = np.load(self._file(place))
             self._done[place] = True
 
     def _keep(self, place: tuple[int, int], outputs: NDArray[np.float64]) -> None:
-        draft = self._file(place).with_suffix(".draft.npy")
-        np.save(draft, outputs)
-        os.replace(draft, self._file(place))
+        self._file(place).parent.mkdir(exist_ok=True)
+        with _draft(self._file(place)) as draft:
+            np.save(draft, outputs)
         self.outputs[place], self._done[place] = outputs, True
 
     @property
@@ -180,24 +245,29 @@ class Bank:
         """[m, n]."""
         return self.plan.keep
 
-    def fill(self, measure: Measure, *, workers: int = 1, progress: bool = False) -> Bank:
+    def fill(self, measure: Measure, *, workers: int = 1, processes: bool = False, progress: bool = False) -> Self:
         """Run what is missing, one model after another or `workers` at once; each is kept as it comes.
 
+        processes: the workers are processes, not threads; then `measure` must be picklable.
         Errors: ShapeMismatch for outputs that are not (q,); NonFiniteValue naming the subset and the seed.
         """
-
-        def one(place: tuple[int, int]) -> tuple[tuple[int, int], ArrayLike]:
-            subset, run = place
-            return place, measure(np.flatnonzero(self.keep[subset]), int(self.plan.seeds[subset, run]))
-
         missing = self.missing
-        with ThreadPoolExecutor(workers) as pool:
-            found = map(one, missing) if workers == 1 else pool.map(one, missing)
-            for place, outputs in track(found, "retraining", progress, total=len(missing)):
-                self._keep(place, self._checked(place, outputs))
+        rows = (np.flatnonzero(self.keep[subset]) for subset, _ in missing)
+        seeds = (int(self.plan.seeds[place]) for place in missing)
+        if workers == 1 or not missing:
+            return self._keep_all(missing, map(measure, rows, seeds), progress)
+        pool: Executor = ProcessPoolExecutor(workers) if processes else ThreadPoolExecutor(workers)
+        try:
+            return self._keep_all(missing, pool.map(measure, rows, seeds), progress)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _keep_all(self, places: list[tuple[int, int]], found: Iterable[ArrayLike], progress: bool) -> Self:
+        for place, outputs in zip(places, track(found, "retraining", progress, total=len(places)), strict=True):
+            self._keep(place, self._checked(place, outputs))
         return self
 
-    def fill_many(self, measure: MeasureMany, *, at_once: int = 32, progress: bool = False) -> Bank:
+    def fill_many(self, measure: MeasureMany, *, at_once: int = 32, progress: bool = False) -> Self:
         """The same with models that are trained side by side, `at_once` of them."""
         missing = self.missing
         for start in track(range(0, len(missing), at_once), "retraining", progress):
@@ -208,6 +278,16 @@ class Bank:
                 raise ShapeMismatch(f"The outputs are {found.shape}; expected {(len(places), self.queries)}.")
             for place, outputs in zip(places, found, strict=True):
                 self._keep(place, self._checked(place, outputs))
+        return self
+
+    def pack(self) -> Self:
+        """All runs in one file, for keeping; a bank can be packed again after more runs."""
+        with _draft(self.path / "packed.npz") as draft:
+            np.savez_compressed(draft, outputs=self.outputs, done=self._done)
+        for place in self.plan.places:
+            self._file(place).unlink(missing_ok=True)
+        if (self.path / "runs").exists():
+            (self.path / "runs").rmdir()
         return self
 
     def _checked(self, place: tuple[int, int], outputs: ArrayLike) -> NDArray[np.float64]:
@@ -227,7 +307,17 @@ class Bank:
         return iter((self.keep, self.outputs))
 
 
-def _write(file: Path, content: bytes) -> None:
-    draft = file.with_suffix(".draft")
-    draft.write_bytes(content)
+@contextmanager
+def _draft(file: Path) -> Iterator[IO[bytes]]:
+    """A file that is there whole, or not at all."""
+    draft = file.with_name(file.name + ".draft")
+    with draft.open("wb") as written:
+        yield written
     os.replace(draft, file)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text()))
+    except ValueError as error:
+        raise InvalidInput(f"{file} cannot be read: {error}") from error

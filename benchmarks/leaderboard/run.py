@@ -1,0 +1,345 @@
+"""Every method of the library and the published libraries' own, on the same models and retraining banks.
+
+    python benchmarks/leaderboard/run.py                       everything that is not known, then docs/leaderboard.md
+    python benchmarks/leaderboard/run.py --tasks digits-mlp    some tasks
+    python benchmarks/leaderboard/run.py --only ekfac pydvl    entries whose name contains one of these
+    python benchmarks/leaderboard/run.py --page                the page alone, of what is known
+    python benchmarks/leaderboard/run.py --jobs 2              two entries at once
+
+What is found is kept in --out (.leaderboard/ by default), an entry at a time; delete a file there to measure again.
+Every entry is a process of its own on one thread, and not warmed up.
+
+The first SELECTION subsets of a bank choose our damping, one model each: ten retrained models. All figures are of the
+other subsets. Peers have no calibration: each runs on a path of dampings, and the page has the best of them *in
+hindsight*, on the very subsets that it is judged on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+from peers import REPO, SOURCE, one_thread, peer_python, peerbench_folder  # noqa: E402
+from tasks import TASKS, bank, ready, save_rows, token_losses  # noqa: E402
+
+if str(SOURCE) not in sys.path:
+    sys.path.insert(0, str(SOURCE))
+
+SELECTION = 10
+NETWORKS = ("digits-mlp", "mnist-cnn", "gospels-lm")
+LOGISTIC = ("digits-logistic", "cancer-logistic")
+
+
+# What is measured -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ours:
+    """A method of the library."""
+
+    make: Callable[[Any], Any]
+    blocks: str = "layer"
+    tasks: tuple[str, ...] = (*NETWORKS, *LOGISTIC)
+    checkpoints: bool = False
+    """Averaged over the training's checkpoints."""
+
+
+def hw() -> Any:
+    import headwater
+
+    return headwater
+
+
+OURS = {
+    "grad-dot": Ours(lambda task: hw().GradDot()),
+    "grad-cos": Ours(lambda task: hw().GradCos()),
+    "tracin, checkpoints": Ours(lambda task: hw().TracIn(), tasks=NETWORKS, checkpoints=True),
+    "direct (Hessian)": Ours(lambda task: hw().Direct("hessian"), "full", LOGISTIC),
+    "dual (empirical Fisher)": Ours(lambda task: hw().Dual(), "full"),
+    "cg (GGN)": Ours(lambda task: hw().Cg(tolerance=1e-2), "full"),
+    "cg (GGN), by layer": Ours(lambda task: hw().Cg(tolerance=1e-2), "layer", NETWORKS),
+    "cg (GGN), checkpoints": Ours(lambda task: hw().Cg(tolerance=1e-2), "full", NETWORKS, checkpoints=True),
+    "block-krylov (GGN)": Ours(lambda task: hw().BlockKrylov(tolerance=1e-2), "full"),
+    "arnoldi": Ours(lambda task: hw().Arnoldi(), "full"),
+    "nystroem": Ours(lambda task: hw().Nystroem(), "full"),
+    "lissa": Ours(lambda task: hw().Lissa(), "full", ("digits-mlp", *LOGISTIC)),
+    "astra": Ours(lambda task: hw().Astra(), "full", ("digits-mlp", *LOGISTIC)),
+    "kfac": Ours(lambda task: hw().Kfac()),
+    "ekfac": Ours(lambda task: hw().Ekfac()),
+    "ekfac, rank 4": Ours(lambda task: hw().Ekfac(rank=4)),
+    "ekfac, checkpoints": Ours(lambda task: hw().Ekfac(), tasks=NETWORKS, checkpoints=True),
+    "datainf": Ours(lambda task: hw().DataInf()),
+    "trak, exact kernel": Ours(lambda task: hw().Trak(dimension=None), "full", ("digits-mlp", "mnist-cnn", *LOGISTIC)),
+    "trak, 512": Ours(lambda task: hw().Trak(dimension=512), "full", ("digits-mlp", "mnist-cnn", *LOGISTIC)),
+    "logra": Ours(lambda task: hw().LoGra()),
+    "logra, pca": Ours(lambda task: hw().LoGra(init="pca"), tasks=NETWORKS),
+    "lorif": Ours(lambda task: hw().LoRif()),
+    "factgrass": Ours(lambda task: hw().FactGrass()),
+    "representer": Ours(lambda task: hw().Representer(l2=task.l2), "full", LOGISTIC),
+}
+BASELINES = ("random", "input similarity", "embedding similarity", "bm25", "loss ranking")
+DAMPED = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+"""What peers try on networks; on the convex tasks DAMPED_L2 times the l2 of the training."""
+SOLVED = (3e-3, 1e-2, 3e-2, 1e-1)
+DAMPED_L2 = (0.5, 1.0, 1.5, 2.0, 3.0)
+PEERS: dict[tuple[str, str], tuple[tuple[str, ...], tuple[float, ...]]] = {
+    ("kronfluence", "identity"): ((*NETWORKS, *LOGISTIC), ()),
+    ("kronfluence", "kfac"): ((*NETWORKS, *LOGISTIC), DAMPED),
+    ("kronfluence", "ekfac"): ((*NETWORKS, *LOGISTIC), DAMPED),
+    ("pydvl", "direct"): (LOGISTIC, DAMPED),
+    ("pydvl", "cg"): (NETWORKS, SOLVED),
+    ("pydvl", "cg_gn"): (("digits-mlp", "mnist-cnn"), (1e-2, 3e-2)),
+    ("pydvl", "ekfac"): ((*NETWORKS, *LOGISTIC), DAMPED),
+    ("pydvl", "nystroem"): ((*NETWORKS, *LOGISTIC), SOLVED),
+    ("pydvl", "arnoldi"): (("digits-mlp", "mnist-cnn", *LOGISTIC), (1e-2,)),
+    ("pydvl", "lissa"): (("digits-mlp", *LOGISTIC), (1e-2,)),
+    ("pydvl", "ihm"): ((*NETWORKS, *LOGISTIC), (1e-2, 1e-1)),
+    ("dattri", "explicit"): (LOGISTIC, DAMPED),
+    ("dattri", "arnoldi"): (("digits-mlp", *LOGISTIC), (1e-2,)),
+    ("dattri", "datainf"): (("digits-mlp", "mnist-cnn", *LOGISTIC), (1e-2,)),
+    ("dattri", "ekfac"): (("digits-mlp", *LOGISTIC), (1e-2,)),
+    ("dattri", "graddot"): (("digits-mlp", "mnist-cnn", *LOGISTIC), ()),
+    ("dattri", "trak"): (("digits-mlp", "mnist-cnn", *LOGISTIC), ()),
+    ("dattri", "logra"): ((*NETWORKS, *LOGISTIC), DAMPED),
+    ("dattri", "factgrass"): (("digits-mlp", *LOGISTIC), (1e-3, 1e-1)),
+    ("captum", "tracin_sw"): ((*NETWORKS, *LOGISTIC), ()),
+    ("captum", "naive"): (LOGISTIC, (1e-2,)),
+    ("captum", "arnoldi"): (("digits-mlp", *LOGISTIC), (1e-2,)),
+    ("trak", "trak512"): ((*NETWORKS, *LOGISTIC), ()),
+    ("trak", "trak2048"): (("digits-mlp", "mnist-cnn"), ()),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One measurement."""
+
+    task: str
+    library: str
+    method: str
+    damping: float | None = None
+
+    @property
+    def name(self) -> str:
+        amount = "" if self.damping is None else f" {self.damping:g}"
+        return f"{self.task} {self.library} {self.method}{amount}"
+
+
+def entries(task: str) -> Iterator[Entry]:
+    """All that is measured on a task."""
+    yield from (Entry(task, "baseline", name) for name in BASELINES if name != "bm25" or task == "gospels-lm")
+    yield from (Entry(task, "headwater", name) for name, ours in OURS.items() if task in ours.tasks)
+    for (library, method), (tasks, dampings) in PEERS.items():
+        if task in tasks:
+            path = tuple(TASKS[task].l2 * share for share in DAMPED_L2) if task in LOGISTIC and dampings else dampings
+            yield from (Entry(task, library, method, damping) for damping in path or (None,))
+
+
+# One measurement, in a process of its own -----------------------------------------------------------------------------
+
+
+def influence_of(found: Any, ours: Ours) -> Any:
+    import torch
+
+    from headwater.torch import TorchComposableInfluence
+
+    sequence = found.task.losses is token_losses
+    return TorchComposableInfluence(
+        found.model,
+        token_losses if sequence else torch.nn.CrossEntropyLoss(),
+        ours.make(found.task),
+        blocks=ours.blocks,
+        likelihood="cross_entropy",
+        checkpoints=found.checkpoints if ours.checkpoints else None,
+    )
+
+
+def measure_ours(entry: Entry, file: Path) -> dict[str, Any]:
+    """Fit, calibrate on ten models, score; and the best damping on the path, in hindsight."""
+    from headwater.torch.trainer import batches
+
+    found, ours = ready(entry.task), OURS[entry.method]
+    size = 64 if found.task.losses is token_losses else 256
+    train, query = batches(found.x, found.y, size), batches(found.xq, found.yq, len(found.xq))
+    keep, outputs = bank(found.task)
+    cost, start = {}, time.process_time()
+
+    def took(what: str) -> None:
+        nonlocal start
+        cost[what] = time.process_time() - start
+        start = time.process_time()
+
+    influence = influence_of(found, ours).fit(train)
+    took("fit")
+    default = np.asarray(influence.attribute(train, query), dtype=np.float32)
+    took("score")
+    np.save(file.with_suffix(".default.npy"), default)
+    known: dict[str, Any] = {}
+    scores = default
+    if influence.method.predicts_removal:
+        chosen = influence.calibrate(train, query, (keep[:SELECTION], outputs[:SELECTION, :1]))
+        took("calibrate")
+        scores = np.asarray(chosen.attribute(train, query), dtype=np.float32)
+        took("score")
+        rest = influence.calibrate(train, query, (keep[SELECTION:], outputs[SELECTION:])).calibration
+        known = {
+            "chosen": dict(chosen.calibration.chosen),
+            "interval": chosen.calibration.interval,
+            "plateau": chosen.calibration.plateau,
+            "selection": dict(zip(chosen.calibration.path, chosen.calibration.measured, strict=True)),
+            "hindsight": dict(zip(rest.path, rest.measured, strict=True)),
+        }
+        if found.task.losses is not token_losses and ours.make(found.task).approximates:
+            known["evidence"] = evidence(influence, train)
+    np.save(file.with_suffix(".npy"), scores)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {**known, "cost": cost, "peak": peak, "blocks": ours.blocks}
+
+
+def evidence(influence: Any, train: Any) -> dict[str, float] | None:
+    """Where the evidence puts the damping; None where it is not known."""
+    from headwater.errors import InvalidSetting
+
+    try:
+        return dict(influence.calibrate(train).calibration.chosen)
+    except InvalidSetting:
+        return None
+
+
+def measure_baseline(entry: Entry, file: Path) -> dict[str, Any]:
+    """Scores that know no gradient."""
+    import torch
+
+    from headwater.evaluate import baselines
+
+    found = ready(entry.task)
+    start = time.process_time()
+    count, sequence = len(found.xq), found.task.losses is token_losses
+    if entry.method == "random":
+        scores = baselines.random_scores(count, len(found.x))
+    elif entry.method == "bm25":
+        texts = [[bytes(row).decode("ascii") for row in rows.tolist()] for rows in (found.xq, found.x)]
+        scores = baselines.bm25(*texts)
+    elif entry.method == "loss ranking":
+        with torch.no_grad():
+            scores = baselines.loss_ranking(found.task.losses(found.model(found.x), found.y).numpy(), count)
+    else:
+        features = (embedded if entry.method.startswith("embedding") else inputs)(found, sequence)
+        labels = () if sequence else (found.yq.numpy(), found.y.numpy())
+        scores = baselines.similarity(*features, *labels)
+    np.save(file.with_suffix(".npy"), scores.astype(np.float32))
+    return {"cost": {"score": time.process_time() - start}}
+
+
+def inputs(found: Any, sequence: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs as vectors; of bytes, how often each is there."""
+    import torch
+
+    if sequence:
+        count = torch.nn.functional.one_hot
+        return tuple(count(rows, 256).float().mean(1).numpy() for rows in (found.xq, found.x))
+    return tuple(rows.flatten(1).numpy() for rows in (found.xq, found.x))
+
+
+def embedded(found: Any, sequence: bool) -> tuple[np.ndarray, np.ndarray]:
+    """What the model's last layer is given, averaged over positions."""
+    import torch
+
+    last = found.model.head if sequence else list(found.model.children())[-1]
+    seen: list[Any] = []
+    hook = last.register_forward_hook(lambda module, given, output: seen.append(given[0].detach()))
+    with torch.no_grad():
+        found.model(found.xq)
+        found.model(found.x)
+    hook.remove()
+    return tuple((rows.mean(1) if rows.ndim == 3 else rows).numpy() for rows in seen)
+
+
+# Many -----------------------------------------------------------------------------------------------------------------
+
+
+def measure(entry: Entry, out: Path, limit: int) -> None:
+    """Measure an entry if it is not known, and keep what was found, be it a failure."""
+    file = out / f"{entry.name}.json"
+    if file.exists():
+        return
+    draft = out / f"{entry.name}.draft.npy"
+    if entry.library in ("headwater", "baseline"):
+        asked = json.dumps([entry.task, entry.library, entry.method])
+        command = [sys.executable, str(HERE / "run.py"), "--one", asked, "--out", str(out)]
+    else:
+        rows = out / f"{entry.task}.safetensors"
+        driver = peerbench_folder() / f"peer_{entry.library}.py"
+        command = [peer_python(), str(HERE / "peer.py"), str(rows), str(driver), "--workload", entry.task]
+        command += ["--method", entry.method, "--out", str(draft), "--repeats", "1"]
+        command += [] if entry.damping is None else ["--damping", f"{entry.damping:g}"]
+    ended = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=one_thread(peerbench_folder()),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5)),
+    )
+    known = [line[5:] for line in ended.stdout.splitlines() if line.startswith("JSON ")]
+    found = json.loads(known[-1]) if known else {}
+    if not found or found.get("ok") is False:
+        said = found.get("error") or (ended.stderr.strip().splitlines() or [f"exit {ended.returncode}"])[-1]
+        found = {"failed": f"not done after {limit} CPU s" if ended.returncode in (-9, -24) else said[:200]}
+    elif draft.exists():
+        os.replace(draft, file.with_suffix(".npy"))
+        np.save(file.with_suffix(".npy"), np.load(file.with_suffix(".npy")).T)
+        found = {
+            "cost": {"fit": found["fit_cpu_s"], "score": found["score_cpu_s"]},
+            "peak": found["peak_rss_mb"],
+            "version": found["version"],
+        }
+    file.write_text(json.dumps(found))
+    print(f"{entry.name}: {found.get('failed', 'done')}", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--out", type=Path, default=REPO / ".leaderboard")
+    parser.add_argument("--limit", type=int, default=600, help="CPU seconds of an entry")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--page", action="store_true")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one:
+        entry = Entry(*json.loads(given.one))
+        work = measure_ours if entry.library == "headwater" else measure_baseline
+        print("JSON " + json.dumps(work(entry, given.out / f"{entry.name}.json")))
+        return
+    given.out.mkdir(exist_ok=True)
+    (given.out / ".gitignore").write_text("*\n")
+    wanted = [entry for task in given.tasks for entry in entries(task)]
+    wanted = [entry for entry in wanted if not given.only or any(part in entry.name for part in given.only)]
+    if not given.page:
+        for task in given.tasks:
+            save_rows(ready(task), given.out / f"{task}.safetensors")
+        with ThreadPoolExecutor(given.jobs) as pool:
+            list(pool.map(lambda entry: measure(entry, given.out, given.limit), wanted))
+    from page import write_page
+
+    write_page(given.out, REPO / "docs" / "leaderboard.md")
+
+
+if __name__ == "__main__":
+    main()
