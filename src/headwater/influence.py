@@ -45,8 +45,12 @@ from headwater.types import BlockMapper, InfluenceMode, OperatorGradientComposit
 if TYPE_CHECKING:
     import numpy as np
 
+    from headwater.run.audit import Audit
+    from headwater.run.calibrate import Calibration, Retrained
+    from headwater.run.diagnosis import EffectiveDof
     from headwater.run.verification import Verification
     from headwater.status import Status
+    from headwater.store.diagnosis import Diagnosis
     from headwater.store.scores import Extremes, Scores
 
 ByBlock = OrderedDict[str, Array]
@@ -166,6 +170,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         self.provider = method.view(provider)
         self.damping = damping_by_block(damping, method.default_damping, self.provider.layouts)
         self._solves: dict[str, SolveReport] = {}
+        self._calibration: Calibration | None = None
         self._fitted: Fitted | None = None
         self._mapper: InfluenceMapper | None = None
 
@@ -218,7 +223,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         other = copy.copy(self)
         other.damping = damping_by_block(damping, self.method.default_damping, self.provider.layouts)
         other._mapper = None if self._fitted is None else other._make_mapper(self._fitted)
-        other._solves = {}
+        other._solves, other._calibration = {}, None
         return other
 
     def unfitted(
@@ -232,7 +237,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         Another method sees what this one's view shows. Blocks stay the same.
         """
         other = copy.copy(self)
-        other._fitted, other._mapper, other._solves = None, None, {}
+        other._fitted, other._mapper, other._solves, other._calibration = None, None, {}, None
         if source is not None:
             other.source, other.provider = source, self.method.view(source)
         if method is not None:
@@ -245,6 +250,11 @@ class ComposableInfluence(ABC, Generic[TensorType]):
     def curvature(self) -> Curvatures:
         """The undamped curvature of each block. Errors: NotFittedError."""
         return self._need_fit().curvature
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """How the damping was chosen, by `calibrate`; None for a damping that was given, or the method's default."""
+        return self._calibration
 
     @property
     def solves(self) -> dict[str, SolveReport]:
@@ -571,6 +581,41 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         with self._recorded():
             return removal(self, self.as_loader(train_loader), self.as_loader(query_loader), groups, progress=progress)
 
+    def calibrate(
+        self,
+        train_loader: Iterable[Any],
+        query_loader: Iterable[Any] | None = None,
+        bank: Retrained | None = None,
+        *,
+        dampings: Sequence[Damping] | None = None,
+        by_block: bool = False,
+        subsets: int = 10,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> Self:
+        """The same influence at the damping that forecasts retraining best; `calibration` says how sure that is.
+
+        bank: models retrained on subsets of the train rows: a `headwater.evaluate.Bank`, masks and outputs (keep
+        [m, n], outputs [m, runs, q]), or a function (indices of rows kept, seed) -> outputs [q], which is then called
+        for `subsets` random halves of the rows. Outputs are what is explained (losses, unless there is a measurement)
+        of the rows of query_loader. Ten models are enough to see where the optimum is. None: without retraining, by
+        the evidence of the Laplace approximation (no query_loader), which knows less and is labelled so.
+
+        dampings: the path, all relative or all absolute; None for seven decades of mean eigenvalues. by_block: a
+        damping for each block, kept only if subsets that were not looked at speak for it. Derivations are in
+        `headwater.run.calibrate`. Errors: InvalidInput for a bank of other rows or queries; InvalidSetting for a method
+        without damping.
+        """
+        from headwater.run.calibrate import calibrate, in_unit
+
+        train = self.as_loader(train_loader)
+        query = None if query_loader is None else self.as_loader(query_loader)
+        options: dict[str, Any] = {"dampings": dampings, "by_block": by_block, "subsets": subsets, "seed": seed}
+        found = calibrate(self, train, query, bank, **options, progress=progress)
+        other = self.with_damping({name: in_unit(amount, found.unit) for name, amount in found.chosen.items()})
+        other._calibration = found
+        return other
+
     def verify(
         self,
         train_loader: Iterable[Any],
@@ -591,6 +636,56 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
         options: dict[str, Any] = {"rows": rows, "queries": queries, "seed": seed, "tolerance": tolerance}
         return verify(self, self.as_loader(train_loader), self.as_loader(query_loader), **options, progress=progress)
+
+    def audit(
+        self,
+        train_loader: Iterable[Any],
+        query_loader: Iterable[Any],
+        *,
+        queries: int = 20,
+        k: int = 10,
+        level: float = 0.9,
+        tolerance: float | None = None,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> Audit:
+        """How far an approximation is from the exact damped inverse of what it approximates; `print` shows a table.
+
+        Random queries are solved exactly and scored against all train rows; what is found bounds the error for the
+        other queries with probability `level`, whatever the distribution. k: of top-k overlap. tolerance: relative
+        residual of the exact solves, None for what the dtype allows. train_loader gives the rows that were fitted.
+        Errors: InvalidSetting for a method that approximates no inverse. See `headwater.run.audit`.
+        """
+        from headwater.run.audit import audit
+
+        options: dict[str, Any] = {"queries": queries, "k": k, "level": level, "tolerance": tolerance, "seed": seed}
+        return audit(self, self.as_loader(train_loader), self.as_loader(query_loader), **options, progress=progress)
+
+    def diagnose(self, train_loader: Iterable[Any], *, progress: bool = False) -> Diagnosis:
+        """What gives reason to doubt the scores: weights that are no minimum, negative curvature, missed solves, ...
+
+        What `attribute` tells on the way (`scores.diagnosis`), and what costs more: a pass over the train rows,
+        products for the ends of the spectrum, and for effective degrees of freedom. Solves are those of the last call.
+        Errors: NotFittedError; StaleFit.
+        """
+        from headwater.run.diagnosis import diagnose
+
+        return diagnose(self, self.as_loader(train_loader), progress=progress)
+
+    def effective_dof(
+        self, dampings: Sequence[Damping] | None = None, *, probes: int = 8, seed: int = 0
+    ) -> OrderedDict[str, EffectiveDof]:
+        """tr(C (C + damping)^-1) of each block, and its standard error: how many directions the data decide.
+
+        Exact (standard error zero) where the method's curvature has a spectrum; by random vectors and Lanczos where
+        there are only products (`probes` of them, two dozen products each). dampings: in place of the influence's own,
+        each absolute or relative; values and errors are then arrays [dampings], from one decomposition. Of a low-rank
+        or projected method it is that of what the method inverts. NaN where the damped curvature is not positive.
+        Errors: NotFittedError; StaleFit; InvalidSetting for a method that inverts no curvature.
+        """
+        from headwater.run.diagnosis import effective_dof
+
+        return effective_dof(self, dampings, probes=probes, seed=seed)
 
     def batch_self_influence(self, batch: Any) -> Array:
         """<Op g_n, g_n> of a batch's rows: [n]."""

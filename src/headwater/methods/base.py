@@ -12,6 +12,7 @@ from headwater.errors import InvalidSetting
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
 from headwater.methods.damping import Damping, Relative
 from headwater.operators.algebra import LinearOperator
+from headwater.operators.spectrum import Spectrum
 
 Curvatures = OrderedDict[str, LinearOperator]
 
@@ -50,6 +51,13 @@ class Method(ABC):
         "hessian", "ggn", "fisher" or "empirical_fisher", of what the method's view of the provider differentiates.
         """
         return None
+
+    def spectrum(self, curvature: LinearOperator, at_most: int | None = None) -> Spectrum | None:
+        """The eigenvalues of what `invert` damps and inverts, undamped; None where there are only products.
+
+        at_most: None, too, where a matrix larger than this would have to be diagonalised first.
+        """
+        return curvature.eigenvalues(at_most)
 
     def view(self, provider: StructuredGradientProvider) -> StructuredGradientProvider:
         """The provider as this method sees it."""

@@ -7,12 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from headwater.arrays import namespace, to_numpy
 from headwater.curvature.dual import DualOperator, RowSumOperator, SwappedInverse, fit_dual
 from headwater.curvature.products import fit_products
 from headwater.errors import InvalidSetting
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
 from headwater.methods.base import Curvatures, Method, check_fisher
 from headwater.operators.algebra import LinearOperator
+from headwater.operators.spectrum import Spectrum
 
 DualCurvature = Literal["empirical_fisher", "fisher", "ggn"]
 
@@ -50,9 +52,26 @@ class Dual(Method):
     def approximates(self) -> str:
         return self.curvature
 
+    def spectrum(self, curvature: LinearOperator, at_most: int | None = None) -> Spectrum | None:
+        assert isinstance(curvature, DualOperator)
+        return gram_spectrum(curvature, at_most)
+
     def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:
         assert isinstance(curvature, DualOperator)
         return curvature.inverse(damping)
+
+
+def gram_spectrum(curvature: DualOperator, at_most: int | None = None) -> Spectrum | None:
+    """Of Phi^T Phi / W through the Gram matrix Phi Phi^T [m, m], whose eigenvalues are the same but for zeros.
+
+    at_most: None for a larger Gram matrix than this.
+    """
+    if at_most is not None and len(curvature.kept) > at_most:
+        return None
+    gram, size = curvature.gram, curvature.input_size
+    values = to_numpy(namespace(gram).linalg.eigvalsh(gram))[-size:] / curvature.rows
+    eps = float(namespace(gram).finfo(curvature.curvature.like.dtype).eps)
+    return Spectrum.of_psd(values, eps, size=size)
 
 
 @dataclass(frozen=True)

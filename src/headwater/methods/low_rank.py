@@ -17,6 +17,7 @@ from headwater.operators.algebra import LinearOperator
 from headwater.operators.approximated import ApproximatedOperator
 from headwater.operators.krylov import leading_eigenpairs
 from headwater.operators.sketch import fit_nystroem, sign_vectors
+from headwater.operators.spectrum import Spectrum
 from headwater.operators.structured import EigenpairsOperator
 
 
@@ -37,6 +38,14 @@ class LowRankMethod(ProductMethod):
     ) -> tuple[Curvatures, float]:
         operators, rows = self.products(provider, loader, progress)
         return OrderedDict((n, ApproximatedOperator(op, self._leading(op))) for n, op in operators.items()), rows
+
+    def spectrum(self, curvature: LinearOperator, at_most: int | None = None) -> Spectrum | None:
+        """Of the directions that are kept; zero off them."""
+        assert isinstance(curvature, ApproximatedOperator) and isinstance(curvature.approximation, EigenpairsOperator)
+        leading = curvature.approximation
+        if curvature.psd:  # what is below zero is rounding
+            leading = EigenpairsOperator(namespace(leading.values).clip(leading.values, 0.0, None), leading.vectors)
+        return leading.eigenvalues(at_most)
 
     def _leading(self, operator: CurvatureOperator) -> EigenpairsOperator:
         raise NotImplementedError

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from headwater.arrays import Array, as_like, device, identity, namespace, transpose
 from headwater.blocks import Layout, Part
-from headwater.curvature.dual import fit_dual
+from headwater.curvature.dual import DualOperator, fit_dual
 from headwater.curvature.kronecker import fit_kfac
 from headwater.curvature.moments import fit_moments
 from headwater.errors import InvalidSetting
@@ -18,6 +18,7 @@ from headwater.gradients.block import BlockGradient
 from headwater.gradients.margin import MarginGradientProvider
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
 from headwater.methods.base import Curvatures, Method, check_fisher
+from headwater.methods.dual import gram_spectrum
 from headwater.operators.algebra import LinearOperator
 from headwater.operators.kronecker import KroneckerOperator
 from headwater.operators.projected import ProjectedOperator
@@ -32,6 +33,7 @@ from headwater.operators.projection import (
     row_streams,
     sparse_side,
 )
+from headwater.operators.spectrum import Spectrum
 from headwater.operators.structured import BlockDiagonalOperator, LowRankPlusDiagonalOperator
 from headwater.random import PROJECTION_VERSION
 
@@ -56,6 +58,12 @@ class ProjectedMethod(Method):
 
     def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:
         return curvature.inverse(damping)
+
+    def spectrum(self, curvature: LinearOperator, at_most: int | None = None) -> Spectrum | None:
+        """Of the projected curvature, zeros included; or of the rows' own, where nothing is projected."""
+        if isinstance(curvature, DualOperator):
+            return gram_spectrum(curvature, at_most)
+        return super().spectrum(curvature, at_most)
 
     @property
     def approximates(self) -> str:

@@ -7,13 +7,16 @@ reads its vectors as matrices [o, i], row by row, and also maps gradient values 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+import numpy as np
 
 from headwater.arrays import Array, device, identity, namespace, transpose
 from headwater.errors import InvalidInput, ShapeMismatch, SingularOperator
 from headwater.gradients.algebra import Dense, Gradient
 from headwater.gradients.block import BlockGradient
+from headwater.operators.spectrum import Spectrum
 from headwater.types import Operator
 
 
@@ -52,6 +55,21 @@ class LinearOperator(Operator[Array]):
         inside the spectrum; the first call then costs a few dozen products.
         """
         return None
+
+    def eigenvalues(self, at_most: int | None = None) -> Spectrum | None:
+        """All eigenvalues of a symmetric operator; None where there are only products, or it is not symmetric.
+
+        at_most: None, too, where that would take diagonalising a matrix larger than this which is not diagonalised yet.
+        """
+        return None
+
+    def effective_dof(self, dampings: Sequence[float], at_most: int | None = None) -> np.ndarray | None:
+        """tr(C (C + damping)^-1) for each damping, from one decomposition: [dampings]; see `Spectrum.effective_dof`.
+
+        None where `eigenvalues` are not known. For an operator of products, `sketch.estimate_spectra` estimates it.
+        """
+        found = self.eigenvalues(at_most)
+        return None if found is None else found.effective_dof(dampings)
 
     def shifted(self, shift: float) -> LinearOperator:
         """self + shift I."""
@@ -179,6 +197,9 @@ class IdentityOperator(LinearOperator):
     def spectrum_bounds(self) -> tuple[float, float] | None:
         return 1.0, 1.0
 
+    def eigenvalues(self, at_most: int | None = None) -> Spectrum | None:
+        return Spectrum(np.ones(1), np.full(1, float(self._size)))
+
 
 class ScaledOperator(LinearOperator):
     """A number times an operator."""
@@ -239,6 +260,10 @@ class ScaledOperator(LinearOperator):
         bounds = self.inner.spectrum_bounds()
         return None if bounds is None else spread([self.factor * bound for bound in bounds])
 
+    def eigenvalues(self, at_most: int | None = None) -> Spectrum | None:
+        found = self.inner.eigenvalues(at_most)
+        return None if found is None else found.scaled(self.factor)
+
 
 class SumOperator(LinearOperator):
     """Two operators, added."""
@@ -269,6 +294,15 @@ class SumOperator(LinearOperator):
 
     def trace(self) -> float:
         return self.first.trace() + self.second.trace()
+
+    def eigenvalues(self, at_most: int | None = None) -> Spectrum | None:
+        """Where one term is a multiple of the identity."""
+        for term, other in ((self.first, self.second), (self.second, self.first)):
+            shift = _multiple_of_identity(other)
+            if shift is not None:
+                found = term.eigenvalues(at_most)
+                return None if found is None else found.shifted(shift)
+        return None
 
 
 def _multiple_of_identity(operator: LinearOperator) -> float | None:

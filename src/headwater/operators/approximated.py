@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from headwater.arrays import Array
 from headwater.operators.algebra import LinearOperator
+from headwater.operators.spectrum import Spectrum
 
 
 class ApproximatedOperator(LinearOperator):
@@ -30,3 +31,6 @@ class ApproximatedOperator(LinearOperator):
 
     def spectrum_bounds(self) -> tuple[float, float] | None:
         return self.exact.spectrum_bounds()
+
+    def eigenvalues(self, at_most: int | None = None) -> Spectrum | None:
+        return self.exact.eigenvalues(at_most)

@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from functools import cached_property
 
-from headwater.arrays import Array, identity, namespace, precise, transpose
+from headwater.arrays import Array, identity, namespace, precise, to_numpy, transpose
 from headwater.errors import InvalidSetting
 from headwater.gradients.algebra import Gradient, multiply_left, multiply_right
 from headwater.gradients.outer import Outer
 from headwater.operators.algebra import LinearOperator, ProductOperator, ends
+from headwater.operators.spectrum import Spectrum
 from headwater.operators.structured import DiagonalOperator, invert_spectrum
 
 
@@ -87,6 +88,16 @@ class KroneckerOperator(LinearOperator):
 
     def spectrum_bounds(self) -> tuple[float, float] | None:
         return self.eigen.spectrum_bounds() if self.symmetric else None
+
+    def eigenvalues(self, at_most: int | None = None) -> Spectrum | None:
+        sizes = [_side_size(side) for side in (self.left, self.right)]
+        matrices = [size for size, side in zip(sizes, (self.left, self.right), strict=True) if side.ndim == 2]
+        costly = at_most is not None and max(matrices, default=0) > at_most and "eigen" not in vars(self)
+        if not self.symmetric or costly:
+            return None
+        values, eps = to_numpy(self.eigen.spectrum), float(namespace(self.right).finfo(self.right.dtype).eps)
+        rounding = sum(sizes) * eps * float(abs(values).max())
+        return Spectrum.of(values.clip(0.0) if self.psd else values, rounding=rounding)
 
 
 def _diagonalise(side: Array) -> tuple[Array, Array | None]:
@@ -215,6 +226,9 @@ class EigenKroneckerOperator(LinearOperator):
     def spectrum_bounds(self) -> tuple[float, float] | None:
         return ends(self.spectrum)
 
+    def eigenvalues(self, at_most: int | None = None) -> Spectrum | None:
+        return Spectrum.of(to_numpy(self.spectrum))
+
 
 class SeparableOperator(LinearOperator):
     """Diagonal in a Kronecker-factored basis, the spectrum a sum of R outer products: sum_r u_r v_r^T.
@@ -269,6 +283,9 @@ class SeparableOperator(LinearOperator):
 
     def trace(self) -> float:
         return self._exact.trace()
+
+    def eigenvalues(self, at_most: int | None = None) -> Spectrum | None:
+        return self._exact.eigenvalues(at_most)
 
 
 class SeparableScale(LinearOperator):

@@ -18,6 +18,7 @@ from headwater.arrays import Array, namespace
 from headwater.errors import Diverged
 from headwater.operators.algebra import IdentityOperator, LinearOperator, rowwise_inner
 from headwater.operators.iterative import FINISHED, Solution, Solver, SolveReport, host, row_norms
+from headwater.operators.spectrum import Spectrum
 
 RUNAWAY = 1e4
 """Times its own size that a right-hand side's residual may grow before the iteration counts as diverged."""
@@ -47,6 +48,9 @@ class SteppedOperator(LinearOperator):
 
     def spectrum_bounds(self) -> tuple[float, float] | None:
         return self.whole.spectrum_bounds()
+
+    def eigenvalues(self, at_most: int | None = None) -> Spectrum | None:
+        return self.whole.eigenvalues(at_most)
 
     def at(self, step: int) -> LinearOperator:
         """The curvature of the rows of a step."""

@@ -9,6 +9,7 @@ from headwater.errors import NonFiniteValue, SingularOperator
 from headwater.gradients.block import BlockGradient
 from headwater.operators.algebra import LinearOperator, rowwise_inner
 from headwater.operators.projection import ProjectedGradient, Projection
+from headwater.operators.spectrum import Spectrum
 from headwater.operators.structured import DenseOperator
 
 
@@ -88,6 +89,10 @@ class ProjectedOperator(LinearOperator):
     def spectrum_bounds(self) -> tuple[float, float] | None:
         """Those of the core, which is what is damped."""
         return self.core.spectrum_bounds()
+
+    def eigenvalues(self, at_most: int | None = None) -> Spectrum | None:
+        """Those of the core, which is what is damped."""
+        return self.core.eigenvalues(at_most)
 
 
 class ProjectionSide(LinearOperator):

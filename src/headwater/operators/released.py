@@ -111,3 +111,12 @@ class ReleasedOperator(LinearOperator):
         core, _, columns = self._correction
         xp = namespace(core)
         return self.inner.trace() + float(xp.sum(core * (columns @ transpose(columns))))
+
+    def released_dof(self, shift: float) -> float:
+        """tr(C M) - tr(C A^-1) for this operator M, where A = C + shift I: what the released parameters add.
+
+        M = A^-1 + K core K^T with K = A^-1 E, and C K = E - shift K, so that it is tr(core (E^T K - shift K^T K)).
+        """
+        core, _, columns = self._correction
+        xp = namespace(core)
+        return float(xp.sum(core * (columns[:, self._index] - shift * (columns @ transpose(columns)))))

@@ -1,4 +1,4 @@
-"""Curvature seen through a few random vectors: its diagonal (Hutchinson), and its low-rank part (Nystroem)."""
+"""Curvature through a few random vectors: its diagonal (Hutchinson), its low-rank part (Nystroem), its spectrum."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import numpy as np
 from headwater.arrays import Array, as_like, identity, namespace, precise, transpose
 from headwater.errors import IndefiniteCurvature
 from headwater.operators.algebra import LinearOperator
-from headwater.operators.krylov import orthonormal, principal
+from headwater.operators.iterative import host
+from headwater.operators.krylov import KrylovSpace, orthonormal, principal
+from headwater.operators.spectrum import Spectrum
 from headwater.operators.structured import DiagonalOperator, EigenpairsOperator
 from headwater.random import philox
 
 SIGNS_IN_BLOCK = 128
+WHOLE = 256
+"""Dimensions up to which a spectrum is computed whole, from as many products, and not estimated."""
 
 
 def sign_vectors(count: int, size: int, like: Array, *, seed: int, stream: int) -> Array:
@@ -73,3 +77,35 @@ def _refuse_indefinite(core: Array, eps: float, operator: LinearOperator) -> Non
             f"A Nystroem sketch needs curvature that is never negative; it has met {lowest:g} (largest {size:g}). "
             "Use curvature='ggn' or a Fisher, or Arnoldi for a Hessian."
         )
+
+
+def estimate_spectra(operator: LinearOperator, like: Array, *, probes: int, steps: int, seed: int) -> list[Spectrum]:
+    """A symmetric operator's spectrum, as each of some random vectors shows it: for traces of its functions.
+
+    1. For random signs z, the mean of z^T f(A) z is tr f(A) (Hutchinson).
+    2. In the Krylov space V of all z together, after `steps` powers, z^T f(A) z is nearly c^T f(T) c with T = V A V^T
+       and c = V z: Gauss quadrature with nodes theta, the eigenvalues of T, and weights (c^T u)^2.
+    3. So every z gives a `Spectrum` with values theta and counts (c^T u)^2, which sum to D; and means over z have a
+       standard error. One space serves all functions, so all dampings.
+
+    Up to `WHOLE` dimensions the answer is one exact spectrum. Costs: probes times steps products, and as many vectors
+    in memory. Source: Ubaru, Chen and Saad 2017 (stochastic Lanczos quadrature).
+    """
+    size, xp = operator.input_size, namespace(like)
+    eps = float(xp.finfo(like.dtype).eps)
+    if size <= WHOLE:
+        matrix = host(operator.apply(identity(size, like)))
+        return [_as_spectrum(np.linalg.eigvalsh((matrix + matrix.T) / 2), np.ones(size), operator.psd, eps)]
+    signs = sign_vectors(probes, size, like, seed=seed, stream=5)
+    space = KrylovSpace(operator, signs)
+    coordinates = host(signs @ transpose(space.next))
+    for _ in range(steps):
+        space.extend()
+    values, vectors, _ = space.ritz()
+    weights = (coordinates @ vectors[: coordinates.shape[1]]) ** 2
+    return [_as_spectrum(values, counts, operator.psd, eps) for counts in weights]
+
+
+def _as_spectrum(values: np.ndarray, counts: np.ndarray, psd: bool, eps: float) -> Spectrum:
+    rounding = len(values) * eps * float(np.abs(values).max())
+    return Spectrum(values.clip(0.0) if psd else values, counts, rounding)

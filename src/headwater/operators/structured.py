@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
-from headwater.arrays import Array, as_like, identity, namespace, precise, transpose
+from headwater.arrays import Array, as_like, identity, namespace, precise, to_numpy, transpose
 from headwater.blocks import Layout
 from headwater.errors import IndefiniteCurvature, NonFiniteValue, ShapeMismatch, SingularOperator
 from headwater.gradients.algebra import Dense, Gradient
 from headwater.gradients.block import BlockGradient
 from headwater.operators.algebra import IdentityOperator, LinearOperator, ends, spread
+from headwater.operators.spectrum import Spectrum
 
 
 def invert_spectrum(spectrum: Array, damping: float, allow_indefinite: bool = True, *, diagonalised: int = 1) -> Array:
@@ -96,6 +97,15 @@ class DenseOperator(LinearOperator):
     def spectrum_bounds(self) -> tuple[float, float] | None:
         return ends(self.eigen[0]) if self.symmetric else None
 
+    def eigenvalues(self, at_most: int | None = None) -> Spectrum | None:
+        costly = at_most is not None and self.input_size > at_most and "eigen" not in vars(self)
+        if not self.symmetric or costly:
+            return None
+        values, eps = to_numpy(self.eigen[0]), float(namespace(self.matrix).finfo(self.matrix.dtype).eps)
+        if self.psd:
+            return Spectrum.of_psd(values, eps)
+        return Spectrum.of(values, rounding=len(values) * eps * float(abs(values).max()))
+
 
 class DiagonalOperator(LinearOperator):
     """A vector [D] on the diagonal, or a matrix [o, i] of a part, read row by row."""
@@ -131,6 +141,9 @@ class DiagonalOperator(LinearOperator):
 
     def spectrum_bounds(self) -> tuple[float, float] | None:
         return ends(self.diagonal)
+
+    def eigenvalues(self, at_most: int | None = None) -> Spectrum | None:
+        return Spectrum.of(to_numpy(self.diagonal))
 
 
 class BlockDiagonalOperator(LinearOperator):
@@ -188,6 +201,11 @@ class BlockDiagonalOperator(LinearOperator):
         bounds = [op.spectrum_bounds() for op in self.operators]
         return None if None in bounds else spread(bound for pair in bounds if pair for bound in pair)
 
+    def eigenvalues(self, at_most: int | None = None) -> Spectrum | None:
+        found = [op.eigenvalues(at_most) for op in self.operators]
+        known = [spectrum for spectrum in found if spectrum is not None]
+        return Spectrum.joined(known) if len(known) == len(found) else None
+
 
 class LowRankPlusDiagonalOperator(LinearOperator):
     """factor core factor^T + diagonal. Shapes: factor [D, r], core [r, r], diagonal [D]."""
@@ -223,15 +241,25 @@ class LowRankPlusDiagonalOperator(LinearOperator):
         return float(xp.sum((self.factor @ self.core) * self.factor) + xp.sum(self.diagonal))
 
     def spectrum_bounds(self) -> tuple[float, float] | None:
-        """With a constant diagonal: that of the r x r matrix R core R^T, for factor = Q R, and zero off its span."""
+        """With a constant diagonal; see `eigenvalues`."""
+        found = self.eigenvalues()
+        return None if found is None else found.bounds
+
+    def eigenvalues(self, at_most: int | None = None) -> Spectrum | None:
+        """With a constant diagonal: those of the r x r matrix R core R^T, for factor = Q R, and zero off its span."""
         low, high = ends(self.diagonal)
-        if low != high:
+        if low != high or (at_most is not None and int(self.core.shape[0]) > at_most):
             return None
         xp = namespace(self.factor)
         triangle = xp.linalg.qr(precise(self.factor), mode="reduced")[1]
-        values = ends(xp.linalg.eigvalsh(triangle @ precise(self.core) @ transpose(triangle)))
-        rest = () if int(self.core.shape[0]) >= self.input_size else (0.0,)
-        return spread(low + value for value in (*values, *rest))
+        values = to_numpy(xp.linalg.eigvalsh(triangle @ precise(self.core) @ transpose(triangle)))
+        eps = float(xp.finfo(self.factor.dtype).eps)
+        found = (
+            Spectrum.of_psd(values, eps, size=self.input_size)
+            if self.psd and low >= 0
+            else Spectrum.of(values, size=self.input_size)
+        )
+        return found.shifted(low)
 
 
 class EigenpairsOperator(LinearOperator):
@@ -276,6 +304,9 @@ class EigenpairsOperator(LinearOperator):
         rest = () if int(self.vectors.shape[0]) >= self.input_size else (0.0,)
         return spread((*ends(self.values), *rest))
 
+    def eigenvalues(self, at_most: int | None = None) -> Spectrum | None:
+        return Spectrum.of(to_numpy(self.values), size=self.input_size)
+
 
 class EigenpairsPlusScaledOperator(LinearOperator):
     """A multiple of the identity, corrected on a few directions: leading + scale I.
@@ -305,6 +336,10 @@ class EigenpairsPlusScaledOperator(LinearOperator):
     def spectrum_bounds(self) -> tuple[float, float] | None:
         bounds = self.leading.spectrum_bounds()
         return None if bounds is None else (bounds[0] + self.scale, bounds[1] + self.scale)
+
+    def eigenvalues(self, at_most: int | None = None) -> Spectrum | None:
+        found = self.leading.eigenvalues(at_most)
+        return None if found is None else found.shifted(self.scale)
 
     def quadratic(self, value: BlockGradient) -> Array:
         along = value.project(self.leading.vectors)

@@ -15,6 +15,7 @@ from headwater.errors import BatchMismatch, InvalidSetting
 from headwater.gradients.provider import StructuredGradientProvider
 from headwater.influence import ComposableInfluence, Queries, Sides, stack_queries
 from headwater.operators.iterative import joined, recorded_solves
+from headwater.run.diagnosis import RunSums, diagnosis_of, meets_the_loss
 from headwater.store.scores import UNIT_IN_WORDS, Extremes, Running, Scores
 from headwater.store.tiles import TileStore
 
@@ -51,7 +52,13 @@ def attribute(
     kept = None
     if store is not None:
         kept = TileStore(store, _identity(influence, unit, by_block, query_ids, query_keys))
-    tiles = list(_tiles(influence, queries, train_loader, unit, by_block, progress, kept))
+    sums = RunSums(influence.provider, kept) if meets_the_loss(influence) else None
+    try:
+        tiles = list(_tiles(influence, queries, train_loader, unit, by_block, progress, kept, sums))
+    finally:
+        if sums is not None:
+            sums.keep()
+    solves = joined(log)
     return Scores(
         values=np.concatenate([tile.total for tile in tiles], axis=1),
         query_ids=query_ids,
@@ -67,7 +74,9 @@ def attribute(
         damping=influence.absolute_damping,
         explained=influence.explained,
         coverage=influence.provider.coverage_fraction,
-        residuals={name: solve.residual for name, solve in joined(log).items()} or None,
+        residuals={name: solve.residual for name, solve in solves.items()} or None,
+        calibration=influence.calibration,
+        diagnosis=diagnosis_of(influence, None if sums is None else sums.finished(), solves),
     )
 
 
@@ -140,14 +149,22 @@ def _tiles(
     by_block: bool,
     progress: bool,
     store: TileStore | None = None,
+    sums: RunSums | None = None,
 ) -> Iterator[Tile]:
-    """One for each train batch; from the store where it is there, and into the store where it is not."""
+    """One for each train batch; from the store where it is there, and into the store where it is not.
+
+    The gradients of what is computed are added to `sums`.
+    """
     scale, names = _scale(influence, unit), influence.block_names if by_block else ["all"]
     trusted = False
     for batch, ids, start in _named_batches(influence.provider, train_loader, "train scores", progress):
+        where = (start, start + len(batch))
 
-        def compute(batch: Any = batch) -> np.ndarray:
-            scores = list(queries.scores(influence.provider.grads(batch)).values())
+        def compute(batch: Any = batch, where: tuple[int, int] | None = where) -> np.ndarray:
+            grads = influence.provider.grads(batch)
+            scores = list(queries.scores(grads).values())
+            if sums is not None and where is not None:
+                sums.add(where, batch, grads)
             blocks = scores if by_block else [sum(scores[1:], scores[0])]
             return np.stack([to_numpy(block) for block in blocks]) * scale
 
@@ -161,8 +178,10 @@ def _tiles(
             else:
                 tile = found
                 if not trusted:
-                    store.check(tile[:, :, :1], compute(batch.take(slice(0, 1))))
+                    store.check(tile[:, :, :1], compute(batch.take(slice(0, 1)), None))
                     trusted = True
+                if sums is not None:
+                    sums.skip(where)
         yield Tile(dict(zip(names, tile, strict=True)), ids)
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from headwater.errors import InvalidInput, InvalidSetting, ShapeMismatch
+from headwater.evaluate.calibration import Calibration
+from headwater.store.diagnosis import Diagnosis
 from headwater.store.draft import draft
 
 if TYPE_CHECKING:
@@ -56,6 +58,10 @@ class Scores:
     """The share of the model's trainable parameters that was attributed."""
     residuals: Mapping[str, np.ndarray] | None = None
     """By block, each query's relative residual [query], for a method that solves; None for the others."""
+    calibration: Calibration | None = None
+    """How the damping was chosen; None for one that was given, or the method's default."""
+    diagnosis: Diagnosis | None = None
+    """Whether the model, the curvature and the solves give reason to doubt the scores; None for scores made by hand."""
 
     def __post_init__(self) -> None:
         _check_labels(self.values, self.query_ids, self.train_ids)
@@ -128,6 +134,8 @@ class Scores:
                 coverage=attributes["coverage"],
                 by_block=dict(zip(attributes["blocks"], shares, strict=True)) if attributes["blocks"] else None,
                 residuals=dict(zip(solved, residuals, strict=True)) if solved else None,
+                calibration=Calibration.from_json(attributes["calibration"]) if "calibration" in attributes else None,
+                diagnosis=Diagnosis.from_json(attributes["diagnosis"]) if "diagnosis" in attributes else None,
             )
 
     def to_xarray(self) -> xarray.Dataset:
@@ -144,7 +152,7 @@ class Scores:
         if self.residuals:
             data["residuals"] = (("solved_block", "query"), np.stack(list(self.residuals.values())))
             coords["solved_block"] = np.array(list(self.residuals))
-        attributes = {
+        attributes: dict[str, Any] = {
             "unit": self.unit,
             "unit_in_words": self.unit_in_words,
             "sign": self.sign_in_words,
@@ -154,6 +162,10 @@ class Scores:
             "n_train": self.n_train,
             "damping": dict(self.damping),
         }
+        if self.calibration is not None:
+            attributes["calibration"] = self.calibration.to_json()
+        if self.diagnosis is not None:
+            attributes["diagnosis"] = self.diagnosis.to_json()
         return xr.Dataset(data, coords=coords, attrs=attributes)
 
 

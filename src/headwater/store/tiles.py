@@ -2,15 +2,17 @@
 
 Layout of the folder: `identity.json` (what was asked), `tiles.zarr` (one array for each tile, [block, query, train]),
 and `ledger.jsonl`, one line for each tile that is complete. A tile is written first and entered after, so a run that is
-killed, or runs out of disk, loses at most the tile that it was writing.
+killed, or runs out of disk, loses at most the tile that it was writing. `sums.npz` holds what was added up over tiles
+beside their scores, and which tiles these were; it is written whole, when a run ends or is stopped.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,26 @@ class TileStore:
             ledger.flush()
             os.fsync(ledger.fileno())
         self._ledger[start, stop] = line
+
+    def write_sums(self, tiles: Collection[tuple[int, int]], sums: Mapping[str, np.ndarray]) -> None:
+        """Keep arrays that were added up over these tiles, each (start, stop), in place of those kept before."""
+        draft = self.path / "sums.draft"
+        with open(draft, "wb") as file:
+            covered = np.array(sorted(tiles), dtype=np.int64).reshape((-1, 2))
+            np.savez(file, allow_pickle=False, __tiles__=covered, **sums)
+        os.replace(draft, self.path / "sums.npz")
+
+    def read_sums(self) -> tuple[set[tuple[int, int]], dict[str, np.ndarray]] | None:
+        """What `write_sums` kept: the tiles, and the arrays; None if there is nothing, or it cannot be read."""
+        try:
+            with open(self.path / "sums.npz", "rb") as file, np.load(file, allow_pickle=False) as found:
+                arrays = {name: found[name] for name in found.files}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+            return None
+        if "__tiles__" not in arrays:
+            return None
+        covered = arrays.pop("__tiles__")
+        return {(int(start), int(stop)) for start, stop in covered}, arrays
 
     def _group(self) -> Any:
         import zarr

@@ -1,0 +1,235 @@
+"""Which damping forecasts retraining best? Chosen on a path, from a handful of retrained models.
+
+    forecasts  [k, m, q]     of each damping on the path, for each subset and query; see `lds.forecast`
+    outputs    [m, r, q]     measured on models retrained on each subset
+
+1. Each damping's LDS over the subsets, smoothed along the path by (1/4, 1/2, 1/4): neighbours are nearly the same
+   operator, and few subsets are noisy. The largest is chosen.
+2. How sure is the choice? Subsets are resampled and the choice is made again: the dampings chosen in all but 10 % of
+   the resamples are the interval. The plateau is the stretch of the path around the choice where the LDS is within
+   `FLAT` of it: what is lost by choosing otherwise.
+3. How good is it? The choice is made on a random half of the subsets and its LDS taken on the other, many times over:
+   the mean is the held-out LDS, that no choice has seen.
+4. By block: the scores are a sum over blocks, and so is the forecast. From the best common damping each block in turn
+   takes its best, until none changes; this is kept only if the held-out LDS is larger for it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from headwater.errors import InvalidInput, ShapeMismatch
+from headwater.evaluate.lds import spearman
+
+Floats = NDArray[np.float64]
+FLAT = 0.03
+"""How much less LDS still counts as the plateau."""
+EVIDENCE = "evidence of the Laplace approximation, no retraining"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A damping that was chosen by measuring, and how sure the choice is. `print` says it in words."""
+
+    path: tuple[float, ...]
+    """The dampings that were tried, ascending."""
+    unit: str
+    """Of the path: "mean eigenvalues" (relative, by block) or "absolute"."""
+    chosen: Mapping[str, float]
+    """Of each block, in that unit."""
+    source: str
+    """What it was measured on."""
+    measured: tuple[float, ...] = ()
+    """LDS of each damping on the path, the same for all blocks; empty without retraining."""
+    interval: tuple[float, float] | None = None
+    """Where 90 % of the choices on resampled subsets lie (of one common damping)."""
+    plateau: tuple[float, float] | None = None
+    """Where the LDS is within .03 of the choice's."""
+    held_out: float | None = None
+    """LDS of the choice on subsets that it was not made on; None for fewer than 6 subsets."""
+    common: float | None = None
+    """The held-out LDS of one damping for all blocks, where `chosen` has several."""
+    notes: tuple[str, ...] = ()
+    """What else there is to know."""
+
+    def to_json(self) -> str:
+        """As text, for `from_json`; NaN is kept."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        found = json.loads(text)
+        values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in found.items()}
+        return cls(**values)
+
+    @property
+    def at_an_end(self) -> bool:
+        """Whether the best damping may lie beyond the path."""
+        return any(value in (self.path[0], self.path[-1]) for value in self.chosen.values())
+
+    def __str__(self) -> str:
+        amounts = {f"{value:.3g}" for value in self.chosen.values()}
+        said = amounts.pop() if len(amounts) == 1 else ", ".join(f"{n} {v:.3g}" for n, v in self.chosen.items())
+        lines = [f"damping {said} ({self.unit}); from: {self.source}"]
+        if self.measured:
+            lines.append("LDS along the path: " + ", ".join(f"{d:.2g}: {v:.3f}" for d, v in self._pairs()))
+        if self.interval is not None and self.plateau is not None:
+            lines.append(f"chosen in 90 % of resamples: {self.interval[0]:.2g} to {self.interval[1]:.2g}")
+            lines.append(f"{self.flatness}: within {FLAT} of it from {self.plateau[0]:.2g} to {self.plateau[1]:.2g}")
+        if self.held_out is not None:
+            more = "" if self.common is None else f" (one damping for all blocks: {self.common:.3f})"
+            lines.append(f"LDS on subsets that the choice has not seen: {self.held_out:.3f}{more}")
+        if self.at_an_end:
+            lines.append("the choice is at an end of the path: try further")
+        return "\n".join([*lines, *self.notes])
+
+    def _pairs(self) -> list[tuple[float, float]]:
+        return [pair for pair in zip(self.path, self.measured, strict=True) if np.isfinite(pair[1])]
+
+    @property
+    def flatness(self) -> str:
+        """How flat the optimum is, in words."""
+        if self.plateau is None:
+            return "not known"
+        decades = float(np.log10(self.plateau[1] / self.plateau[0])) if self.plateau[0] > 0 else np.inf
+        how = "sharp" if decades < 0.75 else "flat" if decades >= 2 else "fairly flat"
+        return f"the optimum is {how} ({decades:.1f} decades)"
+
+
+def choose_damping(
+    path: Sequence[float],
+    forecasts: Mapping[str, ArrayLike],
+    outputs: ArrayLike,
+    *,
+    unit: str = "mean eigenvalues",
+    by_block: bool = False,
+    resamples: int = 200,
+    seed: int = 0,
+) -> Calibration:
+    """The damping on an ascending path that forecasts best.
+
+    Shapes: forecasts {block: [k, m, q]}, NaN for a damping that was not tried; outputs [m, r, q], NaN for no run.
+    Errors: ShapeMismatch; InvalidInput for fewer than 3 subsets, or a path that does not ascend.
+    """
+    shares, measured = _checked(path, forecasts, outputs)
+    total = np.sum(list(shares.values()), axis=0)
+    tried = np.isfinite(total).all(axis=(1, 2))
+    every = np.arange(len(measured))
+    best = _best(total, measured, every)
+    rng = np.random.default_rng(seed)
+    draws = [_best(total, measured, rng.integers(len(every), size=len(every))) for _ in range(resamples)]
+    low, high = np.quantile(draws, [0.05, 0.95], method="nearest") if draws else (best, best)
+    along = np.full(len(path), np.nan)
+    along[tried] = [_lds(total[k], measured, every) for k in np.flatnonzero(tried)]
+    halves = _halves(len(every), rng)
+    common = _held_out(halves, lambda half: dict.fromkeys(shares, _best(total, measured, half)), shares, measured)
+    chosen, held_out, beaten = dict.fromkeys(shares, best), common, None
+    if by_block and len(shares) > 1:
+        apart = _held_out(halves, lambda half: _best_by_block(shares, measured, half), shares, measured)
+        if common is None or (apart is not None and apart > common):
+            chosen, held_out, beaten = _best_by_block(shares, measured, every), apart, common
+    runs = int(np.isfinite(np.asarray(outputs, dtype=np.float64)).all(axis=2).sum())
+    return Calibration(
+        path=tuple(map(float, path)),
+        unit=unit,
+        chosen={name: float(path[k]) for name, k in chosen.items()},
+        source=f"{len(every)} subsets of the rows, {runs} retrained models",
+        measured=tuple(along.tolist()),
+        interval=(float(path[low]), float(path[high])),
+        plateau=_plateau(path, along, best),
+        held_out=held_out,
+        common=beaten,
+        notes=("by block was asked for, and held-out subsets speak against it",)
+        if by_block and len(shares) > 1 and len(set(chosen.values())) == 1
+        else (),
+    )
+
+
+def settle(found: Calibration, notes: Sequence[str]) -> Calibration:
+    """With more notes."""
+    return replace(found, notes=(*found.notes, *notes))
+
+
+def _checked(
+    path: Sequence[float], forecasts: Mapping[str, ArrayLike], outputs: ArrayLike
+) -> tuple[dict[str, Floats], Floats]:
+    amounts, runs = np.asarray(path, dtype=np.float64), np.asarray(outputs, dtype=np.float64)
+    if len(amounts) < 2 or not (np.diff(amounts) > 0).all():
+        raise InvalidInput(f"The path is {list(path)}; expected two dampings or more, ascending.")
+    if runs.ndim != 3 or len(runs) < 3:
+        raise InvalidInput(f"The outputs are {runs.shape}; expected (m, runs, q) with 3 subsets or more.")
+    shares = {name: np.asarray(values, dtype=np.float64) for name, values in forecasts.items()}
+    wanted = (len(amounts), len(runs), runs.shape[2])
+    for name, values in shares.items():
+        if values.shape != wanted:
+            raise ShapeMismatch(f"The forecasts of {name!r} are {values.shape}; expected {wanted}.")
+    done = np.asarray(np.isfinite(runs).all(axis=2))
+    if not done.any(axis=1).all():
+        raise InvalidInput(f"Subset {int(done.any(axis=1).argmin())} has no run whose outputs are all finite.")
+    return shares, np.einsum("mrq,mr->mq", np.nan_to_num(runs), done / done.sum(axis=1, keepdims=True))
+
+
+def _lds(forecast: Floats, measured: Floats, chosen: NDArray[np.int64]) -> float:
+    """A query whose forecast or measurement is constant counts as zero."""
+    return float(np.nan_to_num(spearman(forecast[chosen], measured[chosen])).mean())
+
+
+def _best(total: Floats, measured: Floats, chosen: NDArray[np.int64]) -> int:
+    """The place on the path of the best smoothed LDS over these subsets; total [k, m, q]."""
+    tried = np.flatnonzero(np.isfinite(total).all(axis=(1, 2)))
+    found = np.array([_lds(total[k], measured, chosen) for k in tried])
+    padded = np.concatenate([found[:1], found, found[-1:]])
+    return int(tried[np.argmax((padded[:-2] + 2 * padded[1:-1] + padded[2:]) / 4)])
+
+
+def _best_by_block(shares: Mapping[str, Floats], measured: Floats, chosen: NDArray[np.int64]) -> dict[str, int]:
+    """Coordinate ascent, each block against the others as they are, from the best common damping."""
+    start = _best(np.sum(list(shares.values()), axis=0), measured, chosen)
+    places = dict.fromkeys(shares, start)
+    for _ in range(5):
+        before = dict(places)
+        for name in shares:
+            others = sum(shares[other][places[other]] for other in shares if other != name)
+            places[name] = _best(shares[name] + others, measured, chosen)
+        if places == before:
+            break
+    return places
+
+
+def _halves(subsets: int, rng: np.random.Generator, count: int = 20) -> list[tuple[NDArray[np.int64], ...]]:
+    """Random halves of three subsets or more; none where there are too few."""
+    if subsets < 6:
+        return []
+    orders = (rng.permutation(subsets) for _ in range(count))
+    return [(order[: subsets // 2], order[subsets // 2 :]) for order in orders]
+
+
+def _held_out(
+    halves: Sequence[tuple[NDArray[np.int64], ...]],
+    choose: Callable[[NDArray[np.int64]], Mapping[str, int]],
+    shares: Mapping[str, Floats],
+    measured: Floats,
+) -> float | None:
+    """The mean LDS on the second half of what `choose` finds on the first."""
+    found = []
+    for first, second in halves:
+        places = choose(first)
+        found.append(_lds(sum(shares[name][place] for name, place in places.items()), measured, second))
+    return float(np.mean(found)) if found else None
+
+
+def _plateau(path: Sequence[float], along: Floats, best: int) -> tuple[float, float]:
+    """The stretch around the choice that is within FLAT of it."""
+    enough = np.nan_to_num(along, nan=-np.inf) >= along[best] - FLAT
+    low = high = best
+    while low > 0 and enough[low - 1]:
+        low -= 1
+    while high < len(along) - 1 and enough[high + 1]:
+        high += 1
+    return float(path[low]), float(path[high])

@@ -1,0 +1,121 @@
+"""An approximation against the exact inverse that it stands for, on queries chosen at random and all train rows.
+
+1. Which queries depends on the seed and on positions in the loader alone.
+2. The reference is the exact damped inverse of the curvature that the method approximates, with the same blocks, the
+   same absolute damping and the same gradients: dense where blocks are small, else by conjugate gradients.
+3. Both score the chosen queries against all train rows, in the model's own dtype.
+
+What follows for the other queries is in `headwater.evaluate.audited`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from headwater.errors import InvalidSetting, NotConverged
+from headwater.evaluate.audited import Audit as Audit
+from headwater.evaluate.audited import audited, check_level
+from headwater.influence import ComposableInfluence
+from headwater.methods.base import Method
+from headwater.methods.iterative import Cg
+from headwater.operators.iterative import joined, recorded_solves
+from headwater.random import row_uniforms
+from headwater.run.attribute import _named_batches, attribute
+from headwater.run.verify import DENSE, exact_method
+from headwater.types import join
+
+TOLERANCES = {"float64": 1e-8, "float32": 1e-4}
+"""Relative residuals of exact solves; 1e-2 for any other dtype."""
+AUDITED = 1 << 22
+"""Where the random numbers begin that choose queries."""
+
+
+def audit(
+    influence: ComposableInfluence,
+    train_loader: Iterable[Any],
+    query_loader: Iterable[Any],
+    *,
+    queries: int,
+    k: int,
+    level: float,
+    tolerance: float | None,
+    seed: int,
+    progress: bool,
+) -> Audit:
+    """See `ComposableInfluence.audit`.
+
+    Errors: NotFittedError; StaleFit; InvalidSetting for a method without an inverse, and for settings that mean
+    nothing; those of the exact method's fit (SingularOperator, IndefiniteCurvature, ...).
+    """
+    influence.ready()
+    kind = influence.method.approximates
+    if kind is None:
+        raise InvalidSetting(f"{influence.method.describe()} approximates no inverse: there is nothing to audit.")
+    _check(queries, k, level, tolerance)
+    chosen, ids, count = _chosen(influence, query_loader, queries, seed, progress)
+    allowed = tolerance or TOLERANCES.get(influence.source.dtype, 1e-2)
+    method, how = _exact(influence, kind, allowed)
+    options: dict[str, Any] = {"unit": "influence", "by_block": False, "store": None, "progress": progress}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotConverged)  # the audit says so
+        scores = attribute(influence, train_loader, chosen, **options)
+        reference = influence.unfitted(method=method, damping=influence.absolute_damping)
+        reference.fit(train_loader, progress=progress)
+        with recorded_solves() as log:
+            exact = attribute(reference, train_loader, chosen, **options)
+    solves = joined(log).values()
+    return audited(
+        scores.values,
+        exact.values,
+        k=k,
+        level=level,
+        query_ids=ids,
+        queries=count,
+        method=influence.method.describe(),
+        reference=f"exact damped inverse of the {kind.replace('_', ' ')} by block, {how}",
+        solves=sum(len(solve.residual) for solve in solves),
+        missed=sum(int((~solve.converged).sum()) for solve in solves),
+        residual=max((float(solve.residual.max(initial=0.0)) for solve in solves), default=0.0),
+    )
+
+
+def _check(queries: int, k: int, level: float, tolerance: float | None) -> None:
+    for name, value in (("queries", queries), ("k", k)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InvalidSetting(f"{name} is {value!r}; expected a whole number of at least 1.")
+    check_level(level)
+    if tolerance is not None and not 0 < tolerance < 1:
+        raise InvalidSetting(f"tolerance is {tolerance!r}; expected a number between 0 and 1, or None.")
+
+
+def _exact(influence: ComposableInfluence, kind: str, tolerance: float) -> tuple[Method, str]:
+    """The exact method, and how it inverts, in words."""
+    dense = max(influence.provider.sizes.values()) <= DENSE
+    method = exact_method(influence.method, kind, dense)
+    if dense:
+        return method, "dense"
+    assert isinstance(method, Cg)
+    return replace(method, tolerance=tolerance, preconditioner="auto"), f"conjugate gradients to {tolerance:g}"
+
+
+def _chosen(
+    influence: ComposableInfluence, loader: Iterable[Any], queries: int, seed: int, progress: bool
+) -> tuple[list[Any], np.ndarray, int]:
+    """Queries drawn at random, in the loader's order: batches of them, their names, and how many there are in all."""
+    drawn: list[tuple[float, int, Any, Any]] = []
+    count = 0
+    for batch, names, start in _named_batches(influence.provider, loader, "queries", progress):
+        places = np.arange(start, start + len(batch))
+        numbers = row_uniforms(places, 1, draw=AUDITED, seed=seed)[:, 0, 0]
+        for row in np.argsort(numbers, kind="stable")[:queries]:
+            alone = batch.take(slice(int(row), int(row) + 1))
+            drawn.append((float(numbers[row]), int(places[row]), alone, names[row]))
+        drawn = sorted(drawn, key=lambda found: found[0])[:queries]
+        count += len(batch)
+    drawn.sort(key=lambda found: found[1])
+    return join([row for *_, row, _ in drawn]), np.asarray([name for *_, name in drawn]), count

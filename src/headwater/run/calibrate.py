@@ -1,0 +1,231 @@
+"""Damping, chosen by measuring: see `ComposableInfluence.calibrate`.
+
+The forecast of a subset is minus the summed scores of its rows, and scores are linear in train gradients, as the
+operator sees them. So those of each subset are summed first, in one pass over the train rows, and every damping on the
+path takes the queries' side alone: m subsets cost what m train rows would.
+
+Without retraining, the damping is a prior precision: with N rows and weights w, the evidence of the Laplace
+approximation is stationary where damping = tr(C (C + damping)^-1) / (N |w|^2), for each block by itself. It knows the
+fit and the curvature, and nothing of the training; measured beside retraining, it is near the best or decades off (see
+the leaderboard).
+
+Sources: MacKay 1992 (evidence); Immer et al. 2021, arXiv 2104.04975 (with the GGN of networks).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from headwater.arrays import Array, namespace, to_numpy, transpose
+from headwater.errors import HeadwaterError, InvalidInput, InvalidSetting, NotConverged, SingularOperator
+from headwater.evaluate.bank import Bank, Plan, plan_subsets
+from headwater.evaluate.calibration import EVIDENCE, choose_damping, settle
+from headwater.evaluate.calibration import Calibration as Calibration
+from headwater.evaluate.lds import spearman
+from headwater.gradients.block import BlockGradient, stack
+from headwater.influence import ComposableInfluence
+from headwater.methods.damping import Damping, Relative, relative
+from headwater.operators.iterative import recorded_solves
+from headwater.run.attribute import _distinct, _named_batches
+
+PATH = tuple(relative(float(amount)) for amount in np.round(np.logspace(-3, 4, 15), 10))
+"""Seven decades of mean eigenvalues, two dampings in each."""
+WORSE, IN_A_ROW = 0.1, 2
+"""Dampings that are solved for are tried from the largest down, until so many in a row are so much below the best."""
+
+Measure = Callable[[np.ndarray, int], Any]
+Retrained = Bank | tuple[Any, Any] | Measure
+
+
+def calibrate(
+    influence: ComposableInfluence,
+    train_loader: Iterable[Any],
+    query_loader: Iterable[Any] | None,
+    bank: Retrained | None,
+    *,
+    dampings: Sequence[Damping] | None,
+    by_block: bool,
+    subsets: int,
+    seed: int,
+    progress: bool,
+) -> Calibration:
+    """See `ComposableInfluence.calibrate`."""
+    influence.ready()
+    if not influence.method.predicts_removal:
+        raise InvalidSetting(f"{influence.method.describe()} has no damping to calibrate.")
+    path, unit = _path(dampings)
+    if bank is None:
+        return _by_evidence(influence, path, unit)
+    if query_loader is None:
+        raise InvalidInput("query_loader is None; the bank's outputs are those of queries: pass their loader.")
+    sums, ids = _subset_sums_of(influence, train_loader, progress)
+    keep, outputs = _retrained(bank, len(ids), subsets, seed)
+    if keep.shape[1] != len(ids):
+        raise InvalidInput(f"The bank's subsets are of {keep.shape[1]} rows, and the train loader has {len(ids)}.")
+    right = sums(keep[:, _places(ids)])
+    left = _queries(influence, query_loader, progress)
+    rows = next(iter(left.values())).rows
+    if outputs.shape[2] != rows:
+        raise InvalidInput(f"The bank has outputs of {outputs.shape[2]} queries, and the query loader has {rows}.")
+    forecasts, notes = _forecasts(influence, path, unit, left, right, outputs)
+    found = choose_damping(path, forecasts, outputs, unit=unit, by_block=by_block, seed=seed)
+    return settle(found, notes)
+
+
+def _path(dampings: Sequence[Damping] | None) -> tuple[list[float], str]:
+    """Amounts, ascending, and their unit. Errors: InvalidSetting for a path of both kinds."""
+    given = list(PATH if dampings is None else dampings)
+    kinds = {isinstance(damping, Relative) for damping in given}
+    if len(kinds) != 1:
+        raise InvalidSetting(f"dampings are {given}; expected hw.relative(...) all, or numbers all, and two at least.")
+    amounts = sorted(d.factor if isinstance(d, Relative) else float(d) for d in given)
+    return amounts, "mean eigenvalues" if kinds == {True} else "absolute"
+
+
+def in_unit(amount: float, unit: str) -> Damping:
+    """A damping of that amount."""
+    return relative(amount) if unit == "mean eigenvalues" else amount
+
+
+# What was retrained ---------------------------------------------------------------------------------------------------
+
+
+def _retrained(bank: Retrained, rows: int, subsets: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """keep [m, n] and outputs [m, r, q]."""
+    if callable(bank) and not isinstance(bank, Bank):
+        plan = plan_subsets(rows, subsets=subsets, repeated=0, seed=seed)
+        return plan.keep, np.stack([_output(bank, plan, place) for place in plan.places])[:, None]
+    keep, outputs = (np.asarray(part) for part in bank)
+    if keep.dtype != np.bool_ or keep.ndim != 2:
+        raise InvalidInput(f"The bank's subsets are a mask (m, n) of booleans; got {keep.shape} of {keep.dtype}.")
+    if outputs.ndim != 3:
+        raise InvalidInput(f"The bank's outputs are {outputs.shape}; expected (m, runs, q).")
+    return keep, outputs.astype(np.float64)
+
+
+def _output(measure: Measure, plan: Plan, place: tuple[int, int]) -> np.ndarray:
+    found = np.asarray(measure(np.flatnonzero(plan.keep[place[0]]), int(plan.seeds[place])), dtype=np.float64)
+    if found.ndim != 1 or not np.isfinite(found).all():
+        raise InvalidInput(f"Retraining on subset {place[0]} gave {found.shape}; expected finite outputs (q,).")
+    return found
+
+
+def _places(ids: np.ndarray) -> np.ndarray:
+    """Columns of the bank: positions in the loader, or the batches' ids where these are positions in some order."""
+    order = np.arange(len(ids))
+    return ids if ids.dtype.kind in "iu" and np.array_equal(np.sort(ids), order) else order
+
+
+# Forecasts ------------------------------------------------------------------------------------------------------------
+
+
+def _subset_sums_of(
+    influence: ComposableInfluence, loader: Iterable[Any], progress: bool
+) -> tuple[Callable[[np.ndarray], dict[str, Array]], np.ndarray]:
+    """A pass over the train rows that sums gradients of subsets, once they are known; and the rows' ids."""
+    names = [ids for _, ids, _ in _named_batches(influence.provider, loader, "train rows", progress)]
+    ids = _distinct(np.concatenate(names), "train")
+
+    def sums(keep: np.ndarray) -> dict[str, Array]:
+        found: dict[str, Array] = {}
+        operators = influence.block_mapper.operators
+        for batch, _, start in _named_batches(influence.provider, loader, "sums over subsets", progress):
+            for name, value in influence.provider.grads(batch).items():
+                xp, like = namespace(value.like), value.like
+                mask = xp.asarray(keep[:, start : start + value.rows].astype(np.float64), device=like.device)
+                share = operators[name].seen(value).combine(xp.astype(mask, like.dtype))
+                found[name] = found[name] + share if name in found else share
+        return found
+
+    return sums, ids
+
+
+def _queries(influence: ComposableInfluence, loader: Iterable[Any], progress: bool) -> dict[str, BlockGradient]:
+    pieces: dict[str, list[BlockGradient]] = {}
+    for batch, _, _ in _named_batches(influence.provider, loader, "query gradients", progress):
+        for name, value in influence.provider.grads(batch, query=True).items():
+            pieces.setdefault(name, []).append(value)
+    return {name: stack(values) for name, values in pieces.items()}
+
+
+def _forecasts(
+    influence: ComposableInfluence,
+    path: Sequence[float],
+    unit: str,
+    left: Mapping[str, BlockGradient],
+    right: Mapping[str, Array],
+    outputs: np.ndarray,
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Of each block: [k, m, q], NaN where a damping was left out; and why any was."""
+    found = {name: np.full((len(path), len(outputs), outputs.shape[2]), np.nan) for name in left}
+    truth = np.nanmean(outputs, axis=1)
+    best, worse, solved, missed = -1.0, 0, False, []
+    for k in reversed(range(len(path))):
+        try:
+            operators = influence.with_damping(in_unit(path[k], unit)).ready().operators
+            with recorded_solves() as log, warnings.catch_warnings():
+                warnings.simplefilter("ignore", NotConverged)
+                for name, value in left.items():
+                    operator = operators[name]
+                    found[name][k] = -to_numpy(_through(operator, value, right[name]))
+        except SingularOperator as error:
+            for values in found.values():
+                values[k] = np.nan
+            return found, [f"no damping of {path[k]:.2g} or less was tried: {_first(error)}"]
+        solved = solved or bool(log)
+        if not all(report.converged.all() for report in log):
+            missed.append(path[k])
+        figure = float(np.nan_to_num(spearman(np.sum([v[k] for v in found.values()], axis=0), truth)).mean())
+        best, worse = max(best, figure), worse + 1 if figure < best - WORSE else 0
+        if solved and worse >= IN_A_ROW and k:
+            return found, [f"dampings below {path[k]:.2g} were not tried: their LDS falls, and they are dear to solve"]
+    return found, [f"solves missed their tolerance at {', '.join(f'{d:.2g}' for d in missed)}"] if missed else []
+
+
+def _through(operator: Any, queries: BlockGradient, sums: Array) -> Array:
+    """<Op g_q, summed gradients>: [m, q]."""
+    return transpose(operator.apply_block(operator.seen(queries)).project(sums))
+
+
+def _first(error: HeadwaterError) -> str:
+    return str(error).split(". ")[0]
+
+
+# Without retraining ---------------------------------------------------------------------------------------------------
+
+
+def _by_evidence(influence: ComposableInfluence, path: Sequence[float], unit: str) -> Calibration:
+    """Of each block: where the path crosses damping = dof(damping) / (N |w|^2), from below.
+
+    Errors: InvalidSetting for a curvature of products alone, whose degrees of freedom are not known.
+    """
+    chosen = {}
+    for name, curvature in influence.curvature.items():
+        weights = influence.provider.parameters(name)
+        size = float(namespace(weights).sum(weights * weights)) * influence.n_train
+        scale = curvature.mean_eigenvalue() if unit == "mean eigenvalues" else 1.0
+        absolute = np.asarray(path) * scale
+        dof = curvature.effective_dof(absolute.tolist()) if scale > 0 else np.zeros(len(path))
+        if dof is None:
+            raise InvalidSetting(
+                f"The spectrum of block {name!r} is not known ({influence.method.describe()}), so that the evidence is "
+                "not: give a bank of retrained models, or calibrate hw.Ekfac() or hw.Direct() and take its damping."
+            )
+        gap = np.log(np.maximum(dof, 1e-300) / max(size, 1e-300)) - np.log(np.maximum(absolute, 1e-300))
+        chosen[name] = _crossing(np.log(path), gap)
+    return Calibration(tuple(path), unit, chosen, EVIDENCE)
+
+
+def _crossing(where: np.ndarray, gap: np.ndarray) -> float:
+    """Where a falling gap is zero, between points of the path; an end of the path where it is nowhere zero."""
+    if gap[0] <= 0:
+        return float(np.exp(where[0]))
+    if gap[-1] >= 0:
+        return float(np.exp(where[-1]))
+    k = int(np.argmax(gap <= 0))
+    share = gap[k - 1] / (gap[k - 1] - gap[k])
+    return float(np.exp(where[k - 1] + share * (where[k] - where[k - 1])))
