@@ -5,8 +5,9 @@ import pytest
 from scipy.stats import pearsonr, spearmanr
 
 from headwater.errors import InvalidInput, InvalidSetting, NonFiniteValue, ShapeMismatch
-from headwater.evaluate.agreement import agreement, leave_one_out, pearson, removal_forecast
 from headwater.evaluate.bank import Bank, plan_removals
+from headwater.evaluate.correlation import pearson
+from headwater.evaluate.removals import agreement, leave_one_out, removal_forecast
 
 RNG = np.random.default_rng(0)
 X, W = RNG.standard_normal((30, 4)), RNG.standard_normal(4)

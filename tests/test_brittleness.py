@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from headwater.errors import InvalidSetting, NonFiniteValue, ShapeMismatch
-from headwater.evaluate.brittleness import brittleness
+from headwater.evaluate.flips import brittleness
 
 # Row i adds VOTES[q, i] to query q's margin, on top of BASE[q].
 N = 40

@@ -10,8 +10,9 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, P
 
 import headwater as hw
 from headwater.demo import verses
-from headwater.demo.verses import Verse, bm25_scores, embedding_scores, load_verses, rank, run, sample
+from headwater.demo.verses import Verse, embedding_scores, load_verses, rank, run, sample
 from headwater.errors import InvalidSetting
+from headwater.evaluate import bm25
 
 logging.set_verbosity_error()
 
@@ -95,7 +96,7 @@ def test_ranks_count_ties_against_the_ranking():
 
 def test_bm25_ranks_by_rare_shared_words():
     texts = ["the cat sat", "the dog sat", "the cat and the dog ran"]
-    assert bm25_scores(texts, ["dog sat", "ran"]).argmax(1).tolist() == [1, 2]
+    assert bm25(["dog sat", "ran"], texts).argmax(1).tolist() == [1, 2]
 
 
 def test_embeddings_do_not_depend_on_padding():

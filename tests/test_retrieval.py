@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from headwater.errors import InvalidInput, InvalidSetting, NonFiniteValue, ShapeMismatch
+from headwater.evaluate.intervals import over_queries
 from headwater.evaluate.retrieval import (
     duplicates,
     found_at_k,
     in_top,
     mrr,
-    over_queries,
     precision_at_k,
     ranking,
     recall_at_k,

@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from headwater.errors import InvalidInput, InvalidSetting, NonFiniteValue, ShapeMismatch
-from headwater.evaluate.spread import spread
+from headwater.evaluate.rank_spread import spread
 
 RNG = np.random.default_rng(0)
 SIGNAL = RNG.standard_normal((12, 400))

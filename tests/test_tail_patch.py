@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from headwater.errors import InvalidInput, InvalidSetting, NonFiniteValue, ShapeMismatch, UnsupportedModel
-from headwater.evaluate.tail_patch import tail_patch
+from headwater.evaluate.patching import tail_patch
 from headwater.torch.tail_patch import gradient_step
 
 RNG = np.random.default_rng(0)

@@ -41,7 +41,8 @@ if str(SOURCE) not in sys.path:
     sys.path.insert(0, str(SOURCE))
 
 SELECTION = 10
-NETWORKS = ("digits-mlp", "mnist-cnn", "gospels-lm")
+CLASSIFIERS = ("digits-mlp", "mnist-cnn")
+NETWORKS = (*CLASSIFIERS, "gospels-lm")
 LOGISTIC = ("digits-logistic", "cancer-logistic")
 
 
@@ -56,7 +57,9 @@ class Ours:
     blocks: str = "layer"
     tasks: tuple[str, ...] = (*NETWORKS, *LOGISTIC)
     checkpoints: bool = False
-    """Averaged over the training's checkpoints."""
+    """Averaged over the weights of the second half of the training."""
+    path: tuple[float, ...] | None = None
+    """Dampings to try, times the mean eigenvalue; None for all seven decades."""
 
 
 def hw() -> Any:
@@ -65,27 +68,29 @@ def hw() -> Any:
     return headwater
 
 
+SHORT = (1.0, 10.0, 100.0)
+"""For methods that take long however large the damping is."""
 OURS = {
     "grad-dot": Ours(lambda task: hw().GradDot()),
     "grad-cos": Ours(lambda task: hw().GradCos()),
     "tracin, checkpoints": Ours(lambda task: hw().TracIn(), tasks=NETWORKS, checkpoints=True),
     "direct (Hessian)": Ours(lambda task: hw().Direct("hessian"), "full", LOGISTIC),
     "dual (empirical Fisher)": Ours(lambda task: hw().Dual(), "full"),
-    "cg (GGN)": Ours(lambda task: hw().Cg(tolerance=1e-2), "full"),
-    "cg (GGN), by layer": Ours(lambda task: hw().Cg(tolerance=1e-2), "layer", NETWORKS),
-    "cg (GGN), checkpoints": Ours(lambda task: hw().Cg(tolerance=1e-2), "full", NETWORKS, checkpoints=True),
-    "block-krylov (GGN)": Ours(lambda task: hw().BlockKrylov(tolerance=1e-2), "full"),
+    "cg (GGN)": Ours(lambda task: hw().Cg(tolerance=1e-2), "full", (*CLASSIFIERS, *LOGISTIC)),
+    "cg (GGN), by layer": Ours(lambda task: hw().Cg(tolerance=1e-2), "layer", CLASSIFIERS),
+    "cg (GGN), checkpoints": Ours(lambda task: hw().Cg(tolerance=1e-2), "full", CLASSIFIERS, checkpoints=True),
+    "block-krylov (GGN)": Ours(lambda task: hw().BlockKrylov(tolerance=1e-2), "full", (*CLASSIFIERS, *LOGISTIC)),
     "arnoldi": Ours(lambda task: hw().Arnoldi(), "full"),
     "nystroem": Ours(lambda task: hw().Nystroem(), "full"),
-    "lissa": Ours(lambda task: hw().Lissa(), "full", ("digits-mlp", *LOGISTIC)),
-    "astra": Ours(lambda task: hw().Astra(), "full", ("digits-mlp", *LOGISTIC)),
+    "lissa": Ours(lambda task: hw().Lissa(), "full", ("digits-mlp", *LOGISTIC), path=SHORT),
+    "astra": Ours(lambda task: hw().Astra(), "full", ("digits-mlp", *LOGISTIC), path=SHORT),
     "kfac": Ours(lambda task: hw().Kfac()),
     "ekfac": Ours(lambda task: hw().Ekfac()),
     "ekfac, rank 4": Ours(lambda task: hw().Ekfac(rank=4)),
     "ekfac, checkpoints": Ours(lambda task: hw().Ekfac(), tasks=NETWORKS, checkpoints=True),
     "datainf": Ours(lambda task: hw().DataInf()),
-    "trak, exact kernel": Ours(lambda task: hw().Trak(dimension=None), "full", ("digits-mlp", "mnist-cnn", *LOGISTIC)),
-    "trak, 512": Ours(lambda task: hw().Trak(dimension=512), "full", ("digits-mlp", "mnist-cnn", *LOGISTIC)),
+    "trak, exact kernel": Ours(lambda task: hw().Trak(dimension=None), "full", (*CLASSIFIERS, *LOGISTIC)),
+    "trak, 512": Ours(lambda task: hw().Trak(dimension=512), "full", (*CLASSIFIERS, *LOGISTIC)),
     "logra": Ours(lambda task: hw().LoGra()),
     "logra, pca": Ours(lambda task: hw().LoGra(init="pca"), tasks=NETWORKS),
     "lorif": Ours(lambda task: hw().LoRif()),
@@ -95,7 +100,7 @@ OURS = {
 BASELINES = ("random", "input similarity", "embedding similarity", "bm25", "loss ranking")
 DAMPED = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 """What peers try on networks; on the convex tasks DAMPED_L2 times the l2 of the training."""
-SOLVED = (3e-3, 1e-2, 3e-2, 1e-1)
+SOLVED = (1e-2, 3e-2, 1e-1)
 DAMPED_L2 = (0.5, 1.0, 1.5, 2.0, 3.0)
 PEERS: dict[tuple[str, str], tuple[tuple[str, ...], tuple[float, ...]]] = {
     ("kronfluence", "identity"): ((*NETWORKS, *LOGISTIC), ()),
@@ -103,25 +108,25 @@ PEERS: dict[tuple[str, str], tuple[tuple[str, ...], tuple[float, ...]]] = {
     ("kronfluence", "ekfac"): ((*NETWORKS, *LOGISTIC), DAMPED),
     ("pydvl", "direct"): (LOGISTIC, DAMPED),
     ("pydvl", "cg"): (NETWORKS, SOLVED),
-    ("pydvl", "cg_gn"): (("digits-mlp", "mnist-cnn"), (1e-2, 3e-2)),
+    ("pydvl", "cg_gn"): (CLASSIFIERS, (1e-2, 3e-2)),
     ("pydvl", "ekfac"): ((*NETWORKS, *LOGISTIC), DAMPED),
     ("pydvl", "nystroem"): ((*NETWORKS, *LOGISTIC), SOLVED),
-    ("pydvl", "arnoldi"): (("digits-mlp", "mnist-cnn", *LOGISTIC), (1e-2,)),
+    ("pydvl", "arnoldi"): ((*CLASSIFIERS, *LOGISTIC), (1e-2,)),
     ("pydvl", "lissa"): (("digits-mlp", *LOGISTIC), (1e-2,)),
     ("pydvl", "ihm"): ((*NETWORKS, *LOGISTIC), (1e-2, 1e-1)),
     ("dattri", "explicit"): (LOGISTIC, DAMPED),
     ("dattri", "arnoldi"): (("digits-mlp", *LOGISTIC), (1e-2,)),
-    ("dattri", "datainf"): (("digits-mlp", "mnist-cnn", *LOGISTIC), (1e-2,)),
+    ("dattri", "datainf"): ((*CLASSIFIERS, *LOGISTIC), (1e-2,)),
     ("dattri", "ekfac"): (("digits-mlp", *LOGISTIC), (1e-2,)),
-    ("dattri", "graddot"): (("digits-mlp", "mnist-cnn", *LOGISTIC), ()),
-    ("dattri", "trak"): (("digits-mlp", "mnist-cnn", *LOGISTIC), ()),
+    ("dattri", "graddot"): ((*CLASSIFIERS, *LOGISTIC), ()),
+    ("dattri", "trak"): ((*CLASSIFIERS, *LOGISTIC), ()),
     ("dattri", "logra"): ((*NETWORKS, *LOGISTIC), DAMPED),
     ("dattri", "factgrass"): (("digits-mlp", *LOGISTIC), (1e-3, 1e-1)),
     ("captum", "tracin_sw"): ((*NETWORKS, *LOGISTIC), ()),
     ("captum", "naive"): (LOGISTIC, (1e-2,)),
     ("captum", "arnoldi"): (("digits-mlp", *LOGISTIC), (1e-2,)),
     ("trak", "trak512"): ((*NETWORKS, *LOGISTIC), ()),
-    ("trak", "trak2048"): (("digits-mlp", "mnist-cnn"), ()),
+    ("trak", "trak2048"): (CLASSIFIERS, ()),
 }
 
 
@@ -165,7 +170,7 @@ def influence_of(found: Any, ours: Ours) -> Any:
         ours.make(found.task),
         blocks=ours.blocks,
         likelihood="cross_entropy",
-        checkpoints=found.checkpoints if ours.checkpoints else None,
+        checkpoints=found.checkpoints[len(found.checkpoints) // 2 :] if ours.checkpoints else None,
     )
 
 
@@ -192,16 +197,17 @@ def measure_ours(entry: Entry, file: Path) -> dict[str, Any]:
     known: dict[str, Any] = {}
     scores = default
     if influence.method.predicts_removal:
-        chosen = influence.calibrate(train, query, (keep[:SELECTION], outputs[:SELECTION, :1]))
+        chosen, rest = calibrations(influence, train, query, keep, outputs, ours)
         took("calibrate")
-        scores = np.asarray(chosen.attribute(train, query), dtype=np.float32)
+        amount = next(iter(chosen.chosen.values()))
+        scores = np.asarray(influence.with_damping(hw().relative(amount)).attribute(train, query), dtype=np.float32)
         took("score")
-        rest = influence.calibrate(train, query, (keep[SELECTION:], outputs[SELECTION:])).calibration
         known = {
-            "chosen": dict(chosen.calibration.chosen),
-            "interval": chosen.calibration.interval,
-            "plateau": chosen.calibration.plateau,
-            "selection": dict(zip(chosen.calibration.path, chosen.calibration.measured, strict=True)),
+            "chosen": amount,
+            "interval": chosen.interval,
+            "plateau": chosen.plateau,
+            "held out": chosen.held_out,
+            "selection": dict(zip(chosen.path, chosen.measured, strict=True)),
             "hindsight": dict(zip(rest.path, rest.measured, strict=True)),
         }
         if found.task.losses is not token_losses and ours.make(found.task).approximates:
@@ -209,6 +215,19 @@ def measure_ours(entry: Entry, file: Path) -> dict[str, Any]:
     np.save(file.with_suffix(".npy"), scores)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {**known, "cost": cost, "peak": peak, "blocks": ours.blocks}
+
+
+def calibrations(influence: Any, train: Any, query: Any, keep: Any, outputs: Any, ours: Ours) -> tuple[Any, Any]:
+    """What `influence.calibrate` finds on the ten models of the selection, and on all other subsets."""
+    from headwater.evaluate.calibration import choose_damping
+    from headwater.run.calibrate import path_forecasts
+
+    path = None if ours.path is None else [hw().relative(amount) for amount in ours.path]
+    first = outputs[:SELECTION, :1]
+    found = path_forecasts(influence, train, query, keep, first, dampings=path)
+    mine = {name: values[:, :SELECTION] for name, values in found.forecasts.items()}
+    theirs = {name: values[:, SELECTION:] for name, values in found.forecasts.items()}
+    return choose_damping(found.path, mine, first), choose_damping(found.path, theirs, outputs[SELECTION:], resamples=0)
 
 
 def evidence(influence: Any, train: Any) -> dict[str, float] | None:
@@ -334,6 +353,8 @@ def main() -> None:
     if not given.page:
         for task in given.tasks:
             save_rows(ready(task), given.out / f"{task}.safetensors")
+        if any(entry.library not in ("headwater", "baseline") for entry in wanted):
+            peer_python()  # made once, before several processes ask for it
         with ThreadPoolExecutor(given.jobs) as pool:
             list(pool.map(lambda entry: measure(entry, given.out, given.limit), wanted))
     from page import write_page

@@ -251,10 +251,10 @@ TASKS = {
         ),
         Task(
             "mnist-cnn",
-            "convolutional network on MNIST: 2000 rows, 200 queries, 14,538 parameters, 400 steps of SGD",
-            lambda: mnist(2000, 200),
+            "convolutional network on MNIST: 1000 rows, 200 queries, 14,538 parameters, l2 .01, 400 steps of SGD",
+            lambda: mnist(1000, 200),
             cnn,
-            l2=1e-3,
+            l2=1e-2,
             training={"steps": 400, "batch_size": 64, "lr": 0.1, "momentum": 0.9},
             saved=(100, 160, 220, 280, 340),
         ),

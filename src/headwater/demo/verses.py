@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater.errors import InvalidSetting, MissingExtra
+from headwater.evaluate.baselines import bm25
 from headwater.methods.base import Method
 from headwater.progress import track
 
@@ -109,7 +110,7 @@ def run(
     scores, share = influence_scores(model, tokenizer, texts, asked, settings, out / "scores", progress)
     by_name = {
         f"{INFLUENCE} ({method})": scores,
-        BM25: bm25_scores(texts, asked),
+        BM25: bm25(asked, texts),
         EMBEDDINGS: embedding_scores(*embedder, texts, asked, progress),
     }
     rankings = tuple(rank(name, values, seed) for name, values in by_name.items())
@@ -272,17 +273,6 @@ def _method(name: str) -> Method:
 
 def _by_length(tokenizer: Any, texts: Sequence[str]) -> NDArray[np.int64]:
     return np.argsort([len(tokenizer(text)["input_ids"]) for text in texts], kind="stable")
-
-
-def bm25_scores(passages: Sequence[str], queries: Sequence[str]) -> Floats:
-    """Robertson's BM25 with its usual settings, on lower-case words: [q, n]. Errors: MissingExtra."""
-    _need("bm25s", "bm25s")
-    import bm25s
-
-    index = bm25s.BM25()
-    index.index(bm25s.tokenize(list(passages), stopwords=None, show_progress=False), show_progress=False)
-    asked = bm25s.tokenize(list(queries), stopwords=None, return_ids=False, show_progress=False)
-    return np.stack([index.get_scores(words) for words in asked]).astype(float)
 
 
 def embedding_scores(

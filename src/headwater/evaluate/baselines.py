@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from headwater.errors import BatchMismatch, InvalidInput, InvalidSetting, MissingExtra, NonFiniteValue, ShapeMismatch
-from headwater.evaluate.lds import Floats, Interval
-from headwater.evaluate.retrieval import percentiles
+from headwater.errors import BatchMismatch, InvalidInput, MissingExtra, NonFiniteValue, ShapeMismatch
+from headwater.evaluate.checks import Floats, check_whole
+from headwater.evaluate.intervals import Interval, percentiles
 
 
 def random_scores(q: int, n: int, seed: int = 0) -> Floats:
     """Standard normal numbers. Errors: InvalidSetting for fewer than one query or row."""
-    _at_least_one(q=q, n=n)
+    check_whole("q", q, 1)
+    check_whole("n", n, 1)
     return np.random.default_rng(seed).standard_normal((q, n))
 
 
@@ -58,7 +59,7 @@ def loss_ranking(train_losses: ArrayLike, q: int) -> Floats:
 
     Shapes: train_losses [n]. Errors: ShapeMismatch; NonFiniteValue naming the row; InvalidSetting for no query.
     """
-    _at_least_one(q=q)
+    check_whole("q", q, 1)
     losses = np.asarray(train_losses, dtype=np.float64)
     if losses.ndim != 1 or not len(losses):
         raise ShapeMismatch(f"The losses are {losses.shape}; expected one for each train row, (n,).")
@@ -134,12 +135,6 @@ def against_random(
         percentiles(value[1], draws[:, 1], level),
         percentiles(value[0] - value[1], draws[:, 0] - draws[:, 1], level),
     )
-
-
-def _at_least_one(**counts: int) -> None:
-    for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1:
-            raise InvalidSetting(f"{name} is {count!r}; expected a whole number of at least 1.")
 
 
 def _features(values: ArrayLike, name: str) -> Floats:

@@ -25,9 +25,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from headwater.errors import InvalidInput, ShapeMismatch
-from headwater.evaluate.lds import spearman
+from headwater.evaluate.checks import Floats, complete_runs, mean_over_runs
+from headwater.evaluate.correlation import mean_correlation, spearman
 
-Floats = NDArray[np.float64]
 FLAT = 0.03
 """How much less LDS still counts as the plateau."""
 EVIDENCE = "evidence of the Laplace approximation, no retraining"
@@ -169,15 +169,14 @@ def _checked(
     for name, values in shares.items():
         if values.shape != wanted:
             raise ShapeMismatch(f"The forecasts of {name!r} are {values.shape}; expected {wanted}.")
-    done = np.asarray(np.isfinite(runs).all(axis=2))
-    if not done.any(axis=1).all():
-        raise InvalidInput(f"Subset {int(done.any(axis=1).argmin())} has no run whose outputs are all finite.")
-    return shares, np.einsum("mrq,mr->mq", np.nan_to_num(runs), done / done.sum(axis=1, keepdims=True))
+    done = complete_runs(runs).any(axis=1)
+    if not done.all():
+        raise InvalidInput(f"Subset {int(done.argmin())} has no run whose outputs are all finite.")
+    return shares, mean_over_runs(runs)
 
 
 def _lds(forecast: Floats, measured: Floats, chosen: NDArray[np.int64]) -> float:
-    """A query whose forecast or measurement is constant counts as zero."""
-    return float(np.nan_to_num(spearman(forecast[chosen], measured[chosen])).mean())
+    return mean_correlation(spearman(forecast[chosen], measured[chosen]))
 
 
 def _best(total: Floats, measured: Floats, chosen: NDArray[np.int64]) -> int:

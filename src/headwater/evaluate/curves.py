@@ -27,8 +27,8 @@ from numpy.typing import ArrayLike, NDArray
 from headwater.errors import InvalidSetting, ShapeMismatch
 from headwater.evaluate.bank import Plan
 from headwater.evaluate.baselines import Compared, against_random
-from headwater.evaluate.lds import Floats, _checked
-from headwater.evaluate.retrieval import ranking, score_matrix
+from headwater.evaluate.checks import Floats, check_whole, retrained_outputs, score_matrix
+from headwater.evaluate.retrieval import ranking
 
 Direction = Literal["removal", "addition"]
 FEW = 50
@@ -116,7 +116,7 @@ class CurvePlan:
         margins: outputs are margins, positive where the query is predicted right; flips are then counted.
         Errors: ShapeMismatch; InvalidInput for a subset that was not run.
         """
-        _, _, measured = _checked(self.plan.keep, outputs)
+        _, _, measured = retrained_outputs(self.plan.keep, outputs)
         queries = measured.shape[1]
         if self.queries is not None and queries != self.queries:
             raise ShapeMismatch(f"The outputs are of {queries} queries; the plan is for {self.queries}.")
@@ -169,9 +169,8 @@ def plan_curve(
     n = order.shape[1]
     if direction not in get_args(Direction):
         raise InvalidSetting(f"direction is {direction!r}; expected 'removal' or 'addition'.")
-    for name, value, least in (("random", random, 2), ("runs", runs, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise InvalidSetting(f"{name} is {value!r}; expected a whole number of at least {least}.")
+    check_whole("random", random, 2)
+    check_whole("runs", runs, 1)
     sizes = _sizes(fractions, n)
     rng = np.random.default_rng((seed, 1))
     shuffled = np.stack([rng.permutation(n) for _ in range(random)])

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from headwater.errors import BatchMismatch, InvalidInput, InvalidSetting, NonFiniteValue
+from headwater.evaluate.correlation import mid_ranks
 
 
 def auc(scores: ArrayLike, positives: ArrayLike) -> float:
@@ -27,7 +28,8 @@ def auc(scores: ArrayLike, positives: ArrayLike) -> float:
     negatives = int((~wanted).sum())
     if negatives == 0:
         raise InvalidInput(f"AUC compares positives with negatives, but all {len(wanted)} rows are positive.")
-    negatives_below = _mid_ranks(values)[wanted] - _mid_ranks(values[wanted])
+    below, below_of_positives = mid_ranks(values[:, None])[wanted], mid_ranks(values[wanted][:, None])
+    negatives_below = below - below_of_positives
     return float(negatives_below.mean() / negatives)
 
 
@@ -84,12 +86,6 @@ def _found(values: NDArray[np.float64], wanted: NDArray[np.bool_]) -> NDArray[np
     _, group, size = np.unique(-values, return_inverse=True, return_counts=True)
     share = np.bincount(group, weights=wanted) / size
     return np.concatenate([[0.0], np.cumsum(np.repeat(share, size))])
-
-
-def _mid_ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Ranks from 1, ascending; ties share the mean of the ranks they take up."""
-    _, group, size = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(size) - (size - 1) / 2)[group]
 
 
 def _checked(scores: ArrayLike, positives: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:

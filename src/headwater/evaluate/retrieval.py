@@ -5,7 +5,7 @@
 
 Rows with equal scores are in no order: every figure is its mean over all the orders in which they could be listed, so
 constant scores get what chance gets. What is drawn here are queries, so they are what intervals resample; two rankings
-of the same queries are compared by `over_queries` of the differences of their figures.
+of the same queries are compared by `intervals.over_queries` of the differences of their figures.
 
 Every function refuses shapes that differ (ShapeMismatch), scores that are not finite (NonFiniteValue) and a query with
 nothing to find (InvalidInput).
@@ -18,10 +18,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from headwater.errors import InvalidInput, InvalidSetting, NonFiniteValue, ShapeMismatch
-from headwater.evaluate.lds import Floats, Interval
-
-Flags = NDArray[np.bool_]
+from headwater.errors import InvalidInput, InvalidSetting, ShapeMismatch
+from headwater.evaluate.checks import Flags, Floats, score_matrix
+from headwater.evaluate.intervals import Interval, over_queries
 
 
 def mrr(
@@ -123,46 +122,6 @@ def ranking(scores: ArrayLike, seed: int = 0) -> NDArray[np.int64]:
     """Each query's rows, the highest score first; equal scores in an order drawn from `seed`: [q, n]."""
     given = score_matrix(scores)
     return np.lexsort((np.random.default_rng(seed).random(given.shape), -given), axis=1)
-
-
-# What the figures are worth -------------------------------------------------------------------------------------------
-
-
-def over_queries(values: ArrayLike, *, resamples: int = 2000, level: float = 0.9, seed: int = 0) -> Interval:
-    """The mean of one figure per query, and where resampling the queries puts it.
-
-    Shapes: values [q]. Errors: NonFiniteValue naming the query; ShapeMismatch; InvalidSetting.
-    """
-    figures = np.asarray(values, dtype=np.float64)
-    if figures.ndim != 1 or not len(figures):
-        raise ShapeMismatch(f"Expected one figure for each query, (q,); got {figures.shape}.")
-    if not np.isfinite(figures).all():
-        bad = ~np.isfinite(figures)
-        raise NonFiniteValue(f"{int(bad.sum())} figures are not finite, the first that of query {int(bad.argmax())}.")
-    rng = np.random.default_rng(seed)
-    draws = [figures[rng.integers(len(figures), size=len(figures))].mean() for _ in range(resamples)]
-    return percentiles(float(figures.mean()), draws, level)
-
-
-def percentiles(value: float, draws: ArrayLike, level: float) -> Interval:
-    """A value between the percentiles of its resampled values; NaN where nothing was resampled."""
-    if not 0 < level < 1:
-        raise InvalidSetting(f"level is {level}; expected a probability between 0 and 1.")
-    drawn = np.asarray(draws, dtype=np.float64)
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]) if drawn.size else (np.nan, np.nan)
-    return Interval(value, float(low), float(high), level)
-
-
-def score_matrix(scores: ArrayLike) -> Floats:
-    """Scores as [q, n]. Errors: ShapeMismatch; NonFiniteValue naming the first query and row."""
-    given = np.asarray(scores, dtype=np.float64)
-    if given.ndim != 2 or not given.size:
-        raise ShapeMismatch(f"The scores are {given.shape}; expected (q, n), at least one of each.")
-    bad = ~np.isfinite(given)
-    if bad.any():
-        query, row = (int(k) for k in np.argwhere(bad)[0])
-        raise NonFiniteValue(f"{int(bad.sum())} scores are not finite, the first of query {query} and row {row}.")
-    return given
 
 
 def _checked(scores: ArrayLike, relevant: ArrayLike) -> tuple[Floats, Flags]:

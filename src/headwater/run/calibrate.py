@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -57,23 +58,54 @@ def calibrate(
     influence.ready()
     if not influence.method.predicts_removal:
         raise InvalidSetting(f"{influence.method.describe()} has no damping to calibrate.")
-    path, unit = _path(dampings)
     if bank is None:
-        return _by_evidence(influence, path, unit)
+        return _by_evidence(influence, *_path(dampings))
     if query_loader is None:
         raise InvalidInput("query_loader is None; the bank's outputs are those of queries: pass their loader.")
-    sums, ids = _subset_sums_of(influence, train_loader, progress)
+    ids = _ids(influence, train_loader, progress)
     keep, outputs = _retrained(bank, len(ids), subsets, seed)
+    along = path_forecasts(influence, train_loader, query_loader, keep, outputs, dampings=dampings, progress=progress)
+    found = choose_damping(along.path, along.forecasts, outputs, unit=along.unit, by_block=by_block, seed=seed)
+    return settle(found, along.notes)
+
+
+@dataclass(frozen=True, eq=False)
+class PathForecasts:
+    """What each damping on a path forecasts."""
+
+    path: list[float]
+    unit: str
+    forecasts: dict[str, np.ndarray]
+    """By block: [k, m, q], NaN where a damping was not tried."""
+    notes: list[str]
+    """Why not."""
+
+
+def path_forecasts(
+    influence: ComposableInfluence,
+    train_loader: Iterable[Any],
+    query_loader: Iterable[Any],
+    keep: np.ndarray,
+    outputs: np.ndarray,
+    *,
+    dampings: Sequence[Damping] | None = None,
+    progress: bool = False,
+) -> PathForecasts:
+    """Forecasts of subsets keep [m, n], along the path. outputs, of the first subsets or all, say where to stop.
+
+    Errors: InvalidInput for subsets of other rows, or outputs of other queries.
+    """
+    path, unit = _path(dampings)
+    ids = _ids(influence, train_loader, progress)
     if keep.shape[1] != len(ids):
         raise InvalidInput(f"The bank's subsets are of {keep.shape[1]} rows, and the train loader has {len(ids)}.")
-    right = sums(keep[:, _places(ids)])
+    right = _subset_sums(influence, train_loader, keep[:, _places(ids)], progress)
     left = _queries(influence, query_loader, progress)
     rows = next(iter(left.values())).rows
     if outputs.shape[2] != rows:
         raise InvalidInput(f"The bank has outputs of {outputs.shape[2]} queries, and the query loader has {rows}.")
     forecasts, notes = _forecasts(influence, path, unit, left, right, outputs)
-    found = choose_damping(path, forecasts, outputs, unit=unit, by_block=by_block, seed=seed)
-    return settle(found, notes)
+    return PathForecasts(path, unit, forecasts, notes)
 
 
 def _path(dampings: Sequence[Damping] | None) -> tuple[list[float], str]:
@@ -123,25 +155,25 @@ def _places(ids: np.ndarray) -> np.ndarray:
 # Forecasts ------------------------------------------------------------------------------------------------------------
 
 
-def _subset_sums_of(
-    influence: ComposableInfluence, loader: Iterable[Any], progress: bool
-) -> tuple[Callable[[np.ndarray], dict[str, Array]], np.ndarray]:
-    """A pass over the train rows that sums gradients of subsets, once they are known; and the rows' ids."""
+def _ids(influence: ComposableInfluence, loader: Iterable[Any], progress: bool) -> np.ndarray:
+    """Of the train rows, in the loader's order."""
     names = [ids for _, ids, _ in _named_batches(influence.provider, loader, "train rows", progress)]
-    ids = _distinct(np.concatenate(names), "train")
+    return _distinct(np.concatenate(names), "train")
 
-    def sums(keep: np.ndarray) -> dict[str, Array]:
-        found: dict[str, Array] = {}
-        operators = influence.block_mapper.operators
-        for batch, _, start in _named_batches(influence.provider, loader, "sums over subsets", progress):
-            for name, value in influence.provider.grads(batch).items():
-                xp, like = namespace(value.like), value.like
-                mask = xp.asarray(keep[:, start : start + value.rows].astype(np.float64), device=like.device)
-                share = operators[name].seen(value).combine(xp.astype(mask, like.dtype))
-                found[name] = found[name] + share if name in found else share
-        return found
 
-    return sums, ids
+def _subset_sums(
+    influence: ComposableInfluence, loader: Iterable[Any], keep: np.ndarray, progress: bool
+) -> dict[str, Array]:
+    """Summed gradients of each subset, as the operators see them, by block: [m, D]; keep in the loader's order."""
+    found: dict[str, Array] = {}
+    operators = influence.block_mapper.operators
+    for batch, _, start in _named_batches(influence.provider, loader, "sums over subsets", progress):
+        for name, value in influence.provider.grads(batch).items():
+            xp, like = namespace(value.like), value.like
+            mask = xp.asarray(keep[:, start : start + value.rows].astype(np.float64), device=like.device)
+            share = operators[name].seen(value).combine(xp.astype(mask, like.dtype))
+            found[name] = found[name] + share if name in found else share
+    return found
 
 
 def _queries(influence: ComposableInfluence, loader: Iterable[Any], progress: bool) -> dict[str, BlockGradient]:
@@ -161,7 +193,8 @@ def _forecasts(
     outputs: np.ndarray,
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Of each block: [k, m, q], NaN where a damping was left out; and why any was."""
-    found = {name: np.full((len(path), len(outputs), outputs.shape[2]), np.nan) for name in left}
+    subsets = len(next(iter(right.values())))
+    found = {name: np.full((len(path), subsets, outputs.shape[2]), np.nan) for name in left}
     truth = np.nanmean(outputs, axis=1)
     best, worse, solved, missed = -1.0, 0, False, []
     for k in reversed(range(len(path))):
@@ -179,7 +212,8 @@ def _forecasts(
         solved = solved or bool(log)
         if not all(report.converged.all() for report in log):
             missed.append(path[k])
-        figure = float(np.nan_to_num(spearman(np.sum([v[k] for v in found.values()], axis=0), truth)).mean())
+        total = np.sum([values[k] for values in found.values()], axis=0)
+        figure = float(np.nan_to_num(spearman(total[: len(truth)], truth)).mean())
         best, worse = max(best, figure), worse + 1 if figure < best - WORSE else 0
         if solved and worse >= IN_A_ROW and k:
             return found, [f"dampings below {path[k]:.2g} were not tried: their LDS falls, and they are dear to solve"]

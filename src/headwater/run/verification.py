@@ -14,6 +14,8 @@ from functools import cached_property
 
 import numpy as np
 
+from headwater.evaluate.audited import upper_bound
+from headwater.evaluate.correlation import spearman
 from headwater.status import shown, table
 
 GRADIENTS, PLAIN, REFIT = "plain gradients", "plain gradients, own operator", "fit and gradients in float64"
@@ -73,13 +75,13 @@ class Approximation:
     @cached_property
     def rank_correlations(self) -> np.ndarray:
         """Spearman's, over the sampled train rows: [query]."""
-        return np.array([rank_correlation(*pair) for pair in zip(self.scores, self.exact, strict=True)])
+        return spearman(self.scores.T.astype(np.float64), self.exact.T.astype(np.float64))
 
     @property
     def bound(self) -> float:
         """With probability 0.9, no error of one of these queries on a train row not sampled is larger; absolute."""
         errors = np.abs(self.scores - self.exact)[self.paired, np.arange(len(self.paired))]
-        return conformal_quantile(errors, MISCOVERAGE)
+        return upper_bound(errors, 1 - MISCOVERAGE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,24 +132,3 @@ def _failed(check: Check) -> bool:
 
 def _skipped(check: Check) -> bool:
     return check.figure is None
-
-
-def conformal_quantile(errors: np.ndarray, miscoverage: float) -> float:
-    """What an exchangeable next error exceeds with probability `miscoverage` at most; infinite if errors are too few.
-
-    The ceil((m + 1)(1 - miscoverage))-th smallest of m errors.
-    """
-    k = math.ceil((len(errors) + 1) * (1 - miscoverage) - 1e-9)
-    return float(np.sort(errors)[k - 1]) if k <= len(errors) else math.inf
-
-
-def rank_correlation(left: np.ndarray, right: np.ndarray) -> float:
-    """Spearman's; ties share their mean rank, and a constant has no correlation (NaN)."""
-    a, b = (_ranks(values) - (len(values) - 1) / 2 for values in (left, right))
-    size = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / size if size else math.nan
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts + 1) / 2)[place]

@@ -12,11 +12,13 @@ from headwater.sklearn.influence import SklearnComposableInfluence
 from headwater.sklearn.linear import EstimatorNotFittedError
 from headwater.sklearn.provider import SklearnGradientProvider
 from headwater.sklearn.removal import ExactRemoval, Refits
+from headwater.sklearn.retraining import Refit
 from headwater.sklearn.training import TrainingInfluence
 
 __all__ = [
     "EstimatorNotFittedError",
     "ExactRemoval",
+    "Refit",
     "Refits",
     "SklearnBatch",
     "SklearnComposableInfluence",

@@ -12,6 +12,7 @@ from headwater.torch.batch import TorchBatch
 from headwater.torch.influence import TorchComposableInfluence
 from headwater.torch.likelihoods import Bernoulli, CrossEntropy, Likelihood, OutputHessian, SquaredError, TargetSampler
 from headwater.torch.measurements import negative_logit, negative_margin
+from headwater.torch.pbrf import ProximalBregman, pbrf
 from headwater.torch.provider import TorchGradientProvider
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "CrossEntropy",
     "Likelihood",
     "OutputHessian",
+    "ProximalBregman",
     "SquaredError",
     "TargetSampler",
     "TorchBatch",
@@ -27,4 +29,5 @@ __all__ = [
     "TorchGradientProvider",
     "negative_logit",
     "negative_margin",
+    "pbrf",
 ]

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from headwater.errors import InvalidSetting, NonFiniteValue, ShapeMismatch
 from headwater.evaluate.baselines import against_random
-from headwater.evaluate.lds import Floats, Interval
-from headwater.evaluate.retrieval import ranking, score_matrix
+from headwater.evaluate.checks import Floats, check_whole, query_outputs, score_matrix
+from headwater.evaluate.intervals import Interval
+from headwater.evaluate.retrieval import ranking
 
 Patch = Callable[[NDArray[np.int64]], ArrayLike]
 """Rows [k] -> outputs [q] after a step on them; without rows, before any step."""
@@ -74,18 +74,11 @@ def tail_patch(
     """
     given = score_matrix(scores)
     q, n = given.shape
-    for name, value, least, most in (("k", k, 1, n), ("random", random, 2, 2**20)):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value <= most:
-            raise InvalidSetting(f"{name} is {value!r}; expected a whole number from {least} to {most}.")
+    check_whole("k", k, 1, n)
+    check_whole("random", random, 2)
 
     def outputs(rows: NDArray[np.int64], of: str) -> Floats:
-        found = np.asarray(patch(rows), dtype=np.float64)
-        if found.shape != (q,):
-            raise ShapeMismatch(f"The outputs {of} are {found.shape}; expected ({q},).")
-        if not np.isfinite(found).all():
-            first = int(np.argmin(np.isfinite(found)))
-            raise NonFiniteValue(f"The outputs {of} are not finite, the first that of query {first}.")
-        return found
+        return query_outputs(patch(rows), q, f"outputs {of}")
 
     before = outputs(np.array([], dtype=np.int64), "without a step")
     known: dict[bytes, Floats] = {}

@@ -19,8 +19,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from headwater.errors import InvalidInput, InvalidSetting, ShapeMismatch
-from headwater.evaluate.lds import Floats, Interval, spearman
-from headwater.evaluate.retrieval import in_top, over_queries, score_matrix
+from headwater.evaluate.checks import Floats, score_matrix
+from headwater.evaluate.correlation import spearman
+from headwater.evaluate.intervals import Interval, over_queries
+from headwater.evaluate.retrieval import in_top
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,8 +30,18 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from headwater.errors import InvalidInput, NonFiniteValue, ShapeMismatch
-from headwater.evaluate.lds import Floats, Interval, _interval, _mask, _mean, _resampled, ceiling, spearman
-from headwater.evaluate.retrieval import score_matrix
+from headwater.evaluate.checks import (
+    Flags,
+    Floats,
+    complete_runs,
+    mean_over_runs,
+    score_matrix,
+    subset_mask,
+    usual_runs,
+)
+from headwater.evaluate.correlation import mean_correlation, pearson, spearman
+from headwater.evaluate.intervals import Interval, about, resampled
+from headwater.evaluate.lds import ceiling
 
 NOISY = 0.5
 """Reliability below which a truth is called noisy."""
@@ -101,13 +111,11 @@ def leave_one_out(
             f"The scores are {given.shape}; there are outputs of {rises.shape[2]} queries and subsets of "
             f"{kept.shape[1]} rows."
         )
-    done = np.isfinite(rises).all(axis=2)
-    truth = np.einsum("grq,gr->qg", np.nan_to_num(rises), done / done.sum(axis=1, keepdims=True))
     half = ceiling(rises)
     return _agreement(
         given @ (~kept[1:]).T.astype(np.float64),
-        truth,
-        int(np.bincount(done.sum(axis=1)).argmax()),
+        mean_over_runs(rises).T,
+        usual_runs(rises),
         None if half is None else half**2,
         (resamples, level, seed),
     )
@@ -143,14 +151,6 @@ def removal_forecast(scores: ArrayLike, groups: Sequence[Sequence[int]]) -> Floa
     return found
 
 
-def pearson(first: Floats, second: Floats) -> Floats:
-    """Correlation of each column of two [m, q] arrays: [q]; NaN for a constant."""
-    left, right = (values - values.mean(axis=0) for values in (first, second))
-    vary = (np.ptp(first, axis=0) > 0) & (np.ptp(second, axis=0) > 0)
-    norms = np.sqrt((left**2).sum(axis=0)) * np.sqrt((right**2).sum(axis=0))
-    return np.divide((left * right).sum(axis=0), norms, out=np.full(left.shape[1], np.nan), where=vary & (norms > 0))
-
-
 def _agreement(
     predicted: Floats,
     truth: Floats,
@@ -165,15 +165,19 @@ def _agreement(
 
     def figures(chosen: NDArray[np.int64] | slice) -> tuple[float, float, float]:
         f, t = forecasts[chosen], measured[chosen]
-        return _mean(pearson(f, t)), _mean(spearman(f, t)), float(_slopes(f.reshape(-1, 1), t.reshape(-1, 1))[0])
+        return (
+            mean_correlation(pearson(f, t)),
+            mean_correlation(spearman(f, t)),
+            float(_slopes(f.reshape(-1, 1), t.reshape(-1, 1))[0]),
+        )
 
-    draws = [figures(chosen) for chosen in _resampled(len(forecasts), resamples, seed)]
+    draws = [figures(chosen) for chosen in resampled(len(forecasts), resamples, seed)]
     values = figures(slice(None))
     slopes = [draw[2] for draw in draws if np.isfinite(draw[2])]
     return Agreement(
-        _interval(values[0], [draw[0] for draw in draws], level),
-        _interval(values[1], [draw[1] for draw in draws], level),
-        _interval(values[2], slopes, level),
+        about(values[0], [draw[0] for draw in draws], level),
+        about(values[1], [draw[1] for draw in draws], level),
+        about(values[2], slopes, level),
         pearson(forecasts, measured),
         spearman(forecasts, measured),
         _slopes(forecasts, measured),
@@ -189,9 +193,9 @@ def _slopes(predicted: Floats, truth: Floats) -> Floats:
     return np.divide((predicted * truth).sum(axis=0), squares, out=np.full(len(squares), np.nan), where=squares > 0)
 
 
-def _checked(keep: ArrayLike, outputs: ArrayLike) -> tuple[NDArray[np.bool_], Floats]:
+def _checked(keep: ArrayLike, outputs: ArrayLike) -> tuple[Flags, Floats]:
     """Masks [1 + g, n], and the rise of the outputs of each run over the same run with all rows: [g, r, q]."""
-    kept, runs = _mask(keep), np.asarray(outputs, dtype=np.float64)
+    kept, runs = subset_mask(keep), np.asarray(outputs, dtype=np.float64)
     if runs.ndim != 3 or len(runs) != len(kept):
         raise ShapeMismatch(f"The outputs are {runs.shape} for {len(kept)} subsets; expected (1 + g, runs, q).")
     if not len(kept) or not kept[0].all():
@@ -202,7 +206,7 @@ def _checked(keep: ArrayLike, outputs: ArrayLike) -> tuple[NDArray[np.bool_], Fl
     if kept[1:].all(axis=1).any():
         raise InvalidInput(f"Subset {1 + int(kept[1:].all(axis=1).argmax())} leaves out no row.")
     rises = np.where(np.isfinite(runs[1:]) & np.isfinite(runs[:1]), runs[1:] - np.nan_to_num(runs[:1]), np.nan)
-    done = np.any(np.isfinite(rises).all(axis=2), axis=1)
+    done = np.any(complete_runs(rises), axis=1)
     if not done.all():
         raise InvalidInput(f"Subset {1 + int(done.argmin())} has no run that all rows have too, with finite outputs.")
     return kept, rises

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from headwater.errors import InvalidSetting, NonFiniteValue, ShapeMismatch
+from headwater.errors import InvalidSetting
 from headwater.evaluate.bank import Measure
-from headwater.evaluate.lds import Floats
-from headwater.evaluate.retrieval import ranking, score_matrix
+from headwater.evaluate.checks import Floats, check_whole, query_outputs, score_matrix
+from headwater.evaluate.retrieval import ranking
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,8 +97,7 @@ def brittleness(
     given = score_matrix(scores)
     q, n = given.shape
     grid = _grid(sizes, max_size, n)
-    if isinstance(random, bool) or not isinstance(random, int) or random < 0:
-        raise InvalidSetting(f"random is {random!r}; expected a whole number of random orders.")
+    check_whole("random", random, 0)
     if not len(seeds):
         raise InvalidSetting("seeds is empty; expected at least one.")
     models = _Models(measure, q, n, [int(s) for s in seeds])
@@ -156,14 +155,8 @@ class _Models:
         return self._known[key]
 
     def _run(self, kept: NDArray[np.int64], seed: int) -> Floats:
-        found = np.asarray(self._measure(kept, seed), dtype=np.float64)
-        where = f"without {self._rows - len(kept)} rows, seed {seed},"
-        if found.shape != (self._queries,):
-            raise ShapeMismatch(f"The margins {where} are {found.shape}; expected ({self._queries},).")
-        if not np.isfinite(found).all():
-            first = int(np.argmin(np.isfinite(found)))
-            raise NonFiniteValue(f"The margins {where} are not finite, the first that of query {first}.")
-        return found
+        said = f"margins without {self._rows - len(kept)} rows, seed {seed},"
+        return query_outputs(self._measure(kept, seed), self._queries, said)
 
 
 def _grid(sizes: Sequence[int] | None, max_size: int | None, n: int) -> tuple[int, ...]:

@@ -1,0 +1,204 @@
+"""docs/leaderboard.md, of what `run.py` found."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from run import LOGISTIC, SELECTION, Entry, entries
+from tasks import TASKS, bank
+
+from headwater.evaluate.lds import Interval, Lds, difference, lds
+
+RESAMPLES = 200
+
+HEAD = (Path(__file__).parent / "head.md").read_text()
+AT_A_MINIMUM = (
+    "The model is at its minimum, so every library's exact inverse is the same, and so is its best damping. "
+    "What is left to win is to know that damping: half of the rows have half of the curvature and the same l2, so that "
+    "about twice the l2 of the training forecasts better than the l2 itself."
+)
+WHY = dict.fromkeys(LOGISTIC, AT_A_MINIMUM)
+"""Why our best is not above the peers', where it is not."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a task's table."""
+
+    entry: Entry
+    found: dict[str, Any]
+    scores: np.ndarray
+    value: Lds
+    tried: int = 1
+    """Dampings of which this is the best in hindsight."""
+
+    @property
+    def ours(self) -> bool:
+        return self.entry.library == "headwater"
+
+
+@dataclass(frozen=True)
+class Board:
+    """What is known of a task."""
+
+    task: str
+    keep: np.ndarray
+    outputs: np.ndarray
+    rows: list[Row]
+    failed: list[tuple[Entry, str]]
+
+    def best(self, ours: bool) -> Row | None:
+        wanted = [row for row in self.rows if row.ours == ours and row.entry.library != "baseline"]
+        return max(wanted, key=lambda row: row.value.raw.value, default=None)
+
+
+def raw(scores: np.ndarray, keep: np.ndarray, outputs: np.ndarray) -> float:
+    return lds(scores, keep, outputs, resamples=0).raw.value
+
+
+def board(task: str, out: Path) -> Board:
+    """Of peers' several dampings the best; of all, their LDS on the subsets that chose nothing."""
+    keep, outputs = (values[SELECTION:] for values in bank(TASKS[task]))
+    groups: dict[tuple[str, str], list[tuple[Entry, dict, np.ndarray]]] = {}
+    failed = []
+    for entry in entries(task):
+        file = out / f"{entry.name}.json"
+        if not file.exists():
+            continue
+        found = json.loads(file.read_text())
+        if "failed" in found:
+            failed.append((entry, found["failed"]))
+            continue
+        scores = np.load(file.with_suffix(".npy"))
+        if not np.isfinite(scores).all():
+            failed.append((entry, f"{int((~np.isfinite(scores)).sum())} scores are not finite"))
+            continue
+        groups.setdefault((entry.library, entry.method), []).append((entry, found, scores))
+    rows = []
+    for group in groups.values():
+        entry, found, scores = max(group, key=lambda item: raw(item[2], keep, outputs))
+        rows.append(Row(entry, found, scores, lds(scores, keep, outputs, resamples=RESAMPLES), len(group)))
+    rows.sort(key=lambda row: -row.value.raw.value)
+    return Board(task, keep, outputs, rows, failed)
+
+
+def write_page(out: Path, file: Path) -> None:
+    boards = [found for task in TASKS if (found := board(task, out)).rows]
+    parts = [HEAD, summary(boards, out)]
+    parts += [section(found, out) for found in boards]
+    file.write_text("\n".join(parts))
+
+
+def shown(value: Interval) -> str:
+    return f"{value.value:.3f} ({value.low:.3f} - {value.high:.3f})"
+
+
+def table(headings: list[str], lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in [headings, ["---"] * len(headings), *lines]) + "\n"
+
+
+def named(row: Row) -> str:
+    return f"{row.entry.library} {row.entry.method}" if not row.ours else row.entry.method
+
+
+def summary(boards: list[Board], out: Path) -> str:
+    lines, notes = [], []
+    for found in boards:
+        mine, theirs = found.best(ours=True), found.best(ours=False)
+        if mine is None or theirs is None:
+            continue
+        gap = difference(mine.scores, theirs.scores, found.keep, found.outputs, resamples=RESAMPLES)
+        ceiling = mine.value.ceiling
+        lines.append(
+            [
+                found.task,
+                "exact" if ceiling is None else f"{ceiling:.3f}",
+                f"{mine.entry.method}: {mine.value.raw.value:.3f}",
+                f"{named(theirs)}, damping {theirs.entry.damping or 0:g}: {theirs.value.raw.value:.3f}",
+                f"{gap.value:+.3f} ({gap.low:+.3f} to {gap.high:+.3f})",
+                "yes" if gap.low > 0 else "**no**",
+                regret(mine),
+            ]
+        )
+        if gap.low <= 0:
+            notes.append(f"**{found.task}**: not significantly above the best peer. {WHY.get(found.task, '')}\n")
+    headings = [
+        "task",
+        "ceiling",
+        "our best",
+        "peers' best, in hindsight",
+        "difference",
+        "significant",
+        "lost by calibration",
+    ]
+    text = "\n## In short\n\n" + table(headings, lines)
+    return text + "".join("\n" + note for note in notes)
+
+
+def regret(row: Row) -> str:
+    """How much LDS the calibration left on the path."""
+    known = row.found.get("hindsight")
+    if not known:
+        return ""
+    best = max(value for value in known.values() if np.isfinite(value))
+    return f"{best - row.value.raw.value:+.3f}"
+
+
+def section(found: Board, out: Path) -> str:
+    task = TASKS[found.task]
+    first = found.rows[0].value
+    lines = []
+    for row in found.rows:
+        default = out / f"{row.entry.name}.default.npy"
+        at_default = f"{raw(np.load(default), found.keep, found.outputs):.3f}" if default.exists() else ""
+        corrected = row.value.corrected
+        lines.append(
+            [
+                row.entry.method,
+                f"**{row.entry.library}**" if row.ours else row.entry.library,
+                damping(row),
+                shown(row.value.raw),
+                "" if corrected is None else f"{corrected.value:.3f}",
+                at_default if "chosen" in row.found else "",
+                regret(row),
+                " + ".join(f"{row.found['cost'].get(part, 0):.2g}" for part in ("fit", "score")),
+                f"{row.found['cost']['calibrate']:.2g}" if "calibrate" in row.found["cost"] else "",
+                f"{row.found['peak']:.0f}" if "peak" in row.found else "",
+            ]
+        )
+    headings = [
+        *("method", "library", "damping", "LDS", "corrected", "at default", "lost", "fit + score, CPU s"),
+        *("calibration", "MB"),
+    ]
+    ceiling = "no noise" if first.ceiling is None else f"ceiling {first.ceiling:.3f}"
+    text = f"\n## {found.task}\n\n{task.title[0].upper()}{task.title[1:]}.\n"
+    text += f"{first.subsets} subsets, alpha {first.alpha:.2g}, {ceiling}.\n\n"
+    text += table(headings, lines)
+    if found.failed:
+        said = {f"{entry.library} {entry.method} ({why})" for entry, why in found.failed}
+        text += "\nNo scores: " + "; ".join(sorted(said)) + ".\n"
+    evidence = [row for row in found.rows if row.found.get("evidence")]
+    if evidence and found.task not in LOGISTIC:
+        amounts = (
+            f"{row.entry.method} {geometric(row.found['evidence']):.2g} (calibrated: {row.found['chosen']:.2g})"
+            for row in evidence[:3]
+        )
+        text += "\nWithout retraining, the evidence would choose, in mean eigenvalues: " + ", ".join(amounts) + ".\n"
+    return text
+
+
+def geometric(amounts: dict[str, float]) -> float:
+    return float(np.exp(np.mean(np.log(list(amounts.values())))))
+
+
+def damping(row: Row) -> str:
+    if "chosen" in row.found:
+        low, high = row.found["plateau"]
+        return f"{row.found['chosen']:.2g} x mean ({low:.2g} - {high:.2g})"
+    if row.entry.damping is not None:
+        return f"{row.entry.damping:g}, best of {row.tried}"
+    return ""

@@ -1,0 +1,92 @@
+"""Arrays as the metrics take them: each as NumPy has it, or an error that names the bad value.
+
+scores   [q, n]      finite
+keep     [m, n]      bool: the train rows that each subset keeps
+outputs  [m, r, q]   of the models retrained on each subset, r runs; NaN: not run
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from headwater.errors import InvalidInput, InvalidSetting, NonFiniteValue, ShapeMismatch
+
+Floats = NDArray[np.float64]
+Flags = NDArray[np.bool_]
+
+
+def score_matrix(scores: ArrayLike) -> Floats:
+    """Scores as [q, n]. Errors: ShapeMismatch; NonFiniteValue naming the first query and row."""
+    given = np.asarray(scores, dtype=np.float64)
+    if given.ndim != 2 or not given.size:
+        raise ShapeMismatch(f"The scores are {given.shape}; expected (q, n), at least one of each.")
+    bad = ~np.isfinite(given)
+    if bad.any():
+        query, row = (int(k) for k in np.argwhere(bad)[0])
+        raise NonFiniteValue(f"{int(bad.sum())} scores are not finite, the first of query {query} and row {row}.")
+    return given
+
+
+def subset_mask(keep: ArrayLike) -> Flags:
+    """The rows of subsets as [m, n]. Errors: InvalidInput."""
+    kept = np.asarray(keep)
+    if kept.dtype != np.bool_ or kept.ndim != 2:
+        raise InvalidInput(f"The subsets are a mask (m, n) of booleans; got {kept.shape} of {kept.dtype}.")
+    return kept
+
+
+def retrained_outputs(keep: ArrayLike, outputs: ArrayLike) -> tuple[Flags, Floats, Floats]:
+    """Masks [m, n], outputs of all runs [m, r, q], and their mean over runs [m, q].
+
+    Errors: ShapeMismatch; InvalidInput for fewer than 3 subsets, one that keeps no row, and one that was never run.
+    """
+    kept, runs = subset_mask(keep), np.asarray(outputs, dtype=np.float64)
+    if runs.ndim != 3 or len(runs) != len(kept):
+        raise ShapeMismatch(f"The outputs are {runs.shape} for {len(kept)} subsets; expected (m, runs, q).")
+    if len(kept) < 3:
+        raise InvalidInput(f"A correlation over subsets needs at least 3 of them, got {len(kept)}.")
+    if not np.any(kept, axis=1).all():
+        raise InvalidInput(f"Subset {int(np.any(kept, axis=1).argmin())} keeps no row.")
+    done = np.any(complete_runs(runs), axis=1)
+    if not done.all():
+        raise InvalidInput(f"Subset {int(done.argmin())} has no run whose outputs are all finite.")
+    return kept, runs, mean_over_runs(runs)
+
+
+def complete_runs(outputs: Floats) -> Flags:
+    """The runs whose outputs are all finite: [m, r]."""
+    return np.asarray(np.isfinite(outputs).all(axis=2))
+
+
+def mean_over_runs(outputs: Floats) -> Floats:
+    """The mean of each subset's complete runs, of which there must be one: [m, q]."""
+    done = complete_runs(outputs)
+    return np.einsum("mrq,mr->mq", np.nan_to_num(outputs), done / done.sum(axis=1, keepdims=True))
+
+
+def usual_runs(outputs: Floats) -> int:
+    """How many complete runs a subset has, most often."""
+    return int(np.bincount(complete_runs(outputs).sum(axis=1)).argmax())
+
+
+def query_outputs(values: ArrayLike, queries: int, said: str) -> Floats:
+    """One model's outputs, a finite number for each query: [q].
+
+    said: what they are, in words ("outputs after a step"). Errors: ShapeMismatch; NonFiniteValue naming the query.
+    """
+    found = np.asarray(values, dtype=np.float64)
+    if found.shape != (queries,):
+        raise ShapeMismatch(f"The {said} are {found.shape}; expected ({queries},).")
+    if not np.isfinite(found).all():
+        first = int(np.argmin(np.isfinite(found)))
+        raise NonFiniteValue(f"The {said} are not finite, the first that of query {first}.")
+    return found
+
+
+def check_whole(name: str, value: object, least: int, most: int | None = None) -> None:
+    """Errors: InvalidSetting for what is no whole number from `least` to `most`."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):  # type: ignore[operator]
+        wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise InvalidSetting(f"{name} is {value!r}; expected a whole number {wanted}.")
