@@ -13,6 +13,7 @@ from torch import nn
 import headwater as hw
 from headwater.curvature import passes
 from headwater.errors import BatchMismatch, InvalidInput, InvalidSetting, NotFittedError, StaleFit
+from headwater.evaluate.audited import upper_bound
 from headwater.operators.algebra import IdentityOperator, ScaledOperator
 from headwater.operators.structured import DenseOperator
 from headwater.run import verify as home
@@ -23,8 +24,6 @@ from headwater.run.verification import (
     REFIT,
     SIZES,
     Check,
-    conformal_quantile,
-    rank_correlation,
 )
 from headwater.torch import TorchBatch, TorchComposableInfluence, TorchGradientProvider
 
@@ -357,18 +356,18 @@ def test_what_cannot_be_verified_is_refused():
 @pytest.mark.parametrize("m, k", [(9, 9), (19, 18), (32, 30), (99, 90)])
 def test_the_bound_is_the_order_statistic_of_split_conformal_prediction(m, k):
     errors = np.random.default_rng(0).permutation(np.arange(1.0, m + 1))
-    assert conformal_quantile(errors, 0.1) == k
+    assert upper_bound(errors, 0.9) == k
 
 
 def test_eight_errors_are_too_few_for_a_bound():
-    assert conformal_quantile(np.ones(8), 0.1) == math.inf
+    assert upper_bound(np.ones(8), 0.9) == math.inf
 
 
 @pytest.mark.parametrize("heavy", [False, True])
 def test_the_next_error_is_within_the_bound_nine_times_in_ten(heavy):
     rng, m, trials = np.random.default_rng(1), 32, 4000
     draws = rng.standard_cauchy((trials, m + 1)) if heavy else rng.random((trials, m + 1))
-    inside = np.mean([abs(row[-1]) <= conformal_quantile(np.abs(row[:-1]), 0.1) for row in draws])
+    inside = np.mean([abs(row[-1]) <= upper_bound(np.abs(row[:-1]), 0.9) for row in draws])
     expected = 30 / 33
     assert abs(inside - expected) < 4 * math.sqrt(expected * (1 - expected) / trials)
 
@@ -397,14 +396,6 @@ def test_the_bound_is_not_given_where_it_says_nothing():
     influence, train, query = fitted()
     assert "too few" in influence.verify(train, query, rows=2).checks[-1].verdict
     assert "no train row is left" in influence.verify(train, query, rows=11).checks[-1].verdict
-
-
-def test_rank_correlation_is_spearmans_with_ties():
-    left, right = np.array([1.0, 2.0, 2.0, 5.0]), np.array([3.0, 1.0, 1.0, 4.0])
-    ranks = np.array([1, 2.5, 2.5, 4]), np.array([3, 1.5, 1.5, 4])
-    assert rank_correlation(left, right) == pytest.approx(np.corrcoef(*ranks)[0, 1])
-    assert rank_correlation(left, 10 * left) == pytest.approx(1.0)
-    assert math.isnan(rank_correlation(left, np.zeros(4)))
 
 
 def test_warnings_of_solves_are_in_the_table_and_nowhere_else():

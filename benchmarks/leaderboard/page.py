@@ -14,6 +14,7 @@ from tasks import TASKS, bank
 from headwater.evaluate.lds import Interval, Lds, difference, lds
 
 RESAMPLES = 200
+"""Of the subsets, for each interval."""
 
 HEAD = (Path(__file__).parent / "head.md").read_text()
 AT_A_MINIMUM = (

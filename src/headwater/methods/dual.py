@@ -13,6 +13,7 @@ from headwater.curvature.products import fit_products
 from headwater.errors import InvalidSetting
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
 from headwater.methods.base import Curvatures, Method, check_fisher
+from headwater.methods.damping import Damping, Relative
 from headwater.operators.algebra import LinearOperator
 from headwater.operators.spectrum import Spectrum
 
@@ -47,6 +48,11 @@ class Dual(Method):
     ) -> tuple[Curvatures, float]:
         duals, rows = fit_dual(provider, loader, self.curvature, fisher=self.fisher, seed=self.seed, progress=progress)
         return OrderedDict(duals), rows
+
+    @property
+    def default_damping(self) -> Damping:
+        """10 mean eigenvalues: near the best for exact solves on the leaderboard; see docs/leaderboard.md."""
+        return Relative(10.0)
 
     @property
     def approximates(self) -> str:
