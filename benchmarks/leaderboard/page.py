@@ -23,8 +23,8 @@ AT_A_MINIMUM = (
     "about twice the l2 of the training forecasts better than the l2 itself."
 )
 NOISY = (
-    "Two runs on the same rows agree so little (see the ceiling, itself from ten subsets) that no difference of a few "
-    "hundredths could be seen. Exact solves, which win on the other networks, cost a pass over all rows for each query and "
+    "Two runs on the same rows agree so little (see the ceiling, itself of ten subsets) that no gap of a few "
+    "hundredths could be seen. Exact solves, which win on the other networks, cost a pass over all rows a query and "
     "step, and were not run; what is left are Kronecker factors, which the best peer has, too."
 )
 WHY = {**dict.fromkeys(LOGISTIC, AT_A_MINIMUM), "gospels-lm": NOISY}
