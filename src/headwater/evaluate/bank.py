@@ -222,7 +222,9 @@ class Bank:
         file = self.path / "packed.npz"
         if file.exists():
             with np.load(file) as packed:
-                self.outputs, self._done = packed["outputs"].astype(np.float64), packed["done"]
+                done = packed["done"]
+                self.outputs[done] = packed["outputs"][done]
+                self._done |= done
 
     def _read(self, place: tuple[int, int]) -> None:
         if self._file(place).exists():
@@ -282,6 +284,9 @@ class Bank:
 
     def pack(self) -> Self:
         """All runs in one file, for keeping; a bank can be packed again after more runs."""
+        self._read_packed()
+        for place in self.plan.places:
+            self._read(place)
         with _draft(self.path / "packed.npz") as draft:
             np.savez_compressed(draft, outputs=self.outputs, done=self._done)
         for place in self.plan.places:

@@ -132,7 +132,7 @@ def choose_damping(
     chosen, held_out, beaten = dict.fromkeys(shares, best), common, None
     if by_block and len(shares) > 1:
         apart = _held_out(halves, lambda half: _best_by_block(shares, measured, half), shares, measured)
-        if common is None or (apart is not None and apart > common):
+        if common is not None and apart is not None and apart > common:
             chosen, held_out, beaten = _best_by_block(shares, measured, every), apart, common
     runs = int(np.isfinite(np.asarray(outputs, dtype=np.float64)).all(axis=2).sum())
     return Calibration(
@@ -145,7 +145,7 @@ def choose_damping(
         plateau=_plateau(path, along, best),
         held_out=held_out,
         common=beaten,
-        notes=("by block was asked for, and held-out subsets speak against it",)
+        notes=("one damping for all blocks: no held-out subsets speak for several",)
         if by_block and len(shares) > 1 and len(set(chosen.values())) == 1
         else (),
     )

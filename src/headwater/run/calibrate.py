@@ -208,6 +208,8 @@ def _forecasts(
         except SingularOperator as error:
             for values in found.values():
                 values[k] = np.nan
+            if k == len(path) - 1:
+                raise
             return found, [f"no damping of {path[k]:.2g} or less was tried: {_first(error)}"]
         solved = solved or bool(log)
         if not all(report.converged.all() for report in log):
@@ -250,16 +252,17 @@ def _by_evidence(influence: ComposableInfluence, path: Sequence[float], unit: st
                 "not: give a bank of retrained models, or calibrate hw.Ekfac() or hw.Direct() and take its damping."
             )
         gap = np.log(np.maximum(dof, 1e-300) / max(size, 1e-300)) - np.log(np.maximum(absolute, 1e-300))
-        chosen[name] = _crossing(np.log(path), gap)
+        chosen[name] = _crossing(path, gap)
     return Calibration(tuple(path), unit, chosen, EVIDENCE)
 
 
-def _crossing(where: np.ndarray, gap: np.ndarray) -> float:
+def _crossing(path: Sequence[float], gap: np.ndarray) -> float:
     """Where a falling gap is zero, between points of the path; an end of the path where it is nowhere zero."""
+    where = np.log(path)
     if gap[0] <= 0:
-        return float(np.exp(where[0]))
+        return float(path[0])
     if gap[-1] >= 0:
-        return float(np.exp(where[-1]))
+        return float(path[-1])
     k = int(np.argmax(gap <= 0))
     share = gap[k - 1] / (gap[k - 1] - gap[k])
     return float(np.exp(where[k - 1] + share * (where[k] - where[k - 1])))

@@ -104,6 +104,7 @@ def train_many(
         models = [_fresh(make, int(seed)) for seed in seeds[group]]
         _check_rows_apart(models[0])
         parameters = {name: value.detach() for name, value in stack_module_state(models)[0].items()}
+        _check_same_rest(models)
         trained = {name for name, value in models[0].named_parameters() if value.requires_grad}
         order = torch.stack(
             [_order(row, int(s), steps * batch_size) for row, s in zip(kept[group], seeds[group], strict=True)]
@@ -174,6 +175,22 @@ def _order(keep: Tensor, seed: int, count: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     shuffles = (torch.randperm(len(keep), generator=generator) for _ in range(-(-count // int(keep.sum()))))
     return torch.cat([shuffle[keep[shuffle]] for shuffle in shuffles])[:count]
+
+
+def _check_same_rest(models: Sequence[nn.Module]) -> None:
+    """Errors: UnsupportedModel where what is not trained differs from model to model: they share the first one's."""
+    for model in models[1:]:
+        for (name, mine), theirs in zip(_rest(models[0]).items(), _rest(model).values(), strict=True):
+            if not torch.equal(mine, theirs):
+                raise UnsupportedModel(
+                    f"{name} is not trained, and differs from model to model. Draw it once, outside of make()."
+                )
+
+
+def _rest(model: nn.Module) -> dict[str, Tensor]:
+    """Frozen parameters and buffers."""
+    frozen = {name: value.detach() for name, value in model.named_parameters() if not value.requires_grad}
+    return {**frozen, **dict(model.named_buffers())}
 
 
 def _check_rows_apart(model: nn.Module) -> None:
