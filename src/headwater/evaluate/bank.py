@@ -18,6 +18,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import IO, Any, Self
 from zlib import crc32
@@ -250,7 +251,8 @@ class Bank:
     def fill(self, measure: Measure, *, workers: int = 1, processes: bool = False, progress: bool = False) -> Self:
         """Run what is missing, one model after another or `workers` at once; each is kept as it comes.
 
-        processes: the workers are processes, not threads; then `measure` must be picklable.
+        processes: the workers are fresh processes, not threads; then `measure` must be picklable, and a script start
+        under `if __name__ == "__main__"`.
         Errors: ShapeMismatch for outputs that are not (q,); NonFiniteValue naming the subset and the seed.
         """
         missing = self.missing
@@ -258,7 +260,9 @@ class Bank:
         seeds = (int(self.plan.seeds[place]) for place in missing)
         if workers == 1 or not missing:
             return self._keep_all(missing, map(measure, rows, seeds), progress)
-        pool: Executor = ProcessPoolExecutor(workers) if processes else ThreadPoolExecutor(workers)
+        pool: Executor = (
+            ProcessPoolExecutor(workers, get_context("spawn")) if processes else ThreadPoolExecutor(workers)
+        )
         try:
             return self._keep_all(missing, pool.map(measure, rows, seeds), progress)
         finally:
