@@ -251,8 +251,8 @@ class Bank:
     def fill(self, measure: Measure, *, workers: int = 1, processes: bool = False, progress: bool = False) -> Self:
         """Run what is missing, one model after another or `workers` at once; each is kept as it comes.
 
-        processes: the workers are fresh processes, not threads; then `measure` must be picklable, and a script begin
-        under `if __name__ == "__main__"`.
+        processes: the workers are fresh processes, not threads; then `measure` must be picklable, and a script must
+        start under `if __name__ == "__main__"`.
         Errors: ShapeMismatch for outputs that are not (q,); NonFiniteValue naming the subset and the seed.
         """
         missing = self.missing
