@@ -98,6 +98,16 @@ def test_rows_with_ids_are_found_in_the_bank_in_any_order():
     assert found.calibrate(mixed, QUERY, (KEEP, OUTPUTS)).calibration.measured == pytest.approx(plain.measured)
 
 
+def test_how_rows_come_in_batches_changes_nothing():
+    found = influence()
+    plain = found.calibrate(TRAIN, QUERY, (KEEP, OUTPUTS)).calibration
+    uneven = [(X[a:b], Y[a:b]) for a, b in ((0, 1), (1, 18), (18, N))]
+    queries = [(X[k : k + 1], Y[k : k + 1]) for k in range(N, N + Q)]
+    other = found.calibrate(uneven, queries, (KEEP, OUTPUTS)).calibration
+    assert other.measured == pytest.approx(plain.measured, abs=1e-9)
+    assert other.chosen == plain.chosen
+
+
 def test_the_evidence_puts_the_damping_where_it_equals_degrees_of_freedom_over_squared_weights():
     dampings = [hw.relative(float(amount)) for amount in np.logspace(-6, 6, 200)]
     found = influence(hw.Direct("ggn"), blocks="full").calibrate(TRAIN, dampings=dampings)

@@ -88,6 +88,17 @@ def test_frozen_parameters_stay_and_checkpoints_are_what_training_passed_through
     assert not torch.equal(found.model(1, checkpoint=3)[3].weight, found.model(1)[3].weight)
 
 
+@pytest.mark.parametrize("side_by_side", [1, 2, 16])
+def test_what_training_leaves_alone_is_the_same_in_all_models(side_by_side):
+    def partly_random():
+        model = make()
+        model[0].requires_grad_(False)
+        return model
+
+    with pytest.raises(UnsupportedModel, match=r"0\.weight"):
+        trained(start=partly_random, side_by_side=side_by_side)
+
+
 def test_plain_classifiers_agree_with_the_trainer_that_is_made_for_them():
     x, y, keep = torch.randn(30, 4, dtype=torch.float64), torch.randint(3, (30,)), np.ones((2, 30), bool)
     plain = train_mlps(x, y, keep, [1, 2], widths=(4, 5, 3), steps=0 + 6, batch_size=30, lr=0.1, l2=0.0)

@@ -68,9 +68,10 @@ def raw(scores: np.ndarray, keep: np.ndarray, outputs: np.ndarray) -> float:
     return lds(scores, keep, outputs, resamples=0).raw.value
 
 
-def board(task: str, out: Path) -> Board:
-    """Of peers' several dampings the best; of all, their LDS on the subsets that chose nothing."""
-    keep, outputs = (values[SELECTION:] for values in bank(TASKS[task]))
+def board(task: str, out: Path) -> Board | None:
+    """Of peers' several dampings the best; of all, their LDS on the subsets that chose nothing.
+
+    None where nothing was measured: the task's rows are then not read."""
     groups: dict[tuple[str, str], list[tuple[Entry, dict, np.ndarray]]] = {}
     failed = []
     for entry in entries(task):
@@ -86,16 +87,20 @@ def board(task: str, out: Path) -> Board:
             failed.append((entry, f"{int((~np.isfinite(scores)).sum())} scores are not finite"))
             continue
         groups.setdefault((entry.library, entry.method), []).append((entry, found, scores))
+    if not groups:
+        return None
+    known = bank(TASKS[task])
+    keep, outputs = (values[SELECTION:] for values in known)
     rows = []
     for group in groups.values():
         entry, found, scores = max(group, key=lambda item: raw(item[2], keep, outputs))
         rows.append(Row(entry, found, scores, lds(scores, keep, outputs, resamples=RESAMPLES), len(group)))
     rows.sort(key=lambda row: -row.value.raw.value)
-    return Board(task, keep, outputs, rows, failed, ceiling(bank(TASKS[task]).outputs))
+    return Board(task, keep, outputs, rows, failed, ceiling(known.outputs))
 
 
 def write_page(out: Path, file: Path) -> None:
-    boards = [found for task in TASKS if (found := board(task, out)).rows]
+    boards = [found for task in TASKS if (found := board(task, out)) is not None]
     parts = [HEAD, summary(boards)]
     parts += [section(found) for found in boards]
     file.write_text("\n".join(parts))

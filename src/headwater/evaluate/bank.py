@@ -26,7 +26,8 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from headwater.errors import InvalidInput, InvalidSetting, NonFiniteValue, ShapeMismatch
+from headwater.errors import InvalidInput, InvalidSetting, ShapeMismatch
+from headwater.evaluate.checks import check_whole, query_outputs
 from headwater.progress import track
 
 Measure = Callable[[NDArray[np.int64], int], ArrayLike]
@@ -84,8 +85,7 @@ def plan_subsets(
         ("runs", runs, 1),
         ("repeated", repeated, 0),
     ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise InvalidSetting(f"{name} is {value!r}; expected a whole number of at least {least}.")
+        check_whole(name, value, least)
     size = round(alpha * rows) if 0 < alpha < 1 else 0
     if not 0 < size < rows:
         raise InvalidSetting(
@@ -300,14 +300,8 @@ class Bank:
         return self
 
     def _checked(self, place: tuple[int, int], outputs: ArrayLike) -> NDArray[np.float64]:
-        found = np.asarray(outputs, dtype=np.float64)
         where = f"subset {place[0]}, seed {int(self.plan.seeds[place])}"
-        if found.shape != (self.queries,):
-            raise ShapeMismatch(f"The outputs of {where} are {found.shape}; expected ({self.queries},).")
-        if not np.isfinite(found).all():
-            first = int(np.argmin(np.isfinite(found)))
-            raise NonFiniteValue(f"The outputs of {where} are not finite, the first that of query {first}.")
-        return found
+        return query_outputs(outputs, self.queries, f"outputs of {where}")
 
     def __iter__(self) -> Iterator[NDArray[Any]]:
         """keep and outputs: `lds(scores, *bank)`. Errors: InvalidInput for a bank that is not full."""

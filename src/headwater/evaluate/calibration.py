@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -134,7 +134,7 @@ def choose_damping(
         apart = _held_out(halves, lambda half: _best_by_block(shares, measured, half), shares, measured)
         if common is not None and apart is not None and apart > common:
             chosen, held_out, beaten = _best_by_block(shares, measured, every), apart, common
-    runs = int(np.isfinite(np.asarray(outputs, dtype=np.float64)).all(axis=2).sum())
+    runs = int(complete_runs(np.asarray(outputs, dtype=np.float64)).sum())
     return Calibration(
         path=tuple(map(float, path)),
         unit=unit,
@@ -151,11 +151,6 @@ def choose_damping(
     )
 
 
-def settle(found: Calibration, notes: Sequence[str]) -> Calibration:
-    """With more notes."""
-    return replace(found, notes=(*found.notes, *notes))
-
-
 def _checked(
     path: Sequence[float], forecasts: Mapping[str, ArrayLike], outputs: ArrayLike
 ) -> tuple[dict[str, Floats], Floats]:
@@ -169,9 +164,6 @@ def _checked(
     for name, values in shares.items():
         if values.shape != wanted:
             raise ShapeMismatch(f"The forecasts of {name!r} are {values.shape}; expected {wanted}.")
-    done = complete_runs(runs).any(axis=1)
-    if not done.all():
-        raise InvalidInput(f"Subset {int(done.argmin())} has no run whose outputs are all finite.")
     return shares, mean_over_runs(runs)
 
 

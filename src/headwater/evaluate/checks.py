@@ -48,9 +48,6 @@ def retrained_outputs(keep: ArrayLike, outputs: ArrayLike) -> tuple[Flags, Float
         raise InvalidInput(f"A correlation over subsets needs at least 3 of them, got {len(kept)}.")
     if not np.any(kept, axis=1).all():
         raise InvalidInput(f"Subset {int(np.any(kept, axis=1).argmin())} keeps no row.")
-    done = np.any(complete_runs(runs), axis=1)
-    if not done.all():
-        raise InvalidInput(f"Subset {int(done.argmin())} has no run whose outputs are all finite.")
     return kept, runs, mean_over_runs(runs)
 
 
@@ -60,8 +57,10 @@ def complete_runs(outputs: Floats) -> Flags:
 
 
 def mean_over_runs(outputs: Floats) -> Floats:
-    """The mean of each subset's complete runs, of which there must be one: [m, q]."""
+    """The mean of each subset's complete runs: [m, q]. Errors: InvalidInput for a subset that has none."""
     done = complete_runs(outputs)
+    if not done.any(axis=1).all():
+        raise InvalidInput(f"Subset {int(done.any(axis=1).argmin())} has no run whose outputs are all finite.")
     return np.einsum("mrq,mr->mq", np.nan_to_num(outputs), done / done.sum(axis=1, keepdims=True))
 
 

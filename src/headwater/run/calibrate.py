@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,10 @@ import numpy as np
 from headwater.arrays import Array, namespace, to_numpy, transpose
 from headwater.errors import HeadwaterError, InvalidInput, InvalidSetting, NotConverged, SingularOperator
 from headwater.evaluate.bank import Bank, Plan, plan_subsets
-from headwater.evaluate.calibration import EVIDENCE, choose_damping, settle
+from headwater.evaluate.calibration import EVIDENCE, choose_damping
 from headwater.evaluate.calibration import Calibration as Calibration
-from headwater.evaluate.lds import spearman
+from headwater.evaluate.checks import mean_over_runs, subset_mask
+from headwater.evaluate.correlation import mean_correlation, spearman
 from headwater.gradients.block import BlockGradient, stack
 from headwater.influence import ComposableInfluence
 from headwater.methods.damping import Damping, Relative, relative
@@ -62,11 +63,12 @@ def calibrate(
         return _by_evidence(influence, *_path(dampings))
     if query_loader is None:
         raise InvalidInput("query_loader is None; the bank's outputs are those of queries: pass their loader.")
-    ids = _ids(influence, train_loader, progress)
-    keep, outputs = _retrained(bank, len(ids), subsets, seed)
+    if not isinstance(bank, Bank) and callable(bank):
+        bank = _retrain(bank, len(_ids(influence, train_loader, progress)), subsets, seed)
+    keep, outputs = _retrained(bank)
     along = path_forecasts(influence, train_loader, query_loader, keep, outputs, dampings=dampings, progress=progress)
     found = choose_damping(along.path, along.forecasts, outputs, unit=along.unit, by_block=by_block, seed=seed)
-    return settle(found, along.notes)
+    return replace(found, notes=(*found.notes, *along.notes))
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,14 +128,16 @@ def in_unit(amount: float, unit: str) -> Damping:
 # What was retrained ---------------------------------------------------------------------------------------------------
 
 
-def _retrained(bank: Retrained, rows: int, subsets: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _retrain(measure: Measure, rows: int, subsets: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """keep [m, n] and outputs [m, 1, q] of random halves of the rows."""
+    plan = plan_subsets(rows, subsets=subsets, repeated=0, seed=seed)
+    return plan.keep, np.stack([_output(measure, plan, place) for place in plan.places])[:, None]
+
+
+def _retrained(bank: Bank | tuple[Any, Any]) -> tuple[np.ndarray, np.ndarray]:
     """keep [m, n] and outputs [m, r, q]."""
-    if callable(bank) and not isinstance(bank, Bank):
-        plan = plan_subsets(rows, subsets=subsets, repeated=0, seed=seed)
-        return plan.keep, np.stack([_output(bank, plan, place) for place in plan.places])[:, None]
-    keep, outputs = (np.asarray(part) for part in bank)
-    if keep.dtype != np.bool_ or keep.ndim != 2:
-        raise InvalidInput(f"The bank's subsets are a mask (m, n) of booleans; got {keep.shape} of {keep.dtype}.")
+    keep, outputs = bank
+    keep, outputs = subset_mask(keep), np.asarray(outputs)
     if outputs.ndim != 3:
         raise InvalidInput(f"The bank's outputs are {outputs.shape}; expected (m, runs, q).")
     return keep, outputs.astype(np.float64)
@@ -195,7 +199,7 @@ def _forecasts(
     """Of each block: [k, m, q], NaN where a damping was left out; and why any was."""
     subsets = len(next(iter(right.values())))
     found = {name: np.full((len(path), subsets, outputs.shape[2]), np.nan) for name in left}
-    truth = np.nanmean(outputs, axis=1)
+    truth = mean_over_runs(outputs)
     best, worse, solved, missed = -1.0, 0, False, []
     for k in reversed(range(len(path))):
         try:
@@ -215,7 +219,7 @@ def _forecasts(
         if not all(report.converged.all() for report in log):
             missed.append(path[k])
         total = np.sum([values[k] for values in found.values()], axis=0)
-        figure = float(np.nan_to_num(spearman(total[: len(truth)], truth)).mean())
+        figure = mean_correlation(spearman(total[: len(truth)], truth))
         best, worse = max(best, figure), worse + 1 if figure < best - WORSE else 0
         if solved and worse >= IN_A_ROW and k:
             return found, [f"dampings below {path[k]:.2g} were not tried: their LDS falls, and they are dear to solve"]

@@ -12,7 +12,6 @@ For plain ReLU classifiers `train_mlps` does the same without `vmap`, and faster
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 from headwater.errors import BatchMismatch, InvalidSetting, NonFiniteValue, UnsupportedModel
+from headwater.torch.trainer import cosine_rate, visited_rows
 
 RowLosses = Callable[[Any, Tensor], Tensor]
 """(outputs, y) -> the loss of each row [n]."""
@@ -98,26 +98,28 @@ def train_many(
         raise BatchMismatch(f"There are {len(x)} rows x, {len(y)} rows y, {len(seeds)} seeds; keep is {kept.shape}.")
     if not kept.any(1).all():
         raise BatchMismatch(f"Every model needs a row; model {int(kept.any(1).int().argmin())} keeps none.")
-    groups = []
+    groups, first = [], _fresh(make, int(seeds[0]))
+    _check_rows_apart(first)
     for start in range(0, len(seeds), side_by_side):
         group = slice(start, start + side_by_side)
         models = [_fresh(make, int(seed)) for seed in seeds[group]]
-        _check_rows_apart(models[0])
+        _check_same_rest(first, models)
         parameters = {name: value.detach() for name, value in stack_module_state(models)[0].items()}
-        _check_same_rest(models)
         trained = {name for name, value in models[0].named_parameters() if value.requires_grad}
         order = torch.stack(
-            [_order(row, int(s), steps * batch_size) for row, s in zip(kept[group], seeds[group], strict=True)]
+            [
+                visited_rows(row, torch.Generator().manual_seed(int(seed)), steps * batch_size)
+                for row, seed in zip(kept[group], seeds[group], strict=True)
+            ]
         )
         course = _Course(models[0], loss, lr, momentum, l2, decay, frozenset(checkpoints), progress)
         groups.append(course.run({n: parameters[n] for n in sorted(trained)}, x, y, order.view(-1, steps, batch_size)))
-    template = copy.deepcopy(models[0])
     joined = {name: torch.cat([final[name] for final, _ in groups]) for name in groups[0][0]}
     passed = tuple(
-        (step, {name: torch.cat([kept[step][name] for _, kept in groups]) for name in joined})
+        (step, {name: torch.cat([states[step][name] for _, states in groups]) for name in joined})
         for step in sorted(set(checkpoints))
     )
-    return StackedModels(template, joined, passed)
+    return StackedModels(first, joined, passed)
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ class _Course:
             if step in self.checkpoints:
                 passed[step] = {name: value.clone() for name, value in parameters.items()}
             rows = order[:, step].to(x.device)
-            rate = self.lr * (1 + math.cos(math.pi * step / steps)) / 2 if self.decay else self.lr
+            rate = cosine_rate(self.lr, step, steps) if self.decay else self.lr
             for name, slope in slopes(parameters, x[rows], y[rows]).items():
                 velocities[name].mul_(self.momentum).add_(slope).add_(parameters[name], alpha=self.l2)
                 parameters[name].sub_(velocities[name], alpha=rate)
@@ -170,17 +172,10 @@ def _fresh(make: Callable[[], nn.Module] | nn.Module, seed: int) -> nn.Module:
         return make().eval()
 
 
-def _order(keep: Tensor, seed: int, count: int) -> Tensor:
-    """The rows that a model visits, [count]: shuffles of all rows, without those that it does not keep."""
-    generator = torch.Generator().manual_seed(seed)
-    shuffles = (torch.randperm(len(keep), generator=generator) for _ in range(-(-count // int(keep.sum()))))
-    return torch.cat([shuffle[keep[shuffle]] for shuffle in shuffles])[:count]
-
-
-def _check_same_rest(models: Sequence[nn.Module]) -> None:
+def _check_same_rest(first: nn.Module, models: Sequence[nn.Module]) -> None:
     """Errors: UnsupportedModel where what is not trained differs from model to model: they share the first one's."""
-    for model in models[1:]:
-        for (name, mine), theirs in zip(_rest(models[0]).items(), _rest(model).values(), strict=True):
+    for model in models:
+        for (name, mine), theirs in zip(_rest(first).items(), _rest(model).values(), strict=True):
             if not torch.equal(mine, theirs):
                 raise UnsupportedModel(
                     f"{name} is not trained, and differs from model to model. Draw it once, outside of make()."

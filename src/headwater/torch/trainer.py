@@ -123,7 +123,7 @@ def train_mlps(
         _descend(parameters, x, y, order, wanted, passed, lr=lr, momentum=momentum, l2=l2, progress=progress)
         groups.append([*passed, [p.detach() for p in parameters]])
     *kept, final = (_stacked(group) for group in zip(*groups, strict=True))
-    rates = (_rate(lr, step, steps) for step in wanted)
+    rates = (cosine_rate(lr, step, steps) for step in wanted)
     return replace(final, checkpoints=tuple(map(TrainingCheckpoint, wanted, rates, kept)))
 
 
@@ -202,8 +202,13 @@ def _draws(keep: Tensor, seed: int, widths: Sequence[int], count: int) -> tuple[
         for shape in ((o, i), (o,)):
             uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
             parameters.append((2 * uniform - 1) / math.sqrt(i))
+    return parameters, visited_rows(keep, generator, count)
+
+
+def visited_rows(keep: Tensor, generator: torch.Generator, count: int) -> Tensor:
+    """The rows that a model visits, [count]: shuffles of all rows, without those that it does not keep."""
     shuffles = (torch.randperm(len(keep), generator=generator) for _ in range(-(-count // int(keep.sum()))))
-    return parameters, torch.cat([shuffle[keep[shuffle]] for shuffle in shuffles])[:count]
+    return torch.cat([shuffle[keep[shuffle]] for shuffle in shuffles])[:count]
 
 
 def _descend(
@@ -233,7 +238,7 @@ def _descend(
         rows = order[:, step]
         logits = _linear(_hidden(weights, biases, x[rows]), weights[-1], biases[-1])
         loss = cross_entropy(logits.flatten(0, 1), y[rows].flatten(), reduction="sum") / batch_size
-        rate = _rate(lr, step, steps)
+        rate = cosine_rate(lr, step, steps)
         with torch.no_grad():
             for p, v, gradient in zip(parameters, velocities, torch.autograd.grad(loss, parameters), strict=True):
                 v.mul_(momentum).add_(gradient).add_(p, alpha=l2)
@@ -244,7 +249,7 @@ def _descend(
         raise NonFiniteValue(f"Training diverged: the last batch's loss is {loss.item()}. Lower lr (it was {lr}).")
 
 
-def _rate(lr: float, step: int, steps: int) -> float:
+def cosine_rate(lr: float, step: int, steps: int) -> float:
     """The learning rate falls from lr to zero along a cosine."""
     return lr * (1 + math.cos(math.pi * step / steps)) / 2
 
