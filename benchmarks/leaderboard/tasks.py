@@ -260,12 +260,12 @@ TASKS = {
         ),
         Task(
             "gospels-lm",
-            "byte transformer (2 layers, width 64) tuned on 600 passages of the Gospels, 100 queries, "
-            "99,456 parameters",
-            lambda: gospels(600, 100),
+            "byte transformer (2 layers, width 64) tuned on 300 passages of the Gospels, 50 queries, 99,456 parameters, "
+            "60 steps of SGD",
+            lambda: gospels(300, 50),
             ByteModel,
             token_losses,
-            training={"steps": 60, "batch_size": 32, "lr": 4e-3, "momentum": 0.9},
+            training={"steps": 60, "batch_size": 50, "lr": 1e-3, "momentum": 0.9},
             base=pretrain,
             saved=(0, 15, 30, 45),
             subsets=100,
