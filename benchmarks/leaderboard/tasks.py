@@ -260,8 +260,8 @@ TASKS = {
         ),
         Task(
             "gospels-lm",
-            "byte transformer (2 layers, width 64) tuned on 300 passages of the Gospels, 50 queries, 99,456 parameters, "
-            "60 steps of SGD",
+            "byte transformer (2 layers, width 64) tuned on 300 passages of the Gospels, 50 queries, "
+            "99,456 parameters, 60 steps of SGD",
             lambda: gospels(300, 50),
             ByteModel,
             token_losses,

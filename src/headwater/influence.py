@@ -651,8 +651,8 @@ class ComposableInfluence(ABC, Generic[TensorType]):
     ) -> Audit:
         """How far an approximation is from the exact damped inverse of what it approximates; `print` shows a table.
 
-        Random queries are solved exactly and scored against all train rows; what is found bounds the error for the
-        other queries with probability `level`, whatever the distribution. k: of top-k overlap. tolerance: relative
+        Random queries are solved exactly and scored against all train rows; what is found bounds the error for
+        one more query with probability `level`, whatever the distribution. k: of top-k overlap. tolerance: relative
         residual of the exact solves, None for what the dtype allows. train_loader gives the rows that were fitted.
         Errors: InvalidSetting for a method that approximates no inverse. See `headwater.run.audit`.
         """

@@ -3,8 +3,8 @@
     forecasts  [k, m, q]     of each damping on the path, for each subset and query; see `lds.forecast`
     outputs    [m, r, q]     measured on models retrained on each subset
 
-1. Each damping's LDS over the subsets, smoothed along the path by (1/4, 1/2, 1/4): neighbours are nearly the same
-   operator, and few subsets are noisy. The largest is chosen.
+1. Each damping has an LDS over the subsets; the largest is chosen. (Smoothing along the path was tried: it helps no
+   task of the leaderboard, and is wrong where the curve is steeper on one side.)
 2. How sure is the choice? Subsets are resampled and the choice is made again: the dampings chosen in all but 10 % of
    the resamples are the interval. The plateau is the stretch of the path around the choice where the LDS is within
    `FLAT` of it: what is lost by choosing otherwise.
@@ -172,11 +172,10 @@ def _lds(forecast: Floats, measured: Floats, chosen: NDArray[np.int64]) -> float
 
 
 def _best(total: Floats, measured: Floats, chosen: NDArray[np.int64]) -> int:
-    """The place on the path of the best smoothed LDS over these subsets; total [k, m, q]."""
+    """The place on the path of the best LDS over these subsets; total [k, m, q]."""
     tried = np.flatnonzero(np.isfinite(total).all(axis=(1, 2)))
     found = np.array([_lds(total[k], measured, chosen) for k in tried])
-    padded = np.concatenate([found[:1], found, found[-1:]])
-    return int(tried[np.argmax((padded[:-2] + 2 * padded[1:-1] + padded[2:]) / 4)])
+    return int(tried[np.argmax(found)])
 
 
 def _best_by_block(shares: Mapping[str, Floats], measured: Floats, chosen: NDArray[np.int64]) -> dict[str, int]:

@@ -14,6 +14,7 @@ from headwater.torch.likelihoods import Bernoulli, CrossEntropy, Likelihood, Out
 from headwater.torch.measurements import negative_logit, negative_margin
 from headwater.torch.pbrf import ProximalBregman, pbrf
 from headwater.torch.provider import TorchGradientProvider
+from headwater.torch.recentred import recentred
 
 __all__ = [
     "Bernoulli",
@@ -30,4 +31,5 @@ __all__ = [
     "negative_logit",
     "negative_margin",
     "pbrf",
+    "recentred",
 ]

@@ -94,7 +94,9 @@ def pbrf(
             missed.append((number, solved.steps, solved.slope))
     if missed:
         first, taken, slope = missed[0]
-        _warn(f"{len(missed)} of {len(chosen)} groups; the first is group {first}", taken, slope, tolerance)
+        warn_not_converged(
+            f"{len(missed)} of {len(chosen)} groups; the first is group {first}", taken, slope, tolerance
+        )
     return found
 
 
@@ -190,7 +192,7 @@ class ProximalBregman:
         mask[_rows(kept, self.rows, "The rows kept")] = False
         solved = self.solve(np.flatnonzero(mask))
         if not solved.converged:
-            _warn(f"the model without {int(mask.sum())} rows", solved.steps, solved.slope, self._tolerance)
+            warn_not_converged(f"the model without {int(mask.sum())} rows", solved.steps, solved.slope, self._tolerance)
         return solved.losses
 
     def solve(self, removed: ArrayLike) -> Response:
@@ -383,7 +385,7 @@ def _line_search(
     return None
 
 
-def _warn(what: str, steps: int, slope: float, tolerance: float) -> None:
+def warn_not_converged(what: str, steps: int, slope: float, tolerance: float) -> None:
     warnings.warn(
         f"The proximal Bregman response has not converged for {what}: after {steps} steps the gradient is "
         f"{slope:.2g} of what it was, with tolerance {tolerance:.2g}. More steps, more damping or a smooth "

@@ -1,0 +1,71 @@
+"""Scores taken where subsets are, not where all rows are.
+
+An influence score is a slope: what a little of a row's weight does, at the weights of the model. What a random part of
+the rows does, every row being there with probability `share`, is better foretold at the model for which every row
+counts `share` of what it did. To first order the slope there is each row's Banzhaf value, the mean over random subsets
+of what the row adds, and the sum of such values is the best additive forecast of a subset by least squares.
+
+1. For a convex model at the minimum of mean loss + l2/2 |w|^2 that model is the minimum of
+   share * mean loss + l2/2 |w|^2. One Newton solve on all rows finds it, from the weights at hand: nothing is retrained
+   on subsets, and no query is looked at.
+2. Its curvature is share * H + l2 = share (H + l2 / share). So scores there take damping l2 / share, and forecasts in
+   losses are those of the unit "removal" over share; ranks need no such factor.
+3. A network that has not converged is centred by the proximal Bregman objective (`headwater.torch.pbrf`), which keeps
+   it where it is for a share of 1. Training on the mean loss of whatever is left does not know how many rows there are,
+   so there is nothing to centre for networks that are trained so.
+
+Sources: Wang and Jia 2023, "Data Banzhaf", arXiv 2205.15466; Bae et al. 2022, arXiv 2209.05364, for the objective.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from headwater.errors import InvalidSetting
+from headwater.torch.losses import Loss
+from headwater.torch.pbrf import ProximalBregman, warn_not_converged
+
+
+def recentred(
+    model: nn.Module,
+    loss: Loss,
+    x: Any,
+    y: Any,
+    *,
+    damping: float,
+    share: float = 0.5,
+    steps: int = 100,
+    tolerance: float = 1e-9,
+    batch_size: int | None = None,
+) -> nn.Module:
+    """A copy of the model, solved anew with every row's weight times `share`, for scores that forecast such subsets.
+
+        centre = recentred(model, loss, x, y, damping=l2, share=0.5)
+        influence = TorchComposableInfluence(centre, loss, hw.Direct("hessian"), damping=l2 / 0.5, blocks="full")
+
+    loss: a mean over rows, convex in the output. x, y: all train rows. damping: the l2 of the training, which minimises
+    mean loss + l2/2 |w|^2. share: of the rows in the subsets that are asked about, in (0, 1]. The rest as in
+    `ProximalBregman`, which it uses: the solve is in float64, and the copy has the model's own dtype.
+    Errors: those of `ProximalBregman`; InvalidSetting for the share. Warns: NotConverged.
+    """
+    if not (math.isfinite(share) and 0 < share <= 1):
+        raise InvalidSetting(f"share is {share}; expected the share of the rows that subsets keep, in (0, 1].")
+    found = copy.deepcopy(model)
+    if share == 1:
+        return found
+    options: dict[str, Any] = {"steps": steps, "tolerance": tolerance, "batch_size": batch_size}
+    response = ProximalBregman(model, loss, x, y, x, y, damping=damping, weight=1 - share, **options)
+    solved = response.solve(np.arange(response.rows))
+    if not solved.converged:
+        warn_not_converged(f"the model with every row's weight times {share:g}", solved.steps, solved.slope, tolerance)
+    trained = [parameter for parameter in found.parameters() if parameter.requires_grad]
+    with torch.no_grad():
+        for parameter, values in zip(trained, solved.weights.split([p.numel() for p in trained]), strict=True):
+            parameter.copy_(values.reshape(parameter.shape))
+    return found
