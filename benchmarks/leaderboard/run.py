@@ -112,7 +112,7 @@ PEERS: dict[tuple[str, str], tuple[tuple[str, ...], tuple[float, ...]]] = {
     ("kronfluence", "kfac"): ((*NETWORKS, *LOGISTIC), DAMPED),
     ("kronfluence", "ekfac"): ((*NETWORKS, *LOGISTIC), DAMPED),
     ("pydvl", "direct"): (LOGISTIC, DAMPED),
-    ("pydvl", "cg"): (NETWORKS, SOLVED),
+    ("pydvl", "cg"): (NETWORKS, (*SOLVED, 0.3)),
     ("pydvl", "cg_gn"): (CLASSIFIERS, (1e-2, 3e-2)),
     ("pydvl", "ekfac"): ((*NETWORKS, *LOGISTIC), DAMPED),
     ("pydvl", "nystroem"): ((*NETWORKS, *LOGISTIC), SOLVED),
