@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 
 import numpy as np
 import pytest
@@ -126,10 +127,99 @@ def test_outputs_that_cannot_be_used_are_refused_and_the_rest_is_kept(tmp_path):
     with pytest.raises(NonFiniteValue, match=f"subset 4, seed {PLAN.seeds[4, 0]}.*query 1"):
         one.fill(broken)
     assert 0 < len(one.missing) < 10
+    two = bank(tmp_path / "c")
+    with pytest.raises(NonFiniteValue, match=f"subset 4, seed {PLAN.seeds[4, 0]}"):
+        two.fill_many(lambda keep, seeds: np.stack([*map(broken, map(np.flatnonzero, keep), seeds)]))
+    assert two.missing == [(4, 0)]
     with pytest.raises(ShapeMismatch, match=r"are \(3,\); expected \(2,\)"):
         one.fill(lambda rows, seed: np.zeros(3))
     with pytest.raises(ShapeMismatch, match="expected"):
         one.fill_many(lambda keep, seeds: np.zeros((1, 2)))
+
+
+def test_what_other_workers_have_finished_is_kept_when_one_fails(tmp_path):
+    """The first run waits for three others, and then fails: they are kept, and nothing more is begun."""
+    others, begun = threading.Semaphore(0), []
+
+    def stumbles(rows, seed):
+        begun.append(seed)
+        if seed == PLAN.seeds[0, 0]:
+            for _ in range(3):
+                assert others.acquire(timeout=30)
+            raise RuntimeError("out of luck")
+        others.release()
+        return measure(rows, seed)
+
+    one = bank(tmp_path / "b")
+    with pytest.raises(RuntimeError, match="out of luck") as raised:
+        one.fill(stumbles, workers=2)
+    assert f"subset 0, seed {PLAN.seeds[0, 0]}" in raised.value.__notes__[0]
+    assert len(one.missing) == 1 + 10 - len(begun) < 8
+    again = bank(tmp_path / "b")
+    assert again.missing == one.missing
+    np.testing.assert_array_equal(again.fill(measure).outputs, bank(tmp_path / "c").fill(measure).outputs)
+
+
+def test_two_that_fill_one_bank_share_the_work(tmp_path):
+    first, second, asked = bank(tmp_path / "b"), bank(tmp_path / "b"), []
+
+    def both(rows, seed):
+        asked.append(seed)
+        if len(asked) == 3:
+            second.fill(both)
+        return measure(rows, seed)
+
+    first.fill(both)
+    assert len(asked) == 11  # the run that the first was in is done by both
+    np.testing.assert_array_equal(first.outputs, second.outputs)
+
+
+def test_files_that_are_not_whole_are_named(tmp_path):
+    bank(tmp_path / "b").fill(measure)
+    for name in ("runs/2-0.npy", "plan.npz"):
+        file = tmp_path / "b" / name
+        file.write_bytes(file.read_bytes()[:-40])
+        with pytest.raises(InvalidInput, match=f"{file.name} cannot be read"):
+            Bank.open(tmp_path / "b")
+    bank(tmp_path / "c").fill(measure).pack()
+    (tmp_path / "c" / "packed.npz").write_bytes(b"")
+    with pytest.raises(InvalidInput, match=r"packed\.npz cannot be read"):
+        bank(tmp_path / "c")
+
+
+def test_a_run_of_other_queries_is_refused(tmp_path):
+    bank(tmp_path / "b").fill(measure)
+    np.save(tmp_path / "b" / "runs" / "2-0.npy", np.zeros(3))
+    with pytest.raises(ShapeMismatch, match=r"2-0\.npy are \(3,\)"):
+        bank(tmp_path / "b")
+
+
+def test_what_was_left_by_a_kill_does_not_hinder_packing(tmp_path):
+    one = bank(tmp_path / "b").fill(measure)
+    (tmp_path / "b" / "runs" / "2-0.npy.77.draft").write_bytes(b"half")
+    one.pack()
+    assert not (tmp_path / "b" / "runs").exists()
+
+
+def test_a_file_that_could_not_be_written_leaves_nothing(tmp_path, monkeypatch):
+    def full(*given, **options):
+        raise OSError(28, "No space left on device")
+
+    one = bank(tmp_path / "b")
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "save", full)
+        with pytest.raises(OSError, match="No space left"):
+            one.fill(measure)
+    assert len(one.missing) == 10
+    assert os.listdir(tmp_path / "b" / "runs") == []
+    assert not one.fill(measure).missing
+
+
+@pytest.mark.parametrize("value", [np.int64(3), {1, 2}, float("nan")])
+def test_a_recipe_that_is_not_json_is_refused(tmp_path, value):
+    with pytest.raises(InvalidInput, match="must be JSON"):
+        bank(tmp_path / "b", steps=value)
+    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize(
@@ -145,6 +235,9 @@ def test_a_plan_of_your_own_must_fit_together():
         Plan(np.ones((2, 5), bool), np.zeros((3, 1), int))
     with pytest.raises(InvalidInput, match="Subset 1 keeps no row"):
         Plan(np.array([[True], [False]]), np.zeros((2, 1), int))
+    with pytest.raises(InvalidInput, match=r"Subset 1 has the seeds \[5, 5\]"):
+        Plan(np.ones((2, 3), bool), np.array([[4, 5], [5, 5]]))
+    assert len(Plan(np.ones((2, 3), bool), np.array([[4, -1], [-1, -1]])).places) == 1
 
 
 def test_the_recipe_can_be_read(tmp_path):

@@ -13,27 +13,31 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import IO, Any, Self
-from zlib import crc32
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from headwater.errors import InvalidInput, InvalidSetting, ShapeMismatch
-from headwater.evaluate.checks import check_whole, query_outputs
+from headwater.evaluate.checks import Floats, check_whole, query_outputs
 from headwater.progress import track
 
 Measure = Callable[[NDArray[np.int64], int], ArrayLike]
 """(rows kept, seed) -> outputs [q] of the model trained on them."""
 MeasureMany = Callable[[NDArray[np.bool_], NDArray[np.int64]], ArrayLike]
 """(masks [b, n], seeds [b]) -> outputs [b, q] of the models trained on them, many at once."""
+Place = tuple[int, int]
+"""(subset, run)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +56,10 @@ class Plan:
             raise ShapeMismatch(f"There are {len(self.keep)} subsets and seeds for {len(self.seeds)}.")
         if not self.keep.any(axis=1).all():
             raise InvalidInput(f"Subset {int(self.keep.any(axis=1).argmin())} keeps no row.")
+        for subset, seeds in enumerate(self.seeds):
+            runs = seeds[seeds >= 0].tolist()
+            if len(set(runs)) < len(runs):
+                raise InvalidInput(f"Subset {subset} has the seeds {runs}: the same run twice tells nothing of noise.")
 
     @property
     def alpha(self) -> float:
@@ -59,7 +67,7 @@ class Plan:
         return float(self.keep.mean())
 
     @property
-    def places(self) -> list[tuple[int, int]]:
+    def places(self) -> list[Place]:
         """(subset, run) of all runs, subset after subset."""
         return [(int(m), int(r)) for m, r in np.argwhere(self.seeds >= 0)]
 
@@ -163,12 +171,15 @@ class Bank:
 
     plan: what is to be run. queries: how many outputs a model has. recipe: all else that decides the outputs (model,
     data, steps, what is measured), JSON values. Errors: InvalidInput if the folder holds another bank, which names what
-    differs.
+    differs, and for a recipe that is not JSON.
     """
 
     def __init__(self, path: str | os.PathLike[str], plan: Plan, queries: int, recipe: Mapping[str, Any]):
         self.path, self.plan, self.queries = Path(path), plan, int(queries)
-        self.recipe = json.loads(json.dumps(dict(recipe)))
+        try:
+            self.recipe = json.loads(json.dumps(dict(recipe), allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise InvalidInput(f"The recipe must be JSON (text, finite numbers, lists, dicts): {error}") from error
         self._check()
         self.outputs = np.full((*plan.seeds.shape, self.queries), np.nan)
         """[m, r, q]."""
@@ -184,10 +195,8 @@ class Bank:
         if not file.exists():
             raise FileNotFoundError(f"{path} holds no bank: there is no {file.name} in it.")
         asked = _json(file)
-        with np.load(Path(path) / "plan.npz") as kept:
-            shape = int(asked["subsets"]), int(asked["rows"])
-            mask = np.unpackbits(kept["keep"], axis=1, count=shape[1]).astype(bool)
-            plan = Plan(mask, kept["seeds"])
+        kept = _loaded(Path(path) / "plan.npz")
+        plan = Plan(np.unpackbits(kept["keep"], axis=1, count=int(asked["rows"])).astype(bool), kept["seeds"])
         return cls(path, plan, asked["queries"], asked["recipe"])
 
     def _check(self) -> None:
@@ -197,12 +206,12 @@ class Bank:
             "subsets": len(self.plan.keep),
             "queries": self.queries,
             "alpha": self.plan.alpha,
-            "plan": crc32(self.plan.keep.tobytes() + self.plan.seeds.astype(np.int64).tobytes()),
+            "plan": zlib.crc32(self.plan.keep.tobytes() + self.plan.seeds.astype(np.int64).tobytes()),
         }
         file = self.path / "recipe.json"
         if not file.exists():
-            begun = {"plan.npz", "plan.npz.draft", "recipe.json.draft"}
-            if self.path.exists() and any(found.name not in begun for found in self.path.iterdir()):
+            found = self.path.iterdir() if self.path.exists() else ()
+            if any(each.name != "plan.npz" and each.suffix != ".draft" for each in found):
                 raise InvalidInput(f"{self.path} is not empty and holds no bank; choose another folder.")
             self.path.mkdir(parents=True, exist_ok=True)
             with _draft(self.path / "plan.npz") as draft:
@@ -210,36 +219,39 @@ class Bank:
             with _draft(file) as draft:
                 draft.write(json.dumps(asked, indent=1).encode())
             return
-        found = _json(file)
-        different = [name for name in asked if found.get(name) != asked[name]]
+        known = _json(file)
+        different = [name for name in asked if known.get(name) != asked[name]]
         if different:
-            said = "; ".join(f"{name} was {found.get(name)!r}, now {asked[name]!r}" for name in different)
+            said = "; ".join(f"{name} was {known.get(name)!r}, now {asked[name]!r}" for name in different)
             raise InvalidInput(f"{self.path} is a bank of another recipe: {said}. Choose another folder.")
 
-    def _file(self, place: tuple[int, int]) -> Path:
+    def _file(self, place: Place) -> Path:
         return self.path / "runs" / f"{place[0]}-{place[1]}.npy"
 
     def _read_packed(self) -> None:
         file = self.path / "packed.npz"
         if file.exists():
-            with np.load(file) as packed:
-                done = packed["done"]
-                self.outputs[done] = packed["outputs"][done]
-                self._done |= done
+            packed = _loaded(file)
+            done = packed["done"]
+            self.outputs[done] = packed["outputs"][done]
+            self._done |= done
 
-    def _read(self, place: tuple[int, int]) -> None:
-        if self._file(place).exists():
-            self.outputs[place] = np.load(self._file(place))
-            self._done[place] = True
+    def _read(self, place: Place) -> bool:
+        """Whether the run is there, from now on in memory too."""
+        if not self._file(place).exists():
+            return False
+        self.outputs[place] = query_outputs(_loaded(self._file(place)), self.queries, f"outputs in {self._file(place)}")
+        self._done[place] = True
+        return True
 
-    def _keep(self, place: tuple[int, int], outputs: NDArray[np.float64]) -> None:
+    def _keep(self, place: Place, outputs: Floats) -> None:
         self._file(place).parent.mkdir(exist_ok=True)
         with _draft(self._file(place)) as draft:
             np.save(draft, outputs)
         self.outputs[place], self._done[place] = outputs, True
 
     @property
-    def missing(self) -> list[tuple[int, int]]:
+    def missing(self) -> list[Place]:
         """(subset, run) that have not been run."""
         return [place for place in self.plan.places if not self._done[place]]
 
@@ -253,28 +265,33 @@ class Bank:
 
         processes: the workers are fresh processes, not threads; then `measure` must be picklable, and a script must
         start under `if __name__ == "__main__"`.
+        If a run fails, no other is begun; those that were are still kept, then its error is raised, with a note that
+        names the subset and the seed.
         Errors: ShapeMismatch for outputs that are not (q,); NonFiniteValue naming the subset and the seed.
         """
-        missing = self.missing
-        rows = (np.flatnonzero(self.keep[subset]) for subset, _ in missing)
-        seeds = (int(self.plan.seeds[place]) for place in missing)
-        if workers == 1 or not missing:
-            return self._keep_all(missing, map(measure, rows, seeds), progress)
+        check_whole("workers", workers, 1)
+        # Another process may have run some since.
+        jobs = ((place, self._job(measure, place)) for place in self.missing if not self._read(place))
+        if workers == 1:
+            return self._keep_all(((place, job()) for place, job in jobs), progress)
         pool: Executor = (
             ProcessPoolExecutor(workers, get_context("spawn")) if processes else ThreadPoolExecutor(workers)
         )
-        try:
-            return self._keep_all(missing, pool.map(measure, rows, seeds), progress)
-        finally:
-            pool.shutdown(cancel_futures=True)
+        with pool:
+            return self._keep_all(_as_they_come(pool, workers, jobs), progress)
 
-    def _keep_all(self, places: list[tuple[int, int]], found: Iterable[ArrayLike], progress: bool) -> Self:
-        for place, outputs in zip(places, track(found, "retraining", progress, total=len(places)), strict=True):
-            self._keep(place, self._checked(place, outputs))
+    def _job(self, measure: Measure, place: Place) -> Callable[[], Floats]:
+        rows, seed = np.flatnonzero(self.keep[place[0]]), int(self.plan.seeds[place])
+        return partial(_run, measure, rows, seed, self.queries, self._name(place))
+
+    def _keep_all(self, found: Iterable[tuple[Place, Floats]], progress: bool) -> Self:
+        for place, outputs in track(found, "retraining", progress, total=len(self.missing)):
+            self._keep(place, outputs)
         return self
 
     def fill_many(self, measure: MeasureMany, *, at_once: int = 32, progress: bool = False) -> Self:
         """The same with models that are trained side by side, `at_once` of them."""
+        check_whole("at_once", at_once, 1)
         missing = self.missing
         for start in track(range(0, len(missing), at_once), "retraining", progress):
             places = missing[start : start + at_once]
@@ -282,8 +299,9 @@ class Bank:
             found = np.asarray(measure(self.keep[subsets], self.plan.seeds[subsets, runs]), dtype=np.float64)
             if found.shape != (len(places), self.queries):
                 raise ShapeMismatch(f"The outputs are {found.shape}; expected {(len(places), self.queries)}.")
-            for place, outputs in zip(places, found, strict=True):
-                self._keep(place, self._checked(place, outputs))
+            broken = ~np.isfinite(found).all(axis=1)
+            for k in np.argsort(broken, kind="stable"):  # first what can be kept
+                self._keep(places[k], query_outputs(found[k], self.queries, f"outputs of {self._name(places[k])}"))
         return self
 
     def pack(self) -> Self:
@@ -291,17 +309,18 @@ class Bank:
         self._read_packed()
         for place in self.plan.places:
             self._read(place)
-        with _draft(self.path / "packed.npz") as draft:
-            np.savez_compressed(draft, outputs=self.outputs, done=self._done)
+        with _draft(self.path / "packed.npz") as packed:
+            np.savez_compressed(packed, outputs=self.outputs, done=self._done)
         for place in self.plan.places:
             self._file(place).unlink(missing_ok=True)
         if (self.path / "runs").exists():
+            for draft in (self.path / "runs").glob("*.draft"):
+                draft.unlink()
             (self.path / "runs").rmdir()
         return self
 
-    def _checked(self, place: tuple[int, int], outputs: ArrayLike) -> NDArray[np.float64]:
-        where = f"subset {place[0]}, seed {int(self.plan.seeds[place])}"
-        return query_outputs(outputs, self.queries, f"outputs of {where}")
+    def _name(self, place: Place) -> str:
+        return f"subset {place[0]}, seed {int(self.plan.seeds[place])}"
 
     def __iter__(self) -> Iterator[NDArray[Any]]:
         """keep and outputs: `lds(scores, *bank)`. Errors: InvalidInput for a bank that is not full."""
@@ -310,13 +329,57 @@ class Bank:
         return iter((self.keep, self.outputs))
 
 
+def _run(measure: Measure, rows: NDArray[np.int64], seed: int, queries: int, name: str) -> Floats:
+    """One run's outputs [q]; what goes wrong in it says which run it was."""
+    try:
+        found = measure(rows, seed)
+    except Exception as error:
+        error.add_note(f"Raised by {name} of the bank. The runs before it are kept, and fill() goes on from there.")
+        raise
+    return query_outputs(found, queries, f"outputs of {name}")
+
+
+def _as_they_come(
+    pool: Executor, workers: int, jobs: Iterator[tuple[Place, Callable[[], Floats]]]
+) -> Iterator[tuple[Place, Floats]]:
+    """The jobs' results, whichever is ready first. After a failure nothing is begun, and it is raised last."""
+    running: dict[Future[Floats], Place] = {}
+    failed: BaseException | None = None
+    while True:
+        for place, job in islice(jobs, workers - len(running) if failed is None else 0):
+            running[pool.submit(job)] = place
+        if not running:
+            break
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            place, error = running.pop(future), future.exception()
+            if error is None:
+                yield place, future.result()
+            failed = failed or error
+    if failed is not None:
+        raise failed
+
+
 @contextmanager
 def _draft(file: Path) -> Iterator[IO[bytes]]:
     """A file that is there whole, or not at all."""
-    draft = file.with_name(file.name + ".draft")
-    with draft.open("wb") as written:
-        yield written
-    os.replace(draft, file)
+    draft = file.with_name(f"{file.name}.{os.getpid()}.draft")
+    try:
+        with draft.open("wb") as written:
+            yield written
+        os.replace(draft, file)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def _loaded(file: Path) -> Any:
+    """An array, or a dict of arrays. Errors: InvalidInput, naming the file, where it is not whole."""
+    try:
+        with file.open("rb") as opened:
+            found = np.load(opened)
+            return found if isinstance(found, np.ndarray) else dict(found)
+    except (ValueError, EOFError, BadZipFile, zlib.error) as error:
+        raise InvalidInput(f"{file} cannot be read ({error}). Without it, what it held is run again.") from error
 
 
 def _json(file: Path) -> dict[str, Any]:
