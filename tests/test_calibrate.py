@@ -89,13 +89,19 @@ def test_the_right_damping_is_found_from_a_handful_of_retrained_models(tmp_path)
     assert chosen.with_damping(0.1).calibration is None
 
 
-def test_rows_with_ids_are_found_in_the_bank_in_any_order():
-    found, order = influence(), np.random.default_rng(0).permutation(N)
-    mixed = [
-        TorchBatch(X[:N][order[k::2]], Y[:N][order[k::2]], ids=torch.from_numpy(order[k::2].copy())) for k in (0, 1)
-    ]
+def test_rows_and_queries_with_ids_are_found_in_the_bank_in_any_order():
+    def mixed(x, y):
+        order = np.random.default_rng(0).permutation(len(x))
+        return [TorchBatch(x[some], y[some], ids=torch.from_numpy(some.copy())) for some in (order[::2], order[1::2])]
+
+    found, train, query = influence(), mixed(X[:N], Y[:N]), mixed(X[N:], Y[N:])
     plain = found.calibrate(TRAIN, QUERY, (KEEP, OUTPUTS)).calibration
-    assert found.calibrate(mixed, QUERY, (KEEP, OUTPUTS)).calibration.measured == pytest.approx(plain.measured)
+    calibrated = found.calibrate(train, query, (KEEP, OUTPUTS))
+    assert calibrated.calibration.measured == pytest.approx(plain.measured)
+    scores = calibrated.attribute(train, query)
+    at = list(calibrated.calibration.measured)[list(calibrated.calibration.path).index(scores.calibration.chosen["0"])]
+    assert lds(scores, KEEP, OUTPUTS, resamples=0).raw.value == pytest.approx(at, abs=1e-9)
+    assert lds(np.asarray(scores), KEEP, OUTPUTS, resamples=0).raw.value != pytest.approx(at, abs=1e-3)
 
 
 def test_how_rows_come_in_batches_changes_nothing():
@@ -170,7 +176,7 @@ def test_what_does_not_fit_together_is_refused():
         ((KEEP, OUTPUTS[:, :, :-1]), QUERY, InvalidInput, "6 queries, and the query loader has 7"),
         ((KEEP, OUTPUTS), None, InvalidInput, "query_loader is None"),
         ((KEEP.astype(float), OUTPUTS), QUERY, InvalidInput, "mask"),
-        ((KEEP[:2], OUTPUTS[:2]), QUERY, InvalidInput, "3 subsets"),
+        ((KEEP[:2], OUTPUTS[:2]), QUERY, InvalidInput, "at least 3"),
         (lambda rows, seed: np.full(Q, np.nan), QUERY, InvalidInput, "subset 0"),
     ):
         with pytest.raises(error, match=what):

@@ -111,7 +111,8 @@ def test_plain_classifiers_agree_with_the_trainer_that_is_made_for_them():
 
 
 def test_what_cannot_be_trained_side_by_side_is_refused():
-    for layer in (nn.Dropout(0.5), nn.BatchNorm2d(1)):
+    attention, recurrent = nn.MultiheadAttention(4, 2, dropout=0.1), nn.LSTM(4, 4, num_layers=2, dropout=0.1)
+    for layer in (nn.Dropout(0.5), nn.BatchNorm2d(1), nn.RReLU(), attention, recurrent):
         with pytest.raises(UnsupportedModel, match=type(layer).__name__):
             trained(start=lambda layer=layer: nn.Sequential(layer, make()))
     with pytest.raises(InvalidSetting, match="checkpoints"):

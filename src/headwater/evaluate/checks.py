@@ -1,6 +1,6 @@
 """Arrays as the metrics take them: each as NumPy has it, or an error that names the bad value.
 
-scores   [q, n]      finite
+scores   [q, n]      finite; labelled ones (`headwater.Scores`) are put in the order of the data by their ids
 keep     [m, n]      bool: the train rows that each subset keeps
 outputs  [m, r, q]   of the models retrained on each subset, r runs; NaN: not run
 """
@@ -21,11 +21,23 @@ def score_matrix(scores: ArrayLike) -> Floats:
     given = np.asarray(scores, dtype=np.float64)
     if given.ndim != 2 or not given.size:
         raise ShapeMismatch(f"The scores are {given.shape}; expected (q, n), at least one of each.")
+    if hasattr(scores, "query_ids") and hasattr(scores, "train_ids"):
+        given = given[np.ix_(np.argsort(places(scores.query_ids)), np.argsort(places(scores.train_ids)))]
     bad = ~np.isfinite(given)
     if bad.any():
         query, row = (int(k) for k in np.argwhere(bad)[0])
         raise NonFiniteValue(f"{int(bad.sum())} scores are not finite, the first of query {query} and row {row}.")
     return given
+
+
+def places(ids: ArrayLike) -> NDArray[np.int64]:
+    """Where in the data the rows of these ids are: the ids are the places if they are 0 to n - 1 in some order.
+
+    Rows of other ids (names, say) are taken to be in the order of the data: [n].
+    """
+    given = np.asarray(ids)
+    order = np.arange(len(given))
+    return given.astype(np.int64) if given.dtype.kind in "iu" and np.array_equal(np.sort(given), order) else order
 
 
 def subset_mask(keep: ArrayLike) -> Flags:

@@ -26,7 +26,7 @@ from headwater.errors import HeadwaterError, InvalidInput, InvalidSetting, NotCo
 from headwater.evaluate.bank import Bank, Plan, plan_subsets
 from headwater.evaluate.calibration import EVIDENCE, choose_damping
 from headwater.evaluate.calibration import Calibration as Calibration
-from headwater.evaluate.checks import mean_over_runs, subset_mask
+from headwater.evaluate.checks import mean_over_runs, places, retrained_outputs
 from headwater.evaluate.correlation import mean_correlation, spearman
 from headwater.gradients.block import BlockGradient, stack
 from headwater.influence import ComposableInfluence
@@ -101,7 +101,7 @@ def path_forecasts(
     ids = _ids(influence, train_loader, progress)
     if keep.shape[1] != len(ids):
         raise InvalidInput(f"The bank's subsets are of {keep.shape[1]} rows, and the train loader has {len(ids)}.")
-    right = _subset_sums(influence, train_loader, keep[:, _places(ids)], progress)
+    right = _subset_sums(influence, train_loader, keep[:, places(ids)], progress)
     left = _queries(influence, query_loader, progress)
     rows = next(iter(left.values())).rows
     if outputs.shape[2] != rows:
@@ -136,11 +136,8 @@ def _retrain(measure: Measure, rows: int, subsets: int, seed: int) -> tuple[np.n
 
 def _retrained(bank: Bank | tuple[Any, Any]) -> tuple[np.ndarray, np.ndarray]:
     """keep [m, n] and outputs [m, r, q]."""
-    keep, outputs = bank
-    keep, outputs = subset_mask(keep), np.asarray(outputs)
-    if outputs.ndim != 3:
-        raise InvalidInput(f"The bank's outputs are {outputs.shape}; expected (m, runs, q).")
-    return keep, outputs.astype(np.float64)
+    kept, runs, _ = retrained_outputs(*bank)
+    return kept, runs
 
 
 def _output(measure: Measure, plan: Plan, place: tuple[int, int]) -> np.ndarray:
@@ -148,12 +145,6 @@ def _output(measure: Measure, plan: Plan, place: tuple[int, int]) -> np.ndarray:
     if found.ndim != 1 or not np.isfinite(found).all():
         raise InvalidInput(f"Retraining on subset {place[0]} gave {found.shape}; expected finite outputs (q,).")
     return found
-
-
-def _places(ids: np.ndarray) -> np.ndarray:
-    """Columns of the bank: positions in the loader, or the batches' ids where these are positions in some order."""
-    order = np.arange(len(ids))
-    return ids if ids.dtype.kind in "iu" and np.array_equal(np.sort(ids), order) else order
 
 
 # Forecasts ------------------------------------------------------------------------------------------------------------
@@ -181,11 +172,19 @@ def _subset_sums(
 
 
 def _queries(influence: ComposableInfluence, loader: Iterable[Any], progress: bool) -> dict[str, BlockGradient]:
+    """Gradients of the queries by block, in the order of the data."""
     pieces: dict[str, list[BlockGradient]] = {}
-    for batch, _, _ in _named_batches(influence.provider, loader, "query gradients", progress):
+    ids = []
+    for batch, names, _ in _named_batches(influence.provider, loader, "query gradients", progress):
+        ids.append(names)
         for name, value in influence.provider.grads(batch, query=True).items():
             pieces.setdefault(name, []).append(value)
-    return {name: stack(values) for name, values in pieces.items()}
+    order = np.argsort(places(_distinct(np.concatenate(ids), "query")))
+    return {name: _reordered(stack(values), order) for name, values in pieces.items()}
+
+
+def _reordered(queries: BlockGradient, order: np.ndarray) -> BlockGradient:
+    return queries.take(namespace(queries.like).asarray(order, device=queries.like.device))
 
 
 def _forecasts(

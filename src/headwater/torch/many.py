@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 from headwater.errors import BatchMismatch, InvalidSetting, NonFiniteValue, UnsupportedModel
+from headwater.torch.plan import differs_in_training
 from headwater.torch.trainer import cosine_rate, visited_rows
 
 RowLosses = Callable[[Any, Tensor], Tensor]
@@ -191,8 +192,7 @@ def _rest(model: nn.Module) -> dict[str, Tensor]:
 def _check_rows_apart(model: nn.Module) -> None:
     """Errors: UnsupportedModel, naming the module whose training is random or mixes the rows of a batch."""
     for name, module in model.named_modules():
-        random = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
-        if random or isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if differs_in_training(module):
             raise UnsupportedModel(
                 f"{name or 'The model'} is {type(module).__name__}: models trained side by side take no dropout and no "
                 "batch normalisation. Train them one after another, with Bank.fill."

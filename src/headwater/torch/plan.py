@@ -63,18 +63,24 @@ def trainable_parameters(model: nn.Module) -> list[Parameter]:
 
 def check_eval(model: nn.Module) -> None:
     """Errors: RowsInteract if the model is in train mode and that matters."""
-    chance = (nn.modules.dropout._DropoutNd, nn.RReLU)
-    live = []
-    for name, module in model.named_modules():
-        noisy = isinstance(module, chance) and getattr(module, "p", 1.0) > 0
-        noisy |= isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and module.dropout > 0
-        if module.training and (noisy or isinstance(module, nn.modules.batchnorm._BatchNorm)):
-            live.append(f"{name or 'the model'} ({type(module).__name__})")
+    live = [
+        f"{name or 'the model'} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if module.training and differs_in_training(module)
+    ]
     if live:
         raise RowsInteract(
             f"The model is in train mode with {', '.join(live[:4])}{' ...' if len(live) > 4 else ''}: a row's gradient "
             "would depend on chance or on the other rows. Call model.eval() first."
         )
+
+
+def differs_in_training(module: nn.Module) -> bool:
+    """Whether, in train mode, it is random or lets the rows of a batch act on each other."""
+    chance = (nn.modules.dropout._DropoutNd, nn.RReLU)
+    random = isinstance(module, chance) and getattr(module, "p", 1.0) > 0
+    random |= isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and module.dropout > 0
+    return random or isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
 def make_plan(model: nn.Module, structure: Structure, distrusted: Collection[str] = ()) -> Plan:
