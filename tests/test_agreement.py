@@ -108,14 +108,15 @@ def test_reliability_is_the_correlation_with_the_same_measurement_repeated():
     keep = plan_removals(300).keep
 
     def measured(share, runs):
-        effects = signal + share * rng.standard_normal((300, runs, 8))
-        return np.concatenate([np.zeros((1, runs, 8)), effects])
+        """The run of all rows has noise, too, and all groups' rises have it in common."""
+        everything, effects = np.zeros((1, runs, 8)), signal + np.zeros((300, runs, 8))
+        return np.concatenate([part + share * rng.standard_normal(part.shape) for part in (everything, effects)])
 
-    for share, runs in ((1.0, 2), (2.0, 6), (0.3, 2)):
-        outputs = measured(share, runs)
-        again = measured(share, runs)[1:].mean(axis=1)
+    for share, runs in ((1.0, 2), (2.0, 6), (0.3, 2), (1.0, 4)):
+        outputs, again = measured(share, runs), measured(share, runs)
         found = leave_one_out(rng.standard_normal((8, 300)), keep, outputs, resamples=2).reliability
-        expected = np.mean([spearmanr(a, b)[0] for a, b in zip(outputs[1:].mean(axis=1).T, again.T, strict=True)])
+        rises = [(part[1:] - part[:1]).mean(axis=1).T for part in (outputs, again)]
+        expected = np.mean([spearmanr(a, b)[0] for a, b in zip(*rises, strict=True)])
         assert found == pytest.approx(expected, abs=0.05)
 
 
@@ -185,5 +186,8 @@ def test_what_cannot_be_compared_is_refused():
         agreement(EXACT[:, :2], EXACT[:, :2])
     with pytest.raises(InvalidSetting, match="level is 1"):
         agreement(EXACT, EXACT, level=1)
-    with pytest.raises(InvalidInput, match=r"Group 1 has rows \[30\]; there are 30"):
+    with pytest.raises(InvalidInput, match="rows of group 1 go from 30 to 30; there are 30"):
         removal_forecast(EXACT, [[0], [30]])
+    for group in (np.arange(30) < 2, [5.9, 7.9]):
+        with pytest.raises(InvalidInput, match="positions of rows"):
+            removal_forecast(EXACT, [group])

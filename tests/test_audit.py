@@ -234,6 +234,12 @@ def test_settings_that_mean_nothing_are_refused(options, said):
         influence.audit(train, query, **options)
 
 
+def test_an_audit_needs_the_rows_that_were_fitted():
+    influence, train, query = fitted(hw.Ekfac())
+    with pytest.raises(InvalidInput, match="8 rows, and 37 were fitted"):
+        influence.audit(train[:1], query)
+
+
 def test_an_audit_needs_a_fit():
     influence, train, query = fitted(hw.Ekfac())
     with pytest.raises(NotFittedError):

@@ -10,7 +10,7 @@ import threading
 import numpy as np
 import pytest
 
-from headwater.errors import InvalidInput, InvalidSetting, NonFiniteValue, ShapeMismatch
+from headwater.errors import BatchMismatch, InvalidInput, InvalidSetting, NonFiniteValue, ShapeMismatch
 from headwater.evaluate.bank import Bank, Plan, plan_removals, plan_subsets, retrain
 from headwater.evaluate.lds import lds
 
@@ -46,8 +46,17 @@ def test_subsets_have_one_size_and_every_run_a_seed_of_its_own():
 def test_removals_leave_out_what_is_named_after_all_rows():
     np.testing.assert_array_equal(plan_removals(3).keep, [[1, 1, 1], [0, 1, 1], [1, 0, 1], [1, 1, 0]])
     np.testing.assert_array_equal(plan_removals(3, [[0, 2]]).keep, [[1, 1, 1], [0, 1, 0]])
-    with pytest.raises(InvalidInput, match="there are 3"):
-        plan_removals(3, [[3]])
+    for groups, error, words in (
+        ([[3]], InvalidInput, "there are 3"),
+        ([[True, False, True]], InvalidInput, "flatnonzero"),
+        ([[0], []], InvalidInput, "Group 1 is empty"),
+        ([[1, 1]], BatchMismatch, "more than once"),
+        ([[0.5]], InvalidInput, "positions of rows"),
+    ):
+        with pytest.raises(error, match=words):
+            plan_removals(3, groups)
+    with pytest.raises(InvalidSetting, match="runs is 0"):
+        plan_removals(3, runs=0)
 
 
 def test_a_bank_is_filled_with_what_is_measured(tmp_path):
@@ -126,7 +135,7 @@ def test_outputs_that_cannot_be_used_are_refused_and_the_rest_is_kept(tmp_path):
     one = bank(tmp_path / "b")
     with pytest.raises(NonFiniteValue, match=f"subset 4, seed {PLAN.seeds[4, 0]}.*query 1"):
         one.fill(broken)
-    assert 0 < len(one.missing) < 10
+    assert one.missing == [(4, 0)]
     two = bank(tmp_path / "c")
     with pytest.raises(NonFiniteValue, match=f"subset 4, seed {PLAN.seeds[4, 0]}"):
         two.fill_many(lambda keep, seeds: np.stack([*map(broken, map(np.flatnonzero, keep), seeds)]))
@@ -134,30 +143,43 @@ def test_outputs_that_cannot_be_used_are_refused_and_the_rest_is_kept(tmp_path):
     with pytest.raises(ShapeMismatch, match=r"are \(3,\); expected \(2,\)"):
         one.fill(lambda rows, seed: np.zeros(3))
     with pytest.raises(ShapeMismatch, match="expected"):
-        one.fill_many(lambda keep, seeds: np.zeros((1, 2)))
+        one.fill_many(lambda keep, seeds: np.zeros((1, 3)))
 
 
-def test_what_other_workers_have_finished_is_kept_when_one_fails(tmp_path):
-    """The first run waits for three others, and then fails: they are kept, and nothing more is begun."""
-    others, begun = threading.Semaphore(0), []
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_run_that_fails_does_not_take_others_with_it(tmp_path, workers):
+    """With three workers the first run waits for three others, and then fails: they are kept, as is all the rest."""
+    others = threading.Semaphore(0)
 
     def stumbles(rows, seed):
-        begun.append(seed)
         if seed == PLAN.seeds[0, 0]:
-            for _ in range(3):
+            for _ in range(3 if workers > 1 else 0):
                 assert others.acquire(timeout=30)
             raise RuntimeError("out of luck")
         others.release()
         return measure(rows, seed)
 
     one = bank(tmp_path / "b")
-    with pytest.raises(RuntimeError, match="out of luck") as raised:
-        one.fill(stumbles, workers=2)
-    assert f"subset 0, seed {PLAN.seeds[0, 0]}" in raised.value.__notes__[0]
-    assert len(one.missing) == 1 + 10 - len(begun) < 8
-    again = bank(tmp_path / "b")
-    assert again.missing == one.missing
-    np.testing.assert_array_equal(again.fill(measure).outputs, bank(tmp_path / "c").fill(measure).outputs)
+    for _ in range(2):  # what always fails does not stand in the way
+        with pytest.raises(RuntimeError, match="out of luck") as raised:
+            one.fill(stumbles, workers=workers)
+        assert f"subset 0, seed {PLAN.seeds[0, 0]}" in raised.value.__notes__[0]
+        assert one.missing == bank(tmp_path / "b").missing == [(0, 0)]
+        others.release(3)
+    np.testing.assert_array_equal(one.fill(measure).outputs, bank(tmp_path / "c").fill(measure).outputs)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_three_failures_are_enough(tmp_path, workers):
+    asked = []
+
+    def broken(rows, seed):
+        asked.append(seed)
+        raise RuntimeError(f"failure {len(asked)}")
+
+    with pytest.raises(RuntimeError, match="failure"):
+        bank(tmp_path / "b").fill(broken, workers=workers)
+    assert 3 <= len(asked) <= 2 + workers
 
 
 def test_two_that_fill_one_bank_share_the_work(tmp_path):
@@ -182,6 +204,12 @@ def test_files_that_are_not_whole_are_named(tmp_path):
         with pytest.raises(InvalidInput, match=f"{file.name} cannot be read"):
             Bank.open(tmp_path / "b")
     bank(tmp_path / "c").fill(measure).pack()
+    np.savez(tmp_path / "c" / "packed.npz", done=np.ones((7, 2), bool), outputs=np.zeros((7, 2, 1)))
+    with pytest.raises(InvalidInput, match=r"packed.npz has .*\(7, 2, 1\)"):
+        bank(tmp_path / "c")
+    np.savez(tmp_path / "c" / "packed.npz", done=np.ones((7, 2), bool), outputs=np.full((7, 2, 2), np.nan))
+    with pytest.raises(NonFiniteValue, match=r"subset 0, seed \d+ in .*packed.npz"):
+        bank(tmp_path / "c")
     (tmp_path / "c" / "packed.npz").write_bytes(b"")
     with pytest.raises(InvalidInput, match=r"packed\.npz cannot be read"):
         bank(tmp_path / "c")
@@ -208,7 +236,7 @@ def test_a_file_that_could_not_be_written_leaves_nothing(tmp_path, monkeypatch):
     one = bank(tmp_path / "b")
     with monkeypatch.context() as patched:
         patched.setattr(np, "save", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match=r"0-0.npy could not be written.*No space left"):
             one.fill(measure)
     assert len(one.missing) == 10
     assert os.listdir(tmp_path / "b" / "runs") == []
@@ -253,6 +281,10 @@ def test_a_bank_is_opened_without_its_plan_and_recipe(tmp_path):
     assert again.recipe == RECIPE
     with pytest.raises(FileNotFoundError, match="holds no bank"):
         Bank.open(tmp_path)
+    for text, words in (("{}", "no recipe of a bank"), ("[1]", "cannot be read")):
+        (tmp_path / "b" / "recipe.json").write_text(text)
+        with pytest.raises(InvalidInput, match=words):
+            Bank.open(tmp_path / "b")
 
 
 def test_a_packed_bank_is_one_file_and_can_be_filled_further(tmp_path):

@@ -102,11 +102,24 @@ def test_the_luck_of_random_sets_is_in_the_interval():
     assert found.difference.low < 0 < found.difference.high
 
 
+@pytest.mark.parametrize("draws", [2, 5])
+def test_zero_is_in_the_interval_of_a_chance_ranking_as_often_as_it_says(draws):
+    """Also where a set's luck, which all queries share, is thrice that of the queries."""
+    rng, inside = np.random.default_rng(draws), []
+    for _ in range(150):
+        luck = 3 / np.sqrt(50) * rng.standard_normal((draws, 1))
+        found = against_random(rng.standard_normal(50), luck + rng.standard_normal((draws, 50)), resamples=300)
+        inside.append(found.difference.low < 0 < found.difference.high)
+    assert np.mean(inside) > 0.85
+
+
 def test_what_cannot_be_compared_is_refused():
+    with pytest.raises(ShapeMismatch, match="2 draws or more"):
+        against_random(np.ones(3), np.ones((1, 3)))
     with pytest.raises(ShapeMismatch, match=r"\(3,\) and \(2, 4\) at random"):
         against_random(np.ones(3), np.ones((2, 4)))
     with pytest.raises(NonFiniteValue, match="2 queries are not finite, the first query 1"):
-        against_random([0, np.nan, 0], [[0, 0, np.inf]])
+        against_random([0, np.nan, 0], [[0, 0, np.inf], [0, 0, 0]])
 
 
 def test_features_losses_and_counts_that_mean_nothing_are_refused():

@@ -106,10 +106,10 @@ def test_a_model_that_is_wrong_everywhere_has_nothing_to_flip():
     ("options", "words"),
     [
         ({"max_size": 0}, "max_size is 0"),
-        ({"max_size": N}, f"max_size is {N}; expected 1 to {N - 1}"),
+        ({"max_size": N}, f"max_size is {N}; expected a whole number from 1 to {N - 1}"),
         ({"sizes": [3, 2]}, r"sizes are \[3, 2\]"),
         ({"sizes": []}, r"sizes are \[\]"),
-        ({"sizes": [1, N]}, "sizes are"),
+        ({"sizes": [1, N]}, f"a size is {N}"),
         ({"sizes": [1], "max_size": 3}, "not both"),
         ({"random": -1}, "random is -1"),
         ({"seeds": ()}, "seeds is empty"),

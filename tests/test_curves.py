@@ -6,6 +6,7 @@ import pytest
 from headwater.errors import InvalidInput, InvalidSetting, NonFiniteValue, ShapeMismatch
 from headwater.evaluate.bank import Bank
 from headwater.evaluate.curves import plan_curve
+from headwater.store.scores import Scores
 
 RNG = np.random.default_rng(0)
 N, Q = 60, 55
@@ -159,6 +160,13 @@ def test_equal_scores_are_removed_in_no_order():
 def test_settings_that_mean_nothing_are_refused(change, words):
     with pytest.raises(InvalidSetting, match=words):
         plan_curve(**({"scores": EXACT, "fractions": [0.1]} | change))
+
+
+def test_labelled_scores_are_ranked_by_the_rows_that_they_name():
+    order = np.random.default_rng(0).permutation(EXACT.shape[1])
+    labelled = Scores(EXACT[:, order], np.arange(len(EXACT)), order)
+    found = plan_curve(labelled, [0.1, 0.3], random=2).plan.keep
+    np.testing.assert_array_equal(found, plan_curve(EXACT, [0.1, 0.3], random=2).plan.keep)
 
 
 def test_scores_and_outputs_that_do_not_fit_are_refused():

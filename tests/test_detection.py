@@ -101,6 +101,6 @@ def test_a_metric_without_meaning_is_refused():
     for fraction in (0, 1.5):
         with pytest.raises(InvalidSetting, match=str(fraction)):
             recall_at([1, 2], wanted, fraction)
-    for k in (0, 3):
-        with pytest.raises(InvalidSetting, match=f"from 1 to 2; got {k}"):
+    for k in (0, 3, 1.5):
+        with pytest.raises(InvalidSetting, match=f"k is {k}; expected a whole number from 1 to 2"):
             precision_at([1, 2], wanted, k)

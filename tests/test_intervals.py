@@ -11,6 +11,7 @@ import headwater.evaluate
 from headwater.errors import InvalidInput, InvalidSetting, NonFiniteValue, ShapeMismatch
 from headwater.evaluate.checks import (
     check_whole,
+    effective_runs,
     mean_over_runs,
     query_outputs,
     retrained_outputs,
@@ -18,7 +19,7 @@ from headwater.evaluate.checks import (
     usual_runs,
 )
 from headwater.evaluate.correlation import mean_correlation, mid_ranks
-from headwater.evaluate.intervals import about, percentiles, resampled
+from headwater.evaluate.intervals import Interval, about, percentiles, resampled
 
 DRAWS = np.arange(101.0) ** 2
 
@@ -28,6 +29,13 @@ def test_percentiles_are_where_the_draws_are_and_about_lays_them_about_the_figur
         found = lay(60.0, DRAWS, level)
         assert (found.value, found.level) == (60.0, level)
         assert (found.low, found.high) == pytest.approx(ends)
+
+
+def test_small_figures_are_shown_with_three_digits():
+    assert str(Interval(0.5, -0.25, 1.0)) == "0.500 (-0.250 to 1.000)"
+    assert str(Interval(-1.234e-5, -2e-5, 3e-6)) == "-0.0000123 (-0.0000200 to 0.0000030)"
+    assert str(Interval(0.0, 0.0, 0.0)) == "0.000 (0.000 to 0.000)"
+    assert str(Interval(0.5, float("nan"), float("nan"))) == "0.500 (nan to nan)"
 
 
 def test_nothing_resampled_is_no_interval():
@@ -56,9 +64,9 @@ def test_an_undefined_correlation_counts_as_zero():
 
 
 def test_the_mean_over_runs_is_of_complete_runs_only():
-    outputs = np.array([[[1.0, 2], [3, 6]], [[1, 1], [np.nan, 9]], [[np.inf, 0], [5, 7]]])
+    outputs = np.array([[[1.0, 2], [3, 6]], [[1, 1], [np.nan] * 2], [[np.nan] * 2, [5, 7]]])
     np.testing.assert_array_equal(mean_over_runs(outputs), [[2, 4], [1, 1], [5, 7]])
-    assert usual_runs(outputs) == 1
+    assert usual_runs(outputs) == 1 and effective_runs(outputs) == 1.2
     kept, runs, mean = retrained_outputs(np.eye(3, dtype=bool), outputs)
     assert kept.shape == (3, 3) and runs.shape == (3, 2, 2) and mean[0, 1] == 4
 

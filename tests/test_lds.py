@@ -10,6 +10,7 @@ from headwater.errors import InvalidInput, InvalidSetting, NonFiniteValue, Shape
 from headwater.evaluate.bank import plan_subsets
 from headwater.evaluate.lds import ceiling, difference, forecast, lds, spearman
 from headwater.sklearn import TrainingInfluence
+from headwater.store.scores import Scores
 
 RNG = np.random.default_rng(0)
 SCORES = RNG.standard_normal((15, 80))
@@ -70,6 +71,59 @@ def test_some_subsets_run_twice_are_enough_for_the_ceiling():
     assert ceiling(some) == pytest.approx(lds(SCORES, KEEP, whole[:, :1]).raw.value, abs=0.08)
     assert ceiling(whole[:, :1]) is None
     assert lds(SCORES, KEEP, some).runs == 1
+
+
+@pytest.mark.parametrize(("subsets", "repeated"), [(90, 20), (40, 20), (60, 60)])
+def test_a_perfect_forecast_is_one_when_corrected_however_many_subsets_ran_twice(subsets, repeated):
+    """Those that ran twice have less noise, and the forecast gains by them: the ceiling is for these very runs."""
+    rng, figures = np.random.default_rng(6), []
+    for _ in range(30):
+        outputs = CLEAN[:, None] + CLEAN.std(axis=0) * rng.standard_normal((90, 2, 15))
+        outputs[repeated:, 1] = np.nan
+        figures.append(lds(SCORES, KEEP[:subsets], outputs[:subsets], resamples=0).corrected.value)
+    assert np.mean(figures) == pytest.approx(1.0, abs=0.025)
+
+
+def test_a_ceiling_is_for_as_many_runs_as_are_asked_for():
+    whole = noisy(2)
+    assert ceiling(whole, runs=1) < ceiling(whole) == pytest.approx(ceiling(whole, runs=2))
+    with pytest.raises(ShapeMismatch, match=r"\(90, 15\)"):
+        ceiling(CLEAN)
+
+
+def test_the_luck_of_a_seed_that_all_subsets_share_is_no_noise():
+    shared = CLEAN[:, None] + 5 * CLEAN.std() * RNG.standard_normal((1, 2, 15))
+    assert ceiling(shared) == pytest.approx(1.0)
+
+
+def test_a_run_that_is_partly_finite_is_named():
+    for value in (np.nan, np.inf):
+        outputs = noisy(2)
+        outputs[3, 1, 2] = value
+        with pytest.raises(NonFiniteValue, match=r"query 2 is (nan|inf) in run 1 of subset 3"):
+            lds(SCORES, KEEP, outputs)
+
+
+def test_a_difference_needs_the_outputs_of_all_queries():
+    outputs = noisy(1)
+    for first, second in ((SCORES, SCORES[:3]), (SCORES[:3], SCORES), (SCORES[:1], SCORES[:1])):
+        with pytest.raises(ShapeMismatch, match="queries and outputs of 15"):
+            difference(first, second, KEEP, outputs)
+    with pytest.raises(ShapeMismatch, match="outputs of 1"):
+        difference(SCORES, -SCORES, KEEP, outputs[..., :1])
+
+
+def test_labelled_scores_are_put_in_the_order_of_the_data():
+    order, others = np.random.default_rng(1).permutation(80), np.random.default_rng(2).permutation(15)
+    outputs, mixed = noisy(1), SCORES[np.ix_(others, order)]
+    expected = lds(SCORES, KEEP, outputs).by_query
+    np.testing.assert_array_equal(lds(Scores(mixed, others, order), KEEP, outputs).by_query, expected)
+    names = np.array([f"row {k}" for k in range(80)])
+    for train_ids in (names, np.arange(80) + 1000):
+        found = lds(Scores(SCORES, np.arange(15), train_ids), KEEP, outputs)
+        np.testing.assert_array_equal(found.by_query, expected)
+    with pytest.raises(InvalidInput, match="which row of the data is which"):
+        lds(Scores(mixed, others, order + 1000), KEEP, outputs)
 
 
 def test_a_paired_difference_is_sharper_than_two_intervals():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from headwater.errors import BatchMismatch, InvalidSetting, NonFiniteValue, UnsupportedModel
+from headwater.errors import BatchMismatch, InvalidSetting, NonFiniteValue, ShapeMismatch, UnsupportedModel
 from headwater.torch.many import train_many
 from headwater.torch.trainer import train_mlps
 
@@ -101,7 +101,7 @@ def test_what_training_leaves_alone_is_the_same_in_all_models(side_by_side):
 
 def test_plain_classifiers_agree_with_the_trainer_that_is_made_for_them():
     x, y, keep = torch.randn(30, 4, dtype=torch.float64), torch.randint(3, (30,)), np.ones((2, 30), bool)
-    plain = train_mlps(x, y, keep, [1, 2], widths=(4, 5, 3), steps=0 + 6, batch_size=30, lr=0.1, l2=0.0)
+    plain = train_mlps(x, y, keep, [1, 2], widths=(4, 5, 3), steps=6, batch_size=30, lr=0.1, l2=0.0)
     start = train_mlps(x, y, keep, [1, 2], widths=(4, 5, 3), steps=6, batch_size=30, lr=0.1, l2=0.0, checkpoints=[0])
     for k in range(2):
         begun = start.checkpoints[0].models.model(k)
@@ -115,14 +115,55 @@ def test_what_cannot_be_trained_side_by_side_is_refused():
     for layer in (nn.Dropout(0.5), nn.BatchNorm2d(1), nn.RReLU(), attention, recurrent):
         with pytest.raises(UnsupportedModel, match=type(layer).__name__):
             trained(start=lambda layer=layer: nn.Sequential(layer, make()))
+    for name in ("steps", "batch_size", "side_by_side"):
+        with pytest.raises(InvalidSetting, match=f"{name} is 0"):
+            trained(**{name: 0})
+    with pytest.raises(InvalidSetting, match="seeds is empty"):
+        trained(seeds=[], keep=KEEP[:0])
+    for reduction in ("mean", "sum"):
+        with pytest.raises(ShapeMismatch, match="one number for each"):
+            trained(loss=nn.CrossEntropyLoss(reduction=reduction))
     with pytest.raises(InvalidSetting, match="checkpoints"):
         trained(checkpoints=[7])
     with pytest.raises(BatchMismatch, match="model 1 keeps none"):
         trained(seeds=[1, 2], keep=np.stack([KEEP[0], np.zeros(20, bool)]))
     with pytest.raises(BatchMismatch, match="20 rows x"):
         trained(keep=KEEP[:, :19])
-    with pytest.raises(NonFiniteValue, match="diverged"):
+    with pytest.raises(NonFiniteValue, match=r"diverged.*model 0, seed \d"):
         trained(lr=1e200)
+
+
+@pytest.mark.parametrize("kind", ["dropout", "running statistics"])
+def test_a_model_that_differs_in_train_mode_is_refused_however_it_does_so(kind):
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = make()
+            self.norm = nn.InstanceNorm2d(1, track_running_stats=True).double()
+
+        def forward(self, x):
+            if kind == "dropout":
+                return self.layers(nn.functional.dropout(x, 0.5, self.training))
+            return self.layers(self.norm(x))
+
+    with pytest.raises(UnsupportedModel, match="Noisy says something else in train mode"):
+        trained(start=Noisy)
+
+
+def test_recurrent_layers_are_trained_side_by_side_as_alone():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = nn.LSTM(6, 4, batch_first=True), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(self.layer(x[:, 0])[0][:, -1])
+
+    found = trained(start=lambda: Recurrent().double(), steps=3)
+    alone = trained(start=lambda: Recurrent().double(), steps=3, seeds=SEEDS[2:3], keep=KEEP[2:3])
+    torch.testing.assert_close(found.losses(X, Y, losses)[2:3], alone.losses(X, Y, losses), rtol=1e-9, atol=1e-11)
+    own = nn.functional.cross_entropy(found.model(2)(X), Y, reduction="none").detach()
+    torch.testing.assert_close(found.losses(X, Y, losses)[2], own, rtol=1e-9, atol=1e-11)
 
 
 def test_progress_counts_steps_of_models():

@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 import headwater as hw
-from headwater.errors import InvalidSetting
+from headwater.errors import InvalidSetting, UnsupportedModel
 from headwater.evaluate import difference, lds, plan_subsets
 from headwater.torch import TorchComposableInfluence, recentred
 
@@ -62,6 +62,27 @@ def test_subsets_are_forecast_better_than_from_all_rows():
     assert lds(scores["half"], keep, outputs).raw.value > 0.95
     for other in ("all", "best of all"):
         assert difference(scores["half"], scores[other], keep, outputs).low > 0
+
+
+def test_where_l2_is_relative_to_the_rows_kept_recentring_gains_nothing():
+    """As the docstring says: recentring is for fits that keep each row's weight, such as scikit-learn's at one C."""
+    keep = plan_subsets(N, subsets=60, repeated=0).keep
+    outputs = np.stack([losses(fitted(mask, share=2.0)) for mask in keep])[:, None]
+    centre = recentred(MODEL, LOSS, X, Y, damping=L2, share=0.5)
+    scores = []
+    for model, damping in ((MODEL, L2), (centre, L2 / 0.5)):
+        found = TorchComposableInfluence(model, LOSS, hw.Direct("hessian"), damping=damping, blocks="full")
+        scores.append(np.asarray(found.fit([(X, Y)]).attribute([(X, Y)], [(XQ, YQ)])))
+    gain = difference(scores[1], scores[0], keep, outputs)
+    assert gain.low < 0 and gain.value < 0.01
+
+
+def test_weights_that_are_not_at_the_minimum_are_refused():
+    moved = copy.deepcopy(MODEL)
+    moved.weight.data += 0.1 * torch.randn(moved.weight.shape, generator=torch.Generator().manual_seed(0))
+    for model, damping in ((moved, L2), (MODEL, 2 * L2), (MODEL, 0.0)):
+        with pytest.raises(UnsupportedModel, match="no minimum of mean loss"):
+            recentred(model, LOSS, X, Y, damping=damping, share=0.5)
 
 
 def test_a_share_that_is_none_is_refused():

@@ -76,9 +76,16 @@ def test_planted_duplicates_are_found_by_what_sees_them():
 
 def test_duplicates_that_do_not_exist_are_refused():
     scores = np.ones((4, 5))
-    for pairs, words in (({}, "no pairs"), ({4: 0}, "query 4; there are 4"), ({1: [0, 5]}, "query 1 name train row 5")):
+    for pairs, words in (
+        ({}, "no pairs"),
+        ({4: 0}, "query 4; there are 4"),
+        ({1: [0, 5]}, "query 1 go from 0 to 5; there are 5"),
+    ):
         with pytest.raises(InvalidInput, match=words):
             duplicates(scores, pairs)
+    for rows in (np.arange(5) < 2, 1.7):
+        with pytest.raises(InvalidInput, match=r"query 0 are .*positions of rows"):
+            duplicates(scores, {0: rows})
     with pytest.raises(InvalidInput, match="no relevant row"):
         duplicates(scores, {1: []})
 
@@ -135,7 +142,7 @@ def test_what_has_no_ranking_is_refused(scores, relevant, error, words):
 
 def test_settings_that_mean_nothing_are_refused():
     for k in (0, 7, True, 2.0):
-        with pytest.raises(InvalidSetting, match=f"from 1 to 6; got {k}"):
+        with pytest.raises(InvalidSetting, match=f"k is {k}; expected a whole number from 1 to 6"):
             recall_at_k(TIED, WANTED, k)
     with pytest.raises(InvalidSetting, match="level is 0"):
         mrr(TIED, WANTED, level=0)

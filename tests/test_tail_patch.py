@@ -177,7 +177,7 @@ def test_steps_that_mean_nothing_are_refused():
             of_torch(**options)
     with pytest.raises(InvalidInput, match=f"from 0 to {N}; there are {N}"):
         of_torch()([0, N])
-    with pytest.raises(InvalidInput, match="float64"):
+    with pytest.raises(InvalidInput, match="positions of rows"):
         of_torch()([0.0, 1.0])
     with pytest.raises(NonFiniteValue, match=r"query 0 is .* after 60 steps of lr 1000000\.0"):
         of_torch(lr=1e6, steps=60)(np.arange(N))

@@ -1252,3 +1252,14 @@ def test_missing_targets_and_text_ids():
     batch = TorchBatch(x, y, ids=names)
     influence = TorchComposableInfluence(model, nn.CrossEntropyLoss(), hw.Ekfac(fisher="sampled"))
     assert influence.fit([batch]).attribute([batch], [batch]).train_ids.tolist() == names
+
+
+def test_weights_of_any_stride_have_a_fingerprint():
+    """A view of one element counts as contiguous, whatever its stride."""
+    model = nn.Linear(3, 1).double()
+    model.bias.data = torch.randn(5, 4, dtype=torch.float64)[1:2, 2]
+    model.weight.data = torch.randn(3, 2, dtype=torch.float64).T[:1]
+    provider = TorchGradientProvider(model, nn.MSELoss())
+    same = copy.deepcopy(model)
+    same.bias.data, same.weight.data = model.bias.data.clone(), model.weight.data.contiguous()
+    assert provider.fingerprint() == TorchGradientProvider(same, nn.MSELoss()).fingerprint()

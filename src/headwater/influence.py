@@ -180,6 +180,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         """Learn the curvature of the mean loss over the loader's rows; it gives (x, y) or batches, repeatably."""
         curvature, rows = self.method.fit(self.provider, self.as_loader(loader), progress)
         self._keep(Fitted(curvature, rows, self.provider.fingerprint(), self.source.device))
+        self._calibration = None
         return self
 
     def _keep(self, fitted: Fitted) -> None:
@@ -599,12 +600,13 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         [m, n], outputs [m, runs, q]), or a function (indices of rows kept, seed) -> outputs [q], which is then called
         for `subsets` random halves of the rows. Outputs are what is explained (losses, unless there is a measurement)
         of the rows of query_loader. Ten models are enough to see where the optimum is. None: without retraining, by
-        the evidence of the Laplace approximation (no query_loader), which knows less and is labelled so.
+        the evidence of the Laplace approximation (no query_loader), which knows less and is labelled so; it takes the
+        loss for minus a log-likelihood.
 
         dampings: the path, all relative or all absolute; None for seven decades of mean eigenvalues. by_block: a
         damping for each block, kept only if subsets that were not looked at speak for it. Derivations are in
-        `headwater.run.calibrate`. Errors: InvalidInput for a bank of other rows or queries; InvalidSetting for a method
-        without damping.
+        `headwater.run.calibrate`. Errors: InvalidInput for a bank of other rows or queries, and for queries without a
+        bank; InvalidSetting for a method without damping.
         """
         from headwater.run.calibrate import calibrate, in_unit
 

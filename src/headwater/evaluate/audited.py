@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from headwater.errors import InvalidInput, InvalidSetting, NonFiniteValue, ShapeMismatch
-from headwater.evaluate.lds import spearman
-
-Floats = NDArray[np.float64]
+from headwater.evaluate.checks import Floats, check_whole, score_matrix
+from headwater.evaluate.correlation import spearman
+from headwater.evaluate.retrieval import in_top
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,8 +182,7 @@ def audited(
     """
     mine, truth = _checked(scores, exact)
     m, n = truth.shape
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 1 <= k <= n:
-        raise InvalidSetting(f"k is {k!r}; expected a number of train rows, from 1 to {n}.")
+    check_whole("k", k, 1, n)
     check_level(level)
     gap = np.abs(mine - truth)
     return Audit(
@@ -211,11 +210,9 @@ def overlap(scores: ArrayLike, exact: ArrayLike, k: int) -> Floats:
     A row whose exact score equals the k-th largest is among them. Equal scores are in no order: where only some of them
     are among the k largest, each counts with the chance that it is.
     """
-    mine, truth = np.asarray(scores, dtype=np.float64), np.asarray(exact, dtype=np.float64)
-    lowest, least = (np.partition(values, -k, axis=1)[:, -k, None] for values in (mine, truth))
-    above, tied = mine > lowest, mine == lowest
-    chance = (k - above.sum(axis=1, keepdims=True)) / tied.sum(axis=1, keepdims=True)
-    return ((above + tied * chance) * (truth >= least)).sum(axis=1) / k
+    truth = score_matrix(exact)
+    least = np.partition(truth, -k, axis=1)[:, -k, None]
+    return (in_top(scores, k) * (truth >= least)).sum(axis=1) / k
 
 
 def upper_bound(figures: ArrayLike, level: float) -> float:

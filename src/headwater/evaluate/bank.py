@@ -14,9 +14,9 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -30,6 +30,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from headwater.errors import InvalidInput, InvalidSetting, ShapeMismatch
 from headwater.evaluate.checks import Floats, check_whole, query_outputs
+from headwater.positions import row_groups
 from headwater.progress import track
 
 Measure = Callable[[NDArray[np.int64], int], ArrayLike]
@@ -38,6 +39,8 @@ MeasureMany = Callable[[NDArray[np.bool_], NDArray[np.int64]], ArrayLike]
 """(masks [b, n], seeds [b]) -> outputs [b, q] of the models trained on them, many at once."""
 Place = tuple[int, int]
 """(subset, run)."""
+FAILURES = 3
+"""Runs that may fail before no other is begun."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,13 +117,14 @@ def plan_subsets(
 def plan_removals(rows: int, groups: Sequence[Sequence[int]] | None = None, *, runs: int = 1, seed: int = 0) -> Plan:
     """All rows but those of a group, for each group (None: every row by itself); before them, once, all rows.
 
-    Errors: InvalidInput for a row that does not exist.
+    Errors: InvalidInput for a mask, a row that does not exist, or a group that is empty; BatchMismatch for a row twice;
+    InvalidSetting.
     """
-    chosen = [[k] for k in range(rows)] if groups is None else [list(group) for group in groups]
+    check_whole("rows", rows, 2)
+    check_whole("runs", runs, 1)
+    chosen = row_groups(groups, rows)
     keep = np.ones((1 + len(chosen), rows), dtype=bool)
     for mask, group in zip(keep[1:], chosen, strict=True):
-        if not all(0 <= k < rows for k in group):
-            raise InvalidInput(f"A group has rows {group}; there are {rows}.")
         mask[group] = False
     return Plan(keep, np.random.default_rng(seed).permutation(2**20)[:runs][None].repeat(len(keep), 0))
 
@@ -175,6 +179,7 @@ class Bank:
     """
 
     def __init__(self, path: str | os.PathLike[str], plan: Plan, queries: int, recipe: Mapping[str, Any]):
+        check_whole("queries", queries, 1)
         self.path, self.plan, self.queries = Path(path), plan, int(queries)
         try:
             self.recipe = json.loads(json.dumps(dict(recipe), allow_nan=False))
@@ -195,6 +200,8 @@ class Bank:
         if not file.exists():
             raise FileNotFoundError(f"{path} holds no bank: there is no {file.name} in it.")
         asked = _json(file)
+        if not {"recipe", "rows", "queries"} <= asked.keys():
+            raise InvalidInput(f"{file} is no recipe of a bank: it has {sorted(asked)}.")
         kept = _loaded(Path(path) / "plan.npz")
         plan = Plan(np.unpackbits(kept["keep"], axis=1, count=int(asked["rows"])).astype(bool), kept["seeds"])
         return cls(path, plan, asked["queries"], asked["recipe"])
@@ -232,17 +239,22 @@ class Bank:
         file = self.path / "packed.npz"
         if file.exists():
             packed = _loaded(file)
-            done = packed["done"]
-            self.outputs[done] = packed["outputs"][done]
-            self._done |= done
+            shapes = {name: np.shape(packed.get(name)) for name in ("done", "outputs")}
+            if shapes != {"done": self._done.shape, "outputs": self.outputs.shape}:
+                raise InvalidInput(f"{file} has {shapes}; expected outputs {self.outputs.shape}, and which are done.")
+            for place in map(tuple, np.argwhere(packed["done"])):
+                self._take(place, packed["outputs"][place], file)
 
     def _read(self, place: Place) -> bool:
         """Whether the run is there, from now on in memory too."""
         if not self._file(place).exists():
             return False
-        self.outputs[place] = query_outputs(_loaded(self._file(place)), self.queries, f"outputs in {self._file(place)}")
-        self._done[place] = True
+        self._take(place, _loaded(self._file(place)), self._file(place))
         return True
+
+    def _take(self, place: Place, outputs: ArrayLike, file: Path) -> None:
+        self.outputs[place] = query_outputs(outputs, self.queries, f"outputs of {self._name(place)} in {file}")
+        self._done[place] = True
 
     def _keep(self, place: Place, outputs: Floats) -> None:
         self._file(place).parent.mkdir(exist_ok=True)
@@ -264,30 +276,28 @@ class Bank:
         """Run what is missing, one model after another or `workers` at once; each is kept as it comes.
 
         processes: the workers are fresh processes, not threads; then `measure` must be picklable, and a script must
-        start under `if __name__ == "__main__"`.
-        If a run fails, no other is begun; those that were are still kept, then its error is raised, with a note that
-        names the subset and the seed.
+        start under `if __name__ == "__main__"`. Threads share generators: a training that draws from a global one
+        (torch.manual_seed, numpy.random.seed) is not reproducible in threads; use processes.
+        A run that fails is passed over; the error of the first is raised in the end, or after the third, with a note
+        that names the subset and the seed. What others found is kept.
         Errors: ShapeMismatch for outputs that are not (q,); NonFiniteValue naming the subset and the seed.
         """
         check_whole("workers", workers, 1)
+        self._read_packed()
         # Another process may have run some since.
         jobs = ((place, self._job(measure, place)) for place in self.missing if not self._read(place))
-        if workers == 1:
-            return self._keep_all(((place, job()) for place, job in jobs), progress)
-        pool: Executor = (
-            ProcessPoolExecutor(workers, get_context("spawn")) if processes else ThreadPoolExecutor(workers)
-        )
+        pool: Executor = _Here() if workers == 1 else ThreadPoolExecutor(workers)
+        if processes and workers > 1:
+            pool = ProcessPoolExecutor(workers, get_context("spawn"))
         with pool:
-            return self._keep_all(_as_they_come(pool, workers, jobs), progress)
+            found = _as_they_come(pool, workers, jobs)
+            for place, outputs in track(found, "retraining", progress, total=len(self.missing)):
+                self._keep(place, outputs)
+        return self
 
     def _job(self, measure: Measure, place: Place) -> Callable[[], Floats]:
         rows, seed = np.flatnonzero(self.keep[place[0]]), int(self.plan.seeds[place])
         return partial(_run, measure, rows, seed, self.queries, self._name(place))
-
-    def _keep_all(self, found: Iterable[tuple[Place, Floats]], progress: bool) -> Self:
-        for place, outputs in track(found, "retraining", progress, total=len(self.missing)):
-            self._keep(place, outputs)
-        return self
 
     def fill_many(self, measure: MeasureMany, *, at_once: int = 32, progress: bool = False) -> Self:
         """The same with models that are trained side by side, `at_once` of them."""
@@ -314,9 +324,11 @@ class Bank:
         for place in self.plan.places:
             self._file(place).unlink(missing_ok=True)
         if (self.path / "runs").exists():
-            for draft in (self.path / "runs").glob("*.draft"):
-                draft.unlink()
-            (self.path / "runs").rmdir()
+            for subset, run in np.argwhere(self._done):
+                for draft in (self.path / "runs").glob(f"{subset}-{run}.npy.*.draft"):
+                    draft.unlink()
+            with suppress(OSError):  # another process may be writing
+                (self.path / "runs").rmdir()
         return self
 
     def _name(self, place: Place) -> str:
@@ -334,7 +346,7 @@ def _run(measure: Measure, rows: NDArray[np.int64], seed: int, queries: int, nam
     try:
         found = measure(rows, seed)
     except Exception as error:
-        error.add_note(f"Raised by {name} of the bank. The runs before it are kept, and fill() goes on from there.")
+        error.add_note(f"Raised by {name} of the bank; other runs are kept.")
         raise
     return query_outputs(found, queries, f"outputs of {name}")
 
@@ -342,11 +354,11 @@ def _run(measure: Measure, rows: NDArray[np.int64], seed: int, queries: int, nam
 def _as_they_come(
     pool: Executor, workers: int, jobs: Iterator[tuple[Place, Callable[[], Floats]]]
 ) -> Iterator[tuple[Place, Floats]]:
-    """The jobs' results, whichever is ready first. After a failure nothing is begun, and it is raised last."""
+    """The jobs' results, whichever is ready first. In the end, or after FAILURES, what failed first is raised."""
     running: dict[Future[Floats], Place] = {}
-    failed: BaseException | None = None
+    failed: list[BaseException] = []
     while True:
-        for place, job in islice(jobs, workers - len(running) if failed is None else 0):
+        for place, job in islice(jobs, workers - len(running) if len(failed) < FAILURES else 0):
             running[pool.submit(job)] = place
         if not running:
             break
@@ -354,9 +366,22 @@ def _as_they_come(
             place, error = running.pop(future), future.exception()
             if error is None:
                 yield place, future.result()
-            failed = failed or error
-    if failed is not None:
-        raise failed
+            else:
+                failed.append(error)
+    if failed:
+        raise failed[0]
+
+
+class _Here(Executor):
+    """One worker: this thread."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
 
 
 @contextmanager
@@ -367,8 +392,10 @@ def _draft(file: Path) -> Iterator[IO[bytes]]:
         with draft.open("wb") as written:
             yield written
         os.replace(draft, file)
-    except BaseException:
+    except BaseException as error:
         draft.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(f"{file} could not be written: {error}") from error
         raise
 
 
@@ -385,5 +412,5 @@ def _loaded(file: Path) -> Any:
 def _json(file: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(file.read_text()))
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise InvalidInput(f"{file} cannot be read: {error}") from error

@@ -9,7 +9,8 @@
    the resamples are the interval. The plateau is the stretch of the path around the choice where the LDS is within
    `FLAT` of it: what is lost by choosing otherwise.
 3. How good is it? The choice is made on a random half of the subsets and its LDS taken on the other, many times over:
-   the mean is the held-out LDS, that no choice has seen.
+   the mean is the held-out LDS, that no choice has seen. Rank correlations over few subsets come out low, of m by about
+   the factor m / (m + 1) (Moran 1948), so it is not to be compared with an LDS of many subsets.
 4. By block: the scores are a sum over blocks, and so is the forecast. From the best common damping each block in turn
    takes its best, until none changes; this is kept only if the held-out LDS is larger for it.
 """
@@ -52,7 +53,9 @@ class Calibration:
     plateau: tuple[float, float] | None = None
     """Where the LDS is within .03 of the choice's."""
     held_out: float | None = None
-    """LDS of the choice on subsets that it was not made on; None for fewer than 6 subsets."""
+    """LDS of the choice on subsets that it was not made on; None for fewer than 6 subsets. Low, as these are few."""
+    over: int | None = None
+    """How many subsets each held-out LDS is over."""
     common: float | None = None
     """The held-out LDS of one damping for all blocks, where `chosen` has several."""
     notes: tuple[str, ...] = ()
@@ -84,7 +87,8 @@ class Calibration:
             lines.append(f"{self.flatness}: within {FLAT} of it from {self.plateau[0]:.2g} to {self.plateau[1]:.2g}")
         if self.held_out is not None:
             more = "" if self.common is None else f" (one damping for all blocks: {self.common:.3f})"
-            lines.append(f"LDS on subsets that the choice has not seen: {self.held_out:.3f}{more}")
+            few = "" if self.over is None else f", {self.over} at a time, which reads low by 1 in {self.over + 1}"
+            lines.append(f"LDS on subsets that the choice has not seen{few}: {self.held_out:.3f}{more}")
         if self.at_an_end:
             lines.append("the choice is at an end of the path: try further")
         return "\n".join([*lines, *self.notes])
@@ -115,9 +119,13 @@ def choose_damping(
     """The damping on an ascending path that forecasts best.
 
     Shapes: forecasts {block: [k, m, q]}, NaN for a damping that was not tried; outputs [m, r, q], NaN for no run.
-    Errors: ShapeMismatch; InvalidInput for fewer than 3 subsets, or a path that does not ascend.
+    Errors: ShapeMismatch; InvalidInput for fewer than 3 subsets, a path that does not ascend, or outputs that are the
+    same for all subsets: nothing can be told from these.
     """
     shares, measured = _checked(path, forecasts, outputs)
+    constant = int((np.ptp(measured, axis=0) == 0).sum())
+    if constant == measured.shape[1]:
+        raise InvalidInput(f"All {constant} queries have the same output on every subset: no damping forecasts that.")
     total = np.sum(list(shares.values()), axis=0)
     tried = np.isfinite(total).all(axis=(1, 2))
     every = np.arange(len(measured))
@@ -134,6 +142,11 @@ def choose_damping(
         apart = _held_out(halves, lambda half: _best_by_block(shares, measured, half), shares, measured)
         if common is not None and apart is not None and apart > common:
             chosen, held_out, beaten = _best_by_block(shares, measured, every), apart, common
+    notes = []
+    if by_block and len(shares) > 1 and len(set(chosen.values())) == 1:
+        notes.append("one damping for all blocks: no held-out subsets speak for several")
+    if constant:
+        notes.append(f"{constant} of {measured.shape[1]} queries have the same output on every subset, and count as 0")
     runs = int(complete_runs(np.asarray(outputs, dtype=np.float64)).sum())
     return Calibration(
         path=tuple(map(float, path)),
@@ -145,9 +158,8 @@ def choose_damping(
         plateau=_plateau(path, along, best),
         held_out=held_out,
         common=beaten,
-        notes=("one damping for all blocks: no held-out subsets speak for several",)
-        if by_block and len(shares) > 1 and len(set(chosen.values())) == 1
-        else (),
+        over=len(halves[0][1]) if halves else None,
+        notes=tuple(notes),
     )
 
 

@@ -33,11 +33,23 @@ def score_matrix(scores: ArrayLike) -> Floats:
 def places(ids: ArrayLike) -> NDArray[np.int64]:
     """Where in the data the rows of these ids are: the ids are the places if they are 0 to n - 1 in some order.
 
-    Rows of other ids (names, say) are taken to be in the order of the data: [n].
+    Rows of other ids (names, ascending numbers) are taken to be in the order of the data: [n].
+    Errors: InvalidInput for other numbers that do not ascend: nobody knows which row of the data is which.
     """
     given = np.asarray(ids)
     order = np.arange(len(given))
-    return given.astype(np.int64) if given.dtype.kind in "iu" and np.array_equal(np.sort(given), order) else order
+    if given.dtype.kind not in "iu":
+        return order
+    if np.array_equal(np.sort(given), order):
+        return given.astype(np.int64)
+    if (np.diff(given) < 0).any():
+        first = int((np.diff(given) < 0).argmax())
+        raise InvalidInput(
+            f"The ids of {len(given)} rows are neither 0 to {len(given) - 1} nor ascending ({given[first]} before "
+            f"{given[first + 1]}): which row of the data is which? Use positions as ids, or pass numpy.asarray(scores) "
+            "with its rows in the order of the data."
+        )
+    return order
 
 
 def subset_mask(keep: ArrayLike) -> Flags:
@@ -64,21 +76,35 @@ def retrained_outputs(keep: ArrayLike, outputs: ArrayLike) -> tuple[Flags, Float
 
 
 def complete_runs(outputs: Floats) -> Flags:
-    """The runs whose outputs are all finite: [m, r]."""
-    return np.asarray(np.isfinite(outputs).all(axis=2))
+    """The runs that were made: [m, r]. Errors: NonFiniteValue for one of which only some outputs are finite."""
+    done = np.isfinite(outputs).all(axis=2)
+    partly = ~(done | np.isnan(outputs).all(axis=2))
+    if partly.any():
+        subset, run = (int(k) for k in np.argwhere(partly)[0])
+        query = int(np.isfinite(outputs[subset, run]).argmin())
+        raise NonFiniteValue(
+            f"The output of query {query} is {outputs[subset, run, query]} in run {run} of subset {subset}. (A run "
+            "that was not made is NaN for all queries.)"
+        )
+    return np.asarray(done)
 
 
 def mean_over_runs(outputs: Floats) -> Floats:
     """The mean of each subset's complete runs: [m, q]. Errors: InvalidInput for a subset that has none."""
     done = complete_runs(outputs)
     if not done.any(axis=1).all():
-        raise InvalidInput(f"Subset {int(done.any(axis=1).argmin())} has no run whose outputs are all finite.")
+        raise InvalidInput(f"Subset {int(done.any(axis=1).argmin())} was not run.")
     return np.einsum("mrq,mr->mq", np.nan_to_num(outputs), done / done.sum(axis=1, keepdims=True))
 
 
 def usual_runs(outputs: Floats) -> int:
     """How many complete runs a subset has, most often."""
     return int(np.bincount(complete_runs(outputs).sum(axis=1)).argmax())
+
+
+def effective_runs(outputs: Floats) -> float:
+    """How many runs each subset would have for as much noise in all, if all had as many: the harmonic mean."""
+    return 1.0 / float(np.mean(1.0 / complete_runs(outputs).sum(axis=1)))
 
 
 def query_outputs(values: ArrayLike, queries: int, said: str) -> Floats:

@@ -27,7 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 from headwater.errors import InvalidSetting, ShapeMismatch
 from headwater.evaluate.bank import Plan
 from headwater.evaluate.baselines import Compared, against_random
-from headwater.evaluate.checks import Floats, check_whole, retrained_outputs, score_matrix
+from headwater.evaluate.checks import Floats, check_whole, retrained_outputs
 from headwater.evaluate.retrieval import ranking
 
 Direction = Literal["removal", "addition"]
@@ -113,7 +113,7 @@ class CurvePlan:
     ) -> Curve:
         """The curve of outputs [m, r, q], a full bank's `outputs`.
 
-        margins: outputs are margins, positive where the query is predicted right; flips are then counted.
+        margins: outputs are margins, below zero where the query is predicted wrong; flips are then counted.
         Errors: ShapeMismatch; InvalidInput for a subset that was not run.
         """
         _, _, measured = retrained_outputs(self.plan.keep, outputs)
@@ -126,7 +126,7 @@ class CurvePlan:
             against_random(c, r, resamples=resamples, level=level, seed=seed)
             for c, r in zip(change, random_change, strict=True)
         ]
-        right = measured[0] > 0
+        right = measured[0] >= 0
         return Curve(
             self.direction,
             self.fractions,
@@ -134,8 +134,8 @@ class CurvePlan:
             tuple(points),
             change,
             random_change.mean(axis=1),
-            ((own > 0) != right).mean(axis=1) if margins else None,
-            ((chance > 0) != right).mean(axis=(1, 2)) if margins else None,
+            ((own >= 0) != right).mean(axis=1) if margins else None,
+            ((chance >= 0) != right).mean(axis=(1, 2)) if margins else None,
             self.queries is None,
         )
 
@@ -164,8 +164,8 @@ def plan_curve(
     in an order drawn from `seed`.
     Errors: ShapeMismatch; NonFiniteValue; InvalidSetting.
     """
-    given = np.asarray(scores, dtype=np.float64)
-    order = ranking(score_matrix(given[None] if given.ndim == 1 else given), seed)
+    shared = np.ndim(scores) == 1
+    order = ranking(np.asarray(scores)[None] if shared else scores, seed)
     n = order.shape[1]
     if direction not in get_args(Direction):
         raise InvalidSetting(f"direction is {direction!r}; expected 'removal' or 'addition'.")
@@ -183,7 +183,7 @@ def plan_curve(
         direction,
         tuple(float(fraction) for fraction in fractions),
         sizes,
-        None if given.ndim == 1 else len(order),
+        None if shared else len(order),
         random,
     )
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from headwater.errors import BatchMismatch, InvalidInput, InvalidSetting, NonFiniteValue
+from headwater.evaluate.checks import check_whole
 from headwater.evaluate.correlation import mid_ranks
 
 
@@ -76,8 +77,7 @@ def precision_at(scores: ArrayLike, positives: ArrayLike, k: int) -> float:
     Errors: as the module says, and InvalidSetting if k is not in 1..n.
     """
     values, wanted = _checked(scores, positives)
-    if not 1 <= k <= len(values):
-        raise InvalidSetting(f"k is the number of rows to look at, from 1 to {len(values)}; got {k}.")
+    check_whole("k", k, 1, len(values))
     return float(_found(values, wanted)[k] / k)
 
 

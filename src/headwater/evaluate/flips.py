@@ -1,11 +1,12 @@
 """Brittleness: how few of its top-scored rows must go before a prediction flips?
 
     scores  [q, n]             positive: the train row helps the query
-    measure(rows, seed) -> [q] margins of the model trained on these rows; positive: predicted right
+    measure(rows, seed) -> [q] margins of the model trained on these rows; below zero: predicted wrong
 
 For each query, its top rows are removed and the model is trained again, with more and more rows until the margin is
 below zero; then the size is searched for between the last that did not flip and the first that did. A model that has
-been trained is never trained again, and every query reads its margins.
+been trained is never trained again, and every query reads its margins; nothing is kept on disk (let `measure` do that
+where training is dear).
 
 The size found is the smallest *that was tried along this ranking*. It is no least set: other rows, or fewer than a size
 that happened not to flip, may do. The best that a ranking can show is an upper bound, and a lower one is a better
@@ -165,11 +166,13 @@ def _grid(sizes: Sequence[int] | None, max_size: int | None, n: int) -> tuple[in
         raise InvalidSetting(f"Give sizes or max_size, not both; got {list(sizes)} and {max_size}.")
     if sizes is None:
         most = n // 2 if max_size is None else max_size
-        if isinstance(most, bool) or not isinstance(most, int) or not 1 <= most < n:
-            raise InvalidSetting(f"max_size is {most!r}; expected 1 to {n - 1}, so that a row is left of {n}.")
+        check_whole("max_size", most, 1, n - 1)
+        most = int(most)
         return (*(2**k for k in range(most.bit_length()) if 2**k < most), most)
+    for size in sizes:
+        check_whole("a size", size, 1, n - 1)
     grid = tuple(int(size) for size in sizes)
-    if not grid or not all(1 <= size < n for size in grid) or list(grid) != sorted(set(grid)):
+    if not grid or list(grid) != sorted(set(grid)):
         raise InvalidSetting(f"sizes are {list(sizes)}; expected growing numbers from 1 to {n - 1}, of {n} rows.")
     return grid
 

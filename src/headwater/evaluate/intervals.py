@@ -12,6 +12,7 @@ Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import floor, isfinite, log10
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -29,7 +30,10 @@ class Interval:
     level: float = 0.9
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+        """Three decimals, or as many as three digits of the largest take."""
+        largest = max((abs(v) for v in (self.value, self.low, self.high) if isfinite(v) and v), default=1.0)
+        places = max(3, 2 - floor(log10(largest)))
+        return f"{self.value:.{places}f} ({self.low:.{places}f} to {self.high:.{places}f})"
 
 
 def resampled(count: int, resamples: int, seed: int) -> list[NDArray[np.int64]]:

@@ -9,7 +9,8 @@ between forecast and measurement (the mean over runs) is the query's score, and 
 
 Retraining is noisy, and no forecast can be better than its measurement lets it. The *ceiling* is the square root of the
 measurement's reliability, found from subsets that were run several times; LDS over ceiling is what the score would be
-without that noise, whatever the number of runs. What is resampled for intervals are subsets: queries share them.
+without that noise, whatever the number of runs, also where some subsets have more than others. What is resampled for
+intervals are subsets: queries share them.
 
 Sources: Park et al. 2023, arXiv 2303.14186 (LDS); Spearman 1910, Brown 1910 (reliability of a mean of runs).
 """
@@ -22,7 +23,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from headwater.errors import ShapeMismatch
-from headwater.evaluate.checks import Floats, complete_runs, retrained_outputs, score_matrix, subset_mask, usual_runs
+from headwater.evaluate.checks import (
+    Flags,
+    Floats,
+    complete_runs,
+    effective_runs,
+    retrained_outputs,
+    score_matrix,
+    subset_mask,
+    usual_runs,
+)
 from headwater.evaluate.correlation import mean_correlation
 from headwater.evaluate.correlation import spearman as spearman
 from headwater.evaluate.intervals import Interval as Interval
@@ -93,9 +103,7 @@ def lds(
     one that was never run, and for one that keeps no row.
     """
     kept, runs, measured = retrained_outputs(keep, outputs)
-    predicted = forecast(scores, kept)
-    if predicted.shape[1] != measured.shape[1]:
-        raise ShapeMismatch(f"There are scores of {predicted.shape[1]} queries and outputs of {measured.shape[1]}.")
+    predicted = _forecast(scores, kept, measured)
     by_query = spearman(predicted, measured)
     chosen = resampled(len(kept), resamples, seed)
     draws = [mean_correlation(spearman(predicted[some], measured[some])) for some in chosen]
@@ -121,7 +129,7 @@ def difference(
 ) -> Interval:
     """The LDS of `scores` minus that of `others`, on the same resampled subsets; zero outside: one is better."""
     kept, _, measured = retrained_outputs(keep, outputs)
-    first, second = forecast(scores, kept), forecast(others, kept)
+    first, second = (_forecast(given, kept, measured) for given in (scores, others))
 
     def gap(chosen: NDArray[np.int64] | slice) -> float:
         truth = measured[chosen]
@@ -130,29 +138,44 @@ def difference(
     return about(gap(slice(None)), [gap(chosen) for chosen in resampled(len(kept), resamples, seed)], level)
 
 
-def ceiling(outputs: ArrayLike, *, splits: int = 20, seed: int = 0) -> float | None:
+def _forecast(scores: ArrayLike, kept: Flags, measured: Floats) -> Floats:
+    """Errors: those of `forecast`; ShapeMismatch for outputs of other queries."""
+    predicted = forecast(scores, kept)
+    if predicted.shape[1] != measured.shape[1]:
+        raise ShapeMismatch(f"There are scores of {predicted.shape[1]} queries and outputs of {measured.shape[1]}.")
+    return predicted
+
+
+def ceiling(outputs: ArrayLike, *, runs: float | None = None, splits: int = 20, seed: int = 0) -> float | None:
     """The square root of the measurement's reliability; None where fewer than 3 subsets were run twice.
 
-    1. Take the subsets with two runs or more, and split their runs into halves, at random, `splits` times.
+    runs: of so many runs' mean; None: of as many as these subsets have (`effective_runs`).
+
+    1. Take the subsets with two runs or more, and split their runs into halves, at random, `splits` times: for all
+       subsets alike, as runs of one place may share a seed, whose luck is no subset's.
     2. r, the mean over queries of Spearman's correlation of the halves' means, is the reliability of k / 2 runs' mean.
-    3. That of R runs' mean, R the number most subsets have, follows by Spearman and Brown: 2 R r / k over
-       1 + (2 R / k - 1) r.
+    3. That of R runs' mean follows by Spearman and Brown: 2 R r / k over 1 + (2 R / k - 1) r. Where subsets have
+       unequal numbers of runs, R is their harmonic mean: the noise of all of them together is that of R runs each.
+
+    Where queries differ in their noise it is a little high: the root of a mean is above the mean of roots.
     """
-    runs = np.asarray(outputs, dtype=np.float64)
-    counts = complete_runs(runs).sum(axis=1)
+    measured = np.asarray(outputs, dtype=np.float64)
+    if measured.ndim != 3:
+        raise ShapeMismatch(f"The outputs are {measured.shape}; expected (m, runs, q).")
+    done = complete_runs(measured)
+    counts = done.sum(axis=1)
     twice = np.flatnonzero(counts >= 2)
     if len(twice) < 3:
         return None
     half = int(counts[twice].min()) // 2
     rng, found = np.random.default_rng(seed), []
     for _ in range(splits):
-        halves = np.empty((2, len(twice), runs.shape[2]))
+        halves = np.empty((2, len(twice), measured.shape[2]))
+        shuffled = rng.permutation(measured.shape[1])
         for place, subset in enumerate(twice):
-            order = rng.permutation(np.flatnonzero(np.isfinite(runs[subset]).all(axis=1)))
-            halves[0, place], halves[1, place] = (
-                runs[subset, order[:half]].mean(0),
-                runs[subset, order[half : 2 * half]].mean(0),
-            )
+            order = shuffled[done[subset, shuffled]]
+            halves[0, place] = measured[subset, order[:half]].mean(0)
+            halves[1, place] = measured[subset, order[half : 2 * half]].mean(0)
         found.append(mean_correlation(spearman(halves[0], halves[1])))
-    r, longer = float(np.mean(found)), usual_runs(runs) / half
+    r, longer = float(np.mean(found)), (effective_runs(measured) if runs is None else runs) / half
     return float(np.sqrt(max(0.0, longer * r / (1.0 + (longer - 1.0) * r))))

@@ -7,7 +7,8 @@
 
 The forecast of a group is the sum of its rows' scores. Three figures say how it agrees with the truth over groups:
 Pearson's and Spearman's correlation, each the mean over queries, and the *slope*, by which the forecasts of all queries
-must be multiplied to fit best (regression through the origin): 1 is calibrated, above 1 forecasts too little.
+must be multiplied to fit best (regression through the origin): 1 is calibrated, above 1 forecasts too little. It means
+that for scores of the unit "removal" alone.
 
 Retraining a network without one row mostly measures its seed. The *reliability* says how much: it is the correlation
 to expect with the same measurement repeated. Below one half the truth is mostly noise, and no figure made from it says
@@ -42,6 +43,7 @@ from headwater.evaluate.checks import (
 from headwater.evaluate.correlation import mean_correlation, pearson, spearman
 from headwater.evaluate.intervals import Interval, about, resampled
 from headwater.evaluate.lds import ceiling
+from headwater.positions import row_positions
 
 NOISY = 0.5
 """Reliability below which a truth is called noisy."""
@@ -140,13 +142,14 @@ def agreement(
 
 
 def removal_forecast(scores: ArrayLike, groups: Sequence[Sequence[int]]) -> Floats:
-    """The summed scores of each group's rows: [q, g]. Errors: InvalidInput for a row that does not exist."""
+    """The summed scores of each group's rows: [q, g].
+
+    Errors: InvalidInput for a mask, or a row that does not exist; BatchMismatch for a row twice.
+    """
     given = score_matrix(scores)
     found = np.zeros((len(given), len(groups)))
     for place, group in enumerate(groups):
-        rows = np.unique(np.asarray(group, dtype=np.int64))
-        if len(rows) and (rows[0] < 0 or rows[-1] >= given.shape[1]):
-            raise InvalidInput(f"Group {place} has rows {list(group)}; there are {given.shape[1]}.")
+        rows = row_positions(group, given.shape[1], f"The rows of group {place}")
         found[:, place] = given[:, rows].sum(axis=1)
     return found
 

@@ -18,9 +18,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from headwater.errors import InvalidInput, InvalidSetting, ShapeMismatch
-from headwater.evaluate.checks import Flags, Floats, score_matrix
+from headwater.errors import InvalidInput, ShapeMismatch
+from headwater.evaluate.checks import Flags, Floats, check_whole, score_matrix
 from headwater.evaluate.intervals import Interval, over_queries
+from headwater.positions import row_positions
 
 
 def mrr(
@@ -65,11 +66,7 @@ def duplicates(scores: ArrayLike, pairs: Mapping[int, int | Sequence[int]]) -> t
     for mask, (query, rows) in zip(relevant, pairs.items(), strict=True):
         if not 0 <= query < len(given):
             raise InvalidInput(f"The pairs name query {query}; there are {len(given)}.")
-        named = [int(row) for row in np.atleast_1d(np.asarray(rows))]
-        wrong = [row for row in named if not 0 <= row < given.shape[1]]
-        if wrong:
-            raise InvalidInput(f"The duplicates of query {query} name train row {wrong[0]}; there are {len(mask)}.")
-        mask[named] = True
+        mask[row_positions(rows, len(mask), f"The duplicates of query {query}", distinct=False)] = True
     return _checked(given[list(pairs)], relevant)
 
 
@@ -111,8 +108,7 @@ def in_top(scores: ArrayLike, k: int) -> Floats:
     """
     given = score_matrix(scores)
     n = given.shape[1]
-    if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= n:
-        raise InvalidSetting(f"k is the number of rows to look at, from 1 to {n}; got {k!r}.")
+    check_whole("k", k, 1, n)
     last = -np.partition(-given, k - 1, axis=1)[:, k - 1 : k]
     above, tied = given > last, given == last
     return above + tied * (k - above.sum(axis=1, keepdims=True)) / tied.sum(axis=1, keepdims=True)

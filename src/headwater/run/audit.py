@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from headwater.errors import InvalidSetting, NotConverged
+from headwater.errors import InvalidInput, InvalidSetting, NotConverged
 from headwater.evaluate.audited import Audit as Audit
 from headwater.evaluate.audited import audited, check_level
+from headwater.evaluate.checks import check_whole
 from headwater.influence import ComposableInfluence
 from headwater.methods.base import Method
 from headwater.methods.iterative import Cg
@@ -50,7 +51,8 @@ def audit(
     """See `ComposableInfluence.audit`.
 
     Errors: NotFittedError; StaleFit; InvalidSetting for a method without an inverse, and for settings that mean
-    nothing; those of the exact method's fit (SingularOperator, IndefiniteCurvature, ...).
+    nothing; InvalidInput for other train rows than those that were fitted; those of the exact method's fit
+    (SingularOperator, IndefiniteCurvature, ...).
     """
     influence.ready()
     kind = influence.method.approximates
@@ -63,9 +65,15 @@ def audit(
     options: dict[str, Any] = {"unit": "influence", "by_block": False, "store": None, "progress": progress}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotConverged)  # the audit says so
-        scores = attribute(influence, train_loader, chosen, **options)
         reference = influence.unfitted(method=method, damping=influence.absolute_damping)
         reference.fit(train_loader, progress=progress)
+        if not np.isclose(reference.n_train, influence.n_train):
+            raise InvalidInput(
+                f"The train loader has {reference.n_train:g} rows, and {influence.n_train:g} were fitted: an audit "
+                "needs those that were fitted."
+            )
+        scores = attribute(influence, train_loader, chosen, **options)
+        check_whole("k", k, 1, scores.shape[1])
         with recorded_solves() as log:
             exact = attribute(reference, train_loader, chosen, **options)
     solves = joined(log).values()
@@ -86,8 +94,7 @@ def audit(
 
 def _check(queries: int, k: int, level: float, tolerance: float | None) -> None:
     for name, value in (("queries", queries), ("k", k)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InvalidSetting(f"{name} is {value!r}; expected a whole number of at least 1.")
+        check_whole(name, value, 1)
     check_level(level)
     if tolerance is not None and not 0 < tolerance < 1:
         raise InvalidSetting(f"tolerance is {tolerance!r}; expected a number between 0 and 1, or None.")

@@ -6,8 +6,9 @@ path takes the queries' side alone: m subsets cost what m train rows would.
 
 Without retraining, the damping is a prior precision: with N rows and weights w, the evidence of the Laplace
 approximation is stationary where damping = tr(C (C + damping)^-1) / (N |w|^2), for each block by itself. It knows the
-fit and the curvature, and nothing of the training; measured beside retraining, it is near the best or decades off (see
-the leaderboard).
+fit and the curvature, and nothing of the training. It takes the loss for minus a log-likelihood in nats: another unit
+(a loss times ten, squares of errors whose variance is not one) gives another damping. The leaderboard shows where it
+lies beside what retraining chooses.
 
 Sources: MacKay 1992 (evidence); Immer et al. 2021, arXiv 2104.04975 (with the GGN of networks).
 """
@@ -23,10 +24,10 @@ import numpy as np
 
 from headwater.arrays import Array, namespace, to_numpy, transpose
 from headwater.errors import HeadwaterError, InvalidInput, InvalidSetting, NotConverged, SingularOperator
-from headwater.evaluate.bank import Bank, Plan, plan_subsets
+from headwater.evaluate.bank import Bank, plan_subsets
 from headwater.evaluate.calibration import EVIDENCE, choose_damping
 from headwater.evaluate.calibration import Calibration as Calibration
-from headwater.evaluate.checks import mean_over_runs, places, retrained_outputs
+from headwater.evaluate.checks import mean_over_runs, places, query_outputs, retrained_outputs
 from headwater.evaluate.correlation import mean_correlation, spearman
 from headwater.gradients.block import BlockGradient, stack
 from headwater.influence import ComposableInfluence
@@ -59,12 +60,20 @@ def calibrate(
     influence.ready()
     if not influence.method.predicts_removal:
         raise InvalidSetting(f"{influence.method.describe()} has no damping to calibrate.")
+    path, unit = _path(dampings)
     if bank is None:
-        return _by_evidence(influence, *_path(dampings))
+        if query_loader is not None:
+            raise InvalidInput(
+                "There are queries, and no bank of retrained models: pass it, as bank=; or the train loader alone, to "
+                "choose by the evidence, which takes no queries and knows less."
+            )
+        return _by_evidence(influence, path, unit)
     if query_loader is None:
         raise InvalidInput("query_loader is None; the bank's outputs are those of queries: pass their loader.")
     if not isinstance(bank, Bank) and callable(bank):
-        bank = _retrain(bank, len(_ids(influence, train_loader, progress)), subsets, seed)
+        rows = len(_ids(influence, train_loader, progress))
+        asked = sum(len(batch) for batch, *_ in _named_batches(influence.provider, query_loader, "queries", progress))
+        bank = _retrain(bank, rows, asked, subsets, seed)
     keep, outputs = _retrained(bank)
     along = path_forecasts(influence, train_loader, query_loader, keep, outputs, dampings=dampings, progress=progress)
     found = choose_damping(along.path, along.forecasts, outputs, unit=along.unit, by_block=by_block, seed=seed)
@@ -111,12 +120,14 @@ def path_forecasts(
 
 
 def _path(dampings: Sequence[Damping] | None) -> tuple[list[float], str]:
-    """Amounts, ascending, and their unit. Errors: InvalidSetting for a path of both kinds."""
+    """Amounts, ascending, and their unit. Errors: InvalidSetting for a path of both kinds, or of fewer than two."""
     given = list(PATH if dampings is None else dampings)
     kinds = {isinstance(damping, Relative) for damping in given}
     if len(kinds) != 1:
         raise InvalidSetting(f"dampings are {given}; expected hw.relative(...) all, or numbers all, and two at least.")
     amounts = sorted(d.factor if isinstance(d, Relative) else float(d) for d in given)
+    if len(set(amounts)) < max(2, len(amounts)) or not (amounts[0] > 0 and np.isfinite(amounts[-1])):
+        raise InvalidSetting(f"dampings are {given}; expected two or more, all above zero and each of them once.")
     return amounts, "mean eigenvalues" if kinds == {True} else "absolute"
 
 
@@ -128,23 +139,20 @@ def in_unit(amount: float, unit: str) -> Damping:
 # What was retrained ---------------------------------------------------------------------------------------------------
 
 
-def _retrain(measure: Measure, rows: int, subsets: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """keep [m, n] and outputs [m, 1, q] of random halves of the rows."""
+def _retrain(measure: Measure, rows: int, queries: int, subsets: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """keep [m, n] and outputs [m, 1, q] of random halves of the rows. Errors: ShapeMismatch, NonFiniteValue."""
     plan = plan_subsets(rows, subsets=subsets, repeated=0, seed=seed)
-    return plan.keep, np.stack([_output(measure, plan, place) for place in plan.places])[:, None]
+    outputs = np.empty((subsets, 1, queries))
+    for subset, kept in enumerate(plan.keep):
+        found = measure(np.flatnonzero(kept), int(plan.seeds[subset, 0]))
+        outputs[subset, 0] = query_outputs(found, queries, f"outputs of retraining on subset {subset}")
+    return plan.keep, outputs
 
 
 def _retrained(bank: Bank | tuple[Any, Any]) -> tuple[np.ndarray, np.ndarray]:
     """keep [m, n] and outputs [m, r, q]."""
     kept, runs, _ = retrained_outputs(*bank)
     return kept, runs
-
-
-def _output(measure: Measure, plan: Plan, place: tuple[int, int]) -> np.ndarray:
-    found = np.asarray(measure(np.flatnonzero(plan.keep[place[0]]), int(plan.seeds[place])), dtype=np.float64)
-    if found.ndim != 1 or not np.isfinite(found).all():
-        raise InvalidInput(f"Retraining on subset {place[0]} gave {found.shape}; expected finite outputs (q,).")
-    return found
 
 
 # Forecasts ------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from headwater.arrays import rows_within_memory
-from headwater.errors import BatchMismatch, InvalidInput, NotConverged, SingularOperator
+from headwater.errors import NotConverged, SingularOperator
+from headwater.positions import row_groups
 from headwater.sklearn.batch import FeatureBatch
 from headwater.sklearn.families import Array, SquaredError
 from headwater.sklearn.linear import LinearModel
@@ -111,29 +112,11 @@ class ExactRemoval:
 
         Errors: InvalidInput for a group that is empty, or names rows that are not there; BatchMismatch for a row twice.
         """
-        chosen = self._groups(groups)
+        chosen = row_groups(groups, len(self.x))
         if not self.closed_form:
             return self._refitted(chosen, self.with_all.weights[0])
         weights = np.stack([square.without(chosen) for square in self._squares], axis=1)
         return Refits(self.model, weights, True, np.zeros(len(chosen), dtype=int))
-
-    def _groups(self, groups: Iterable[Any] | None) -> list[Array]:
-        rows = len(self.x)
-        if groups is None:
-            return [np.array([k]) for k in range(rows)]
-        found = [np.atleast_1d(np.asarray(group)) for group in groups]
-        if not found:
-            raise InvalidInput("There are no groups; pass None for every row by itself.")
-        for number, group in enumerate(found):
-            if group.ndim != 1 or not len(group) or group.dtype.kind not in "iu":
-                raise InvalidInput(
-                    f"Group {number} is {group!r:.60}; expected positions of rows (of a mask: flatnonzero)."
-                )
-            if group.min() < 0 or group.max() >= rows:
-                raise InvalidInput(f"Group {number} names a row outside of 0 ... {rows - 1}: {group!r:.60}.")
-            if len(np.unique(group)) < len(group):
-                raise BatchMismatch(f"Group {number} has a row more than once: {group!r:.60}.")
-        return found
 
     # Least squares ------------------------------------------------------------------------------------------------
 

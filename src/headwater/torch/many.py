@@ -3,8 +3,8 @@
 Models of one architecture differ in their seed and in the rows they see. Their parameters are stacked along a leading
 axis [m, ...], and `vmap` turns a step of one into a step of all. A model depends on its own seed and rows only: its
 starting weights and the order of its rows come from generators of its own, never from a shared stream. Buffers stay as
-they were, and nothing may be random inside the model or be shared between the rows of a batch: dropout and batch
-normalisation are refused.
+they were, and nothing may be random inside the model or be shared between the rows of a batch: a model that says
+something else in train mode than in eval mode (dropout, batch normalisation) is refused.
 
 For plain ReLU classifiers `train_mlps` does the same without `vmap`, and faster.
 """
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
-from headwater.errors import BatchMismatch, InvalidSetting, NonFiniteValue, UnsupportedModel
+from headwater.errors import BatchMismatch, InvalidSetting, NonFiniteValue, ShapeMismatch, UnsupportedModel
+from headwater.torch.batch import quiet
 from headwater.torch.plan import differs_in_training
 from headwater.torch.trainer import cosine_rate, visited_rows
 
@@ -49,9 +50,18 @@ class StackedModels:
             return loss(functional_call(self.template, parameters, (rows,)), labels)
 
         with torch.no_grad():
+            x, y = torch.as_tensor(x), torch.as_tensor(y)
             pieces = zip(x.split(batch_size), y.split(batch_size), strict=True)
-            found = [vmap(of_one, in_dims=(0, None, None))(self.parameters, *piece) for piece in pieces]
-        return torch.cat(found, dim=1)
+            return torch.cat([self._of_all(of_one, *piece) for piece in pieces], dim=1)
+
+    def _of_all(self, of_one: Callable[..., Tensor], rows: Tensor, labels: Tensor) -> Tensor:
+        """Side by side; one by one where a layer knows that in training only (recurrent ones)."""
+        try:
+            with quiet():
+                return vmap(of_one, in_dims=(0, None, None))(self.parameters, rows, labels)
+        except RuntimeError:
+            states = ({name: value[k] for name, value in self.parameters.items()} for k in range(len(self)))
+            return torch.stack([of_one(state, rows, labels) for state in states])
 
     def model(self, index: int, checkpoint: int | None = None) -> nn.Module:
         """Model `index` as a module of its own in eval mode, as it ended or as it was at a kept step."""
@@ -89,9 +99,13 @@ def train_many(
     lr falls along a cosine; decay=False keeps it. Every model takes `steps` steps through seeded shuffles of its own
     rows; a batch may span two shuffles. The result does not depend on side_by_side beyond rounding.
     Progress: called with the number of models that took one more step.
-    Errors: BatchMismatch if lengths disagree or a model keeps no row; UnsupportedModel for dropout or batch
-        normalisation; InvalidSetting for a checkpoint that is no step; NonFiniteValue if training diverges.
+    Errors: BatchMismatch if lengths disagree or a model keeps no row; UnsupportedModel for dropout, batch
+        normalisation, and other models whose train mode differs; ShapeMismatch for a loss that is not one number a row;
+        InvalidSetting for a checkpoint that is no step, and for no steps or seeds; NonFiniteValue, naming the model, if
+        training diverges.
     """
+    _check_counts(seeds, steps=steps, batch_size=batch_size, side_by_side=side_by_side)
+    x, y = torch.as_tensor(x), torch.as_tensor(y)
     if not all(0 <= step < steps for step in checkpoints):
         raise InvalidSetting(f"checkpoints are {list(checkpoints)}; expected steps from 0 to {steps - 1}.")
     kept = torch.as_tensor(keep).bool().cpu()
@@ -100,7 +114,7 @@ def train_many(
     if not kept.any(1).all():
         raise BatchMismatch(f"Every model needs a row; model {int(kept.any(1).int().argmin())} keeps none.")
     groups, first = [], _fresh(make, int(seeds[0]))
-    _check_rows_apart(first)
+    _check_rows_apart(first, x)
     for start in range(0, len(seeds), side_by_side):
         group = slice(start, start + side_by_side)
         models = [_fresh(make, int(seed)) for seed in seeds[group]]
@@ -116,6 +130,7 @@ def train_many(
         course = _Course(models[0], loss, lr, momentum, l2, decay, frozenset(checkpoints), progress)
         groups.append(course.run({n: parameters[n] for n in sorted(trained)}, x, y, order.view(-1, steps, batch_size)))
     joined = {name: torch.cat([final[name] for final, _ in groups]) for name in groups[0][0]}
+    _check_finite(joined, seeds, lr)
     passed = tuple(
         (step, {name: torch.cat([states[step][name] for _, states in groups]) for name in joined})
         for step in sorted(set(checkpoints))
@@ -142,7 +157,13 @@ class _Course:
         """order [m, steps, batch]: the rows of each step. The parameters in the end, and at the kept steps."""
 
         def objective(parameters: dict[str, Tensor], rows: Tensor, labels: Tensor) -> Tensor:
-            return self.loss(functional_call(self.template, parameters, (rows,)), labels).mean()
+            losses = self.loss(functional_call(self.template, parameters, (rows,)), labels)
+            if losses.shape != labels.shape[:1]:
+                raise ShapeMismatch(
+                    f"The loss of {len(labels)} rows has the shape {tuple(losses.shape)}; expected one number for each "
+                    "row, (n,): reduction='none', and sequences summed or averaged over their positions."
+                )
+            return losses.mean()
 
         slopes = vmap(grad(objective))
         velocities = {name: torch.zeros_like(value) for name, value in parameters.items()}
@@ -153,14 +174,13 @@ class _Course:
                 passed[step] = {name: value.clone() for name, value in parameters.items()}
             rows = order[:, step].to(x.device)
             rate = cosine_rate(self.lr, step, steps) if self.decay else self.lr
-            for name, slope in slopes(parameters, x[rows], y[rows]).items():
+            with quiet():
+                found = slopes(parameters, x[rows], y[rows])
+            for name, slope in found.items():
                 velocities[name].mul_(self.momentum).add_(slope).add_(parameters[name], alpha=self.l2)
                 parameters[name].sub_(velocities[name], alpha=rate)
             if self.progress is not None:
                 self.progress(len(rows))
-        for name, value in parameters.items():
-            if not bool(torch.isfinite(value).all()):
-                raise NonFiniteValue(f"Training diverged: {name} is not finite. Lower lr (it was {self.lr}).")
         return parameters, passed
 
 
@@ -189,11 +209,40 @@ def _rest(model: nn.Module) -> dict[str, Tensor]:
     return {**frozen, **dict(model.named_buffers())}
 
 
-def _check_rows_apart(model: nn.Module) -> None:
-    """Errors: UnsupportedModel, naming the module whose training is random or mixes the rows of a batch."""
+def _check_counts(seeds: Sequence[int], **counts: int) -> None:
+    """Errors: InvalidSetting for no seeds, and for numbers below one."""
+    if not len(seeds):
+        raise InvalidSetting("seeds is empty; expected one for each model.")
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InvalidSetting(f"{name} is {value!r}; expected a whole number of at least 1.")
+
+
+def _check_finite(parameters: dict[str, Tensor], seeds: Sequence[int], lr: float) -> None:
+    """Errors: NonFiniteValue, naming the first model that diverged."""
+    for name, value in parameters.items():
+        bad = ~torch.isfinite(value).reshape(len(value), -1).all(1)
+        if bool(bad.any()):
+            k = int(bad.int().argmax())
+            raise NonFiniteValue(
+                f"Training diverged: {name} of model {k}, seed {int(seeds[k])}, is not finite, as of {int(bad.sum())} "
+                f"in all. Lower lr (it was {lr})."
+            )
+
+
+def _check_rows_apart(model: nn.Module, x: Tensor) -> None:
+    """Errors: UnsupportedModel where train mode is random or mixes the rows of a batch; the module, if it is known."""
     for name, module in model.named_modules():
         if differs_in_training(module):
             raise UnsupportedModel(
                 f"{name or 'The model'} is {type(module).__name__}: models trained side by side take no dropout and no "
                 "batch normalisation. Train them one after another, with Bank.fill."
             )
+    rows = x[:4]
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        same = torch.equal(copy.deepcopy(model).train()(rows), model(rows))
+    if not same:
+        raise UnsupportedModel(
+            f"{type(model).__name__} says something else in train mode than in eval mode, in which models are trained "
+            "side by side. Train them one after another, with Bank.fill."
+        )

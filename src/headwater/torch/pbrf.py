@@ -38,14 +38,13 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from headwater.errors import (
-    BatchMismatch,
-    InvalidInput,
     InvalidSetting,
     NonFiniteValue,
     NotConverged,
     UnsupportedLoss,
     UnsupportedModel,
 )
+from headwater.positions import row_groups, row_positions
 from headwater.progress import track
 from headwater.torch.batch import TorchBatch
 from headwater.torch.capture import autograd_on, detached_state, run, twice_differentiable
@@ -85,7 +84,7 @@ def pbrf(
     """
     options: dict[str, Any] = {"measurement": measurement, "weight": weight, "steps": steps, "tolerance": tolerance}
     response = ProximalBregman(model, loss, x, y, x_query, y_query, damping=damping, batch_size=batch_size, **options)
-    chosen = _groups(groups, response.rows)
+    chosen = row_groups(groups, response.rows)
     found, missed = np.empty((len(response.losses), len(chosen))), []
     for number, group in enumerate(track(chosen, "proximal Bregman", progress)):
         solved = response.solve(group)
@@ -171,14 +170,14 @@ class ProximalBregman:
         if not trained:
             raise UnsupportedModel("The model has no parameter that requires a gradient: nothing can respond.")
         self._shapes = {name: p.shape for name, p in trained.items()}
-        self._start = torch.cat([p.reshape(-1) for p in trained.values()])
-        device = self._start.device
+        self.start = torch.cat([p.reshape(-1) for p in trained.values()])
+        device = self.start.device
         self._train, self._query = (_wide(TorchBatch(*pair).to(device)) for pair in ((x, y), (x_query, y_query)))
         self._damping, self._weight, self._steps, self._tolerance = float(damping), weight, steps, tolerance
         self._step = self.rows if batch_size is None else batch_size
         self._base = self._base_outputs()
         self._floor = self._gradient_rounding()
-        self.losses = self._query_losses(self._model, self._start)
+        self.losses = self._query_losses(self._model, self.start)
         """[q], of the model as it is."""
 
     @property
@@ -189,7 +188,7 @@ class ProximalBregman:
     def __call__(self, kept: ArrayLike, seed: int = 0) -> NDArray[np.float64]:
         """The queries' losses [q] without the rows that are not `kept`. Warns: NotConverged."""
         mask = np.ones(self.rows, dtype=bool)
-        mask[_rows(kept, self.rows, "The rows kept")] = False
+        mask[row_positions(kept, self.rows, "The rows kept")] = False
         solved = self.solve(np.flatnonzero(mask))
         if not solved.converged:
             warn_not_converged(f"the model without {int(mask.sum())} rows", solved.steps, solved.slope, self._tolerance)
@@ -198,12 +197,14 @@ class ProximalBregman:
     def solve(self, removed: ArrayLike) -> Response:
         """The response to the removal of these rows [k]."""
         own = copy.deepcopy(self._model)  # calls of a module swap its parameters: threads need one each
-        share = torch.ones(self.rows, dtype=torch.float64, device=self._start.device)
-        share[torch.as_tensor(_rows(removed, self.rows, "The rows removed"), device=share.device)] -= self._weight
+        share = torch.ones(self.rows, dtype=torch.float64, device=self.start.device)
+        share[torch.as_tensor(row_positions(removed, self.rows, "The rows removed"), device=share.device)] -= (
+            self._weight
+        )
         with autograd_on(), twice_differentiable():
             moved, steps, slope = self._minimise(_Objective(self, own, share))
         self._check_convex(own, moved)
-        weights = self._start + moved
+        weights = self.start + moved
         return Response(weights, self._query_losses(own, weights), steps, slope, slope <= self._tolerance)
 
     # The model --------------------------------------------------------------------------------------------------------
@@ -228,9 +229,9 @@ class ProximalBregman:
         found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         for _, batch in self.pieces():
             with torch.no_grad():
-                output = self.outputs(self._model, self._start, batch)
+                output = self.outputs(self._model, self.start, batch)
                 if not found:
-                    alone = self.outputs(self._model, self._start, batch.take(slice(0, 1)))
+                    alone = self.outputs(self._model, self.start, batch.take(slice(0, 1)))
                     check_independence(output, alone, 0, output.dtype)
             with autograd_on():
                 leaf = output.clone().requires_grad_()
@@ -241,12 +242,22 @@ class ProximalBregman:
                 found.append((output, losses.detach(), torch.autograd.grad(losses.sum(), leaf)[0]))
         return found
 
+    def mean_gradient(self) -> torch.Tensor:
+        """Of the mean loss, at the model's own weights: [d]."""
+        total = torch.zeros_like(self.start)
+        with autograd_on(), twice_differentiable():
+            leaf = self.start.clone().requires_grad_()
+            for (_, batch), (_, _, slope) in zip(self.pieces(), self._base, strict=True):
+                found = self.outputs(self._model, leaf, batch)
+                total += torch.autograd.grad((slope * found).sum(), leaf)[0]
+        return total / self.rows
+
     def _gradient_rounding(self) -> float:
         """What rounding leaves of the objective's gradient: EPS times the size of a sum of rows with random signs."""
         signs = 2 * torch.randint(2, (self.rows,), generator=torch.Generator().manual_seed(0)).double() - 1
-        signs, total = signs.to(self._start.device), torch.zeros_like(self._start)
+        signs, total = signs.to(self.start.device), torch.zeros_like(self.start)
         with autograd_on(), twice_differentiable():
-            leaf = self._start.clone().requires_grad_()
+            leaf = self.start.clone().requires_grad_()
             for where, _, linear in self.rises(self._model, leaf):
                 if linear.requires_grad:
                     total += torch.autograd.grad((signs[where] * linear).sum(), leaf)[0]
@@ -274,7 +285,7 @@ class ProximalBregman:
     def _check_convex(self, model: nn.Module, moved: torch.Tensor) -> None:
         """Errors: UnsupportedLoss if a row's divergence is below zero."""
         with torch.no_grad():
-            for where, rise, linear in self.rises(model, self._start + moved):
+            for where, rise, linear in self.rises(model, self.start + moved):
                 below = (rise - linear) < -1e-7 * (rise.abs() + linear.abs()) - 1e-12
                 if bool(below.any()):
                     row = int(below.nonzero()[0, 0])
@@ -287,7 +298,7 @@ class ProximalBregman:
 
     def _minimise(self, objective: _Objective) -> tuple[torch.Tensor, int, float]:
         """How far the weights move [d], the steps taken, and the gradient's norm over that at the start."""
-        at = torch.zeros_like(self._start)
+        at = torch.zeros_like(self.start)
         value, gradient = objective.value(at)
         first = float(gradient.norm())
         for step in range(self._steps):
@@ -344,7 +355,7 @@ class _Objective:
         """Each piece's share of the objective without its damping, and the leaf that it is a function of."""
         leaf = at.clone().requires_grad_()
         response = self._response
-        for where, rise, linear in response.rises(self._model, response._start + leaf):
+        for where, rise, linear in response.rises(self._model, response.start + leaf):
             yield leaf, (self._share[where] * rise - linear).sum() / response.rows
 
 
@@ -400,26 +411,3 @@ def _wide(batch: TorchBatch) -> TorchBatch:
         return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
     return TorchBatch(tree_map(double, batch.x), tree_map(double, batch.y))
-
-
-def _rows(rows: ArrayLike, count: int, said: str) -> NDArray[np.int64]:
-    chosen = np.atleast_1d(np.asarray(rows))
-    if chosen.ndim != 1 or (chosen.size and chosen.dtype.kind not in "iu"):
-        raise InvalidInput(f"{said} are {chosen!r:.60}; expected positions of rows (of a mask: flatnonzero).")
-    if chosen.size and (chosen.min() < 0 or chosen.max() >= count):
-        raise InvalidInput(f"{said} go from {chosen.min()} to {chosen.max()}; there are {count}.")
-    if len(np.unique(chosen)) < len(chosen):
-        raise BatchMismatch(f"{said} have a row more than once: {chosen!r:.60}.")
-    return chosen.astype(np.int64)
-
-
-def _groups(groups: Iterable[ArrayLike] | None, count: int) -> list[NDArray[np.int64]]:
-    if groups is None:
-        return [np.array([k]) for k in range(count)]
-    found = [_rows(group, count, f"The rows of group {number}") for number, group in enumerate(groups)]
-    if not found:
-        raise InvalidInput("There are no groups; pass None for every row by itself.")
-    for number, group in enumerate(found):
-        if not len(group):
-            raise InvalidInput(f"Group {number} is empty; expected one or more rows' positions.")
-    return found

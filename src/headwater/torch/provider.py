@@ -129,7 +129,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
     def fingerprint(self) -> tuple[int, ...]:
         """Checksums of the parameters' and buffers' bytes."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
-        return tuple(zlib.crc32(_host(t.detach().reshape(-1).view(torch.uint8)).tobytes()) for t in tensors)
+        return tuple(zlib.crc32(_host(_as_bytes(t)).tobytes()) for t in tensors)
 
     # Batches ------------------------------------------------------------------------------------------------------
 
@@ -499,6 +499,11 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
 def _against(output: Any, cotangent: torch.Tensor) -> torch.Tensor:
     """The output contracted with a cotangent: its gradient is the vector-Jacobian product."""
     return (output * cotangent).sum()
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy: what has one element may have any stride, and count as contiguous all the same."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
 
 
 def _host(tensor: torch.Tensor | np.ndarray) -> np.ndarray:

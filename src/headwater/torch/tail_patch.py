@@ -11,7 +11,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
-from headwater.errors import InvalidInput, InvalidSetting, NonFiniteValue, UnsupportedModel
+from headwater.errors import InvalidSetting, NonFiniteValue, UnsupportedModel
+from headwater.positions import row_positions
 from headwater.torch.batch import TorchBatch, call
 from headwater.torch.capture import autograd_on
 from headwater.torch.losses import Loss, row_losses
@@ -70,7 +71,7 @@ def gradient_step(
         return state | moved
 
     def patch(rows: ArrayLike) -> NDArray[np.float64]:
-        chosen = _rows(rows, len(train))
+        chosen = row_positions(rows, len(train), "The rows", distinct=False)
         state = start
         for _ in range(steps if len(chosen) else 0):
             state = stepped(state, train.take(chosen))
@@ -96,12 +97,3 @@ def _copied(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model).eval()
     except (RuntimeError, TypeError) as error:
         raise UnsupportedModel(f"The model cannot be copied: {error}") from error
-
-
-def _rows(rows: ArrayLike, count: int) -> NDArray[np.int64]:
-    chosen = np.asarray(rows)
-    if chosen.ndim != 1 or (chosen.size and chosen.dtype.kind not in "iu"):
-        raise InvalidInput(f"Rows are their numbers, (k,); got {chosen.shape} of {chosen.dtype}.")
-    if chosen.size and (chosen.min() < 0 or chosen.max() >= count):
-        raise InvalidInput(f"The rows go from {chosen.min()} to {chosen.max()}; there are {count}.")
-    return chosen.astype(np.int64)
