@@ -55,26 +55,86 @@ def test_a_bank_of_a_convex_task_is_what_refitting_gives(boards, name):
 def test_an_entry_is_measured_and_the_page_says_what_was_found(boards, tmp_path, monkeypatch):
     _, run, page = boards
     monkeypatch.setattr(page, "RESAMPLES", 20)
-    for library, method in (("headwater", "direct (Hessian)"), ("headwater", "grad-dot"), ("baseline", "random")):
+    ours = ("direct (Hessian)", "direct (Hessian), at l2", "direct (Hessian), recentred", "grad-dot")
+    for library, method in (*(("headwater", name) for name in ours), ("baseline", "random")):
         entry = run.Entry("cancer-logistic", library, method)
         work = run.measure_ours if library == "headwater" else run.measure_baseline
         found = work(entry, tmp_path / f"{entry.name}.json")
         (tmp_path / f"{entry.name}.json").write_text(json.dumps(found))
-        if method.startswith("direct"):
+        if method == "direct (Hessian)":
             best = max(value for value in found["hindsight"].values() if np.isfinite(value))
             assert found["chosen"] > 0
             assert best > 0.9
             scores = np.load(tmp_path / f"{entry.name}.npy")
-            peer = run.Entry("cancer-logistic", "pydvl", "direct", 0.1)
-            np.save(tmp_path / f"{peer.name}.npy", np.random.default_rng(0).permuted(scores, axis=1))
-            (tmp_path / f"{peer.name}.json").write_text(json.dumps({"cost": {"fit": 1.0, "score": 2.0}, "peak": 300}))
+            worse = np.random.default_rng(0).permuted(scores, axis=1)
+            for damping, found_by_it in ((0.1, scores), (0.05, worse)):
+                peer = run.Entry("cancer-logistic", "pydvl", "direct", damping)
+                np.save(tmp_path / f"{peer.name}.npy", found_by_it)
+                known = {"cost": {"fit": 1.0, "score": 2.0}, "peak": 300}
+                (tmp_path / f"{peer.name}.json").write_text(json.dumps(known))
     failed = run.Entry("cancer-logistic", "captum", "naive", 0.1)
     (tmp_path / f"{failed.name}.json").write_text(json.dumps({"failed": "out of memory"}))
     page.write_page(tmp_path, tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text()
-    summary = next(line for line in text.splitlines() if line.startswith("| cancer-logistic"))
-    assert "direct (Hessian)" in summary and "pydvl direct, damping 0.1" in summary and "| yes |" in summary
-    lines = [line for line in text.splitlines() if line.startswith("| direct (Hessian) | **headwater**")]
-    assert len(lines) == 1
-    assert "captum naive (out of memory)" in text
+    given, centred = [line for line in text.splitlines() if line.startswith("| cancer-logistic")]
+    assert centred.startswith("| cancer-logistic, recentred") and "(Hessian), recentred: 0.99" in centred
+    assert all("pydvl direct, damping 0.1" in line for line in (given, centred))
+    assert "| yes |" in centred, "a model that is solved anew stands by itself"
+    assert "recentred" not in given
+    lines = {line.split(" | ")[0][2:]: line for line in text.splitlines() if "**headwater**" in line}
+    assert set(lines) == set(ours)
+    assert "| l2 |" in lines["direct (Hessian), at l2"] and "| l2 / share |" in lines["direct (Hessian), recentred"]
+    assert "| 0.1, best of 2 |" in next(line for line in text.splitlines() if "| pydvl |" in line)
+    assert "captum naive at 0.1 (out of memory)" in text
     assert text.index("| direct (Hessian)") < text.index("| random | baseline")
+
+
+def test_what_is_as_good_as_a_peer_is_not_called_better(boards, tmp_path, monkeypatch):
+    _, run, page = boards
+    monkeypatch.setattr(page, "RESAMPLES", 20)
+    scores = np.random.default_rng(0).standard_normal((169, 400)).astype(np.float32)
+    for library, method, damping in (("headwater", "grad-dot", None), ("pydvl", "direct", 0.1)):
+        entry = run.Entry("cancer-logistic", library, method, damping)
+        np.save(tmp_path / f"{entry.name}.npy", scores)
+        (tmp_path / f"{entry.name}.json").write_text(json.dumps({"cost": {}}))
+    page.write_page(tmp_path, tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert "| +0.000 (+0.000 to +0.000) | **no** |" in text
+    assert "**cancer-logistic**: not significantly above the best peer. The model is at its minimum" in text
+    assert "-0.000" not in text
+
+
+DRIVER = """
+import argparse, json
+import numpy as np
+from workloads import load
+parser = argparse.ArgumentParser()
+for name in ("workload", "method", "out", "repeats", "damping"):
+    parser.add_argument("--" + name)
+given = parser.parse_args()
+w = load(given.workload)
+if given.method == "nystroem":
+    raise RuntimeError("singular matrix")
+while given.method == "lissa":
+    pass
+np.save(given.out, np.arange(len(w.x) * len(w.xq)).reshape(len(w.x), -1) * float(given.damping))
+print("JSON " + json.dumps({"fit_cpu_s": 1, "score_cpu_s": 2, "peak_rss_mb": 3, "version": "4"}))
+"""
+
+
+def test_a_peer_is_run_as_it_is_and_what_became_of_it_is_kept(boards, tmp_path, monkeypatch):
+    tasks, run, _ = boards
+    (tmp_path / "peer_pydvl.py").write_text(DRIVER)
+    monkeypatch.setattr(run, "peerbench_folder", lambda: tmp_path)
+    monkeypatch.setattr(run, "peer_python", lambda: sys.executable)
+    tasks.save_rows(tasks.ready("cancer-logistic"), tmp_path / "cancer-logistic.safetensors")
+    kept = {}
+    for method, limit in (("direct", 100), ("nystroem", 100), ("lissa", 8)):
+        entry = run.Entry("cancer-logistic", "pydvl", method, 2.0)
+        run.measure(entry, tmp_path, limit)
+        kept[method] = json.loads((tmp_path / f"{entry.name}.json").read_text())
+    assert kept["direct"] == {"cost": {"fit": 1, "score": 2}, "peak": 3, "version": "4"}
+    scores = np.load(tmp_path / "cancer-logistic pydvl direct 2.npy")
+    np.testing.assert_array_equal(scores[:, 1] - scores[:, 0], np.full(169, 2.0 * 169))  # [query, train]
+    assert kept["nystroem"]["failed"] == "RuntimeError: singular matrix"
+    assert kept["lissa"]["failed"] == "not done after 8 CPU s"

@@ -11,19 +11,17 @@ import numpy as np
 from run import LOGISTIC, OURS, SELECTION, Entry, entries
 from tasks import TASKS, bank
 
+from headwater.evaluate.checks import effective_runs
 from headwater.evaluate.lds import Interval, Lds, ceiling, difference, lds
 
-RESAMPLES = 60
+RESAMPLES = 200
 """Of the subsets, for each interval."""
 
 HEAD = (Path(__file__).parent / "head.md").read_text()
-AT_A_MINIMUM = "The model is at its minimum, so every library's exact inverse there is the same."
-WITHOUT_SOLVES = (
-    "Exact solves, which win on the other networks, cost a pass over all rows a query and step, and were not run; what "
-    "is left are methods that the peers have, too."
+AT_A_MINIMUM = (
+    "The model is at its minimum, so that every library's exact inverse there is the same operator. What is left is "
+    "the damping, and that of the peers is chosen in hindsight."
 )
-WHY = {**dict.fromkeys(LOGISTIC, AT_A_MINIMUM), "gospels-lm": WITHOUT_SOLVES}
-"""Why our best is not above the peers', where it is not."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,10 @@ class Row:
     def ours(self) -> bool:
         return self.entry.library == "headwater"
 
+    @property
+    def recentred(self) -> bool:
+        return self.ours and OURS[self.entry.method].recentred
+
 
 @dataclass(frozen=True)
 class Board:
@@ -54,8 +56,10 @@ class Board:
     ceiling: float | None
     """Of the whole bank, as its first subsets are those that were run twice."""
 
-    def best(self, ours: bool) -> Row | None:
+    def best(self, *, ours: bool, recentred: bool = False) -> Row | None:
+        """At the weights that were given, or at those where every row counts one half."""
         wanted = [row for row in self.rows if row.ours == ours and row.entry.library != "baseline"]
+        wanted = [row for row in wanted if row.recentred == recentred]
         return max(wanted, key=lambda row: row.value.raw.value, default=None)
 
 
@@ -91,7 +95,7 @@ def board(task: str, out: Path) -> Board | None:
         entry, found, scores = max(group, key=lambda item: raw(item[2], keep, outputs))
         rows.append(Row(entry, found, scores, lds(scores, keep, outputs, resamples=RESAMPLES), len(group)))
     rows.sort(key=lambda row: -row.value.raw.value)
-    return Board(task, keep, outputs, rows, failed, ceiling(known.outputs))
+    return Board(task, keep, outputs, rows, failed, ceiling(known.outputs, runs=effective_runs(outputs)))
 
 
 def write_page(out: Path, file: Path) -> None:
@@ -115,24 +119,25 @@ def named(row: Row) -> str:
 
 def summary(boards: list[Board]) -> str:
     lines, notes = [], []
-    for found in boards:
-        mine, theirs = found.best(ours=True), found.best(ours=False)
+    for found, recentred in ((board, recentred) for board in boards for recentred in (False, True)):
+        mine, theirs = found.best(ours=True, recentred=recentred), found.best(ours=False)
         if mine is None or theirs is None:
             continue
         gap = difference(mine.scores, theirs.scores, found.keep, found.outputs, resamples=RESAMPLES)
         lines.append(
             [
-                found.task,
+                found.task + (", recentred" if recentred else ""),
                 "exact" if found.ceiling is None else f"{found.ceiling:.3f}",
                 f"{mine.entry.method}: {mine.value.raw.value:.3f}",
                 f"{named(theirs)}, damping {theirs.entry.damping or 0:g}: {theirs.value.raw.value:.3f}",
-                f"{gap.value:+.3f} ({gap.low:+.3f} to {gap.high:+.3f})",
+                f"{signed(gap.value)} ({signed(gap.low)} to {signed(gap.high)})",
                 "yes" if gap.low > 0 else "**no**",
                 regret(mine),
             ]
         )
         if gap.low <= 0:
-            notes.append(f"**{found.task}**: not significantly above the best peer. {WHY.get(found.task, '')}\n")
+            why = AT_A_MINIMUM if found.task in LOGISTIC else ""
+            notes.append(f"**{found.task}**: not significantly above the best peer. {why}\n")
     headings = [
         "task",
         "ceiling",
@@ -152,7 +157,12 @@ def regret(row: Row) -> str:
     if not known:
         return ""
     best = max(value for value in known.values() if np.isfinite(value))
-    return f"{best - row.value.raw.value:+.3f}"
+    return signed(best - row.value.raw.value)
+
+
+def signed(value: float) -> str:
+    """Three decimals; what rounds to zero has no sign."""
+    return f"{round(value, 3) + 0.0:+.3f}"
 
 
 def at_default(row: Row) -> str:
@@ -192,7 +202,10 @@ def section(found: Board) -> str:
     text += f"{first.subsets} subsets, alpha {first.alpha:.2g}, {noise}.\n\n"
     text += table(headings, lines)
     if found.failed:
-        said = {f"{entry.library} {entry.method} ({why})" for entry, why in found.failed}
+        said = {
+            f"{entry.library} {entry.method}{'' if entry.damping is None else f' at {entry.damping:g}'} ({why})"
+            for entry, why in found.failed
+        }
         text += "\nNo scores: " + "; ".join(sorted(said)) + ".\n"
     evidence = [row for row in found.rows if row.found.get("evidence")]
     if evidence and found.task not in LOGISTIC:
@@ -212,7 +225,9 @@ def damping(row: Row) -> str:
     if "chosen" in row.found:
         low, high = row.found["plateau"]
         return f"{row.found['chosen']:.2g} x mean ({low:.2g} - {high:.2g})"
-    if row.ours and OURS[row.entry.method].recentred:
+    if row.ours and OURS[row.entry.method].at_l2:
+        return "l2"
+    if row.recentred:
         return "l2 / share"
     if row.entry.damping is not None:
         return f"{row.entry.damping:g}, best of {row.tried}"
