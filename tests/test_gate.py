@@ -2,15 +2,16 @@
 
 import numpy as np
 import pytest
-from sklearn.datasets import load_breast_cancer, load_digits
-from sklearn.linear_model import LogisticRegression
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
+from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
 from headwater.evaluate import agreement
-from headwater.evaluate.bank import plan_subsets
+from headwater.evaluate.bank import Bank, plan_removals, plan_subsets
 from headwater.evaluate.baselines import random_scores
 from headwater.evaluate.lds import lds
 from headwater.sklearn import TrainingInfluence
+from headwater.sklearn.retraining import Refit
 
 CASES = {
     "digits": (lambda x: x / 16, load_digits, 500, 0.01, 0.5),
@@ -54,3 +55,16 @@ def test_scores_are_the_rise_of_the_loss_when_a_row_is_left_out(case):
     same = agreement(np.asarray(scores)[:, rows], truth)
     assert same.pearson.value > 0.995
     assert same.slope.value == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize("estimator", [LinearRegression(), Ridge(alpha=3.0)], ids=["OLS", "ridge"])
+def test_the_exact_method_has_an_lds_of_one_on_least_squares(tmp_path, estimator):
+    """Subsets that lack one row each, refitted by scikit-learn; to first order alone it is less."""
+    x, y = load_diabetes(return_X_y=True)
+    train, query = (x[:60], y[:60]), (x[60:80], y[60:80])
+    bank = Bank(tmp_path, plan_removals(60), 20, {}).fill(Refit(estimator.fit(*train), *train, *query))
+    found = TrainingInfluence(estimator).fit(*train)
+    exact = lds(found.leave_one_out(*query), *bank, resamples=0)
+    assert exact.raw.value == pytest.approx(1.0, abs=1e-12)
+    first_order = lds(found.scores(*query), *bank, resamples=0)
+    assert 0.9 < first_order.raw.value < 1 - 1e-6

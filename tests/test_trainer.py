@@ -170,3 +170,12 @@ def test_a_head_without_regularisation_is_not_refitted():
     (x, y), keep = rows(), subsets(1)
     with pytest.raises(InvalidSetting, match="l2 is 0"):
         refit_heads(train(x, y, keep, [0]), x, y, l2=0.0)
+
+
+def test_counts_that_mean_nothing_are_refused():
+    (x, y), keep = rows(), subsets(2)
+    for name in ("steps", "batch_size", "side_by_side"):
+        with pytest.raises(InvalidSetting, match=f"{name} is 0"):
+            train(x, y, keep, [0, 1], **{name: 0})
+    with pytest.raises(InvalidSetting, match="seeds is empty"):
+        train(x, y, keep[:0], [])

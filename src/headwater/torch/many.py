@@ -23,7 +23,7 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 from headwater.errors import BatchMismatch, InvalidSetting, NonFiniteValue, ShapeMismatch, UnsupportedModel
 from headwater.torch.batch import quiet
 from headwater.torch.plan import differs_in_training
-from headwater.torch.trainer import cosine_rate, visited_rows
+from headwater.torch.trainer import check_counts, cosine_rate, visited_rows
 
 RowLosses = Callable[[Any, Tensor], Tensor]
 """(outputs, y) -> the loss of each row [n]."""
@@ -104,7 +104,7 @@ def train_many(
         InvalidSetting for a checkpoint that is no step, and for no steps or seeds; NonFiniteValue, naming the model, if
         training diverges.
     """
-    _check_counts(seeds, steps=steps, batch_size=batch_size, side_by_side=side_by_side)
+    check_counts(seeds, steps=steps, batch_size=batch_size, side_by_side=side_by_side)
     x, y = torch.as_tensor(x), torch.as_tensor(y)
     if not all(0 <= step < steps for step in checkpoints):
         raise InvalidSetting(f"checkpoints are {list(checkpoints)}; expected steps from 0 to {steps - 1}.")
@@ -207,15 +207,6 @@ def _rest(model: nn.Module) -> dict[str, Tensor]:
     """Frozen parameters and buffers."""
     frozen = {name: value.detach() for name, value in model.named_parameters() if not value.requires_grad}
     return {**frozen, **dict(model.named_buffers())}
-
-
-def _check_counts(seeds: Sequence[int], **counts: int) -> None:
-    """Errors: InvalidSetting for no seeds, and for numbers below one."""
-    if not len(seeds):
-        raise InvalidSetting("seeds is empty; expected one for each model.")
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InvalidSetting(f"{name} is {value!r}; expected a whole number of at least 1.")
 
 
 def _check_finite(parameters: dict[str, Tensor], seeds: Sequence[int], lr: float) -> None:

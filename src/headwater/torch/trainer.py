@@ -104,8 +104,9 @@ def train_mlps(
     Progress: called with the number of models that took one more step; m * steps in all (`tqdm(...).update` fits).
     Errors: BatchMismatch if lengths disagree or a model keeps no row; ShapeMismatch if x does not fit the first width;
         InvalidInput if a label has no output or x is not floating point; InvalidSetting for a checkpoint that is no
-        step; NonFiniteValue if training diverges.
+        step, and for no steps or seeds; NonFiniteValue if training diverges.
     """
+    check_counts(seeds, steps=steps, batch_size=batch_size, side_by_side=side_by_side)
     if not all(0 <= step < steps for step in checkpoints):
         raise InvalidSetting(f"checkpoints are {list(checkpoints)}; expected steps from 0 to {steps - 1}.")
     x, y, keep = torch.as_tensor(x), torch.as_tensor(y).long(), torch.as_tensor(keep).bool().cpu()
@@ -252,6 +253,15 @@ def _descend(
 def cosine_rate(lr: float, step: int, steps: int) -> float:
     """The learning rate falls from lr to zero along a cosine."""
     return lr * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def check_counts(seeds: Sequence[int], **counts: int) -> None:
+    """Errors: InvalidSetting for no seeds, and for numbers below one."""
+    if not len(seeds):
+        raise InvalidSetting("seeds is empty; expected one for each model.")
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InvalidSetting(f"{name} is {value!r}; expected a whole number of at least 1.")
 
 
 def _check_shapes(x: Tensor, y: Tensor, keep: Tensor, seeds: Sequence[int], widths: Sequence[int]) -> None:
