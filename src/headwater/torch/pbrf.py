@@ -171,6 +171,7 @@ class ProximalBregman:
             raise UnsupportedModel("The model has no parameter that requires a gradient: nothing can respond.")
         self._shapes = {name: p.shape for name, p in trained.items()}
         self.start = torch.cat([p.reshape(-1) for p in trained.values()])
+        """[d], all trained weights of the model as it is, one after another."""
         device = self.start.device
         self._train, self._query = (_wide(TorchBatch(*pair).to(device)) for pair in ((x, y), (x_query, y_query)))
         self._damping, self._weight, self._steps, self._tolerance = float(damping), weight, steps, tolerance
