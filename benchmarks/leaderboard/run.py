@@ -60,13 +60,18 @@ class Ours:
     blocks: str = "layer"
     tasks: tuple[str, ...] = ALL
     checkpoints: bool = False
-    """Averaged over the weights of the second half of the training."""
+    """Averaged over the last half of the weights that the training kept."""
     at_l2: bool = False
     """With the training's l2 as damping: nothing is chosen."""
     recentred: bool = False
     """At the weights where every row counts one half, with the damping that follows from the l2: nothing is chosen."""
     dear: tuple[str, ...] = ()
-    """Tasks on which it takes long at each damping, so that only SHORT is tried; elsewhere all seven decades are."""
+    """Tasks on which it takes long at each damping, so that three are tried; elsewhere all seven decades are."""
+
+    def path(self, task: str) -> list[Any] | None:
+        """Dampings to choose from; None for all seven decades."""
+        short = (10**0.5, 10.0, 10**1.5) if task == "gospels-lm" else (1.0, 10.0, 100.0)
+        return [hw().relative(amount) for amount in short] if task in self.dear else None
 
 
 def hw() -> Any:
@@ -80,8 +85,6 @@ def loose(task: Any) -> float:
     return 1e-1 if task.losses is token_losses else 1e-2
 
 
-SHORT = {"gospels-lm": (10**0.5, 10.0, 10**1.5)}
-"""Dampings to try where each takes long, times the mean eigenvalue: about the default; on other tasks (1, 10, 100)."""
 OURS = {
     "grad-dot": Ours(lambda task: hw().GradDot()),
     "grad-cos": Ours(lambda task: hw().GradCos()),
@@ -120,29 +123,29 @@ SOLVED = (1e-2, 3e-2, 1e-1)
 """For inverses of all parameters; on the language model, whose rows' losses are sums over tokens, WINDOW times that."""
 DAMPED_L2 = (0.5, 1.0, 1.5, 2.0, 3.0)
 PEERS: dict[tuple[str, str], tuple[tuple[str, ...], tuple[float, ...]]] = {
-    ("kronfluence", "identity"): ((*NETWORKS, *LOGISTIC), ()),
-    ("kronfluence", "kfac"): ((*NETWORKS, *LOGISTIC), DAMPED),
-    ("kronfluence", "ekfac"): ((*NETWORKS, *LOGISTIC), DAMPED),
+    ("kronfluence", "identity"): (ALL, ()),
+    ("kronfluence", "kfac"): (ALL, DAMPED),
+    ("kronfluence", "ekfac"): (ALL, DAMPED),
     ("pydvl", "direct"): (LOGISTIC, DAMPED),
     ("pydvl", "cg"): (NETWORKS, (*SOLVED, 6e-2)),
     ("pydvl", "cg_gn"): (CLASSIFIERS, (1e-2, 3e-2)),
-    ("pydvl", "ekfac"): ((*NETWORKS, *LOGISTIC), DAMPED),
-    ("pydvl", "nystroem"): ((*NETWORKS, *LOGISTIC), SOLVED),
+    ("pydvl", "ekfac"): (ALL, DAMPED),
+    ("pydvl", "nystroem"): (ALL, SOLVED),
     ("pydvl", "arnoldi"): ((*CLASSIFIERS, *LOGISTIC), SOLVED),
     ("pydvl", "lissa"): (("digits-mlp", *LOGISTIC), SOLVED),
-    ("pydvl", "ihm"): ((*NETWORKS, *LOGISTIC), (1e-2, 1e-1)),
+    ("pydvl", "ihm"): (ALL, (1e-2, 1e-1)),
     ("dattri", "explicit"): (LOGISTIC, DAMPED),
     ("dattri", "arnoldi"): (("digits-mlp", *LOGISTIC), SOLVED),
     ("dattri", "datainf"): ((*CLASSIFIERS, *LOGISTIC), (1e-2,)),
     ("dattri", "ekfac"): (("digits-mlp", *LOGISTIC), SOLVED),
     ("dattri", "graddot"): ((*CLASSIFIERS, *LOGISTIC), ()),
     ("dattri", "trak"): ((*CLASSIFIERS, *LOGISTIC), ()),
-    ("dattri", "logra"): ((*NETWORKS, *LOGISTIC), DAMPED),
+    ("dattri", "logra"): (ALL, DAMPED),
     ("dattri", "factgrass"): (("digits-mlp", *LOGISTIC), (1e-3, 1e-1)),
-    ("captum", "tracin_sw"): ((*NETWORKS, *LOGISTIC), ()),
+    ("captum", "tracin_sw"): (ALL, ()),
     ("captum", "naive"): (LOGISTIC, (1e-2,)),
     ("captum", "arnoldi"): (("digits-mlp", *LOGISTIC), SOLVED),
-    ("trak", "trak512"): ((*NETWORKS, *LOGISTIC), ()),
+    ("trak", "trak512"): (ALL, ()),
     ("trak", "trak2048"): (CLASSIFIERS, ()),
 }
 
@@ -219,7 +222,7 @@ def measure_ours(entry: Entry, file: Path) -> dict[str, Any]:
     took("fit")
     known: dict[str, Any] = {}
     if influence.method.predicts_removal and not (ours.at_l2 or ours.recentred):
-        chosen, rest = calibrations(influence, train, query, keep, outputs, ours, entry.task)
+        chosen, rest = calibrations(influence, train, query, keep, outputs, ours.path(entry.task))
         took("calibrate")
         amount = next(iter(chosen.chosen.values()))
         calibrated = influence.with_damping(hw().relative(amount))
@@ -243,13 +246,12 @@ def measure_ours(entry: Entry, file: Path) -> dict[str, Any]:
 
 
 def calibrations(
-    influence: Any, train: Any, query: Any, keep: Any, outputs: Any, ours: Ours, task: str
+    influence: Any, train: Any, query: Any, keep: Any, outputs: Any, path: list[Any] | None
 ) -> tuple[Any, Any]:
     """What `influence.calibrate` finds on the ten models of the selection, and on all other subsets."""
     from headwater.evaluate.calibration import choose_damping
     from headwater.run.calibrate import path_forecasts
 
-    path = [hw().relative(amount) for amount in SHORT.get(task, (1.0, 10.0, 100.0))] if task in ours.dear else None
     first = outputs[:SELECTION, :1]
     found = path_forecasts(influence, train, query, keep, first, dampings=path)
     mine = {name: values[:, :SELECTION] for name, values in found.forecasts.items()}
