@@ -54,7 +54,8 @@ def test_a_bank_of_a_convex_task_is_what_refitting_gives(boards, name):
 
 def test_an_entry_is_measured_and_the_page_says_what_was_found(boards, tmp_path, monkeypatch):
     _, run, page = boards
-    monkeypatch.setattr(page, "RESAMPLES", 20)
+    monkeypatch.setattr(page, "RESAMPLES", 5)
+    monkeypatch.setattr(page, "PAIRED", 20)
     ours = ("direct (Hessian)", "direct (Hessian), at l2", "direct (Hessian), recentred", "grad-dot")
     for library, method in (*(("headwater", name) for name in ours), ("baseline", "random")):
         entry = run.Entry("cancer-logistic", library, method)
@@ -92,7 +93,8 @@ def test_an_entry_is_measured_and_the_page_says_what_was_found(boards, tmp_path,
 
 def test_what_is_as_good_as_a_peer_is_not_called_better(boards, tmp_path, monkeypatch):
     _, run, page = boards
-    monkeypatch.setattr(page, "RESAMPLES", 20)
+    monkeypatch.setattr(page, "RESAMPLES", 5)
+    monkeypatch.setattr(page, "PAIRED", 20)
     scores = np.random.default_rng(0).standard_normal((169, 400)).astype(np.float32)
     for library, method, damping in (("headwater", "grad-dot", None), ("pydvl", "direct", 0.1)):
         entry = run.Entry("cancer-logistic", library, method, damping)

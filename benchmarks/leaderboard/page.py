@@ -15,8 +15,8 @@ from headwater.evaluate.calibration import FLAT
 from headwater.evaluate.checks import effective_runs
 from headwater.evaluate.lds import Interval, Lds, ceiling, difference, lds
 
-RESAMPLES = 200
-"""Of the subsets, for each interval."""
+RESAMPLES, PAIRED = 60, 200
+"""Of the subsets, for the interval of each row, and for that of each difference in the summary."""
 
 HEAD = (Path(__file__).parent / "head.md").read_text()
 AT_A_MINIMUM = (
@@ -124,7 +124,7 @@ def summary(boards: list[Board]) -> str:
         mine, theirs = found.best(ours=True, recentred=recentred), found.best(ours=False)
         if mine is None or theirs is None:
             continue
-        gap = difference(mine.scores, theirs.scores, found.keep, found.outputs, resamples=RESAMPLES)
+        gap = difference(mine.scores, theirs.scores, found.keep, found.outputs, resamples=PAIRED)
         lines.append(
             [
                 found.task + (", recentred" if recentred else ""),

@@ -2,7 +2,7 @@
 
     python benchmarks/leaderboard/run.py                       everything that is not known, then docs/leaderboard.md
     python benchmarks/leaderboard/run.py --tasks digits-mlp    some tasks
-    python benchmarks/leaderboard/run.py --only ekfac pydvl    entries whose name contains one of these
+    python benchmarks/leaderboard/run.py --only ekfac pydvl    entries whose name contains one of these, and no page
     python benchmarks/leaderboard/run.py --page                the page alone, of what is known
     python benchmarks/leaderboard/run.py --jobs 2              two entries at once
 
@@ -387,6 +387,8 @@ def main() -> None:
             peer_python()  # made once, before several processes ask for it
         with ThreadPoolExecutor(given.jobs) as pool:
             list(pool.map(lambda entry: measure(entry, given.out, given.limit), wanted))
+    if given.only:
+        return
     from page import write_page
 
     write_page(given.out, REPO / "docs" / "leaderboard.md")
