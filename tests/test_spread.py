@@ -75,7 +75,7 @@ def test_what_has_no_spread_is_refused():
     ):
         with pytest.raises(error, match=words):
             spread(scores)
-    with pytest.raises(InvalidSetting, match="from 1 to 400; got 401"):
+    with pytest.raises(InvalidSetting, match="k is 401; expected a whole number from 1 to 400"):
         spread(draws(2), k=401)
     with pytest.raises(InvalidSetting, match="matrices is 0"):
         spread(draws(2)).reliability_of(0)

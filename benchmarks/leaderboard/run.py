@@ -337,13 +337,8 @@ def measure(entry: Entry, out: Path, limit: int) -> None:
         command = [peer_python(), str(HERE / "peer.py"), str(rows), str(driver), "--workload", entry.task]
         command += ["--method", entry.method, "--out", str(draft), "--repeats", "1"]
         command += [] if entry.damping is None else ["--damping", f"{entry.damping:g}"]
-    ended = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        env=one_thread(peerbench_folder()),
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5)),
-    )
+    within = ["sh", "-c", 'ulimit -t "$0" && exec "$@"', str(limit), *command]
+    ended = subprocess.run(within, capture_output=True, text=True, env=one_thread(peerbench_folder()))
     known = [line[5:] for line in ended.stdout.splitlines() if line.startswith("JSON ")]
     found = json.loads(known[-1]) if known else {}
     if not found or found.get("ok") is False:
