@@ -208,8 +208,8 @@ def section(found: Board) -> str:
                 "" if not found.ceiling else f"{row.value.raw.value / found.ceiling:.3f}",
                 at_default(row),
                 regret(row),
-                " + ".join(f"{row.found['cost'].get(part, 0):.2g}" for part in ("fit", "score")),
-                f"{row.found['cost']['calibrate']:.2g}" if "calibrate" in row.found["cost"] else "",
+                " + ".join(seconds(row.found["cost"].get(part, 0)) for part in ("fit", "score")),
+                seconds(row.found["cost"]["calibrate"]) if "calibrate" in row.found["cost"] else "",
                 f"{row.found['peak']:.0f}" if "peak" in row.found else "",
             ]
         )
@@ -235,6 +235,10 @@ def section(found: Board) -> str:
         )
         text += "\nWithout retraining, the evidence would choose, in mean eigenvalues: " + ", ".join(amounts) + ".\n"
     return text
+
+
+def seconds(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def geometric(amounts: dict[str, float]) -> float:
