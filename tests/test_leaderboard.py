@@ -88,6 +88,7 @@ def test_an_entry_is_measured_and_the_page_says_what_was_found(boards, tmp_path,
     assert "| 0.1, best of 2 |" in next(line for line in text.splitlines() if "| pydvl |" in line)
     assert "for 1 of 1 pairs of a method and a task.\n" in text
     assert "captum naive at 0.1 (out of memory)" in text
+    assert "Not measured yet: " in text and "pydvl direct at 0.2;" in text and "pydvl direct at 0.1;" not in text
     assert text.index("| direct (Hessian)") < text.index("| random | baseline")
 
 

@@ -54,6 +54,8 @@ class Board:
     outputs: np.ndarray
     rows: list[Row]
     failed: list[tuple[Entry, str]]
+    pending: list[Entry]
+    """Not measured yet."""
     ceiling: float | None
     """Of the whole bank, as its first subsets are those that were run twice."""
 
@@ -73,10 +75,11 @@ def board(task: str, out: Path) -> Board | None:
 
     None where nothing was measured: the task's rows are then not read."""
     groups: dict[tuple[str, str], list[tuple[Entry, dict, np.ndarray]]] = {}
-    failed = []
+    failed, pending = [], []
     for entry in entries(task):
         file = out / f"{entry.name}.json"
         if not file.exists():
+            pending.append(entry)
             continue
         found = json.loads(file.read_text())
         if "failed" in found:
@@ -96,7 +99,7 @@ def board(task: str, out: Path) -> Board | None:
         entry, found, scores = max(group, key=lambda item: raw(item[2], keep, outputs))
         rows.append(Row(entry, found, scores, lds(scores, keep, outputs, resamples=RESAMPLES), len(group)))
     rows.sort(key=lambda row: -row.value.raw.value)
-    return Board(task, keep, outputs, rows, failed, ceiling(known.outputs, runs=effective_runs(outputs)))
+    return Board(task, keep, outputs, rows, failed, pending, ceiling(known.outputs, runs=effective_runs(outputs)))
 
 
 def write_page(out: Path, file: Path) -> None:
@@ -222,11 +225,11 @@ def section(found: Board) -> str:
     text += f"{first.subsets} subsets, alpha {first.alpha:.2g}, {noise}.\n\n"
     text += table(headings, lines)
     if found.failed:
-        said = {
-            f"{entry.library} {entry.method}{'' if entry.damping is None else f' at {entry.damping:g}'} ({why})"
-            for entry, why in found.failed
-        }
+        said = {f"{named_entry(entry)} ({why})" for entry, why in found.failed}
         text += "\nNo scores: " + "; ".join(sorted(said)) + ".\n"
+    if found.pending:
+        names = {named_entry(entry): None for entry in found.pending}
+        text += "\nNot measured yet: " + "; ".join(names) + ".\n"
     evidence = [row for row in found.rows if row.found.get("evidence")]
     if evidence and found.task not in LOGISTIC:
         amounts = (
@@ -235,6 +238,10 @@ def section(found: Board) -> str:
         )
         text += "\nWithout retraining, the evidence would choose, in mean eigenvalues: " + ", ".join(amounts) + ".\n"
     return text
+
+
+def named_entry(entry: Entry) -> str:
+    return f"{entry.library} {entry.method}" + ("" if entry.damping is None else f" at {entry.damping:g}")
 
 
 def seconds(value: float) -> str:
