@@ -150,6 +150,24 @@ def test_a_model_that_differs_in_train_mode_is_refused_however_it_does_so(kind):
         trained(start=Noisy)
 
 
+def test_rounding_of_another_kernel_and_outputs_in_a_dict_are_no_reason_to_refuse():
+    """An encoder layer takes a fused path in eval mode."""
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return {"logits": self.head(self.layer(x[:, 0]).mean(1))}
+
+    found = train_many(
+        Encoder, X.float(), Y, KEEP[:1], [1], loss=lambda out, y: losses(out["logits"], y), steps=2, batch_size=4
+    )
+    assert len(found) == 1
+
+
 def test_recurrent_layers_are_trained_side_by_side_as_alone():
     class Recurrent(nn.Module):
         def __init__(self):

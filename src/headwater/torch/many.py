@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.utils._pytree import tree_leaves
 
 from headwater.errors import BatchMismatch, InvalidSetting, NonFiniteValue, ShapeMismatch, UnsupportedModel
 from headwater.torch.batch import quiet
+from headwater.torch.check import close
 from headwater.torch.plan import differs_in_training
 from headwater.torch.trainer import check_counts, cosine_rate, visited_rows
 
@@ -231,8 +233,8 @@ def _check_rows_apart(model: nn.Module, x: Tensor) -> None:
             )
     rows = x[:4]
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        same = torch.equal(copy.deepcopy(model).train()(rows), model(rows))
-    if not same:
+        outputs = tree_leaves(copy.deepcopy(model).train()(rows)), tree_leaves(model(rows))
+    if not all(close(*pair) for pair in zip(*outputs, strict=True) if isinstance(pair[0], Tensor)):
         raise UnsupportedModel(
             f"{type(model).__name__} says something else in train mode than in eval mode, in which models are trained "
             "side by side. Train them one after another, with Bank.fill."
