@@ -85,6 +85,10 @@ class StaleFit(HeadwaterError, RuntimeError):
     """The model's weights are not those that were fitted."""
 
 
+class RulesChanged(StaleFit):
+    """Gradients take another form than those that a fit was made of: layer rules turned out not to hold. Fit again."""
+
+
 class NotConverged(HeadwaterError, UserWarning):
     """Solves missed their tolerance; given as a warning, since what they found may still serve."""
 

@@ -13,10 +13,11 @@ import copy
 import os
 from abc import ABC
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Generic, Self
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from headwater.arrays import Array, namespace, transpose
 from headwater.curvature.passes import batches
@@ -27,6 +28,7 @@ from headwater.errors import (
     InvalidInput,
     InvalidSetting,
     NotFittedError,
+    RulesChanged,
     SingularOperator,
     StaleFit,
 )
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
     from headwater.store.scores import Extremes, Scores
 
 ByBlock = OrderedDict[str, Array]
+Verb = TypeVar("Verb", bound=Callable[..., Any])
 
 SAVED_FORMAT = 1
 """Of the folders that `save` writes."""
@@ -147,7 +150,20 @@ class Fitted:
     curvature: Curvatures
     rows: float
     fingerprint: tuple
+    form: int = 0
+    """The provider's, of the gradients that it was made of."""
     device: Any = None
+
+
+def _in_own_precision(verb: Verb) -> Verb:
+    """Without the caller's mixed precision, but for the model's own call; see `own_precision` of providers."""
+
+    @wraps(verb)
+    def wrapped(self: ComposableInfluence, *args: Any, **kwargs: Any) -> Any:
+        with self.source.own_precision():
+            return verb(self, *args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
 
 
 class ComposableInfluence(ABC, Generic[TensorType]):
@@ -176,10 +192,16 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
     # Fitting ------------------------------------------------------------------------------------------------------
 
+    @_in_own_precision
     def fit(self, loader: Iterable[Any], *, progress: bool = False) -> Self:
         """Learn the curvature of the mean loss over the loader's rows; it gives (x, y) or batches, repeatably."""
-        curvature, rows = self.method.fit(self.provider, self.as_loader(loader), progress)
-        self._keep(Fitted(curvature, rows, self.provider.fingerprint(), self.source.device))
+        while True:
+            try:
+                curvature, rows = self.method.fit(self.provider, self.as_loader(loader), progress)
+                break
+            except RulesChanged:  # fewer layers are left whose rules are trusted, so that this ends
+                continue
+        self._keep(Fitted(curvature, rows, self.provider.fingerprint(), self.provider.form, self.source.device))
         self._calibration = None
         return self
 
@@ -219,6 +241,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
     def block_names(self) -> list[str]:
         return list(self.provider.layouts)
 
+    @_in_own_precision
     def with_damping(self, damping: Damping | Mapping[str, Damping]) -> Self:
         """The same influence at another damping; everything that was fitted is used again."""
         other = copy.copy(self)
@@ -318,9 +341,13 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         return self._fitted
 
     def check_weights(self) -> None:
-        """Errors: NotFittedError; StaleFit if the model's weights have changed."""
+        """Errors: NotFittedError; StaleFit if the model's weights have changed, or the form of its gradients."""
         if self.provider.fingerprint() != self._need_fit().fingerprint:
             raise StaleFit("The model's weights have changed since fit(). Fit again, or restore the weights.")
+        if self.provider.form != self._need_fit().form:
+            raise StaleFit(
+                "Layer rules turned out not to hold since fit(): gradients now have another form. Fit again."
+            )
 
     def ready(self) -> InfluenceMapper:
         """The mapper, where the model is: what was fitted follows a model that was moved to another device.
@@ -357,6 +384,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         parts = take_apart(self.curvature)
         write_folder(path, {**self._identity(), "rows": self.n_train, **parts.description}, parts.arrays)
 
+    @_in_own_precision
     def load(self, path: str | os.PathLike[str], loader: Iterable[Any] | None = None) -> Self:
         """What `save` kept, in place of `fit`: for the same model, weights, blocks and method; damping is free.
 
@@ -376,7 +404,9 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         self._check_identity(saved, str(path))
         rows = None if loader is None else self.as_loader(loader)
         curvature = put_together(TakenApart(saved, arrays), self.provider, self._like(), rows)
-        self._keep(Fitted(curvature, saved["rows"], self.provider.fingerprint(), self.source.device))
+        self._keep(
+            Fitted(curvature, saved["rows"], self.provider.fingerprint(), self.provider.form, self.source.device)
+        )
         return self
 
     def _like(self) -> Array:
@@ -416,6 +446,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
     # Tensors in, tensors out --------------------------------------------------------------------------------------
 
+    @_in_own_precision
     def influences(
         self, x_test: Any, y_test: Any, x: Any = None, y: Any = None, mode: InfluenceMode | str = InfluenceMode.Up
     ) -> TensorType:
@@ -430,6 +461,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
                 return mapper.perturbation(mapper.transformed_grads(test), train)
             return _sum(mapper.interactions(test, train, mode))
 
+    @_in_own_precision
     def damping_path(
         self,
         dampings: Sequence[Damping | Mapping[str, Damping]],
@@ -459,6 +491,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
             for mapper, f in zip(others, factors, strict=True)
         ]
 
+    @_in_own_precision
     def influences_by_block(
         self, x_test: Any, y_test: Any, x: Any = None, y: Any = None, mode: InfluenceMode | str = InfluenceMode.Up
     ) -> OrderedDict[str, TensorType]:
@@ -467,17 +500,20 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         with self._recorded():
             return mapper.interactions(test, train, mode)
 
+    @_in_own_precision
     def influence_factors(self, x: Any, y: Any) -> TensorType:
         """Op(gradient) of each row, all blocks side by side: (N, D)."""
         factors = self.influence_factors_by_block(x, y)
         return namespace(*factors.values()).concat(list(factors.values()), axis=1)
 
+    @_in_own_precision
     def influence_factors_by_block(self, x: Any, y: Any) -> OrderedDict[str, TensorType]:
         """Op(gradient) of each row: (N, D_block) by block."""
         mapper, batch = self.ready(), self._batch(x, y, "x and y")
         with self._recorded():
             return mapper.transformed_grads(batch)
 
+    @_in_own_precision
     def influences_from_factors(
         self,
         z_test_factors: TensorType | Mapping[str, TensorType],
@@ -491,6 +527,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
             return mapper.perturbation(z_test_factors, train)
         return _sum(mapper.interactions_from_transformed_grads(z_test_factors, train, mode))
 
+    @_in_own_precision
     def influences_from_factors_by_block(
         self,
         z_test_factors: TensorType | Mapping[str, TensorType],
@@ -519,6 +556,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
     # Loaders in, labelled scores out ------------------------------------------------------------------------------
 
+    @_in_own_precision
     def attribute(
         self,
         train_loader: Iterable[Any],
@@ -541,6 +579,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         with self._recorded():
             return attribute(self, self.as_loader(train_loader), self.as_loader(query_loader), **options)
 
+    @_in_own_precision
     def top(
         self,
         train_loader: Iterable[Any],
@@ -557,6 +596,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
             train, query = self.as_loader(train_loader), self.as_loader(query_loader)
             return top(self, train, query, k, unit=unit, progress=progress)
 
+    @_in_own_precision
     def self_influence(self, train_loader: Iterable[Any], *, progress: bool = False) -> np.ndarray:
         """<Op g_n, g_n> for each row, without the N x N matrix: [n]."""
         from headwater.run.attribute import self_influence
@@ -564,6 +604,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         with self._recorded():
             return self_influence(self, self.as_loader(train_loader), progress=progress)
 
+    @_in_own_precision
     def removal(
         self,
         train_loader: Iterable[Any],
@@ -582,6 +623,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         with self._recorded():
             return removal(self, self.as_loader(train_loader), self.as_loader(query_loader), groups, progress=progress)
 
+    @_in_own_precision
     def calibrate(
         self,
         train_loader: Iterable[Any],
@@ -618,6 +660,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         other._calibration = found
         return other
 
+    @_in_own_precision
     def verify(
         self,
         train_loader: Iterable[Any],
@@ -639,6 +682,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         options: dict[str, Any] = {"rows": rows, "queries": queries, "seed": seed, "tolerance": tolerance}
         return verify(self, self.as_loader(train_loader), self.as_loader(query_loader), **options, progress=progress)
 
+    @_in_own_precision
     def audit(
         self,
         train_loader: Iterable[Any],
@@ -663,6 +707,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         options: dict[str, Any] = {"queries": queries, "k": k, "level": level, "tolerance": tolerance, "seed": seed}
         return audit(self, self.as_loader(train_loader), self.as_loader(query_loader), **options, progress=progress)
 
+    @_in_own_precision
     def diagnose(self, train_loader: Iterable[Any], *, progress: bool = False) -> Diagnosis:
         """What gives reason to doubt the scores: weights that are no minimum, negative curvature, missed solves, ...
 
@@ -674,6 +719,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
         return diagnose(self, self.as_loader(train_loader), progress=progress)
 
+    @_in_own_precision
     def effective_dof(
         self, dampings: Sequence[Damping] | None = None, *, probes: int = 8, seed: int = 0
     ) -> OrderedDict[str, EffectiveDof]:

@@ -28,6 +28,7 @@ def batches(
             "iterated again, such as a list of batches or a DataLoader."
         )
     empty = True
+    provider.begin_pass()
     for item in track(loader, what, show):
         batch = as_batch(provider, item)
         if batch is not None:

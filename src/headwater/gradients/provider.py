@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import numpy as np
@@ -137,6 +138,22 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
     @abstractmethod
     def fingerprint(self) -> tuple[Any, ...]:
         """Changes when the weights do."""
+
+    @property
+    def form(self) -> int:
+        """Another number when gradients have taken another form (other parts) than those that were given before."""
+        return 0
+
+    def begin_pass(self) -> None:
+        """Told before the first batch of each pass over rows; a provider may look at that batch more closely."""
+        return None
+
+    def own_precision(self) -> AbstractContextManager[Any]:
+        """Around the maths on this provider's gradients: without what the caller changed of the numbers' precision.
+
+        The caller's automatic mixed precision, say, reaches the model's own call and nothing else.
+        """
+        return nullcontext()
 
     def rows_at_once(self, batch: BatchType) -> int:
         """How many rows to take through the model together; larger batches are cut. The numbers do not depend on it."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,15 +62,6 @@ def call(function: Callable[..., Any], x: Any) -> Any:
     if isinstance(x, (tuple, list)):
         return function(*x)
     return function(x)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without torch's remarks on how it vectorises or scripts an operation: its user can do nothing about it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-        warnings.filterwarnings("ignore", "`torch.jit.script`", DeprecationWarning)
-        yield
 
 
 def differentiable_input(x: Any) -> torch.Tensor:
