@@ -307,7 +307,7 @@ def test_a_subclass_carries_more_columns():
 
 @pytest.mark.parametrize("y", [np.float64(1.0), np.array(3), 2.5])
 def test_a_piece_without_rows_is_refused(y):
-    with pytest.raises(BatchMismatch, match="has no rows"):
+    with pytest.raises(BatchMismatch, match="y has no batch dimension"):
         Batch(X, y)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 from headwater.arrays import namespace, precise
@@ -51,13 +52,21 @@ def _pieces(provider: StructuredGradientProvider, batch: Any) -> Iterator[Any]:
 def as_batch(provider: StructuredGradientProvider, item: Any) -> Batch | None:
     """One item of a loader: a Batch, or (x, y). None if it has no rows."""
     if isinstance(item, Batch) and len(item):
-        return provider.as_batch(item.x, item.y) if type(item) is Batch else item
+        return _as_own(provider, item) if type(item) is Batch else item
     if isinstance(item, Batch):
         return None
     if isinstance(item, (tuple, list)) and len(item) == 2:
         return provider.as_batch(*item) if len(Batch(*item)) else None
     length = f" of {len(item)} entries" if isinstance(item, (tuple, list)) else ""
     raise InvalidInput(f"A loader gives (x, y) or a Batch, not {type(item).__name__}{length}. One batch is [(x, y)].")
+
+
+def _as_own(provider: StructuredGradientProvider, batch: Batch) -> Batch:
+    """A plain batch as the provider's kind, with the weights and ids that it has."""
+    own = provider.as_batch(batch.x, batch.y)
+    if batch.weights is None and batch.ids is None:
+        return own
+    return replace(own, weights=batch.weights, ids=batch.ids)
 
 
 def total_weight(provider: StructuredGradientProvider, batch: Batch) -> float:
