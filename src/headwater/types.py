@@ -402,7 +402,7 @@ class BlockMapper(ABC, Generic[TensorType, BatchType, OperatorGradientCompositio
         return split(z, sizes, dim)
 
     def _to_ordered_dict(self, tensor_generator: Generator[TensorType, None, None]) -> OrderedDict[str, TensorType]:
-        """The blocks' names for the tensors of a generator; a hook. Errors: BlockMismatch for another number of them."""
+        """The blocks' names for the tensors of a generator; a hook. Errors: BlockMismatch if their number differs."""
         names, tensors = list(self.composable_block_dict), list(tensor_generator)
         if len(tensors) != len(names):
             raise BlockMismatch(f"A generator of {type(self).__name__} gave {len(tensors)} tensors for blocks {names}.")
