@@ -14,7 +14,7 @@ import pytest
 
 import headwater as hw
 from headwater.blocks import Block, Layout, Parameter, Part, Piece
-from headwater.errors import InvalidSetting, StaleFit
+from headwater.errors import InvalidInput, InvalidSetting, StaleFit
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.outer import Outer
 from headwater.gradients.provider import StructuredGradientProvider
@@ -418,6 +418,14 @@ def test_a_weight_of_two_is_the_row_twice(method):
     expected = repeated.influences(QUERY_X, QUERY_Y, X, Y)
     got = weighted.influences(QUERY_X, QUERY_Y, X, Y)
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-11 * np.abs(expected).max())
+
+
+def test_weights_that_a_provider_does_not_know_are_refused(monkeypatch):
+    weighted = [Batch(X, Y, weights=np.arange(1.0, 8.0))]
+    assert LinearInfluence(hw.Direct()).fit(weighted).n_train == 28
+    monkeypatch.setattr(LinearProvider, "row_weights", StructuredGradientProvider.row_weights)
+    with pytest.raises(InvalidInput, match=r"LinearProvider knows no weights.*row_weights gives None"):
+        LinearInfluence(hw.Direct()).fit(weighted)
 
 
 @pytest.mark.parametrize("method", [hw.Direct(), hw.Ekfac(), hw.GradDot()], ids=repr)

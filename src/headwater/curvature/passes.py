@@ -62,11 +62,20 @@ def as_batch(provider: StructuredGradientProvider, item: Any) -> Batch | None:
 
 
 def _as_own(provider: StructuredGradientProvider, batch: Batch) -> Batch:
-    """A plain batch as the provider's kind, with the weights and ids that it has."""
+    """A plain batch as the provider's kind, with the weights and ids that it has.
+
+    Errors: InvalidInput for weights that the provider knows nothing of.
+    """
     own = provider.as_batch(batch.x, batch.y)
     if batch.weights is None and batch.ids is None:
         return own
-    return replace(own, weights=batch.weights, ids=batch.ids)
+    own = replace(own, weights=batch.weights, ids=batch.ids)
+    if batch.weights is not None and provider.row_weights(own) is None:
+        raise InvalidInput(
+            f"The batch has weights, and {type(provider).__name__} knows no weights of rows: its row_weights gives "
+            "None. Leave them out, or let row_weights return them and grads multiply by them."
+        )
+    return own
 
 
 def total_weight(provider: StructuredGradientProvider, batch: Batch) -> float:
