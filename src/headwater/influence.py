@@ -66,8 +66,10 @@ class InfluenceMapper(BlockMapper[Array, Any, OperatorGradientComposition]):
     """
 
     def __init__(self, provider: StructuredGradientProvider, operators: Mapping[str, LinearOperator]):
-        blocks = ((name, OperatorGradientComposition(op, provider.block(name))) for name, op in operators.items())
-        super().__init__(OrderedDict(blocks))
+        blocks: OrderedDict[str, OperatorGradientComposition] = OrderedDict(
+            (name, OperatorGradientComposition(op, provider.block(name))) for name, op in operators.items()
+        )
+        super().__init__(blocks)
         self.provider = provider
         self.operators = OrderedDict(operators)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence, Set
 from dataclasses import Field, dataclass, field, fields, replace
 from enum import Enum
 from typing import Any, Generic, Self, TypeVar, cast
@@ -31,7 +31,7 @@ from headwater.errors import (
 )
 from headwater.errors import UnsupportedInfluenceModeException as UnsupportedInfluenceModeException
 
-TensorType = TypeVar("TensorType", bound=Collection)
+TensorType = TypeVar("TensorType")
 BatchType = TypeVar("BatchType", bound="Batch")
 DataLoaderType = TypeVar("DataLoaderType", bound=Iterable)
 GradientProviderType = TypeVar("GradientProviderType", bound="GradientProvider")

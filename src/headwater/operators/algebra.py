@@ -148,7 +148,7 @@ def ends(values: Array) -> tuple[float, float]:
     return float(xp.min(values)), float(xp.max(values))
 
 
-def _same_size(first: Operator[Any], second: Operator[Any]) -> int:
+def _same_size(first: Operator, second: Operator) -> int:
     if first.input_size != second.input_size:
         raise ShapeMismatch(
             f"{type(first).__name__} has input_size {first.input_size}, "

@@ -133,9 +133,9 @@ class BlockMapperContract(Contract):
         mapper, factors = self.mapper(), self.mapper().transformed_grads(self.left())
         for mode in ("Up", "down", None):
             with self.refuses(UnsupportedInfluenceModeError, repr(mode), "up", "perturbation"):
-                mapper.interactions(self.left(), self.right(), mode)  # type: ignore[arg-type]
+                mapper.interactions(self.left(), self.right(), mode)
             with self.refuses(ValueError, repr(mode)):
-                mapper.interactions_from_transformed_grads(factors, self.right(), mode)  # type: ignore[arg-type]
+                mapper.interactions_from_transformed_grads(factors, self.right(), mode)
 
     def test_generators_give_the_blocks_tensors_in_order_one_at_a_time(self) -> None:
         """Tensors alone, without names; and the first block comes although the last one cannot be computed."""
@@ -154,7 +154,8 @@ class BlockMapperContract(Contract):
     def test_what_gives_dicts_follows_an_overridden_generator(self) -> None:
         """Its tensors as they are, named in the order of the blocks by `_to_ordered_dict`."""
         for verb in ("transformed_grads", "interactions", "interactions_from_transformed_grads"):
-            mapper, given, named = self.mapper(), [object() for _ in self.mapper().composable_block_dict], []
+            mapper, named = self.mapper(), list[Any]()
+            given = [object() for _ in mapper.composable_block_dict]
             name_them = mapper._to_ordered_dict
             mapper._to_ordered_dict = lambda g, name_them=name_them, named=named: named.append(g) or name_them(g)  # type: ignore
             setattr(mapper, f"generate_{verb}", lambda *_, given=given: (tensor for tensor in given))
