@@ -33,6 +33,10 @@ class UnsupportedInfluenceModeError(InvalidInput):
     """The mode is neither "up" nor "perturbation"."""
 
 
+UnsupportedInfluenceModeException = UnsupportedInfluenceModeError
+"""Another name of the same, for code that was written with it."""
+
+
 class BatchMismatch(InvalidInput):
     """The pieces of a batch disagree in length, or there is nothing in it."""
 

@@ -13,9 +13,9 @@ import copy
 import os
 from abc import ABC
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
@@ -33,7 +33,7 @@ from headwater.errors import (
     StaleFit,
 )
 from headwater.gradients.block import BlockGradient, stack
-from headwater.gradients.provider import BlockGradients, StructuredGradientProvider
+from headwater.gradients.provider import BlockGradients, BlockProvider, StructuredGradientProvider
 from headwater.gradients.words import in_words
 from headwater.methods.base import Curvatures, Method
 from headwater.methods.damping import Damping, Relative, damping_by_block, in_units
@@ -42,7 +42,7 @@ from headwater.operators.iterative import SolveReport, apply_path, joined, recor
 from headwater.operators.kronecker import SeparableOperator
 from headwater.operators.released import ReleasedOperator, penalised
 from headwater.operators.structured import BlockDiagonalOperator
-from headwater.types import BlockMapper, InfluenceMode, OperatorGradientComposition, TensorType
+from headwater.types import BilinearForm, BlockMapper, InfluenceMode, OperatorGradientComposition, TensorType
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,43 +62,76 @@ SAVED_FORMAT = 1
 """Of the folders that `save` writes."""
 
 
-class InfluenceMapper(BlockMapper[Array, Any]):
-    """The contract's block mapper over a structured provider: one pass through the model serves all blocks."""
+class InfluenceMapper(BlockMapper[Array, Any, OperatorGradientComposition]):
+    """The contract's block mapper over a structured provider: one pass through the model serves all blocks.
+
+    A block whose operator has a bilinear form of its own is computed by that form, and the others the faster way.
+    """
 
     def __init__(self, provider: StructuredGradientProvider, operators: Mapping[str, LinearOperator]):
-        super().__init__(
-            {name: OperatorGradientComposition(op, provider.block(name)) for name, op in operators.items()}
+        blocks: OrderedDict[str, OperatorGradientComposition] = OrderedDict(
+            (name, OperatorGradientComposition(op, provider.block(name))) for name, op in operators.items()
         )
+        super().__init__(blocks)
         self.provider = provider
         self.operators = OrderedDict(operators)
 
-    def generate_transformed_grads(self, batch: Any) -> Iterator[tuple[str, Array]]:
-        for name, value in self.provider.grads(batch, query=True).items():
-            operator = self.operators[name]
-            yield name, operator.apply_block(operator.seen(value)).flat()
+    @property
+    def own_forms(self) -> dict[str, BilinearForm]:
+        """The forms of those blocks whose operator's form is another than `<Op left, right>`."""
+        forms = {name: operator.as_bilinear_form() for name, operator in self.operators.items()}
+        return {name: form for name, form in forms.items() if not form.is_default_of(self.operators[name])}
+
+    def generate_transformed_grads(self, batch: Any) -> Generator[Array, None, None]:
+        grads = self.provider.grads(batch, query=True)
+        for name, operator in self.operators.items():
+            yield operator.apply_block(operator.seen(grads[name])).flat()
 
     def generate_interactions(
         self, left_batch: Any, right_batch: Any, mode: InfluenceMode | str
-    ) -> Iterator[tuple[str, Array]]:
+    ) -> Generator[Array, None, None]:
+        mode, own = InfluenceMode(mode), self.own_forms
         right_batch = left_batch if right_batch is None else right_batch
-        if InfluenceMode(mode) is InfluenceMode.Perturbation:
-            factors = self.transformed_grads(left_batch)
-            yield from self.generate_interactions_from_transformed_grads(factors, right_batch, mode)
+        plain = [name for name in self.operators if name not in own]
+        shared = self._shared_interactions(plain, left_batch, right_batch, mode)
+        for name in self.operators:
+            yield self._by_form(name, left_batch, right_batch, mode) if name in own else next(shared)
+
+    def _by_form(self, name: str, left_batch: Any, right_batch: Any, mode: InfluenceMode) -> Array:
+        # Rows on the left are explained, rows on the right are train rows; the same rows need two objects to say so.
+        right_batch = copy.copy(left_batch) if right_batch is left_batch else right_batch
+        provider = BlockProvider(self.provider, name, explained=left_batch)
+        return OperatorGradientComposition(self.operators[name], provider).interactions(left_batch, right_batch, mode)
+
+    def _shared_interactions(
+        self, names: Sequence[str], left_batch: Any, right_batch: Any, mode: InfluenceMode
+    ) -> Iterator[Array]:
+        """Of these blocks, from one pass over either batch."""
+        if not names:
             return
-        grads = self.provider.grads(left_batch, query=True)
+        every = self.provider.grads(left_batch, query=True)
+        grads = OrderedDict((name, every[name]) for name in names)
+        if mode is InfluenceMode.Perturbation:
+            for name, value in grads.items():
+                operator = self.operators[name]
+                yield self.provider.mixed_prod(right_batch, {name: operator.apply_block(operator.seen(value)).flat()})
+            return
         queries = self.sides(grads, len(right_batch) / len(left_batch)).queries(grads)
-        yield from queries.scores(self.provider.grads(right_batch)).items()
+        train = self.provider.grads(right_batch)
+        for name in names:
+            yield queries.score(name, train[name])
 
     def generate_interactions_from_transformed_grads(
         self, left_factors: Array | Mapping[str, Array], right_batch: Any, mode: InfluenceMode | str
-    ) -> Iterator[tuple[str, Array]]:
-        factors = self._factors_by_block(left_factors)
-        if InfluenceMode(mode) is InfluenceMode.Perturbation:
+    ) -> Generator[Array, None, None]:
+        mode, factors = InfluenceMode(mode), self._factors_by_block(left_factors)
+        if mode is InfluenceMode.Perturbation:
             for name in self.operators:
-                yield name, self.provider.mixed_prod(right_batch, {name: factors[name]})
+                yield self.provider.mixed_prod(right_batch, {name: factors[name]})
             return
-        for name, value in self.provider.grads(right_batch).items():
-            yield name, transpose(self.operators[name].seen(value).project(factors[name]))
+        grads = self.provider.grads(right_batch)
+        for name, operator in self.operators.items():
+            yield transpose(operator.seen(grads[name]).project(factors[name]))
 
     def perturbation(self, factors: Array | Mapping[str, Array], batch: Any) -> Array:
         """All blocks together, in one differentiation: (N, M, *x_shape)."""
@@ -106,11 +139,20 @@ class InfluenceMapper(BlockMapper[Array, Any]):
 
     def sides(self, grads: BlockGradients, train_per_query: float) -> Sides:
         """Where queries like these and `train_per_query` train rows each had best meet."""
-        pairs = {name: self.operators[name].block_sides(value, train_per_query) for name, value in grads.items()}
+        forms = self.own_forms
+        pairs = {name: self._sides(name, value, train_per_query, name in forms) for name, value in grads.items()}
         return Sides(
             OrderedDict((name, left) for name, (left, _) in pairs.items()),
             OrderedDict((name, right) for name, (_, right) in pairs.items()),
+            forms,
         )
+
+    def _sides(
+        self, name: str, value: BlockGradient, train_per_query: float, by_form: bool
+    ) -> tuple[LinearOperator, LinearOperator]:
+        if by_form:  # the gradients as they are, for the form's `inner_prod`
+            return (IdentityOperator(self.operators[name].input_size),) * 2
+        return self.operators[name].block_sides(value, train_per_query)
 
 
 @dataclass(frozen=True)
@@ -122,11 +164,13 @@ class Sides:
 
     left: Mapping[str, LinearOperator]
     right: Mapping[str, LinearOperator]
+    forms: Mapping[str, BilinearForm] = field(default_factory=dict)
+    """Where an operator has a form of its own: what then takes the place of the dot product."""
 
     def queries(self, grads: BlockGradients) -> Queries:
         """Query gradients, ready to meet train rows."""
         left = OrderedDict((name, _pass(self.left[name], v).settled(v)) for name, v in grads.items())
-        return Queries(left, self.right)
+        return Queries(left, self.right, self.forms)
 
 
 @dataclass(frozen=True)
@@ -135,12 +179,17 @@ class Queries:
 
     left: BlockGradients
     right: Mapping[str, LinearOperator]
+    forms: Mapping[str, BilinearForm] = field(default_factory=dict)
 
     def scores(self, train: BlockGradients) -> ByBlock:
         """By block: [q, n]."""
-        return OrderedDict(
-            (name, self.left[name].inner(_pass(self.right[name], value))) for name, value in train.items()
-        )
+        return OrderedDict((name, self.score(name, value)) for name, value in train.items())
+
+    def score(self, name: str, train: BlockGradient) -> Array:
+        """Of one block: [q, n]."""
+        if name in self.forms:
+            return self.forms[name].inner_prod(self.left[name].flat(), train.flat())
+        return self.left[name].inner(_pass(self.right[name], train))
 
 
 @dataclass(frozen=True)
@@ -457,7 +506,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         """
         mapper, mode, test, train = self._asked(x_test, y_test, x, y, mode)
         with self._recorded():
-            if mode is InfluenceMode.Perturbation:
+            if mode is InfluenceMode.Perturbation and not mapper.own_forms:
                 return mapper.perturbation(mapper.transformed_grads(test), train)
             return _sum(mapper.interactions(test, train, mode))
 
@@ -477,6 +526,8 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         """
         _, mode, test, train = self._asked(x_test, y_test, x, y, mode)
         others = [self.with_damping(damping).ready() for damping in dampings]
+        if any(mapper.own_forms for mapper in others):  # factors are no help to a form that is not <Op left, right>
+            return [_sum(mapper.interactions(test, train, mode)) for mapper in others]
         grads = self.provider.grads(test, query=True) if others else {}
         factors: list[dict[str, Array]] = [{} for _ in others]
         with self._recorded():
@@ -752,7 +803,7 @@ def stack_queries(pieces: list[Queries]) -> Queries:
     if any(piece.right is not pieces[0].right for piece in pieces):
         raise InvalidInput("Queries that went through different sides cannot be stacked.")
     left = OrderedDict((name, stack([piece.left[name] for piece in pieces])) for name in pieces[0].left)
-    return Queries(left, pieces[0].right)
+    return Queries(left, pieces[0].right, pieces[0].forms)
 
 
 def _parts(operator: LinearOperator) -> Iterable[LinearOperator]:

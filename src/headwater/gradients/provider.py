@@ -215,15 +215,19 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
 
 
 class BlockProvider(GradientProvider[Batch, Array]):
-    """One block of a structured provider, as a provider of its own."""
+    """One block of a structured provider, as a provider of its own.
 
-    def __init__(self, whole: StructuredGradientProvider, name: str):
+    explained: the batch, this very object, whose rows are queries: their gradients are those of the measurement.
+    """
+
+    def __init__(self, whole: StructuredGradientProvider, name: str, explained: Batch | None = None):
         self.whole = whole
         self.name = name
+        self.explained = explained
 
     def flat_grads(self, batch: Batch) -> Array:
         """(N, D_block)."""
-        return self.whole.grads(batch)[self.name].flat()
+        return self._grads(batch).flat()
 
     def flat_mixed_grads(self, batch: Batch) -> Array:
         """(N, *x_shape, D_block)."""
@@ -231,4 +235,7 @@ class BlockProvider(GradientProvider[Batch, Array]):
 
     def jacobian_prod(self, batch: Batch, g: Array) -> Array:
         """(N, K) for g (K, D_block)."""
-        return self.whole.grads(batch)[self.name].project(g)
+        return self._grads(batch).project(g)
+
+    def _grads(self, batch: Batch) -> BlockGradient:
+        return self.whole.grads(batch, query=batch is self.explained)[self.name]

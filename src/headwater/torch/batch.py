@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from headwater.errors import BatchMismatch, InvalidInput, UnsupportedModel
+from headwater.errors import InvalidInput, UnsupportedModel
 from headwater.types import Batch
 
 
@@ -25,14 +25,8 @@ class TorchBatch(Batch[torch.Tensor]):
     weights: torch.Tensor | None = None
     ids: Any = None
 
-    def _columns(self) -> dict[str, Any]:
-        return {"x": self.x, "y": self.y, "weights": self.weights, "ids": self.ids}
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, column in (("weights", self.weights), ("ids", self.ids)):
-            if column is not None and len(np.shape(column)) != 1:
-                raise BatchMismatch(f"{name} has shape {tuple(np.shape(column))}; expected one number for each row.")
         if self.weights is not None:
             weights = torch.as_tensor(self.weights)
             if not bool((torch.isfinite(weights) & (weights >= 0)).all()):

@@ -213,7 +213,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
 
     def _ready(self, batch: TorchBatch) -> TorchBatch:
         if not isinstance(batch, TorchBatch):
-            batch = TorchBatch(batch.x, batch.y)
+            batch = TorchBatch(batch.x, batch.y, batch.weights, batch.ids)
         if batch.x is None or batch.y is None:
             raise InvalidInput(f"{'x' if batch.x is None else 'y'} is None; a batch needs inputs and targets.")
         if len(batch) == 0:
