@@ -1,4 +1,4 @@
-"""Ways in which losses, margins and views have been wrong, and quick laws that must notice each; for test_mutations.py."""
+"""Ways in which losses, margins and views have been wrong, and quick laws that must notice each."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from headwater.arrays import Array, as_like, identity, is_array, namespace, precise, sigmoid, zeros_like
+from headwater.arrays import Array, accumulable, as_like, identity, is_array, namespace, precise, sigmoid, zeros_like
 from headwater.errors import InvalidSetting, UnsupportedLoss
 
 FEW = 16
@@ -372,7 +372,7 @@ class OwnHessian(Likelihood):
                 "likelihood='cross_entropy', 'binary_cross_entropy' or 'squared_error', an OutputHessian, a "
                 "TargetSampler, or ask for fisher='empirical'."
             )
-        hessian = loss.hessian(output, target)
+        hessian = accumulable(loss.hessian(output, target))  # there are no eigenvalues in half precision
         xp = namespace(hessian)
         if not bool(xp.any(hessian != 0)) and _is_piecewise_linear(loss, output, target):
             raise UnsupportedLoss(
@@ -412,13 +412,15 @@ def _rounding(values: Array) -> Array:
 
 def _columns(root: Array, output: Array) -> list[Array]:
     """The columns of a root [n, K, K], as cotangents of the output."""
+    root = namespace(root).astype(root, output.dtype)
     return [root[:, :, k].reshape(output.shape) for k in range(root.shape[2])]
 
 
 def _combined(root: Array, output: Array, draw: Draw) -> Array:
     """The columns of a root [n, K, K], combined with normal numbers."""
-    noise = namespace(root).astype(draw(int(root.shape[2]), True), root.dtype)
-    return (root @ noise[:, :, None]).reshape(output.shape)
+    xp = namespace(root)
+    noise = xp.astype(draw(int(root.shape[2]), True), root.dtype)
+    return xp.astype((root @ noise[:, :, None]).reshape(output.shape), output.dtype)
 
 
 class OutputHessian(Likelihood):
@@ -524,7 +526,7 @@ def ggn_cotangents(likelihood: Likelihood | None, loss: OutputLoss, output: Any,
             found = None
         if found is not None:
             return found
-    hessian = loss.hessian(output, target)
+    hessian = accumulable(loss.hessian(output, target))
     xp = namespace(hessian)
     values, vectors = xp.linalg.eigh(hessian)
     if bool(xp.any(values < -_rounding(values))):

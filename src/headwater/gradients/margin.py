@@ -6,12 +6,17 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 from headwater.arrays import Array, namespace
 from headwater.errors import NonFiniteValue, UnsupportedModel
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
 from headwater.gradients.view import ProviderView
 
 REMEDY = "Give output='loss' to hw.Trak(), which takes any loss."
+
+LOOK = 8
+"""Rows of a batch whose losses several models compare with what their margins say."""
 
 
 class MarginGradientProvider(ProviderView):
@@ -77,8 +82,11 @@ class MarginGradientProvider(ProviderView):
         return self.margin.doubt(batch)
 
     def _shared_doubt(self, batch: Any) -> Array:
-        """What several models' margin gradients are scaled by. Errors: UnsupportedModel where that says too little."""
-        factors = self._factors(batch)
+        """What several models' margin gradients are scaled by. Errors: UnsupportedModel where that says too little.
+
+        A few rows of every batch are looked at: all of them would take one more pass through each model.
+        """
+        factors = self._factors(batch if len(batch) <= LOOK else batch.take(_spread(len(batch))))
         if None in factors:
             raise UnsupportedModel(
                 "Several models share the mean of their doubts 1 - p, which stands for the plain cross entropy; this "
@@ -163,6 +171,11 @@ def _models(provider: StructuredGradientProvider) -> list[StructuredGradientProv
 
     provider.each(seen)
     return found
+
+
+def _spread(rows: int) -> np.ndarray:
+    """`LOOK` rows, evenly over the batch."""
+    return np.linspace(0, rows - 1, LOOK).astype(np.int64)
 
 
 def softplus(x: Array) -> Array:
