@@ -495,7 +495,7 @@ def fisher_cotangents(
     if not is_array(output):
         raise UnsupportedLoss(
             f"The Fisher information is that of one output tensor, and the model returns a {type(output).__name__}: "
-            "use fisher='empirical', or a method of the GGN (hw.Direct(), hw.Cg())."
+            "use fisher='empirical', or a method of the GGN (hw.Direct(), hw.Cg(preconditioner=None))."
         )
     likelihood = OwnHessian() if likelihood is None else likelihood
     few = fisher == "auto" and _per_row(output) <= FEW
