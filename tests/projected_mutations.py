@@ -9,7 +9,6 @@ from typing import Any
 from unittest.mock import patch
 
 import models
-import torch
 from projected_truth import ProjectedTruth, shared_by
 from truth import assert_close, fitted
 
@@ -73,7 +72,9 @@ MUTANTS: dict[str, Mutant] = {
         lambda f: lambda self, queries, count: (ProjectionSide(self.projection, self.core),) * 2,
     ),
     "train rows are not scaled by their doubt": _replaced(
-        MarginGradientProvider, "doubt", lambda f: lambda self, batch: torch.ones_like(f(self, batch))
+        MarginGradientProvider,
+        "grads",
+        lambda f: lambda self, batch, *, query=False, weighted=True: self.margin.grads(batch, weighted=weighted),
     ),
     "the moment is that of the scaled gradients": _replaced(
         MarginGradientProvider, "fisher_grads", lambda f: lambda self, batch, fisher, **options: [self.grads(batch)]

@@ -90,7 +90,6 @@ class Case:
     y_query: np.ndarray
     strength: float = 0.0
     per_row: bool = False
-    likelihood: bool = True
 
     @property
     def weights(self) -> np.ndarray:
@@ -232,7 +231,6 @@ MAKERS: dict[str, Callable[[], Case]] = {
         _binary,
         strength=0.05,
         per_row=True,
-        likelihood=False,
     ),
     "sgd modified huber": lambda: _case(
         _sgd(lm.SGDClassifier, loss="modified_huber", learning_rate="invscaling", eta0=0.01),
@@ -240,7 +238,6 @@ MAKERS: dict[str, Callable[[], Case]] = {
         _binary,
         strength=0.05,
         per_row=True,
-        likelihood=False,
     ),
     "sgd least squares": lambda: _case(_sgd(lm.SGDRegressor), squared, _values, strength=0.05, per_row=True),
     "sgd huber": lambda: _case(
@@ -249,7 +246,6 @@ MAKERS: dict[str, Callable[[], Case]] = {
         _values,
         strength=0.05,
         per_row=True,
-        likelihood=False,
     ),
     "sgd beyond epsilon": lambda: _case(
         _sgd(lm.SGDRegressor, loss="squared_epsilon_insensitive", epsilon=0.5),
@@ -257,7 +253,6 @@ MAKERS: dict[str, Callable[[], Case]] = {
         _values,
         strength=0.05,
         per_row=True,
-        likelihood=False,
     ),
 }
 

@@ -359,6 +359,9 @@ def test_collections_that_are_no_rows_are_refused():
 def test_a_margin_of_several_labels_is_refused():
     with pytest.raises(UnsupportedModel, match="output='loss'"):
         influence_of("gpt2", hw.Trak())
+    numbers = shake(BertForSequenceClassification(bert_config(2, problem_type="regression")))
+    with pytest.raises(UnsupportedModel, match="output='loss'"):
+        HfComposableInfluence(numbers, hw.Trak())
     case = case_of("bert sequence")
     influence_of("bert sequence", hw.Trak(dimension=8)).fit([(case.x, case.y)])
 

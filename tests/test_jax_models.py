@@ -18,6 +18,7 @@ from headwater.errors import (
     UnsupportedLoss,
     UnsupportedModel,
 )
+from headwater.gradients.likelihoods import OwnHessian
 from headwater.gradients.outer import Outer, RowSparse
 from headwater.gradients.provider import StructuredGradientProvider
 from headwater.jax import CrossEntropy, JaxBatch, JaxComposableInfluence, JaxGradientProvider, SquaredError
@@ -268,8 +269,8 @@ def test_losses_of_optax_are_known():
     }
     for loss, kind in known.items():
         assert type(find_likelihood(loss, None)) is kind
-    assert find_likelihood(optax.hinge_loss, None) is None
-    assert find_likelihood(lambda output, target: optax.l2_loss(output, target), None) is None
+    assert type(find_likelihood(optax.hinge_loss, None)) is OwnHessian
+    assert type(find_likelihood(lambda output, target: optax.l2_loss(output, target), None)) is OwnHessian
     assert type(find_likelihood(None, "squared_error")) is SquaredError
 
 
@@ -443,9 +444,9 @@ def test_an_output_without_rows_is_refused():
         JaxGradientProvider(lambda p, x: (x @ p["w"]).T, W, jax_models.cross_entropy).grads(JaxBatch(ROWS, Y))
 
 
-def test_a_fisher_without_a_likelihood_is_refused():
+def test_a_loss_without_curvature_has_no_fisher_but_the_empirical_one():
     provider = JaxGradientProvider(linear, W, optax.hinge_loss)
-    with pytest.raises(UnsupportedLoss, match="hinge_loss"):
+    with pytest.raises(UnsupportedLoss, match=r"hinge_loss is piecewise linear.*empirical"):
         provider.fisher_grads(JaxBatch(ROWS, np.sign(X[:, 0, 0, :1]) * np.ones(3)), "sampled")
 
 

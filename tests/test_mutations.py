@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import contract_mutations
+import losses_mutations
 import mutations
 import projected_mutations
 import pytest
@@ -35,6 +36,7 @@ GROUPS: dict[str, tuple[tuple[Law, ...], dict[str, tuple[Any, tuple[Law, ...]]]]
             "ensembles": test_ensemble,
             "representers": test_representer,
             "removal": test_removal,
+            "losses": losses_mutations,
         }.items()
     },
 }

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
 from models import CASES
 from projected_truth import ProjectedTruth, shared_by
 from torch import nn
@@ -19,7 +18,7 @@ from torch.utils._pytree import tree_map
 from truth import assert_close, fitted
 
 import headwater as hw
-from headwater.errors import InvalidSetting, SingularOperator, UnsupportedModel
+from headwater.errors import InvalidSetting, SingularOperator
 from headwater.methods.projected import FactGrass, LoGra, LoRif, ProjectedMethod, Trak
 from headwater.operators import projection
 from headwater.torch import TorchBatch, TorchComposableInfluence
@@ -256,14 +255,6 @@ def test_without_damping_and_narrower_than_the_data_trak_is_as_published() -> No
     expected, condition = truth.projected_scores(method, "full", {"full": 0.0})
     got = fitted(found, method, "full", damping=0.0).influences(found.x_query, found.y_query, found.x, found.y)
     assert_close(got, expected["full"], condition)
-
-
-def test_perturbation_with_margins_needs_cross_entropy() -> None:
-    found = truth_of("mlp").case
-    smooth = replace(found, loss=lambda o, t: F.cross_entropy(o, t, label_smoothing=0.1))
-    influence = fitted(smooth, Trak(5), "layer")
-    with pytest.raises(UnsupportedModel, match="gradient of the cross entropy; the loss of this model is another"):
-        influence.influences(found.x_query, found.y_query, found.x, found.y, mode="perturbation")
 
 
 def test_a_measurement_takes_the_margins_place_for_queries() -> None:

@@ -102,6 +102,13 @@ def precise(array: Array) -> Array:
         return array
 
 
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + exp(-x)) without overflow."""
+    xp = namespace(x)
+    e = xp.exp(-xp.abs(x))
+    return xp.where(x < 0, e, xp.ones_like(e)) / (1 + e)
+
+
 def transpose(matrix: Array) -> Array:
     """Swap the last two axes."""
     return namespace(matrix).linalg.matrix_transpose(matrix)

@@ -789,7 +789,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
     def batch_self_influence(self, batch: Any) -> Array:
         """<Op g_n, g_n> of a batch's rows: [n]."""
         operators = self.block_mapper.operators
-        grads = getattr(self.provider, "self_grads", self.provider.grads)(batch)
+        grads = self.provider.self_grads(batch)
         return sum(operators[name].quadratic(operators[name].seen(value)) for name, value in grads.items())
 
 

@@ -95,6 +95,8 @@ class Status:
     explained: str
     """What the scores are about."""
     blocks: Mapping[str, BlockStatus]
+    fisher: str = ""
+    """What stands for the Fisher information where no distribution is known behind the loss; "" where one is."""
 
     def __str__(self) -> str:
         seed = "no random numbers" if self.seed is None else f"seed {self.seed}"
@@ -102,6 +104,7 @@ class Status:
             f"{self.method}\n{self.n_train:g} train rows, {self.coverage:.1%} of the trainable parameters, "
             f"{self.dtype}, {seed}, explains the {self.explained}\n"
         )
+        head += f"in place of the Fisher information: {self.fisher}\n" if self.fisher else ""
         names = ["block", "size", "damping", "mean", "lowest", "highest", "lowest damped", "kept", "cut", "residual"]
         rows = [[name, *_cells(block)] for name, block in self.blocks.items()]
         return head + "\n" + table([names, *rows])
@@ -164,6 +167,7 @@ def status_of(influence: ComposableInfluence) -> Status:
         seed=getattr(influence.method, "seed", None),
         explained=influence.explained,
         blocks=blocks,
+        fisher="" if influence.provider.likelihood is None else influence.provider.likelihood.said,
     )
 
 

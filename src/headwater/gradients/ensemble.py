@@ -10,20 +10,18 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
-
-import numpy as np
 
 from headwater.arrays import Array, namespace
 from headwater.blocks import Layout
 from headwater.errors import BlockMismatch, InvalidSetting
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
+from headwater.gradients.view import ProviderView
 
 
-class EnsembleProvider(StructuredGradientProvider[Any, Any]):
-    """Providers of one architecture at other weights, side by side.
+class EnsembleProvider(ProviderView):
+    """Providers of one architecture at other weights, side by side; what they share is asked of the first.
 
     weights: what each member's score is multiplied by; by default one over their number, so that the score is the mean.
     Gradients and curvature are the members' own, unweighted. Errors: InvalidSetting without members, or with another
@@ -34,6 +32,7 @@ class EnsembleProvider(StructuredGradientProvider[Any, Any]):
         self.members = tuple(members)
         if not self.members:
             raise InvalidSetting("An ensemble needs at least one model.")
+        super().__init__(self.members[0])
         count = len(self.members)
         self.weights = (1.0 / count,) * count if weights is None else tuple(float(w) for w in weights)
         if len(self.weights) != count or not all(map(math.isfinite, self.weights)):
@@ -154,11 +153,6 @@ class EnsembleProvider(StructuredGradientProvider[Any, Any]):
     def fingerprint(self) -> tuple[Any, ...]:
         return (self.weights, *(member.fingerprint() for member in self.members))
 
-    # What the members share ---------------------------------------------------------------------------------------
-
-    def as_batch(self, x: Any, y: Any) -> Any:
-        return self.members[0].as_batch(x, y)
-
     @property
     def form(self) -> int:
         return sum(member.form for member in self.members)
@@ -167,44 +161,9 @@ class EnsembleProvider(StructuredGradientProvider[Any, Any]):
         for member in self.members:
             member.begin_pass()
 
-    def own_precision(self) -> AbstractContextManager[Any]:
-        return self.members[0].own_precision()
-
     def rows_at_once(self, batch: Any) -> int:
         """All members' gradients are held together."""
         return max(1, min(member.rows_at_once(batch) for member in self.members) // len(self.members))
-
-    def row_weights(self, batch: Any) -> Array | None:
-        return self.members[0].row_weights(batch)
-
-    def row_keys(self, batch: Any) -> np.ndarray:
-        return self.members[0].row_keys(batch)
-
-    def content_keys(self, batch: Any) -> np.ndarray:
-        return self.members[0].content_keys(batch)
-
-    @property
-    def explained(self) -> str:
-        return self.members[0].explained
-
-    def settings(self) -> tuple[str, ...]:
-        return self.members[0].settings()
-
-    @property
-    def normalisation(self) -> str | None:
-        return self.members[0].normalisation
-
-    @property
-    def dtype(self) -> str:
-        return self.members[0].dtype
-
-    @property
-    def device(self) -> Any:
-        return self.members[0].device
-
-    @property
-    def coverage_fraction(self) -> float:
-        return self.members[0].coverage_fraction
 
 
 def _sum(arrays: Sequence[Array]) -> Array:

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from headwater.arrays import Array, as_like, identity, is_array, namespace, precise, zeros_like
+from headwater.arrays import Array, accumulable, as_like, identity, is_array, namespace, precise, sigmoid, zeros_like
 from headwater.errors import InvalidSetting, UnsupportedLoss
 
 FEW = 16
@@ -49,7 +49,7 @@ class Likelihood(ABC):
     """The distribution of targets behind a loss: what the Fisher information averages over.
 
     Both methods give cotangents of the output [n, ...], v, such that the mean (or sum) of v v^T is the Hessian of the
-    row's loss with respect to the output.
+    row's loss with respect to the output (for outputs that are probabilities: the Hessian by the logits behind them).
     """
 
     @abstractmethod
@@ -60,37 +60,67 @@ class Likelihood(ABC):
     def sampled(self, loss: OutputLoss, output: Array, target: Any, draw: Draw) -> Array:
         """One cotangent, with v v^T right on average."""
 
+    @property
+    def is_hessian(self) -> bool:
+        """Whether that is the Hessian by the output itself: not where outputs are probabilities or their logarithms."""
+        return True
+
+    @property
+    def has_margin(self) -> bool | None:
+        """Whether the loss is a cross entropy of logits, so that a row of one label has a margin; None if unknown."""
+        return None
+
+    @property
+    def said(self) -> str:
+        """What a fit's status says of it; nothing of a distribution that is the loss's own."""
+        return ""
+
 
 def cotangent(loss: OutputLoss, output: Array, target: Any) -> Array:
     """The gradient of the rows' losses with respect to the output: [n, ...]."""
     return loss.slope(output, target)
 
 
-def loss_scale(slope: Array, residual: Array, axes: tuple[int, ...] = ()) -> Array:
-    """c, where the loss's gradient is c times that of the negative log-likelihood; `axes`: those of one target."""
-    xp, along, size = namespace(slope), slope * residual, residual**2
+def loss_scale(change: Array, residual: Array, axes: tuple[int, ...] = ()) -> Array:
+    """c, where the loss's gradient changes by c times `residual`; `axes`: those of one target."""
+    xp, along, size = namespace(change), change * residual, residual**2
     if axes:
         along, size = xp.sum(along, axis=axes), xp.sum(size, axis=axes)
     return along / xp.clip(size, min=float(xp.finfo(size.dtype).smallest_normal))
 
 
-def check_scale(name: str, slope: Array, expected: Array, scale: Array) -> None:
-    """Errors: UnsupportedLoss if the gradient at the data's own targets is not `expected`: another likelihood."""
-    xp = namespace(slope)
-    tolerance = min(1e4 * float(xp.finfo(slope.dtype).eps), 0.05)
-    gap = float(xp.max(xp.abs(slope - expected))) if _size(slope) else 0.0
-    if gap > tolerance * float(xp.max(xp.abs(scale))) or bool(xp.any(scale < 0)):
+def check_scale(name: str, found: Array, expected: Array, scale: Array) -> None:
+    """Errors: UnsupportedLoss if what was found is not `expected`, or a scale is negative: another likelihood."""
+    xp = namespace(found)
+    if not _size(found):
+        return
+    allowed = _tolerance(found) * float(xp.max(xp.abs(scale)))
+    gap = float(xp.max(xp.abs(found - expected)))
+    if not gap <= allowed or bool(xp.any(scale < -allowed)):
         raise UnsupportedLoss(
-            f"The loss is no positive multiple of the {name} of one target (its gradient is off by {gap:g}): class "
-            "weights, smoothing, or another loss. Give an OutputHessian or a TargetSampler, or fisher='empirical'."
+            f"The loss is no positive multiple of the {name} (its gradient is off by {gap:g}). Leave likelihood= out: "
+            f"a loss of at most {MOST} outputs a row has its own output Hessian taken. Or give an OutputHessian or a "
+            "TargetSampler, or fisher='empirical'."
         )
 
 
-class CrossEntropy(Likelihood):
-    """Integer classes; the loss may be any positive multiple of the cross entropy, another for each target.
+def _tolerance(like: Array) -> float:
+    return min(1e4 * float(namespace(like).finfo(like.dtype).eps), 0.05)
 
-    Where the target is `ignore_index` there is none. `class_axis` of the output: -1 or 1; None for whichever the
-    target lacks. `log_probabilities` if the output already is that (NLLLoss).
+
+class CrossEntropy(Likelihood):
+    """Classes: -sum_c t_c log p_c for any masses t >= 0: a label, a smoothed or weighted one, or probabilities.
+
+    1. By the logits its gradient is M p - t with M the sum of t, and its Hessian M (diag p - p p^T): the target counts
+       only by its mass, which is the label's class weight, zero where the label is ignored, and otherwise one over the
+       number of targets that a mean is over.
+    2. So M is measured, and its form checked, by the gradient at two outputs, whatever the target is and however the
+       loss is written: their difference is M (p' - p).
+    3. Labels drawn from p, with the residual p - e_label times the root of M, have that Hessian as second moment.
+
+    Targets: classes (integers) of the output's shape without its class axis, where `ignore_index` is none; or numbers
+    of the output's shape. `class_axis` of the output: -1 or 1; None for whichever the target lacks.
+    `log_probabilities` if the output already is that (NLLLoss, KLDivLoss): then its gradient is -t wherever it is.
     """
 
     def __init__(self, ignore_index: int = -100, *, class_axis: int | None = None, log_probabilities: bool = False):
@@ -98,49 +128,63 @@ class CrossEntropy(Likelihood):
         self.class_axis = class_axis
         self.log_probabilities = log_probabilities
 
-    def _residual(self, p: Array, labels: Array) -> Array:
-        """The gradient of -log p(label), classes last; for ignored targets it means nothing."""
-        xp = namespace(p)
-        hit = xp.astype(_is_class(xp.clip(labels, min=0, max=p.shape[-1] - 1), p), p.dtype)
-        return -hit if self.log_probabilities else p - hit
+    @property
+    def is_hessian(self) -> bool:
+        return not self.log_probabilities
+
+    @property
+    def has_margin(self) -> bool:
+        return True
+
+    def _residual(self, p: Array, hit: Array) -> Array:
+        """The gradient of -log p(label), classes last; `hit` is one at the label."""
+        return (0.0 * p if self.log_probabilities else p) - hit
 
     def _scaled(self, loss: OutputLoss, output: Array, target: Any) -> tuple[Array, Array, int]:
-        """Probabilities [..., C], the root of the loss's scale [...] (zero where ignored), and the axis of the classes.
-
-        The scale is measured at each target's least likely class, where the gradient is largest.
-        """
+        """Probabilities [..., C], the root of the targets' masses [...], and the axis of the classes."""
         axis, xp = _class_axis(output, target, self.class_axis), namespace(output)
-        moved = xp.moveaxis(output, axis, -1)
-        p = xp.exp(moved) if self.log_probabilities else _softmax(moved)
-        kept, allowed = target != self.ignore_index, p
-        if 0 <= self.ignore_index < p.shape[-1]:
-            ignored = _is_class(xp.full_like(target, self.ignore_index), p)
-            allowed = xp.where(ignored, xp.full_like(p, math.inf), p)
-        far = xp.where(kept, xp.astype(xp.argmin(allowed, axis=-1), target.dtype), target)
-        slope = xp.moveaxis(loss.slope(output, far), axis, -1)
-        scale = loss_scale(slope, self._residual(p, far), (-1,))
-        scale = xp.where(kept, scale, xp.zeros_like(scale))
-        own = xp.moveaxis(loss.slope(output, target), axis, -1)
-        check_scale("cross entropy", own, self._residual(p, target) * scale[..., None], scale)
-        return p, xp.sqrt(xp.clip(scale, min=0)), axis
+        z, slope = xp.moveaxis(output, axis, -1), xp.moveaxis(loss.slope(output, target), axis, -1)
+        p = xp.exp(z) if self.log_probabilities else _softmax(z)
+        elsewhere = z - 1.0 if self.log_probabilities else _far(z)
+        change = xp.moveaxis(loss.slope(xp.moveaxis(elsewhere, -1, axis), target), axis, -1) - slope
+        if self.log_probabilities:
+            mass = -xp.sum(slope, axis=-1)
+            check_scale("cross entropy", change, 0.0 * change, mass)
+            check_scale("cross entropy", xp.clip(-slope, max=0.0), 0.0 * slope, mass)
+        else:
+            moved = _softmax(elsewhere) - p
+            mass = loss_scale(change, moved, (-1,))
+            check_scale("cross entropy", change, moved * mass[..., None], mass)
+        mass = xp.clip(mass, min=0)
+        if tuple(target.shape) == tuple(mass.shape):
+            mass = xp.where(target != self.ignore_index, mass, xp.zeros_like(mass))
+        return p, xp.sqrt(mass), axis
 
     def exact(self, loss: OutputLoss, output: Array, target: Any) -> list[Array] | None:
         p, root, axis = self._scaled(loss, output, target)
-        if _size(target) != target.shape[0]:
+        if _size(root) != root.shape[0]:
             return None
         xp, found = namespace(p), []
-        for c in range(p.shape[-1]):
-            residual = self._residual(p, xp.full_like(target, c))
+        for c, hit in enumerate(identity(int(p.shape[-1]), p)):
+            residual = self._residual(p, hit)
             found.append(xp.moveaxis(residual * (root * xp.sqrt(p[..., c]))[..., None], -1, axis))
         return found
 
     def sampled(self, loss: OutputLoss, output: Array, target: Any, draw: Draw) -> Array:
         p, root, axis = self._scaled(loss, output, target)
         xp, fine = namespace(p), precise(p)
-        u = draw(_per_row(target), False).reshape(target.shape)
+        u = draw(_per_row(root), False).reshape(root.shape)
         below = xp.cumulative_sum(fine, axis=-1) < u[..., None] * xp.sum(fine, axis=-1, keepdims=True)
-        labels = xp.sum(xp.astype(below, target.dtype), axis=-1, dtype=target.dtype)
-        return xp.moveaxis(self._residual(p, labels) * root[..., None], -1, axis)
+        labels = xp.sum(xp.astype(below, xp.argmin(p, axis=-1).dtype), axis=-1)
+        hit = xp.astype(_is_class(labels, p), p.dtype)
+        return xp.moveaxis(self._residual(p, hit) * root[..., None], -1, axis)
+
+
+def _far(logits: Array) -> Array:
+    """Logits [..., C] at which most of the mass is on what was the least likely class."""
+    xp = namespace(logits)
+    least = _is_class(xp.argmin(logits, axis=-1), logits)
+    return xp.where(least, xp.max(logits, axis=-1, keepdims=True) + math.log(logits.shape[-1]) + 2.0, logits)
 
 
 def _is_class(labels: Array, p: Array) -> Array:
@@ -156,22 +200,19 @@ def _softmax(logits: Array) -> Array:
     return e / xp.sum(e, axis=-1, keepdims=True)
 
 
-def _sigmoid(logits: Array) -> Array:
-    xp = namespace(logits)
-    e = xp.exp(-xp.abs(logits))
-    return xp.where(logits < 0, e, xp.ones_like(e)) / (1 + e)
-
-
 def _class_axis(output: Array, target: Any, given: int | None) -> int:
-    """The axis of the classes, which the target lacks."""
+    """The axis of the classes, which integer targets lack; targets of the output's shape are masses of classes."""
     shape, wanted = tuple(output.shape), tuple(getattr(target, "shape", ()))
     axes = {len(shape) - 1, 1} if given is None else {given % len(shape)}
-    fitting = [axis for axis in axes if shape[:axis] + shape[axis + 1 :] == wanted]
-    if not is_array(target) or namespace(target).isdtype(target.dtype, "real floating") or not fitting:
+    if is_array(target) and namespace(target).isdtype(target.dtype, "real floating"):
+        fitting = [axis for axis in axes if shape == wanted and axis > 0]
+    else:
+        fitting = [axis for axis in axes if is_array(target) and shape[:axis] + shape[axis + 1 :] == wanted]
+    if not fitting:
         raise UnsupportedLoss(
-            f"Cross entropy needs integer classes of the output's shape without its class axis; the output is {shape}, "
-            f"the target {wanted} of {getattr(target, 'dtype', type(target).__name__)}. For another loss, give its "
-            "likelihood."
+            f"Cross entropy needs integer classes of the output's shape without its class axis, or probabilities of "
+            f"the output's shape; the output is {shape}, the target {wanted} of "
+            f"{getattr(target, 'dtype', type(target).__name__)}. For another loss, give its likelihood."
         )
     if len(fitting) > 1:
         raise UnsupportedLoss(
@@ -182,30 +223,46 @@ def _class_axis(output: Array, target: Any, given: int | None) -> int:
 
 
 class Bernoulli(Likelihood):
-    """Independent yes / no targets of the output's shape; the output is a logit, or a probability (BCELoss).
+    """Yes / no targets of the output's shape, each -t_1 log p - t_0 log(1 - p) for any masses t_1, t_0 >= 0.
 
-    The loss may be any positive multiple of the binary cross entropy, another for each target.
+    That is the binary cross entropy of targets from 0 to 1, with weights, with one of positive targets (pos_weight), or
+    any positive multiple. By the logit its gradient is M p - t_1 with M = t_1 + t_0, and its second derivative
+    M p (1 - p): M is measured, and the form checked, by the gradient at two outputs, as in `CrossEntropy`.
+    The output is a logit, or a probability (BCELoss): by that the gradient is t_0 / (1 - p) - t_1 / p.
     """
 
     def __init__(self, logits: bool = True):
         self.logits = logits
 
-    def _residual(self, p: Array, target: Array) -> Array:
-        """The gradient of -log p(target)."""
-        return p - target if self.logits else (p - target) / self._variance(p)
+    @property
+    def is_hessian(self) -> bool:
+        return self.logits
+
+    @property
+    def has_margin(self) -> bool:
+        return self.logits
 
     def _variance(self, p: Array) -> Array:
         xp = namespace(p)
         return xp.clip(p * (1 - p), min=float(xp.finfo(p.dtype).eps))
 
     def _scaled(self, loss: OutputLoss, output: Array, target: Any) -> tuple[Array, Array]:
-        """Probabilities, and the root of the loss's scale, measured at the less likely answers; the output's shape."""
-        xp, p = namespace(output), _sigmoid(output) if self.logits else output
-        far = xp.astype(p < 0.5, target.dtype)
-        scale = loss_scale(loss.slope(output, far), self._residual(p, far))
-        own = loss.slope(output, target)
-        check_scale("binary cross entropy", own, self._residual(p, target) * scale, scale)
-        return p, xp.sqrt(xp.clip(scale, min=0))
+        """Probabilities, and the root of the targets' masses; the output's shape."""
+        xp = namespace(output)
+        if self.logits:
+            elsewhere = xp.where(output < 0, xp.full_like(output, 2.0), xp.full_like(output, -2.0))
+            p, moved = sigmoid(output), sigmoid(elsewhere) - sigmoid(output)
+            change = loss.slope(elsewhere, target) - loss.slope(output, target)
+            mass = loss_scale(change, moved)
+            check_scale("binary cross entropy", change, moved * mass, mass)
+        else:
+            p, half, quarter = output, xp.full_like(output, 0.5), xp.full_like(output, 0.25)
+            at_half, at_quarter = loss.slope(half, target), loss.slope(quarter, target)
+            yes = at_half / 4 - at_quarter * 3 / 8  # of 2 (t_0 - t_1) and 4 t_0 / 3 - 4 t_1
+            mass = 2 * yes + at_half / 2
+            own = loss.slope(output, target) * self._variance(output)
+            check_scale("binary cross entropy", own, mass * p - yes, mass)
+        return p, xp.sqrt(xp.clip(mass, min=0))
 
     def exact(self, loss: OutputLoss, output: Array, target: Any) -> list[Array] | None:
         p, root = self._scaled(loss, output, target)
@@ -217,7 +274,8 @@ class Bernoulli(Likelihood):
     def sampled(self, loss: OutputLoss, output: Array, target: Any, draw: Draw) -> Array:
         p, root = self._scaled(loss, output, target)
         u = draw(_per_row(output), False).reshape(output.shape)
-        return self._residual(p, namespace(p).astype(u < p, p.dtype)) * root
+        residual = p - namespace(p).astype(u < p, p.dtype)
+        return (residual if self.logits else residual / self._variance(p)) * root
 
 
 def one_by_one(values: Array) -> list[Array]:
@@ -230,9 +288,28 @@ def one_by_one(values: Array) -> list[Array]:
 class SquaredError(Likelihood):
     """Gaussian targets of the output's shape; the variance follows from the loss's own scale."""
 
+    @property
+    def has_margin(self) -> bool:
+        return False
+
     def _root_curvature(self, loss: OutputLoss, output: Array, target: Any) -> Array:
         xp = namespace(output)
-        return xp.sqrt(xp.clip(loss.bend(output, target), min=0))
+        bend = loss.bend(output, target)
+        self._check(loss, output, target, bend)
+        return xp.sqrt(xp.clip(bend, min=0))
+
+    def _check(self, loss: OutputLoss, output: Array, target: Any, bend: Array) -> None:
+        """A sum of squares has one second derivative everywhere, and none across outputs.
+
+        The step is as long as residuals are: shorter ones are lost in the rounding of these.
+        """
+        xp, slope = namespace(output), loss.slope(output, target)
+        most = xp.max(xp.abs(bend))
+        size = xp.max(xp.abs(output)) + 1.0 + xp.max(xp.abs(slope)) / xp.where(most > 0, most, xp.ones_like(most))
+        step = xp.where(xp.cumulative_sum(xp.ones_like(_flat(output)), axis=1) % 2 < 1, size, -size)
+        step = step.reshape(output.shape)
+        change = loss.slope(output + step, target) - slope
+        check_scale("squared error", change / size, bend * step / size, bend)
 
     def exact(self, loss: OutputLoss, output: Array, target: Any) -> list[Array] | None:
         if output.ndim > 2:
@@ -242,6 +319,108 @@ class SquaredError(Likelihood):
     def sampled(self, loss: OutputLoss, output: Array, target: Any, draw: Draw) -> Array:
         noise = draw(_per_row(output), True).reshape(output.shape)
         return self._root_curvature(loss, output, target) * namespace(output).astype(noise, output.dtype)
+
+
+class Elementwise(SquaredError):
+    """Outputs that meet a target each, for any number of them: the loss's own second derivative by each.
+
+    Huber, Poisson and the like. A Gaussian with that curvature stands for the distribution. It is the GGN; where the
+    loss bends down, zero is taken.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def _check(self, loss: OutputLoss, output: Array, target: Any, bend: Array) -> None:
+        """Nothing: the loss is known."""
+        self._asked = True
+
+    @property
+    def said(self) -> str:
+        return "the loss's own second derivatives by each output" if self._asked else ""
+
+
+class OwnHessian(Likelihood):
+    """Any loss of at most `MOST` outputs a row whose distribution is not known: its own output Hessian, by autograd.
+
+    That is the GGN. Where a row's loss is not convex in its output (focal losses, a learned variance), its positive
+    part is taken, the nearest matrix that is a second moment; `negative_share` says how much that left out.
+    Errors: UnsupportedLoss for more outputs, and for a loss whose Hessian is zero everywhere (hinge, absolute error).
+    """
+
+    def __init__(self) -> None:
+        self._left_out, self._seen = 0.0, 0.0
+
+    @property
+    def negative_share(self) -> float:
+        """Of the absolute eigenvalues of the rows seen so far: those that were negative."""
+        return self._left_out / self._seen if self._seen else 0.0
+
+    @property
+    def said(self) -> str:
+        if not self._seen:
+            return ""
+        cut = f", its positive part ({self.negative_share:.1%} was negative)" if self.negative_share else ""
+        return f"the loss's own output Hessian{cut}"
+
+    def _root(self, loss: OutputLoss, output: Array, target: Any) -> Array:
+        """[n, K, K]."""
+        if _per_row(output) > MOST:
+            raise UnsupportedLoss(
+                f"The Fisher information needs the distribution behind the loss, which is not known for {loss.name}, "
+                f"and a row has {_per_row(output)} outputs; up to {MOST} its output Hessian would serve. Give "
+                "likelihood='cross_entropy', 'binary_cross_entropy' or 'squared_error', an OutputHessian, a "
+                "TargetSampler, or ask for fisher='empirical'."
+            )
+        hessian = accumulable(loss.hessian(output, target))  # there are no eigenvalues in half precision
+        xp = namespace(hessian)
+        if not bool(xp.any(hessian != 0)) and _is_piecewise_linear(loss, output, target):
+            raise UnsupportedLoss(
+                f"{loss.name} is piecewise linear in the output: its second derivative is zero wherever there is one, "
+                "and so are its GGN and every score by it. Use fisher='empirical', hw.Dual() or hw.DataInf()."
+            )
+        values, vectors = xp.linalg.eigh(hessian)
+        self._left_out += float(xp.sum(xp.where(values < -_rounding(values), -values, xp.zeros_like(values))))
+        self._seen += float(xp.sum(xp.abs(values)))
+        return vectors * xp.sqrt(xp.clip(values, min=0))[:, None, :]
+
+    def exact(self, loss: OutputLoss, output: Array, target: Any) -> list[Array] | None:
+        return _columns(self._root(loss, output, target), output)
+
+    def sampled(self, loss: OutputLoss, output: Array, target: Any, draw: Draw) -> Array:
+        return _combined(self._root(loss, output, target), output, draw)
+
+
+def _is_piecewise_linear(loss: OutputLoss, output: Array, target: Any) -> bool:
+    """Whether the Hessian is zero also at the origin, at the opposite, and close to the targets.
+
+    A batch of outliers has none of a Huber loss either, or one of safe rows of a squared hinge.
+    """
+    xp = namespace(output)
+    points = [0.0 * output, -output, 0.01 * output, 0.0 * output + 0.01]
+    if is_array(target) and tuple(target.shape) == tuple(output.shape):
+        near = xp.astype(target, output.dtype)
+        points += [near, near + 0.01, 0.99 * near - 0.001]
+    return not any(bool(xp.any(loss.hessian(point, target) != 0)) for point in points)
+
+
+def _rounding(values: Array) -> Array:
+    """What an eigenvalue may be below zero by rounding."""
+    xp = namespace(values)
+    return 1e3 * float(xp.finfo(values.dtype).eps) * xp.max(xp.abs(values))
+
+
+def _columns(root: Array, output: Array) -> list[Array]:
+    """The columns of a root [n, K, K], as cotangents of the output."""
+    root = namespace(root).astype(root, output.dtype)
+    return [root[:, :, k].reshape(output.shape) for k in range(root.shape[2])]
+
+
+def _combined(root: Array, output: Array, draw: Draw) -> Array:
+    """The columns of a root [n, K, K], combined with normal numbers."""
+    xp = namespace(root)
+    noise = xp.astype(draw(int(root.shape[2]), True), root.dtype)
+    return xp.astype((root @ noise[:, :, None]).reshape(output.shape), output.dtype)
 
 
 class OutputHessian(Likelihood):
@@ -263,13 +442,10 @@ class OutputHessian(Likelihood):
         return vectors * xp.sqrt(xp.clip(values, min=0))[:, None, :]
 
     def exact(self, loss: OutputLoss, output: Array, target: Any) -> list[Array] | None:
-        root = self._root(output, target)
-        return [root[:, :, k].reshape(output.shape) for k in range(root.shape[2])]
+        return _columns(self._root(output, target), output)
 
     def sampled(self, loss: OutputLoss, output: Array, target: Any, draw: Draw) -> Array:
-        root = self._root(output, target)
-        noise = namespace(root).astype(draw(int(root.shape[2]), True), root.dtype)
-        return (root @ noise[:, :, None]).reshape(output.shape)
+        return _combined(self._root(output, target), output, draw)
 
 
 class TargetSampler(Likelihood):
@@ -316,13 +492,12 @@ def fisher_cotangents(
     if fisher == "empirical":
         yield loss.slope(output, target)
         return
-    if likelihood is None or not is_array(output):
+    if not is_array(output):
         raise UnsupportedLoss(
-            "The Fisher information needs the distribution behind the loss, which is not known for "
-            f"{loss.name if is_array(output) else type(output).__name__}. Give likelihood='cross_entropy', "
-            "'binary_cross_entropy' or 'squared_error', an OutputHessian, a TargetSampler, or ask for "
-            "fisher='empirical'."
+            f"The Fisher information is that of one output tensor, and the model returns a {type(output).__name__}: "
+            "use fisher='empirical', or a method of the GGN (hw.Direct(), hw.Cg(preconditioner=None))."
         )
+    likelihood = OwnHessian() if likelihood is None else likelihood
     few = fisher == "auto" and _per_row(output) <= FEW
     found = likelihood.exact(loss, output, target) if fisher == "exact" or few else None
     if found is not None:
@@ -344,26 +519,30 @@ def ggn_cotangents(likelihood: Likelihood | None, loss: OutputLoss, output: Any,
     """
     if not is_array(output) or _per_row(output) > MOST:
         return None
-    if likelihood is not None:
+    if likelihood is not None and likelihood.is_hessian and not isinstance(likelihood, OwnHessian | Elementwise):
         try:
             found = likelihood.exact(loss, output, target)
         except UnsupportedLoss:
             found = None
         if found is not None:
             return found
-    hessian = loss.hessian(output, target)
+    hessian = accumulable(loss.hessian(output, target))
     xp = namespace(hessian)
     values, vectors = xp.linalg.eigh(hessian)
-    if bool(xp.any(values < -1e3 * float(xp.finfo(values.dtype).eps) * xp.max(xp.abs(values)))):
+    if bool(xp.any(values < -_rounding(values))):
         return None
-    root = vectors * xp.sqrt(xp.clip(values, min=0))[:, None, :]
-    return [root[:, :, k].reshape(output.shape) for k in range(root.shape[2])]
+    return _columns(vectors * xp.sqrt(xp.clip(values, min=0))[:, None, :], output)
 
 
 def no_hessian(output: Array) -> Array:
     """Of a loss that is linear in its output: zeros [n, K, K]."""
     size = _per_row(output)
     return zeros_like(output, (int(output.shape[0]), size, size))
+
+
+def _flat(array: Array) -> Array:
+    """[n, numbers of a row]."""
+    return array.reshape((array.shape[0], _per_row(array)))
 
 
 def _size(array: Array) -> int:

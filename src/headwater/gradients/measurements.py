@@ -45,7 +45,10 @@ def _chosen(classes: Array, hit: Array) -> Array:
 
 
 def _signed(logits: Array, labels: Array) -> Array:
-    return logits[:, 0] * namespace(logits).astype(2 * labels - 1, logits.dtype)
+    """The logit of the answer that is the row's: [n]; NaN for a target that is neither 0 nor 1."""
+    xp = namespace(logits)
+    signs = xp.astype(2 * labels - 1, logits.dtype)
+    return logits[:, 0] * xp.where(xp.abs(signs) == 1, signs, xp.full_like(signs, math.nan))
 
 
 def _read(output: Any, target: Any, what: str) -> tuple[Array, Array]:
@@ -59,5 +62,6 @@ def _read(output: Any, target: Any, what: str) -> tuple[Array, Array]:
     shapes = [tuple(getattr(v, "shape", ())) for v in (output, target)]
     raise UnsupportedModel(
         f"A row has no {what}: that needs logits (rows, classes) with integer targets (rows,), or one logit a row with "
-        f"targets 0 and 1; the output is {shapes[0]}, the target {shapes[1]}. Give a measurement of your own."
+        f"targets 0 and 1; the output is {shapes[0]}, the target {shapes[1]}. Give a measurement of your own, or "
+        "output='loss' to hw.Trak()."
     )

@@ -14,10 +14,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from headwater.arrays import Array, namespace
+from headwater.arrays import Array, namespace, sigmoid
 from headwater.blocks import Layout
 from headwater.errors import ShapeMismatch, UnsupportedModel
 from headwater.gradients.block import BlockGradient
+from headwater.gradients.likelihoods import Likelihood
 from headwater.types import Batch, BatchType, GradientProvider, TensorType, split
 
 BlockGradients = OrderedDict[str, BlockGradient]
@@ -32,6 +33,9 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
     The loss of a row is the loss function's value on that row alone, whatever its reduction; a row's weight
     multiplies it, so that a weight of 2 means the row twice.
     """
+
+    likelihood: Likelihood | None = None
+    """The distribution of targets behind the loss, as `fisher_grads` takes it; None where that is known otherwise."""
 
     @property
     @abstractmethod
@@ -75,6 +79,14 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
     def losses(self, batch: BatchType, *, query: bool = False) -> Array:
         """The rows' losses, unweighted, or their measurements for query rows: [n]."""
         raise UnsupportedModel(f"{type(self).__name__} does not give its rows' losses.")
+
+    def self_grads(self, batch: BatchType) -> BlockGradients:
+        """Gradients of train rows whose length, in any metric, is the score of a row on itself."""
+        return self.grads(batch)
+
+    def doubt(self, batch: BatchType) -> Array:
+        """1 - p, the chance of another answer, where the losses are minus the margin (`of_output("margin")`): [n]."""
+        return sigmoid(self.losses(batch))
 
     def of_output(self, function: OutputFunction) -> StructuredGradientProvider:
         """The same model and blocks, with another function of the output as loss and as measurement.

@@ -4,27 +4,17 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
-import numpy as np
-
 from headwater.arrays import Array, namespace
-from headwater.blocks import Layout
 from headwater.errors import InvalidSetting
-from headwater.gradients.provider import BlockGradients, Fisher, Kind, StructuredGradientProvider
+from headwater.gradients.provider import BlockGradients, Fisher, Kind
+from headwater.gradients.view import ProviderView
 from headwater.types import Batch
 
 
-class UnitGradientProvider(StructuredGradientProvider[Any, Any]):
+class UnitGradientProvider(ProviderView):
     """g / |g| for every row; a row whose gradient is zero stays zero. Mixed gradients are those of g / |g|."""
-
-    def __init__(self, plain: StructuredGradientProvider):
-        self.plain = plain
-
-    @property
-    def layouts(self) -> OrderedDict[str, Layout]:
-        return self.plain.layouts
 
     def grads(self, batch: Batch, *, query: bool = False, weighted: bool = True) -> BlockGradients:
         values = self.plain.grads(batch, query=query, weighted=False)
@@ -75,48 +65,11 @@ class UnitGradientProvider(StructuredGradientProvider[Any, Any]):
     ) -> list[BlockGradients]:
         raise InvalidSetting("Unit gradients have no Fisher information; use hw.GradCos() by itself.")
 
-    def curvature_product(self, batch: Any, block: str, vectors: Array, kind: Kind) -> Array:
+    def ggn_grads(self, batch: Any) -> list[BlockGradients] | None:
         raise InvalidSetting("Unit gradients have no curvature; use hw.GradCos() by itself.")
 
-    def as_batch(self, x: Any, y: Any) -> Any:
-        return self.plain.as_batch(x, y)
-
-    def row_weights(self, batch: Any) -> Array | None:
-        return self.plain.row_weights(batch)
-
-    @property
-    def form(self) -> int:
-        return self.plain.form
-
-    def begin_pass(self) -> None:
-        self.plain.begin_pass()
-
-    def own_precision(self) -> AbstractContextManager[Any]:
-        return self.plain.own_precision()
-
-    def rows_at_once(self, batch: Any) -> int:
-        return self.plain.rows_at_once(batch)
-
-    def row_keys(self, batch: Any) -> np.ndarray:
-        return self.plain.row_keys(batch)
-
-    def content_keys(self, batch: Any) -> np.ndarray:
-        return self.plain.content_keys(batch)
-
-    @property
-    def explained(self) -> str:
-        return self.plain.explained
-
-    @property
-    def normalisation(self) -> str | None:
-        return self.plain.normalisation
-
-    @property
-    def coverage_fraction(self) -> float:
-        return self.plain.coverage_fraction
-
-    def fingerprint(self) -> tuple:
-        return self.plain.fingerprint()
+    def curvature_product(self, batch: Any, block: str, vectors: Array, kind: Kind) -> Array:
+        raise InvalidSetting("Unit gradients have no curvature; use hw.GradCos() by itself.")
 
 
 def _inverse_norms(values: BlockGradients) -> Array:

@@ -18,8 +18,10 @@ from headwater.errors import HeadwaterError, InvalidInput, NonFiniteValue, Unsup
 from headwater.gradients.likelihoods import (
     Bernoulli,
     CrossEntropy,
+    Elementwise,
     Likelihood,
     OutputLoss,
+    OwnHessian,
     SquaredError,
     likelihood_named,
 )
@@ -188,7 +190,12 @@ def _hessian(loss: Loss, output: Any, target: Any) -> Any:
 
 
 _KNOWN: dict[str, Callable[[], Likelihood]] = {
-    "softmax_cross_entropy_with_integer_labels": CrossEntropy,
+    "softmax_cross_entropy_with_integer_labels": partial(CrossEntropy, class_axis=-1),
+    "softmax_cross_entropy": partial(CrossEntropy, class_axis=-1),
+    "safe_softmax_cross_entropy": partial(CrossEntropy, class_axis=-1),
+    "kl_divergence": partial(CrossEntropy, class_axis=-1, log_probabilities=True),
+    "huber_loss": Elementwise,
+    "log_cosh": Elementwise,
     "sigmoid_binary_cross_entropy": Bernoulli,
     "squared_error": SquaredError,
     "l2_loss": SquaredError,
@@ -202,18 +209,15 @@ _OWN: dict[Any, Callable[[], Likelihood]] = {
 }
 
 
-def find_likelihood(loss: Loss, given: Likelihood | str | None) -> Likelihood | None:
-    """The likelihood that was given, or the one behind a loss of optax or of `headwater.jax`; None if not known."""
+def find_likelihood(loss: Loss, given: Likelihood | str | None) -> Likelihood:
+    """The likelihood that was given, or the one behind a loss of optax or of `headwater.jax`; else its own Hessian."""
     if isinstance(given, Likelihood):
         return given
     if given is not None:
         return likelihood_named(given)
     if isinstance(loss, partial):  # options may change what the loss is
-        return None
+        return OwnHessian()
     own = next((make for known, make in _OWN.items() if known is loss), None)
-    if own is not None:
-        return own()
-    if str(getattr(loss, "__module__", "")).partition(".")[0] == "optax":
-        make = _KNOWN.get(getattr(loss, "__name__", ""))
-        return None if make is None else make()
-    return None
+    if own is None and str(getattr(loss, "__module__", "")).partition(".")[0] == "optax":
+        own = _KNOWN.get(getattr(loss, "__name__", ""))
+    return OwnHessian() if own is None else own()

@@ -199,6 +199,8 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
     def fisher_grads(
         self, batch: JaxBatch, fisher: Fisher, *, draws: range = range(1), seed: int = 0
     ) -> list[BlockGradients]:
+        if fisher == "empirical":  # needs no cotangents, so that the output may be any tree
+            return [self.grads(batch, weighted=False)]
         batch = self._prepare(batch)
         keys = self.row_keys(batch)
         numbers = [partial(_numbers, keys, number, seed) for number in draws]

@@ -79,6 +79,10 @@ class Trak(ProjectedMethod):
     Relative(0.1), which is meaningful for any dimension, keeps directions that few rows have from deciding the
     scores, and costs nothing. A measurement of your own takes the margin's place for query rows.
 
+    A margin takes a cross entropy, of logits, with one label a row; any other loss takes output="loss". What phi_train
+    (1 - p_train) stands for is the gradient of the row's loss, with class weights where the loss has some. An
+    estimator's penalty is kept beside the second moment, as it is.
+
     Source: Park et al. 2023, arXiv 2303.14186.
     """
 

@@ -13,20 +13,17 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-import numpy as np
-
 from headwater.arrays import Array, device, namespace
-from headwater.blocks import Layout
 from headwater.curvature.passes import WeightedMean, batches, total_weight
 from headwater.errors import InvalidSetting, UnsupportedModel
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.ensemble import EnsembleProvider
-from headwater.gradients.provider import BlockGradients, Fisher, Kind, StructuredGradientProvider
+from headwater.gradients.provider import BlockGradients, OutputFunction, StructuredGradientProvider
+from headwater.gradients.view import ProviderView
 from headwater.methods.base import Curvatures
 from headwater.methods.grad_dot import GradDot
 from headwater.operators.algebra import IdentityOperator, ScaledOperator
@@ -130,19 +127,15 @@ def _largest(values: Array) -> float:
     return float(xp.max(xp.abs(values)))
 
 
-class LogitQueries(StructuredGradientProvider[Any, Any]):
+class LogitQueries(ProviderView):
     """A provider whose query rows are explained by minus the logit of their target; train rows keep their loss."""
 
     def __init__(self, plain: StructuredGradientProvider):
-        self.plain = plain
+        super().__init__(plain)
         self.logits = plain.of_output("logit")
 
     def _for(self, query: bool) -> StructuredGradientProvider:
         return self.logits if query else self.plain
-
-    @property
-    def layouts(self) -> OrderedDict[str, Layout]:
-        return self.plain.layouts
 
     @property
     def explained(self) -> str:
@@ -154,61 +147,5 @@ class LogitQueries(StructuredGradientProvider[Any, Any]):
     def losses(self, batch: Any, *, query: bool = False) -> Array:
         return self._for(query).losses(batch)
 
-    def fisher_grads(
-        self, batch: Any, fisher: Fisher, *, draws: range = range(1), seed: int = 0
-    ) -> list[BlockGradients]:
-        return self.plain.fisher_grads(batch, fisher, draws=draws, seed=seed)
-
-    def ggn_grads(self, batch: Any) -> list[BlockGradients] | None:
-        return self.plain.ggn_grads(batch)
-
-    def curvature_product(self, batch: Any, block: str, vectors: Array, kind: Kind) -> Array:
-        return self.plain.curvature_product(batch, block, vectors, kind)
-
-    def mixed_prod(self, batch: Any, factors: Mapping[str, Array]) -> Array:
-        return self.plain.mixed_prod(batch, factors)
-
-    def flat_mixed_grads(self, batch: Any) -> Array:
-        return self.plain.flat_mixed_grads(batch)
-
-    def parameters(self, block: str) -> Array:
-        return self.plain.parameters(block)
-
-    def as_batch(self, x: Any, y: Any) -> Any:
-        return self.plain.as_batch(x, y)
-
-    @property
-    def form(self) -> int:
-        return self.plain.form
-
-    def begin_pass(self) -> None:
-        self.plain.begin_pass()
-
-    def own_precision(self) -> AbstractContextManager[Any]:
-        return self.plain.own_precision()
-
-    def rows_at_once(self, batch: Any) -> int:
-        return self.plain.rows_at_once(batch)
-
-    def row_weights(self, batch: Any) -> Array | None:
-        return self.plain.row_weights(batch)
-
-    def row_keys(self, batch: Any) -> np.ndarray:
-        return self.plain.row_keys(batch)
-
-    def content_keys(self, batch: Any) -> np.ndarray:
-        return self.plain.content_keys(batch)
-
-    def fingerprint(self) -> tuple[Any, ...]:
-        return self.plain.fingerprint()
-
-    def block_scale(self, block: str) -> float:
-        return self.plain.block_scale(block)
-
-    @property
-    def normalisation(self) -> str | None:
-        return self.plain.normalisation
-
-    @property
-    def coverage_fraction(self) -> float:
-        return self.plain.coverage_fraction
+    def of_output(self, function: OutputFunction) -> StructuredGradientProvider:
+        return self.plain.of_output(function)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from headwater.errors import InvalidInput, UnsupportedLoss, UnsupportedModel
+from headwater.errors import InvalidInput, UnsupportedModel
 
 Array = np.ndarray
 Draw = Callable[[int, bool], Array]
@@ -58,13 +58,16 @@ class Family(ABC):
     def roots(self, z: Array, y: Array) -> list[Array] | None:
         """Cotangents [n, o] whose summed v v^T is that Hessian; None where it is not convex, or large."""
 
-    def exact(self, z: Array) -> list[Array]:
-        """Cotangents whose summed v v^T is the Fisher information of the output. Errors: UnsupportedLoss."""
-        raise self._no_likelihood()
+    @abstractmethod
+    def exact(self, z: Array, y: Array) -> list[Array]:
+        """Cotangents whose summed v v^T is the Fisher information of the output.
 
-    def sampled(self, z: Array, draw: Draw) -> Array:
-        """One cotangent with v v^T right on average. Errors: UnsupportedLoss."""
-        raise self._no_likelihood()
+        A loss that is no negative log-likelihood has its own output Hessian in place of it, where that is positive.
+        """
+
+    @abstractmethod
+    def sampled(self, z: Array, y: Array, draw: Draw) -> Array:
+        """One cotangent with v v^T right on average."""
 
     def check(self, y: Array) -> None:  # noqa: B027 - most losses take every target
         """Errors: InvalidInput for targets outside of the loss's domain."""
@@ -72,12 +75,6 @@ class Family(ABC):
     @property
     def name(self) -> str:
         return type(self).__name__
-
-    def _no_likelihood(self) -> UnsupportedLoss:
-        return UnsupportedLoss(
-            f"The Fisher information needs the distribution behind the loss; {self.name} is no negative "
-            "log-likelihood. Use curvature='ggn', or fisher='empirical'."
-        )
 
 
 class Elementwise(Family):
@@ -95,9 +92,9 @@ class Elementwise(Family):
     def second(self, z: Array, t: Array) -> Array:
         """Its second derivative."""
 
-    def expected(self, z: Array) -> Array:
-        """The second derivative's mean over the likelihood's targets. Errors: UnsupportedLoss."""
-        raise self._no_likelihood()
+    def expected(self, z: Array, t: Array) -> Array:
+        """The second derivative's mean over the likelihood's targets, without one the own one, where it is positive."""
+        return np.maximum(self.second(z, t), 0.0)
 
     def targets(self, y: Array, outputs: int) -> Array:
         """[n, o]."""
@@ -116,11 +113,11 @@ class Elementwise(Family):
         second = self.second(z, self.targets(y, z.shape[-1]))
         return None if z.shape[-1] > MOST or bool((second < 0).any()) else one_by_one(np.sqrt(second))
 
-    def exact(self, z: Array) -> list[Array]:
-        return one_by_one(np.sqrt(self.expected(z)))
+    def exact(self, z: Array, y: Array) -> list[Array]:
+        return one_by_one(np.sqrt(self.expected(z, self.targets(y, z.shape[-1]))))
 
-    def sampled(self, z: Array, draw: Draw) -> Array:
-        return np.sqrt(self.expected(z)) * draw(z.shape[-1], True)
+    def sampled(self, z: Array, y: Array, draw: Draw) -> Array:
+        return np.sqrt(self.expected(z, self.targets(y, z.shape[-1]))) * draw(z.shape[-1], True)
 
 
 class SquaredError(Elementwise):
@@ -135,7 +132,7 @@ class SquaredError(Elementwise):
     def second(self, z: Array, t: Array) -> Array:
         return np.ones_like(z - t)
 
-    def expected(self, z: Array) -> Array:
+    def expected(self, z: Array, t: Array) -> Array:
         return np.ones_like(z)
 
 
@@ -207,7 +204,7 @@ class Tweedie(Elementwise):
             return mean ** (2 - p) + (1 - p) * (mean - t) * mean ** (1 - p)
         return mean**-p - p * (mean - t) * mean ** (-p - 1)
 
-    def expected(self, z: Array) -> Array:
+    def expected(self, z: Array, t: Array) -> Array:
         return self._mean(z) ** (2 * self.log_link - self.power)
 
     def check(self, y: Array) -> None:
@@ -240,12 +237,12 @@ class LogLoss(Classes):
         return -t * sigmoid(-t * z)
 
     def second(self, z: Array, t: Array) -> Array:
-        return self.expected(z) * np.ones_like(t)
+        return self.expected(z, t)
 
-    def expected(self, z: Array) -> Array:
-        return sigmoid(z) * sigmoid(-z)
+    def expected(self, z: Array, t: Array) -> Array:
+        return sigmoid(z) * sigmoid(-z) * np.ones_like(t)
 
-    def sampled(self, z: Array, draw: Draw) -> Array:
+    def sampled(self, z: Array, y: Array, draw: Draw) -> Array:
         p = sigmoid(z)
         return p - (draw(z.shape[-1], False) < p)
 
@@ -303,16 +300,14 @@ class Softmax(Family):
         return p * (t - (p * t).sum(axis=-1, keepdims=True))
 
     def roots(self, z: Array, y: Array) -> list[Array] | None:
-        return None if z.shape[-1] > MOST else self.exact(z)
+        return None if z.shape[-1] > MOST else self.exact(z, y)
 
-    def exact(self, z: Array) -> list[Array]:
+    def exact(self, z: Array, y: Array) -> list[Array]:
         p = softmax(z)
         return [(p - unit) * np.sqrt(p[:, c : c + 1]) for c, unit in enumerate(np.eye(z.shape[-1]))]
 
-    def sampled(self, z: Array, draw: Draw) -> Array:
-        p = softmax(z)
-        below = np.cumsum(p, axis=-1) < draw(1, False) * p.sum(axis=-1, keepdims=True)
-        return p - np.eye(z.shape[-1])[np.minimum(below.sum(axis=-1), z.shape[-1] - 1)]
+    def sampled(self, z: Array, y: Array, draw: Draw) -> Array:
+        return _drawn(softmax(z), draw)
 
 
 class NegativeMargin(Family):
@@ -334,10 +329,14 @@ class NegativeMargin(Family):
         return p * (t - (p * t).sum(axis=-1, keepdims=True))
 
     def roots(self, z: Array, y: Array) -> list[Array] | None:
-        if z.shape[-1] > MOST:
-            return None
+        return None if z.shape[-1] > MOST else self.exact(z, y)
+
+    def exact(self, z: Array, y: Array) -> list[Array]:
         p = softmax(self._others(z, y))
         return [(p - unit) * np.sqrt(p[:, c : c + 1]) for c, unit in enumerate(np.eye(z.shape[-1]))]
+
+    def sampled(self, z: Array, y: Array, draw: Draw) -> Array:
+        return _drawn(softmax(self._others(z, y)), draw)
 
 
 class NegativeOutput(Family):
@@ -353,7 +352,19 @@ class NegativeOutput(Family):
         return np.zeros_like(t)
 
     def roots(self, z: Array, y: Array) -> list[Array] | None:
-        return None if z.shape[-1] > MOST else one_by_one(np.zeros(z.shape))
+        return None if z.shape[-1] > MOST else self.exact(z, y)
+
+    def exact(self, z: Array, y: Array) -> list[Array]:
+        return one_by_one(np.zeros(z.shape))
+
+    def sampled(self, z: Array, y: Array, draw: Draw) -> Array:
+        return np.zeros(z.shape)
+
+
+def _drawn(p: Array, draw: Draw) -> Array:
+    """p minus a label that is drawn from it: [n, o]."""
+    below = np.cumsum(p, axis=-1) < draw(1, False) * p.sum(axis=-1, keepdims=True)
+    return p - np.eye(p.shape[-1])[np.minimum(below.sum(axis=-1), p.shape[-1] - 1)]
 
 
 def logsumexp(z: Array) -> Array:
@@ -369,7 +380,7 @@ def of_output(family: Family, function: str) -> Family:
         return NegativeLogit()
     raise UnsupportedModel(
         f"A row has no {function}: that needs the log loss of classes, one output for two of them or a softmax; "
-        f"here the loss is {family.name}."
+        f"here the loss is {family.name}. For hw.Trak() give output='loss'."
     )
 
 

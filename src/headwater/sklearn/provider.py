@@ -260,10 +260,9 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
         model, batch = self.model, self.prepared(batch)
         family, z = self._family(model), model.output(batch.x)
         if fisher == "exact" or (fisher == "auto" and model.outputs <= FEW):
-            return self._pulled_back(batch, family.exact(z))
+            return self._pulled_back(batch, family.exact(z, batch.y))
         keys, scale = self.row_keys(batch), 1.0 / np.sqrt(len(draws))
-
-        sampled = [family.sampled(z, partial(row_numbers, keys, number, seed)) * scale for number in draws]
+        sampled = [family.sampled(z, batch.y, partial(row_numbers, keys, number, seed)) * scale for number in draws]
         return self._pulled_back(batch, sampled)
 
     def ggn_grads(self, batch: SklearnBatch) -> list[BlockGradients] | None:

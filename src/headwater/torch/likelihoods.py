@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -10,14 +11,17 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
+from headwater.errors import UnsupportedLoss
 from headwater.gradients import likelihoods as neutral
 from headwater.gradients.likelihoods import FEW as FEW
 from headwater.gradients.likelihoods import MOST as MOST
 from headwater.gradients.likelihoods import Bernoulli as Bernoulli
 from headwater.gradients.likelihoods import CrossEntropy as CrossEntropy
 from headwater.gradients.likelihoods import Draw as Draw
+from headwater.gradients.likelihoods import Elementwise as Elementwise
 from headwater.gradients.likelihoods import Likelihood as Likelihood
 from headwater.gradients.likelihoods import OutputHessian as OutputHessian
+from headwater.gradients.likelihoods import OwnHessian as OwnHessian
 from headwater.gradients.likelihoods import SquaredError as SquaredError
 from headwater.gradients.likelihoods import TargetSampler as TargetSampler
 from headwater.gradients.likelihoods import cotangent as cotangent
@@ -35,12 +39,13 @@ class TorchOutputLoss(neutral.OutputLoss):
         return torch.autograd.grad(*self._total(output, target))[0]
 
     def bend(self, output: torch.Tensor, target: Any) -> torch.Tensor:
-        total, leaf = self._total(output, target)
-        slope = torch.autograd.grad(total, leaf, create_graph=True)[0]
-        return torch.autograd.grad(slope.sum(), leaf)[0]
+        with self._twice():
+            total, leaf = self._total(output, target)
+            slope = torch.autograd.grad(total, leaf, create_graph=True)[0]
+            return torch.autograd.grad(slope.sum(), leaf)[0] if slope.requires_grad else torch.zeros_like(output)
 
     def hessian(self, output: torch.Tensor, target: Any) -> torch.Tensor:
-        with torch.enable_grad():
+        with self._twice():
             total, leaf = self._total(output, target)
             slope = torch.autograd.grad(total, leaf, create_graph=True)[0].reshape(len(output), -1)
             if not slope.requires_grad:
@@ -48,6 +53,18 @@ class TorchOutputLoss(neutral.OutputLoss):
             rows = [torch.autograd.grad(column.sum(), leaf, retain_graph=True)[0] for column in slope.unbind(1)]
         hessian = torch.stack([row.reshape(len(output), -1) for row in rows], dim=1)
         return (hessian + hessian.mT) / 2
+
+    @contextmanager
+    def _twice(self) -> Iterator[None]:
+        """Errors: UnsupportedLoss for a loss whose backward pass torch cannot differentiate (CTC, multi-margin)."""
+        try:
+            with torch.enable_grad():
+                yield
+        except RuntimeError as error:
+            raise UnsupportedLoss(
+                f"{self.name} cannot be differentiated twice ({error}), so that its curvature is not to be had. Use "
+                "fisher='empirical', hw.Dual() or hw.DataInf(), which need gradients alone."
+            ) from error
 
     def _total(self, output: torch.Tensor, target: Any) -> tuple[torch.Tensor, torch.Tensor]:
         leaf = output.detach().requires_grad_()
@@ -66,11 +83,19 @@ _KNOWN: list[tuple[tuple[Any, ...], Callable[[Any], Likelihood]]] = [
     ((nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits), lambda loss: Bernoulli()),
     ((nn.BCELoss, F.binary_cross_entropy), lambda loss: Bernoulli(logits=False)),
     ((nn.MSELoss, F.mse_loss), lambda loss: SquaredError()),
+    ((nn.KLDivLoss, F.kl_div), lambda loss: CrossEntropy(log_probabilities=True)),
+    (
+        (
+            *(nn.HuberLoss, nn.SmoothL1Loss, nn.PoissonNLLLoss, nn.SoftMarginLoss),
+            *(F.huber_loss, F.smooth_l1_loss, F.poisson_nll_loss, F.soft_margin_loss),
+        ),
+        lambda loss: Elementwise(),
+    ),
 ]
 
 
-def find_likelihood(loss: Loss, given: Likelihood | str | None) -> Likelihood | None:
-    """The likelihood that was given, or the one behind a loss of torch; None for a loss that is not known."""
+def find_likelihood(loss: Loss, given: Likelihood | str | None) -> Likelihood:
+    """The likelihood that was given, or the one behind a loss of torch; for any other loss its own output Hessian."""
     if isinstance(given, Likelihood):
         return given
     if given is not None:
@@ -82,15 +107,8 @@ def find_likelihood(loss: Loss, given: Likelihood | str | None) -> Likelihood | 
     for kinds, make in _KNOWN:
         for kind in kinds:
             if plain is kind or (isinstance(kind, type) and type(plain) is kind):
-                options = partial_options(loss)
-                return None if _reshaped(options) else make(options)
-    return None
-
-
-def _reshaped(options: Any) -> bool:
-    """Class weights and smoothing make a loss that is no negative log-likelihood of one label."""
-    weights = (getattr(options, name, None) for name in ("weight", "pos_weight"))
-    return any(w is not None for w in weights) or bool(getattr(options, "label_smoothing", 0.0))
+                return make(partial_options(loss))
+    return OwnHessian()
 
 
 def fisher_cotangents(

@@ -77,6 +77,8 @@ def _describe(value: Any) -> str:
 
 _TERMWISE = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy)
 _TERMWISE_MODULES = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss)
+_WEIGHTED = (*_TERMWISE, F.binary_cross_entropy_with_logits)
+_WEIGHTED_MODULES = (nn.BCELoss, nn.BCEWithLogitsLoss)
 _CLASSES = (F.cross_entropy, F.nll_loss)
 _CLASSES_MODULES = (nn.CrossEntropyLoss, nn.NLLLoss)
 
@@ -85,10 +87,9 @@ def _torch_row_losses(loss: Loss, output: torch.Tensor, target: torch.Tensor) ->
     """Torch's own losses unreduced, then reduced row by row as they would have been; None for any other loss."""
     plain: Any = loss.func if isinstance(loss, partial) else loss
     options = loss.keywords if isinstance(loss, partial) else {}
+    _check_weights(plain, partial_options(loss), output, target)
     of_classes = plain in _CLASSES or type(plain) in _CLASSES_MODULES
-    if not (
-        of_classes or plain in (*_TERMWISE, F.binary_cross_entropy_with_logits) or type(plain) in _TERMWISE_MODULES
-    ):
+    if not (of_classes or plain in _WEIGHTED or type(plain) in _TERMWISE_MODULES):
         return None
     if not of_classes and output.shape != target.shape:
         return None
@@ -128,19 +129,38 @@ def check_finite(losses: torch.Tensor) -> None:
 
 
 def check_loss(loss: Loss) -> None:
-    """Errors: UnsupportedLoss where a row alone means something else than in its batch."""
+    """Errors: UnsupportedLoss where a row alone means something else than in its batch, as far as the loss says it."""
     plain = loss.func if isinstance(loss, partial) else loss
-    options = partial_options(loss)
-    if (
-        (isinstance(plain, (nn.CrossEntropyLoss, nn.NLLLoss)) or plain in (F.cross_entropy, F.nll_loss))
-        and getattr(options, "weight", None) is not None
-        and getattr(options, "reduction", "mean") == "mean"
-    ):
-        name: str = getattr(plain, "__name__", type(plain).__name__)
+    if isinstance(plain, nn.NLLLoss) or plain is F.nll_loss:
+        _refuse_weighted_mean(plain, partial_options(loss))
+
+
+def _check_weights(plain: Any, options: Any, output: torch.Tensor, target: torch.Tensor) -> None:
+    """Errors: UnsupportedLoss for weights that a row loses, or that it cannot tell its own of, when it is alone."""
+    if isinstance(plain, nn.CrossEntropyLoss) or plain is F.cross_entropy:
+        if not target.is_floating_point():  # a mean over probabilities is one over rows
+            _refuse_weighted_mean(plain, options)
+    elif plain in _WEIGHTED or isinstance(plain, _WEIGHTED_MODULES):
+        for name in ("weight", "pos_weight"):
+            weight = getattr(options, name, None)
+            if weight is not None and weight.ndim >= output.ndim and weight.shape[0] != 1:
+                raise UnsupportedLoss(
+                    f"{_name(plain)}({name}=...) of shape {tuple(weight.shape)} has numbers for the rows of one batch, "
+                    f"of outputs {tuple(output.shape)}, so that a row on its own has none. Give the rows' weights with "
+                    "their batch: TorchBatch(x, y, weights=...)."
+                )
+
+
+def _refuse_weighted_mean(plain: Any, options: Any) -> None:
+    if getattr(options, "weight", None) is not None and getattr(options, "reduction", "mean") == "mean":
         raise UnsupportedLoss(
-            f"{name}(weight=..., reduction='mean') divides by the batch's total class weight, so a "
-            "row on its own has no weight. Use reduction='sum' or 'none'."
+            f"{_name(plain)}(weight=..., reduction='mean') divides by the batch's total class weight, so a row on its "
+            "own has no weight. Use reduction='sum': a row's loss is then its class weight times its cross entropy."
         )
+
+
+def _name(loss: Any) -> str:
+    return str(getattr(loss, "__name__", type(loss).__name__))
 
 
 def normalisation(loss: Loss, output: Any, target: Any) -> str:

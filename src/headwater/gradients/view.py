@@ -1,0 +1,146 @@
+"""A provider that looks at another one: a subclass shows what it changes, and this base forwards all the rest.
+
+A view may not inherit an answer that is not its own: every question that `StructuredGradientProvider` answers by
+default is forwarded here, and tests/test_views.py walks that class to see it. What follows from other answers, as
+`flat_grads` does from `grads`, is not forwarded: it follows from the view's.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Self
+
+import numpy as np
+
+from headwater.arrays import Array
+from headwater.blocks import Layout
+from headwater.gradients.likelihoods import Likelihood
+from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
+
+
+class ProviderView(StructuredGradientProvider[Any, Any]):
+    """The provider `plain`, unchanged."""
+
+    def __init__(self, plain: StructuredGradientProvider):
+        self.plain = plain
+
+    def _over(self, plain: StructuredGradientProvider) -> Self:
+        """The same view of another provider."""
+        return type(self)(plain)
+
+    # Blocks -------------------------------------------------------------------------------------------------------
+
+    @property
+    def layouts(self) -> OrderedDict[str, Layout]:
+        return self.plain.layouts
+
+    def block_scale(self, block: str) -> float:
+        return self.plain.block_scale(block)
+
+    def penalty(self, block: str, weight: float) -> Array | None:
+        return self.plain.penalty(block, weight)
+
+    def parameters(self, block: str) -> Array:
+        return self.plain.parameters(block)
+
+    # Gradients ----------------------------------------------------------------------------------------------------
+
+    def grads(self, batch: Any, *, query: bool = False, weighted: bool = True) -> BlockGradients:
+        return self.plain.grads(batch, query=query, weighted=weighted)
+
+    def fisher_grads(
+        self, batch: Any, fisher: Fisher, *, draws: range = range(1), seed: int = 0
+    ) -> list[BlockGradients]:
+        return self.plain.fisher_grads(batch, fisher, draws=draws, seed=seed)
+
+    def ggn_grads(self, batch: Any) -> list[BlockGradients] | None:
+        return self.plain.ggn_grads(batch)
+
+    def curvature_product(self, batch: Any, block: str, vectors: Array, kind: Kind) -> Array:
+        return self.plain.curvature_product(batch, block, vectors, kind)
+
+    def mixed_prod(self, batch: Any, factors: Mapping[str, Array]) -> Array:
+        return self.plain.mixed_prod(batch, factors)
+
+    def flat_mixed_grads(self, batch: Any) -> Array:
+        return self.plain.flat_mixed_grads(batch)
+
+    def losses(self, batch: Any, *, query: bool = False) -> Array:
+        return self.plain.losses(batch, query=query)
+
+    def doubt(self, batch: Any) -> Array:
+        return self.plain.doubt(batch)
+
+    # Other providers ----------------------------------------------------------------------------------------------
+
+    def of_output(self, function: OutputFunction) -> StructuredGradientProvider:
+        return self._over(self.plain.of_output(function))
+
+    def in_float64(self) -> StructuredGradientProvider | None:
+        found = self.plain.in_float64()
+        return None if found is None else self._over(found)
+
+    def each(self, change: Callable[[StructuredGradientProvider], StructuredGradientProvider]) -> Any:
+        """The view is changed, not what it looks at."""
+        return change(self)
+
+    # Rows ---------------------------------------------------------------------------------------------------------
+
+    def as_batch(self, x: Any, y: Any) -> Any:
+        return self.plain.as_batch(x, y)
+
+    def row_weights(self, batch: Any) -> Array | None:
+        return self.plain.row_weights(batch)
+
+    def row_keys(self, batch: Any) -> np.ndarray:
+        return self.plain.row_keys(batch)
+
+    def content_keys(self, batch: Any) -> np.ndarray:
+        return self.plain.content_keys(batch)
+
+    def rows_at_once(self, batch: Any) -> int:
+        return self.plain.rows_at_once(batch)
+
+    def begin_pass(self) -> None:
+        self.plain.begin_pass()
+
+    def own_precision(self) -> AbstractContextManager[Any]:
+        return self.plain.own_precision()
+
+    # What is known ------------------------------------------------------------------------------------------------
+
+    def fingerprint(self) -> tuple[Any, ...]:
+        return self.plain.fingerprint()
+
+    def settings(self) -> tuple[str, ...]:
+        return self.plain.settings()
+
+    @property
+    def form(self) -> int:
+        return self.plain.form
+
+    @property
+    def likelihood(self) -> Likelihood | None:  # type: ignore[override]
+        return self.plain.likelihood
+
+    @property
+    def explained(self) -> str:
+        return self.plain.explained
+
+    @property
+    def normalisation(self) -> str | None:
+        return self.plain.normalisation
+
+    @property
+    def dtype(self) -> str:
+        return self.plain.dtype
+
+    @property
+    def device(self) -> Any:
+        return self.plain.device
+
+    @property
+    def coverage_fraction(self) -> float:
+        return self.plain.coverage_fraction
