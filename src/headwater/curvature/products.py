@@ -25,7 +25,7 @@ from headwater.gradients.provider import BlockGradients, Fisher, StructuredGradi
 from headwater.operators.algebra import LinearOperator, rowwise_inner
 from headwater.operators.iterative import host
 from headwater.operators.krylov import Bounds, extreme_eigenvalues
-from headwater.operators.sketch import sign_vectors
+from headwater.operators.sketch import normal_vectors, sign_vectors
 from headwater.random import row_uniforms
 from headwater.types import Batch, join
 
@@ -206,8 +206,8 @@ class CurvatureOperator(LinearOperator):
 
     @property
     def start(self) -> Array:
-        """A vector of random signs, fixed by the seed: [1, D]."""
-        return sign_vectors(1, self.input_size, self.like, seed=self.source.seed, stream=3)
+        """A vector of normal random numbers, fixed by the seed: [1, D]."""
+        return normal_vectors(1, self.input_size, self.like, seed=self.source.seed)
 
     @property
     def like(self) -> Array:

@@ -11,7 +11,7 @@ from headwater.operators.iterative import host
 from headwater.operators.krylov import KrylovSpace, orthonormal, principal
 from headwater.operators.spectrum import Spectrum
 from headwater.operators.structured import DiagonalOperator, EigenpairsOperator
-from headwater.random import philox
+from headwater.random import philox, row_normals
 
 SIGNS_IN_BLOCK = 128
 WHOLE = 256
@@ -28,6 +28,14 @@ def sign_vectors(count: int, size: int, like: Array, *, seed: int, stream: int) 
     words = philox(counter, (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))
     bits = np.unpackbits(words.view(np.uint8).reshape(count, -1), axis=1, count=size, bitorder="little")
     return as_like(bits.astype(np.int8) * 2 - 1, like)
+
+
+def normal_vectors(count: int, size: int, like: Array, *, seed: int) -> Array:
+    """Vectors of normal random numbers [count, size], from a counter: where searches for eigenvectors begin.
+
+    Signs would not do: an eigenvector with two equal entries and zeros is orthogonal to every second vector of signs.
+    """
+    return as_like(row_normals(np.arange(count), size, draw=0, seed=seed), like)
 
 
 def estimate_diagonal(operator: LinearOperator, like: Array, *, probes: int, seed: int) -> DiagonalOperator:
