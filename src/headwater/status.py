@@ -40,7 +40,7 @@ class BlockStatus:
     kept_rank: int | None = None
     """Directions that a low-rank method keeps; None for a method that keeps all."""
     kept_mass: float | None = None
-    """Share of the trace that these hold; None for curvature that may be negative, of whose trace there are no shares."""
+    """Share of the trace that these hold; None for curvature that may be negative, whose trace has no shares."""
     truncation_error: float = 0.0
     """Relative error of a separable inverse spectrum, of the worst part; zero for an exact one."""
     solve: SolveReport | None = None

@@ -366,8 +366,8 @@ class _Search:
             else "some of the leading eigenvalues come several times, and copies may be missing"
         )
         warnings.warn(
-            f"Block {label!r}: after {self.space.products} products {what}. Allow more (max_products={2 * self.limit}), "
-            "or take a lower rank.",
+            f"Block {label!r}: after {self.space.products} products {what}. "
+            f"Allow more (max_products={2 * self.limit}), or take a lower rank.",
             NotConverged,
             stacklevel=3,
         )

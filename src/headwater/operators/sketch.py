@@ -46,12 +46,17 @@ def estimate_diagonal(operator: LinearOperator, like: Array, *, probes: int, see
     return DiagonalOperator(xp.where(diagonal > 0, diagonal, xp.zeros_like(diagonal)))
 
 
-def fit_nystroem(operator: LinearOperator, like: Array, *, rank: int, seed: int) -> EigenpairsOperator:
+def fit_nystroem(
+    operator: LinearOperator, like: Array, *, rank: int, seed: int, shifted: bool = False
+) -> EigenpairsOperator:
     """Y W^+ Y^T for Y = A S and W = S^T A S with random signs S [D, r]: U diag(values) U^T with orthonormal U.
 
     Signs that depend on each other, as in few dimensions they may, count once; with r = D nothing is left to chance.
     A small multiple of S S^T is added for the decomposition and taken off the eigenvalues again.
-    Errors: IndefiniteCurvature if S^T A S has a negative eigenvalue beyond rounding.
+    shifted: where S^T A S has a negative eigenvalue -s, the sketch is that of A + 2 s, in Y and W alike (with s alone W
+    would be singular where Y is not small), and 2 s is taken off its eigenvalues. None is left below -s: wherever the
+    damped A is positive, so is the damped sketch, as a preconditioner must be.
+    Errors: IndefiniteCurvature if S^T A S has a negative eigenvalue beyond rounding, unless `shifted`.
     Source: Frangella, Tropp and Udell 2023, arXiv 2110.02820, algorithm 2.1.
     """
     size = operator.input_size
@@ -61,8 +66,12 @@ def fit_nystroem(operator: LinearOperator, like: Array, *, rank: int, seed: int)
     basis = identity(size, like) if whole else orthonormal(sign_vectors(rank, size, like, seed=seed, stream=2))
     image = operator.apply(basis)
     core = precise(basis @ transpose(image))
-    core = (core + transpose(core)) / 2
-    _refuse_indefinite(core, float(xp.finfo(like.dtype).eps), operator)
+    core, met = (core + transpose(core)) / 2, 0.0
+    if shifted:
+        met = max(0.0, -float(xp.linalg.eigvalsh(core)[0]))
+        image, core = image + 2 * met * basis, core + 2 * met * identity(int(core.shape[0]), core)
+    else:
+        _refuse_indefinite(core, float(xp.finfo(like.dtype).eps), operator)
     norm = float(xp.linalg.matrix_norm(image))
     shift = float(xp.finfo(like.dtype).eps) * size**0.5 * norm
     values, vectors = xp.linalg.eigh(core)
@@ -73,7 +82,7 @@ def fit_nystroem(operator: LinearOperator, like: Array, *, rank: int, seed: int)
     turn = left / xp.where(singular > 0, singular, xp.ones_like(singular))
     right = xp.astype(transpose(turn), like.dtype) @ half
     spectrum = singular**2 - shift
-    spectrum = xp.where(spectrum > 0, spectrum, xp.zeros_like(spectrum))
+    spectrum = xp.where(spectrum > met, spectrum, xp.ones_like(spectrum) * met) - 2 * met
     return EigenpairsOperator(spectrum, right)
 
 
