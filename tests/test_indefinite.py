@@ -126,7 +126,7 @@ class Saddle(nn.Module):
 def test_damping_relative_to_no_trace_is_refused_where_there_is_curvature(method: Any) -> None:
     x, y = torch.ones(6, 1, dtype=F64), torch.ones(6, 1, dtype=F64)
     influence = TorchComposableInfluence(Saddle(), nn.MSELoss(), method, blocks="full")
-    with pytest.raises(IndefiniteCurvature, match="mean eigenvalue is 0, between -2 and 2.*absolute damping"):
+    with pytest.raises(IndefiniteCurvature, match=r"mean eigenvalue is 0, between -2 and 2.*absolute"):
         influence.fit([(x, y)])
     scores = influence.unfitted(damping=3.0).fit([(x, y)]).influences(x, y)
     assert float(scores.abs().max()) == 0.0  # no gradient there
