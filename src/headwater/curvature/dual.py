@@ -40,6 +40,7 @@ from headwater.gradients.block import BlockGradient, stack
 from headwater.gradients.draws import DrawsProduct, squared_norms
 from headwater.gradients.outer import Outer
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
+from headwater.memory import refuse_too_large
 from headwater.operators.algebra import IdentityOperator, LinearOperator, rowwise_inner
 from headwater.operators.iterative import host
 
@@ -392,6 +393,19 @@ def _cholesky_solve(lower: Array, sides: Array) -> Array:
     return solve(transpose(lower), solve(lower, sides))
 
 
+def _refuse_without_room(provider: StructuredGradientProvider, duals: OrderedDict[str, DualOperator]) -> None:
+    """Each block has its own Gram matrix in float64, and its factor at one damping."""
+    sizes = {name: len(dual.kept) for name, dual in duals.items()}
+    largest = max(sizes, key=lambda name: sizes[name])
+    refuse_too_large(
+        f"The Gram matrices of {len(sizes)} blocks, the largest that of block {largest!r},",
+        (sizes[largest], sizes[largest]),
+        16.0 * sum(size**2 for size in sizes.values()),
+        "Use fewer blocks (blocks='full' has one), fewer rows, or hw.Cg() or hw.Ekfac().",
+        provider.device,
+    )
+
+
 def fit_dual(
     provider: StructuredGradientProvider,
     loader: Iterable[Any],
@@ -407,4 +421,5 @@ def fit_dual(
     """
     operators, rows = fit_products(provider, loader, kind, fisher=fisher, seed=seed, progress=progress)
     duals = OrderedDict((name, DualOperator(operator, rows)) for name, operator in operators.items())
+    _refuse_without_room(provider, duals)
     return duals, rows

@@ -11,6 +11,7 @@ from headwater.curvature.passes import WeightedMean, batches, total_weight
 from headwater.errors import InvalidSetting, NonFiniteValue
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
+from headwater.memory import refuse_too_large
 from headwater.operators.algebra import LinearOperator
 from headwater.operators.structured import DenseOperator
 from headwater.types import Batch
@@ -46,6 +47,7 @@ def fit_dense(
                 f"Block {name!r} has {size} parameters; its dense curvature would take {size**2 * 8 / 1e9:.0f} GB. "
                 "Use smaller blocks (blocks='layer'), or Kfac or Ekfac."
             )
+    _refuse_without_room(provider)
     means = OrderedDict((name, WeightedMean[Array]()) for name in provider.layouts)
     for batch in batches(provider, loader, kind, progress):
         weight = total_weight(provider, batch)
@@ -57,6 +59,20 @@ def fit_dense(
             for name, matrix in sums.items():
                 means[name].add(matrix, weight)
     return OrderedDict((name, _operator(name, mean.value, kind)) for name, mean in means.items()), mean_weight(means)
+
+
+def _refuse_without_room(provider: StructuredGradientProvider) -> None:
+    """All matrices are held, and their bases in float64; one is diagonalised at a time, with two copies beside it."""
+    sizes = provider.sizes
+    largest = max(sizes, key=lambda name: sizes[name])
+    size = 12.0 * sum(size**2 for size in sizes.values()) + 16.0 * sizes[largest] ** 2
+    refuse_too_large(
+        f"The dense curvature of {len(sizes)} blocks, the largest that of block {largest!r},",
+        (sizes[largest], sizes[largest]),
+        size,
+        "Use smaller blocks (blocks='layer'), or Kfac or Ekfac.",
+        provider.device,
+    )
 
 
 def mean_weight(means: OrderedDict[str, WeightedMean[Array]]) -> float:

@@ -7,12 +7,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from headwater.arrays import Array, accumulable, add_product, namespace
+from headwater.arrays import Array, accumulable, add_product, device, itemsize, namespace
 from headwater.curvature.exact import LARGEST_DENSE
 from headwater.curvature.passes import WeightedMean, batches, total_weight
 from headwater.errors import InvalidSetting, NonFiniteValue
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
+from headwater.memory import refuse_too_large
 from headwater.operators.projected import MomentOperator, ProjectedOperator
 from headwater.operators.projection import Make, Projection
 
@@ -49,6 +50,7 @@ def fit_moments(
             for name, value in draw.items():
                 if name not in found:
                     found[name] = _Moment(_checked(name, make(name, value)))
+                    _refuse_without_room(name, found, value)
                     _refuse_rounding(name, found[name].projection, value)
                 sums[name] = _product(sums.get(name), found[name].projection, value, weights)
         for name, matrix in sums.items():
@@ -84,6 +86,18 @@ def _checked(name: str, projection: Projection) -> Projection:
             f"{size**2 * 8 / 1e9:.0f} GB. Use a smaller dimension, or smaller blocks (blocks='layer')."
         )
     return projection
+
+
+def _refuse_without_room(name: str, found: OrderedDict[str, _Moment], value: BlockGradient) -> None:
+    """Moments are held twice while a batch is added, and inverted in float64, one at a time."""
+    sizes = [moment.projection.small.size for moment in found.values()]
+    refuse_too_large(
+        f"The second moments of {len(sizes)} blocks' projected gradients, the last that of block {name!r},",
+        (sizes[-1], sizes[-1]),
+        2.0 * itemsize(accumulable(value.like)) * sum(size**2 for size in sizes) + 16.0 * max(sizes) ** 2,
+        "Use a smaller dimension, or smaller blocks (blocks='layer').",
+        device(value.like),
+    )
 
 
 def _refuse_rounding(name: str, projection: Projection, value: BlockGradient) -> None:

@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from headwater.arrays import Array, identity, itemsize, namespace, working_memory_limit
+from headwater.arrays import Array, device, identity, itemsize, namespace, working_memory_limit
 from headwater.curvature.exact import Curvature, check_kind
 from headwater.curvature.passes import batches, positive_weight, total_weight
 from headwater.errors import BatchMismatch, NonFiniteValue
 from headwater.gradients.draws import DrawsProduct, squared_norms
 from headwater.gradients.provider import BlockGradients, Fisher, StructuredGradientProvider
+from headwater.memory import as_many_as_fit
 from headwater.operators.algebra import LinearOperator, rowwise_inner
 from headwater.operators.iterative import host
 from headwater.operators.krylov import Bounds, extreme_eigenvalues
@@ -287,6 +288,9 @@ def _trace_by_products(operator: CurvatureOperator) -> tuple[float, float]:
     size, like = operator.input_size, operator.like
     if size <= EXACT_TRACE:
         return float(namespace(like).linalg.trace(operator.apply(identity(size, like)))), 0.0
-    probes = sign_vectors(PROBES, size, like, seed=operator.source.seed, stream=0)
-    found = host(rowwise_inner(operator.apply(probes), probes))
+    step, found = as_many_as_fit(PROBES, 3.0 * size * itemsize(like), device(like)), np.zeros(0)
+    for start in range(0, PROBES, step):
+        count = min(step, PROBES - start)
+        probes = sign_vectors(count, size, like, seed=operator.source.seed, stream=0, first=start)
+        found = np.append(found, host(rowwise_inner(operator.apply(probes), probes)))
     return float(found.mean()), float(found.std(ddof=1) / PROBES**0.5)

@@ -16,7 +16,7 @@ from headwater.methods.iterative import ProductMethod
 from headwater.operators.algebra import LinearOperator
 from headwater.operators.approximated import ApproximatedOperator
 from headwater.operators.krylov import leading_eigenpairs
-from headwater.operators.sketch import fit_nystroem, normal_vectors
+from headwater.operators.sketch import fit_nystroem, normal_vectors, refuse_vectors
 from headwater.operators.spectrum import Spectrum
 from headwater.operators.structured import EigenpairsOperator
 
@@ -77,6 +77,9 @@ class Arnoldi(LowRankMethod):
                 raise InvalidSetting(f"{name} is {value!r}; expected a whole number of at least 1.")
 
     def _leading(self, operator: CurvatureOperator) -> EigenpairsOperator:
+        rank = min(self.rank, operator.input_size)
+        remedy = "Use a lower rank, or smaller blocks (blocks='layer')."
+        refuse_vectors(f"Block {operator.block!r}: eigenpairs", rank, operator.input_size, 2, operator.like, remedy)
         start = normal_vectors(self.block, operator.input_size, operator.like, seed=self.seed)
         limit = self.max_products or 10 * self.rank
         return leading_eigenpairs(

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from headwater.arrays import Array, namespace, to_numpy
+from headwater.arrays import Array, device, itemsize, namespace, to_numpy
 from headwater.errors import NotConverged
+from headwater.memory import refuse_too_large
 from headwater.operators.algebra import LinearOperator, rowwise_inner
 
 CONVERGED, STAGNATED, UNFINISHED, BROKEN = "converged", "stagnated", "out of iterations", "breakdown"
@@ -143,6 +144,7 @@ class IterativeInverse(LinearOperator):
 
     def _apply(self, tensor: Array) -> Array:
         sides = tensor.reshape((-1, self.input_size))
+        _refuse_without_room(sides, self.label)
         solution = self.solver.solve(self.curvature, self.damping, sides, self.preconditioner, self.label)
         _note(solution.report)
         return solution.x.reshape(tensor.shape)
@@ -164,6 +166,7 @@ def apply_path(operators: Sequence[LinearOperator], tensor: Array) -> list[Array
         hardest: IterativeInverse = operators[order[0]]  # type: ignore[assignment]
         dampings = [operators[k].damping for k in order]  # type: ignore[attr-defined]
         sides = tensor.reshape((-1, first.input_size))
+        _refuse_without_room(sides, first.label)
         solutions = hardest.solver.solve_path(first.curvature, dampings, sides, hardest.preconditioner, first.label)
         found: list[Array] = [None] * len(operators)
         for k, solution in zip(order, solutions, strict=True):
@@ -171,6 +174,18 @@ def apply_path(operators: Sequence[LinearOperator], tensor: Array) -> list[Array
             found[k] = solution.x.reshape(tensor.shape)
         return found
     return [operator.apply(tensor) for operator in operators]
+
+
+def _refuse_without_room(sides: Array, label: str) -> None:
+    """Every solver holds the solutions, the residuals and what the curvature makes of them, beside the sides."""
+    shape = tuple(map(int, sides.shape))
+    refuse_too_large(
+        f"Block {label!r}: solving for right-hand sides",
+        shape,
+        3.0 * shape[0] * shape[1] * itemsize(sides),
+        "Ask about fewer queries at once, in smaller batches.",
+        device(sides),
+    )
 
 
 def _note(report: SolveReport) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from headwater.arrays import Array, as_like, identity, namespace, precise, transpose
+from headwater.arrays import Array, as_like, device, identity, itemsize, namespace, precise, transpose
 from headwater.errors import IndefiniteCurvature
+from headwater.memory import refuse_too_large
 from headwater.operators.algebra import LinearOperator
 from headwater.operators.iterative import host
 from headwater.operators.krylov import KrylovSpace, orthonormal, principal
@@ -18,12 +19,12 @@ WHOLE = 256
 """Dimensions up to which a spectrum is computed whole, from as many products, and not estimated."""
 
 
-def sign_vectors(count: int, size: int, like: Array, *, seed: int, stream: int) -> Array:
-    """Vectors of random signs [count, size], from a counter: the first ones are the same whatever the count."""
+def sign_vectors(count: int, size: int, like: Array, *, seed: int, stream: int, first: int = 0) -> Array:
+    """Vectors of random signs [count, size], from a counter, which begins at `first`: any cut of them is the same."""
     blocks = -(-size // SIGNS_IN_BLOCK)
     counter = np.zeros((count, blocks, 4), dtype=np.uint64)
     counter[..., 0] = np.arange(blocks, dtype=np.uint64)
-    counter[..., 1] = np.arange(count, dtype=np.uint64)[:, None]
+    counter[..., 1] = np.arange(first, first + count, dtype=np.uint64)[:, None]
     counter[..., 2] = stream
     words = philox(counter, (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))
     bits = np.unpackbits(words.view(np.uint8).reshape(count, -1), axis=1, count=size, bitorder="little")
@@ -38,9 +39,18 @@ def normal_vectors(count: int, size: int, like: Array, *, seed: int) -> Array:
     return as_like(row_normals(np.arange(count), size, draw=0, seed=seed), like)
 
 
+def refuse_vectors(what: str, count: int, size: int, copies: int, like: Array, remedy: str) -> None:
+    """Errors: InvalidSetting where so many vectors of D numbers, and their copies, have no room in memory."""
+    refuse_too_large(
+        f"{what} from vectors", (count, size), copies * count * size * itemsize(like), remedy, device(like)
+    )
+
+
 def estimate_diagonal(operator: LinearOperator, like: Array, *, probes: int, seed: int) -> DiagonalOperator:
     """The mean of z * (A z) over random signs z, and zero where that is negative. Source: Bekas et al. 2007."""
-    vectors = sign_vectors(probes, operator.input_size, like, seed=seed, stream=1)
+    size = operator.input_size
+    refuse_vectors("A diagonal", probes, size, 2, like, "Use another preconditioner, or smaller blocks.")
+    vectors = sign_vectors(probes, size, like, seed=seed, stream=1)
     xp = namespace(vectors)
     diagonal = xp.mean(vectors * operator.apply(vectors), axis=0)
     return DiagonalOperator(xp.where(diagonal > 0, diagonal, xp.zeros_like(diagonal)))
@@ -61,6 +71,7 @@ def fit_nystroem(
     """
     size = operator.input_size
     rank = min(rank, size)
+    refuse_vectors("A Nystroem sketch", rank, size, 3, like, "Use a lower rank, or smaller blocks (blocks='layer').")
     xp = namespace(like)
     whole = rank == size
     basis = identity(size, like) if whole else orthonormal(sign_vectors(rank, size, like, seed=seed, stream=2))
@@ -113,6 +124,7 @@ def estimate_spectra(operator: LinearOperator, like: Array, *, probes: int, step
     if size <= WHOLE:
         matrix = host(operator.apply(identity(size, like)))
         return [_as_spectrum(np.linalg.eigvalsh((matrix + matrix.T) / 2), np.ones(size), operator.psd, eps)]
+    refuse_vectors("An estimate of the spectrum", probes * steps, size, 1, like, "Use fewer probes.")
     signs = sign_vectors(probes, size, like, seed=seed, stream=5)
     space = KrylovSpace(operator, signs)
     coordinates = host(signs @ transpose(space.next))
