@@ -42,6 +42,7 @@ from headwater.gradients.outer import Outer
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
 from headwater.memory import refuse_too_large
 from headwater.operators.algebra import IdentityOperator, LinearOperator, rowwise_inner
+from headwater.operators.finite import refuse_nonfinite
 from headwater.operators.iterative import host
 
 LARGEST_GRAM = 20_000
@@ -178,7 +179,8 @@ class SwappedInverse(InverseThroughRows):
     @cached_property
     def _shares(self) -> Array:
         found = [1.0 / (self.damping + squared_norms(self.curvature.draws(rows))) for rows in self.curvature.passes()]
-        return namespace(*found).concat(found, axis=0) / self.curvature.rows
+        shares = namespace(*found).concat(found, axis=0) / self.curvature.rows
+        return refuse_nonfinite(shares, f"Block {self.curvature.label!r}: what the rows' gradients count")
 
     def _apply(self, tensor: Array) -> Array:
         vectors = tensor.reshape((-1, self.input_size))
@@ -291,7 +293,8 @@ class DualOperator(RowSumOperator):
         numbers = sorted({number for _, number in tiles})
         xp = namespace(next(iter(tiles.values())))
         whole = [[tiles[a, b] if a <= b else transpose(tiles[b, a]) for b in numbers] for a in numbers]
-        return precise(xp.concat([xp.concat(row, axis=1) for row in whole], axis=0))
+        gram = precise(xp.concat([xp.concat(row, axis=1) for row in whole], axis=0))
+        return refuse_nonfinite(gram, f"Block {self.label!r}: the Gram matrix of the rows' gradients")
 
     def _groups(self) -> Iterator[list[tuple[int, BlockGradient]]]:
         """The kept gradients, batch by batch, in groups that fit into memory together."""

@@ -6,13 +6,14 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from headwater.arrays import Array, add_product, identity, namespace, rows_within_memory, transpose
+from headwater.arrays import Array, add_product, identity, rows_within_memory, transpose
 from headwater.curvature.passes import WeightedMean, batches, total_weight
-from headwater.errors import InvalidSetting, NonFiniteValue
+from headwater.errors import InvalidSetting
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
 from headwater.memory import refuse_too_large
 from headwater.operators.algebra import LinearOperator
+from headwater.operators.finite import refuse_nonfinite
 from headwater.operators.structured import DenseOperator
 from headwater.types import Batch
 
@@ -80,9 +81,7 @@ def mean_weight(means: OrderedDict[str, WeightedMean[Array]]) -> float:
 
 
 def _operator(name: str, matrix: Array, kind: str) -> DenseOperator:
-    xp = namespace(matrix)
-    if not bool(xp.all(xp.isfinite(matrix))):
-        raise NonFiniteValue(f"The {kind} of block {name!r} is not finite.")
+    refuse_nonfinite(matrix, f"The {kind} of block {name!r}")
     return DenseOperator((matrix + transpose(matrix)) / 2, symmetric=True, psd=kind != "hessian")
 
 

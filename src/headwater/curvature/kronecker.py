@@ -17,11 +17,12 @@ from typing import Any
 
 from headwater.arrays import Array, accumulable, add_product, device, itemsize, namespace
 from headwater.curvature.passes import WeightedMean, batches, total_weight
-from headwater.errors import InvalidSetting, NonFiniteValue
+from headwater.errors import InvalidSetting
 from headwater.gradients.algebra import Gradient, Moments, Sum, draws_second_moment
 from headwater.gradients.provider import BlockGradients, Fisher, StructuredGradientProvider
 from headwater.memory import refuse_too_large
 from headwater.operators.algebra import LinearOperator
+from headwater.operators.finite import refuse_nonfinite
 from headwater.operators.kronecker import EigenKroneckerOperator, KroneckerOperator
 from headwater.operators.structured import BlockDiagonalOperator
 
@@ -188,10 +189,7 @@ def _kronecker(place: Place, moments: Moments) -> KroneckerOperator:
 
 
 def _finite(place: Place, array: Array) -> Array:
-    xp = namespace(array)
-    if not bool(xp.all(xp.isfinite(array))):
-        raise NonFiniteValue(f"The Kronecker curvature of block {place[0]!r} is not finite.")
-    return array
+    return refuse_nonfinite(array, f"The Kronecker curvature of block {place[0]!r}")
 
 
 def _by_block(provider: StructuredGradientProvider, parts: dict[Place, Any]) -> OrderedDict[str, LinearOperator]:

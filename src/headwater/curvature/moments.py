@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -10,10 +11,11 @@ from typing import Any
 from headwater.arrays import Array, accumulable, add_product, device, itemsize, namespace
 from headwater.curvature.exact import LARGEST_DENSE
 from headwater.curvature.passes import WeightedMean, batches, total_weight
-from headwater.errors import InvalidSetting, NonFiniteValue
+from headwater.errors import InvalidSetting
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
 from headwater.memory import refuse_too_large
+from headwater.operators.finite import refuse_nonfinite
 from headwater.operators.projected import MomentOperator, ProjectedOperator
 from headwater.operators.projection import Make, Projection
 
@@ -68,8 +70,7 @@ def _product(total: Array | None, projection: Projection, value: BlockGradient, 
 def _operator(name: str, moment: _Moment, rows: int) -> ProjectedOperator:
     matrix = moment.mean.value
     xp = namespace(matrix)
-    if not bool(xp.all(xp.isfinite(matrix))):
-        raise NonFiniteValue(f"The second moment of the projected gradients of block {name!r} is not finite.")
+    refuse_nonfinite(matrix, f"The second moment of the projected gradients of block {name!r}")
     symmetric = (matrix + xp.linalg.matrix_transpose(matrix)) / 2
     return ProjectedOperator(moment.projection, MomentOperator(symmetric), rows=rows)
 
@@ -107,6 +108,8 @@ def _refuse_rounding(name: str, projection: Projection, value: BlockGradient) ->
     """
     first = value.take(slice(0, LOOK))
     whole, left = (float(namespace(v.like).sum(v.squared_norms())) for v in (first, projection.apply_block(first)))
+    if math.isinf(whole):  # squares beyond the dtype: the moment itself tells, where it is too large as well
+        return
     if left <= (100 * float(namespace(value.like).finfo(value.like.dtype).eps)) ** 2 * whole and whole > 0:
         raise InvalidSetting(
             f"The projection of block {name!r} to {projection.small.size} numbers leaves "

@@ -24,6 +24,7 @@ from headwater.gradients.draws import DrawsProduct, squared_norms
 from headwater.gradients.provider import BlockGradients, Fisher, StructuredGradientProvider
 from headwater.memory import as_many_as_fit
 from headwater.operators.algebra import LinearOperator, rowwise_inner
+from headwater.operators.finite import REMEDY, refuse_nonfinite
 from headwater.operators.iterative import host
 from headwater.operators.krylov import Bounds, extreme_eigenvalues
 from headwater.operators.sketch import normal_vectors, sign_vectors
@@ -176,7 +177,10 @@ class CurvatureOperator(LinearOperator):
             found = self.source.provider.curvature_product(rows.batch, self.block, vectors, self.source.kind)  # type: ignore[arg-type]
             rest = found if rest is None else rest + found
         total = product.value if rest is None else product.value + rest
-        return (total / positive_weight(weight)).reshape(tensor.shape)
+        found = refuse_nonfinite(
+            total / positive_weight(weight), f"A product of the {self.source.label} of block {self.block!r}"
+        )
+        return found.reshape(tensor.shape)
 
     def _want_draws(self, vectors: int) -> bool:
         kind = self.source.kind
@@ -194,7 +198,8 @@ class CurvatureOperator(LinearOperator):
 
     def set_trace(self, trace: float, error: float = 0.0) -> None:
         if not np.isfinite(trace):
-            raise NonFiniteValue(f"The {self.source.label} of block {self.block!r} is not finite.")
+            what = f"The trace of the {self.source.label} of block {self.block!r}"
+            raise NonFiniteValue(f"{what} is not finite: there are numbers too large for its dtype. {REMEDY}")
         self.known_trace, self.trace_error = trace, error
 
     @cached_property

@@ -18,6 +18,7 @@ import numpy as np
 from headwater.arrays import Array, add_product, as_like, namespace, precise, rows_within_memory, to_numpy, transpose
 from headwater.errors import NotConverged
 from headwater.operators.algebra import LinearOperator
+from headwater.operators.finite import refuse_nonfinite
 from headwater.operators.iterative import host, row_norms
 from headwater.operators.structured import EigenpairsOperator
 from headwater.random import row_normals
@@ -171,7 +172,8 @@ class KrylovSpace:
         self._left = [left.without(block) for left in self._left]
         image = self.operator.apply(block)
         self.products += int(block.shape[0])
-        self._rows.append(np.concatenate([host(image @ transpose(b)) for b in self.blocks], axis=1))
+        row = np.concatenate([host(image @ transpose(b)) for b in self.blocks], axis=1)
+        self._rows.append(refuse_nonfinite(row, "A product of the curvature"))
         self.next = orthonormal(image, self.blocks)
         self._coupling = host(image @ transpose(self.next))
 

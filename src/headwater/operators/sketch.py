@@ -8,7 +8,8 @@ from headwater.arrays import Array, as_like, device, identity, itemsize, namespa
 from headwater.errors import IndefiniteCurvature
 from headwater.memory import refuse_too_large
 from headwater.operators.algebra import LinearOperator
-from headwater.operators.iterative import host
+from headwater.operators.finite import refuse_nonfinite
+from headwater.operators.iterative import host, row_norms
 from headwater.operators.krylov import KrylovSpace, orthonormal, principal
 from headwater.operators.spectrum import Spectrum
 from headwater.operators.structured import DiagonalOperator, EigenpairsOperator
@@ -76,14 +77,16 @@ def fit_nystroem(
     whole = rank == size
     basis = identity(size, like) if whole else orthonormal(sign_vectors(rank, size, like, seed=seed, stream=2))
     image = operator.apply(basis)
-    core = precise(basis @ transpose(image))
+    core = refuse_nonfinite(precise(basis @ transpose(image)), "A product of the curvature")
     core, met = (core + transpose(core)) / 2, 0.0
     if shifted:
         met = max(0.0, -float(xp.linalg.eigvalsh(core)[0]))
         image, core = image + 2 * met * basis, core + 2 * met * identity(int(core.shape[0]), core)
     else:
         _refuse_indefinite(core, float(xp.finfo(like.dtype).eps), operator)
-    norm = float(xp.linalg.matrix_norm(image))
+    norm = float(np.linalg.norm(host(row_norms(image))))
+    if norm == 0.0:
+        return EigenpairsOperator(xp.zeros_like(core[0]), basis)
     shift = float(xp.finfo(like.dtype).eps) * size**0.5 * norm
     values, vectors = xp.linalg.eigh(core)
     values = xp.where(values > 0, values, xp.zeros_like(values)) + shift
