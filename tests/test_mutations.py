@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import mutations
+import numerics_mutations
 import projected_mutations
 import pytest
 import solver_mutations
@@ -30,6 +31,7 @@ GROUPS: dict[str, tuple[tuple[Law, ...], dict[str, tuple[Any, tuple[Law, ...]]]]
         group: (tuple(module.LAWS), _with(module.LAWS, module.MUTANTS))
         for group, module in {
             "projections": projected_mutations,
+            "numerics": numerics_mutations,
             "ensembles": test_ensemble,
             "representers": test_representer,
             "removal": test_removal,

@@ -78,12 +78,10 @@ def fit_nystroem(
     basis = identity(size, like) if whole else orthonormal(sign_vectors(rank, size, like, seed=seed, stream=2))
     image = operator.apply(basis)
     core = refuse_nonfinite(precise(basis @ transpose(image)), "A product of the curvature")
-    core, met = (core + transpose(core)) / 2, 0.0
-    if shifted:
-        met = max(0.0, -float(xp.linalg.eigvalsh(core)[0]))
+    core = (core + transpose(core)) / 2
+    met = _met(core, operator, float(xp.finfo(like.dtype).eps), shifted)
+    if met:
         image, core = image + 2 * met * basis, core + 2 * met * identity(int(core.shape[0]), core)
-    else:
-        _refuse_indefinite(core, float(xp.finfo(like.dtype).eps), operator)
     norm = float(np.linalg.norm(host(row_norms(image))))
     if norm == 0.0:
         return EigenpairsOperator(xp.zeros_like(core[0]), basis)
@@ -98,6 +96,14 @@ def fit_nystroem(
     spectrum = singular**2 - shift
     spectrum = xp.where(spectrum > met, spectrum, xp.ones_like(spectrum) * met) - 2 * met
     return EigenpairsOperator(spectrum, right)
+
+
+def _met(core: Array, operator: LinearOperator, eps: float, shifted: bool) -> float:
+    """How far below zero the core is, where a sketch may be shifted; else zero, or IndefiniteCurvature."""
+    if shifted:
+        return max(0.0, -float(namespace(core).linalg.eigvalsh(core)[0]))
+    _refuse_indefinite(core, eps, operator)
+    return 0.0
 
 
 def _refuse_indefinite(core: Array, eps: float, operator: LinearOperator) -> None:
