@@ -11,6 +11,7 @@ from typing import Any
 import contract_mutations
 import losses_mutations
 import mutations
+import numerics_mutations
 import projected_mutations
 import pytest
 import solver_mutations
@@ -33,6 +34,7 @@ GROUPS: dict[str, tuple[tuple[Law, ...], dict[str, tuple[Any, tuple[Law, ...]]]]
         for group, module in {
             "contract": contract_mutations,
             "projections": projected_mutations,
+            "numerics": numerics_mutations,
             "ensembles": test_ensemble,
             "representers": test_representer,
             "removal": test_removal,

@@ -25,6 +25,7 @@ from headwater.curvature.saved import TakenApart, moved, put_together, take_apar
 from headwater.errors import (
     BatchMismatch,
     BlockMismatch,
+    IndefiniteCurvature,
     InvalidInput,
     InvalidSetting,
     NotFittedError,
@@ -377,6 +378,12 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         """A block without any curvature and with relative damping has no scale, and no train row reaches it: zero."""
         damping, mean = self.damping[name], curvature.mean_eigenvalue()
         if isinstance(damping, Relative) and mean == 0.0:
+            bounds = None if curvature.psd else curvature.spectrum_bounds()
+            if bounds is not None and bounds[1] > 0:
+                raise IndefiniteCurvature(
+                    f"Block {name!r}: the mean eigenvalue is 0, between {bounds[0]:g} and {bounds[1]:g}, so damping "
+                    "relative to it would be none. Give an absolute damping, or use curvature='ggn'."
+                )
             return ScaledOperator(0.0, IdentityOperator(curvature.input_size))
         penalty = self.provider.penalty(name, rows) if self.method.predicts_removal else None
         try:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from headwater.arrays import to_numpy
 from headwater.errors import NotFittedError
 from headwater.methods.base import Method
 from headwater.methods.low_rank import LowRankMethod
@@ -39,7 +40,7 @@ class BlockStatus:
     kept_rank: int | None = None
     """Directions that a low-rank method keeps; None for a method that keeps all."""
     kept_mass: float | None = None
-    """Share of the trace that these hold."""
+    """Share of the trace that these hold; None for curvature that may be negative, whose trace has no shares."""
     truncation_error: float = 0.0
     """Relative error of a separable inverse spectrum, of the worst part; zero for an exact one."""
     solve: SolveReport | None = None
@@ -112,7 +113,8 @@ class Status:
 
 def _cells(block: BlockStatus) -> list[str]:
     mean = shown(block.mean_eigenvalue) + (f" +- {block.mean_error:.1g}" if block.mean_error else "")
-    kept = "all" if block.kept_rank is None else f"{block.kept_rank} ({block.kept_mass or 0.0:.1%} of the trace)"
+    kept = "all" if block.kept_rank is None else str(block.kept_rank)
+    kept += "" if block.kept_mass is None else f" ({block.kept_mass:.1%} of the trace)"
     solve = block.solve
     residual = "-" if solve is None else f"{solve.residual.max(initial=0.0):.2g} ({len(solve.residual)} solves)"
     return [
@@ -179,6 +181,12 @@ def _trace_error(curvature: LinearOperator) -> float:
     return float(getattr(curvature, "trace_error", 0.0))
 
 
+def _share(leading: EigenpairsOperator, trace: float) -> float:
+    """Of a trace that is never negative; what is below zero is rounding, and what is above one the trace's estimate."""
+    kept = float(to_numpy(leading.values).clip(0.0).sum())
+    return min(1.0, kept / trace) if trace > 0 else 1.0
+
+
 def _kept(method: Method, curvature: LinearOperator) -> dict[str, Any]:
     """Rank and share of the trace, where a method sees the curvature through few directions."""
     if isinstance(curvature, ProjectedOperator):
@@ -188,6 +196,6 @@ def _kept(method: Method, curvature: LinearOperator) -> dict[str, Any]:
         assert isinstance(leading, EigenpairsOperator)
         return {
             "kept_rank": int(leading.vectors.shape[0]),
-            "kept_mass": leading.trace() / trace if trace else 1.0,
+            "kept_mass": _share(leading, trace) if curvature.psd else None,
         }
     return {}

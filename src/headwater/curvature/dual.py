@@ -40,7 +40,9 @@ from headwater.gradients.block import BlockGradient, stack
 from headwater.gradients.draws import DrawsProduct, squared_norms
 from headwater.gradients.outer import Outer
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
+from headwater.memory import refuse_too_large
 from headwater.operators.algebra import IdentityOperator, LinearOperator, rowwise_inner
+from headwater.operators.finite import refuse_nonfinite
 from headwater.operators.iterative import host
 
 LARGEST_GRAM = 20_000
@@ -177,7 +179,8 @@ class SwappedInverse(InverseThroughRows):
     @cached_property
     def _shares(self) -> Array:
         found = [1.0 / (self.damping + squared_norms(self.curvature.draws(rows))) for rows in self.curvature.passes()]
-        return namespace(*found).concat(found, axis=0) / self.curvature.rows
+        shares = namespace(*found).concat(found, axis=0) / self.curvature.rows
+        return refuse_nonfinite(shares, f"Block {self.curvature.label!r}: what the rows' gradients count")
 
     def _apply(self, tensor: Array) -> Array:
         vectors = tensor.reshape((-1, self.input_size))
@@ -290,7 +293,8 @@ class DualOperator(RowSumOperator):
         numbers = sorted({number for _, number in tiles})
         xp = namespace(next(iter(tiles.values())))
         whole = [[tiles[a, b] if a <= b else transpose(tiles[b, a]) for b in numbers] for a in numbers]
-        return precise(xp.concat([xp.concat(row, axis=1) for row in whole], axis=0))
+        gram = precise(xp.concat([xp.concat(row, axis=1) for row in whole], axis=0))
+        return refuse_nonfinite(gram, f"Block {self.label!r}: the Gram matrix of the rows' gradients")
 
     def _groups(self) -> Iterator[list[tuple[int, BlockGradient]]]:
         """The kept gradients, batch by batch, in groups that fit into memory together."""
@@ -392,6 +396,19 @@ def _cholesky_solve(lower: Array, sides: Array) -> Array:
     return solve(transpose(lower), solve(lower, sides))
 
 
+def _refuse_without_room(provider: StructuredGradientProvider, duals: OrderedDict[str, DualOperator]) -> None:
+    """Each block has its own Gram matrix in float64, and its factor at one damping."""
+    sizes = {name: len(dual.kept) for name, dual in duals.items()}
+    largest = max(sizes, key=lambda name: sizes[name])
+    refuse_too_large(
+        f"The Gram matrices of {len(sizes)} blocks, the largest that of block {largest!r},",
+        (sizes[largest], sizes[largest]),
+        16.0 * sum(size**2 for size in sizes.values()),
+        "Use fewer blocks (blocks='full' has one), fewer rows, or hw.Cg() or hw.Ekfac().",
+        provider.device,
+    )
+
+
 def fit_dual(
     provider: StructuredGradientProvider,
     loader: Iterable[Any],
@@ -407,4 +424,5 @@ def fit_dual(
     """
     operators, rows = fit_products(provider, loader, kind, fisher=fisher, seed=seed, progress=progress)
     duals = OrderedDict((name, DualOperator(operator, rows)) for name, operator in operators.items())
+    _refuse_without_room(provider, duals)
     return duals, rows

@@ -6,12 +6,14 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from headwater.arrays import Array, add_product, identity, namespace, rows_within_memory, transpose
+from headwater.arrays import Array, add_product, identity, rows_within_memory, transpose
 from headwater.curvature.passes import WeightedMean, batches, total_weight
-from headwater.errors import InvalidSetting, NonFiniteValue
+from headwater.errors import InvalidSetting
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
+from headwater.memory import refuse_too_large
 from headwater.operators.algebra import LinearOperator
+from headwater.operators.finite import refuse_nonfinite
 from headwater.operators.structured import DenseOperator
 from headwater.types import Batch
 
@@ -46,6 +48,7 @@ def fit_dense(
                 f"Block {name!r} has {size} parameters; its dense curvature would take {size**2 * 8 / 1e9:.0f} GB. "
                 "Use smaller blocks (blocks='layer'), or Kfac or Ekfac."
             )
+    _refuse_without_room(provider)
     means = OrderedDict((name, WeightedMean[Array]()) for name in provider.layouts)
     for batch in batches(provider, loader, kind, progress):
         weight = total_weight(provider, batch)
@@ -59,14 +62,26 @@ def fit_dense(
     return OrderedDict((name, _operator(name, mean.value, kind)) for name, mean in means.items()), mean_weight(means)
 
 
+def _refuse_without_room(provider: StructuredGradientProvider) -> None:
+    """All matrices are held, and their bases in float64; one is diagonalised at a time, with two copies beside it."""
+    sizes = provider.sizes
+    largest = max(sizes, key=lambda name: sizes[name])
+    size = 12.0 * sum(size**2 for size in sizes.values()) + 16.0 * sizes[largest] ** 2
+    refuse_too_large(
+        f"The dense curvature of {len(sizes)} blocks, the largest that of block {largest!r},",
+        (sizes[largest], sizes[largest]),
+        size,
+        "Use smaller blocks (blocks='layer'), or Kfac or Ekfac.",
+        provider.device,
+    )
+
+
 def mean_weight(means: OrderedDict[str, WeightedMean[Array]]) -> float:
     return next(iter(means.values())).weight
 
 
 def _operator(name: str, matrix: Array, kind: str) -> DenseOperator:
-    xp = namespace(matrix)
-    if not bool(xp.all(xp.isfinite(matrix))):
-        raise NonFiniteValue(f"The {kind} of block {name!r} is not finite.")
+    refuse_nonfinite(matrix, f"The {kind} of block {name!r}")
     return DenseOperator((matrix + transpose(matrix)) / 2, symmetric=True, psd=kind != "hessian")
 
 

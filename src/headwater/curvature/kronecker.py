@@ -15,17 +15,22 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
-from headwater.arrays import Array, accumulable, add_product, namespace
+from headwater.arrays import Array, accumulable, add_product, device, itemsize, namespace
 from headwater.curvature.passes import WeightedMean, batches, total_weight
-from headwater.errors import InvalidSetting, NonFiniteValue
+from headwater.errors import InvalidSetting
 from headwater.gradients.algebra import Gradient, Moments, Sum, draws_second_moment
 from headwater.gradients.provider import BlockGradients, Fisher, StructuredGradientProvider
+from headwater.memory import refuse_too_large
 from headwater.operators.algebra import LinearOperator
+from headwater.operators.finite import refuse_nonfinite
 from headwater.operators.kronecker import EigenKroneckerOperator, KroneckerOperator
 from headwater.operators.structured import BlockDiagonalOperator
 
 Place = tuple[str, int]
 """(block name, part index)."""
+
+LARGEST_SIDE = 40_000
+"""Rows of a Kronecker factor beyond which it is refused: 12.8 GB in float64, and hours to diagonalise."""
 
 
 def fit_kfac(
@@ -47,6 +52,8 @@ def fit_kfac(
     weight = 0.0
     for batch in batches(provider, loader, "Kronecker factors", progress):
         draws = provider.fisher_grads(batch, fisher, draws=range(samples), seed=seed)
+        if not found:
+            _refuse_large_factors(draws[0])
         for place, moments in _batch_moments(draws, provider.row_weights(batch), basis_only).items():
             found[place] = found[place] + moments if place in found else moments
         weight += total_weight(provider, batch)
@@ -126,6 +133,31 @@ def _batch_moments(draws: list[BlockGradients], weights: Array | None, basis_onl
     return found
 
 
+def _refuse_large_factors(draw: BlockGradients) -> None:
+    """Errors: InvalidSetting for a factor with more than LARGEST_SIDE rows, and for factors without room in memory.
+
+    All of them are held twice while a batch is added; the largest is diagonalised in float64: it, a copy, its basis.
+    """
+    remedy = (
+        "Leave that layer out (blocks={name: parameters}), or use hw.LoGra() or hw.Dual(), which have no such matrix; "
+        "as a preconditioner, take 'nystroem' or None."
+    )
+    total, largest, where, place = 0, 0, "", None
+    for name, value in draw.items():
+        for part in value.parts:
+            side = max(shape[0] for shape in part.moment_shapes if len(shape) == 2)
+            if side > LARGEST_SIDE:
+                raise InvalidSetting(
+                    f"Block {name!r} has a layer of shape {list(part.shape)}, with a Kronecker factor [{side}, {side}] "
+                    f"of {side**2 * 8 / 1e9:.0f} GB that takes hours to diagonalise. {remedy}"
+                )
+            total += sum(s[0] ** 2 for s in part.moment_shapes if len(s) == 2) * itemsize(accumulable(part.arrays[0]))
+            if side > largest:
+                largest, where, place = side, name, device(part.arrays[0])
+    what = f"The Kronecker factors of {len(draw)} blocks, the largest that of block {where!r},"
+    refuse_too_large(what, (largest, largest), 2 * total + 24 * largest**2, remedy, place)
+
+
 def _part_moments(name: str, part: Gradient, weights: Array | None, again: bool, basis_only: bool) -> Moments:
     if not isinstance(part, Sum):
         return part.moments(weights, again)
@@ -157,10 +189,7 @@ def _kronecker(place: Place, moments: Moments) -> KroneckerOperator:
 
 
 def _finite(place: Place, array: Array) -> Array:
-    xp = namespace(array)
-    if not bool(xp.all(xp.isfinite(array))):
-        raise NonFiniteValue(f"The Kronecker curvature of block {place[0]!r} is not finite.")
-    return array
+    return refuse_nonfinite(array, f"The Kronecker curvature of block {place[0]!r}")
 
 
 def _by_block(provider: StructuredGradientProvider, parts: dict[Place, Any]) -> OrderedDict[str, LinearOperator]:

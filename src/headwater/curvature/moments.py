@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from headwater.arrays import Array, accumulable, add_product, namespace
+from headwater.arrays import Array, accumulable, add_product, device, itemsize, namespace
 from headwater.curvature.exact import LARGEST_DENSE
 from headwater.curvature.passes import WeightedMean, batches, total_weight
-from headwater.errors import InvalidSetting, NonFiniteValue
+from headwater.errors import InvalidSetting
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
+from headwater.memory import refuse_too_large
+from headwater.operators.finite import refuse_nonfinite
 from headwater.operators.projected import MomentOperator, ProjectedOperator
 from headwater.operators.projection import Make, Projection
 
@@ -49,6 +52,7 @@ def fit_moments(
             for name, value in draw.items():
                 if name not in found:
                     found[name] = _Moment(_checked(name, make(name, value)))
+                    _refuse_without_room(name, found, value)
                     _refuse_rounding(name, found[name].projection, value)
                 sums[name] = _product(sums.get(name), found[name].projection, value, weights)
         for name, matrix in sums.items():
@@ -66,8 +70,7 @@ def _product(total: Array | None, projection: Projection, value: BlockGradient, 
 def _operator(name: str, moment: _Moment, rows: int) -> ProjectedOperator:
     matrix = moment.mean.value
     xp = namespace(matrix)
-    if not bool(xp.all(xp.isfinite(matrix))):
-        raise NonFiniteValue(f"The second moment of the projected gradients of block {name!r} is not finite.")
+    refuse_nonfinite(matrix, f"The second moment of the projected gradients of block {name!r}")
     symmetric = (matrix + xp.linalg.matrix_transpose(matrix)) / 2
     return ProjectedOperator(moment.projection, MomentOperator(symmetric), rows=rows)
 
@@ -86,6 +89,18 @@ def _checked(name: str, projection: Projection) -> Projection:
     return projection
 
 
+def _refuse_without_room(name: str, found: OrderedDict[str, _Moment], value: BlockGradient) -> None:
+    """Moments are held twice while a batch is added, and inverted in float64, one at a time."""
+    sizes = [moment.projection.small.size for moment in found.values()]
+    refuse_too_large(
+        f"The second moments of {len(sizes)} blocks' projected gradients, the last that of block {name!r},",
+        (sizes[-1], sizes[-1]),
+        2.0 * itemsize(accumulable(value.like)) * sum(size**2 for size in sizes) + 16.0 * max(sizes) ** 2,
+        "Use a smaller dimension, or smaller blocks (blocks='layer').",
+        device(value.like),
+    )
+
+
 def _refuse_rounding(name: str, projection: Projection, value: BlockGradient) -> None:
     """Errors: InvalidSetting if nothing but rounding is left of the first rows.
 
@@ -93,6 +108,8 @@ def _refuse_rounding(name: str, projection: Projection, value: BlockGradient) ->
     """
     first = value.take(slice(0, LOOK))
     whole, left = (float(namespace(v.like).sum(v.squared_norms())) for v in (first, projection.apply_block(first)))
+    if math.isinf(whole):  # squares beyond the dtype: the moment itself tells, where it is too large as well
+        return
     if left <= (100 * float(namespace(value.like).finfo(value.like.dtype).eps)) ** 2 * whole and whole > 0:
         raise InvalidSetting(
             f"The projection of block {name!r} to {projection.small.size} numbers leaves "

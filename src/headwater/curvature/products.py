@@ -16,16 +16,18 @@ from typing import Any
 
 import numpy as np
 
-from headwater.arrays import Array, identity, itemsize, namespace, working_memory_limit
+from headwater.arrays import Array, device, identity, itemsize, namespace, working_memory_limit
 from headwater.curvature.exact import Curvature, check_kind
 from headwater.curvature.passes import batches, positive_weight, total_weight
 from headwater.errors import BatchMismatch, NonFiniteValue
 from headwater.gradients.draws import DrawsProduct, squared_norms
 from headwater.gradients.provider import BlockGradients, Fisher, StructuredGradientProvider
+from headwater.memory import as_many_as_fit
 from headwater.operators.algebra import LinearOperator, rowwise_inner
+from headwater.operators.finite import REMEDY, refuse_nonfinite
 from headwater.operators.iterative import host
 from headwater.operators.krylov import Bounds, extreme_eigenvalues
-from headwater.operators.sketch import sign_vectors
+from headwater.operators.sketch import normal_vectors, sign_vectors
 from headwater.random import row_uniforms
 from headwater.types import Batch, join
 
@@ -175,7 +177,10 @@ class CurvatureOperator(LinearOperator):
             found = self.source.provider.curvature_product(rows.batch, self.block, vectors, self.source.kind)  # type: ignore[arg-type]
             rest = found if rest is None else rest + found
         total = product.value if rest is None else product.value + rest
-        return (total / positive_weight(weight)).reshape(tensor.shape)
+        found = refuse_nonfinite(
+            total / positive_weight(weight), f"A product of the {self.source.label} of block {self.block!r}"
+        )
+        return found.reshape(tensor.shape)
 
     def _want_draws(self, vectors: int) -> bool:
         kind = self.source.kind
@@ -193,7 +198,8 @@ class CurvatureOperator(LinearOperator):
 
     def set_trace(self, trace: float, error: float = 0.0) -> None:
         if not np.isfinite(trace):
-            raise NonFiniteValue(f"The {self.source.label} of block {self.block!r} is not finite.")
+            what = f"The trace of the {self.source.label} of block {self.block!r}"
+            raise NonFiniteValue(f"{what} is not finite: there are numbers too large for its dtype. {REMEDY}")
         self.known_trace, self.trace_error = trace, error
 
     @cached_property
@@ -206,8 +212,8 @@ class CurvatureOperator(LinearOperator):
 
     @property
     def start(self) -> Array:
-        """A vector of random signs, fixed by the seed: [1, D]."""
-        return sign_vectors(1, self.input_size, self.like, seed=self.source.seed, stream=3)
+        """A vector of normal random numbers, fixed by the seed: [1, D]."""
+        return normal_vectors(1, self.input_size, self.like, seed=self.source.seed)
 
     @property
     def like(self) -> Array:
@@ -287,6 +293,9 @@ def _trace_by_products(operator: CurvatureOperator) -> tuple[float, float]:
     size, like = operator.input_size, operator.like
     if size <= EXACT_TRACE:
         return float(namespace(like).linalg.trace(operator.apply(identity(size, like)))), 0.0
-    probes = sign_vectors(PROBES, size, like, seed=operator.source.seed, stream=0)
-    found = host(rowwise_inner(operator.apply(probes), probes))
+    step, found = as_many_as_fit(PROBES, 3.0 * size * itemsize(like), device(like)), np.zeros(0)
+    for start in range(0, PROBES, step):
+        count = min(step, PROBES - start)
+        probes = sign_vectors(count, size, like, seed=operator.source.seed, stream=0, first=start)
+        found = np.append(found, host(rowwise_inner(operator.apply(probes), probes)))
     return float(found.mean()), float(found.std(ddof=1) / PROBES**0.5)

@@ -18,6 +18,10 @@ def separate(target: Array, weights: Array, rank: int) -> tuple[Array, Array, fl
     """
     target, weights = precise(target), precise(weights)
     xp = namespace(target)
+    largest = float(xp.max(weights))
+    weights = (
+        weights / largest if largest > 0 else xp.ones_like(weights)
+    )  # without any curvature all errors count alike
     rank = min(int(rank), *target.shape)
     square = weights**2
     square = square / xp.max(square)

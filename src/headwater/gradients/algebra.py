@@ -138,6 +138,12 @@ class Gradient(ABC):
         xp = namespace(square)
         return xp.sum(square if weights is None else square * weights[:, None, None], axis=0)
 
+    @property
+    def moment_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of the left and the right sum that `moments` gives; known before anything is summed."""
+        o, i = self.shape
+        return (o, o), (i, i)
+
     def moments(self, weights: Array | None = None, again: bool = False) -> Moments:
         """Sums for Kronecker factors; `again` for another draw of rows that have been counted already.
 
@@ -234,6 +240,11 @@ class Sum(Gradient):
     def settled(self, positions: int) -> Gradient:
         terms = tuple(term.settled(positions) for term in self.terms)
         return Dense(self.dense()) if any(isinstance(term, Dense) for term in terms) else Sum(terms)
+
+    @property
+    def moment_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        o, i = self.shape
+        return (o,), (i, i)
 
     def sandwich(self, left: Array | None, right: Array | None) -> Sum:
         return Sum(tuple(term.sandwich(left, right) for term in self.terms))

@@ -376,6 +376,11 @@ class RowSparse(Gradient):
         square = square if weights is None else square * weights[:, None, None]
         return scatter_rows(square.reshape((-1, self.shape[1])), self.ids.reshape((-1,)), self.size)
 
+    @property
+    def moment_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        o, i = self.shape
+        return (o,), (i, i)
+
     def moments(self, weights: Array | None = None, again: bool = False) -> Moments:
         """The table's side is diagonal, the frequencies of the ids; the other side is sum values values^T.
 

@@ -110,7 +110,10 @@ class PreconditionedMethod(ProductMethod):
             fit = fit_ekfac if kind == "ekfac" else fit_kfac
             return dict(fit(provider, loader, fisher=self.fisher, seed=self.seed, progress=progress)[0])
         if kind == "nystroem":
-            return {n: fit_nystroem(op, op.like, rank=SKETCH, seed=self.seed) for n, op in operators.items()}
+            return {
+                n: fit_nystroem(op, op.like, rank=SKETCH, seed=self.seed, shifted=not op.psd)
+                for n, op in operators.items()
+            }
         if kind == "diagonal":
             return {n: estimate_diagonal(op, op.like, probes=PROBES, seed=self.seed) for n, op in operators.items()}
         return {}

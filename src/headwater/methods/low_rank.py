@@ -16,7 +16,7 @@ from headwater.methods.iterative import ProductMethod
 from headwater.operators.algebra import LinearOperator
 from headwater.operators.approximated import ApproximatedOperator
 from headwater.operators.krylov import leading_eigenpairs
-from headwater.operators.sketch import fit_nystroem, sign_vectors
+from headwater.operators.sketch import fit_nystroem, normal_vectors, refuse_vectors
 from headwater.operators.spectrum import Spectrum
 from headwater.operators.structured import EigenpairsOperator
 
@@ -77,9 +77,14 @@ class Arnoldi(LowRankMethod):
                 raise InvalidSetting(f"{name} is {value!r}; expected a whole number of at least 1.")
 
     def _leading(self, operator: CurvatureOperator) -> EigenpairsOperator:
-        start = sign_vectors(self.block, operator.input_size, operator.like, seed=self.seed, stream=4)
+        rank = min(self.rank, operator.input_size)
+        remedy = "Use a lower rank, or smaller blocks (blocks='layer')."
+        refuse_vectors(f"Block {operator.block!r}: eigenpairs", rank, operator.input_size, 2, operator.like, remedy)
+        start = normal_vectors(self.block, operator.input_size, operator.like, seed=self.seed)
         limit = self.max_products or 10 * self.rank
-        return leading_eigenpairs(operator, start, self.rank, tolerance=self.tolerance, max_products=limit)
+        return leading_eigenpairs(
+            operator, start, self.rank, tolerance=self.tolerance, max_products=limit, label=operator.block
+        )
 
     def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:
         assert isinstance(curvature, ApproximatedOperator) and isinstance(curvature.approximation, EigenpairsOperator)

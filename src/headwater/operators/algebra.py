@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from headwater.arrays import Array, device, identity, namespace, transpose
+from headwater.arrays import Array, device, identity, itemsize, namespace, transpose
 from headwater.errors import InvalidInput, ShapeMismatch, SingularOperator
 from headwater.gradients.algebra import Dense, Gradient
 from headwater.gradients.block import BlockGradient
+from headwater.memory import refuse_too_large
 from headwater.operators.spectrum import Spectrum
 from headwater.types import BilinearForm, Operator
 
@@ -116,6 +117,11 @@ class LinearOperator(Operator[Array, BilinearForm]):
 
     def dense(self, like: Array) -> Array:
         """The matrix [D, D], in the dtype of `like`; for checks and small operators."""
+        size = self.input_size
+        remedy = "Apply it to vectors instead."
+        refuse_too_large(
+            f"The matrix of a {type(self).__name__}", (size, size), 2 * size**2 * itemsize(like), remedy, device(like)
+        )
         return transpose(self.apply(identity(self.input_size, like)))
 
     def __add__(self, other: LinearOperator) -> LinearOperator:

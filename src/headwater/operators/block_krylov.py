@@ -21,6 +21,7 @@ from headwater.arrays import Array, as_like, itemsize, namespace, transpose
 from headwater.errors import IndefiniteCurvature
 from headwater.operators.algebra import LinearOperator
 from headwater.operators.cg import PATIENCE, take
+from headwater.operators.finite import refuse_nonfinite
 from headwater.operators.iterative import (
     CONVERGED,
     ELSEWHERE,
@@ -171,7 +172,8 @@ class GalerkinSpace:
         image = self.operator.apply(block)
         self.basis.append(block)
         self.images.append(image)
-        self._rows.append(np.concatenate([host(image @ transpose(b)) for b in self.basis], axis=1))
+        row = np.concatenate([host(image @ transpose(b)) for b in self.basis], axis=1)
+        self._rows.append(refuse_nonfinite(row, "A product of the curvature"))
         self.along = np.concatenate([self.along, host(sides @ transpose(block))], axis=1)
         return True
 

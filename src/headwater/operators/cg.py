@@ -12,6 +12,7 @@ import numpy as np
 from headwater.arrays import Array, as_like, namespace, precise, transpose
 from headwater.errors import IndefiniteCurvature
 from headwater.operators.algebra import IdentityOperator, LinearOperator, rowwise_inner
+from headwater.operators.finite import refuse_nonfinite
 from headwater.operators.iterative import (
     BROKEN,
     CONVERGED,
@@ -50,11 +51,11 @@ class ConjugateGradient(Solver):
     def solve(
         self, curvature: LinearOperator, damping: float, sides: Array, preconditioner: LinearOperator | None, label: str
     ) -> Solution:
-        state = _Columns(sides, self.tolerance)
+        state = _Columns(sides, self.tolerance, label)
         run = _block_steps if self.block else _steps
         if state.live.size:
             run(self, _Damped(curvature, damping), preconditioner or IdentityOperator(curvature.input_size), state)
-        return state.solution(label)
+        return state.solution()
 
 
 class _Damped:
@@ -82,8 +83,8 @@ class _Damped:
 class _Columns:
     """The state of all columns: who is still at work, and what those that left brought home."""
 
-    def __init__(self, sides: Array, tolerance: float | None):
-        self.sides = sides
+    def __init__(self, sides: Array, tolerance: float | None, label: str):
+        self.sides, self.label = sides, label
         self.tolerance = default_tolerance(sides) if tolerance is None else tolerance
         self.eps = float(namespace(sides).finfo(sides.dtype).eps)
         count = int(sides.shape[0])
@@ -99,6 +100,7 @@ class _Columns:
 
     def judge(self, residuals: np.ndarray, sizes: np.ndarray, norm: float, step: int) -> np.ndarray:
         """Mark what has ended among the live columns, from |r| and |x| [live]; which of them stay [live], boolean."""
+        refuse_nonfinite(residuals, f"Block {self.label!r}: a residual after {step} steps of conjugate gradients")
         live, relative = self.live, residuals / self.norms[self.live]
         floor = self.eps * norm * sizes / self.norms[live]
         self.residual[live] = np.maximum(relative, floor)
@@ -118,14 +120,14 @@ class _Columns:
             self._left.append((self.live[leaving], take(x, np.flatnonzero(leaving))))
             self.live = self.live[~leaving]
 
-    def solution(self, label: str) -> Solution:
+    def solution(self) -> Solution:
         xp = namespace(self.sides)
         order = np.concatenate([columns for columns, _ in self._left] or [np.zeros(0, dtype=np.int64)])
         zero = np.setdiff1d(np.arange(len(self.norms)), order)
         rows = [x for _, x in self._left] + ([take(self.sides, zero) * 0] if len(zero) else [])
         x = take(xp.concat(rows, axis=0), np.argsort(np.concatenate([order, zero]))) if rows else self.sides
         outcome = self.outcome.astype(str)
-        return Solution(x, SolveReport(label, self.residual, self.iterations, outcome, self.products))
+        return Solution(x, SolveReport(self.label, self.residual, self.iterations, outcome, self.products))
 
 
 def take(rows: Array, index: np.ndarray) -> Array:

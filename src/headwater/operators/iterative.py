@@ -6,6 +6,7 @@ these arrays.
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -15,9 +16,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from headwater.arrays import Array, namespace, to_numpy
+from headwater.arrays import Array, device, itemsize, namespace, to_numpy
 from headwater.errors import NotConverged
+from headwater.memory import refuse_too_large
 from headwater.operators.algebra import LinearOperator, rowwise_inner
+from headwater.operators.finite import refuse_nonfinite
 
 CONVERGED, STAGNATED, UNFINISHED, BROKEN = "converged", "stagnated", "out of iterations", "breakdown"
 FINISHED, ELSEWHERE = "finished", "another damping's space"
@@ -143,9 +146,11 @@ class IterativeInverse(LinearOperator):
 
     def _apply(self, tensor: Array) -> Array:
         sides = tensor.reshape((-1, self.input_size))
+        _refuse_without_room(sides, self.label)
+        sides, scale = _scaled(sides, self.label)
         solution = self.solver.solve(self.curvature, self.damping, sides, self.preconditioner, self.label)
         _note(solution.report)
-        return solution.x.reshape(tensor.shape)
+        return _unscaled(solution.x, scale, self.label).reshape(tensor.shape)
 
     def adjoint(self) -> IterativeInverse:
         return self
@@ -164,13 +169,55 @@ def apply_path(operators: Sequence[LinearOperator], tensor: Array) -> list[Array
         hardest: IterativeInverse = operators[order[0]]  # type: ignore[assignment]
         dampings = [operators[k].damping for k in order]  # type: ignore[attr-defined]
         sides = tensor.reshape((-1, first.input_size))
+        _refuse_without_room(sides, first.label)
+        sides, scale = _scaled(sides, first.label)
         solutions = hardest.solver.solve_path(first.curvature, dampings, sides, hardest.preconditioner, first.label)
         found: list[Array] = [None] * len(operators)
         for k, solution in zip(order, solutions, strict=True):
             _note(solution.report)
-            found[k] = solution.x.reshape(tensor.shape)
+            found[k] = _unscaled(solution.x, scale, first.label).reshape(tensor.shape)
         return found
     return [operator.apply(tensor) for operator in operators]
+
+
+def _refuse_without_room(sides: Array, label: str) -> None:
+    """Every solver holds the solutions, the residuals and what the curvature makes of them, beside the sides."""
+    shape = tuple(map(int, sides.shape))
+    refuse_too_large(
+        f"Block {label!r}: solving for right-hand sides",
+        shape,
+        3.0 * shape[0] * shape[1] * itemsize(sides),
+        "Ask about fewer queries at once, in smaller batches.",
+        device(sides),
+    )
+
+
+SAFE = 1e12
+"""Largest entry, and one over the smallest largest entry, with which squares and products stay within float32."""
+
+
+def _scaled(sides: Array, label: str) -> tuple[Array, Array | None]:
+    """Right-hand sides [k, D], and what their rows were divided by: [k, 1], or None where all are of sensible size.
+
+    A system is linear in them; but squares beyond float32 make a norm infinite, or zero, and any residual a small one.
+    Errors: NonFiniteValue.
+    """
+    refuse_nonfinite(sides, f"Block {label!r}: what is to be solved for (queries' gradients)")
+    xp = namespace(sides)
+    if not math.prod(sides.shape):
+        return sides, None
+    largest = xp.max(xp.abs(sides), axis=1)
+    used = host(largest)
+    used = used[used > 0]
+    if used.size == 0 or (used.max() <= SAFE and used.min() >= 1.0 / SAFE):
+        return sides, None
+    scale = xp.where(largest > 0, largest, xp.ones_like(largest))[:, None]
+    return sides / scale, scale
+
+
+def _unscaled(x: Array, scale: Array | None, label: str) -> Array:
+    """The solutions of the sides as they were. Errors: NonFiniteValue."""
+    return refuse_nonfinite(x if scale is None else x * scale, f"Block {label!r}: what was solved for")
 
 
 def _note(report: SolveReport) -> None:
@@ -194,8 +241,15 @@ def _warn(report: SolveReport) -> None:
 
 
 def row_norms(rows: Array) -> Array:
-    """Euclidean norms of [k, D]: [k]."""
-    return namespace(rows).sqrt(rowwise_inner(rows, rows))
+    """Euclidean norms of [k, D]: [k]; also where the squares are too large, or too small, for the dtype."""
+    xp = namespace(rows)
+    norms = xp.sqrt(rowwise_inner(rows, rows))
+    if bool(xp.all(xp.isfinite(norms) & (norms > 0))) or not math.prod(rows.shape):
+        return norms
+    largest = xp.max(xp.abs(rows), axis=1)
+    scale = xp.where((largest > 0) & xp.isfinite(largest), largest, xp.ones_like(largest))[:, None]
+    scaled = rows / scale
+    return xp.sqrt(rowwise_inner(scaled, scaled)) * scale[:, 0]
 
 
 def default_tolerance(like: Array) -> float:

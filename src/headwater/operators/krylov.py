@@ -6,8 +6,9 @@ Sources: Lanczos 1950; Golub and Underwood 1977 (blocks); Saad 2011, "Numerical 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Protocol, Self
@@ -15,7 +16,9 @@ from typing import Protocol, Self
 import numpy as np
 
 from headwater.arrays import Array, add_product, as_like, namespace, precise, rows_within_memory, to_numpy, transpose
+from headwater.errors import NotConverged
 from headwater.operators.algebra import LinearOperator
+from headwater.operators.finite import refuse_nonfinite
 from headwater.operators.iterative import host, row_norms
 from headwater.operators.structured import EigenpairsOperator
 from headwater.random import row_normals
@@ -137,7 +140,10 @@ def mirrored(rows: list[np.ndarray]) -> np.ndarray:
 
 
 class KrylovSpace:
-    """span {S, A S, A^2 S, ...} for a block S of start vectors [k, D], grown one power at a time."""
+    """span {S, A S, A^2 S, ...} for a block S of start vectors [k, D], grown one power at a time.
+
+    `restart` and `join` bring in other start vectors: the space is then the sum of several chains.
+    """
 
     def __init__(self, operator: LinearOperator, start: Array):
         self.operator = operator
@@ -146,6 +152,7 @@ class KrylovSpace:
         self.products = 0
         self._rows: list[np.ndarray] = []
         self._coupling = np.zeros((0, 0))
+        self._left: list[_Left] = []
 
     @property
     def size(self) -> int:
@@ -162,25 +169,45 @@ class KrylovSpace:
         if self.exhausted:
             return
         self.blocks.append(block)
+        self._left = [left.without(block) for left in self._left]
         image = self.operator.apply(block)
         self.products += int(block.shape[0])
-        self._rows.append(np.concatenate([host(image @ transpose(b)) for b in self.blocks], axis=1))
+        row = np.concatenate([host(image @ transpose(b)) for b in self.blocks], axis=1)
+        self._rows.append(refuse_nonfinite(row, "A product of the curvature"))
         self.next = orthonormal(image, self.blocks)
         self._coupling = host(image @ transpose(self.next))
 
     def restart(self, start: Array) -> None:
-        """Go on from other vectors, where the space is exhausted: an eigenvalue shows once for each start vector."""
+        """Leave the chain as it is, and begin another: an eigenvalue shows once for each start vector."""
+        if not self.exhausted:
+            size = self.size
+            rows = slice(size - self._rows[-1].shape[0], size)
+            self._left.append(_Left(rows, self._coupling, self.next))
+        self._coupling = self._coupling[:, :0]
         self.next = orthonormal(start, self.blocks)
+
+    def join(self, start: Array) -> None:
+        """Go on with the chain, and with other vectors beside it."""
+        fresh = orthonormal(start, [*self.blocks, self.next])
+        self._coupling = np.pad(self._coupling, ((0, 0), (0, int(fresh.shape[0]))))
+        self.next = namespace(fresh).concat([self.next, fresh], axis=0)
 
     def projected(self) -> np.ndarray:
         """T = V A V^T, float64 [m, m]."""
         return mirrored(self._rows)
 
-    def ritz(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Eigenvalues of T ascending [m], eigenvectors in columns [m, m], and |A u - theta u| of each [m]."""
-        values, vectors = np.linalg.eigh(self.projected())
+    def ritz(self, first: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Eigenvalues of T ascending [m], eigenvectors in columns [m, m], and |A u - theta u| of each [m].
+
+        first: of the part of the basis that begins there, as if A were projected off the rest. The norms are exact for
+        one chain, and bounds from above for several.
+        """
+        values, vectors = np.linalg.eigh(self.projected()[first:, first:])
         last = self._rows[-1].shape[0]
-        return values, vectors, np.linalg.norm(self._coupling.T @ vectors[-last:], axis=0)
+        errors = np.linalg.norm(self._coupling.T @ vectors[-last:], axis=0)
+        for left in self._left if first == 0 else ():
+            errors = errors + left.errors(vectors)
+        return values, vectors, errors
 
     def combine(self, coefficients: np.ndarray) -> Array:
         """Linear combinations of the basis, coefficients [k, m]: [k, D]."""
@@ -192,31 +219,63 @@ class KrylovSpace:
         return total
 
 
+@dataclass(frozen=True, eq=False)
+class _Left:
+    """Where a chain was left: images of its last block reach out of the space along `beyond`."""
+
+    rows: slice
+    """Of the last block, in the basis."""
+    coupling: np.ndarray
+    beyond: Array
+    """What later blocks have not taken up of it: [k, D]."""
+
+    def without(self, block: Array) -> _Left:
+        return replace(self, beyond=self.beyond - (self.beyond @ transpose(block)) @ block)
+
+    def errors(self, vectors: np.ndarray) -> np.ndarray:
+        """What this adds to |A u - theta u|, for u in columns [m, m]."""
+        gram, along = host(self.beyond @ transpose(self.beyond)), self.coupling.T @ vectors[self.rows]
+        return np.sqrt(np.clip(np.sum(along * (gram @ along), axis=0), 0.0, None))
+
+
+ALIKE = 3e-3
+"""Relative gap up to which eigenvalues count as copies of one another."""
+OVERLOOKED = 1e-3
+"""The probability with which a look beside the space may miss what it looks for."""
+
+
 def leading_eigenpairs(
-    operator: LinearOperator, start: Array, rank: int, *, tolerance: float, max_products: int
+    operator: LinearOperator, start: Array, rank: int, *, tolerance: float, max_products: int, label: str = ""
 ) -> EigenpairsOperator:
     """The `rank` eigenpairs that are largest in magnitude, by block Lanczos with full reorthogonalisation.
 
-    start [b, D]. Stops when |A u - theta u| of all of them is at most tolerance times the largest magnitude, or after
-    max_products (then the last pairs are only as good as the space). A space that is exhausted is begun again from
-    other vectors until that shows no further copies of an eigenvalue; else at most b copies of each are found.
+    start [b, D], normal random numbers. Settled: |A u - theta u| of all pairs is at most tolerance times the largest
+    magnitude. After max_products a warning (`NotConverged`) says what has not settled, or may have been missed.
+
+    1. The space of b start vectors holds b copies of an eigenvalue at most, however often it occurs. So when all pairs
+       have settled and none of them comes b times, no copy is missing, and nothing more is done.
+    2. Else one more vector looks beside the space: Lanczos on A, projected off the space, until it meets an eigenvalue
+       that belongs to the leading ones, or has all but surely no such eigenvalue before it (`_overlooked`).
+    3. Where it meets one, it goes on together with b more vectors, until all pairs have settled again; then step 2.
     """
-    space, seen, restarts = KrylovSpace(operator, start), None, 0
-    eps = float(namespace(start).finfo(start.dtype).eps)
-    while not space.exhausted and (space.products < max_products or not space.products):
+    space = KrylovSpace(operator, start)
+    coordinates = host(start @ transpose(space.next))
+    search = _Search(space, rank, tolerance, max(max_products, 1), float(namespace(start).finfo(start.dtype).eps))
+    chains = 0
+    while search.goes_on:
         space.extend()
-        values, _, errors = space.ritz()
-        kept, scale = _leading(values, rank), np.abs(values).max()
-        if errors.max() <= 1e3 * eps * scale and space.size < operator.input_size:  # invariant, but for rounding
-            found = np.pad(values[kept], (0, rank - len(kept)))
-            if seen is not None and np.abs(np.abs(found) - np.abs(seen)).max() <= tolerance * scale:
-                break
-            seen, restarts = found, restarts + 1
-            space.restart(
-                as_like(row_normals(np.arange(len(start)), operator.input_size, draw=restarts, seed=0), start)
-            )
-        elif seen is None and len(values) >= min(rank, operator.input_size) and errors[kept].max() <= tolerance * scale:
+        search.look()
+        if not search.settled:
+            continue
+        if not chains and not search.may_lack_copies(coordinates):
+            search.complete = True
             break
+        chains += 1
+        fresh = as_like(row_normals(np.arange(len(start) + 1), operator.input_size, draw=chains, seed=0), start)
+        if not search.finds_more(fresh[:1]):
+            break
+        space.join(fresh[1:])
+    search.warn(label)
     values, vectors, _ = space.ritz()
     chosen = np.sort(_leading(values, rank))
     basis = space.combine(vectors[:, chosen].T)
@@ -226,6 +285,105 @@ def leading_eigenpairs(
 def _leading(values: np.ndarray, rank: int) -> np.ndarray:
     """Where the values of largest magnitude are, the largest first."""
     return np.argsort(-np.abs(values), kind="stable")[:rank]
+
+
+class _Search:
+    """How far a search for the leading eigenpairs has come."""
+
+    def __init__(self, space: KrylovSpace, rank: int, tolerance: float, limit: int, eps: float):
+        self.space, self.size, self.limit = space, space.operator.input_size, limit
+        self.rank = min(rank, self.size)
+        self.share = max(tolerance, 1e3 * eps)
+        self.tolerance, self.eps = tolerance, eps
+        self.complete = False
+        """Whether nothing that belongs to the leading ones is left out, as far as can be told."""
+
+    @property
+    def goes_on(self) -> bool:
+        return not self.space.exhausted and (self.space.products < self.limit or not self.space.products)
+
+    def look(self) -> None:
+        """At the Ritz pairs."""
+        self.values, self.vectors, self.errors = self.space.ritz()
+        self.kept = _leading(self.values, self.rank)
+        self.scale = float(np.abs(self.values).max())
+        self.unsettled = int((self.errors[self.kept] > self.tolerance * self.scale).sum())
+        whole = self.space.size >= self.size
+        invariant = self.errors.max() <= 1e3 * self.eps * self.scale  # but for rounding
+        enough = len(self.values) >= self.rank and not self.unsettled
+        self.settled = whole or bool(invariant) or enough
+        self.complete = whole
+
+    @property
+    def floor(self) -> float:
+        """The magnitude above which an eigenvalue belongs to the leading ones; within the tolerance."""
+        least = float(np.abs(self.values[self.kept]).min()) if len(self.values) >= self.rank else 0.0
+        return least + self.share * self.scale
+
+    def may_lack_copies(self, coordinates: np.ndarray) -> bool:
+        """Whether some leading eigenvalue comes as often as there are start vectors, or is likely to come more often.
+
+        coordinates [b, b] of the start vectors in the first block. Over eigenvalues that the tolerance cannot tell
+        apart, the squares of the start vectors' coordinates sum to b times their true number on average, and not to b
+        times the number found: they see the copies that the space lacks, too.
+        """
+        width = coordinates.shape[1]
+        weights = np.sum((coordinates @ self.vectors[:width]) ** 2, axis=0) / len(coordinates)
+        kept = np.sort(self.kept[np.abs(self.values[self.kept]) > self.floor])
+        values, weights = self.values[kept], weights[kept]
+        for k in range(len(values) - width + 1):
+            if values[k + width - 1] - values[k] <= ALIKE * np.abs(values[k : k + width]).max():
+                return True
+            near = np.flatnonzero((values >= values[k]) & (values <= values[k] + 2 * self.share * self.scale))
+            dense = weights[near].sum() - len(near) > 3 * (2 * len(near) / len(coordinates)) ** 0.5
+            if len(near) >= width and dense:
+                return True
+        return False
+
+    def finds_more(self, start: Array) -> bool:
+        """Whether there is an eigenvalue beside the space that belongs to the leading ones. start [1, D]."""
+        space, floor = self.space, self.floor
+        space.restart(start)
+        first, rest = space.size, self.size - space.size
+        while self.goes_on:
+            space.extend()
+            values, _, errors = space.ritz(first)
+            top = int(np.abs(values).argmax())
+            found = float(np.abs(values[top]))
+            if found > floor:
+                return True
+            missed = _overlooked(found, floor, len(values), rest, space.operator.psd)
+            if missed <= OVERLOOKED or errors[top] <= self.tolerance * self.scale:
+                self.complete = True
+                return False
+        self.complete = space.exhausted
+        return False
+
+    def warn(self, label: str) -> None:
+        if self.settled and self.complete:
+            return
+        what = (
+            f"{self.unsettled} of {self.rank} leading eigenpairs have not settled"
+            if not self.settled
+            else "some of the leading eigenvalues come several times, and copies may be missing"
+        )
+        warnings.warn(
+            f"Block {label!r}: after {self.space.products} products {what}. "
+            f"Allow more (max_products={2 * self.limit}), or take a lower rank.",
+            NotConverged,
+            stacklevel=3,
+        )
+
+
+def _overlooked(found: float, floor: float, steps: int, size: int, psd: bool) -> float:
+    """The probability that Lanczos, from one random vector, has met nothing above `found` where `floor` is exceeded.
+
+    For the largest eigenvalue of a matrix that is never negative: at most 1.648 sqrt(D) exp(-sqrt(e) (2 k - 1)) to be
+    off by more than the share e of itself after k steps; of the whole spread, for others.
+    Source: Kuczynski and Wozniakowski 1992, theorem 4.2.
+    """
+    share = (1.0 - found / floor) / (1.0 if psd else 2.0)
+    return float(1.648 * max(size, 1) ** 0.5 * np.exp(-(share**0.5) * (2 * steps - 1)))
 
 
 def steepness(

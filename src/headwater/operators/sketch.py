@@ -4,58 +4,87 @@ from __future__ import annotations
 
 import numpy as np
 
-from headwater.arrays import Array, as_like, identity, namespace, precise, transpose
+from headwater.arrays import Array, as_like, device, identity, itemsize, namespace, precise, transpose
 from headwater.errors import IndefiniteCurvature
+from headwater.memory import refuse_too_large
 from headwater.operators.algebra import LinearOperator
-from headwater.operators.iterative import host
+from headwater.operators.finite import refuse_nonfinite
+from headwater.operators.iterative import host, row_norms
 from headwater.operators.krylov import KrylovSpace, orthonormal, principal
 from headwater.operators.spectrum import Spectrum
 from headwater.operators.structured import DiagonalOperator, EigenpairsOperator
-from headwater.random import philox
+from headwater.random import philox, row_normals
 
 SIGNS_IN_BLOCK = 128
 WHOLE = 256
 """Dimensions up to which a spectrum is computed whole, from as many products, and not estimated."""
 
 
-def sign_vectors(count: int, size: int, like: Array, *, seed: int, stream: int) -> Array:
-    """Vectors of random signs [count, size], from a counter: the first ones are the same whatever the count."""
+def sign_vectors(count: int, size: int, like: Array, *, seed: int, stream: int, first: int = 0) -> Array:
+    """Vectors of random signs [count, size], from a counter, which begins at `first`: any cut of them is the same."""
     blocks = -(-size // SIGNS_IN_BLOCK)
     counter = np.zeros((count, blocks, 4), dtype=np.uint64)
     counter[..., 0] = np.arange(blocks, dtype=np.uint64)
-    counter[..., 1] = np.arange(count, dtype=np.uint64)[:, None]
+    counter[..., 1] = np.arange(first, first + count, dtype=np.uint64)[:, None]
     counter[..., 2] = stream
     words = philox(counter, (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))
     bits = np.unpackbits(words.view(np.uint8).reshape(count, -1), axis=1, count=size, bitorder="little")
     return as_like(bits.astype(np.int8) * 2 - 1, like)
 
 
+def normal_vectors(count: int, size: int, like: Array, *, seed: int) -> Array:
+    """Vectors of normal random numbers [count, size], from a counter: where searches for eigenvectors begin.
+
+    Signs would not do: an eigenvector with two equal entries and zeros is orthogonal to every second vector of signs.
+    """
+    return as_like(row_normals(np.arange(count), size, draw=0, seed=seed), like)
+
+
+def refuse_vectors(what: str, count: int, size: int, copies: int, like: Array, remedy: str) -> None:
+    """Errors: InvalidSetting where so many vectors of D numbers, and their copies, have no room in memory."""
+    refuse_too_large(
+        f"{what} from vectors", (count, size), copies * count * size * itemsize(like), remedy, device(like)
+    )
+
+
 def estimate_diagonal(operator: LinearOperator, like: Array, *, probes: int, seed: int) -> DiagonalOperator:
     """The mean of z * (A z) over random signs z, and zero where that is negative. Source: Bekas et al. 2007."""
-    vectors = sign_vectors(probes, operator.input_size, like, seed=seed, stream=1)
+    size = operator.input_size
+    refuse_vectors("A diagonal", probes, size, 2, like, "Use another preconditioner, or smaller blocks.")
+    vectors = sign_vectors(probes, size, like, seed=seed, stream=1)
     xp = namespace(vectors)
     diagonal = xp.mean(vectors * operator.apply(vectors), axis=0)
     return DiagonalOperator(xp.where(diagonal > 0, diagonal, xp.zeros_like(diagonal)))
 
 
-def fit_nystroem(operator: LinearOperator, like: Array, *, rank: int, seed: int) -> EigenpairsOperator:
+def fit_nystroem(
+    operator: LinearOperator, like: Array, *, rank: int, seed: int, shifted: bool = False
+) -> EigenpairsOperator:
     """Y W^+ Y^T for Y = A S and W = S^T A S with random signs S [D, r]: U diag(values) U^T with orthonormal U.
 
     Signs that depend on each other, as in few dimensions they may, count once; with r = D nothing is left to chance.
     A small multiple of S S^T is added for the decomposition and taken off the eigenvalues again.
-    Errors: IndefiniteCurvature if S^T A S has a negative eigenvalue beyond rounding.
+    shifted: where S^T A S has a negative eigenvalue -s, the sketch is that of A + 2 s, in Y and W alike (with s alone W
+    would be singular where Y is not small), and 2 s is taken off its eigenvalues. None is left below -s: wherever the
+    damped A is positive, so is the damped sketch, as a preconditioner must be.
+    Errors: IndefiniteCurvature if S^T A S has a negative eigenvalue beyond rounding, unless `shifted`.
     Source: Frangella, Tropp and Udell 2023, arXiv 2110.02820, algorithm 2.1.
     """
     size = operator.input_size
     rank = min(rank, size)
+    refuse_vectors("A Nystroem sketch", rank, size, 3, like, "Use a lower rank, or smaller blocks (blocks='layer').")
     xp = namespace(like)
     whole = rank == size
     basis = identity(size, like) if whole else orthonormal(sign_vectors(rank, size, like, seed=seed, stream=2))
     image = operator.apply(basis)
-    core = precise(basis @ transpose(image))
+    core = refuse_nonfinite(precise(basis @ transpose(image)), "A product of the curvature")
     core = (core + transpose(core)) / 2
-    _refuse_indefinite(core, float(xp.finfo(like.dtype).eps), operator)
-    norm = float(xp.linalg.matrix_norm(image))
+    met = _met(core, operator, float(xp.finfo(like.dtype).eps), shifted)
+    if met:
+        image, core = image + 2 * met * basis, core + 2 * met * identity(int(core.shape[0]), core)
+    norm = float(np.linalg.norm(host(row_norms(image))))
+    if norm == 0.0:
+        return EigenpairsOperator(xp.zeros_like(core[0]), basis)
     shift = float(xp.finfo(like.dtype).eps) * size**0.5 * norm
     values, vectors = xp.linalg.eigh(core)
     values = xp.where(values > 0, values, xp.zeros_like(values)) + shift
@@ -65,8 +94,16 @@ def fit_nystroem(operator: LinearOperator, like: Array, *, rank: int, seed: int)
     turn = left / xp.where(singular > 0, singular, xp.ones_like(singular))
     right = xp.astype(transpose(turn), like.dtype) @ half
     spectrum = singular**2 - shift
-    spectrum = xp.where(spectrum > 0, spectrum, xp.zeros_like(spectrum))
+    spectrum = xp.where(spectrum > met, spectrum, xp.ones_like(spectrum) * met) - 2 * met
     return EigenpairsOperator(spectrum, right)
+
+
+def _met(core: Array, operator: LinearOperator, eps: float, shifted: bool) -> float:
+    """How far below zero the core is, where a sketch may be shifted; else zero, or IndefiniteCurvature."""
+    if shifted:
+        return max(0.0, -float(namespace(core).linalg.eigvalsh(core)[0]))
+    _refuse_indefinite(core, eps, operator)
+    return 0.0
 
 
 def _refuse_indefinite(core: Array, eps: float, operator: LinearOperator) -> None:
@@ -96,6 +133,7 @@ def estimate_spectra(operator: LinearOperator, like: Array, *, probes: int, step
     if size <= WHOLE:
         matrix = host(operator.apply(identity(size, like)))
         return [_as_spectrum(np.linalg.eigvalsh((matrix + matrix.T) / 2), np.ones(size), operator.psd, eps)]
+    refuse_vectors("An estimate of the spectrum", probes * steps, size, 1, like, "Use fewer probes.")
     signs = sign_vectors(probes, size, like, seed=seed, stream=5)
     space = KrylovSpace(operator, signs)
     coordinates = host(signs @ transpose(space.next))

@@ -12,6 +12,7 @@ from headwater.errors import IndefiniteCurvature, NonFiniteValue, ShapeMismatch,
 from headwater.gradients.algebra import Dense, Gradient
 from headwater.gradients.block import BlockGradient
 from headwater.operators.algebra import IdentityOperator, LinearOperator, ends, spread
+from headwater.operators.finite import refuse_nonfinite
 from headwater.operators.spectrum import Spectrum
 
 
@@ -70,7 +71,7 @@ class DenseOperator(LinearOperator):
     @cached_property
     def eigen(self) -> tuple[Array, Array]:
         """Eigenvalues [D], ascending, and eigenvectors [D, D] in columns; symmetric operators only."""
-        matrix = precise(self.matrix)
+        matrix = refuse_nonfinite(precise(self.matrix), "A dense operator")
         values, vectors = namespace(matrix).linalg.eigh((matrix + transpose(matrix)) / 2)
         return values, vectors
 

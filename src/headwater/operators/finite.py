@@ -1,0 +1,17 @@
+"""Numbers that are too large for their dtype are refused by name, before they become scores, residuals or zeros."""
+
+from __future__ import annotations
+
+from headwater.arrays import Array, namespace
+from headwater.errors import NonFiniteValue
+
+REMEDY = "Rescale the inputs or the loss, or use float64; if that does not help, look for NaN among the rows."
+
+
+def refuse_nonfinite(array: Array, what: str) -> Array:
+    """The array. Errors: NonFiniteValue for NaN or infinity in it; `what` names the block."""
+    xp = namespace(array)
+    if not bool(xp.all(xp.isfinite(array))):
+        dtype = str(array.dtype).rsplit(".", 1)[-1]
+        raise NonFiniteValue(f"{what} is not finite: there are numbers too large for {dtype}. {REMEDY}")
+    return array
