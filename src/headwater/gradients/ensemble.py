@@ -179,6 +179,10 @@ class EnsembleProvider(StructuredGradientProvider[Any, Any]):
         return self.members[0].settings()
 
     @property
+    def architecture(self) -> str:
+        return ", ".join(dict.fromkeys(member.architecture for member in self.members))
+
+    @property
     def normalisation(self) -> str | None:
         return self.members[0].normalisation
 
