@@ -98,7 +98,7 @@ def seal_folder(folder: Path, head: str, inside: str | None = None) -> None:
 
 
 def check_folder(folder: Path, head: str, inside: str | None = None) -> dict[str, Any]:
-    """The values of a sealed folder's head, when all its files are what was written. Errors: DamagedFile, naming one."""
+    """The values of a folder's head, if all files are what was written. Errors: DamagedFile, naming one that is not."""
     values, entry = unsealed(folder / head, inside)
     try:
         found = file_digests(folder, head)
