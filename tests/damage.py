@@ -7,8 +7,25 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
+
+import headwater as hw
 from headwater.store import draft
+from headwater.torch import TorchComposableInfluence
+
+X, Y = torch.randn(11, 4, generator=torch.Generator().manual_seed(0)), torch.arange(11) % 3
+TRAIN, QUERY = [(X[:6], Y[:6]), (X[6:], Y[6:])], [(X[:2], Y[:2])]
+
+
+def network(activation: type = torch.nn.Tanh) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(4, 3), activation(), torch.nn.Linear(3, 3))
+
+
+def by_torch(method: Any = None, activation: type = torch.nn.Tanh, **options: Any) -> TorchComposableInfluence:
+    return TorchComposableInfluence(network(activation), torch.nn.CrossEntropyLoss(), method or hw.Ekfac(), **options)
 
 
 def left_by_a_dead_process(file: Path) -> Path:

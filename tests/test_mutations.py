@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import file_mutations
 import mutations
 import projected_mutations
 import pytest
@@ -33,6 +34,7 @@ GROUPS: dict[str, tuple[tuple[Law, ...], dict[str, tuple[Any, tuple[Law, ...]]]]
             "ensembles": test_ensemble,
             "representers": test_representer,
             "removal": test_removal,
+            "files": file_mutations,
         }.items()
     },
 }
