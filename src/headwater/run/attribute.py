@@ -14,7 +14,7 @@ from headwater.curvature.passes import as_batch, batches
 from headwater.errors import BatchMismatch, InvalidSetting
 from headwater.gradients.provider import BlockGradients, StructuredGradientProvider
 from headwater.influence import ComposableInfluence, Queries, Sides, stack_queries
-from headwater.operators.iterative import joined, recorded_solves
+from headwater.operators.iterative import joined, recorded_solves, unrecorded_solves
 from headwater.run.diagnosis import RunSums, diagnosis_of, meets_the_loss
 from headwater.store.scores import UNIT_IN_WORDS, Extremes, Running, Scores
 from headwater.store.tiles import TileStore, Where, place_of
@@ -163,7 +163,8 @@ def _probe(influence: ComposableInfluence, queries: Queries, batch: Any) -> np.n
 
     The first rows of the first batch: those that a call in smaller batches has in its first batch too.
     """
-    by_block = queries.scores(influence.provider.grads(batch, weighted=False))
+    with unrecorded_solves():
+        by_block = queries.scores(influence.provider.grads(batch, weighted=False))
     found = np.stack([to_numpy(scores) for scores in by_block.values()])
     return found[:, np.random.default_rng(0).permutation(found.shape[1])[:PROBE_QUERIES]]
 
