@@ -197,6 +197,7 @@ def _tiles(
         blocks = scores if by_block else [sum(scores[1:], scores[0])]
         return np.stack([to_numpy(block) for block in blocks]) * scale, grads
 
+    grads: BlockGradients | None
     for batch, ids, start in _named_batches(influence.provider, train_loader, "train scores", progress):
         if store is None:
             tile, grads = compute(batch)
@@ -207,9 +208,9 @@ def _tiles(
             if start == 0:
                 few = slice(0, PROBE_ROWS)
                 store.probe(keys[few], _probe(influence, queries, batch.take(few)))
-            tile, grads = store.read(start, keys), None
-            if tile is None:
-                tile, grads = compute(batch)
+            found = store.read(start, keys)
+            tile, grads = compute(batch) if found is None else (found, None)
+            if found is None:
                 store.write(start, keys, tile)
             if sums is not None:
                 sums.meet(place_of(start, keys), batch, grads)

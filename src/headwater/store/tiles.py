@@ -171,7 +171,7 @@ class TileStore:
                     group = {"zarr_format": 3, "node_type": "group", "attributes": {}}
                     (self._tiles / "zarr.json").write_text(json.dumps(group))
                 # Chunks that are all zero would not be written otherwise, and could not be told from lost ones.
-                config = {"write_empty_chunks": True}
+                config: Any = {"write_empty_chunks": True}
                 zarr.create_array(written, data=np.ascontiguousarray(tile), config=config)
                 digests = file_digests(written)
                 _take_place(written, folder)
