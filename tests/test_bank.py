@@ -9,10 +9,21 @@ import threading
 
 import numpy as np
 import pytest
+from damage import left_by_a_dead_process
 
-from headwater.errors import BatchMismatch, InvalidInput, InvalidSetting, NonFiniteValue, ShapeMismatch
-from headwater.evaluate.bank import Bank, Plan, plan_removals, plan_subsets, retrain
+from headwater.errors import (
+    BatchMismatch,
+    DamagedFile,
+    InvalidInput,
+    InvalidSetting,
+    NonFiniteValue,
+    NotSaved,
+    NotWritten,
+    ShapeMismatch,
+)
+from headwater.evaluate.bank import Bank, Plan, adopt, plan_removals, plan_subsets, retrain
 from headwater.evaluate.lds import lds
+from headwater.store.seal import sealed
 
 PLAN = plan_subsets(12, subsets=7, repeated=3, seed=4)
 RECIPE = {"model": "sum", "steps": 3}
@@ -201,30 +212,69 @@ def test_files_that_are_not_whole_are_named(tmp_path):
     for name in ("runs/2-0.npy", "plan.npz"):
         file = tmp_path / "b" / name
         file.write_bytes(file.read_bytes()[:-40])
-        with pytest.raises(InvalidInput, match=f"{file.name} cannot be read"):
+        with pytest.raises(DamagedFile, match=f"{file.name} is damaged"):
             Bank.open(tmp_path / "b")
-    bank(tmp_path / "c").fill(measure).pack()
-    np.savez(tmp_path / "c" / "packed.npz", done=np.ones((7, 2), bool), outputs=np.zeros((7, 2, 1)))
-    with pytest.raises(InvalidInput, match=r"packed.npz has .*\(7, 2, 1\)"):
-        bank(tmp_path / "c")
-    np.savez(tmp_path / "c" / "packed.npz", done=np.ones((7, 2), bool), outputs=np.full((7, 2, 2), np.nan))
-    with pytest.raises(NonFiniteValue, match=r"subset 0, seed \d+ in .*packed.npz"):
-        bank(tmp_path / "c")
+        with pytest.raises(DamagedFile, match=r"2-0\.npy is damaged.*Remove it"):
+            bank(tmp_path / "b")
+    (tmp_path / "b" / "runs" / "2-0.npy").unlink()
+    bank(tmp_path / "b")  # writes the plan again
+    assert Bank.open(tmp_path / "b").missing == [(2, 0)]
+    packed = bank(tmp_path / "c").fill(measure).pack()
+    outputs = packed.outputs
+    for other, error, words in (
+        (outputs[..., :1], InvalidInput, r"packed.npz has .*\(7, 2, 1\)"),
+        (outputs * np.nan, NonFiniteValue, r"subset 0, seed \d+ in .*packed.npz"),
+    ):
+        packed._write("packed.npz", done=~np.isnan(outputs).all(axis=2), outputs=other)
+        with pytest.raises(error, match=words):
+            bank(tmp_path / "c")
     (tmp_path / "c" / "packed.npz").write_bytes(b"")
-    with pytest.raises(InvalidInput, match=r"packed\.npz cannot be read"):
+    with pytest.raises(DamagedFile, match=r"packed\.npz is damaged"):
         bank(tmp_path / "c")
 
 
-def test_a_run_of_other_queries_is_refused(tmp_path):
-    bank(tmp_path / "b").fill(measure)
-    np.save(tmp_path / "b" / "runs" / "2-0.npy", np.zeros(3))
+def test_a_run_in_the_place_of_another_is_refused(tmp_path):
+    """The same bytes in another run's place, or in a bank of another recipe; or made by another hand."""
+    one = bank(tmp_path / "b").fill(measure)
+    bank(tmp_path / "c", steps=4).fill(measure)
+    for source, target in (("b/runs/1-0.npy", "b/runs/2-0.npy"), ("c/runs/1-0.npy", "b/runs/1-0.npy")):
+        before = (tmp_path / target).read_bytes()
+        (tmp_path / target).write_bytes((tmp_path / source).read_bytes())
+        with pytest.raises(DamagedFile, match="belongs elsewhere"):
+            bank(tmp_path / "b")
+        (tmp_path / target).write_bytes(before)
+    np.save(tmp_path / "b" / "runs" / "2-0.npy", np.zeros(2))
+    with pytest.raises(DamagedFile, match=r"2-0\.npy is damaged"):
+        bank(tmp_path / "b")
+    one._keep((2, 0), np.zeros(2))
+    assert not bank(tmp_path / "b").missing
+    with pytest.raises(ValueError, match="broadcast"):
+        one._keep((2, 0), np.zeros(3))
     with pytest.raises(ShapeMismatch, match=r"2-0\.npy are \(3,\)"):
         bank(tmp_path / "b")
 
 
+def test_a_bank_from_before_seals_is_refused_until_it_is_adopted(tmp_path):
+    full = bank(tmp_path / "b").fill(measure)
+    for file in [*(tmp_path / "b" / "runs").iterdir(), tmp_path / "b" / "plan.npz"]:  # as they were written then
+        np.load(file)
+        file.write_bytes(file.read_bytes().rpartition(b"\nheadwater seal ")[0])
+    asked = json.loads((tmp_path / "b" / "recipe.json").read_text())
+    del asked["seal"]
+    (tmp_path / "b" / "recipe.json").write_text(json.dumps(asked))
+    with pytest.raises(DamagedFile, match=r"no checksums.*adopt\(path\)"):
+        Bank.open(tmp_path / "b")
+    adopt(tmp_path / "b")
+    np.testing.assert_array_equal(Bank.open(tmp_path / "b").outputs, full.outputs)
+    with pytest.raises(InvalidInput, match="sealed already"):
+        adopt(tmp_path / "b")
+    with pytest.raises(NotSaved, match="no bank"):
+        adopt(tmp_path)
+
+
 def test_what_was_left_by_a_kill_does_not_hinder_packing(tmp_path):
     one = bank(tmp_path / "b").fill(measure)
-    (tmp_path / "b" / "runs" / "2-0.npy.77.draft").write_bytes(b"half")
+    left_by_a_dead_process(tmp_path / "b" / "runs" / "2-0.npy").write_bytes(b"half")
     one.pack()
     assert not (tmp_path / "b" / "runs").exists()
 
@@ -234,10 +284,11 @@ def test_a_file_that_could_not_be_written_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     one = bank(tmp_path / "b")
-    with monkeypatch.context() as patched:
-        patched.setattr(np, "save", full)
-        with pytest.raises(OSError, match=r"0-0.npy could not be written.*No space left"):
-            one.fill(measure)
+    for step in ("os.fsync", "os.replace"):
+        with monkeypatch.context() as patched:
+            patched.setattr(step, full)
+            with pytest.raises(NotWritten, match=r"0-0.npy could not be written.*No space left"):
+                one.fill(measure)
     assert len(one.missing) == 10
     assert os.listdir(tmp_path / "b" / "runs") == []
     assert not one.fill(measure).missing
@@ -281,7 +332,7 @@ def test_a_bank_is_opened_without_its_plan_and_recipe(tmp_path):
     assert again.recipe == RECIPE
     with pytest.raises(FileNotFoundError, match="holds no bank"):
         Bank.open(tmp_path)
-    for text, words in (("{}", "no recipe of a bank"), ("[1]", "cannot be read")):
+    for text, words in ((json.dumps(sealed({})), "no recipe of a bank"), ("[1]", "no checksums"), ("[", "cannot be")):
         (tmp_path / "b" / "recipe.json").write_text(text)
         with pytest.raises(InvalidInput, match=words):
             Bank.open(tmp_path / "b")

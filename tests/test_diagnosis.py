@@ -202,32 +202,49 @@ def test_a_run_that_goes_on_knows_all_rows_of_those_before(stopped):
         assert_same(found.stationarity, whole.stationarity)
 
 
-@pytest.mark.parametrize("damage", ["removed", "torn"])
-def test_without_the_sums_of_the_first_call_the_rows_that_were_met_are_said(stopped, damage):
-    influence, folder, _ = stopped
+@pytest.mark.parametrize("damage", ["removed", "torn", "flipped", "empty"])
+def test_sums_that_are_lost_cost_only_their_computation(stopped, damage):
+    influence, folder, whole = stopped
     file = folder / "sums.npz"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged = {"torn": bytes(content[:60]), "flipped": bytes(content), "empty": b""}
     if damage == "removed":
         file.unlink()
     else:
-        file.write_bytes(file.read_bytes()[:60])
-    found = influence.attribute(TRAIN, QUERY, store=folder).diagnosis
-    assert found.rows_seen == 14 and "14 rows seen, 30 fitted" in str(found)
-    assert_same(found.stationarity, influence.attribute(TRAIN[2:], QUERY).diagnosis.stationarity)
+        file.write_bytes(damaged[damage])
+    for _ in range(2):
+        found = influence.attribute(TRAIN, QUERY, store=folder).diagnosis
+        assert found.rows_seen == 30
+        assert_same(found.stationarity, whole.stationarity)
 
 
-def test_a_tile_that_is_lost_and_computed_again_counts_once(stopped):
+@pytest.mark.parametrize("lost", [[0], [1], [0, 1]])
+def test_a_tile_that_is_lost_and_computed_again_counts_once(stopped, lost):
     influence, folder, whole = stopped
     ledger = folder / "ledger.jsonl"
-    ledger.write_text(ledger.read_text().splitlines()[0] + "\n")
+    lines = ledger.read_text().splitlines()
+    ledger.write_text("".join(f"{line}\n" for k, line in enumerate(lines) if k not in lost))
     found = influence.attribute(TRAIN, QUERY, store=folder).diagnosis
-    assert found.rows_seen == 22  # the first tile's sums cannot be told from the second's
-    assert_same(found.stationarity, influence.attribute(TRAIN[1:], QUERY).diagnosis.stationarity)
-    assert whole.rows_seen == 30
+    assert found.rows_seen == 30
+    assert_same(found.stationarity, whole.stationarity)
 
 
 def test_rows_of_other_tiles_are_not_counted_when_fewer_are_asked(stopped):
-    influence, folder, _ = stopped
-    assert influence.attribute(TRAIN[:1], QUERY, store=folder).diagnosis.stationarity is None
+    influence, folder, whole = stopped
+    found = influence.attribute(TRAIN[:1], QUERY, store=folder).diagnosis
+    assert_same(found.stationarity, influence.attribute(TRAIN[:1], QUERY).diagnosis.stationarity)
+    assert_same(influence.attribute(TRAIN, QUERY, store=folder).diagnosis.stationarity, whole.stationarity)
+
+
+def test_sums_over_other_tiles_than_those_of_this_run_are_not_used(stopped):
+    """The first tile is the same; the second and third begin and end elsewhere."""
+    influence, folder, whole = stopped
+    rows = [torch.cat([batch[k] for batch in TRAIN]) for k in (0, 1)]
+    other = [(rows[0][a:b], rows[1][a:b]) for a, b in ((0, 8), (8, 13), (13, 30))]
+    found = influence.attribute(other, QUERY, store=folder).diagnosis
+    assert found.rows_seen == 30
+    assert_same(found.stationarity, whole.stationarity)
 
 
 # Degrees of freedom and the spectrum ----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import contract_mutations
+import file_mutations
 import losses_mutations
 import mutations
 import numerics_mutations
@@ -39,6 +40,7 @@ GROUPS: dict[str, tuple[tuple[Law, ...], dict[str, tuple[Any, tuple[Law, ...]]]]
             "representers": test_representer,
             "removal": test_removal,
             "losses": losses_mutations,
+            "files": file_mutations,
         }.items()
     },
 }

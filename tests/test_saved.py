@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 import headwater as hw
-from headwater.errors import BlockMismatch, InvalidInput, InvalidSetting, NotFittedError, StaleFit
+from headwater.errors import BlockMismatch, DamagedFile, InvalidInput, InvalidSetting, NotFittedError, StaleFit
 from headwater.methods.base import Method
+from headwater.store.seal import seal_folder
 from headwater.torch import TorchComposableInfluence
 
 METHODS = [
@@ -203,11 +204,26 @@ def test_other_rows_than_those_fitted_are_noticed(model, method, tmp_path):
 
 def test_what_is_needed_is_said_where_it_is_missing(model, tmp_path):
     influence(model, hw.Ekfac()).fit(LOADER).save(f"{tmp_path}/fit/")
-    described = json.loads((tmp_path / "fit" / "fit.json").read_text())
-    for name in list(described):
-        (tmp_path / "fit" / "fit.json").write_text(json.dumps({k: v for k, v in described.items() if k != name}))
-        with pytest.raises(InvalidInput, match=f"no {name}"):
+    described = description(tmp_path / "fit")
+    for name in described:
+        describe(tmp_path / "fit", {k: v for k, v in described.items() if k != name})
+        with pytest.raises(InvalidInput, match="has format None" if name == "format" else f"no {name}"):
             influence(model, hw.Ekfac()).load(tmp_path / "fit")
+    for rows in (0, -1, None, "x", True, float("nan"), float("inf")):
+        describe(tmp_path / "fit", described | {"rows": rows})
+        with pytest.raises(InvalidInput, match=f"fitted on {rows!r} rows"):
+            influence(model, hw.Ekfac()).load(tmp_path / "fit")
+
+
+def description(folder):
+    found = json.loads((folder / "fit.json").read_text())
+    return {name: value for name, value in found.items() if name != "seal"}
+
+
+def describe(folder, values):
+    """Another description, under a seal of its own."""
+    (folder / "fit.json").write_text(json.dumps(values))
+    seal_folder(folder, "fit.json")
 
 
 def test_the_status_of_a_fit_without_rows_shows_dashes(model, tmp_path):
@@ -254,22 +270,43 @@ def test_only_a_fit_is_saved(model, tmp_path):
 
 def test_broken_files_are_said_to_be(model, tmp_path):
     fitted = influence(model, hw.Ekfac()).fit(LOADER)
-    for name, damage in [("fit.json", b"{"), ("arrays.safetensors", b"short")]:
-        path = tmp_path / name
+    for name, damage, words in [
+        ("fit.json", b"{", "cannot be read"),
+        ("fit.json", b"{}", "no checksums"),
+        ("arrays.safetensors", b"short", "is damaged"),
+    ]:
+        path = tmp_path / words
         fitted.save(path)
         (path / name).write_bytes(damage)
-        with pytest.raises(InvalidInput, match="cannot be read"):
+        with pytest.raises(DamagedFile, match=f"{name} {words}" if name == "arrays" else words):
             influence(model, hw.Ekfac()).load(path)
+
+
+def test_a_description_that_means_nothing_is_refused(model, tmp_path):
+    """Under a seal that holds: of another version, or written by another hand."""
     path = tmp_path / "later"
-    fitted.save(path)
-    described = json.loads((path / "fit.json").read_text())
-    (path / "fit.json").write_text(json.dumps(described | {"format": 99}))
+    influence(model, hw.Ekfac()).fit(LOADER).save(path)
+    described = description(path)
+    describe(path, described | {"format": 99})
     with pytest.raises(InvalidInput, match="99"):
         influence(model, hw.Ekfac()).load(path)
-    described["operators"]["0"]["class"] = "Mystery"
-    (path / "fit.json").write_text(json.dumps(described))
-    with pytest.raises(InvalidInput, match="Mystery"):
-        influence(model, hw.Ekfac()).load(path)
+    block = described["operators"]["0"]
+    parts = block["operators"][0] if "operators" in block else block
+    for change, words in (
+        ({"class": "Mystery"}, "Mystery"),
+        ({"left": {"array": "9.nothing", "dtype": "float64"}}, "no array '9.nothing'"),
+        ({"left": {"what": 1}}, "means nothing"),
+        ({"more": 1}, "expected"),
+    ):
+        before = dict(parts)
+        parts.update(change)
+        describe(path, described)
+        with pytest.raises(InvalidInput, match=words):
+            influence(model, hw.Ekfac()).load(path)
+        parts.clear()
+        parts.update(before)
+    describe(path, described)
+    influence(model, hw.Ekfac()).load(path)
 
 
 def test_a_full_disk_leaves_nothing_behind(model, tmp_path, monkeypatch):

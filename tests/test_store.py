@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import headwater as hw
-from headwater.errors import BatchMismatch, InvalidInput
+from headwater.errors import BatchMismatch, InvalidInput, NotWritten
 from headwater.store.tiles import TileStore
 from headwater.testing import TileStoreContract
 from headwater.torch import TorchBatch, TorchComposableInfluence
@@ -52,7 +52,7 @@ def test_a_stopped_run_goes_on_and_gives_the_same_scores(run, tmp_path):
     whole = influence.attribute(loader, query, by_block=True)
     influence.provider.grads, calls = _counted(influence.provider.grads)
     resumed = influence.attribute(loader, query, store=tmp_path / "run", by_block=True)
-    assert len(calls) == 1 + 2 + 1, "the queries, the two batches that were missing, and one row to check the others by"
+    assert len(calls) == 1 + 2 + 1, "the queries, the two batches that were missing, and the probe"
     np.testing.assert_array_equal(resumed.values, whole.values)
     for name in whole.by_block:
         np.testing.assert_array_equal(resumed.by_block[name], whole.by_block[name])
@@ -100,12 +100,13 @@ def test_a_folder_with_other_things_is_refused_and_left_alone(tmp_path):
 def test_a_tile_that_cannot_be_written_is_not_entered(tmp_path, monkeypatch):
     store, keys = TileStore(tmp_path / "run", {"a": 1}), np.arange(3, dtype=np.uint64)
 
-    def full():
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store, "_group", full)
-    with pytest.raises(OSError, match="No space"):
-        store.write(0, keys, np.ones((1, 2, 3)))
+    with monkeypatch.context() as patched:
+        patched.setattr("zarr.create_array", full)
+        with pytest.raises(NotWritten, match=r"0-3 could not be written.*No space"):
+            store.write(0, keys, np.ones((1, 2, 3)))
     assert TileStore(tmp_path / "run", {"a": 1}).read(0, keys) is None
 
 
@@ -171,13 +172,13 @@ def test_a_loader_that_shuffles_is_refused_unless_its_batches_carry_ids(run):
 
 
 def test_a_run_fitted_otherwise_is_not_resumed(run, tmp_path):
-    """Same settings, same rows, same damping: what differs is noticed by computing a stored row again."""
+    """Same settings, same rows, same damping: what was fitted is part of the identity."""
     influence, loader, query = run
     absolute = influence.with_damping(0.5)
     absolute.attribute(loader, query, store=tmp_path / "run")
     other = TorchComposableInfluence(influence.model, torch.nn.CrossEntropyLoss(), hw.Ekfac(), damping=0.5)
     other.fit([(x * 2, y) for x, y in loader])
-    with pytest.raises(InvalidInput, match="other scores"):
+    with pytest.raises(InvalidInput, match="another run: curvature was"):
         other.attribute(loader, query, store=tmp_path / "run")
     weighted = [TorchBatch(x, y, weights=torch.full((len(y),), 2.0)) for x, y in loader]
     with pytest.raises(InvalidInput, match="other rows"):
@@ -191,7 +192,10 @@ def test_scores_that_could_not_be_written_are_not_there(run, tmp_path, monkeypat
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("headwater.store.scores.os.replace", full)
-    with pytest.raises(OSError, match="No space"):
-        scores.save(tmp_path / "scores.zarr")
-    assert not (tmp_path / "scores.zarr").exists()
+    for step in ("headwater.store.scores.seal_folder", "pathlib.Path.rename"):
+        with monkeypatch.context() as patched:
+            patched.setattr(step, full)
+            with pytest.raises(NotWritten, match=r"scores.zarr could not be written.*No space"):
+                scores.save(tmp_path / "scores.zarr")
+        assert not any(tmp_path.iterdir())
+    scores.save(tmp_path / "scores.zarr")

@@ -7,7 +7,8 @@ HeadwaterError
 │   ├── ShapeMismatch                       an array whose axes do not fit the operator or the block
 │   ├── BlockMismatch                       unknown, missing, doubled or mis-sized blocks
 │   ├── InvalidSetting                      a damping, method, block structure or option that means nothing
-│   └── NonFiniteValue                      NaN or infinity in losses, gradients or curvature
+│   ├── NonFiniteValue                      NaN or infinity in losses, gradients or curvature
+│   └── DamagedFile                         a saved file that is not as it was written, or is not there
 ├── UnsupportedModel (TypeError)            a model, layer or input that cannot be attributed, and why
 │   ├── RowsInteract                        a row's result depends on the other rows of its batch
 │   └── UnsupportedLoss                     a loss or likelihood that has no per-row meaning
@@ -16,6 +17,9 @@ HeadwaterError
 │   └── Diverged                            an iteration ran away; says which step size to try
 ├── NotFittedError (ValueError, AttributeError)
 ├── StaleFit (RuntimeError)                 the weights have changed since `fit`
+├── NotSaved (FileNotFoundError)            there is nothing saved under that name
+├── NotWritten (OSError)                    a file could not be written: a full disk, a folder that is read-only
+│   └── AlreadySaved (FileExistsError)      there is something of that name already
 ├── NotConverged (UserWarning)              a warning: solves missed their tolerance
 └── MissingExtra (ImportError)              an optional package is not installed
 """
@@ -57,6 +61,10 @@ class NonFiniteValue(InvalidInput):
     """NaN or infinity where a number is needed."""
 
 
+class DamagedFile(InvalidInput):
+    """A saved file that is not as it was written, or is not there."""
+
+
 class UnsupportedModel(HeadwaterError, TypeError):
     """A model, layer or input that cannot be attributed."""
 
@@ -91,6 +99,18 @@ class StaleFit(HeadwaterError, RuntimeError):
 
 class RulesChanged(StaleFit):
     """Gradients take another form than those that a fit was made of: layer rules turned out not to hold. Fit again."""
+
+
+class NotSaved(HeadwaterError, FileNotFoundError):
+    """There is nothing saved under that name."""
+
+
+class NotWritten(HeadwaterError, OSError):
+    """A file could not be written."""
+
+
+class AlreadySaved(NotWritten, FileExistsError):
+    """There is something of that name already."""
 
 
 class NotConverged(HeadwaterError, UserWarning):

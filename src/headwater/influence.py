@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 ByBlock = OrderedDict[str, Array]
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
-SAVED_FORMAT = 1
+SAVED_FORMAT = 2
 """Of the folders that `save` writes."""
 
 
@@ -431,32 +431,30 @@ class ComposableInfluence(ABC, Generic[TensorType]):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Keep what `fit` found in a folder: JSON, and arrays as safetensors; no code, no pickle. For `load`.
 
-        Errors: NotFittedError; StaleFit; FileExistsError; InvalidSetting for hw.Lissa and hw.Astra, whose fit is made
-        of train rows.
+        Errors: NotFittedError; StaleFit; AlreadySaved; NotWritten, of a full disk for example; InvalidSetting for
+        hw.Lissa and hw.Astra, whose fit is made of train rows.
         """
         from headwater.store.folder import write_folder
 
         self.check_weights()
         parts = take_apart(self.curvature)
-        write_folder(path, {**self._identity(), "rows": self.n_train, **parts.description}, parts.arrays)
+        write_folder(path, {**self.identity(), "rows": self.n_train, **parts.description}, parts.arrays)
 
     @_in_own_precision
     def load(self, path: str | os.PathLike[str], loader: Iterable[Any] | None = None) -> Self:
         """What `save` kept, in place of `fit`: for the same model, weights, blocks and method; damping is free.
 
         loader: the train rows that were fitted, for methods that read them at every solve (hw.Cg, hw.BlockKrylov,
-        hw.Dual, hw.DataInf, hw.Trak(dimension=None)). Errors: FileNotFoundError; StaleFit if weights are others
-        now; BlockMismatch; InvalidSetting for another method or loss; NotFittedError, later, if rows are needed
-        and were not given; BatchMismatch, later, for other rows.
+        hw.Dual, hw.DataInf, hw.Trak(dimension=None)). Errors: NotSaved; DamagedFile, naming the file, where something
+        is not as it was written; StaleFit if weights are others now; BlockMismatch; InvalidSetting for another method,
+        loss or architecture; NotFittedError, later, if rows are needed and were not given; BatchMismatch, later, for
+        other rows.
         """
         from headwater.store.folder import read_folder
 
         saved, arrays = read_folder(path)
         if loader is not None:  # a provider that has seen rows knows the parts of its blocks
             next(batches(self.provider, self.as_loader(loader), "first rows"))
-        missing = [name for name in (*self._identity(), "rows", "operators", "shared") if name not in saved]
-        if missing:
-            raise InvalidInput(f"{path} is not whole: it has no {', '.join(missing)}.")
         self._check_identity(saved, str(path))
         rows = None if loader is None else self.as_loader(loader)
         curvature = put_together(TakenApart(saved, arrays), self.provider, self._like(), rows)
@@ -469,8 +467,8 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         """Some array of the model's: its framework and device."""
         return self.source.parameters(next(iter(self.source.layouts)))
 
-    def _identity(self) -> dict[str, Any]:
-        """What a saved fit belongs to, as JSON has it."""
+    def identity(self) -> dict[str, Any]:
+        """What a saved fit, or a stored run, belongs to, as JSON has it: method, loss, model, blocks and weights."""
         blocks = {
             name: {"parameters": [[p.name, list(p.shape)] for p in layout.block.parameters]}
             | {"parts": [list(part.shape) for part in layout.parts]}
@@ -480,21 +478,30 @@ class ComposableInfluence(ABC, Generic[TensorType]):
             "format": SAVED_FORMAT,
             "method": self.method.describe(),
             "loss": list(self.source.settings()),
+            "architecture": self.source.architecture,
             "blocks": blocks,
             "fingerprint": _listed(self.provider.fingerprint()),
         }
 
     def _check_identity(self, saved: Mapping[str, Any], path: str) -> None:
-        mine = self._identity()
+        mine = self.identity()
         if saved.get("format") != SAVED_FORMAT:
-            raise InvalidInput(f"{path} has format {saved.get('format')!r}; this version reads {SAVED_FORMAT}.")
+            raise InvalidInput(
+                f"{path} has format {saved.get('format')!r}; this version reads {SAVED_FORMAT}. Fit again, and save."
+            )
+        missing = [name for name in (*mine, "rows", "operators", "shared") if name not in saved]
+        if missing:
+            raise InvalidInput(f"{path} is not whole: it has no {', '.join(missing)}. Fit again, and save.")
+        rows = saved["rows"]
+        if not isinstance(rows, (int, float)) or isinstance(rows, bool) or not 0 < rows < float("inf"):
+            raise InvalidInput(f"{path} says that it was fitted on {rows!r} rows. Fit again, and save.")
         if saved["blocks"] != mine["blocks"]:
             raise BlockMismatch(
                 f"{path} was fitted with the blocks {list(saved['blocks'])}; here they are {list(mine['blocks'])}, or "
                 "their parameters have other shapes, or other parts. If these are known only once rows were seen, "
                 "load(path, loader) shows some."
             )
-        for name in ("method", "loss"):
+        for name in ("method", "loss", "architecture"):
             if saved[name] != mine[name]:
                 raise InvalidSetting(f"{path} was fitted with {name} {saved[name]}; here it is {mine[name]}.")
         if saved["fingerprint"] != mine["fingerprint"]:

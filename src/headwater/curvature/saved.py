@@ -177,6 +177,8 @@ class _Unpacker:
         if "like" in value:
             return namespace(self.like).astype(self.like[:0], _dtype(self.like, value["like"]))
         if "array" in value:
+            if value["array"] not in self.found.arrays:
+                raise InvalidInput(f"The saved fit has no array {value['array']!r}, which it speaks of.")
             values = self.found.arrays[value["array"]]
             return values if value["dtype"] == "host" else as_like(values, self.like, _dtype(self.like, value["dtype"]))
         if "layout" in value:
@@ -188,7 +190,10 @@ class _Unpacker:
     def _object(self, value: dict[str, Any]) -> Any:
         if value["class"] not in CLASSES:
             raise InvalidInput(f"The saved fit has an operator of the class {value['class']!r}; this is not known.")
-        return CLASSES[value["class"]](**{name: self.unpack(item) for name, item in value.items() if name != "class"})
+        kind = CLASSES[value["class"]]
+        if value.keys() != {"class", *ARGUMENTS[kind]}:
+            raise InvalidInput(f"The saved fit has a {value['class']} of {sorted(value)}; expected {ARGUMENTS[kind]}.")
+        return kind(**{name: self.unpack(item) for name, item in value.items() if name != "class"})
 
     def _rows(self, entry: dict[str, Any], loader: Iterable[Any]) -> RowDraws:
         source = RowDraws(self.provider, loader, entry["kind"], entry["fisher"], entry["seed"], progress=False)

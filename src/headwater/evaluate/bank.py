@@ -6,32 +6,35 @@
 
 A bank is a folder: `recipe.json` says what was asked, `plan.npz` which rows and seeds, and `runs/` has a file for each
 run that is complete, so that a bank that was stopped goes on where it was. A full bank can be packed into one file.
-Banks of different recipes are never mixed.
+Banks of different recipes are never mixed. All files are sealed (`headwater.store.seal`): what is damaged, or was put
+in another's place, is refused by name. A run whose file is lost is run again.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import IO, Any, Self
-from zipfile import BadZipFile
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from headwater.errors import InvalidInput, InvalidSetting, ShapeMismatch
+from headwater.errors import DamagedFile, InvalidInput, InvalidSetting, NotSaved, ShapeMismatch
 from headwater.evaluate.checks import Floats, check_whole, query_outputs
 from headwater.positions import row_groups
 from headwater.progress import track
+from headwater.store.draft import is_draft, remove_dead, told, write_new, write_whole
+from headwater.store.seal import open_bytes, seal_bytes, sealed, unsealed
 
 Measure = Callable[[NDArray[np.int64], int], ArrayLike]
 """(rows kept, seed) -> outputs [q] of the model trained on them."""
@@ -41,6 +44,12 @@ Place = tuple[int, int]
 """(subset, run)."""
 FAILURES = 3
 """Runs that may fail before no other is begun."""
+RECIPE, PLAN, PACKED = "recipe.json", "plan.npz", "packed.npz"
+RUN_AGAIN = "Remove it; what it held is then run again."
+RECIPE_LOST = (
+    "Choose another folder, or take a copy that is whole. A bank of an older version is sealed as it is by "
+    "headwater.evaluate.bank.adopt(path)."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +194,8 @@ class Bank:
             self.recipe = json.loads(json.dumps(dict(recipe), allow_nan=False))
         except (TypeError, ValueError) as error:
             raise InvalidInput(f"The recipe must be JSON (text, finite numbers, lists, dicts): {error}") from error
-        self._check()
+        self._digest = self._check()
+        self._keep_plan()
         self.outputs = np.full((*plan.seeds.shape, self.queries), np.nan)
         """[m, r, q]."""
         self._done = np.zeros(plan.seeds.shape, dtype=bool)
@@ -195,18 +205,20 @@ class Bank:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
-        """The bank in a folder, whatever its recipe. Errors: FileNotFoundError; InvalidInput for what is no bank."""
-        file = Path(path) / "recipe.json"
+        """The bank in a folder, whatever its recipe. Errors: NotSaved; DamagedFile; InvalidInput if it is no bank."""
+        file = Path(path) / RECIPE
         if not file.exists():
-            raise FileNotFoundError(f"{path} holds no bank: there is no {file.name} in it.")
-        asked = _json(file)
+            raise NotSaved(f"{path} holds no bank: there is no {file.name} in it.")
+        asked, seal = unsealed(file, remedy=RECIPE_LOST)
         if not {"recipe", "rows", "queries"} <= asked.keys():
             raise InvalidInput(f"{file} is no recipe of a bank: it has {sorted(asked)}.")
-        kept = _loaded(Path(path) / "plan.npz")
+        remedy = "Open the bank with its plan, Bank(path, plan, ...), which writes it again."
+        kept = _loaded(Path(path) / PLAN, f"{seal['digest']}/{PLAN}", remedy)
         plan = Plan(np.unpackbits(kept["keep"], axis=1, count=int(asked["rows"])).astype(bool), kept["seeds"])
         return cls(path, plan, asked["queries"], asked["recipe"])
 
-    def _check(self) -> None:
+    def _check(self) -> str:
+        """The digest of the recipe, to which all other files belong."""
         asked = {
             "recipe": self.recipe,
             "rows": int(self.plan.keep.shape[1]),
@@ -215,30 +227,46 @@ class Bank:
             "alpha": self.plan.alpha,
             "plan": zlib.crc32(self.plan.keep.tobytes() + self.plan.seeds.astype(np.int64).tobytes()),
         }
-        file = self.path / "recipe.json"
+        file = self.path / RECIPE
         if not file.exists():
             found = self.path.iterdir() if self.path.exists() else ()
-            if any(each.name != "plan.npz" and each.suffix != ".draft" for each in found):
+            if any(each.name != PLAN and not is_draft(each.name) for each in found):
                 raise InvalidInput(f"{self.path} is not empty and holds no bank; choose another folder.")
-            self.path.mkdir(parents=True, exist_ok=True)
-            with _draft(self.path / "plan.npz") as draft:
-                np.savez_compressed(draft, keep=np.packbits(self.plan.keep, axis=1), seeds=self.plan.seeds)
-            with _draft(file) as draft:
-                draft.write(json.dumps(asked, indent=1).encode())
-            return
-        known = _json(file)
+            with told(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+            write_new(file, json.dumps(sealed(asked), indent=1).encode())
+        known, seal = unsealed(file, remedy=RECIPE_LOST)
         different = [name for name in asked if known.get(name) != asked[name]]
         if different:
             said = "; ".join(f"{name} was {known.get(name)!r}, now {asked[name]!r}" for name in different)
             raise InvalidInput(f"{self.path} is a bank of another recipe: {said}. Choose another folder.")
+        for folder in (self.path, self.path / "runs"):
+            remove_dead(folder)
+        return str(seal["digest"])
+
+    def _keep_plan(self) -> None:
+        """Beside the recipe, for `open`; again where it was lost."""
+        try:
+            open_bytes(self.path / PLAN, self._place(PLAN), "")
+        except DamagedFile:
+            self._write(PLAN, keep=np.packbits(self.plan.keep, axis=1), seeds=self.plan.seeds)
+
+    def _place(self, name: str) -> str:
+        """Where a file belongs: it cannot be another bank's, or another run's."""
+        return f"{self._digest}/{name}"
+
+    def _write(self, name: str, **arrays: NDArray[Any]) -> None:
+        content = io.BytesIO()
+        np.savez_compressed(content, allow_pickle=False, **arrays)
+        write_whole(self.path / name, seal_bytes(content.getvalue(), self._place(name)))
 
     def _file(self, place: Place) -> Path:
-        return self.path / "runs" / f"{place[0]}-{place[1]}.npy"
+        return self.path / _run_name(place)
 
     def _read_packed(self) -> None:
-        file = self.path / "packed.npz"
+        file = self.path / PACKED
         if file.exists():
-            packed = _loaded(file)
+            packed = _loaded(file, self._place(PACKED), RUN_AGAIN)
             shapes = {name: np.shape(packed.get(name)) for name in ("done", "outputs")}
             if shapes != {"done": self._done.shape, "outputs": self.outputs.shape}:
                 raise InvalidInput(f"{file} has {shapes}; expected outputs {self.outputs.shape}, and which are done.")
@@ -247,9 +275,10 @@ class Bank:
 
     def _read(self, place: Place) -> bool:
         """Whether the run is there, from now on in memory too."""
-        if not self._file(place).exists():
+        file = self._file(place)
+        if not file.exists():
             return False
-        self._take(place, _loaded(self._file(place)), self._file(place))
+        self._take(place, _loaded(file, self._place(_run_name(place)), RUN_AGAIN), file)
         return True
 
     def _take(self, place: Place, outputs: ArrayLike, file: Path) -> None:
@@ -257,9 +286,11 @@ class Bank:
         self._done[place] = True
 
     def _keep(self, place: Place, outputs: Floats) -> None:
-        self._file(place).parent.mkdir(exist_ok=True)
-        with _draft(self._file(place)) as draft:
-            np.save(draft, outputs)
+        with told(self.path):
+            self._file(place).parent.mkdir(exist_ok=True)
+        content = io.BytesIO()
+        np.save(content, outputs, allow_pickle=False)
+        write_whole(self._file(place), seal_bytes(content.getvalue(), self._place(_run_name(place))))
         self.outputs[place], self._done[place] = outputs, True
 
     @property
@@ -319,16 +350,12 @@ class Bank:
         self._read_packed()
         for place in self.plan.places:
             self._read(place)
-        with _draft(self.path / "packed.npz") as packed:
-            np.savez_compressed(packed, outputs=self.outputs, done=self._done)
+        self._write(PACKED, outputs=self.outputs, done=self._done)
         for place in self.plan.places:
             self._file(place).unlink(missing_ok=True)
-        if (self.path / "runs").exists():
-            for subset, run in np.argwhere(self._done):
-                for draft in (self.path / "runs").glob(f"{subset}-{run}.npy.*.draft"):
-                    draft.unlink()
-            with suppress(OSError):  # another process may be writing
-                (self.path / "runs").rmdir()
+        remove_dead(self.path / "runs")
+        with suppress(OSError):  # another process may be writing
+            (self.path / "runs").rmdir()
         return self
 
     def _name(self, place: Place) -> str:
@@ -384,33 +411,39 @@ class _Here(Executor):
         return future
 
 
-@contextmanager
-def _draft(file: Path) -> Iterator[IO[bytes]]:
-    """A file that is there whole, or not at all."""
-    draft = file.with_name(f"{file.name}.{os.getpid()}.draft")
+def _run_name(place: Place) -> str:
+    return f"runs/{place[0]}-{place[1]}.npy"
+
+
+def _loaded(file: Path, place: str, remedy: str) -> Any:
+    """An array, or a dict of arrays. Errors: DamagedFile, naming the file, where it is not what was written here."""
+    found = np.load(io.BytesIO(open_bytes(file, place, remedy)), allow_pickle=False)
+    return found if isinstance(found, np.ndarray) else dict(found)
+
+
+def adopt(path: str | os.PathLike[str]) -> None:
+    """Seal a bank that was filled before there were seals, as it is: nothing tells whether its files are whole.
+
+    Runs can be expensive; a bank that is read on and on should be adopted once, and watched from then on. Errors:
+    NotSaved; InvalidInput for a bank that is sealed already, or a file that NumPy cannot read.
+    """
+    folder = Path(path)
+    recipe = folder / RECIPE
+    if not recipe.exists():
+        raise NotSaved(f"{path} holds no bank: there is no {recipe.name} in it.")
+    contents = {}
     try:
-        with draft.open("wb") as written:
-            yield written
-        os.replace(draft, file)
-    except BaseException as error:
-        draft.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(f"{file} could not be written: {error}") from error
-        raise
-
-
-def _loaded(file: Path) -> Any:
-    """An array, or a dict of arrays. Errors: InvalidInput, naming the file, where it is not whole."""
-    try:
-        with file.open("rb") as opened:
-            found = np.load(opened)
-            return found if isinstance(found, np.ndarray) else dict(found)
-    except (ValueError, EOFError, BadZipFile, zlib.error) as error:
-        raise InvalidInput(f"{file} cannot be read ({error}). Without it, what it held is run again.") from error
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read_text()))
-    except (TypeError, ValueError) as error:
-        raise InvalidInput(f"{file} cannot be read: {error}") from error
+        asked = dict(json.loads(recipe.read_bytes()))
+        for name in (PLAN, PACKED, *(f"runs/{file.name}" for file in sorted((folder / "runs").glob("*.npy")))):
+            if (folder / name).exists():
+                contents[name] = (folder / name).read_bytes()
+                read = np.load(io.BytesIO(contents[name]), allow_pickle=False)
+                _ = read if isinstance(read, np.ndarray) else dict(read)
+    except Exception as error:  # whatever damage makes NumPy raise
+        raise InvalidInput(f"{folder} cannot be read as a bank: {error}") from error
+    if "seal" in asked:
+        raise InvalidInput(f"{folder} is sealed already.")
+    closed = sealed(asked)
+    for name, content in contents.items():
+        write_whole(folder / name, seal_bytes(content, f"{closed['seal']['digest']}/{name}"))
+    write_whole(recipe, json.dumps(closed, indent=1).encode())

@@ -165,6 +165,10 @@ class EnsembleProvider(ProviderView):
         """All members' gradients are held together."""
         return max(1, min(member.rows_at_once(batch) for member in self.members) // len(self.members))
 
+    @property
+    def architecture(self) -> str:
+        return ", ".join(dict.fromkeys(member.architecture for member in self.members))
+
 
 def _sum(arrays: Sequence[Array]) -> Array:
     total = arrays[0]

@@ -181,6 +181,11 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
         return ()
 
     @property
+    def architecture(self) -> str:
+        """What besides its weights decides what the model computes, in words; empty where nothing is known of it."""
+        return ""
+
+    @property
     def normalisation(self) -> str | None:
         """How the loss treats several rows ("mean", "sum", "none", ...), if that is known."""
         return None

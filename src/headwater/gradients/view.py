@@ -118,6 +118,10 @@ class ProviderView(StructuredGradientProvider[Any, Any]):
         return self.plain.settings()
 
     @property
+    def architecture(self) -> str:
+        return self.plain.architecture
+
+    @property
     def form(self) -> int:
         return self.plain.form
 

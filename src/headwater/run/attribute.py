@@ -12,12 +12,15 @@ import numpy as np
 from headwater.arrays import to_numpy
 from headwater.curvature.passes import as_batch, batches
 from headwater.errors import BatchMismatch, InvalidSetting
-from headwater.gradients.provider import StructuredGradientProvider
+from headwater.gradients.provider import BlockGradients, StructuredGradientProvider
 from headwater.influence import ComposableInfluence, Queries, Sides, stack_queries
-from headwater.operators.iterative import joined, recorded_solves
+from headwater.operators.iterative import joined, recorded_solves, unrecorded_solves
 from headwater.run.diagnosis import RunSums, diagnosis_of, meets_the_loss
 from headwater.store.scores import UNIT_IN_WORDS, Extremes, Running, Scores
-from headwater.store.tiles import TileStore
+from headwater.store.tiles import TileStore, Where, place_of
+
+PROBE_ROWS, PROBE_QUERIES = 8, 64
+"""Of the scores that a stored run is known by."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,15 @@ def attribute(
         queries, query_ids, query_keys = _queries(influence, query_loader, progress)
     kept = None
     if store is not None:
-        kept = TileStore(store, _identity(influence, unit, by_block, query_ids, query_keys))
+        identity = _identity(influence, unit, by_block, query_ids, query_keys)
+        kept = TileStore(store, identity, _tolerance(influence, solved=bool(joined(log))))
     sums = RunSums(influence.provider, kept) if meets_the_loss(influence) else None
     try:
         tiles = list(_tiles(influence, queries, train_loader, unit, by_block, progress, kept, sums))
     finally:
         if sums is not None:
             sums.keep()
+    seen = None if sums is None else sums.finished(lambda: _places(influence, train_loader, progress))
     solves = joined(log)
     return Scores(
         values=np.concatenate([tile.total for tile in tiles], axis=1),
@@ -76,7 +81,7 @@ def attribute(
         coverage=influence.provider.coverage_fraction,
         residuals={name: solve.residual for name, solve in solves.items()} or None,
         calibration=influence.calibration,
-        diagnosis=diagnosis_of(influence, None if sums is None else sums.finished(), solves),
+        diagnosis=diagnosis_of(influence, seen, solves),
     )
 
 
@@ -127,18 +132,47 @@ def _queries(
 def _identity(
     influence: ComposableInfluence, unit: str, by_block: bool, query_ids: np.ndarray, query_keys: np.ndarray
 ) -> dict[str, Any]:
-    """What makes two stored runs the same."""
+    """What makes two stored runs the same, in words; `TileStore.probe` sees what words do not tell.
+
+    What was fitted is known by the mean eigenvalue of each block's curvature, and by the damping.
+    """
+    fit = influence.identity()
     return {
-        "method": influence.method.describe(),
+        **{name: fit[name] for name in ("method", "loss", "architecture", "blocks")},
+        "weights": fit["fingerprint"],
+        "dtype": influence.provider.dtype,
+        "curvature": {name: float(op.mean_eigenvalue()) for name, op in influence.curvature.items()},
         "damping": influence.absolute_damping,
-        "weights": influence.provider.fingerprint(),
-        "n_train": influence.n_train,
+        "n_train": float(influence.n_train),
         "explained": influence.explained,
         "unit": unit,
         "by_block": by_block,
         "query_ids": query_ids.tolist(),
         "query_rows": query_keys.tolist(),
     }
+
+
+def _tolerance(influence: ComposableInfluence, solved: bool) -> float:
+    """How far scores may be off, relative to the largest, when the same thing is fitted and solved again."""
+    rounding = {"bfloat16": 0.1, "float16": 0.02}.get(influence.provider.dtype, 1e-4)
+    return max(rounding, 1e-3) if solved else rounding
+
+
+def _probe(influence: ComposableInfluence, queries: Queries, batch: Any) -> np.ndarray:
+    """Scores of seeded queries on a batch's rows, each with the weight of one, so that none hides: [block, query, row].
+
+    The first rows of the first batch: those that a call in smaller batches has in its first batch too.
+    """
+    with unrecorded_solves():
+        by_block = queries.scores(influence.provider.grads(batch, weighted=False))
+    found = np.stack([to_numpy(scores) for scores in by_block.values()])
+    return found[:, np.random.default_rng(0).permutation(found.shape[1])[:PROBE_QUERIES]]
+
+
+def _places(influence: ComposableInfluence, loader: Iterable[Any], progress: bool) -> Iterator[tuple[Where, Any]]:
+    """The run's tiles, and their batches."""
+    for batch, _, start in _named_batches(influence.provider, loader, "train gradients", progress):
+        yield place_of(start, influence.provider.content_keys(batch)), batch
 
 
 def _tiles(
@@ -156,32 +190,30 @@ def _tiles(
     The gradients of what is computed are added to `sums`.
     """
     scale, names = _scale(influence, unit), influence.block_names if by_block else ["all"]
-    trusted = False
+
+    def compute(batch: Any) -> tuple[np.ndarray, BlockGradients]:
+        grads = influence.provider.grads(batch)
+        scores = list(queries.scores(grads).values())
+        blocks = scores if by_block else [sum(scores[1:], scores[0])]
+        return np.stack([to_numpy(block) for block in blocks]) * scale, grads
+
+    grads: BlockGradients | None
     for batch, ids, start in _named_batches(influence.provider, train_loader, "train scores", progress):
-        where = (start, start + len(batch))
-
-        def compute(batch: Any = batch, where: tuple[int, int] | None = where) -> np.ndarray:
-            grads = influence.provider.grads(batch)
-            scores = list(queries.scores(grads).values())
-            if sums is not None and where is not None:
-                sums.add(where, batch, grads)
-            blocks = scores if by_block else [sum(scores[1:], scores[0])]
-            return np.stack([to_numpy(block) for block in blocks]) * scale
-
         if store is None:
-            tile = compute()
+            tile, grads = compute(batch)
+            if sums is not None:
+                sums.add(batch, grads)
         else:
             keys = influence.provider.content_keys(batch)
+            if start == 0:
+                few = slice(0, PROBE_ROWS)
+                store.probe(keys[few], _probe(influence, queries, batch.take(few)))
             found = store.read(start, keys)
+            tile, grads = compute(batch) if found is None else (found, None)
             if found is None:
-                store.write(start, keys, tile := compute())
-            else:
-                tile = found
-                if not trusted:
-                    store.check(tile[:, :, :1], compute(batch.take(slice(0, 1)), None))
-                    trusted = True
-                if sums is not None:
-                    sums.skip(where)
+                store.write(start, keys, tile)
+            if sums is not None:
+                sums.meet(place_of(start, keys), batch, grads)
         yield Tile(dict(zip(names, tile, strict=True)), ids)
 
 

@@ -11,7 +11,8 @@ tr Cov = (sum w |g|^2 / W - |mean|^2) W / (W - 1): a row of weight 2 counts as t
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from time import monotonic
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,15 +32,15 @@ from headwater.operators.sketch import estimate_spectra
 from headwater.operators.spectrum import Spectrum
 from headwater.status import BlockStatus, status_of
 from headwater.store.diagnosis import BlockDiagnosis, Diagnosis, Stationarity
-from headwater.store.tiles import TileStore
+from headwater.store.tiles import TileStore, Where
 
 AT_ONCE = 512
 """The largest matrix that is diagonalised for a diagnosis which nobody asked for."""
 PROBES, STEPS = 8, 24
 """Random vectors that estimate effective degrees of freedom, and products with each of them."""
 
-Where = tuple[int, int]
-"""A tile's rows: from, to."""
+PAUSE = 30.0
+"""Seconds between two times that a run's sums are kept, at least."""
 
 
 # The mean gradient ----------------------------------------------------------------------------------------------------
@@ -144,40 +145,61 @@ def _unweighted(squares: Array, weights: Array | None) -> float:
 
 
 class RunSums:
-    """Gradient sums of one run; where it has a store, together with those of the calls that were stopped before."""
+    """Gradient sums over the tiles of one run; where it has a store, those that stopped calls left there are used.
+
+    Every tile that is met counts once: its gradients are added up now, unless sums in the store hold the same rows.
+    """
 
     def __init__(self, provider: StructuredGradientProvider, store: TileStore | None):
         self.sums = GradientSums(provider)
         self._store = store
         self._fresh: set[Where] = set()
-        self._found: set[Where] = set()
+        self._met: set[Where] = set()
         self._saved = None if store is None else store.read_sums()
+        self._pause, self._kept_at = PAUSE, monotonic()
 
-    def add(self, where: Where, batch: Any, grads: BlockGradients) -> None:
-        """A tile that is computed now. Sums kept before are no use if they have some of its rows, but not by itself."""
+    def add(self, batch: Any, grads: BlockGradients) -> None:
+        """A batch of a run without a store."""
         self.sums.add(batch, grads)
-        self._fresh.add(where)
-        if self._saved and any(start < where[1] and where[0] < stop for start, stop in self._saved[0]):
-            self._saved = None
 
-    def skip(self, where: Where) -> None:
-        """A tile that comes from the store."""
-        self._found.add(where)
+    def meet(self, where: Where, batch: Any, grads: BlockGradients | None = None) -> None:
+        """A tile of a run with a store. grads: its gradients, where they are at hand."""
+        self._met.add(where)
+        if self._saved and where in self._saved[0]:
+            return
+        if self._saved and any(start < where[1] and where[0] < stop for start, stop, _ in self._saved[0]):
+            self._saved = None  # they hold some of its rows, which cannot be told from the others in a sum
+        self._fresh.add(where)
+        self.sums.add(batch, self.sums.provider.grads(batch) if grads is None else grads)
+        if monotonic() - self._kept_at > self._pause:
+            self.keep()
 
     def keep(self) -> None:
         """Into the store, for a call that goes on from here."""
         if self._store is None or not self._fresh:
             return
+        begun = monotonic()
         tiles, arrays = set(self._fresh), self.sums.arrays()
         if self._saved:
             tiles |= self._saved[0]
             arrays = {name: value + self._saved[1][name] for name, value in arrays.items()}
         self._store.write_sums(tiles, arrays)
+        self._kept_at = monotonic()
+        self._pause = max(PAUSE, 100 * (self._kept_at - begun))  # so that it costs one per cent of a run at most
 
-    def finished(self) -> GradientSums | None:
-        """Of the rows of this run that were met, now or before; None if there are none."""
-        if self._saved and self._saved[0] <= self._found:
+    def finished(self, again: Callable[[], Iterable[tuple[Where, Any]]]) -> GradientSums | None:
+        """Of all rows of the run; None if there are none. again: its tiles and their batches once more, where needed.
+
+        They are if sums were left in the store that turned out to be no use, after tiles had been met that they hold.
+        """
+        if self._saved and self._saved[0] <= self._met:
             self.sums.add_arrays(self._saved[1])
+        elif self._met - self._fresh:
+            self._saved = None
+            for where, batch in again():
+                if where in self._met - self._fresh:
+                    self.meet(where, batch)
+            self.keep()
         return self.sums if self.sums.weight > 0 else None
 
 

@@ -121,7 +121,7 @@ class Diagnosis:
     rows: float
     """Rows that were fitted, each counted with its weight."""
     rows_seen: float
-    """Rows whose gradients `stationarity` is about: those of the train loader, unless some scores came from a store."""
+    """Rows whose gradients `stationarity` is about: those of the train loader, met now or by a stopped call before."""
     blocks: Mapping[str, BlockDiagnosis] = field(default_factory=dict)
     stationarity: Stationarity | None = None
     """Of all blocks together; None where the train gradients of the loss were not met."""

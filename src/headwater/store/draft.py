@@ -1,30 +1,142 @@
-"""A folder that is written whole or not at all."""
+"""Files and folders that are written whole or not at all.
+
+What is being written has another name beside the one that it will take: a draft. Its name says which process writes it,
+so that drafts of processes that were killed are known, and removed by whoever writes beside them next.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+import secrets
 import shutil
-import tempfile
+import socket
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from headwater.errors import AlreadySaved, NotWritten
+
+HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
+TOKEN = secrets.token_hex(4)
+"""Of this process, beside its number: a container that starts again gives the same numbers to other processes."""
+NAMED = re.compile(r"\..*\.([0-9a-f]{8})-([0-9]+)-([0-9a-f]{8})-[0-9a-f]{8}\.draft")
 
 
 @contextmanager
 def draft(path: str | os.PathLike[str]) -> Iterator[Path]:
     """An empty folder beside `path`, which takes its name when all went well and is removed when not.
 
-    Errors: FileExistsError if there is something of that name already.
+    Errors: AlreadySaved if there is something of that name already; NotWritten, of a full disk for example.
     """
     wanted = Path(path)
-    if wanted.exists():
-        raise FileExistsError(f"{wanted} exists; remove it, or choose another name.")
-    wanted.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=wanted.parent, prefix=f".{wanted.name}-"))
+    with told(wanted):
+        if wanted.exists():
+            raise _there(wanted)
+        wanted.parent.mkdir(parents=True, exist_ok=True)
+        remove_dead(wanted.parent)
+        folder = draft_of(wanted)
+        try:
+            folder.mkdir()
+            yield folder
+            try:
+                folder.rename(wanted)
+            except OSError:
+                if wanted.exists():  # another process was quicker
+                    raise _there(wanted) from None
+                raise
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """In place of what was there. Errors: NotWritten."""
+    with told(file), _drafted(file, content) as written:
+        os.replace(written, file)
+
+
+def write_new(file: Path, content: bytes) -> bool:
+    """Whether this call made the file: of several at once, in any processes, one does. Errors: NotWritten."""
+    with told(file), _drafted(file, content) as written:
+        try:
+            os.link(written, file)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without links: it may be seen before it is whole, but is made once
+            try:
+                with open(file, "xb") as opened:
+                    opened.write(content)
+            except FileExistsError:
+                return False
+    return True
+
+
+@contextmanager
+def _drafted(file: Path, content: bytes) -> Iterator[Path]:
+    written = draft_of(file)
     try:
-        folder.chmod(0o755)
-        yield folder
-        folder.rename(wanted)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        with open(written, "xb") as opened:
+            opened.write(content)
+            opened.flush()
+            os.fsync(opened.fileno())
+        yield written
+    finally:
+        with suppress(OSError):
+            written.unlink(missing_ok=True)
+
+
+@contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Errors: NotWritten in place of what the system says, with the path and what to do."""
+    try:
+        yield
+    except NotWritten:
         raise
+    except OSError as error:
+        found = NotWritten(
+            f"{path} could not be written: {error}. Nothing of it was kept; make room, or choose a folder that can be "
+            "written to, and call again."
+        )
+        found.errno = error.errno
+        raise found from error
+
+
+def draft_of(file: Path) -> Path:
+    """A new name beside it for what becomes it."""
+    return file.with_name(f".{file.name[:100]}.{HOST}-{os.getpid()}-{TOKEN}-{secrets.token_hex(4)}.draft")
+
+
+def remove_dead(folder: Path) -> None:
+    """Remove what processes of this machine that are no more left half-written in the folder."""
+    if os.name != "posix" or not folder.is_dir():  # elsewhere, asking whether a process lives may end it
+        return
+    for entry in list(folder.iterdir()):
+        named = NAMED.fullmatch(entry.name)
+        if named and named[1] == HOST and not _lives(int(named[2]), named[3]):
+            if entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                with suppress(OSError):
+                    entry.unlink()
+
+
+def is_draft(name: str) -> bool:
+    return NAMED.fullmatch(name) is not None
+
+
+def _lives(pid: int, token: str) -> bool:
+    if pid == os.getpid():
+        return token == TOKEN
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # it is someone else's
+        return True
+    return True
+
+
+def _there(path: Path) -> AlreadySaved:
+    return AlreadySaved(f"{path} exists; remove it, or choose another name.")

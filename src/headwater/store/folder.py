@@ -12,8 +12,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from headwater.errors import InvalidInput
+from headwater.errors import DamagedFile, NotSaved
 from headwater.store.draft import draft
+from headwater.store.seal import SAVE_AGAIN, check_folder, seal_folder
 
 DESCRIPTION, ARRAYS = "fit.json", "arrays.safetensors"
 
@@ -21,21 +22,23 @@ DESCRIPTION, ARRAYS = "fit.json", "arrays.safetensors"
 def write_folder(
     path: str | os.PathLike[str], description: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
 ) -> None:
-    """Whole or not at all. Errors: FileExistsError if there is one already; OSError, of a full disk for example."""
+    """Whole or not at all. Errors: AlreadySaved if there is one; NotWritten, of a full disk for example."""
     with draft(path) as folder:
         try:
             save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / ARRAYS)
         except SafetensorError as error:
-            raise OSError(f"{path} could not be written: {error}") from error
-        (folder / DESCRIPTION).write_text(json.dumps(description, indent=1))
+            raise OSError(str(error)) from error
+        (folder / DESCRIPTION).write_text(json.dumps(description))
+        seal_folder(folder, DESCRIPTION)
 
 
 def read_folder(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What `write_folder` wrote. Errors: FileNotFoundError; InvalidInput for files that are not whole."""
+    """What `write_folder` wrote. Errors: NotSaved; DamagedFile for files that are not as they were written."""
     folder = Path(path)
-    if not (folder / DESCRIPTION).is_file() or not (folder / ARRAYS).is_file():
-        raise FileNotFoundError(f"{path} is no saved fit: it needs {DESCRIPTION} and {ARRAYS}.")
+    if not (folder / DESCRIPTION).is_file() and not (folder / ARRAYS).is_file():
+        raise NotSaved(f"{path} is no saved fit: it needs {DESCRIPTION} and {ARRAYS}.")
+    description = check_folder(folder, DESCRIPTION)
     try:
-        return json.loads((folder / DESCRIPTION).read_text()), load_file(folder / ARRAYS)
-    except (ValueError, SafetensorError) as error:
-        raise InvalidInput(f"{path} cannot be read: {error}") from error
+        return description, load_file(folder / ARRAYS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DamagedFile(f"{folder / ARRAYS} cannot be read ({error}). {SAVE_AGAIN}") from error

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from headwater.errors import InvalidInput, InvalidSetting, ShapeMismatch
+from headwater.errors import InvalidInput, InvalidSetting, NotSaved, ShapeMismatch
 from headwater.evaluate.calibration import Calibration
 from headwater.store.diagnosis import Diagnosis
 from headwater.store.draft import draft
+from headwater.store.seal import check_folder, seal_folder
 
 if TYPE_CHECKING:
     import xarray
@@ -22,11 +24,19 @@ UNIT_IN_WORDS = {
     "removal": "predicted increase of the query's {of} when the train row is removed",
 }
 SIGN_IN_WORDS = "positive: the train row helps (it lowers the query's {of})"
+HEAD = "zarr.json"
+"""The file of saved scores whose attributes hold the seal of all."""
 
 
 def _check_labels(values: np.ndarray, query_ids: np.ndarray, train_ids: np.ndarray) -> None:
     if values.shape != (len(query_ids), len(train_ids)):
         raise ShapeMismatch(f"The scores are {values.shape}, for {len(query_ids)} queries and {len(train_ids)} rows.")
+
+
+def _check_distinct(scores: Scores) -> None:
+    for what, ids in (("query", scores.query_ids), ("train", scores.train_ids)):
+        if len(np.unique(ids)) < len(ids):
+            raise InvalidInput(f"The {what} ids are not distinct: {len(ids)} rows have {len(np.unique(ids))} names.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,17 +114,42 @@ class Scores:
         return running.extremes()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to a zarr folder, whole or not at all. Errors: FileExistsError if there is one already."""
+        """Write to a zarr folder, whole or not at all, with checksums of all its files.
+
+        Errors: AlreadySaved if there is one; NotWritten, of a full disk for example; InvalidInput for ids that are not
+        distinct.
+        """
+        from zarr.codecs import Crc32cCodec, ZstdCodec
+
+        _check_distinct(self)
         data = self.to_xarray()
         data.attrs["blocks"] = list(self.by_block or ())
         data.attrs["solved_blocks"] = list(self.residuals or ())
         with draft(path) as folder:
             plain = data.drop_vars(["block", "solved_block"], errors="ignore")
-            plain.to_zarr(folder, mode="w", consolidated=False)
+            # The seal serves this library; with a checksum in each chunk others notice a flipped bit too.
+            encoding = {name: {"compressors": (ZstdCodec(), Crc32cCodec())} for name in plain.variables}
+            plain.to_zarr(folder, mode="w", consolidated=False, encoding=encoding)
+            seal_folder(folder, HEAD, "attributes")
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Scores:
-        """Read what `save` wrote."""
+        """Read what `save` wrote.
+
+        Errors: NotSaved if there is nothing; DamagedFile, naming the file, where something is not as it was written.
+        """
+        if not Path(path).exists():
+            raise NotSaved(f"There are no scores at {path}.")
+        check_folder(Path(path), HEAD, "attributes")
+        try:
+            found = cls._read(path)
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            raise InvalidInput(f"{path} is whole, but holds no scores that this version can read: {error}") from error
+        _check_distinct(found)
+        return found
+
+    @classmethod
+    def _read(cls, path: str | os.PathLike[str]) -> Scores:
         import xarray as xr
 
         with xr.open_zarr(path, consolidated=False) as data:

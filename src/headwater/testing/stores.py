@@ -22,7 +22,7 @@ class TileStoreLike(Protocol):
 
     def write(self, start: int, keys: np.ndarray, tile: np.ndarray) -> None: ...
 
-    def check(self, stored: np.ndarray, fresh: np.ndarray) -> None: ...
+    def probe(self, keys: np.ndarray, scores: np.ndarray) -> None: ...
 
 
 class TileStoreContract(Contract):
@@ -82,8 +82,20 @@ class TileStoreContract(Contract):
 
     def test_scores_that_come_out_otherwise_are_refused(self) -> None:
         with self.folder() as path:
-            _, tile = self.tile()
+            keys, tile = self.tile()
+            self.open_store(path, {"run": 1}).probe(keys, tile)
             store = self.open_store(path, {"run": 1})
-            store.check(tile, tile * (1 + 1e-6))
-            with self.refuses(InvalidInput, "other scores"):
-                store.check(tile, tile * 1.1)
+            store.probe(keys, tile * (1 + 1e-6))
+            store.probe(keys[:2], tile[..., :2])
+            for scores in (tile * 1.1, np.where(np.arange(5) == 3, np.nan, tile)):
+                with self.refuses(InvalidInput, "other scores"):
+                    self.open_store(path, {"run": 1}).probe(keys, scores)
+            with self.refuses(InvalidInput, "other rows"):
+                store.probe(keys + np.uint64(1), tile)
+
+    def test_numbers_that_differ_by_rounding_are_the_same_run(self) -> None:
+        with self.folder() as path:
+            keys, tile = self.tile()
+            self.open_store(path, {"damping": {"a": 0.1}}).write(0, keys, tile)
+            found = self.open_store(path, {"damping": {"a": 0.1 * (1 + 1e-8)}}).read(0, keys)
+            np.testing.assert_array_equal(found, tile)

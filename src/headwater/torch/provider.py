@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
@@ -181,6 +182,13 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
 
     def settings(self) -> tuple[str, ...]:
         return tuple(in_words(value) for value in (self.loss, self.measurement, self.likelihood))
+
+    @property
+    def architecture(self) -> str:
+        """A checksum of what the model prints as, and of its modules' forward passes where they are not torch's."""
+        kinds = {type(m): None for m in self.model.modules() if not type(m).__module__.startswith("torch.")}
+        said = re.sub("0x[0-9a-f]+", "", repr(self.model)) + "".join(in_words(kind.forward) for kind in kinds)
+        return f"{type(self.model).__name__} #{zlib.crc32(said.encode())}"
 
     @property
     def normalisation(self) -> str | None:
