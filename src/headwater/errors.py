@@ -7,7 +7,8 @@ HeadwaterError
 │   ├── ShapeMismatch                       an array whose axes do not fit the operator or the block
 │   ├── BlockMismatch                       unknown, missing, doubled or mis-sized blocks
 │   ├── InvalidSetting                      a damping, method, block structure or option that means nothing
-│   └── NonFiniteValue                      NaN or infinity in losses, gradients or curvature
+│   ├── NonFiniteValue                      NaN or infinity in losses, gradients, curvature or scores
+│   └── RowsNotFitted (UserWarning)         train rows that are not the fit's: a warning, or refused
 ├── UnsupportedModel (TypeError)            a model, layer or input that cannot be attributed, and why
 │   ├── RowsInteract                        a row's result depends on the other rows of its batch
 │   └── UnsupportedLoss                     a loss or likelihood that has no per-row meaning
@@ -19,6 +20,10 @@ HeadwaterError
 ├── NotConverged (UserWarning)              a warning: solves missed their tolerance
 └── MissingExtra (ImportError)              an optional package is not installed
 """
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class HeadwaterError(Exception):
@@ -50,7 +55,19 @@ class InvalidSetting(InvalidInput):
 
 
 class NonFiniteValue(InvalidInput):
-    """NaN or infinity where a number is needed."""
+    """NaN or infinity where a number is needed.
+
+    rows: positions in the batch that was at hand; a pass over a loader adds which batch that was, and sets `placed`.
+    """
+
+    def __init__(self, message: str, rows: Sequence[int] = ()):
+        super().__init__(message)
+        self.rows = tuple(rows)
+        self.placed = False
+
+
+class RowsNotFitted(InvalidInput, UserWarning):
+    """Train rows that are not those of the fit: given as a warning, and raised where their removal is forecast."""
 
 
 class UnsupportedModel(HeadwaterError, TypeError):

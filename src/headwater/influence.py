@@ -19,7 +19,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, Self
 
 from headwater.arrays import Array, namespace, transpose
-from headwater.curvature.passes import batches
+from headwater.curvature.known_rows import LoadersSeen, RowMemory
+from headwater.curvature.passes import KnownRows, Unpack, Unpacked, check_loader, first_batch, plain_words
+from headwater.curvature.places import located
 from headwater.curvature.saved import TakenApart, moved, put_together, take_apart
 from headwater.errors import (
     BatchMismatch,
@@ -148,6 +150,8 @@ class Fitted:
     rows: float
     fingerprint: tuple
     device: Any = None
+    keys: np.ndarray | None = None
+    """What the rows are known by (`RowKeys.fitted`), sorted: uint64; None where that was not kept."""
 
 
 class ComposableInfluence(ABC, Generic[TensorType]):
@@ -162,6 +166,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         method: Method,
         *,
         damping: Damping | Mapping[str, Damping] | None = None,
+        unpack: Unpack | None = None,
     ):
         if not isinstance(method, Method):
             raise InvalidInput(f"method is {method!r}; expected settings such as hw.Ekfac() or hw.Direct().")
@@ -173,13 +178,23 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         self._calibration: Calibration | None = None
         self._fitted: Fitted | None = None
         self._mapper: InfluenceMapper | None = None
+        self._unpack = unpack
+        self._loaders = LoadersSeen()
 
     # Fitting ------------------------------------------------------------------------------------------------------
 
     def fit(self, loader: Iterable[Any], *, progress: bool = False) -> Self:
-        """Learn the curvature of the mean loss over the loader's rows; it gives (x, y) or batches, repeatably."""
-        curvature, rows = self.method.fit(self.provider, self.as_loader(loader), progress)
-        self._keep(Fitted(curvature, rows, self.provider.fingerprint(), self.source.device))
+        """Learn the curvature of the mean loss over the loader's rows; it gives (x, y) or batches, repeatably.
+
+        Errors: BatchMismatch, naming batch and row, if a later pass over the loader gives other rows than the first.
+        """
+        rows = KnownRows(self.source, self._read_as(loader, "train"))
+        with located():
+            curvature, weight = self.method.fit(self.provider, rows, progress)
+        device = self.source.device
+        self._keep(Fitted(curvature, weight, self.provider.fingerprint(), device, rows.memory.fitted))
+        self._loaders = LoadersSeen()
+        self._loaders.keep(loader, rows.memory)
         self._calibration = None
         return self
 
@@ -190,6 +205,32 @@ class ComposableInfluence(ABC, Generic[TensorType]):
     def as_loader(self, loader: Iterable[Any]) -> Iterable[Any]:
         """What is read of a collection of rows: itself; a framework's subclass may take other things than batches."""
         return loader
+
+    def _read_as(self, loader: Iterable[Any], role: str) -> Iterable[Any]:
+        """A user's loader, as it is read: its items unpacked, and in the framework's way. Errors: InvalidInput."""
+        if isinstance(loader, KnownRows):
+            return self.as_loader(loader)
+        if self._unpack is not None:
+            check_loader(loader, role)
+            loader = Unpacked(loader, self._unpack)
+        return self.as_loader(loader)
+
+    def train_rows(self, loader: Iterable[Any]) -> KnownRows:
+        """A loader of train rows for a run; the same object gives the same rows as when it was last read."""
+        if isinstance(loader, KnownRows):
+            return loader
+        return KnownRows(self.source, self._read_as(loader, "train"), "train", self._loaders.memory(loader))
+
+    def query_rows(self, loader: Iterable[Any]) -> KnownRows:
+        """A loader of query rows for a run."""
+        return (
+            loader if isinstance(loader, KnownRows) else KnownRows(self.source, self._read_as(loader, "query"), "query")
+        )
+
+    @property
+    def fitted_keys(self) -> np.ndarray | None:
+        """What the fitted rows are known by, sorted (see `RowKeys`); None where that is not known."""
+        return self._need_fit().keys
 
     @property
     def is_fitted(self) -> bool:
@@ -336,8 +377,8 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
     @contextmanager
     def _recorded(self) -> Iterator[None]:
-        """Keep the solves of what is done inside, in `solves`."""
-        with recorded_solves() as log:
+        """Keep the solves of what is done inside, in `solves`; errors of passes say where they are."""
+        with recorded_solves() as log, located():
             try:
                 yield
             finally:
@@ -369,12 +410,14 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
         saved, arrays = read_folder(path)
         if loader is not None:  # a provider that has seen rows knows the parts of its blocks
-            next(batches(self.provider, self.as_loader(loader), "first rows"))
+            first_batch(self.provider, self._read_as(loader, "train"))
         missing = [name for name in (*self._identity(), "rows", "operators", "shared") if name not in saved]
         if missing:
             raise InvalidInput(f"{path} is not whole: it has no {', '.join(missing)}.")
         self._check_identity(saved, str(path))
-        rows = None if loader is None else self.as_loader(loader)
+        rows = (
+            None if loader is None else KnownRows(self.source, self._read_as(loader, "train"), memory=RowMemory(None))
+        )
         curvature = put_together(TakenApart(saved, arrays), self.provider, self._like(), rows)
         self._keep(Fitted(curvature, saved["rows"], self.provider.fingerprint(), self.source.device))
         return self
@@ -513,7 +556,8 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
     def _batch(self, x: Any, y: Any, what: str) -> Any:
         try:
-            return self.provider.as_batch(x, y)
+            with plain_words(x, y):
+                return self.provider.as_batch(x, y)
         except BatchMismatch as error:
             raise BatchMismatch(f"{what}: {error}") from None
 
@@ -539,7 +583,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
         options: dict[str, Any] = {"unit": unit, "by_block": by_block, "store": store, "progress": progress}
         with self._recorded():
-            return attribute(self, self.as_loader(train_loader), self.as_loader(query_loader), **options)
+            return attribute(self, self.train_rows(train_loader), self.query_rows(query_loader), **options)
 
     def top(
         self,
@@ -554,7 +598,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         from headwater.run.attribute import top
 
         with self._recorded():
-            train, query = self.as_loader(train_loader), self.as_loader(query_loader)
+            train, query = self.train_rows(train_loader), self.query_rows(query_loader)
             return top(self, train, query, k, unit=unit, progress=progress)
 
     def self_influence(self, train_loader: Iterable[Any], *, progress: bool = False) -> np.ndarray:
@@ -562,7 +606,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         from headwater.run.attribute import self_influence
 
         with self._recorded():
-            return self_influence(self, self.as_loader(train_loader), progress=progress)
+            return self_influence(self, self.train_rows(train_loader), progress=progress)
 
     def removal(
         self,
@@ -580,7 +624,8 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         from headwater.run.removal import removal
 
         with self._recorded():
-            return removal(self, self.as_loader(train_loader), self.as_loader(query_loader), groups, progress=progress)
+            train, query = self.train_rows(train_loader), self.query_rows(query_loader)
+            return removal(self, train, query, groups, progress=progress)
 
     def calibrate(
         self,
@@ -610,10 +655,11 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         """
         from headwater.run.calibrate import calibrate, in_unit
 
-        train = self.as_loader(train_loader)
-        query = None if query_loader is None else self.as_loader(query_loader)
         options: dict[str, Any] = {"dampings": dampings, "by_block": by_block, "subsets": subsets, "seed": seed}
-        found = calibrate(self, train, query, bank, **options, progress=progress)
+        with located():
+            train = self.train_rows(train_loader)
+            query = None if query_loader is None else self.query_rows(query_loader)
+            found = calibrate(self, train, query, bank, **options, progress=progress)
         other = self.with_damping({name: in_unit(amount, found.unit) for name, amount in found.chosen.items()})
         other._calibration = found
         return other
@@ -637,7 +683,9 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         from headwater.run.verify import verify
 
         options: dict[str, Any] = {"rows": rows, "queries": queries, "seed": seed, "tolerance": tolerance}
-        return verify(self, self.as_loader(train_loader), self.as_loader(query_loader), **options, progress=progress)
+        with located():
+            train, query = self.train_rows(train_loader), self.query_rows(query_loader)
+            return verify(self, train, query, **options, progress=progress)
 
     def audit(
         self,
@@ -661,7 +709,9 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         from headwater.run.audit import audit
 
         options: dict[str, Any] = {"queries": queries, "k": k, "level": level, "tolerance": tolerance, "seed": seed}
-        return audit(self, self.as_loader(train_loader), self.as_loader(query_loader), **options, progress=progress)
+        with located():
+            train, query = self.train_rows(train_loader), self.query_rows(query_loader)
+            return audit(self, train, query, **options, progress=progress)
 
     def diagnose(self, train_loader: Iterable[Any], *, progress: bool = False) -> Diagnosis:
         """What gives reason to doubt the scores: weights that are no minimum, negative curvature, missed solves, ...
@@ -672,7 +722,8 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         """
         from headwater.run.diagnosis import diagnose
 
-        return diagnose(self, self.as_loader(train_loader), progress=progress)
+        with located():
+            return diagnose(self, self.train_rows(train_loader), progress=progress)
 
     def effective_dof(
         self, dampings: Sequence[Damping] | None = None, *, probes: int = 8, seed: int = 0

@@ -18,7 +18,7 @@ import numpy as np
 
 from headwater.arrays import Array, identity, itemsize, namespace, working_memory_limit
 from headwater.curvature.exact import Curvature, check_kind
-from headwater.curvature.passes import batches, positive_weight, total_weight
+from headwater.curvature.passes import batches, first_batch, known_rows, positive_weight, total_weight
 from headwater.errors import BatchMismatch, NonFiniteValue
 from headwater.gradients.draws import DrawsProduct, squared_norms
 from headwater.gradients.provider import BlockGradients, Fisher, StructuredGradientProvider
@@ -122,7 +122,7 @@ class RowDraws:
     @cached_property
     def like(self) -> Array:
         """Some array of the provider's: its framework, dtype and device."""
-        first = next(batches(self.provider, self.loader, self.label))
+        first = first_batch(self.provider, self.loader)
         return next(iter(self.provider.grads(first).values())).like
 
     @property
@@ -258,6 +258,7 @@ def fit_steps(
     Each epoch puts the rows into a random order by their keys, and takes them in turn; a rest too small is left.
     Errors: BatchMismatch if the second pass over the loader gives the rows in another order than the first.
     """
+    loader = known_rows(provider, loader)
     keys = np.concatenate([provider.row_keys(batch) for batch in batches(provider, loader, "rows of the steps")])
     rows = min(rows, len(keys))
     step_of = np.full((steps * rows, 2), -1)  # (row, step), in any order

@@ -103,7 +103,8 @@ def check_finite(losses: Any, rows: int) -> None:
         bad = np.flatnonzero(~np.isfinite(values))[:5].tolist()
         raise NonFiniteValue(
             f"The loss is not finite for rows {bad} of this batch (values {[float(values[k]) for k in bad]}): "
-            "look for NaN or infinity in these inputs, or for a row without any target."
+            "look for NaN or infinity in these inputs, or for a row without any target.",
+            bad,
         )
 
 

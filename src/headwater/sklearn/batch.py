@@ -55,5 +55,10 @@ def _rows(value: Any, rows: slice | np.ndarray) -> Any:
     return value.iloc[rows] if hasattr(value, "iloc") else value[rows]
 
 
+def bad_rows(values: np.ndarray) -> list[int]:
+    """The first few rows with NaN or infinity in them."""
+    return np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(axis=1))[:5].tolist()
+
+
 class FeatureBatch(SklearnBatch):
     """Rows as the linear model meets them: x [n, features] in float64, y as numbers; see `LinearModel.encode`."""

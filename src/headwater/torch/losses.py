@@ -121,7 +121,8 @@ def check_finite(losses: torch.Tensor) -> None:
         bad = (~torch.isfinite(losses)).nonzero()[:, 0].tolist()
         raise NonFiniteValue(
             f"The loss is not finite for rows {bad[:5]} of this batch (values {[float(losses[k]) for k in bad[:5]]}): "
-            "look for NaN or infinity in these inputs, or for a row without any target."
+            "look for NaN or infinity in these inputs, or for a row without any target.",
+            bad,
         )
 
 
