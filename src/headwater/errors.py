@@ -29,6 +29,9 @@ from collections.abc import Sequence
 class HeadwaterError(Exception):
     """Root of the tree."""
 
+    placed = False
+    """Whether a pass over a loader has added which batch it is about."""
+
 
 class InvalidInput(HeadwaterError, ValueError):
     """Something you passed cannot be used."""
@@ -57,13 +60,12 @@ class InvalidSetting(InvalidInput):
 class NonFiniteValue(InvalidInput):
     """NaN or infinity where a number is needed.
 
-    rows: positions in the batch that was at hand; a pass over a loader adds which batch that was, and sets `placed`.
+    rows: positions in the batch that was at hand; a pass over a loader adds which batch that was.
     """
 
     def __init__(self, message: str, rows: Sequence[int] = ()):
         super().__init__(message)
         self.rows = tuple(rows)
-        self.placed = False
 
 
 class RowsNotFitted(InvalidInput, UserWarning):

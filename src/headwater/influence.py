@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, Self
 
 from headwater.arrays import Array, namespace, transpose
-from headwater.curvature.known_rows import LoadersSeen, RowMemory
+from headwater.curvature.known_rows import LoadersSeen
 from headwater.curvature.passes import KnownRows, Unpack, Unpacked, check_loader, first_batch, plain_words
 from headwater.curvature.places import located
 from headwater.curvature.saved import TakenApart, moved, put_together, take_apart
@@ -178,6 +178,8 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         self._calibration: Calibration | None = None
         self._fitted: Fitted | None = None
         self._mapper: InfluenceMapper | None = None
+        if unpack is not None and not callable(unpack):
+            raise InvalidInput(f"unpack is {unpack!r:.60}; expected a function: batch -> x, y[, ids, weights].")
         self._unpack = unpack
         self._loaders = LoadersSeen()
 
@@ -415,9 +417,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         if missing:
             raise InvalidInput(f"{path} is not whole: it has no {', '.join(missing)}.")
         self._check_identity(saved, str(path))
-        rows = (
-            None if loader is None else KnownRows(self.source, self._read_as(loader, "train"), memory=RowMemory(None))
-        )
+        rows = None if loader is None else KnownRows(self.source, self._read_as(loader, "train"))
         curvature = put_together(TakenApart(saved, arrays), self.provider, self._like(), rows)
         self._keep(Fitted(curvature, saved["rows"], self.provider.fingerprint(), self.source.device))
         return self

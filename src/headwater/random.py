@@ -76,8 +76,8 @@ def row_digests(columns: list[Any]) -> np.ndarray:
     """A 64-bit key for each row, as `row_keys`, at a tenth of its cost: for telling rows apart, not for random draws.
 
     The words w of a row, 32 bits each, are summed with random factors: sum_i w_i a_i modulo 2^64. Two rows that differ
-    have the same sum with a probability of 2^-32 at most, whatever they are (multilinear hashing: Lemire and Kaser 2014,
-    arXiv 1202.4961), and of 2^-64 where the lowest bits of some word differ.
+    have the same sum with a probability of 2^-32 at most, whatever they are, and of 2^-64 where the lowest bits of some
+    word differ. Source: multilinear hashing; Lemire and Kaser 2014, arXiv 1202.4961.
     """
     total = np.zeros(len(columns[0]), dtype=np.uint64)
     for number, column in enumerate(columns):

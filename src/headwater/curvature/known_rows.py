@@ -131,7 +131,9 @@ class RowMemory:
             same = keys.among(self._saved)
         if not same.all():
             row = int(np.argmin(same))
-            raise BatchMismatch(f"{place.row(row)}: {self._why(keys, place, row)} {REMEDY}")
+            error = BatchMismatch(f"{place.row(row)}: {self._why(keys, place, row)} {REMEDY}")
+            error.placed = True
+            raise error
 
     def _why(self, keys: RowKeys, place: Place, row: int) -> str:
         if self._saved is not None and not self.is_complete:

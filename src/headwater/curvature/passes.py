@@ -9,8 +9,8 @@ from typing import Any, Generic, TypeVar
 
 from headwater.arrays import is_array, namespace, precise
 from headwater.curvature.known_rows import RowKeys, RowMemory
-from headwater.curvature.places import Place, here, move_to, place_error
-from headwater.errors import BatchMismatch, InvalidInput, NonFiniteValue
+from headwater.curvature.places import Place, here, move_to, raise_at
+from headwater.errors import BatchMismatch, InvalidInput
 from headwater.gradients.provider import StructuredGradientProvider
 from headwater.progress import track
 from headwater.types import Batch
@@ -74,6 +74,7 @@ class KnownRows(Iterable[Any]):
 
         A built-in collection does not shuffle, and a loader that was read before is compared with that.
         """
+        check_loader(self.source, self.role)
         if self.memory.is_empty and not isinstance(self.source, (list, tuple)):
             first = next(_whole_batches(self.provider, self.source, self.role), None)
             if first is not None and (keys := RowKeys.of(self.provider, first[1])).ids is None:
@@ -106,18 +107,20 @@ def read(provider: StructuredGradientProvider, loader: Iterable[Any], what: str,
     source: Iterable[Any] = loader if known is None else known.source
     check_loader(source, role)
     outer, found = here(), []
+    move_to(None)  # the loader's own errors are its own
     for place, batch in _whole_batches(provider, track(source, what, show), role):
+        move_to(place)  # what is asked of the provider now is about this batch
         keys = None if known is None else known.compared(provider, batch, place)
         if keys is not None:
             found.append(keys)
-        move_to(place)  # what is asked of the provider now is about this batch
         for rows, piece in _pieces(provider, batch):
-            part = replace(place, offset=rows.start)
+            part = replace(place, offset=rows.start) if rows.start else place
             move_to(part)
             yield Piece(piece, part, None if keys is None else keys.take(rows))
-        move_to(outer)  # the loader's own errors are its own
+        move_to(None)
     if known is not None and found:
         known.memory.end(found, role)
+    move_to(outer)
 
 
 def again(pieces: Iterable[Piece], what: str, show: bool = False) -> Iterator[Piece]:
@@ -154,11 +157,8 @@ def _placed_batch(provider: StructuredGradientProvider, item: Any, place: Place)
     """Errors: as `as_batch`, naming the place."""
     try:
         return as_batch(provider, item)
-    except NonFiniteValue as error:
-        place_error(error, place)
-        raise
-    except InvalidInput as error:
-        error.args = (f"{place}: {error}",)
+    except Exception as error:
+        raise_at(error, place)
         raise
 
 
@@ -249,14 +249,12 @@ def described(value: Any) -> str:
 
 def as_batch(provider: StructuredGradientProvider, item: Any) -> Batch | None:
     """One item of a loader: a Batch, (x, y), or what `unpack` made of it. None if it has no rows."""
-    if isinstance(item, Batch) and len(item):
-        return provider.as_batch(item.x, item.y) if type(item) is Batch else item
-    if isinstance(item, Batch):
-        return None
-    if isinstance(item, Columns):
+    if isinstance(item, Columns) or type(item) is Batch:
         batch = _pair(provider, item.x, item.y)
-        extra = {name: column for name, column in (("ids", item.ids), ("weights", item.weights)) if column is not None}
+        extra = {name: column for name in ("ids", "weights") if (column := getattr(item, name, None)) is not None}
         return replace(batch, **extra) if batch is not None and extra else batch
+    if isinstance(item, Batch):
+        return item if len(item) else None
     if isinstance(item, (tuple, list)) and len(item) == 2:
         return _pair(provider, *item)
     raise InvalidInput(
@@ -267,7 +265,11 @@ def as_batch(provider: StructuredGradientProvider, item: Any) -> Batch | None:
 
 def _pair(provider: StructuredGradientProvider, x: Any, y: Any) -> Batch | None:
     with plain_words(x, y):
-        return provider.as_batch(x, y) if len(Batch(x, y)) else None
+        batch = provider.as_batch(x, y) if len(Batch(x, y)) else None
+        for name, value in (("x", x), ("y", y)):
+            if batch is not None and isinstance(getattr(batch, name), list):
+                raise InvalidInput(_why_no_batch(name, value) or f"{name} is a list; pass an array.")
+        return batch
 
 
 def _unpack_example(item: Any) -> str:

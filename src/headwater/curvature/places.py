@@ -11,10 +11,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-from headwater.errors import HeadwaterError, InvalidInput, NonFiniteValue
+from headwater.errors import BatchMismatch, HeadwaterError, InvalidInput, NonFiniteValue, ShapeMismatch
 
 RAW = (RuntimeError, TypeError, ValueError, IndexError)
 """What frameworks raise for inputs of another shape, dtype or device."""
+ABOUT_ROWS = (InvalidInput, BatchMismatch, ShapeMismatch, NonFiniteValue)
+"""What is raised for rows; their subclasses are about settings, blocks or modes."""
 
 
 @dataclass(frozen=True)
@@ -58,30 +60,30 @@ def move_to(place: Place | None) -> None:
 
 @contextmanager
 def located() -> Iterator[None]:
-    """Errors of passes inside say where: values that are not finite, and what a framework raises by itself.
+    """Errors of passes inside say where: of values that are not finite, of inputs, and of a framework by itself.
 
     Errors: InvalidInput around a framework's own error, where a pass was at some rows.
     """
     before = _HERE.set(None)
     try:
         yield
-    except NonFiniteValue as error:
-        place_error(error, here())
+    except Exception as error:
+        raise_at(error, here())
         raise
-    except RAW as error:
-        place = here()
-        if place is None or isinstance(error, (HeadwaterError, NotImplementedError, RecursionError)):
-            raise
-        if "OutOfMemory" in type(error).__name__:  # who catches it takes smaller batches: it stays what it is
-            error.add_note(str(place))
-            raise
-        raise InvalidInput(f"{place}: {type(error).__name__}: {error}") from error
     finally:
         _HERE.reset(before)
 
 
-def place_error(error: NonFiniteValue, place: Place | None) -> None:
-    """Say where, once: an error passes through several runs on its way out."""
-    if place is not None and not error.placed:
-        error.args = (f"{place.row(error.rows[0]) if error.rows else place}: {error}",)
-        error.placed = True
+def raise_at(error: Exception, place: Place | None) -> None:
+    """Say where, once: an error passes through several runs on its way out. Errors: as `located`."""
+    if place is None:
+        return
+    if isinstance(error, HeadwaterError):
+        if type(error) in ABOUT_ROWS and not error.placed:
+            row = isinstance(error, NonFiniteValue) and error.rows
+            error.args = (f"{place.row(row[0]) if row else place}: {error}",)
+            error.placed = True
+    elif "OutOfMemory" in type(error).__name__:  # who catches it takes smaller batches: it stays what it is
+        error.add_note(str(place))
+    elif isinstance(error, RAW) and not isinstance(error, (NotImplementedError, RecursionError)):
+        raise InvalidInput(f"{place}: {type(error).__name__}: {error}") from error

@@ -61,7 +61,7 @@ def train_batches(
 
 SWAPPED = " The query rows are: train and query loader are swapped, attribute(train, query)."
 WHICH_ROWS = (
-    "Give the loader that was fitted, without augmentation. The scores of other rows say what adding them would do, and "
+    "Give the rows that were fitted, without augmentation. The scores of other rows say what adding them would do, and "
     "forecast no removal."
 )
 

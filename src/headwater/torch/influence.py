@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
 from headwater.blocks import Structure
-from headwater.curvature.passes import Unpack
+from headwater.curvature.passes import Unpack, Unpacked
 from headwater.errors import InvalidInput, InvalidSetting
 from headwater.gradients.coverage import Coverage
 from headwater.gradients.ensemble import EnsembleProvider
@@ -39,7 +39,7 @@ class TorchComposableInfluence(ComposableInfluence[torch.Tensor]):
     then the mean over them (for hw.TracIn the sum, with learning rates), and the blocks are "0/<block>", "1/<block>",
     ... `model` gives the architecture only: its own present weights are no further checkpoint, and are not changed.
 
-    unpack: makes (x, y[, ids, weights]) of a loader's items, where they have another form: dicts, more than two entries.
+    unpack: makes (x, y[, ids, weights]) of a loader's items, where they have another form (dicts, three entries).
 
     Parameters with requires_grad=False are left out; `coverage` says how much is attributed.
     """
@@ -80,9 +80,10 @@ class TorchComposableInfluence(ComposableInfluence[torch.Tensor]):
 
     def as_loader(self, loader: Iterable[Any]) -> Iterable[Any]:
         """Errors: InvalidInput for a Dataset, which gives single rows."""
-        if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+        source = loader.source if isinstance(loader, Unpacked) else loader
+        if isinstance(source, Dataset) and not isinstance(source, IterableDataset):
             raise InvalidInput(
-                f"A {type(loader).__name__} gives single rows; a loader gives batches: pass DataLoader(dataset, "
+                f"A {type(source).__name__} gives single rows; a loader gives batches: pass DataLoader(dataset, "
                 "batch_size=256), or DataLoader(dataset, batch_size=None) if its items are batches already."
             )
         return loader

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from headwater.errors import HeadwaterError, InvalidInput, NonFiniteValue, UnsupportedLoss
 from headwater.gradients.rowwise import Slopes, is_weighted_sum
+from headwater.gradients.spreading import spread_in_words
 from headwater.torch.batch import quiet
 
 Loss = Callable[[Any, Any], torch.Tensor]
@@ -35,10 +36,22 @@ def row_losses(loss: Loss, output: Any, target: Any) -> torch.Tensor:
         if hasattr(loss, "row_losses"):
             return loss.row_losses(output, target)
         if isinstance(output, torch.Tensor) and isinstance(target, torch.Tensor):
+            _refuse_spreading(loss, output, target)
             found = _torch_row_losses(loss, output, target)
             if found is not None:
                 return found
         return _any_row_losses(loss, output, target)
+
+
+def _refuse_spreading(loss: Loss, output: torch.Tensor, target: torch.Tensor) -> None:
+    """Errors: InvalidInput for torch's losses of terms on shapes that they would spread over one another, and warn."""
+    if output.shape == target.shape:
+        return
+    plain: Any = loss.func if isinstance(loss, partial) else loss
+    if plain in (*_TERMWISE, F.poisson_nll_loss) or isinstance(plain, (*_TERMWISE_MODULES, nn.PoissonNLLLoss)):
+        said = spread_in_words(output.shape, target.shape)
+        if said is not None:
+            raise InvalidInput(said)
 
 
 def _any_row_losses(loss: Loss, output: Any, target: Any) -> torch.Tensor:
@@ -64,8 +77,15 @@ def explain_failure(output: Any, target: Any) -> Iterator[None]:
     except Exception as error:
         raise InvalidInput(
             f"The loss failed: {error} It was called with output {_describe(output)} and target {_describe(target)}; "
-            "a loss is called on batches and on rows alone."
+            f"a loss is called on batches and on rows alone.{_spread(output, target)}"
         ) from error
+
+
+def _spread(output: Any, target: Any) -> str:
+    """What to do about shapes that do not go together, if that is it."""
+    both = isinstance(output, torch.Tensor) and isinstance(target, torch.Tensor)
+    said = spread_in_words(output.shape, target.shape) if both else None
+    return "" if said is None else f" {said}"
 
 
 def _describe(value: Any) -> str:
@@ -127,7 +147,13 @@ def check_finite(losses: torch.Tensor) -> None:
 
 
 def check_loss(loss: Loss) -> None:
-    """Errors: UnsupportedLoss where a row alone means something else than in its batch."""
+    """Errors: UnsupportedLoss where a row alone means something else than in its batch; InvalidInput if it is none."""
+    if isinstance(loss, type) and issubclass(loss, nn.Module):
+        raise InvalidInput(f"The loss is the class {loss.__name__}; pass an instance of it: {loss.__name__}().")
+    if not callable(loss):
+        raise InvalidInput(
+            f"The loss is {loss!r:.60}; expected a function of (output, target), such as torch.nn.CrossEntropyLoss()."
+        )
     plain = loss.func if isinstance(loss, partial) else loss
     options = partial_options(loss)
     if (
@@ -176,7 +202,7 @@ def normalisation(loss: Loss, output: Any, target: Any) -> str:
         return "weighted mean"
     raise UnsupportedLoss(
         "The loss of a batch is no weighted sum of its rows' losses: rows act on each other inside the loss, so a "
-        "row's own gradient has no meaning."
+        f"row's own gradient has no meaning.{_spread(output, target)}"
     )
 
 
