@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import mutations
+import passes_mutations
 import projected_mutations
 import pytest
 import solver_mutations
@@ -33,6 +34,7 @@ GROUPS: dict[str, tuple[tuple[Law, ...], dict[str, tuple[Any, tuple[Law, ...]]]]
             "ensembles": test_ensemble,
             "representers": test_representer,
             "removal": test_removal,
+            "passes": passes_mutations,
         }.items()
     },
 }

@@ -42,7 +42,8 @@ class RowKeys:
     @classmethod
     def of(cls, provider: StructuredGradientProvider, batch: Batch) -> RowKeys:
         ids, weights = getattr(batch, "ids", None), getattr(batch, "weights", None)
-        bare = batch if ids is None and weights is None else replace(batch, ids=None, weights=None)  # type: ignore[call-arg]
+        apart = {name: None for name, column in (("ids", ids), ("weights", weights)) if column is not None}
+        bare = replace(batch, **apart) if apart else batch
         content = weighted = provider.content_keys(bare)
         if weights is not None:
             weighted = row_digests([content, np.asarray(to_numpy(provider.row_weights(batch)), dtype=np.float64)])

@@ -288,8 +288,9 @@ def plain_words(x: Any, y: Any) -> Iterator[None]:
         said = _why_no_batch("x", x) or _why_no_batch("y", y) or _why_one_row(x, y)
         if said is None:
             raise
-        kind = type(error) if isinstance(error, BatchMismatch) else InvalidInput
-        raise kind(said) from error
+        if isinstance(error, BatchMismatch):
+            raise BatchMismatch(said) from error
+        raise InvalidInput(f"{said} {error}") from error
 
 
 def _why_no_batch(name: str, value: Any) -> str | None:

@@ -64,7 +64,14 @@ class HfComposableInfluence(TorchComposableInfluence):
         if batch_size < 1:
             raise InvalidSetting(f"batch_size is {batch_size}; expected at least 1.")
         self._assemble(provide, model, method, damping, checkpoints, unpack)
-        self._rows = Rows(tokenizer, collator, batch_size, self._hf_provider.takes, self._hf_provider.task.padding)
+        self._rows = Rows(
+            tokenizer,
+            collator,
+            batch_size,
+            self._hf_provider.takes,
+            self._hf_provider.task.padding,
+            bool(self._hf_provider.task.ahead),
+        )
 
     @property
     def _hf_provider(self) -> HfGradientProvider:
