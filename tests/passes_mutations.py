@@ -84,8 +84,10 @@ def scores_that_overflow_are_refused() -> None:
 
 
 def targets_that_are_spread_are_refused() -> None:
-    made = TorchComposableInfluence(nn.Linear(4, 1).double(), nn.MSELoss(reduction="none"), hw.GradDot())
-    _refused("shapes", InvalidInput, "(N, 1)", lambda: made.fit([(X, X[:, 0])]).influences(X, X[:, 0]))
+    """By a loss that says nothing about it."""
+    made = TorchComposableInfluence(nn.Linear(4, 1).double(), nn.PoissonNLLLoss(reduction="none"), hw.GradDot())
+    y = X[:, 0].abs()
+    _refused("shapes", InvalidInput, "(N, 1)", lambda: made.fit([(X, y)]).influences(X, y))
 
 
 def unpacked_items_are_what_unpack_says() -> None:

@@ -394,3 +394,24 @@ def test_what_unpack_cannot_do_is_said():
         influence(unpack=lambda b: (1, 2, 3, 4, 5)).fit(TRAIN)
     with pytest.raises(InvalidInput, match="unpack is 'x'; expected a function"):
         influence(unpack="x")
+
+
+# Saved fits -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [hw.Ekfac(), hw.Cg(curvature="hessian"), hw.Dual()])
+def test_a_saved_fit_knows_which_rows_were_fitted(method, tmp_path):
+    expected = influence(method).fit(TRAIN)
+    expected.save(tmp_path / "fit")
+    loaded = influence(method).load(tmp_path / "fit", batches(size=12))
+    found = loaded.attribute(batches(size=5), QUERIES, unit="removal")
+    assert np.allclose(found.values, expected.attribute(TRAIN, QUERIES, unit="removal").values)
+    with pytest.raises(RowsNotFitted, match="Train row 0"):
+        loaded.attribute(QUERIES, QUERIES, unit="removal")
+
+
+@pytest.mark.parametrize("rows", [TRAIN[:2], [*TRAIN, TRAIN[0]], CHANGES["augments"]])
+def test_a_saved_fit_that_reads_rows_refuses_others(rows, tmp_path):
+    influence(hw.Cg(curvature="hessian")).fit(TRAIN).save(tmp_path / "fit")
+    with pytest.raises(BatchMismatch, match="other rows than those that were fitted and saved"):
+        influence(hw.Cg(curvature="hessian")).load(tmp_path / "fit", rows).influences(XQ, YQ)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, Self
 
 from headwater.arrays import Array, namespace, transpose
-from headwater.curvature.known_rows import LoadersSeen
+from headwater.curvature.known_rows import LoadersSeen, RowMemory
 from headwater.curvature.passes import KnownRows, Unpack, Unpacked, check_loader, first_batch, plain_words
 from headwater.curvature.places import located
 from headwater.curvature.saved import TakenApart, moved, put_together, take_apart
@@ -59,6 +59,8 @@ ByBlock = OrderedDict[str, Array]
 
 SAVED_FORMAT = 1
 """Of the folders that `save` writes."""
+ROW_KEYS = "keys of the rows"
+"""Beside the curvature's arrays in such a folder."""
 
 
 class InfluenceMapper(BlockMapper[Array, Any]):
@@ -398,7 +400,8 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
         self.check_weights()
         parts = take_apart(self.curvature)
-        write_folder(path, {**self._identity(), "rows": self.n_train, **parts.description}, parts.arrays)
+        keys = {} if self.fitted_keys is None else {ROW_KEYS: self.fitted_keys}
+        write_folder(path, {**self._identity(), "rows": self.n_train, **parts.description}, parts.arrays | keys)
 
     def load(self, path: str | os.PathLike[str], loader: Iterable[Any] | None = None) -> Self:
         """What `save` kept, in place of `fit`: for the same model, weights, blocks and method; damping is free.
@@ -417,9 +420,13 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         if missing:
             raise InvalidInput(f"{path} is not whole: it has no {', '.join(missing)}.")
         self._check_identity(saved, str(path))
-        rows = None if loader is None else KnownRows(self.source, self._read_as(loader, "train"))
+        keys = arrays.get(ROW_KEYS)  # None in folders from before they were kept: then nothing is known of the rows
+        rows = None
+        if loader is not None:
+            rows = KnownRows(self.source, self._read_as(loader, "train"), memory=RowMemory(keys))
         curvature = put_together(TakenApart(saved, arrays), self.provider, self._like(), rows)
-        self._keep(Fitted(curvature, saved["rows"], self.provider.fingerprint(), self.source.device))
+        self._keep(Fitted(curvature, saved["rows"], self.provider.fingerprint(), self.source.device, keys))
+        self._loaders = LoadersSeen()
         return self
 
     def _like(self) -> Array:

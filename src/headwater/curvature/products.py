@@ -68,9 +68,6 @@ class RowDraws:
         """Whether all rows turned out to have draws, at the last full pass that asked for them."""
         self.weight = 0.0
         """The rows' total weight, at the last full pass."""
-        self.checksum: int | None = None
-        """Of all rows' content, whatever their order and batches; from the first full pass."""
-        self._known = False
         self._fits = keep and kind != "hessian"
 
     @property
@@ -83,14 +80,12 @@ class RowDraws:
             yield from self._kept
             return
         kept: list[Rows] = []
-        weight, complete, checksum = 0.0, with_draws, 0
+        weight, complete = 0.0, with_draws
         room = KEPT_SHARE * working_memory_limit()
         for batch in batches(self.provider, self.loader, self.label, self.progress):
             draws = self._draws(batch) if with_draws else None
             rows = Rows(batch, draws, self.provider.row_weights(batch), total_weight(self.provider, batch))
             weight, complete = weight + rows.total, complete and draws is not None
-            if not self._known:
-                checksum += int(self.provider.content_keys(batch).sum(dtype=np.uint64))
             room -= size_of(draws)
             self._fits &= draws is not None and room >= 0
             if with_draws and self._fits:
@@ -98,19 +93,11 @@ class RowDraws:
             else:
                 kept.clear()
             yield rows
-        if not self._known:
-            self._know(checksum % 2**64)
         self.weight = weight
         if with_draws:
             self.has_draws = complete
         if with_draws and self._fits:
             self._kept = kept
-
-    def _know(self, checksum: int) -> None:
-        """Errors: BatchMismatch where a saved fit was made of other rows."""
-        if self.checksum not in (None, checksum):
-            raise BatchMismatch("The loader gives other rows than those that were fitted and saved.")
-        self.checksum, self._known = checksum, True
 
     def _draws(self, batch: Batch) -> list[BlockGradients] | None:
         if self.kind == "hessian":
@@ -273,7 +260,7 @@ def fit_steps(
     pieces: list[list[Batch]] = [[] for _ in range(steps)]
     start = 0
     for batch in batches(provider, loader, "rows of the steps"):
-        if not np.array_equal(provider.row_keys(batch), keys[start : start + len(batch)]):
+        if not np.array_equal(provider.row_keys(batch), keys[start : start + len(batch)]):  # rows with ids may move
             raise BatchMismatch("The loader gives other rows, or another order, than at first; pass shuffle=False.")
         inside = step_of[(step_of[:, 0] >= start) & (step_of[:, 0] < start + len(batch))]
         for step in np.unique(inside[:, 1]):
