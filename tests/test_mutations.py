@@ -13,6 +13,7 @@ import file_mutations
 import losses_mutations
 import mutations
 import numerics_mutations
+import passes_mutations
 import projected_mutations
 import pytest
 import solver_mutations
@@ -41,6 +42,7 @@ GROUPS: dict[str, tuple[tuple[Law, ...], dict[str, tuple[Any, tuple[Law, ...]]]]
             "removal": test_removal,
             "losses": losses_mutations,
             "files": file_mutations,
+            "passes": passes_mutations,
         }.items()
     },
 }

@@ -7,7 +7,8 @@ HeadwaterError
 │   ├── ShapeMismatch                       an array whose axes do not fit the operator or the block
 │   ├── BlockMismatch                       unknown, missing, doubled or mis-sized blocks
 │   ├── InvalidSetting                      a damping, method, block structure or option that means nothing
-│   ├── NonFiniteValue                      NaN or infinity in losses, gradients or curvature
+│   ├── NonFiniteValue                      NaN or infinity in losses, gradients, curvature or scores
+│   ├── RowsNotFitted (UserWarning)         train rows that are not the fit's: a warning, or refused
 │   └── DamagedFile                         a saved file that is not as it was written, or is not there
 ├── UnsupportedModel (TypeError)            a model, layer or input that cannot be attributed, and why
 │   ├── RowsInteract                        a row's result depends on the other rows of its batch
@@ -24,9 +25,16 @@ HeadwaterError
 └── MissingExtra (ImportError)              an optional package is not installed
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 
 class HeadwaterError(Exception):
     """Root of the tree."""
+
+    placed = False
+    """Whether a pass over a loader has added which batch it is about."""
 
 
 class InvalidInput(HeadwaterError, ValueError):
@@ -58,7 +66,18 @@ class InvalidSetting(InvalidInput):
 
 
 class NonFiniteValue(InvalidInput):
-    """NaN or infinity where a number is needed."""
+    """NaN or infinity where a number is needed.
+
+    rows: positions in the batch that was at hand; a pass over a loader adds which batch that was.
+    """
+
+    def __init__(self, message: str, rows: Sequence[int] = ()):
+        super().__init__(message)
+        self.rows = tuple(rows)
+
+
+class RowsNotFitted(InvalidInput, UserWarning):
+    """Train rows that are not those of the fit: given as a warning, and raised where their removal is forecast."""
 
 
 class DamagedFile(InvalidInput):

@@ -20,7 +20,9 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from headwater.arrays import Array, namespace, transpose
-from headwater.curvature.passes import batches
+from headwater.curvature.known_rows import LoadersSeen, RowMemory
+from headwater.curvature.passes import KnownRows, Unpack, Unpacked, check_loader, first_batch, plain_words
+from headwater.curvature.places import located
 from headwater.curvature.saved import TakenApart, moved, put_together, take_apart
 from headwater.errors import (
     BatchMismatch,
@@ -61,6 +63,8 @@ Verb = TypeVar("Verb", bound=Callable[..., Any])
 
 SAVED_FORMAT = 2
 """Of the folders that `save` writes."""
+ROW_KEYS = "keys of the rows"
+"""Beside the curvature's arrays in such a folder."""
 
 
 class InfluenceMapper(BlockMapper[Array, Any, OperatorGradientComposition]):
@@ -203,6 +207,8 @@ class Fitted:
     form: int = 0
     """The provider's, of the gradients that it was made of."""
     device: Any = None
+    keys: np.ndarray | None = None
+    """What the rows are known by (`RowKeys.fitted`), sorted: uint64; None where that was not kept."""
 
 
 def _in_own_precision(verb: Verb) -> Verb:
@@ -228,6 +234,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         method: Method,
         *,
         damping: Damping | Mapping[str, Damping] | None = None,
+        unpack: Unpack | None = None,
     ):
         if not isinstance(method, Method):
             raise InvalidInput(f"method is {method!r}; expected settings such as hw.Ekfac() or hw.Direct().")
@@ -239,19 +246,33 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         self._calibration: Calibration | None = None
         self._fitted: Fitted | None = None
         self._mapper: InfluenceMapper | None = None
+        if unpack is not None and not callable(unpack):
+            raise InvalidInput(f"unpack is {unpack!r:.60}; expected a function: batch -> x, y[, ids, weights].")
+        self._unpack = unpack
+        self._loaders = LoadersSeen()
 
     # Fitting ------------------------------------------------------------------------------------------------------
 
     @_in_own_precision
     def fit(self, loader: Iterable[Any], *, progress: bool = False) -> Self:
-        """Learn the curvature of the mean loss over the loader's rows; it gives (x, y) or batches, repeatably."""
+        """Learn the curvature of the mean loss over the loader's rows; it gives (x, y) or batches, repeatably.
+
+        Errors: BatchMismatch, naming batch and row, if a later pass over the loader gives other rows than the first.
+        """
         while True:
+            rows = KnownRows(self.source, self._read_as(loader, "train"))
             try:
-                curvature, rows = self.method.fit(self.provider, self.as_loader(loader), progress)
+                with located():
+                    curvature, weight = self.method.fit(self.provider, rows, progress)
                 break
             except RulesChanged:  # fewer layers are left whose rules are trusted, so that this ends
                 continue
-        self._keep(Fitted(curvature, rows, self.provider.fingerprint(), self.provider.form, self.source.device))
+        known = rows.memory.fitted
+        self._keep(
+            Fitted(curvature, weight, self.provider.fingerprint(), self.provider.form, self.source.device, known)
+        )
+        self._loaders = LoadersSeen()
+        self._loaders.keep(loader, rows.memory)
         self._calibration = None
         return self
 
@@ -262,6 +283,32 @@ class ComposableInfluence(ABC, Generic[TensorType]):
     def as_loader(self, loader: Iterable[Any]) -> Iterable[Any]:
         """What is read of a collection of rows: itself; a framework's subclass may take other things than batches."""
         return loader
+
+    def _read_as(self, loader: Iterable[Any], role: str) -> Iterable[Any]:
+        """A user's loader, as it is read: its items unpacked, and in the framework's way. Errors: InvalidInput."""
+        if isinstance(loader, KnownRows):
+            return self.as_loader(loader)
+        if self._unpack is not None:
+            check_loader(loader, role)
+            loader = Unpacked(loader, self._unpack)
+        return self.as_loader(loader)
+
+    def train_rows(self, loader: Iterable[Any]) -> KnownRows:
+        """A loader of train rows for a run; the same object gives the same rows as when it was last read."""
+        if isinstance(loader, KnownRows):
+            return loader
+        return KnownRows(self.source, self._read_as(loader, "train"), "train", self._loaders.memory(loader))
+
+    def query_rows(self, loader: Iterable[Any]) -> KnownRows:
+        """A loader of query rows for a run."""
+        return (
+            loader if isinstance(loader, KnownRows) else KnownRows(self.source, self._read_as(loader, "query"), "query")
+        )
+
+    @property
+    def fitted_keys(self) -> np.ndarray | None:
+        """What the fitted rows are known by, sorted (see `RowKeys`); None where that is not known."""
+        return self._need_fit().keys
 
     @property
     def is_fitted(self) -> bool:
@@ -419,8 +466,8 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
     @contextmanager
     def _recorded(self) -> Iterator[None]:
-        """Keep the solves of what is done inside, in `solves`."""
-        with recorded_solves() as log:
+        """Keep the solves of what is done inside, in `solves`; errors of passes say where they are."""
+        with recorded_solves() as log, located():
             try:
                 yield
             finally:
@@ -438,7 +485,8 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
         self.check_weights()
         parts = take_apart(self.curvature)
-        write_folder(path, {**self.identity(), "rows": self.n_train, **parts.description}, parts.arrays)
+        keys = {} if self.fitted_keys is None else {ROW_KEYS: self.fitted_keys}
+        write_folder(path, {**self.identity(), "rows": self.n_train, **parts.description}, parts.arrays | keys)
 
     @_in_own_precision
     def load(self, path: str | os.PathLike[str], loader: Iterable[Any] | None = None) -> Self:
@@ -454,13 +502,16 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
         saved, arrays = read_folder(path)
         if loader is not None:  # a provider that has seen rows knows the parts of its blocks
-            next(batches(self.provider, self.as_loader(loader), "first rows"))
+            first_batch(self.provider, self._read_as(loader, "train"))
         self._check_identity(saved, str(path))
-        rows = None if loader is None else self.as_loader(loader)
+        keys = arrays.get(ROW_KEYS)  # None in folders from before they were kept: then nothing is known of the rows
+        rows = None
+        if loader is not None:
+            rows = KnownRows(self.source, self._read_as(loader, "train"), memory=RowMemory(keys))
         curvature = put_together(TakenApart(saved, arrays), self.provider, self._like(), rows)
-        self._keep(
-            Fitted(curvature, saved["rows"], self.provider.fingerprint(), self.provider.form, self.source.device)
-        )
+        weights, form = self.provider.fingerprint(), self.provider.form
+        self._keep(Fitted(curvature, saved["rows"], weights, form, self.source.device, keys))
+        self._loaders = LoadersSeen()
         return self
 
     def _like(self) -> Array:
@@ -615,7 +666,8 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
     def _batch(self, x: Any, y: Any, what: str) -> Any:
         try:
-            return self.provider.as_batch(x, y)
+            with plain_words(x, y):
+                return self.provider.as_batch(x, y)
         except BatchMismatch as error:
             raise BatchMismatch(f"{what}: {error}") from None
 
@@ -642,7 +694,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
         options: dict[str, Any] = {"unit": unit, "by_block": by_block, "store": store, "progress": progress}
         with self._recorded():
-            return attribute(self, self.as_loader(train_loader), self.as_loader(query_loader), **options)
+            return attribute(self, self.train_rows(train_loader), self.query_rows(query_loader), **options)
 
     @_in_own_precision
     def top(
@@ -658,7 +710,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         from headwater.run.attribute import top
 
         with self._recorded():
-            train, query = self.as_loader(train_loader), self.as_loader(query_loader)
+            train, query = self.train_rows(train_loader), self.query_rows(query_loader)
             return top(self, train, query, k, unit=unit, progress=progress)
 
     @_in_own_precision
@@ -667,7 +719,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         from headwater.run.attribute import self_influence
 
         with self._recorded():
-            return self_influence(self, self.as_loader(train_loader), progress=progress)
+            return self_influence(self, self.train_rows(train_loader), progress=progress)
 
     @_in_own_precision
     def removal(
@@ -686,7 +738,8 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         from headwater.run.removal import removal
 
         with self._recorded():
-            return removal(self, self.as_loader(train_loader), self.as_loader(query_loader), groups, progress=progress)
+            train, query = self.train_rows(train_loader), self.query_rows(query_loader)
+            return removal(self, train, query, groups, progress=progress)
 
     @_in_own_precision
     def calibrate(
@@ -717,10 +770,11 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         """
         from headwater.run.calibrate import calibrate, in_unit
 
-        train = self.as_loader(train_loader)
-        query = None if query_loader is None else self.as_loader(query_loader)
         options: dict[str, Any] = {"dampings": dampings, "by_block": by_block, "subsets": subsets, "seed": seed}
-        found = calibrate(self, train, query, bank, **options, progress=progress)
+        with located():
+            train = self.train_rows(train_loader)
+            query = None if query_loader is None else self.query_rows(query_loader)
+            found = calibrate(self, train, query, bank, **options, progress=progress)
         other = self.with_damping({name: in_unit(amount, found.unit) for name, amount in found.chosen.items()})
         other._calibration = found
         return other
@@ -745,7 +799,9 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         from headwater.run.verify import verify
 
         options: dict[str, Any] = {"rows": rows, "queries": queries, "seed": seed, "tolerance": tolerance}
-        return verify(self, self.as_loader(train_loader), self.as_loader(query_loader), **options, progress=progress)
+        with located():
+            train, query = self.train_rows(train_loader), self.query_rows(query_loader)
+            return verify(self, train, query, **options, progress=progress)
 
     @_in_own_precision
     def audit(
@@ -770,7 +826,9 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         from headwater.run.audit import audit
 
         options: dict[str, Any] = {"queries": queries, "k": k, "level": level, "tolerance": tolerance, "seed": seed}
-        return audit(self, self.as_loader(train_loader), self.as_loader(query_loader), **options, progress=progress)
+        with located():
+            train, query = self.train_rows(train_loader), self.query_rows(query_loader)
+            return audit(self, train, query, **options, progress=progress)
 
     @_in_own_precision
     def diagnose(self, train_loader: Iterable[Any], *, progress: bool = False) -> Diagnosis:
@@ -782,7 +840,8 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         """
         from headwater.run.diagnosis import diagnose
 
-        return diagnose(self, self.as_loader(train_loader), progress=progress)
+        with located():
+            return diagnose(self, self.train_rows(train_loader), progress=progress)
 
     @_in_own_precision
     def effective_dof(

@@ -18,7 +18,7 @@ import numpy as np
 
 from headwater.arrays import Array, device, identity, itemsize, namespace, working_memory_limit
 from headwater.curvature.exact import Curvature, check_kind
-from headwater.curvature.passes import batches, positive_weight, total_weight
+from headwater.curvature.passes import batches, first_batch, known_rows, positive_weight, total_weight
 from headwater.errors import BatchMismatch, NonFiniteValue
 from headwater.gradients.draws import DrawsProduct, squared_norms
 from headwater.gradients.provider import BlockGradients, Fisher, StructuredGradientProvider
@@ -70,9 +70,6 @@ class RowDraws:
         """Whether all rows turned out to have draws, at the last full pass that asked for them."""
         self.weight = 0.0
         """The rows' total weight, at the last full pass."""
-        self.checksum: int | None = None
-        """Of all rows' content, whatever their order and batches; from the first full pass."""
-        self._known = False
         self._fits = keep and kind != "hessian"
 
     @property
@@ -85,14 +82,12 @@ class RowDraws:
             yield from self._kept
             return
         kept: list[Rows] = []
-        weight, complete, checksum = 0.0, with_draws, 0
+        weight, complete = 0.0, with_draws
         room = KEPT_SHARE * working_memory_limit()
         for batch in batches(self.provider, self.loader, self.label, self.progress):
             draws = self._draws(batch) if with_draws else None
             rows = Rows(batch, draws, self.provider.row_weights(batch), total_weight(self.provider, batch))
             weight, complete = weight + rows.total, complete and draws is not None
-            if not self._known:
-                checksum += int(self.provider.content_keys(batch).sum(dtype=np.uint64))
             room -= size_of(draws)
             self._fits &= draws is not None and room >= 0
             if with_draws and self._fits:
@@ -100,19 +95,11 @@ class RowDraws:
             else:
                 kept.clear()
             yield rows
-        if not self._known:
-            self._know(checksum % 2**64)
         self.weight = weight
         if with_draws:
             self.has_draws = complete
         if with_draws and self._fits:
             self._kept = kept
-
-    def _know(self, checksum: int) -> None:
-        """Errors: BatchMismatch where a saved fit was made of other rows."""
-        if self.checksum not in (None, checksum):
-            raise BatchMismatch("The loader gives other rows than those that were fitted and saved.")
-        self.checksum, self._known = checksum, True
 
     def _draws(self, batch: Batch) -> list[BlockGradients] | None:
         if self.kind == "hessian":
@@ -124,7 +111,7 @@ class RowDraws:
     @cached_property
     def like(self) -> Array:
         """Some array of the provider's: its framework, dtype and device."""
-        first = next(batches(self.provider, self.loader, self.label))
+        first = first_batch(self.provider, self.loader)
         return next(iter(self.provider.grads(first).values())).like
 
     @property
@@ -264,6 +251,7 @@ def fit_steps(
     Each epoch puts the rows into a random order by their keys, and takes them in turn; a rest too small is left.
     Errors: BatchMismatch if the second pass over the loader gives the rows in another order than the first.
     """
+    loader = known_rows(provider, loader)
     keys = np.concatenate([provider.row_keys(batch) for batch in batches(provider, loader, "rows of the steps")])
     rows = min(rows, len(keys))
     step_of = np.full((steps * rows, 2), -1)  # (row, step), in any order
@@ -278,7 +266,7 @@ def fit_steps(
     pieces: list[list[Batch]] = [[] for _ in range(steps)]
     start = 0
     for batch in batches(provider, loader, "rows of the steps"):
-        if not np.array_equal(provider.row_keys(batch), keys[start : start + len(batch)]):
+        if not np.array_equal(provider.row_keys(batch), keys[start : start + len(batch)]):  # rows with ids may move
             raise BatchMismatch("The loader gives other rows, or another order, than at first; pass shuffle=False.")
         inside = step_of[(step_of[:, 0] >= start) & (step_of[:, 0] < start + len(batch))]
         for step in np.unique(inside[:, 1]):

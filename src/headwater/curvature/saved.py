@@ -52,7 +52,7 @@ ARGUMENTS: dict[type, tuple[str, ...]] = {
     DualOperator: ("curvature", "rows", "held"),
     HeldRows: ("keys", "kept", "draws_per_row", "gram"),
     CurvatureOperator: ("source", "block", "known_trace", "trace_error"),
-    RowDraws: ("kind", "fisher", "seed", "weight", "has_draws", "checksum"),
+    RowDraws: ("kind", "fisher", "seed", "weight", "has_draws"),
 }
 """What can be kept, and its constructor's arguments, each also an attribute."""
 
@@ -197,7 +197,7 @@ class _Unpacker:
 
     def _rows(self, entry: dict[str, Any], loader: Iterable[Any]) -> RowDraws:
         source = RowDraws(self.provider, loader, entry["kind"], entry["fisher"], entry["seed"], progress=False)
-        source.weight, source.has_draws, source.checksum = entry["weight"], entry["has_draws"], entry["checksum"]
+        source.weight, source.has_draws = entry["weight"], entry["has_draws"]
         return source
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from headwater.blocks import Structure
+from headwater.curvature.passes import Unpack
 from headwater.errors import InvalidSetting
 from headwater.hf.losses import PerToken
 from headwater.hf.provider import HfGradientProvider
@@ -30,7 +31,7 @@ class HfComposableInfluence(TorchComposableInfluence):
     Where a loader is asked for, these will do: dicts of columns, batch by batch; a `datasets.Dataset`; a list of dicts,
     one for each row; with a tokenizer, a list of strings. tokenizer: makes tokens of strings. collator: makes batches
     of rows, such as a DataCollatorWithPadding; without one, rows are padded on the right. batch_size: rows in such a
-    batch; no number depends on it.
+    batch; no number depends on it. unpack: makes (x, y[, ids, weights]), or a dict of columns, of what a loader gives.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class HfComposableInfluence(TorchComposableInfluence):
         tokenizer: Any = None,
         collator: Collator | None = None,
         batch_size: int = 8,
+        unpack: Unpack | None = None,
     ):
         def provide(model: nn.Module) -> HfGradientProvider:
             return HfGradientProvider(
@@ -61,8 +63,15 @@ class HfComposableInfluence(TorchComposableInfluence):
 
         if batch_size < 1:
             raise InvalidSetting(f"batch_size is {batch_size}; expected at least 1.")
-        self._assemble(provide, model, method, damping, checkpoints)
-        self._rows = Rows(tokenizer, collator, batch_size, self._hf_provider.takes, self._hf_provider.task.padding)
+        self._assemble(provide, model, method, damping, checkpoints, unpack)
+        self._rows = Rows(
+            tokenizer,
+            collator,
+            batch_size,
+            self._hf_provider.takes,
+            self._hf_provider.task.padding,
+            bool(self._hf_provider.task.ahead),
+        )
 
     @property
     def _hf_provider(self) -> HfGradientProvider:

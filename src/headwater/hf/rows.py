@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset, IterableDataset
 
 from headwater.errors import InvalidInput
 from headwater.hf.losses import IGNORED
@@ -125,6 +126,8 @@ class Rows:
     columns: frozenset[str] = frozenset()
     """What the model takes."""
     padding: int | None = None
+    reads_itself: bool = False
+    """Whether a row without labels is labelled by its own tokens, as a language model's is."""
 
     def batches(self, source: Any, provider: Any) -> Iterable[Any]:
         """Rows or batches of any kind as the provider's batches, to be read again and again.
@@ -138,13 +141,16 @@ class Rows:
                 f"the splits {list(source)}: choose one" if hasattr(source, "column_names") else "one batch: pass [it]"
             )
             raise InvalidInput(f"A loader gives batches or rows; {type(source).__name__} is {said}.")
-        if isinstance(source, Iterator) or not isinstance(source, Iterable):
+        if hasattr(source, "iloc"):
+            said = "pass frame.to_dict('records')"
+            raise InvalidInput(f"A loader gives batches or rows; a {type(source).__name__} gives names: {said}.")
+        if isinstance(source, Iterator) or not isinstance(source, (Iterable, Dataset)):
             return source
         return _Batches(source, self, provider, single=hasattr(source, "column_names") or _gives_rows(source))
 
     def collate(self, rows: list[Any]) -> Mapping[str, Any]:
         """Single rows, strings or dicts, as the columns of one batch."""
-        tokens = [self._tokens(row) for row in rows]
+        tokens = self._completed([self._tokens(row) for row in rows])
         return self.collator(tokens) if self.collator is not None else self._padded(tokens)
 
     def _tokens(self, row: Any) -> dict[str, Any]:
@@ -157,13 +163,38 @@ class Rows:
             raise InvalidInput(f"A row has the columns {list(row)}, and no input_ids; tokenize it, or give tokenizer=.")
         return {name: v for name, v in row.items() if name in self.columns | {*LABELS} and v is not None}
 
+    def _completed(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rows that all have the columns that any of them has: what a row lacks is what the model takes it for.
+
+        So that a row means the same in every batch, whichever row comes first. Errors: InvalidInput for a column that
+        means nothing where it is not given.
+        """
+        called = {name for row in rows for name in row if name in LABELS}
+        if len(called) > 1:
+            rows = [{LABELS[0] if name in LABELS else name: v for name, v in row.items()} for row in rows]
+        names = dict.fromkeys(name for row in rows for name in row)
+        return [row if row.keys() >= names.keys() else self._filled(row, k, names) for k, row in enumerate(rows)]
+
+    def _filled(self, row: dict[str, Any], number: int, names: Iterable[str]) -> dict[str, Any]:
+        long = len(row[IDS] if IDS in row else row["inputs_embeds"])
+        found = {MASK: [1] * long, "token_type_ids": [0] * long, "position_ids": [*range(long)]} | row
+        if self.reads_itself and IDS in row:
+            own = torch.as_tensor(row[IDS])
+            own = own.masked_fill(torch.as_tensor(found[MASK]) == 0, IGNORED)
+            found |= {name: found.get(name, own) for name in names if name in LABELS}
+        missing = [name for name in names if name not in found]
+        if missing:
+            raise InvalidInput(
+                f"Some rows have {missing[0]}, others have not: row {number} of its batch has {list(row)} alone. Give "
+                "it to all rows, or to none."
+            )
+        return {name: found[name] for name in names}
+
     def _padded(self, rows: list[dict[str, Any]]) -> Mapping[str, Any]:
         """Columns with an entry for each token padded on the right, with a mask; others put under one another."""
         long = [len(row[IDS] if IDS in row else row["inputs_embeds"]) for row in rows]
         found: dict[str, Any] = {}
         for name in rows[0]:
-            if any(name not in row for row in rows):
-                raise InvalidInput(f"Some rows have {name}, others have not.")
             values = [torch.as_tensor(row[name]) for row in rows]
             if all(v.ndim and len(v) == t for v, t in zip(values, long, strict=True)) and max(long) > 0:
                 filling = IGNORED if name in LABELS else (self.padding or 0) if name == IDS else 0
@@ -200,9 +231,10 @@ class _Batches:
         return self.provider.as_batch(x, given[0] if given else None)
 
 
-def _gives_rows(source: Iterable[Any]) -> bool:
+def _gives_rows(source: Iterable[Any] | Dataset[Any]) -> bool:
     """Whether it is a sequence of strings, or of dicts without a batch axis."""
-    first = source[0] if isinstance(source, Sequence) and len(source) else None
+    ordered = isinstance(source, Sequence) or (isinstance(source, Dataset) and not isinstance(source, IterableDataset))
+    first = source[0] if ordered and len(source) else None  # type: ignore[arg-type, index]
     if isinstance(first, str):
         return True
     if not isinstance(first, Mapping):

@@ -46,7 +46,7 @@ def check_independence(together: Any, alone: Any, row: int) -> None:
         if not jnp.issubdtype(one.dtype, jnp.floating):
             continue
         if not np.isfinite(expected).all():
-            raise NonFiniteValue(f"The output of apply is not finite for row {row}: look for NaN in this input.")
+            raise NonFiniteValue(f"The output of apply is not finite for row {row}: look for NaN in this input.", [row])
         if not close(got, expected):
             gap = float(np.max(np.abs(got - expected)))
             raise RowsInteract(
@@ -78,7 +78,7 @@ def check_finite_grads(blocks: BlockGradients) -> None:
         for array in (array for part in value.parts for array in part.arrays):
             bad = np.flatnonzero(~np.isfinite(np.asarray(array)).reshape(len(array), -1).all(axis=1))[:5].tolist()
             if bad:
-                raise NonFiniteValue(f"The gradients of block {name!r} are not finite for rows {bad}.")
+                raise NonFiniteValue(f"The gradients of block {name!r} are not finite for rows {bad}.", bad)
 
 
 def check_finite_factors(factors: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from headwater.blocks import Structure
+from headwater.curvature.passes import Unpack
 from headwater.errors import InvalidInput, InvalidSetting
 from headwater.gradients.coverage import Coverage
 from headwater.gradients.ensemble import EnsembleProvider
@@ -31,6 +32,8 @@ class JaxComposableInfluence(ComposableInfluence[jax.Array]):
     checkpoints: pytrees of parameters of the same architecture, from one run or from models that were trained apart.
     The scores are then the mean over them (for hw.TracIn the sum, with learning rates), and the blocks are
     "0/<block>", "1/<block>", ... `params` gives the architecture only: it is no further checkpoint.
+
+    unpack: makes (x, y[, ids, weights]) of a loader's items, where they have another form.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class JaxComposableInfluence(ComposableInfluence[jax.Array]):
         likelihood: Likelihood | str | None = None,
         checkpoints: Sequence[Any] | None = None,
         example: Any = None,
+        unpack: Unpack | None = None,
     ):
         self._jax_provider = JaxGradientProvider(
             apply, params, loss, blocks=blocks, measurement=measurement, likelihood=likelihood, example=example
@@ -53,7 +57,7 @@ class JaxComposableInfluence(ComposableInfluence[jax.Array]):
         provider: StructuredGradientProvider = self._jax_provider
         if checkpoints is not None:
             provider = EnsembleProvider(_load_all(self._jax_provider, checkpoints))
-        super().__init__(provider, method, damping=damping)
+        super().__init__(provider, method, damping=damping, unpack=unpack)
 
     @property
     def params(self) -> Any:

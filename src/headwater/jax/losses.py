@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from headwater.arrays import is_array
 from headwater.errors import HeadwaterError, InvalidInput, NonFiniteValue, UnsupportedLoss
 from headwater.gradients.likelihoods import (
     Bernoulli,
@@ -26,6 +27,7 @@ from headwater.gradients.likelihoods import (
     likelihood_named,
 )
 from headwater.gradients.rowwise import Slopes, is_weighted_sum
+from headwater.gradients.spreading import spread_in_words
 
 Loss = Callable[[Any, Any], Any]
 
@@ -55,7 +57,9 @@ def squared_error(output: jax.Array, target: jax.Array) -> jax.Array:
 def _same_shape(output: jax.Array, target: jax.Array) -> None:
     """Errors: InvalidInput: one would be spread over the other, and rows would meet."""
     if output.shape != target.shape:
-        raise InvalidInput(f"The output has shape {output.shape} and the target {target.shape}; they need the same.")
+        said = spread_in_words(output.shape, target.shape)
+        said = said or f"The output has shape {output.shape} and the target {target.shape}; they need the same."
+        raise InvalidInput(said)
 
 
 def loss_of_row(loss: Loss, output: Any, target: Any) -> jax.Array:
@@ -105,7 +109,8 @@ def check_finite(losses: Any, rows: int) -> None:
         bad = np.flatnonzero(~np.isfinite(values))[:5].tolist()
         raise NonFiniteValue(
             f"The loss is not finite for rows {bad} of this batch (values {[float(values[k]) for k in bad]}): "
-            "look for NaN or infinity in these inputs, or for a row without any target."
+            "look for NaN or infinity in these inputs, or for a row without any target.",
+            bad,
         )
 
 
@@ -133,9 +138,11 @@ def normalisation(loss: Loss, output: Any, target: Any, whole: Any, rows: Any) -
     moved = [[leaf.at[0].set((leaf[0] + share * leaf[-1]) / 2) for leaf in moving] for share in (0.0, 1.0)]
     if is_weighted_sum(slopes(moving), *map(slopes, moved)):
         return "weighted mean"
+    one = is_array(output) and is_array(target)
+    spread = spread_in_words(output.shape, target.shape) if one else None
     raise UnsupportedLoss(
         "The loss of a batch is no weighted sum of its rows' losses: rows act on each other inside the loss, so a "
-        "row's own gradient has no meaning."
+        f"row's own gradient has no meaning.{'' if spread is None else ' ' + spread}"
     )
 
 

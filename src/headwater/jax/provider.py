@@ -38,7 +38,7 @@ from headwater.jax.derivatives import Model
 from headwater.jax.losses import JaxOutputLoss, Loss, check_finite, explain_failure, find_likelihood, normalisation
 from headwater.jax.plan import Place, make_plan
 from headwater.jax.tree import checksums, take_tree, wide
-from headwater.random import name_keys, row_keys, row_numbers
+from headwater.random import name_keys, row_digests, row_keys, row_numbers
 
 Apply = Callable[[Any, Any], Any]
 
@@ -184,7 +184,7 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
     def content_keys(self, batch: JaxBatch) -> np.ndarray:
         batch = batch.ready()
         leaves = host_leaves(batch.x, batch.y, batch.weights)
-        return row_keys(leaves) if batch.ids is None else row_keys([*leaves, self.row_keys(batch)])
+        return row_digests(leaves if batch.ids is None else [*leaves, self.row_keys(batch)])
 
     # Gradients ----------------------------------------------------------------------------------------------------
 

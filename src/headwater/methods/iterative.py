@@ -11,7 +11,7 @@ from headwater.curvature.dual import DualInverse, DualOperator
 from headwater.curvature.exact import Curvature, check_kind
 from headwater.curvature.kronecker import fit_ekfac, fit_kfac
 from headwater.curvature.products import CurvatureOperator, fit_products
-from headwater.errors import IndefiniteCurvature, InvalidSetting, SingularOperator
+from headwater.errors import IndefiniteCurvature, InvalidSetting, SingularOperator, UnsupportedLoss
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
 from headwater.methods.base import Curvatures, Method, check_fisher
 from headwater.methods.damping import Damping, Relative
@@ -105,10 +105,14 @@ class PreconditionedMethod(ProductMethod):
                     "preconditioner='dual' needs a loss that is convex in few outputs, so that a row's GGN is a short "
                     "sum of g g^T. Use 'ekfac'."
                 )
-            kind = "ekfac"
-        if kind in ("ekfac", "kfac"):
-            fit = fit_ekfac if kind == "ekfac" else fit_kfac
-            return dict(fit(provider, loader, fisher=self.fisher, seed=self.seed, progress=progress)[0])
+        if kind in ("auto", "ekfac", "kfac"):
+            fit = fit_kfac if kind == "kfac" else fit_ekfac
+            try:
+                return dict(fit(provider, loader, fisher=self.fisher, seed=self.seed, progress=progress)[0])
+            except UnsupportedLoss:
+                if kind == "auto":  # a loss without a Fisher; plain conjugate gradients need none
+                    return {}
+                raise
         if kind == "nystroem":
             return {
                 n: fit_nystroem(op, op.like, rank=SKETCH, seed=self.seed, shifted=not op.psd)

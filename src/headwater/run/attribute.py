@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from headwater.arrays import to_numpy
-from headwater.curvature.passes import as_batch, batches
-from headwater.errors import BatchMismatch, InvalidSetting
-from headwater.gradients.provider import BlockGradients, StructuredGradientProvider
+from headwater.curvature.passes import again
+from headwater.errors import InvalidSetting
+from headwater.gradients.provider import BlockGradients
 from headwater.influence import ComposableInfluence, Queries, Sides, stack_queries
 from headwater.operators.iterative import joined, recorded_solves, unrecorded_solves
 from headwater.run.diagnosis import RunSums, diagnosis_of, meets_the_loss
+from headwater.run.rows import check_scores, distinct, named_batches, named_pieces, train_batches
 from headwater.store.scores import UNIT_IN_WORDS, Extremes, Running, Scores
 from headwater.store.tiles import TileStore, Where, place_of
 
@@ -51,14 +52,14 @@ def attribute(
 ) -> Scores:
     """See `ComposableInfluence.attribute`."""
     with recorded_solves() as log:
-        queries, query_ids, query_keys = _queries(influence, query_loader, progress)
-    kept = None
+        asked = _queries(influence, query_loader, progress)
+    query_ids, kept = asked.ids, None
     if store is not None:
-        identity = _identity(influence, unit, by_block, query_ids, query_keys)
+        identity = _identity(influence, unit, by_block, query_ids, asked.keys)
         kept = TileStore(store, identity, _tolerance(influence, solved=bool(joined(log))))
     sums = RunSums(influence.provider, kept) if meets_the_loss(influence) else None
     try:
-        tiles = list(_tiles(influence, queries, train_loader, unit, by_block, progress, kept, sums))
+        tiles = list(_tiles(influence, asked, train_loader, unit, by_block, progress, kept, sums))
     finally:
         if sums is not None:
             sums.keep()
@@ -67,7 +68,7 @@ def attribute(
     return Scores(
         values=np.concatenate([tile.total for tile in tiles], axis=1),
         query_ids=query_ids,
-        train_ids=_distinct(np.concatenate([tile.train_ids for tile in tiles]), "train"),
+        train_ids=distinct(np.concatenate([tile.train_ids for tile in tiles]), "train"),
         by_block={
             name: np.concatenate([tile.by_block[name] for tile in tiles], axis=1) for name in influence.block_names
         }
@@ -95,38 +96,54 @@ def top(
     progress: bool,
 ) -> Extremes:
     """See `ComposableInfluence.top`."""
-    queries, query_ids, _ = _queries(influence, query_loader, progress)
-    running, ids = Running(k, query_ids), []
-    for tile in _tiles(influence, queries, train_loader, unit, False, progress):
+    asked = _queries(influence, query_loader, progress)
+    running, ids = Running(k, asked.ids), []
+    for tile in _tiles(influence, asked, train_loader, unit, False, progress):
         running.add(tile.total, tile.train_ids)
         ids.append(tile.train_ids)
-    _distinct(np.concatenate(ids), "train")
+    distinct(np.concatenate(ids), "train")
     return running.extremes()
 
 
 def self_influence(influence: ComposableInfluence, train_loader: Iterable[Any], *, progress: bool) -> np.ndarray:
     """See `ComposableInfluence.self_influence`."""
     influence.ready()
-    named = _named_batches(influence.provider, train_loader, "self-influence", progress)
-    return np.concatenate([to_numpy(influence.batch_self_influence(batch)) for batch, _, _ in named])
+    found = []
+    for batch, names, _ in train_batches(influence, train_loader, "self-influence", progress):
+        found.append(to_numpy(influence.batch_self_influence(batch)))
+        check_scores(found[-1][None], ["itself"], names, influence)
+    return np.concatenate(found)
 
 
-def _queries(
-    influence: ComposableInfluence, query_loader: Iterable[Any], progress: bool
-) -> tuple[Queries, np.ndarray, np.ndarray]:
-    """All queries, after their side of the operators, computed once; their ids, and keys of their content."""
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """The query rows of a run."""
+
+    queries: Queries
+    """After their side of the operators, computed once."""
+    ids: np.ndarray
+    keys: np.ndarray
+    """Of their content."""
+    fitted: bool
+    """Whether all of them are among the rows that were fitted."""
+
+
+def _queries(influence: ComposableInfluence, query_loader: Iterable[Any], progress: bool) -> Asked:
+    """One pass: the rows are held until all are counted, since their number decides what they go through."""
     influence.ready()
-    train_per_query = influence.n_train / max(1, _count_rows(influence.provider, query_loader))
+    named = list(named_pieces(influence.provider, query_loader, "query rows", False, "query"))
+    pieces = [piece for piece, _ in named]
+    train_per_query = influence.n_train / sum(len(piece.batch) for piece in pieces)
     sides: Sides | None = None
-    pieces, ids, keys = [], [], []
-    for batch, names, _ in _named_batches(influence.provider, query_loader, "query factors", progress):
-        grads = influence.provider.grads(batch, query=True)
+    found, keys = [], []
+    for piece in again(pieces, "query factors", progress):
+        grads = influence.provider.grads(piece.batch, query=True)
         sides = sides or influence.block_mapper.sides(grads, train_per_query)
-        pieces.append(sides.queries(grads))
-        ids.append(names)
-        keys.append(influence.provider.content_keys(batch))
-    queries = stack_queries(pieces)
-    return queries, _distinct(np.concatenate(ids), "query"), np.concatenate(keys)
+        found.append(sides.queries(grads))
+        keys.append(influence.provider.content_keys(piece.batch))
+    ids, known = distinct(np.concatenate([names for _, names in named]), "query"), influence.fitted_keys
+    fitted = known is not None and all(bool(piece.keys.among(known).all()) for piece in pieces if piece.keys)
+    return Asked(stack_queries(found), ids, np.concatenate(keys), fitted)
 
 
 def _identity(
@@ -171,13 +188,13 @@ def _probe(influence: ComposableInfluence, queries: Queries, batch: Any) -> np.n
 
 def _places(influence: ComposableInfluence, loader: Iterable[Any], progress: bool) -> Iterator[tuple[Where, Any]]:
     """The run's tiles, and their batches."""
-    for batch, _, start in _named_batches(influence.provider, loader, "train gradients", progress):
+    for batch, _, start in named_batches(influence.provider, loader, "train gradients", progress):
         yield place_of(start, influence.provider.content_keys(batch)), batch
 
 
 def _tiles(
     influence: ComposableInfluence,
-    queries: Queries,
+    asked: Asked,
     train_loader: Iterable[Any],
     unit: str,
     by_block: bool,
@@ -193,12 +210,13 @@ def _tiles(
 
     def compute(batch: Any) -> tuple[np.ndarray, BlockGradients]:
         grads = influence.provider.grads(batch)
-        scores = list(queries.scores(grads).values())
+        scores = list(asked.queries.scores(grads).values())
         blocks = scores if by_block else [sum(scores[1:], scores[0])]
         return np.stack([to_numpy(block) for block in blocks]) * scale, grads
 
     grads: BlockGradients | None
-    for batch, ids, start in _named_batches(influence.provider, train_loader, "train scores", progress):
+    forecast, swapped = unit == "removal", asked.fitted
+    for batch, ids, start in train_batches(influence, train_loader, "train scores", progress, forecast, swapped):
         if store is None:
             tile, grads = compute(batch)
             if sums is not None:
@@ -207,13 +225,15 @@ def _tiles(
             keys = influence.provider.content_keys(batch)
             if start == 0:
                 few = slice(0, PROBE_ROWS)
-                store.probe(keys[few], _probe(influence, queries, batch.take(few)))
+                store.probe(keys[few], _probe(influence, asked.queries, batch.take(few)))
             found = store.read(start, keys)
             tile, grads = compute(batch) if found is None else (found, None)
             if found is None:
+                check_scores(tile, asked.ids, ids, influence)
                 store.write(start, keys, tile)
             if sums is not None:
                 sums.meet(place_of(start, keys), batch, grads)
+        check_scores(tile, asked.ids, ids, influence)
         yield Tile(dict(zip(names, tile, strict=True)), ids)
 
 
@@ -225,48 +245,3 @@ def _scale(influence: ComposableInfluence, unit: str) -> float:
             f"{influence.method.describe()} predicts no change of loss, only similarity; use unit='influence'."
         )
     return 1.0 / influence.n_train if unit == "removal" else 1.0
-
-
-def _named_batches(
-    provider: StructuredGradientProvider, loader: Iterable[Any], what: str, progress: bool
-) -> Iterator[tuple[Any, np.ndarray, int]]:
-    """Batches, the names of their rows (their own ids, or positions in the loader), and where each starts.
-
-    Errors: BatchMismatch if positions do not name rows, because the loader gives other rows each time.
-    """
-    start, expected = 0, _first_keys(provider, loader)
-    for batch in batches(provider, loader, what, progress):
-        if start == 0 and expected is not None:
-            found = provider.content_keys(batch)
-            if not np.array_equal(found, expected[: len(found)]):
-                raise BatchMismatch(
-                    f"The loader gives other rows each time it is read ({what}): it shuffles, or changes its rows. "
-                    "Scores are named by position, so pass shuffle=False, or batches with ids."
-                )
-        ids = getattr(batch, "ids", None)
-        if ids is None:
-            ids = np.arange(start, start + len(batch))
-        yield batch, np.asarray(ids.cpu() if hasattr(ids, "cpu") else ids), start
-        start += len(batch)
-
-
-def _count_rows(provider: StructuredGradientProvider, loader: Iterable[Any]) -> int:
-    """Rows in the loader; zero for one that can be read only once, which is left alone (`batches` says why)."""
-    if isinstance(loader, Iterator):
-        return 0
-    return sum(len(batch) for item in loader if (batch := as_batch(provider, item)) is not None)
-
-
-def _first_keys(provider: StructuredGradientProvider, loader: Iterable[Any]) -> np.ndarray | None:
-    """Keys of the rows of the loader's first batch; None if that has ids, or there is none."""
-    if isinstance(loader, Iterator):
-        return None
-    first = next((batch for item in loader if (batch := as_batch(provider, item)) is not None), None)
-    return None if first is None or getattr(first, "ids", None) is not None else provider.content_keys(first)
-
-
-def _distinct(ids: np.ndarray, what: str) -> np.ndarray:
-    found, counts = np.unique(ids, return_counts=True)
-    if (counts > 1).any():
-        raise BatchMismatch(f"The {what} rows have the ids {found[counts > 1][:5].tolist()} more than once.")
-    return ids

@@ -26,7 +26,8 @@ from headwater.methods.base import Method
 from headwater.methods.iterative import Cg
 from headwater.operators.iterative import joined, recorded_solves
 from headwater.random import row_uniforms
-from headwater.run.attribute import _named_batches, attribute
+from headwater.run.attribute import attribute
+from headwater.run.rows import named_batches
 from headwater.run.verify import DENSE, exact_method
 from headwater.types import join
 
@@ -116,7 +117,7 @@ def _chosen(
     """Queries drawn at random, in the loader's order: batches of them, their names, and how many there are in all."""
     drawn: list[tuple[float, int, Any, Any]] = []
     count = 0
-    for batch, names, start in _named_batches(influence.provider, loader, "queries", progress):
+    for batch, names, start in named_batches(influence.provider, loader, "queries", progress):
         places = np.arange(start, start + len(batch))
         numbers = row_uniforms(places, 1, draw=AUDITED, seed=seed)[:, 0, 0]
         for row in np.argsort(numbers, kind="stable")[:queries]:

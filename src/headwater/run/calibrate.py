@@ -33,7 +33,7 @@ from headwater.gradients.block import BlockGradient, stack
 from headwater.influence import ComposableInfluence
 from headwater.methods.damping import Damping, Relative, relative
 from headwater.operators.iterative import recorded_solves
-from headwater.run.attribute import _distinct, _named_batches
+from headwater.run.rows import distinct, named_batches, train_batches
 
 PATH = tuple(relative(float(amount)) for amount in np.round(np.logspace(-3, 4, 15), 10))
 """Seven decades of mean eigenvalues, two dampings in each."""
@@ -72,7 +72,7 @@ def calibrate(
         raise InvalidInput("query_loader is None; the bank's outputs are those of queries: pass their loader.")
     if not isinstance(bank, Bank) and callable(bank):
         rows = len(_ids(influence, train_loader, progress))
-        asked = sum(len(batch) for batch, *_ in _named_batches(influence.provider, query_loader, "queries", progress))
+        asked = sum(len(batch) for batch, *_ in named_batches(influence.provider, query_loader, "queries", progress))
         bank = _retrain(bank, rows, asked, subsets, seed)
     keep, outputs = _retrained(bank)
     along = path_forecasts(influence, train_loader, query_loader, keep, outputs, dampings=dampings, progress=progress)
@@ -160,8 +160,8 @@ def _retrained(bank: Bank | tuple[Any, Any]) -> tuple[np.ndarray, np.ndarray]:
 
 def _ids(influence: ComposableInfluence, loader: Iterable[Any], progress: bool) -> np.ndarray:
     """Of the train rows, in the loader's order."""
-    names = [ids for _, ids, _ in _named_batches(influence.provider, loader, "train rows", progress)]
-    return _distinct(np.concatenate(names), "train")
+    names = [ids for _, ids, _ in train_batches(influence, loader, "train rows", progress, forecast=True)]
+    return distinct(np.concatenate(names), "train")
 
 
 def _subset_sums(
@@ -170,7 +170,7 @@ def _subset_sums(
     """Summed gradients of each subset, as the operators see them, by block: [m, D]; keep in the loader's order."""
     found: dict[str, Array] = {}
     operators = influence.block_mapper.operators
-    for batch, _, start in _named_batches(influence.provider, loader, "sums over subsets", progress):
+    for batch, _, start in named_batches(influence.provider, loader, "sums over subsets", progress, "train"):
         for name, value in influence.provider.grads(batch).items():
             xp, like = namespace(value.like), value.like
             mask = xp.asarray(keep[:, start : start + value.rows].astype(np.float64), device=like.device)
@@ -183,11 +183,11 @@ def _queries(influence: ComposableInfluence, loader: Iterable[Any], progress: bo
     """Gradients of the queries by block, in the order of the data."""
     pieces: dict[str, list[BlockGradient]] = {}
     ids = []
-    for batch, names, _ in _named_batches(influence.provider, loader, "query gradients", progress):
+    for batch, names, _ in named_batches(influence.provider, loader, "query gradients", progress):
         ids.append(names)
         for name, value in influence.provider.grads(batch, query=True).items():
             pieces.setdefault(name, []).append(value)
-    order = np.argsort(places(_distinct(np.concatenate(ids), "query")))
+    order = np.argsort(places(distinct(np.concatenate(ids), "query")))
     return {name: _reordered(stack(values), order) for name, values in pieces.items()}
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from headwater.arrays import Array, accumulable, add_product, as_like, device, namespace, to_numpy
-from headwater.curvature.passes import batches, total_weight
+from headwater.curvature.passes import total_weight
 from headwater.errors import InvalidSetting, NotFittedError, UnsupportedModel
 from headwater.gradients.algebra import Gradient
 from headwater.gradients.outer import Outer
@@ -30,6 +30,7 @@ from headwater.operators.iterative import SolveReport
 from headwater.operators.released import ReleasedOperator
 from headwater.operators.sketch import estimate_spectra
 from headwater.operators.spectrum import Spectrum
+from headwater.run.rows import train_batches
 from headwater.status import BlockStatus, status_of
 from headwater.store.diagnosis import BlockDiagnosis, Diagnosis, Stationarity
 from headwater.store.tiles import TileStore, Where
@@ -329,7 +330,7 @@ def diagnose(influence: ComposableInfluence, train_loader: Iterable[Any], *, pro
     """See `ComposableInfluence.diagnose`."""
     influence.ready()
     sums = GradientSums(influence.source)
-    for batch in batches(influence.source, train_loader, "train gradients", progress):
+    for batch, *_ in train_batches(influence, train_loader, "train gradients", progress):
         sums.add(batch, influence.source.grads(batch))
     return diagnosis_of(influence, sums, influence.solves, thorough=True)
 

@@ -35,7 +35,7 @@ from headwater.influence import ComposableInfluence
 from headwater.methods.dual import DataInf
 from headwater.operators.algebra import LinearOperator, ScaledOperator
 from headwater.operators.structured import BlockDiagonalOperator
-from headwater.run.attribute import _distinct, _named_batches
+from headwater.run.rows import check_scores, distinct, named_batches, train_batches
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def removal(
     Rows go batch by batch; of an unfinished group its rows' gradients are kept, in their structured form.
     Errors: InvalidSetting for a method that predicts no removal, or whose operators are not symmetric; UnsupportedModel
     for rows whose GGN has no gradients; SingularOperator where nothing holds the weights once rows are gone;
-    InvalidInput for groups that are empty or name rows that are not there.
+    InvalidInput for groups that are empty or name rows that are not there; RowsNotFitted for other rows than the fit's.
     """
     influence.ready()
     regions = _regions(influence)
@@ -121,13 +121,13 @@ def _queries(
     """A^-1 of all query gradients, region by region."""
     pieces: list[list[BlockGradient]] = [[] for _ in regions]
     names = []
-    for batch, ids, _ in _named_batches(influence.provider, loader, "query factors", progress):
+    for batch, ids, _ in named_batches(influence.provider, loader, "query factors", progress):
         grads = influence.provider.grads(batch, query=True)
         names.append(ids)
         for found, region in zip(pieces, regions, strict=True):
             mine = region.of(grads)
             found.append(region.inverse.apply_block(mine).settled(mine))
-    _distinct(np.concatenate(names), "query")
+    distinct(np.concatenate(names), "query")
     return [stack(found) for found in pieces]
 
 
@@ -166,12 +166,13 @@ def _each_row(
     progress: bool,
 ) -> np.ndarray:
     columns, names = [], []
-    for batch, ids, _ in _named_batches(influence.provider, loader, "removal", progress):
+    for batch, ids, _ in train_batches(influence, loader, "removal", progress, forecast=True):
         rows = _train_rows(influence, regions, batch)
         shares = [_rows_share(*given, influence.n_train, ids) for given in zip(regions, queries, rows, strict=True)]
         columns.append(sum(shares[1:], shares[0]))
+        check_scores(columns[-1], range(len(columns[-1])), ids, influence)
         names.append(ids)
-    _distinct(np.concatenate(names), "train")
+    distinct(np.concatenate(names), "train")
     return np.concatenate(columns, axis=1)
 
 
@@ -264,7 +265,7 @@ def _each_group(
 ) -> np.ndarray:
     columns: dict[int, np.ndarray] = {}
     names = []
-    for batch, ids, _ in _named_batches(influence.provider, loader, "removal of groups", progress):
+    for batch, ids, _ in train_batches(influence, loader, "removal of groups", progress, forecast=True):
         names.append(ids)
         inside = [(group, np.flatnonzero(np.isin(ids, group.names))) for group in groups]
         found = [(group, index) for group, index in inside if len(index)]
@@ -273,11 +274,13 @@ def _each_group(
             if group.add(rows, index):
                 columns[group.number] = _group_column(group, regions, queries, influence.n_train)
                 group.rows.clear()
-    _distinct(np.concatenate(names), "train")
+    distinct(np.concatenate(names), "train")
     missing = [group for group in groups if group.number not in columns]
     if missing:
         raise InvalidInput(f"Not every row of {missing[0]} is in the train loader: {missing[0].seen} were found.")
-    return np.stack([columns[group.number] for group in groups], axis=1)
+    rises = np.stack([columns[group.number] for group in groups], axis=1)
+    check_scores(rises, range(len(rises)), [str(group) for group in groups], influence)
+    return rises
 
 
 def _group_column(group: Group, regions: Sequence[Region], queries: Sequence[BlockGradient], n: float) -> np.ndarray:

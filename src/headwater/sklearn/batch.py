@@ -45,5 +45,10 @@ def _rowwise(value: Any) -> Any:
     return value.tocsr() if hasattr(value, "tocsr") else np.asarray(value)
 
 
+def bad_rows(values: np.ndarray) -> list[int]:
+    """The first few rows with NaN or infinity in them."""
+    return np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(axis=1))[:5].tolist()
+
+
 class FeatureBatch(SklearnBatch):
     """Rows as the linear model meets them: x [n, features] in float64, y as numbers; see `LinearModel.encode`."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from headwater.blocks import Structure
+from headwater.curvature.passes import KnownRows, Unpack, check_loader
+from headwater.errors import InvalidInput
 from headwater.gradients.provider import OutputFunction
 from headwater.influence import ComposableInfluence
 from headwater.methods.base import Method
@@ -24,6 +26,7 @@ class SklearnComposableInfluence(ComposableInfluence[Array]):
     estimator, blocks, measurement, class_weight, names: see `SklearnGradientProvider`. method: settings, hw.Direct().
     damping: a float (absolute), hw.relative(...) (times the mean eigenvalue of the rows' curvature), a dict of these by
     block, or None for the method's default. The penalty is no damping: it is there besides, and damping may be 0.
+    unpack: makes (x, y[, ids, weights]) of a loader's items, where they have another form.
     """
 
     def __init__(
@@ -36,12 +39,13 @@ class SklearnComposableInfluence(ComposableInfluence[Array]):
         measurement: OutputFunction | None = None,
         class_weight: Mapping[Any, float] | None = None,
         names: tuple[str, str] = NAMES,
+        unpack: Unpack | None = None,
     ):
         provider = SklearnGradientProvider(
             estimator, blocks=blocks, measurement=measurement, class_weight=class_weight, names=names
         )
         self._estimator, self._prepare = estimator, provider.prepared
-        super().__init__(provider, method, damping=damping)
+        super().__init__(provider, method, damping=damping, unpack=unpack)
 
     @property
     def estimator(self) -> Any:
@@ -49,6 +53,13 @@ class SklearnComposableInfluence(ComposableInfluence[Array]):
 
     def as_loader(self, loader: Iterable[Any]) -> Iterable[Any]:
         """A `SklearnBatch` goes through the steps of a pipeline once; pairs (x, y) do in every pass."""
-        if isinstance(loader, Iterator):
-            return loader
-        return [self._prepare(item) if isinstance(item, SklearnBatch) and len(item) else item for item in loader]
+        check_loader(loader.source if isinstance(loader, KnownRows) else loader, "given")
+        return [self._prepared(number, item) for number, item in enumerate(loader)]
+
+    def _prepared(self, number: int, item: Any) -> Any:
+        """Errors: as `SklearnGradientProvider.prepared`, naming the batch."""
+        try:
+            return self._prepare(item) if isinstance(item, SklearnBatch) and len(item) else item
+        except InvalidInput as error:
+            error.args = (f"Batch {number} of the loader: {error}",)
+            raise

@@ -23,6 +23,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from headwater.errors import InvalidInput, InvalidSetting, NonFiniteValue, NotFittedError, UnsupportedModel
 from headwater.sklearn import families
+from headwater.sklearn.batch import bad_rows
 from headwater.sklearn.families import Array, Family
 
 
@@ -109,7 +110,7 @@ class LinearModel:
         if y.ndim == 0 or values.shape not in shapes:
             raise InvalidInput(f"y has shape {values.shape}; {self.name} was fitted to targets of shape {shapes[-1]}.")
         if not np.isfinite(values).all():
-            raise NonFiniteValue("y has NaN or infinity.")
+            raise NonFiniteValue("y has NaN or infinity.", bad_rows(values))
         if len(values):
             self.family.check(values)
         return values[:, 0] if values.ndim == 2 and self.outputs == 1 else values

@@ -18,8 +18,8 @@ from headwater.gradients.algebra import Dense, Gradient
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.outer import Outer
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
-from headwater.random import name_keys, row_keys, row_numbers
-from headwater.sklearn.batch import FeatureBatch, SklearnBatch
+from headwater.random import name_keys, row_digests, row_keys, row_numbers
+from headwater.sklearn.batch import FeatureBatch, SklearnBatch, bad_rows
 from headwater.sklearn.families import FEW, Array, Family, of_output
 from headwater.sklearn.linear import LinearModel, last_step, read
 
@@ -171,7 +171,7 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
         except (TypeError, ValueError) as error:
             raise InvalidInput(f"x has entries that are no numbers, which {self.model.name} takes: {error}.") from error
         if not np.isfinite(found).all():
-            raise NonFiniteValue("x has NaN or infinity.")
+            raise NonFiniteValue("x has NaN or infinity.", bad_rows(found))
         return found
 
     def row_weights(self, batch: SklearnBatch) -> Array | None:
@@ -196,7 +196,7 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
     def content_keys(self, batch: SklearnBatch) -> np.ndarray:
         batch = self.prepared(batch)
         leaves = [batch.x, batch.y] + ([] if batch.weights is None else [batch.weights])
-        return row_keys(leaves) if batch.ids is None else row_keys([*leaves, self.row_keys(batch)])
+        return row_digests(leaves if batch.ids is None else [*leaves, self.row_keys(batch)])
 
     # Gradients ----------------------------------------------------------------------------------------------------
 
@@ -224,7 +224,7 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
         """Gradients of the output along cotangents [n, o]; all share their inputs."""
         for slope in cotangents:
             if not np.isfinite(slope).all():
-                raise NonFiniteValue("A row's gradient is not finite.")
+                raise NonFiniteValue("A row's gradient is not finite.", bad_rows(slope))
         found: list[BlockGradients] = [OrderedDict() for _ in cotangents]
         ones = np.ones((len(batch), 1, 1))
         for name, layout in self.layouts.items():

@@ -183,7 +183,7 @@ class Diagnosis:
         worries = self.worries
         lines.extend(f"WORRYING: {said}" for said in worries)
         if not worries:
-            lines.append("All is well, as far as was looked." if self.unknown else "All is well.")
+            lines.append("No warning, as far as was looked." if self.unknown else "No warning.")
         if self.unknown:
             lines.append(f"Not asked: {'; '.join(self.unknown)}. influence.diagnose(train_loader) asks.")
         return "\n".join(lines)

@@ -118,7 +118,8 @@ def check_finite_grads(blocks: BlockGradients) -> None:
         for part in value.parts:
             bad = {int(k) for a in part.arrays for k in (~torch.isfinite(a.reshape(len(a), -1)).all(1)).nonzero()[:, 0]}
             if bad:
-                raise NonFiniteValue(f"The gradients of block {name!r} are not finite for rows {sorted(bad)[:5]}.")
+                rows = sorted(bad)[:5]
+                raise NonFiniteValue(f"The gradients of block {name!r} are not finite for rows {rows}.", rows)
 
 
 def check_finite_factors(factors: Mapping[str, torch.Tensor]) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset, IterableDataset
 
 from headwater.blocks import Structure
+from headwater.curvature.passes import Unpack, Unpacked
 from headwater.errors import InvalidInput, InvalidSetting
 from headwater.gradients.coverage import Coverage
 from headwater.gradients.ensemble import EnsembleProvider
@@ -37,6 +39,8 @@ class TorchComposableInfluence(ComposableInfluence[torch.Tensor]):
     then the mean over them (for hw.TracIn the sum, with learning rates), and the blocks are "0/<block>", "1/<block>",
     ... `model` gives the architecture only: its own present weights are no further checkpoint, and are not changed.
 
+    unpack: makes (x, y[, ids, weights]) of a loader's items, where they have another form (dicts, three entries).
+
     Parameters with requires_grad=False are left out; `coverage` says how much is attributed.
     """
 
@@ -51,11 +55,12 @@ class TorchComposableInfluence(ComposableInfluence[torch.Tensor]):
         measurement: Loss | None = None,
         likelihood: Likelihood | str | None = None,
         checkpoints: Sequence[Checkpoint] | None = None,
+        unpack: Unpack | None = None,
     ):
         def provide(model: nn.Module) -> TorchGradientProvider:
             return TorchGradientProvider(model, loss, blocks=blocks, measurement=measurement, likelihood=likelihood)
 
-        self._assemble(provide, model, method, damping, checkpoints)
+        self._assemble(provide, model, method, damping, checkpoints, unpack)
 
     def _assemble(
         self,
@@ -64,13 +69,24 @@ class TorchComposableInfluence(ComposableInfluence[torch.Tensor]):
         method: Method,
         damping: Damping | Mapping[str, Damping] | None,
         checkpoints: Sequence[Checkpoint] | None,
+        unpack: Unpack | None = None,
     ) -> None:
         """One provider, or one for each checkpoint of the model; and the influence on top."""
         self._torch_provider = provide(model)
         provider: StructuredGradientProvider = self._torch_provider
         if checkpoints is not None:
             provider = EnsembleProvider([provide(loaded) for loaded in _load_all(model, checkpoints)])
-        ComposableInfluence.__init__(self, provider, method, damping=damping)
+        ComposableInfluence.__init__(self, provider, method, damping=damping, unpack=unpack)
+
+    def as_loader(self, loader: Iterable[Any]) -> Iterable[Any]:
+        """Errors: InvalidInput for a Dataset, which gives single rows."""
+        source = loader.source if isinstance(loader, Unpacked) else loader
+        if isinstance(source, Dataset) and not isinstance(source, IterableDataset):
+            raise InvalidInput(
+                f"A {type(source).__name__} gives single rows; a loader gives batches: pass DataLoader(dataset, "
+                "batch_size=256), or DataLoader(dataset, batch_size=None) if its items are batches already."
+            )
+        return loader
 
     @property
     def model(self) -> nn.Module:

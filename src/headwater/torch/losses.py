@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 
 from headwater.errors import HeadwaterError, InvalidInput, NonFiniteValue, UnsupportedLoss
 from headwater.gradients.rowwise import Slopes, is_weighted_sum
+from headwater.gradients.spreading import spread_in_words
 from headwater.torch.surroundings import quiet
 from headwater.torch.tree import tensors_in, with_tensors
 
@@ -36,10 +37,22 @@ def row_losses(loss: Loss, output: Any, target: Any) -> torch.Tensor:
         if hasattr(loss, "row_losses"):
             return loss.row_losses(output, target)
         if isinstance(output, torch.Tensor) and isinstance(target, torch.Tensor):
+            _refuse_spreading(loss, output, target)
             found = _torch_row_losses(loss, output, target)
             if found is not None:
                 return found
         return _any_row_losses(loss, output, target)
+
+
+def _refuse_spreading(loss: Loss, output: torch.Tensor, target: torch.Tensor) -> None:
+    """Errors: InvalidInput for torch's losses of terms on shapes that they would spread over one another, and warn."""
+    if output.shape == target.shape:
+        return
+    plain: Any = loss.func if isinstance(loss, partial) else loss
+    if plain in (*_TERMWISE, F.poisson_nll_loss) or isinstance(plain, (*_TERMWISE_MODULES, nn.PoissonNLLLoss)):
+        said = spread_in_words(output.shape, target.shape)
+        if said is not None:
+            raise InvalidInput(said)
 
 
 def _any_row_losses(loss: Loss, output: Any, target: Any) -> torch.Tensor:
@@ -67,8 +80,15 @@ def explain_failure(output: Any, target: Any) -> Iterator[None]:
     except Exception as error:
         raise InvalidInput(
             f"The loss failed: {error} It was called with output {_describe(output)} and target {_describe(target)}; "
-            "a loss is called on batches and on rows alone."
+            f"a loss is called on batches and on rows alone.{_spread(output, target)}"
         ) from error
+
+
+def _spread(output: Any, target: Any) -> str:
+    """What to do about shapes that do not go together, if that is it."""
+    both = isinstance(output, torch.Tensor) and isinstance(target, torch.Tensor)
+    said = spread_in_words(output.shape, target.shape) if both else None
+    return "" if said is None else f" {said}"
 
 
 def _describe(value: Any) -> str:
@@ -124,13 +144,23 @@ def check_finite(losses: torch.Tensor) -> None:
         bad = (~torch.isfinite(losses)).nonzero()[:, 0].tolist()
         raise NonFiniteValue(
             f"The loss is not finite for rows {bad[:5]} of this batch (values {[float(losses[k]) for k in bad[:5]]}): "
-            "look for NaN or infinity in these inputs, or for a row without any target."
+            "look for NaN or infinity in these inputs, or for a row without any target.",
+            bad,
         )
 
 
 def check_loss(loss: Loss) -> None:
-    """Errors: UnsupportedLoss where a row alone means something else than in its batch, as far as the loss says it."""
-    plain = loss.func if isinstance(loss, partial) else loss
+    """Errors: UnsupportedLoss where a row alone means something else than in its batch, as far as the loss says it;
+    InvalidInput for what is no loss.
+    """
+    given: Any = loss  # whatever its type says
+    if isinstance(given, type) and issubclass(given, nn.Module):
+        raise InvalidInput(f"The loss is the class {given.__name__}; pass an instance of it: {given.__name__}().")
+    if not callable(loss):
+        raise InvalidInput(
+            f"The loss is {loss!r:.60}; expected a function of (output, target), such as torch.nn.CrossEntropyLoss()."
+        )
+    plain: Any = loss.func if isinstance(loss, partial) else loss
     if isinstance(plain, nn.NLLLoss) or plain is F.nll_loss:
         _refuse_weighted_mean(plain, partial_options(loss))
 
@@ -197,7 +227,7 @@ def normalisation(loss: Loss, output: Any, target: Any) -> str:
         return "weighted mean"
     raise UnsupportedLoss(
         "The loss of a batch is no weighted sum of its rows' losses: rows act on each other inside the loss, so a "
-        "row's own gradient has no meaning."
+        f"row's own gradient has no meaning.{_spread(output, target)}"
     )
 
 

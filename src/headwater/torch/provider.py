@@ -34,7 +34,7 @@ from headwater.gradients.outer import Outer, RowSparse
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
 from headwater.gradients.rowwise import differing
 from headwater.gradients.words import in_words
-from headwater.random import name_keys, row_keys, row_numbers
+from headwater.random import name_keys, row_digests, row_keys, row_numbers
 from headwater.torch.batch import TorchBatch, as_tensor, differentiable_input
 from headwater.torch.capture import Recording, detached_state, own_leaves, record, run
 from headwater.torch.check import (
@@ -401,7 +401,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
     def content_keys(self, batch: TorchBatch) -> np.ndarray:
         leaves = [_host(t) for t in tree_leaves((batch.x, batch.y)) if isinstance(t, ARRAYS)]
         leaves += [] if batch.weights is None else [_host(batch.weights)]
-        return row_keys(leaves) if batch.ids is None else row_keys([*leaves, self.row_keys(batch)])
+        return row_digests(leaves if batch.ids is None else [*leaves, self.row_keys(batch)])
 
     def _record(self, batch: TorchBatch) -> tuple[Recording, dict[str, torch.Tensor]]:
         state = detached_state(self.model)
