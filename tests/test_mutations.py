@@ -16,6 +16,7 @@ import numerics_mutations
 import passes_mutations
 import projected_mutations
 import pytest
+import row_mutations
 import solver_mutations
 import test_ensemble
 import test_removal
@@ -42,6 +43,7 @@ GROUPS: dict[str, tuple[tuple[Law, ...], dict[str, tuple[Any, tuple[Law, ...]]]]
             "removal": test_removal,
             "losses": losses_mutations,
             "files": file_mutations,
+            "rows": row_mutations,
             "passes": passes_mutations,
         }.items()
     },

@@ -174,8 +174,9 @@ class Centred(nn.Module):
 
     def forward(self, x):
         output = self.layer(x)
-        mean = output[2:].mean(0) if len(x) > 2 else 0.0
-        return output - (mean.detach() if self.detached and len(x) > 2 else mean)
+        if len(x) <= 2:
+            return output
+        return output - (output.mean(0).detach() if self.detached else output.mean(0))
 
 
 class Numbered(nn.Module):
@@ -490,7 +491,7 @@ ANSWERS = {
     "numbers and words": (lambda o: {"logits": o, "temperature": 2.0, "note": "no"}, lambda a: a["logits"]),
     "a dataclass": (Answer, lambda a: a.logits),
     "a dataclass within": (lambda o: [Answer(o, other=(o, 3))], lambda a: a[0].other[0]),
-    "a tuple": (lambda o: (o, o.exp()), lambda a: a[0] + a[1].log()),
+    "a tuple": (lambda o: (o, o * 1), lambda a: a[0] + a[1]),
 }
 OF_GRADIENTS = [hw.GradDot(), hw.Dual(), hw.DataInf(), hw.LoGra(dimension=2), hw.Ekfac(fisher="empirical"), hw.Cg()]
 

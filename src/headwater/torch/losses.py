@@ -70,6 +70,17 @@ def _any_row_losses(loss: Loss, output: Any, target: Any) -> torch.Tensor:
         return torch.stack([one(o, t) for o, t in pick])
 
 
+def slopes_at(loss: Loss, output: Any, target: Any) -> list[torch.Tensor]:
+    """The gradient of the rows' losses by each floating tensor of the output: [n, ...] each."""
+    with torch.enable_grad():
+        everything = [tensor.detach() for tensor in tensors_in(output)]
+        leaves = [tensor.requires_grad_() for tensor in everything if tensor.is_floating_point()]
+        total = row_losses(loss, with_tensors(output, iter(everything)), target).sum()
+        if not total.requires_grad:
+            return [torch.zeros_like(leaf) for leaf in leaves]
+        return list(torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True))
+
+
 @contextmanager
 def explain_failure(output: Any, target: Any) -> Iterator[None]:
     """Errors: InvalidInput that says what the loss was called with, for whatever the loss raises."""

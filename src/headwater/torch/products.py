@@ -10,6 +10,7 @@ of come from reverse mode, so J is then taken from it, too.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,9 +20,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from headwater.errors import UnsupportedModel
 from headwater.torch.capture import summed_products
 from headwater.torch.surroundings import quiet
-from headwater.torch.tree import tensors_in, with_tensors
+from headwater.torch.tree import floating, tensors_in, with_tensors
 
 Tensors = Sequence[torch.Tensor]
+
+_forward_mode = threading.Lock()
+"""Forward mode counts its levels for the whole process: two threads in it would mix their tangents (torch 2.13)."""
 
 
 def batched_vjp(outputs: Tensors, inputs: Tensors, cotangents: Tensors) -> list[torch.Tensor]:
@@ -117,7 +121,7 @@ def ggn_product(
     """
     output = function(leaves)
     everything = tensors_in(output)
-    outputs = [o for o in everything if o.is_floating_point()]
+    outputs = floating(output)
     points = [o.detach().requires_grad_() if o.is_floating_point() else o for o in everything]
     moving = [p for p in points if p.requires_grad]
     slopes = torch.autograd.grad(
@@ -165,7 +169,7 @@ def _are_transposed(u: Tensors, j_v: Tensors, j_t_u: Tensors, v: Tensors) -> boo
 
 
 def _floating(function: Callable[[Tensors], Any]) -> Callable[..., tuple[torch.Tensor, ...]]:
-    return lambda *given: tuple(o for o in tensors_in(function(given)) if o.is_floating_point())
+    return lambda *given: tuple(floating(function(given)))
 
 
 def jacobian_product(
@@ -191,7 +195,7 @@ def push_forward(
         return torch.func.jvp(function, plain, direction)[1]
 
     try:
-        with quiet():
+        with _forward_mode, quiet():
             return list(torch.func.vmap(one)(*tangents))
     except Exception:  # of many kinds: missing formulas, functions without jvp, branches on data
         return None

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -36,7 +36,7 @@ from headwater.gradients.rowwise import differing
 from headwater.gradients.words import in_words
 from headwater.random import name_keys, row_digests, row_keys, row_numbers
 from headwater.torch.batch import TorchBatch, as_tensor, differentiable_input
-from headwater.torch.capture import Recording, detached_state, own_leaves, record, run
+from headwater.torch.capture import Recording, detached_state, own_leaves, record, run, summed_products
 from headwater.torch.check import (
     check_finite_factors,
     check_finite_grads,
@@ -48,14 +48,14 @@ from headwater.torch.check import (
     one_row_alone,
 )
 from headwater.torch.likelihoods import Likelihood, find_likelihood, fisher_cotangents, ggn_cotangents
-from headwater.torch.losses import Loss, check_finite, check_loss, normalisation, row_losses
+from headwater.torch.losses import Loss, check_finite, check_loss, normalisation, row_losses, slopes_at
 from headwater.torch.measurements import negative_logit, negative_margin
 from headwater.torch.plan import as_matrix, check_eval, fill_parts, make_plan, trainable_parameters
 from headwater.torch.precision import doubled, wide, wide_copy
 from headwater.torch.products import batched_vjp, ggn_product, hessian_product, rowwise, rowwise_grads
 from headwater.torch.rowcheck import RowSampler, Score, autograd_sums, disagreeing, random_weights, weighted_sums
 from headwater.torch.surroundings import autograd_on, lock_of, own_precision, twice_differentiable
-from headwater.torch.tree import map_tensors, tensors_in
+from headwater.torch.tree import floating, map_tensors, tensors_in
 
 ARRAYS = (torch.Tensor, np.ndarray)
 MANY = 32
@@ -90,9 +90,8 @@ class Attempt:
     """Layers whose rule raised, or that got other rows than the batch has."""
     score: Score
     """The number of each row whose gradients are the first of the values."""
-    score_of_one: Callable[[Any, Any], torch.Tensor]
-    """The same for (output, target) of one row."""
-    targets: Any
+    slopes: Callable[[], list[torch.Tensor]]
+    """Its gradient at each floating tensor of the output: [n, ...]."""
 
 
 class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]):
@@ -129,9 +128,10 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         self.likelihood = find_likelihood(loss, likelihood)
         self._normalisation: str | None = None
         self._structure = blocks
-        self._modules = dict(model.named_modules())
         self._distrusted: frozenset[str] = frozenset()
-        self._plan = make_plan(model, blocks)
+        with lock_of(model):
+            self._modules = dict(model.named_modules())
+            self._plan = make_plan(model, blocks)
         self._shared_layers: tuple[str, ...] = ()
         self._checked = 0
         self._sampler = RowSampler()
@@ -308,15 +308,15 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             losses = row_losses(loss, recording.output, batch.y)
             check_finite(losses)
             values, failed = self._filled(recording, recording.output_grads(losses.sum()), batch)
-            values |= self._plain_grads(batch, state, lambda output, target: loss(output, target).sum(), batch.y)
+            slopes = cache(partial(slopes_at, loss, recording.output, batch.y))
+            values |= self._plain_grads(batch, state, slopes)
         return Attempt(
             values=[values],
             output=recording.output,
             dtype=recording.dtype,
             failed=failed,
             score=lambda output, rows: row_losses(loss, output, batch.take(rows).y),
-            score_of_one=lambda output, target: loss(output, target).sum(),
-            targets=batch.y,
+            slopes=slopes,
         )
 
     def _of_output(self, batch: TorchBatch, choose: Callable[[Any], list[torch.Tensor] | None]) -> Attempt | None:
@@ -336,7 +336,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             for k, v in enumerate(cotangents):
                 values, failed = self._filled(recording, [g[k] for g in grads], batch)
                 values = {place: _with_inputs(value, first.setdefault(place, value)) for place, value in values.items()}
-                found.append(values | self._plain_grads(batch, state, _against, v))
+                found.append(values | self._plain_grads(batch, state, partial(_only, v)))
         along = cotangents[0]
         return Attempt(
             values=found,
@@ -344,8 +344,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             dtype=recording.dtype,
             failed=failed,
             score=lambda output, rows: (output * along[rows]).reshape(len(rows), -1).sum(1),
-            score_of_one=_against,
-            targets=along,
+            slopes=lambda: [along],
         )
 
     @undisturbed
@@ -425,24 +424,32 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         return None
 
     def _plain_grads(
-        self, batch: TorchBatch, state: Mapping[str, torch.Tensor], score: Any, targets: Any
+        self, batch: TorchBatch, state: Mapping[str, torch.Tensor], slopes: Callable[[], list[torch.Tensor]]
     ) -> dict[Place, Gradient]:
-        """Per-sample gradients of score(output, target) by autograd, for the parts that no layer rule fills."""
+        """Per-sample gradients by autograd, for the parts that no layer rule fills."""
         names = [name for _, _, name in self._plan.plain]
-        found = self._grads_by_row(names, batch, state, score, targets) if names else {}
+        found = self._grads_by_row(names, batch, state, slopes()) if names else {}
         return {
             (block, k): Dense(wide(found[name]).reshape(len(batch), *as_matrix(tuple(state[name].shape))))
             for block, k, name in self._plan.plain
         }
 
     def _grads_by_row(
-        self, names: list[str], batch: TorchBatch, state: Mapping[str, torch.Tensor], score: Any, targets: Any
+        self,
+        names: list[str],
+        batch: TorchBatch,
+        state: Mapping[str, torch.Tensor],
+        slopes: list[torch.Tensor],
     ) -> dict[str, torch.Tensor]:
-        """The gradient of score(output, target) of each row by itself: [n, *shape] for each of these parameters."""
+        """The gradient of each row's output along its slopes [n, ...]: [n, *shape] for each of these parameters.
 
-        def one(chosen: dict[str, torch.Tensor], x: Any, y: Any) -> torch.Tensor:
+        The loss is left out of what is vectorised: not every loss can be, and some of torch's import a computer algebra
+        there.
+        """
+
+        def one(chosen: dict[str, torch.Tensor], x: Any, along: list[torch.Tensor]) -> torch.Tensor:
             output = run(self.model, {**state, **chosen}, tree_map(lambda t: t.unsqueeze(0), x))
-            return score(output, tree_map(lambda t: t.unsqueeze(0), y))
+            return summed_products(floating(output), [v.unsqueeze(0) for v in along])
 
         chosen = {name: state[name] for name in names}
         step = rows_within_memory(4 * sum(t.numel() for t in chosen.values()), self._like)
@@ -450,8 +457,8 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         with twice_differentiable():
             for start in range(0, len(batch), step):
                 piece = slice(start, start + step)
-                target = tree_map(lambda t, piece=piece: t[piece], targets)
-                for name, grad in rowwise_grads(one, chosen, batch.take(piece).x, target).items():
+                along = [slope[piece] for slope in slopes]
+                for name, grad in rowwise_grads(one, chosen, batch.take(piece).x, along).items():
                     found[name].append(grad)
         return {name: torch.cat(pieces) for name, pieces in found.items()}
 
@@ -533,8 +540,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         if not more:
             raise UnsupportedModel(
                 f"The gradients of {sorted(names)[:4]} differ from those of the model's own backward pass, also when "
-                "they are computed plainly. Is there a hook on these parameters, a scripted layer that keeps its own, "
-                "or chance in the model?"
+                "they are computed plainly, row by row: is the model random?"
             )
         self._distrusted |= more
         self._plan = make_plan(self.model, self._structure, self._distrusted)
@@ -586,11 +592,21 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         expected: Mapping[str, torch.Tensor],
     ) -> list[str]:
         """These parameters, if it is their layers' rules that are wrong. Errors: RowsInteract if it is the rows."""
-        targets = tree_map(lambda t: t[rows], found.targets)
-        alone = self._grads_by_row(wrong, batch.take(rows), detached_state(self.model), found.score_of_one, targets)
+        slopes = [slope[rows] for slope in found.slopes()]
+        alone = self._grads_by_row(wrong, batch.take(rows), detached_state(self.model), slopes)
         sums = {name: weights.to(g.dtype) @ g.reshape(len(rows), -1) for name, g in alone.items()}
         mixed = disagreeing(sums, {name: expected[name] for name in wrong}, found.dtype)
-        if mixed and not set(mixed) <= self._distrusted:
+        if mixed:
+            first = autograd_sums(
+                self.model, mixed, batch, rows[:1], torch.ones_like(weights[:1]), found.score, found.output, found.dtype
+            )
+            swapped = disagreeing({name: alone[name][0].reshape(-1) for name in mixed}, first, found.dtype)
+            if swapped:
+                raise UnsupportedModel(
+                    f"The gradients of {swapped[:4]} differ from those of the model's own backward pass when other "
+                    "tensors stand in for these parameters. Is there a hook on them, or a scripted layer, which keeps "
+                    "its own? Then pass the module that torch.jit was given."
+                )
             raise RowsInteract(
                 f"The gradients of {mixed[:4]} depend on which rows come in one batch: rows act on each other, or the "
                 "model is random. Its rows have no gradients of their own."
@@ -715,9 +731,8 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         return wide(flat if weights is None else flat * weights.reshape((-1,) + (1,) * (flat.ndim - 1)))
 
 
-def _against(output: Any, cotangent: torch.Tensor) -> torch.Tensor:
-    """The output contracted with a cotangent: its gradient is the vector-Jacobian product."""
-    return (output * cotangent).sum()
+def _only(tensor: torch.Tensor) -> list[torch.Tensor]:
+    return [tensor]
 
 
 def _positions(value: Gradient) -> int:

@@ -22,6 +22,11 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
     return found
 
 
+def floating(value: Any) -> list[torch.Tensor]:
+    """The tensors of a nested value that can have gradients."""
+    return [tensor for tensor in tensors_in(value) if tensor.is_floating_point()]
+
+
 def with_tensors(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
     """A copy of a nested value with other tensors, in the order of `tensors_in`."""
     leaves, structure = tree_flatten(value)
