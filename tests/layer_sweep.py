@@ -415,34 +415,41 @@ def failures(swept: Mapping[str, Mapping[str, Mapping[str, Verdict]]]) -> list[s
 
 def cell(found: Mapping[str, Verdict]) -> str:
     """In short: empty if it was not tried."""
-    told = {
-        name: v.kind if v.kind != "refused" else f"refused ({v.said.partition(':')[0]})" for name, v in found.items()
+    answers = {
+        check: v.kind if v.kind != "refused" else f"refused ({v.said.partition(':')[0]})" for check, v in found.items()
     }
-    answers = set(told.values())
-    if len(answers) <= 1:
-        return next(iter(answers), "")
-    return "right; " + ", ".join(f"{name} {answer}" for name, answer in told.items() if answer != "right")
+    first = answers.get("gradients", "")
+    others = [f"{check} {answer}" for check, answer in answers.items() if answer != first]
+    return "; ".join([first, *others])
 
 
-def table(swept: Swept) -> str:
-    """One row for all layers with the same answers, and one for each setting of a layer that has answers of its own."""
-    kinds = {case.name: case.covers.__name__ for case in CASES}
-    names = [v.name for v in VARIATIONS if any(by[v.name] for by in swept.values() if v.name in by)]
-    cells = {case: tuple(cell(by[name]) for name in names) for case, by in swept.items()}
-    by_kind: dict[str, tuple[str, ...]] = {}
-    for case, row in cells.items():
-        if set(row) <= {"", "right"}:
-            before = by_kind.get(kinds[case], ("",) * len(row))
-            by_kind[kinds[case]] = tuple(a or b for a, b in zip(before, row, strict=True))
+def table(swept: Swept, compiling: bool) -> str:
+    """Of the columns about compiling, or of the others.
+
+    A class has the row of its first setting; other settings have one where they have another answer. Equal rows are one.
+    """
+    names = [v.name for v in VARIATIONS if bool(v.only) == compiling]
+    rows = {case.name: tuple(cell(swept[case.name][n]) for n in names) for case in CASES if case.name in swept}
+    firsts = {case.covers: rows[case.name] for case in CASES if case.name in rows and is_first(case)}
     merged: dict[tuple[str, ...], list[str]] = {}
-    for kind, row in by_kind.items():
-        merged.setdefault(row, []).append(kind)
-    for case, row in cells.items():
-        if not set(row) <= {"", "right"}:
-            merged.setdefault(row, []).append(f"`{case}`")
+    for case in CASES:
+        row = rows.get(case.name, ())
+        if not any(row):
+            continue
+        if is_first(case) and f"{case.covers.__name__}(" in case.name:
+            merged.setdefault(row, []).append(case.covers.__name__)
+        elif is_first(case) or not _agree(row, firsts.get(case.covers, row)):
+            merged.setdefault(row, []).append(f"`{case.name}`")
     lines = [("layer", *names), ("---",) * (1 + len(names))]
     lines += [(", ".join(layers), *(answer or "-" for answer in row)) for row, layers in merged.items()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _agree(row: Sequence[str], first: Sequence[str]) -> bool:
+    """Where both were tried; fewer checks are made on the settings after the first."""
+    return all(
+        not one or not two or two == one or two.startswith(f"{one};") for one, two in zip(row, first, strict=True)
+    )
 
 
 def main() -> None:
@@ -455,7 +462,7 @@ def main() -> None:
     start = time.process_time()
     swept = sweep(chosen.words, list(filter(None, chosen.variations.split(","))))
     bad = failures(swept)
-    print(table(swept))
+    print(table(swept, compiling=False), table(swept, compiling=True), sep="\n\n")
     print(f"{time.process_time() - start:.0f} CPU seconds, {len(bad)} failures", *bad, sep="\n", file=sys.stderr)
     sys.exit(bool(bad))
 

@@ -141,5 +141,6 @@ def test_the_page_shows_the_tables_of_the_sweep(swept, odd_swept):
     page = PAGE.read_text()
     if f"torch {torch.__version__.partition('+')[0]}" not in page:
         pytest.skip("the page is about another release of torch")
-    assert table(swept) in page
+    assert table(swept, compiling=False) in page
+    assert table(swept, compiling=True) in page
     assert odd_sweep.table(odd_swept) in page
