@@ -418,7 +418,7 @@ def cell(found: Mapping[str, Verdict]) -> str:
     answers = {
         check: v.kind if v.kind != "refused" else f"refused ({v.said.partition(':')[0]})" for check, v in found.items()
     }
-    first = answers.get("gradients", "")
+    first = next(iter(answers.values()), "")
     others = [f"{check} {answer}" for check, answer in answers.items() if answer != first]
     return "; ".join([first, *others])
 
@@ -426,7 +426,7 @@ def cell(found: Mapping[str, Verdict]) -> str:
 def table(swept: Swept, compiling: bool) -> str:
     """Of the columns about compiling, or of the others.
 
-    A class has the row of its first setting; other settings have one where they have another answer. Equal rows are one.
+    A class has the row of its first setting; others have one where they have another answer. Equal rows are one.
     """
     names = [v.name for v in VARIATIONS if bool(v.only) == compiling]
     rows = {case.name: tuple(cell(swept[case.name][n]) for n in names) for case in CASES if case.name in swept}
