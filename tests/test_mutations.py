@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import contract_mutations
 import mutations
 import projected_mutations
 import pytest
@@ -29,6 +30,7 @@ GROUPS: dict[str, tuple[tuple[Law, ...], dict[str, tuple[Any, tuple[Law, ...]]]]
     **{
         group: (tuple(module.LAWS), _with(module.LAWS, module.MUTANTS))
         for group, module in {
+            "contract": contract_mutations,
             "projections": projected_mutations,
             "ensembles": test_ensemble,
             "representers": test_representer,

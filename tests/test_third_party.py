@@ -7,23 +7,27 @@ method, KFAC and EKFAC must all give the closed form.
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
 
 import headwater as hw
 from headwater.blocks import Block, Layout, Parameter, Part, Piece
-from headwater.errors import StaleFit
+from headwater.errors import InvalidInput, InvalidSetting, StaleFit
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.outer import Outer
 from headwater.gradients.provider import StructuredGradientProvider
 from headwater.gradients.unit import UnitGradientProvider
 from headwater.influence import ComposableInfluence, InfluenceMapper
+from headwater.methods.direct import Direct
+from headwater.operators.algebra import IdentityOperator, ScaledOperator
 from headwater.operators.kronecker import KroneckerOperator
+from headwater.operators.released import ReleasedOperator
 from headwater.operators.structured import BlockDiagonalOperator
 from headwater.random import row_keys, row_normals
 from headwater.testing import BlockMapperContract, InfluenceContract, StructuredProviderContract
-from headwater.types import Batch
+from headwater.types import Batch, BilinearForm, OperatorBilinearForm
 
 I = 3  # noqa: E741
 COSTS = np.array([1.0, 4.0])
@@ -32,6 +36,7 @@ RNG = np.random.default_rng(3)
 WEIGHTS, BIASES = RNG.standard_normal((2, I)), RNG.standard_normal(2)
 X, Y = RNG.standard_normal((7, I)) * [3.0, 1.0, 0.2], RNG.standard_normal((7, 2))
 QUERY_X, QUERY_Y = RNG.standard_normal((4, I)), RNG.standard_normal((4, 2))
+QUERIES = QUERY_X, QUERY_Y
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,9 +44,6 @@ class Rows(Batch):
     """NumPy arrays, with or without weights."""
 
     weights: object = None
-
-    def _columns(self):
-        return super()._columns() | {"weights": self.weights}
 
 
 class LinearProvider(StructuredGradientProvider):
@@ -226,6 +228,123 @@ class TestMapper(BlockMapperContract):
         return Rows(QUERY_X, QUERY_Y)
 
 
+class Cubed(BilinearForm):
+    """A form that is no product with an operator's image, and counts what it is asked."""
+
+    def inner_prod(self, left, right):
+        right = left if right is None else right
+        return np.einsum("nd,m...d->nm...", left**3, right)
+
+
+class OwnForm(BlockDiagonalOperator):
+    def as_bilinear_form(self):
+        return Cubed()
+
+
+class Doubled(OperatorBilinearForm):
+    """Inherits the default form, and is another one all the same."""
+
+    def inner_prod(self, left, right):
+        return 2 * super().inner_prod(left, right)
+
+
+class InheritedForm(BlockDiagonalOperator):
+    def as_bilinear_form(self):
+        return Doubled(self)
+
+
+class AnothersForm(BlockDiagonalOperator):
+    """The default form, of another operator."""
+
+    def as_bilinear_form(self):
+        return OperatorBilinearForm(ScaledOperator(3.0, IdentityOperator(self.input_size)))
+
+
+def with_own_form(kind, name="second"):
+    """The mapper of `TestMapper` with one operator of the given kind."""
+    operators = TestMapper().mapper().operators
+    operators[name] = kind(_layout(name), operators[name].operators)
+    return InfluenceMapper(LinearProvider(), operators)
+
+
+@pytest.mark.parametrize("kind", [OwnForm, InheritedForm, AnothersForm])
+class TestMapperWithAFormOfItsOwn(TestMapper):
+    """One block is computed by its operator's form, the other in the mapper's own way."""
+
+    @pytest.fixture(autouse=True)
+    def _which(self, kind):
+        self.kind = kind
+
+    def mapper(self):
+        return with_own_form(self.kind)
+
+
+class TestMapperInAnotherOrder(TestMapper):
+    """The order of the operators, not that of the provider's blocks."""
+
+    def mapper(self):
+        operators = super().mapper().operators
+        return InfluenceMapper(LinearProvider(), OrderedDict((name, operators[name]) for name in reversed(NAMES)))
+
+
+@dataclass(frozen=True)
+class CubedMethod(Direct):
+    """A method whose inverse of one block has a form of its own."""
+
+    def invert(self, curvature, damping):
+        inverse = super().invert(curvature, damping)
+        inverse.as_bilinear_form = Cubed
+        return inverse
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_influences_obey_the_form_of_a_methods_operators(scale, monkeypatch):
+    """In every verb that meets two sides of rows; scaled as the blocks of an ensemble are."""
+    monkeypatch.setattr(LinearProvider, "block_scale", lambda self, block: scale)
+    influence = LinearInfluence(CubedMethod(), damping=0.5).fit([(X, Y)])
+    train, queries = (np.array([slow_gradient(*row) for row in zip(*rows, strict=True)]) for rows in ((X, Y), QUERIES))
+    expected = scale * queries**3 @ train.T
+    close = partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12 * np.abs(expected).max())
+    close(influence.influences(*QUERIES, X, Y), expected)
+    close(influence.influences(X, Y), scale * train**3 @ train.T)
+    close(sum(influence.influences_by_block(*QUERIES, X, Y).values()), expected)
+    close(influence.damping_path([0.1, 1.0], *QUERIES, X, Y), [expected, expected])
+    close(influence.attribute([(X[:4], Y[:4]), (X[4:], Y[4:])], [QUERIES]).values, expected)
+    mixed = np.array([by_differences(*row) for row in zip(X, Y, strict=True)])
+    expected = scale * np.einsum("qd,nxd->qnx", queries**3, mixed)
+    close = partial(np.testing.assert_allclose, rtol=1e-7, atol=1e-7 * np.abs(expected).max())
+    close(influence.influences(*QUERIES, X, Y, mode="perturbation"), expected)
+    close(influence.damping_path([0.1], *QUERIES, X, Y, mode="perturbation"), [expected])
+
+
+def test_rows_on_the_left_of_a_form_are_explained_by_the_measurement():
+    class Measured(LinearProvider):
+        def grads(self, batch, *, query=False, weighted=True):
+            found = super().grads(batch, query=query, weighted=weighted)
+            return (
+                OrderedDict((name, v.weighted(np.full(len(batch), 10.0))) for name, v in found.items())
+                if query
+                else found
+            )
+
+    operators = with_own_form(OwnForm).operators
+    rows, plain = Rows(X, Y), InfluenceMapper(LinearProvider(), operators)
+    for mode in ("up", "perturbation"):
+        got = InfluenceMapper(Measured(), operators).interactions(rows, None, mode)
+        expected = plain.interactions(rows, rows, mode)
+        np.testing.assert_allclose(got["first"], 10 * expected["first"], rtol=1e-12)
+        np.testing.assert_allclose(got["second"], 10**3 * expected["second"], rtol=1e-12)
+
+
+def test_a_form_of_its_own_is_not_released_from_a_penalty():
+    inverse = ScaledOperator(2.0, IdentityOperator(4))
+    released = ReleasedOperator(inverse, np.array([1.0, 0, 0, 0]))
+    assert released.as_bilinear_form().is_default_of(released)
+    inverse.as_bilinear_form = Cubed
+    with pytest.raises(InvalidSetting, match="ScaledOperator has a bilinear form of its own"):
+        released.as_bilinear_form()
+
+
 EXACT = {
     "exact, GGN": hw.Direct("ggn"),
     "exact, Hessian": hw.Direct("hessian"),
@@ -299,6 +418,14 @@ def test_a_weight_of_two_is_the_row_twice(method):
     expected = repeated.influences(QUERY_X, QUERY_Y, X, Y)
     got = weighted.influences(QUERY_X, QUERY_Y, X, Y)
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-11 * np.abs(expected).max())
+
+
+def test_weights_that_a_provider_does_not_know_are_refused(monkeypatch):
+    weighted = [Batch(X, Y, weights=np.arange(1.0, 8.0))]
+    assert LinearInfluence(hw.Direct()).fit(weighted).n_train == 28
+    monkeypatch.setattr(LinearProvider, "row_weights", StructuredGradientProvider.row_weights)
+    with pytest.raises(InvalidInput, match=r"LinearProvider knows no weights.*row_weights gives None"):
+        LinearInfluence(hw.Direct()).fit(weighted)
 
 
 @pytest.mark.parametrize("method", [hw.Direct(), hw.Ekfac(), hw.GradDot()], ids=repr)

@@ -33,6 +33,10 @@ class UnsupportedInfluenceModeError(InvalidInput):
     """The mode is neither "up" nor "perturbation"."""
 
 
+UnsupportedInfluenceModeException = UnsupportedInfluenceModeError
+"""Another name of the same, for code that was written with it."""
+
+
 class BatchMismatch(InvalidInput):
     """The pieces of a batch disagree in length, or there is nothing in it."""
 
@@ -83,6 +87,10 @@ class NotFittedError(HeadwaterError, ValueError, AttributeError):
 
 class StaleFit(HeadwaterError, RuntimeError):
     """The model's weights are not those that were fitted."""
+
+
+class RulesChanged(StaleFit):
+    """Gradients take another form than those that a fit was made of: layer rules turned out not to hold. Fit again."""
 
 
 class NotConverged(HeadwaterError, UserWarning):

@@ -13,10 +13,11 @@ import copy
 import os
 from abc import ABC
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Generic, Self
+from dataclasses import dataclass, field, replace
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from headwater.arrays import Array, namespace, transpose
 from headwater.curvature.passes import batches
@@ -27,11 +28,12 @@ from headwater.errors import (
     InvalidInput,
     InvalidSetting,
     NotFittedError,
+    RulesChanged,
     SingularOperator,
     StaleFit,
 )
 from headwater.gradients.block import BlockGradient, stack
-from headwater.gradients.provider import BlockGradients, StructuredGradientProvider
+from headwater.gradients.provider import BlockGradients, BlockProvider, StructuredGradientProvider
 from headwater.gradients.words import in_words
 from headwater.methods.base import Curvatures, Method
 from headwater.methods.damping import Damping, Relative, damping_by_block, in_units
@@ -40,7 +42,7 @@ from headwater.operators.iterative import SolveReport, apply_path, joined, recor
 from headwater.operators.kronecker import SeparableOperator
 from headwater.operators.released import ReleasedOperator, penalised
 from headwater.operators.structured import BlockDiagonalOperator
-from headwater.types import BlockMapper, InfluenceMode, OperatorGradientComposition, TensorType
+from headwater.types import BilinearForm, BlockMapper, InfluenceMode, OperatorGradientComposition, TensorType
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,48 +56,82 @@ if TYPE_CHECKING:
     from headwater.store.scores import Extremes, Scores
 
 ByBlock = OrderedDict[str, Array]
+Verb = TypeVar("Verb", bound=Callable[..., Any])
 
 SAVED_FORMAT = 1
 """Of the folders that `save` writes."""
 
 
-class InfluenceMapper(BlockMapper[Array, Any]):
-    """The contract's block mapper over a structured provider: one pass through the model serves all blocks."""
+class InfluenceMapper(BlockMapper[Array, Any, OperatorGradientComposition]):
+    """The contract's block mapper over a structured provider: one pass through the model serves all blocks.
+
+    A block whose operator has a bilinear form of its own is computed by that form, and the others the faster way.
+    """
 
     def __init__(self, provider: StructuredGradientProvider, operators: Mapping[str, LinearOperator]):
-        super().__init__(
-            {name: OperatorGradientComposition(op, provider.block(name)) for name, op in operators.items()}
+        blocks: OrderedDict[str, OperatorGradientComposition] = OrderedDict(
+            (name, OperatorGradientComposition(op, provider.block(name))) for name, op in operators.items()
         )
+        super().__init__(blocks)
         self.provider = provider
         self.operators = OrderedDict(operators)
 
-    def generate_transformed_grads(self, batch: Any) -> Iterator[tuple[str, Array]]:
-        for name, value in self.provider.grads(batch, query=True).items():
-            operator = self.operators[name]
-            yield name, operator.apply_block(operator.seen(value)).flat()
+    @property
+    def own_forms(self) -> dict[str, BilinearForm]:
+        """The forms of those blocks whose operator's form is another than `<Op left, right>`."""
+        forms = {name: operator.as_bilinear_form() for name, operator in self.operators.items()}
+        return {name: form for name, form in forms.items() if not form.is_default_of(self.operators[name])}
+
+    def generate_transformed_grads(self, batch: Any) -> Generator[Array, None, None]:
+        grads = self.provider.grads(batch, query=True)
+        for name, operator in self.operators.items():
+            yield operator.apply_block(operator.seen(grads[name])).flat()
 
     def generate_interactions(
         self, left_batch: Any, right_batch: Any, mode: InfluenceMode | str
-    ) -> Iterator[tuple[str, Array]]:
+    ) -> Generator[Array, None, None]:
+        mode, own = InfluenceMode(mode), self.own_forms
         right_batch = left_batch if right_batch is None else right_batch
-        if InfluenceMode(mode) is InfluenceMode.Perturbation:
-            factors = self.transformed_grads(left_batch)
-            yield from self.generate_interactions_from_transformed_grads(factors, right_batch, mode)
+        plain = [name for name in self.operators if name not in own]
+        shared = self._shared_interactions(plain, left_batch, right_batch, mode)
+        for name in self.operators:
+            yield self._by_form(name, left_batch, right_batch, mode) if name in own else next(shared)
+
+    def _by_form(self, name: str, left_batch: Any, right_batch: Any, mode: InfluenceMode) -> Array:
+        # Rows on the left are explained, rows on the right are train rows; the same rows need two objects to say so.
+        right_batch = copy.copy(left_batch) if right_batch is left_batch else right_batch
+        provider = BlockProvider(self.provider, name, explained=left_batch)
+        return OperatorGradientComposition(self.operators[name], provider).interactions(left_batch, right_batch, mode)
+
+    def _shared_interactions(
+        self, names: Sequence[str], left_batch: Any, right_batch: Any, mode: InfluenceMode
+    ) -> Iterator[Array]:
+        """Of these blocks, from one pass over either batch."""
+        if not names:
             return
-        grads = self.provider.grads(left_batch, query=True)
+        every = self.provider.grads(left_batch, query=True)
+        grads = OrderedDict((name, every[name]) for name in names)
+        if mode is InfluenceMode.Perturbation:
+            for name, value in grads.items():
+                operator = self.operators[name]
+                yield self.provider.mixed_prod(right_batch, {name: operator.apply_block(operator.seen(value)).flat()})
+            return
         queries = self.sides(grads, len(right_batch) / len(left_batch)).queries(grads)
-        yield from queries.scores(self.provider.grads(right_batch)).items()
+        train = self.provider.grads(right_batch)
+        for name in names:
+            yield queries.score(name, train[name])
 
     def generate_interactions_from_transformed_grads(
         self, left_factors: Array | Mapping[str, Array], right_batch: Any, mode: InfluenceMode | str
-    ) -> Iterator[tuple[str, Array]]:
-        factors = self._factors_by_block(left_factors)
-        if InfluenceMode(mode) is InfluenceMode.Perturbation:
+    ) -> Generator[Array, None, None]:
+        mode, factors = InfluenceMode(mode), self._factors_by_block(left_factors)
+        if mode is InfluenceMode.Perturbation:
             for name in self.operators:
-                yield name, self.provider.mixed_prod(right_batch, {name: factors[name]})
+                yield self.provider.mixed_prod(right_batch, {name: factors[name]})
             return
-        for name, value in self.provider.grads(right_batch).items():
-            yield name, transpose(self.operators[name].seen(value).project(factors[name]))
+        grads = self.provider.grads(right_batch)
+        for name, operator in self.operators.items():
+            yield transpose(operator.seen(grads[name]).project(factors[name]))
 
     def perturbation(self, factors: Array | Mapping[str, Array], batch: Any) -> Array:
         """All blocks together, in one differentiation: (N, M, *x_shape)."""
@@ -103,11 +139,20 @@ class InfluenceMapper(BlockMapper[Array, Any]):
 
     def sides(self, grads: BlockGradients, train_per_query: float) -> Sides:
         """Where queries like these and `train_per_query` train rows each had best meet."""
-        pairs = {name: self.operators[name].block_sides(value, train_per_query) for name, value in grads.items()}
+        forms = self.own_forms
+        pairs = {name: self._sides(name, value, train_per_query, name in forms) for name, value in grads.items()}
         return Sides(
             OrderedDict((name, left) for name, (left, _) in pairs.items()),
             OrderedDict((name, right) for name, (_, right) in pairs.items()),
+            forms,
         )
+
+    def _sides(
+        self, name: str, value: BlockGradient, train_per_query: float, by_form: bool
+    ) -> tuple[LinearOperator, LinearOperator]:
+        if by_form:  # the gradients as they are, for the form's `inner_prod`
+            return (IdentityOperator(self.operators[name].input_size),) * 2
+        return self.operators[name].block_sides(value, train_per_query)
 
 
 @dataclass(frozen=True)
@@ -119,11 +164,13 @@ class Sides:
 
     left: Mapping[str, LinearOperator]
     right: Mapping[str, LinearOperator]
+    forms: Mapping[str, BilinearForm] = field(default_factory=dict)
+    """Where an operator has a form of its own: what then takes the place of the dot product."""
 
     def queries(self, grads: BlockGradients) -> Queries:
         """Query gradients, ready to meet train rows."""
         left = OrderedDict((name, _pass(self.left[name], v).settled(v)) for name, v in grads.items())
-        return Queries(left, self.right)
+        return Queries(left, self.right, self.forms)
 
 
 @dataclass(frozen=True)
@@ -132,12 +179,17 @@ class Queries:
 
     left: BlockGradients
     right: Mapping[str, LinearOperator]
+    forms: Mapping[str, BilinearForm] = field(default_factory=dict)
 
     def scores(self, train: BlockGradients) -> ByBlock:
         """By block: [q, n]."""
-        return OrderedDict(
-            (name, self.left[name].inner(_pass(self.right[name], value))) for name, value in train.items()
-        )
+        return OrderedDict((name, self.score(name, value)) for name, value in train.items())
+
+    def score(self, name: str, train: BlockGradient) -> Array:
+        """Of one block: [q, n]."""
+        if name in self.forms:
+            return self.forms[name].inner_prod(self.left[name].flat(), train.flat())
+        return self.left[name].inner(_pass(self.right[name], train))
 
 
 @dataclass(frozen=True)
@@ -147,7 +199,20 @@ class Fitted:
     curvature: Curvatures
     rows: float
     fingerprint: tuple
+    form: int = 0
+    """The provider's, of the gradients that it was made of."""
     device: Any = None
+
+
+def _in_own_precision(verb: Verb) -> Verb:
+    """Without the caller's mixed precision, but for the model's own call; see `own_precision` of providers."""
+
+    @wraps(verb)
+    def wrapped(self: ComposableInfluence, *args: Any, **kwargs: Any) -> Any:
+        with self.source.own_precision():
+            return verb(self, *args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
 
 
 class ComposableInfluence(ABC, Generic[TensorType]):
@@ -176,10 +241,16 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
     # Fitting ------------------------------------------------------------------------------------------------------
 
+    @_in_own_precision
     def fit(self, loader: Iterable[Any], *, progress: bool = False) -> Self:
         """Learn the curvature of the mean loss over the loader's rows; it gives (x, y) or batches, repeatably."""
-        curvature, rows = self.method.fit(self.provider, self.as_loader(loader), progress)
-        self._keep(Fitted(curvature, rows, self.provider.fingerprint(), self.source.device))
+        while True:
+            try:
+                curvature, rows = self.method.fit(self.provider, self.as_loader(loader), progress)
+                break
+            except RulesChanged:  # fewer layers are left whose rules are trusted, so that this ends
+                continue
+        self._keep(Fitted(curvature, rows, self.provider.fingerprint(), self.provider.form, self.source.device))
         self._calibration = None
         return self
 
@@ -219,6 +290,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
     def block_names(self) -> list[str]:
         return list(self.provider.layouts)
 
+    @_in_own_precision
     def with_damping(self, damping: Damping | Mapping[str, Damping]) -> Self:
         """The same influence at another damping; everything that was fitted is used again."""
         other = copy.copy(self)
@@ -318,9 +390,13 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         return self._fitted
 
     def check_weights(self) -> None:
-        """Errors: NotFittedError; StaleFit if the model's weights have changed."""
+        """Errors: NotFittedError; StaleFit if the model's weights have changed, or the form of its gradients."""
         if self.provider.fingerprint() != self._need_fit().fingerprint:
             raise StaleFit("The model's weights have changed since fit(). Fit again, or restore the weights.")
+        if self.provider.form != self._need_fit().form:
+            raise StaleFit(
+                "Layer rules turned out not to hold since fit(): gradients now have another form. Fit again."
+            )
 
     def ready(self) -> InfluenceMapper:
         """The mapper, where the model is: what was fitted follows a model that was moved to another device.
@@ -357,6 +433,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         parts = take_apart(self.curvature)
         write_folder(path, {**self._identity(), "rows": self.n_train, **parts.description}, parts.arrays)
 
+    @_in_own_precision
     def load(self, path: str | os.PathLike[str], loader: Iterable[Any] | None = None) -> Self:
         """What `save` kept, in place of `fit`: for the same model, weights, blocks and method; damping is free.
 
@@ -376,7 +453,9 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         self._check_identity(saved, str(path))
         rows = None if loader is None else self.as_loader(loader)
         curvature = put_together(TakenApart(saved, arrays), self.provider, self._like(), rows)
-        self._keep(Fitted(curvature, saved["rows"], self.provider.fingerprint(), self.source.device))
+        self._keep(
+            Fitted(curvature, saved["rows"], self.provider.fingerprint(), self.provider.form, self.source.device)
+        )
         return self
 
     def _like(self) -> Array:
@@ -416,6 +495,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
     # Tensors in, tensors out --------------------------------------------------------------------------------------
 
+    @_in_own_precision
     def influences(
         self, x_test: Any, y_test: Any, x: Any = None, y: Any = None, mode: InfluenceMode | str = InfluenceMode.Up
     ) -> TensorType:
@@ -426,10 +506,11 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         """
         mapper, mode, test, train = self._asked(x_test, y_test, x, y, mode)
         with self._recorded():
-            if mode is InfluenceMode.Perturbation:
+            if mode is InfluenceMode.Perturbation and not mapper.own_forms:
                 return mapper.perturbation(mapper.transformed_grads(test), train)
             return _sum(mapper.interactions(test, train, mode))
 
+    @_in_own_precision
     def damping_path(
         self,
         dampings: Sequence[Damping | Mapping[str, Damping]],
@@ -445,6 +526,8 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         """
         _, mode, test, train = self._asked(x_test, y_test, x, y, mode)
         others = [self.with_damping(damping).ready() for damping in dampings]
+        if any(mapper.own_forms for mapper in others):  # factors are no help to a form that is not <Op left, right>
+            return [_sum(mapper.interactions(test, train, mode)) for mapper in others]
         grads = self.provider.grads(test, query=True) if others else {}
         factors: list[dict[str, Array]] = [{} for _ in others]
         with self._recorded():
@@ -459,6 +542,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
             for mapper, f in zip(others, factors, strict=True)
         ]
 
+    @_in_own_precision
     def influences_by_block(
         self, x_test: Any, y_test: Any, x: Any = None, y: Any = None, mode: InfluenceMode | str = InfluenceMode.Up
     ) -> OrderedDict[str, TensorType]:
@@ -467,17 +551,20 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         with self._recorded():
             return mapper.interactions(test, train, mode)
 
+    @_in_own_precision
     def influence_factors(self, x: Any, y: Any) -> TensorType:
         """Op(gradient) of each row, all blocks side by side: (N, D)."""
         factors = self.influence_factors_by_block(x, y)
         return namespace(*factors.values()).concat(list(factors.values()), axis=1)
 
+    @_in_own_precision
     def influence_factors_by_block(self, x: Any, y: Any) -> OrderedDict[str, TensorType]:
         """Op(gradient) of each row: (N, D_block) by block."""
         mapper, batch = self.ready(), self._batch(x, y, "x and y")
         with self._recorded():
             return mapper.transformed_grads(batch)
 
+    @_in_own_precision
     def influences_from_factors(
         self,
         z_test_factors: TensorType | Mapping[str, TensorType],
@@ -491,6 +578,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
             return mapper.perturbation(z_test_factors, train)
         return _sum(mapper.interactions_from_transformed_grads(z_test_factors, train, mode))
 
+    @_in_own_precision
     def influences_from_factors_by_block(
         self,
         z_test_factors: TensorType | Mapping[str, TensorType],
@@ -519,6 +607,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
     # Loaders in, labelled scores out ------------------------------------------------------------------------------
 
+    @_in_own_precision
     def attribute(
         self,
         train_loader: Iterable[Any],
@@ -541,6 +630,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         with self._recorded():
             return attribute(self, self.as_loader(train_loader), self.as_loader(query_loader), **options)
 
+    @_in_own_precision
     def top(
         self,
         train_loader: Iterable[Any],
@@ -557,6 +647,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
             train, query = self.as_loader(train_loader), self.as_loader(query_loader)
             return top(self, train, query, k, unit=unit, progress=progress)
 
+    @_in_own_precision
     def self_influence(self, train_loader: Iterable[Any], *, progress: bool = False) -> np.ndarray:
         """<Op g_n, g_n> for each row, without the N x N matrix: [n]."""
         from headwater.run.attribute import self_influence
@@ -564,6 +655,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         with self._recorded():
             return self_influence(self, self.as_loader(train_loader), progress=progress)
 
+    @_in_own_precision
     def removal(
         self,
         train_loader: Iterable[Any],
@@ -582,6 +674,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         with self._recorded():
             return removal(self, self.as_loader(train_loader), self.as_loader(query_loader), groups, progress=progress)
 
+    @_in_own_precision
     def calibrate(
         self,
         train_loader: Iterable[Any],
@@ -618,6 +711,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         other._calibration = found
         return other
 
+    @_in_own_precision
     def verify(
         self,
         train_loader: Iterable[Any],
@@ -639,6 +733,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         options: dict[str, Any] = {"rows": rows, "queries": queries, "seed": seed, "tolerance": tolerance}
         return verify(self, self.as_loader(train_loader), self.as_loader(query_loader), **options, progress=progress)
 
+    @_in_own_precision
     def audit(
         self,
         train_loader: Iterable[Any],
@@ -663,6 +758,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         options: dict[str, Any] = {"queries": queries, "k": k, "level": level, "tolerance": tolerance, "seed": seed}
         return audit(self, self.as_loader(train_loader), self.as_loader(query_loader), **options, progress=progress)
 
+    @_in_own_precision
     def diagnose(self, train_loader: Iterable[Any], *, progress: bool = False) -> Diagnosis:
         """What gives reason to doubt the scores: weights that are no minimum, negative curvature, missed solves, ...
 
@@ -674,6 +770,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
         return diagnose(self, self.as_loader(train_loader), progress=progress)
 
+    @_in_own_precision
     def effective_dof(
         self, dampings: Sequence[Damping] | None = None, *, probes: int = 8, seed: int = 0
     ) -> OrderedDict[str, EffectiveDof]:
@@ -706,7 +803,7 @@ def stack_queries(pieces: list[Queries]) -> Queries:
     if any(piece.right is not pieces[0].right for piece in pieces):
         raise InvalidInput("Queries that went through different sides cannot be stacked.")
     left = OrderedDict((name, stack([piece.left[name] for piece in pieces])) for name in pieces[0].left)
-    return Queries(left, pieces[0].right)
+    return Queries(left, pieces[0].right, pieces[0].forms)
 
 
 def _parts(operator: LinearOperator) -> Iterable[LinearOperator]:

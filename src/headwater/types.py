@@ -5,21 +5,23 @@ axis; l the loss of one row; w = (w_1, w_2, ...) the parameters.
 
 A third party adds a framework by filling the abstract methods and the hooks (`Operator._apply`,
 `Operator._validate_tensor_input`, `OperatorGradientComposition._tensor_inner_product`, `BlockMapper._split_to_blocks`);
-everything else follows. `headwater.testing` has the contract as test classes to inherit.
+everything else follows. A tensor may be anything: what has a `shape` is checked by it, the rest is the subclass's
+affair. `headwater.testing` has the contract as test classes to inherit.
 """
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence, Set
+from dataclasses import Field, dataclass, field, fields, replace
 from enum import Enum
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar, cast
 
 import numpy as np
 
-from headwater.arrays import namespace
+from headwater.arrays import is_array, namespace, to_numpy
 from headwater.errors import (
     BatchMismatch,
     BlockMismatch,
@@ -27,9 +29,20 @@ from headwater.errors import (
     ShapeMismatch,
     UnsupportedInfluenceModeError,
 )
+from headwater.errors import UnsupportedInfluenceModeException as UnsupportedInfluenceModeException
 
 TensorType = TypeVar("TensorType")
 BatchType = TypeVar("BatchType", bound="Batch")
+DataLoaderType = TypeVar("DataLoaderType", bound=Iterable)
+GradientProviderType = TypeVar("GradientProviderType", bound="GradientProvider")
+BilinearFormType = TypeVar("BilinearFormType", bound="BilinearForm")
+OperatorType = TypeVar("OperatorType", bound="Operator")
+OperatorGradientCompositionType = TypeVar("OperatorGradientCompositionType", bound="OperatorGradientComposition")
+
+Mode = Any
+"""An `InfluenceMode` or its string; declared as Any so that an override may say `mode: InfluenceMode` to a checker."""
+Factors = Any
+"""One tensor (N, sum of D), or a mapping of tensors by block; Any for the same reason."""
 
 
 class InfluenceMode(str, Enum):
@@ -49,59 +62,133 @@ class InfluenceMode(str, Enum):
 class Batch(Generic[TensorType]):
     """Some rows: inputs x and targets y, the same number of each.
 
-    `x` may be a tensor, or a tuple or mapping of tensors whose first axis runs over the rows. A subclass may carry
-    sample weights and row ids. Errors: BatchMismatch if lengths disagree, or there are none.
+    `x` may be a tensor, or a tuple or mapping of tensors whose first axis runs over the rows. `weights` [n]: a weight
+    of 2 means the row twice. `ids` [n]: names that follow the row everywhere.
+
+    A dataclass that inherits this may add fields. Those that hold rows (an array, a list, a mapping of them) are
+    columns: their lengths are checked, `take` cuts them and `join` joins them. What cannot hold rows (a number, a word,
+    a flag) is carried along, and so is a field that says so, such as the names of the classes:
+    `dataclasses.field(metadata={"column": False})`. Batches are joined only where what they carry along is the same. A
+    field with `init=False` is left to the subclass's `__post_init__`, which runs for what is cut or joined too.
+
+    Errors: BatchMismatch if lengths disagree, or there are none.
     """
 
     x: Any
     y: Any
+    weights: Any = field(default=None, kw_only=True)
+    ids: Any = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        lengths = {name: _lengths(value) for name, value in self._columns().items()}
+        lengths = {name: _lengths(value, name) for name, value in self._columns().items()}
         if not any(lengths.values()):
             raise BatchMismatch("There is nothing in the batch: x and y are None.")
         if len({n for sizes in lengths.values() for n in sizes}) > 1:
             said = ", ".join(f"{name} has {' / '.join(map(str, sizes))}" for name, sizes in lengths.items() if sizes)
-            raise BatchMismatch(f"The pieces of a batch need the same number of rows, but {said}.")
+            raise BatchMismatch(f"The pieces of a batch need the same number of rows, but {said}.{self._advice()}")
+        for name in ("weights", "ids"):
+            shape = np.shape(getattr(self, name))
+            if getattr(self, name) is not None and len(shape) != 1:
+                raise BatchMismatch(f"{name} has shape {tuple(shape)}; expected one number for each row.")
+
+    def _advice(self) -> str:
+        added = [name for name in self._columns() if name not in COLUMNS]
+        if not added:
+            return ""
+        return f" If {' or '.join(added)} is no column, declare it with field(metadata={{'column': False}})."
 
     def _columns(self) -> dict[str, Any]:
-        """What runs over the rows, by name."""
-        return {"x": self.x, "y": self.y}
+        """What runs over the rows, by field."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init and self._is_column(f)}
+
+    def _is_column(self, declared: Field) -> bool:
+        known = declared.metadata.get("column")
+        if known is None:
+            known = declared.name in COLUMNS or _may_have_rows(getattr(self, declared.name))
+        return bool(known)
+
+    def _carried(self) -> dict[str, Any]:
+        """The other fields."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init and not self._is_column(f)}
+
+    def _cut(self, column: Any, rows: slice | np.ndarray) -> Any:
+        """Some of the rows of one column; a hook for columns of another kind, such as data frames."""
+        return _rows(column, rows)
 
     def __len__(self) -> int:
-        return next(n for value in self._columns().values() for n in _lengths(value))
+        return next(n for name, value in self._columns().items() for n in _lengths(value, name))
 
     def take(self, rows: slice | np.ndarray) -> Self:
         """Some of the rows: a slice, or their numbers in the order that is wanted."""
-        return replace(self, **{name: _rows(value, rows) for name, value in self._columns().items()})
+        return replace(self, **{name: self._cut(value, rows) for name, value in self._columns().items()})
+
+
+COLUMNS = ("x", "y", "weights", "ids")
+"""The fields that are columns whatever they hold."""
 
 
 def join(batches: Sequence[BatchType]) -> list[BatchType]:
     """The batches as one, or as they are where their pieces do not fit together (rows padded to other lengths)."""
     if len(batches) < 2:
         return list(batches)
+    first = batches[0]
     try:
-        columns = {name: _joined([b._columns()[name] for b in batches]) for name in batches[0]._columns()}
+        if not all(type(b) is type(first) and _same(b._carried(), first._carried()) for b in batches):
+            raise _DoNotFit
+        columns = _joined([b._columns() for b in batches])
     except _DoNotFit:
         return list(batches)
-    return [replace(batches[0], **columns)]
+    return [replace(first, **columns)]
 
 
 class _DoNotFit(Exception):
     """Pieces of batches that are no one array."""
 
 
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values that batches carry along are equal, arrays included."""
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if is_array(one):
+        return np.array_equal(to_numpy(one), to_numpy(other))
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return bool(one == other)
+
+
 def _joined(values: list[Any]) -> Any:
     first = values[0]
-    if all(value is None for value in values):
+    if any(type(value) is not type(first) for value in values):
+        raise _DoNotFit
+    if first is None:
         return None
     if isinstance(first, Mapping):
+        if any(value.keys() != first.keys() for value in values):
+            raise _DoNotFit
         return {name: _joined([value[name] for value in values]) for name in first}
-    if isinstance(first, (tuple, list)) and any(hasattr(v, "shape") for v in first):
-        return tuple(_joined(list(column)) for column in zip(*values, strict=True))
-    if not all(hasattr(v, "shape") and v.shape[1:] == first.shape[1:] and v.dtype == first.dtype for v in values):
+    if isinstance(first, (tuple, list)):
+        return _joined_sequences(values)
+    if not all(is_array(v) and v.shape[1:] == first.shape[1:] and v.dtype == first.dtype for v in values):
         raise _DoNotFit
     return namespace(*values).concat(values, axis=0)
+
+
+def _joined_sequences(values: list[Any]) -> Any:
+    """Tuples of tensors place by place; lists of rows one after the other."""
+    if not any(_is_group(value) for value in values):
+        return type(values[0])(row for value in values for row in value)
+    if len({len(value) for value in values}) > 1:
+        raise _DoNotFit
+    return tuple(_joined(list(column)) for column in zip(*values, strict=True))
+
+
+def _is_group(value: Any) -> bool:
+    """A tuple or list of several tensors, each with the rows along its first axis."""
+    return isinstance(value, (tuple, list)) and any(getattr(v, "shape", ()) for v in value)
 
 
 def _rows(value: Any, rows: slice | np.ndarray) -> Any:
@@ -109,24 +196,36 @@ def _rows(value: Any, rows: slice | np.ndarray) -> Any:
         return None
     if isinstance(value, Mapping):
         return {name: _rows(v, rows) for name, v in value.items()}
-    if isinstance(value, (tuple, list)) and any(hasattr(v, "shape") for v in value):
+    if _is_group(value):
         return tuple(_rows(v, rows) for v in value)
     if isinstance(rows, slice) or hasattr(value, "shape"):
         return value[rows]
-    return [value[k] for k in rows]
+    return type(value)(value[k] for k in rows) if isinstance(value, tuple) else [value[k] for k in rows]
 
 
-def _lengths(value: Any) -> list[int]:
+def _lengths(value: Any, name: str) -> list[int]:
     if value is None:
         return []
     if isinstance(value, Mapping):
-        return [n for v in value.values() for n in _lengths(v)]
-    if isinstance(value, (tuple, list)) and any(hasattr(v, "shape") for v in value):
-        return [n for v in value for n in _lengths(v)]
+        return [n for key, v in value.items() for n in _lengths(v, f"{name}[{key!r}]")]
+    if _is_group(value):
+        return [n for k, v in enumerate(value) for n in _lengths(v, f"{name}[{k}]")]
+    if not _may_have_rows(value):
+        raise BatchMismatch(f"{name} has no batch dimension ({value!r:.80}); for a single row pass {name}[None].")
     shape = getattr(value, "shape", None)
-    if shape == () or (shape is None and not hasattr(value, "__len__")):
-        raise BatchMismatch(f"A piece of the batch has no rows: {value!r:.80}")
     return [len(value) if shape is None else int(shape[0])]
+
+
+def _may_have_rows(value: Any) -> bool:
+    """Nothing, something with a first axis, or a mapping of such."""
+    if value is None:
+        return True
+    if isinstance(value, Mapping):
+        return bool(value) and all(v is not None and _may_have_rows(v) for v in value.values())
+    shape = getattr(value, "shape", None)
+    if shape is not None:
+        return len(shape) > 0
+    return hasattr(value, "__len__") and not isinstance(value, (str, bytes, Set))
 
 
 class GradientProvider(ABC, Generic[BatchType, TensorType]):
@@ -145,7 +244,7 @@ class GradientProvider(ABC, Generic[BatchType, TensorType]):
         """Per-sample gradients times g^T for g (K, D): (N, K); equals `flat_grads(batch) @ g.T`."""
 
 
-class BilinearForm(ABC, Generic[BatchType, TensorType]):
+class BilinearForm(ABC, Generic[TensorType, BatchType, GradientProviderType]):
     """`<left, right>_B`."""
 
     @abstractmethod
@@ -153,21 +252,29 @@ class BilinearForm(ABC, Generic[BatchType, TensorType]):
         """left (N, D), right (M, ..., D), or None for left itself: (N, M, ...)."""
 
     def grads_inner_prod(
-        self, left: BatchType, right: BatchType | None, gradient_provider: GradientProvider[BatchType, TensorType]
+        self, left: BatchType, right: BatchType | None, gradient_provider: GradientProviderType
     ) -> TensorType:
         """Between the gradients of two batches; right None means left: (N, M)."""
         left_grads = gradient_provider.flat_grads(left)
-        return self.inner_prod(left_grads, None if right is None else gradient_provider.flat_grads(right))
+        return self.inner_prod(left_grads, left_grads if right is None else gradient_provider.flat_grads(right))
 
     def mixed_grads_inner_prod(
-        self, left: BatchType, right: BatchType | None, gradient_provider: GradientProvider[BatchType, TensorType]
+        self, left: BatchType, right: BatchType | None, gradient_provider: GradientProviderType
     ) -> TensorType:
         """Plain gradient on the left, mixed gradient on the right; right None means left: (N, M, *x_shape)."""
         right_grads = gradient_provider.flat_mixed_grads(left if right is None else right)
         return self.inner_prod(gradient_provider.flat_grads(left), right_grads)
 
+    def is_default_of(self, operator: Operator) -> bool:
+        """Whether this is `<operator left, right>` and nothing else, so that it may be computed in another order."""
+        return False
 
-class Operator(ABC, Generic[TensorType]):
+    def with_inner_product(self, product: Callable[[TensorType, TensorType], TensorType]) -> Self:
+        """The same form, contracting trailing axes by `product` if it does such a thing at all; self by default."""
+        return self
+
+
+class Operator(ABC, Generic[TensorType, BilinearFormType]):
     """A linear map on vectors of `input_size` numbers; knows no model and no data."""
 
     @property
@@ -180,41 +287,60 @@ class Operator(ABC, Generic[TensorType]):
         """Map every vector along the trailing axis. The input has been validated: (..., D) to (..., D)."""
 
     def _validate_tensor_input(self, tensor: TensorType) -> None:
-        """Refuse what `_apply` cannot take; a hook, called before the trailing axis is checked."""
-        if not hasattr(tensor, "shape"):
-            raise InvalidInput(f"An operator applies to an array, not to {type(tensor).__name__}: {tensor!r}.")
+        """Refuse, with a ValueError, what `_apply` cannot take; a hook, called before the trailing axis is checked.
+
+        The only check of a tensor that has no `shape`.
+        """
 
     def apply(self, tensor: TensorType) -> TensorType:
         """Map vectors along the trailing axis: (..., D) to (..., D), and (D,) to (D,).
 
-        Errors: ShapeMismatch if the trailing axis is not `input_size`.
+        Errors: ShapeMismatch if the tensor has a shape whose trailing axis is not `input_size`.
         """
         self._validate_tensor_input(tensor)
-        shape = tuple(getattr(tensor, "shape", ()))
-        if not shape or shape[-1] != self.input_size:
+        shape = getattr(tensor, "shape", None)
+        if shape is not None and (not shape or shape[-1] != self.input_size):
             raise ShapeMismatch(
                 f"{type(self).__name__} has input_size {self.input_size}, "
-                f"but the trailing axis has {shape[-1] if shape else 'no'} entries (shape {shape})."
+                f"but the trailing axis has {shape[-1] if shape else 'no'} entries (shape {tuple(shape)})."
             )
         return self._apply(tensor)
 
-    def as_bilinear_form(self) -> BilinearForm:
-        """`<left, right> = <Op left, right>`."""
-        return OperatorBilinearForm(self)
+    def as_bilinear_form(self) -> BilinearFormType:
+        """`<left, right> = <Op left, right>`; an operator with a form of its own returns that."""
+        return cast(BilinearFormType, OperatorBilinearForm(self))
 
 
-class OperatorBilinearForm(BilinearForm[BatchType, TensorType]):
+class OperatorBilinearForm(BilinearForm[TensorType, BatchType, GradientProviderType]):
     """`<left, right> = <Op left, right>`: the left side is mapped, whatever the numbers of rows."""
 
-    def __init__(self, operator: Operator[TensorType]):
+    def __init__(self, operator: Operator):
         self.operator = operator
+        self._product: Callable[[Any, Any], Any] = tensor_inner_product
 
     def inner_prod(self, left: TensorType, right: TensorType | None) -> TensorType:
-        return tensor_inner_product(self.operator.apply(left), left if right is None else right)
+        return self._product(self.operator.apply(left), left if right is None else right)
+
+    def is_default_of(self, operator: Operator) -> bool:
+        # The exact type: a subclass is there because something about it differs.
+        return type(self) is OperatorBilinearForm and self.operator is operator
+
+    def with_inner_product(self, product: Callable[[TensorType, TensorType], TensorType]) -> Self:
+        other = copy.copy(self)
+        other._product = product
+        return other
 
 
 def tensor_inner_product(left: Any, right: Any) -> Any:
-    """Sum over the trailing axes: left (N, D), right (M, ..., D) to (N, M, ...). Any array framework."""
+    """Sum over the trailing axes: left (N, D), right (M, ..., D) to (N, M, ...). Any array framework.
+
+    Errors: ShapeMismatch; InvalidInput for what is no array of a known framework.
+    """
+    if not (is_array(left) and is_array(right)):
+        raise InvalidInput(
+            f"Tensors of type {type(left).__name__} and {type(right).__name__} need an inner product of their own: "
+            "override OperatorGradientComposition._tensor_inner_product, or the operator's as_bilinear_form."
+        )
     if left.ndim != 2 or right.ndim < 2 or left.shape[-1] != right.shape[-1]:
         raise ShapeMismatch(
             f"Expected left (N, D) and right (M, ..., D), got {tuple(left.shape)} and {tuple(right.shape)}."
@@ -222,10 +348,10 @@ def tensor_inner_product(left: Any, right: Any) -> Any:
     return namespace(left, right).tensordot(left, right, axes=([1], [right.ndim - 1]))
 
 
-class OperatorGradientComposition(Generic[TensorType, BatchType]):
+class OperatorGradientComposition(Generic[TensorType, BatchType, OperatorType, GradientProviderType]):
     """One block: an operator, and the gradient provider whose gradients it acts on. Serves every array type."""
 
-    def __init__(self, op: Operator[TensorType], gp: GradientProvider[BatchType, TensorType]):
+    def __init__(self, op: OperatorType, gp: GradientProviderType):
         self.op = op
         self.gp = gp
 
@@ -233,81 +359,94 @@ class OperatorGradientComposition(Generic[TensorType, BatchType]):
         """left (N, D), right (M, ..., D) to (N, M, ...); a hook for arrays that need their own words."""
         return tensor_inner_product(left, right)
 
-    def interactions(
-        self, left_batch: BatchType, right_batch: BatchType | None, mode: InfluenceMode | str
-    ) -> TensorType:
-        """`<Op(grad left), grad right>`, (N, M), or `<Op(grad left), grad_x grad right>`, (N, M, *x_shape)."""
-        right_batch = left_batch if right_batch is None else right_batch
-        return self.interactions_from_transformed_grads(self.transformed_grads(left_batch), right_batch, mode)
+    def interactions(self, left_batch: BatchType, right_batch: BatchType | None, mode: Mode) -> TensorType:
+        """The operator's form between gradients, (N, M), or between gradients and mixed ones, (N, M, *x_shape).
+
+        `<Op(grad left), grad right>` and `<Op(grad left), grad_x grad right>`, unless the operator has a form of its
+        own. No right batch means the left one.
+        """
+        form = self.op.as_bilinear_form().with_inner_product(self._tensor_inner_product)
+        if InfluenceMode(mode) is InfluenceMode.Up:
+            return form.grads_inner_prod(left_batch, right_batch, self.gp)
+        return form.mixed_grads_inner_prod(left_batch, right_batch, self.gp)
 
     def transformed_grads(self, batch: BatchType) -> TensorType:
         """Op(grad batch): (N, D)."""
         return self.op.apply(self.gp.flat_grads(batch))
 
     def interactions_from_transformed_grads(
-        self, left_factors: TensorType, right_batch: BatchType, mode: InfluenceMode | str
+        self, left_factors: TensorType, right_batch: BatchType, mode: Mode
     ) -> TensorType:
-        """The same as `interactions`, with factors computed before."""
+        """`<factor, grad right>` or `<factor, grad_x grad right>`, with factors computed before.
+
+        The same as `interactions`, unless the operator has a form of its own.
+        """
         if InfluenceMode(mode) is InfluenceMode.Up:
             return self._tensor_inner_product(left_factors, self.gp.flat_grads(right_batch))
         return self._tensor_inner_product(left_factors, self.gp.flat_mixed_grads(right_batch))
 
 
-class BlockMapper(ABC, Generic[TensorType, BatchType]):
-    """Named blocks, in order, each an operator composed with a gradient provider."""
+class BlockMapper(ABC, Generic[TensorType, BatchType, OperatorGradientCompositionType]):
+    """Named blocks, in order, each an operator composed with a gradient provider.
 
-    def __init__(self, composable_block_dict: Mapping[str, OperatorGradientComposition[TensorType, BatchType]]):
-        self.composable_block_dict = OrderedDict(composable_block_dict)
+    The generators yield tensors alone, in the order of `composable_block_dict`; what they yield is given its names by
+    `_to_ordered_dict`. A subclass may override any of them.
+    """
+
+    def __init__(self, composable_block_dict: OrderedDict[str, OperatorGradientCompositionType]):
+        self.composable_block_dict = composable_block_dict
 
     def _split_to_blocks(self, z: TensorType, dim: int = -1) -> OrderedDict[str, TensorType]:
         """Cut one tensor by the blocks' sizes, in order, along `dim`; a hook."""
         sizes = {name: block.op.input_size for name, block in self.composable_block_dict.items()}
         return split(z, sizes, dim)
 
+    def _to_ordered_dict(self, tensor_generator: Generator[TensorType, None, None]) -> OrderedDict[str, TensorType]:
+        """The blocks' names for the tensors of a generator; a hook. Errors: BlockMismatch if their number differs."""
+        names, tensors = list(self.composable_block_dict), list(tensor_generator)
+        if len(tensors) != len(names):
+            raise BlockMismatch(f"A generator of {type(self).__name__} gave {len(tensors)} tensors for blocks {names}.")
+        return OrderedDict(zip(names, tensors, strict=True))
+
     def transformed_grads(self, batch: BatchType) -> OrderedDict[str, TensorType]:
         """By block: Op(grad batch), (N, D_block)."""
-        return OrderedDict(self.generate_transformed_grads(batch))
+        return self._to_ordered_dict(self.generate_transformed_grads(batch))
 
     def interactions(
-        self, left_batch: BatchType, right_batch: BatchType | None, mode: InfluenceMode | str
+        self, left_batch: BatchType, right_batch: BatchType | None, mode: Mode
     ) -> OrderedDict[str, TensorType]:
         """By block: (N, M) or (N, M, *x_shape)."""
-        return OrderedDict(self.generate_interactions(left_batch, right_batch, mode))
+        return self._to_ordered_dict(self.generate_interactions(left_batch, right_batch, mode))
 
     def interactions_from_transformed_grads(
-        self,
-        left_factors: TensorType | Mapping[str, TensorType],
-        right_batch: BatchType,
-        mode: InfluenceMode | str,
+        self, left_factors: Factors, right_batch: BatchType, mode: Mode
     ) -> OrderedDict[str, TensorType]:
         """By block, from factors computed before: one tensor (N, sum of D), or a dict by block."""
-        return OrderedDict(self.generate_interactions_from_transformed_grads(left_factors, right_batch, mode))
+        return self._to_ordered_dict(self.generate_interactions_from_transformed_grads(left_factors, right_batch, mode))
 
-    def generate_transformed_grads(self, batch: BatchType) -> Iterator[tuple[str, TensorType]]:
-        """`transformed_grads`, lazily, one (name, tensor) at a time."""
-        for name, block in self.composable_block_dict.items():
-            yield name, block.transformed_grads(batch)
+    def generate_transformed_grads(self, batch: BatchType) -> Generator[TensorType, None, None]:
+        """`transformed_grads`, lazily, one block's tensor at a time."""
+        for block in self.composable_block_dict.values():
+            yield block.transformed_grads(batch)
 
     def generate_interactions(
-        self, left_batch: BatchType, right_batch: BatchType | None, mode: InfluenceMode | str
-    ) -> Iterator[tuple[str, TensorType]]:
+        self, left_batch: BatchType, right_batch: BatchType | None, mode: Mode
+    ) -> Generator[TensorType, None, None]:
         """`interactions`, lazily."""
         mode = InfluenceMode(mode)
-        for name, block in self.composable_block_dict.items():
-            yield name, block.interactions(left_batch, right_batch, mode)
+        for block in self.composable_block_dict.values():
+            yield block.interactions(left_batch, right_batch, mode)
 
     def generate_interactions_from_transformed_grads(
-        self,
-        left_factors: TensorType | Mapping[str, TensorType],
-        right_batch: BatchType,
-        mode: InfluenceMode | str,
-    ) -> Iterator[tuple[str, TensorType]]:
+        self, left_factors: Factors, right_batch: BatchType, mode: Mode
+    ) -> Generator[TensorType, None, None]:
         """`interactions_from_transformed_grads`, lazily."""
         mode, factors = InfluenceMode(mode), self._factors_by_block(left_factors)
         for name, block in self.composable_block_dict.items():
-            yield name, block.interactions_from_transformed_grads(factors[name], right_batch, mode)
+            yield block.interactions_from_transformed_grads(factors[name], right_batch, mode)
 
-    def _factors_by_block(self, factors: TensorType | Mapping[str, TensorType]) -> Mapping[str, TensorType]:
+    def _factors_by_block(self, factors: Factors) -> OrderedDict[str, TensorType]:
+        """One tensor or a mapping in any order, as the blocks are named and ordered here. Errors: BlockMismatch."""
         if not isinstance(factors, Mapping):
             factors = self._split_to_blocks(factors)
         if set(factors) != set(self.composable_block_dict):
@@ -315,20 +454,37 @@ class BlockMapper(ABC, Generic[TensorType, BatchType]):
                 f"The factors have blocks {list(factors)}, the mapper has {list(self.composable_block_dict)}. "
                 "Compute both with the same blocks."
             )
-        for name, factor in factors.items():
-            expected = self.composable_block_dict[name].op.input_size
-            shape = tuple(getattr(factor, "shape", ()))
-            if len(shape) != 2 or shape[1] != expected:
-                raise BlockMismatch(f"The factors of block {name!r} have shape {shape}, expected (N, {expected}).")
-        return factors
+        for name, block in self.composable_block_dict.items():
+            self._check_factor(name, block.op, factors[name])
+        return OrderedDict((name, factors[name]) for name in self.composable_block_dict)
+
+    def _check_factor(self, name: str, op: Operator, factor: TensorType) -> None:
+        shape = getattr(factor, "shape", None)
+        if shape is None:
+            try:
+                op._validate_tensor_input(factor)
+            except ValueError as error:
+                raise BlockMismatch(f"The factors of block {name!r}: {error}") from error
+        elif len(shape) != 2 or shape[1] != op.input_size:
+            raise BlockMismatch(
+                f"The factors of block {name!r} have shape {tuple(shape)}, expected (N, {op.input_size})."
+            )
 
 
 def split(z: Any, sizes: Mapping[str, int], dim: int = -1) -> OrderedDict[str, Any]:
-    """Cut `z` along `dim` into named pieces of the given sizes, in order; views where the framework has them."""
-    axis = dim if dim >= 0 else z.ndim + dim
-    if not 0 <= axis < z.ndim or z.shape[axis] != sum(sizes.values()):
+    """Cut `z` along `dim` into named pieces of the given sizes, in order; views where the framework has them.
+
+    Errors: BlockMismatch; InvalidInput for a tensor without a shape.
+    """
+    shape = getattr(z, "shape", None)
+    if shape is None:
+        raise InvalidInput(
+            f"Tensors of type {type(z).__name__} are cut by an override of BlockMapper._split_to_blocks."
+        )
+    axis = dim if dim >= 0 else len(shape) + dim
+    if not 0 <= axis < len(shape) or shape[axis] != sum(sizes.values()):
         raise BlockMismatch(
-            f"Expected {sum(sizes.values())} entries along axis {dim} (blocks {dict(sizes)}), got {tuple(z.shape)}."
+            f"Expected {sum(sizes.values())} entries along axis {dim} (blocks {dict(sizes)}), got {tuple(shape)}."
         )
     pieces, start = OrderedDict(), 0
     for name, size in sizes.items():

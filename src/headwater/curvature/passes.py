@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 from headwater.arrays import namespace, precise
@@ -28,6 +29,7 @@ def batches(
             "iterated again, such as a list of batches or a DataLoader."
         )
     empty = True
+    provider.begin_pass()
     for item in track(loader, what, show):
         batch = as_batch(provider, item)
         if batch is not None:
@@ -51,13 +53,30 @@ def _pieces(provider: StructuredGradientProvider, batch: Any) -> Iterator[Any]:
 def as_batch(provider: StructuredGradientProvider, item: Any) -> Batch | None:
     """One item of a loader: a Batch, or (x, y). None if it has no rows."""
     if isinstance(item, Batch) and len(item):
-        return provider.as_batch(item.x, item.y) if type(item) is Batch else item
+        return _as_own(provider, item) if type(item) is Batch else item
     if isinstance(item, Batch):
         return None
     if isinstance(item, (tuple, list)) and len(item) == 2:
         return provider.as_batch(*item) if len(Batch(*item)) else None
     length = f" of {len(item)} entries" if isinstance(item, (tuple, list)) else ""
     raise InvalidInput(f"A loader gives (x, y) or a Batch, not {type(item).__name__}{length}. One batch is [(x, y)].")
+
+
+def _as_own(provider: StructuredGradientProvider, batch: Batch) -> Batch:
+    """A plain batch as the provider's kind, with the weights and ids that it has.
+
+    Errors: InvalidInput for weights that the provider knows nothing of.
+    """
+    own = provider.as_batch(batch.x, batch.y)
+    if batch.weights is None and batch.ids is None:
+        return own
+    own = replace(own, weights=batch.weights, ids=batch.ids)
+    if batch.weights is not None and provider.row_weights(own) is None:
+        raise InvalidInput(
+            f"The batch has weights, and {type(provider).__name__} knows no weights of rows: its row_weights gives "
+            "None. Leave them out, or let row_weights return them and grads multiply by them."
+        )
+    return own
 
 
 def total_weight(provider: StructuredGradientProvider, batch: Batch) -> float:

@@ -91,7 +91,7 @@ class Gradient(ABC):
 
     def project(self, basis: Array) -> Array:
         """Against the matrices of a basis [k, o, i]: [n, k]."""
-        flat = basis.reshape((basis.shape[0], -1))
+        flat = basis.reshape((basis.shape[0], self.shape[0] * self.shape[1]))
         blocks = [
             piece.dense().reshape((piece.rows, -1)) @ transpose(flat)
             for _, piece in self.chunks(self.shape[0] * self.shape[1])
@@ -103,7 +103,7 @@ class Gradient(ABC):
         total = zeros_like(self.arrays[0], (int(weights.shape[0]), self.shape[0] * self.shape[1]))
         for rows, piece in self.chunks(self.shape[0] * self.shape[1]):
             total = add_product(total, transpose(weights[:, rows]), piece.dense().reshape((piece.rows, -1)))
-        return total.reshape((-1, *self.shape))
+        return total.reshape((int(weights.shape[0]), *self.shape))
 
     def sandwich(self, left: Array | None, right: Array | None) -> Gradient:
         """L G R^T for L [p, o] and R [q, i]; None stands for the identity, a vector for a diagonal matrix."""
@@ -190,7 +190,8 @@ class Dense(Gradient):
         return transpose(other.project(self.values))
 
     def project(self, basis: Array) -> Array:
-        return self.values.reshape((self.rows, -1)) @ transpose(basis.reshape((basis.shape[0], -1)))
+        size = self.shape[0] * self.shape[1]  # not -1, which says nothing of a basis without rows
+        return self.values.reshape((self.rows, size)) @ transpose(basis.reshape((basis.shape[0], size)))
 
 
 @dataclass(frozen=True, eq=False)

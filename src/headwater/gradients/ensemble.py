@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -157,6 +158,17 @@ class EnsembleProvider(StructuredGradientProvider[Any, Any]):
 
     def as_batch(self, x: Any, y: Any) -> Any:
         return self.members[0].as_batch(x, y)
+
+    @property
+    def form(self) -> int:
+        return sum(member.form for member in self.members)
+
+    def begin_pass(self) -> None:
+        for member in self.members:
+            member.begin_pass()
+
+    def own_precision(self) -> AbstractContextManager[Any]:
+        return self.members[0].own_precision()
 
     def rows_at_once(self, batch: Any) -> int:
         """All members' gradients are held together."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,17 @@ class MarginGradientProvider(StructuredGradientProvider[Any, Any]):
 
     def row_weights(self, batch: Any) -> Array | None:
         return self.plain.row_weights(batch)
+
+    @property
+    def form(self) -> int:
+        return self.margin.form
+
+    def begin_pass(self) -> None:
+        self.plain.begin_pass()
+        self.margin.begin_pass()
+
+    def own_precision(self) -> AbstractContextManager[Any]:
+        return self.plain.own_precision()
 
     def rows_at_once(self, batch: Any) -> int:
         return self.margin.rows_at_once(batch)

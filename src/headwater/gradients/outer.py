@@ -136,7 +136,8 @@ class Outer(Gradient):
             return transpose(total)
         out = []
         for rows, _ in full.chunks(k * o):
-            turned = (basis.reshape((k * o, i)) @ a[:, rows]).reshape((k, o, -1))
+            some = a[:, rows]
+            turned = (basis.reshape((k * o, i)) @ some).reshape((k, o, int(some.shape[1])))
             out.append(xp.sum(turned * b[:, rows], axis=1))
         return transpose(xp.concat(out, axis=1)) if out else zeros_like(self.a, (0, k))
 
@@ -334,7 +335,8 @@ class RowSparse(Gradient):
         xp, out = namespace(self.values), []
         t, d = self.ids.shape[1], self.values.shape[2]
         for _, mine in self.chunks(2 * int(basis.shape[0]) * int(t) * int(d)):
-            rows = xp.take(basis, mine.ids.reshape((-1,)), axis=1).reshape((-1, mine.rows, t * d))  # type: ignore[attr-defined]
+            rows = xp.take(basis, mine.ids.reshape((-1,)), axis=1)  # type: ignore[attr-defined]
+            rows = rows.reshape((int(basis.shape[0]), mine.rows, t * d))
             out.append(transpose(xp.sum(rows * mine.values.reshape((1, mine.rows, t * d)), axis=2)))  # type: ignore[attr-defined]
         return xp.concat(out, axis=0) if out else zeros_like(self.values, (0, int(basis.shape[0])))
 

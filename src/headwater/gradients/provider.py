@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import numpy as np
@@ -138,6 +139,22 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
     def fingerprint(self) -> tuple[Any, ...]:
         """Changes when the weights do."""
 
+    @property
+    def form(self) -> int:
+        """Another number when gradients have taken another form (other parts) than those that were given before."""
+        return 0
+
+    def begin_pass(self) -> None:
+        """Told before the first batch of each pass over rows; a provider may look at that batch more closely."""
+        return None
+
+    def own_precision(self) -> AbstractContextManager[Any]:
+        """Around the maths on this provider's gradients: without what the caller changed of the numbers' precision.
+
+        The caller's automatic mixed precision, say, reaches the model's own call and nothing else.
+        """
+        return nullcontext()
+
     def rows_at_once(self, batch: BatchType) -> int:
         """How many rows to take through the model together; larger batches are cut. The numbers do not depend on it."""
         return len(batch)
@@ -198,15 +215,19 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
 
 
 class BlockProvider(GradientProvider[Batch, Array]):
-    """One block of a structured provider, as a provider of its own."""
+    """One block of a structured provider, as a provider of its own.
 
-    def __init__(self, whole: StructuredGradientProvider, name: str):
+    explained: the batch, this very object, whose rows are queries: their gradients are those of the measurement.
+    """
+
+    def __init__(self, whole: StructuredGradientProvider, name: str, explained: Batch | None = None):
         self.whole = whole
         self.name = name
+        self.explained = explained
 
     def flat_grads(self, batch: Batch) -> Array:
         """(N, D_block)."""
-        return self.whole.grads(batch)[self.name].flat()
+        return self._grads(batch).flat()
 
     def flat_mixed_grads(self, batch: Batch) -> Array:
         """(N, *x_shape, D_block)."""
@@ -214,4 +235,7 @@ class BlockProvider(GradientProvider[Batch, Array]):
 
     def jacobian_prod(self, batch: Batch, g: Array) -> Array:
         """(N, K) for g (K, D_block)."""
-        return self.whole.grads(batch)[self.name].project(g)
+        return self._grads(batch).project(g)
+
+    def _grads(self, batch: Batch) -> BlockGradient:
+        return self.whole.grads(batch, query=batch is self.explained)[self.name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,16 @@ class UnitGradientProvider(StructuredGradientProvider[Any, Any]):
 
     def row_weights(self, batch: Any) -> Array | None:
         return self.plain.row_weights(batch)
+
+    @property
+    def form(self) -> int:
+        return self.plain.form
+
+    def begin_pass(self) -> None:
+        self.plain.begin_pass()
+
+    def own_precision(self) -> AbstractContextManager[Any]:
+        return self.plain.own_precision()
 
     def rows_at_once(self, batch: Any) -> int:
         return self.plain.rows_at_once(batch)

@@ -91,7 +91,8 @@ class HfComposableInfluence(TorchComposableInfluence):
         with self._recorded():
             factors = mapper.transformed_grads(test)
         first = provider.grads(train.take(slice(0, 1)))
-        if self.provider is not provider or any(mapper.operators[n].seen(g) is not g for n, g in first.items()):
+        seen_whole = all(mapper.operators[n].seen(g) is g for n, g in first.items())
+        if self.provider is not provider or mapper.own_forms or not seen_whole:
             raise InvalidSetting(
                 f"{self.method.describe()} sees a train row as something else than the sum of its labels' gradients, "
                 "or there are several models; token scores need a method that adds up."

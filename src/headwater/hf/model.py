@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from headwater.errors import InvalidInput, InvalidSetting, UnsupportedModel
-from headwater.torch.plan import wide
+from headwater.torch.precision import wide
 
 TaskName = Literal["causal-lm", "sequence-classification", "token-classification"]
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]

@@ -26,14 +26,15 @@ from headwater.hf.rows import (
 )
 from headwater.random import row_keys
 from headwater.torch.batch import TorchBatch, as_tensor
-from headwater.torch.capture import autograd_on, detached_state, run, twice_differentiable
+from headwater.torch.capture import detached_state, run
 from headwater.torch.likelihoods import CrossEntropy, Likelihood
 from headwater.torch.losses import Loss
 from headwater.torch.measurements import negative_logit, negative_margin
-from headwater.torch.plain import PlainTorchProvider, wide_copy
-from headwater.torch.plan import wide
-from headwater.torch.products import push_forward
-from headwater.torch.provider import TorchGradientProvider
+from headwater.torch.plain import PlainTorchProvider
+from headwater.torch.precision import wide, wide_copy
+from headwater.torch.products import jacobian_product
+from headwater.torch.provider import TorchGradientProvider, undisturbed
+from headwater.torch.surroundings import autograd_on, twice_differentiable
 
 
 class HfGradientProvider(TorchGradientProvider):
@@ -105,9 +106,15 @@ class HfGradientProvider(TorchGradientProvider):
             )
         return type(self)(self.pretrained, task=self.task.name, blocks=self._structure, loss=chosen)
 
-    def in_float64(self) -> PlainHfProvider:
+    def in_float64(self) -> HfGradientProvider:
+        found = self._wide(PlainHfProvider)
+        assert isinstance(found, HfGradientProvider)
+        return found
+
+    def _wide(self, kind: type[TorchGradientProvider]) -> TorchGradientProvider:
+        assert issubclass(kind, HfGradientProvider)
         loss = wide_copy(self.loss, "loss")
-        found = PlainHfProvider(
+        found = kind(
             wide_copy(self.pretrained, "model"),
             task=self.task.name,
             per_token=self.per_token,
@@ -116,8 +123,7 @@ class HfGradientProvider(TorchGradientProvider):
             measurement=loss if self.measurement is self.loss else wide_copy(self.measurement, "measurement"),
             likelihood=self.likelihood,
         )
-        found._plan, found._checked, found._numbers_per_row = self._plan, self._checked, self._numbers_per_row
-        return found
+        return found._informed_by(self)
 
     # Batches ------------------------------------------------------------------------------------------------------
 
@@ -187,7 +193,7 @@ class HfGradientProvider(TorchGradientProvider):
             raise InvalidInput(f"Labels have shape {tuple(labels.shape)}; {self._wanted()} have {expected}.")
         if task.has_label_per_token or task.problem == "single_label_classification":
             return self._checked_classes(labels, x)
-        return labels.to(wide(next(self.model.parameters()).detach()).dtype)
+        return labels.to(wide(self._like).dtype)
 
     def _checked_classes(self, labels: torch.Tensor, x: Columns) -> torch.Tensor:
         if labels.is_floating_point():
@@ -244,6 +250,7 @@ class HfGradientProvider(TorchGradientProvider):
 
     # Tokens -------------------------------------------------------------------------------------------------------
 
+    @undisturbed
     def token_prod(self, batch: TorchBatch, factors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """`<factor_k, grad of a label's share of its row's loss>`: (K, N, T), T positions in canonical form.
 
@@ -260,9 +267,9 @@ class HfGradientProvider(TorchGradientProvider):
         names = [p.name for block in factors for p in self._block_parameters(block)]
         count, like = len(next(iter(factors.values()))), state[names[0]]
 
-        def function(given: Any) -> list[torch.Tensor]:
+        def function(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
             output = run(self.model, {**state, **dict(zip(names, given, strict=True))}, batch.x)
-            return [loss.terms(output, batch.y)]
+            return (loss.terms(output, batch.y),)
 
         step = rows_within_memory(8 * (sum(state[name].numel() for name in names) + batch.y.numel() * 64), like)
         found = []
@@ -271,7 +278,7 @@ class HfGradientProvider(TorchGradientProvider):
             for start in range(0, count, step):
                 chosen = {block: factor[start : start + step].to(like.dtype) for block, factor in factors.items()}
                 tangents = [piece for block, factor in chosen.items() for piece in self._pieces(block, factor)]
-                found += push_forward(function, function(leaves), leaves, tangents)
+                found += jacobian_product(function, leaves, tangents)
         tokens = torch.cat(found).detach()
         weights = self.row_weights(batch)
         return tokens if weights is None else tokens * weights[:, None]

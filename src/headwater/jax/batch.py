@@ -25,14 +25,8 @@ class JaxBatch(Batch[jax.Array]):
     weights: Any = None
     ids: Any = None
 
-    def _columns(self) -> dict[str, Any]:
-        return {"x": self.x, "y": self.y, "weights": self.weights, "ids": self.ids}
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, column in (("weights", self.weights), ("ids", self.ids)):
-            if column is not None and len(np.shape(column)) != 1:
-                raise BatchMismatch(f"{name} has shape {tuple(np.shape(column))}; expected one number for each row.")
         if self.weights is not None:
             weights = np.asarray(self.weights)
             if not (np.isfinite(weights) & (weights >= 0)).all():

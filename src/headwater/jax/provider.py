@@ -164,7 +164,8 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         return JaxBatch(x, y).ready()
 
     def _ready(self, batch: Any) -> JaxBatch:
-        return (batch if isinstance(batch, JaxBatch) else JaxBatch(batch.x, batch.y)).ready()
+        own = isinstance(batch, JaxBatch)
+        return (batch if own else JaxBatch(batch.x, batch.y, batch.weights, batch.ids)).ready()
 
     def rows_at_once(self, batch: JaxBatch) -> int:
         self._prepare(batch)

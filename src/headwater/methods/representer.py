@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -175,6 +176,16 @@ class LogitQueries(StructuredGradientProvider[Any, Any]):
 
     def as_batch(self, x: Any, y: Any) -> Any:
         return self.plain.as_batch(x, y)
+
+    @property
+    def form(self) -> int:
+        return self.plain.form
+
+    def begin_pass(self) -> None:
+        self.plain.begin_pass()
+
+    def own_precision(self) -> AbstractContextManager[Any]:
+        return self.plain.own_precision()
 
     def rows_at_once(self, batch: Any) -> int:
         return self.plain.rows_at_once(batch)

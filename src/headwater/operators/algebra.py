@@ -7,7 +7,7 @@ reads its vectors as matrices [o, i], row by row, and also maps gradient values 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,17 +17,18 @@ from headwater.errors import InvalidInput, ShapeMismatch, SingularOperator
 from headwater.gradients.algebra import Dense, Gradient
 from headwater.gradients.block import BlockGradient
 from headwater.operators.spectrum import Spectrum
-from headwater.types import Operator
+from headwater.types import BilinearForm, Operator
 
 
-class LinearOperator(Operator[Array]):
+class LinearOperator(Operator[Array, BilinearForm]):
     """A linear map that knows whether it is symmetric and whether it is positive semi-definite."""
 
     symmetric: bool = False
     psd: bool = False
 
     def _validate_tensor_input(self, tensor: Array) -> None:
-        super()._validate_tensor_input(tensor)
+        if not hasattr(tensor, "shape"):
+            raise InvalidInput(f"An operator applies to an array, not to {type(tensor).__name__}: {tensor!r}.")
         name = str(tensor.dtype).rsplit(".", 1)[-1]
         if not name.startswith(("float", "bfloat")):
             raise InvalidInput(f"{type(self).__name__} applies to floating-point arrays, not to {name}.")
@@ -147,7 +148,7 @@ def ends(values: Array) -> tuple[float, float]:
     return float(xp.min(values)), float(xp.max(values))
 
 
-def _same_size(first: Operator[Any], second: Operator[Any]) -> int:
+def _same_size(first: Operator, second: Operator) -> int:
     if first.input_size != second.input_size:
         raise ShapeMismatch(
             f"{type(first).__name__} has input_size {first.input_size}, "
@@ -214,6 +215,10 @@ class ScaledOperator(LinearOperator):
     def input_size(self) -> int:
         return self.inner.input_size
 
+    def as_bilinear_form(self) -> BilinearForm:
+        form = self.inner.as_bilinear_form()
+        return super().as_bilinear_form() if form.is_default_of(self.inner) else ScaledForm(self.factor, form)
+
     def _apply(self, tensor: Array) -> Array:
         return self.inner.apply(tensor) * self.factor
 
@@ -263,6 +268,26 @@ class ScaledOperator(LinearOperator):
     def eigenvalues(self, at_most: int | None = None) -> Spectrum | None:
         found = self.inner.eigenvalues(at_most)
         return None if found is None else found.scaled(self.factor)
+
+
+class ScaledForm(BilinearForm[Array, Any, Any]):
+    """A number times a bilinear form."""
+
+    def __init__(self, factor: float, inner: BilinearForm):
+        self.factor = factor
+        self.inner = inner
+
+    def inner_prod(self, left: Array, right: Array | None) -> Array:
+        return self.inner.inner_prod(left, right) * self.factor
+
+    def grads_inner_prod(self, left: Any, right: Any, gradient_provider: Any) -> Array:
+        return self.inner.grads_inner_prod(left, right, gradient_provider) * self.factor
+
+    def mixed_grads_inner_prod(self, left: Any, right: Any, gradient_provider: Any) -> Array:
+        return self.inner.mixed_grads_inner_prod(left, right, gradient_provider) * self.factor
+
+    def with_inner_product(self, product: Callable[[Array, Array], Array]) -> ScaledForm:
+        return ScaledForm(self.factor, self.inner.with_inner_product(product))
 
 
 class SumOperator(LinearOperator):

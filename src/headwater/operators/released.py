@@ -17,11 +17,12 @@ from functools import cached_property
 import numpy as np
 
 from headwater.arrays import Array, identity, namespace, to_numpy, transpose
-from headwater.errors import IndefiniteCurvature, SingularOperator
+from headwater.errors import IndefiniteCurvature, InvalidSetting, SingularOperator
 from headwater.gradients.block import BlockGradient
 from headwater.operators.algebra import LinearOperator
 from headwater.operators.iterative import unrecorded_solves
 from headwater.operators.projected import ProjectedOperator
+from headwater.types import BilinearForm
 
 NOTHING = 1e4
 """Times eps: the share of the released penalty below which curvature is nothing but rounding."""
@@ -60,6 +61,15 @@ class ReleasedOperator(LinearOperator):
     @property
     def input_size(self) -> int:
         return self.inner.input_size
+
+    def as_bilinear_form(self) -> BilinearForm:
+        """Errors: InvalidSetting where the inverse has a form of its own, which says nothing of released parameters."""
+        if not self.inner.as_bilinear_form().is_default_of(self.inner):
+            raise InvalidSetting(
+                f"{type(self.inner).__name__} has a bilinear form of its own, which cannot release the parameters that "
+                "the penalty does not hold (an intercept). Use its matrix: <Op left, right>."
+            )
+        return super().as_bilinear_form()
 
     @cached_property
     def _correction(self) -> tuple[Array, Array, Array]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
-from headwater.errors import BatchMismatch, InvalidInput
+from headwater.errors import InvalidInput
 from headwater.types import Batch
 
 
@@ -23,23 +23,19 @@ class SklearnBatch(Batch[np.ndarray]):
     weights: Any = None
     ids: Any = None
 
-    def _columns(self) -> dict[str, Any]:
-        return {"x": self.x, "y": self.y, "weights": self.weights, "ids": self.ids}
-
     def __post_init__(self) -> None:
         for name, column in self._columns().items():
             object.__setattr__(self, name, _rowwise(column))
         super().__post_init__()
-        for name, column in (("weights", self.weights), ("ids", self.ids)):
-            if column is not None and np.ndim(column) != 1:
-                raise BatchMismatch(f"{name} has shape {np.shape(column)}; expected one number for each row.")
         if self.weights is not None:
             weights = np.asarray(self.weights, dtype=np.float64)
             if not bool((np.isfinite(weights) & (weights >= 0)).all()):
                 raise InvalidInput(f"weights must be finite and not negative; the lowest is {weights.min():g}.")
 
-    def take(self, rows: slice | np.ndarray) -> Self:
-        return type(self)(**{name: _rows(value, rows) for name, value in self._columns().items()})
+    def _cut(self, column: Any, rows: slice | np.ndarray) -> Any:
+        if column is None:
+            return None
+        return column.iloc[rows] if hasattr(column, "iloc") else column[rows]
 
 
 def _rowwise(value: Any) -> Any:
@@ -47,12 +43,6 @@ def _rowwise(value: Any) -> Any:
     if value is None or hasattr(value, "iloc"):
         return value
     return value.tocsr() if hasattr(value, "tocsr") else np.asarray(value)
-
-
-def _rows(value: Any, rows: slice | np.ndarray) -> Any:
-    if value is None:
-        return None
-    return value.iloc[rows] if hasattr(value, "iloc") else value[rows]
 
 
 class FeatureBatch(SklearnBatch):

@@ -11,7 +11,9 @@ Inherit, fill the hooks, and pytest runs the claims. Nothing here knows a framew
 
 | contract | for | hooks |
 |---|---|---|
-| `OperatorContract` | `types.Operator` | operator, matrix |
+| `BatchContract` | a `types.Batch` | batch, columns |
+| `BilinearFormContract` | `types.BilinearForm` | form, form_matrix |
+| `OperatorContract` | `types.Operator` | operator, matrix; form_matrix, composition |
 | `LinearOperatorContract` | `operators.algebra.LinearOperator` | also gradient_values, block_values, dampings |
 | `GradientContract` | `gradients.algebra.Gradient` | value, meaning, partners |
 | `GradientProviderContract` | `types.GradientProvider` | provider, batch, slow_grads, slow_mixed_grads |
@@ -23,10 +25,12 @@ Inherit, fill the hooks, and pytest runs the claims. Nothing here knows a framew
 Every contract has the hook `array`, NumPy numbers to the framework's, and `rounding`, in eps.
 """
 
+from headwater.testing.batches import BatchContract as BatchContract
 from headwater.testing.contract import Contract as Contract
 from headwater.testing.gradients import GradientContract as GradientContract
 from headwater.testing.influences import InfluenceContract as InfluenceContract
 from headwater.testing.mappers import BlockMapperContract as BlockMapperContract
+from headwater.testing.operators import BilinearFormContract as BilinearFormContract
 from headwater.testing.operators import LinearOperatorContract as LinearOperatorContract
 from headwater.testing.operators import OperatorContract as OperatorContract
 from headwater.testing.operators import RememberedGradients as RememberedGradients

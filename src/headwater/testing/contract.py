@@ -19,6 +19,8 @@ class Contract:
 
     rounding: float = 1e3
     """How many times eps may be lost, relative to the largest number of what is expected."""
+    has_empty_arrays: bool = True
+    """Whether an array of no rows still has columns; nested lists do not."""
 
     def array(self, values: np.ndarray) -> Array:
         """A hook: host numbers as an array of the framework under test; NumPy's own by default."""

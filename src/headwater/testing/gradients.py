@@ -56,14 +56,14 @@ class GradientContract(Contract):
     def test_project_is_dot_products_with_a_basis_of_any_size(self) -> None:
         meaning = self.meaning()
         for _ in self._limits():
-            for k in (1, 2, meaning[0].size + 1):
+            for k in (1, 2, meaning[0].size + 1, 0):
                 basis = self.random(k, *meaning.shape[1:], seed=2)
                 self.assert_sum(self.value().project(self.array(basis)), "noi,koi->nk", meaning, basis)
 
     def test_combine_is_weighted_sums_over_rows(self) -> None:
         meaning = self.meaning()
         for _ in self._limits():
-            for k in (1, 3):
+            for k in (1, 3, 0):
                 weights = self.random(k, len(meaning), seed=3)
                 self.assert_sum(self.value().combine(self.array(weights)), "kn,noi->koi", weights, meaning)
 

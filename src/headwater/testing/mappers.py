@@ -25,7 +25,7 @@ class BlockMapperContract(Contract):
     modes: tuple[str, ...] = ("up", "perturbation")
     """Without "perturbation" if the input has no derivatives."""
 
-    def mapper(self) -> BlockMapper[Any, Any]:
+    def mapper(self) -> BlockMapper[Any, Any, Any]:
         """A hook: the mapper under test, of at least two blocks, made anew; no operator a multiple of the identity."""
         raise NotImplementedError
 
@@ -38,10 +38,21 @@ class BlockMapperContract(Contract):
         raise NotImplementedError
 
     def slow_interactions(self, left: Batch[Any], right: Batch[Any], mode: str) -> dict[str, np.ndarray]:
-        return {
-            name: _contracted(block, host(block.op.apply(block.gp.flat_grads(left))), right, mode)
-            for name, block in self.mapper().composable_block_dict.items()
-        }
+        """Contracted by NumPy; a block whose operator has a form of its own by that form, between gradients."""
+        found = self.slow_from_factors(left, right, mode)
+        for name, block in self.mapper().composable_block_dict.items():
+            form = block.op.as_bilinear_form()
+            if not form.is_default_of(block.op):
+                found[name] = host(form.inner_prod(block.gp.flat_grads(left), _met(block, right, mode)))
+        return found
+
+    def slow_from_factors(self, left: Batch[Any], right: Batch[Any], mode: str) -> dict[str, np.ndarray]:
+        """Contracted by NumPy."""
+        found = {}
+        for name, block in self.mapper().composable_block_dict.items():
+            factors = host(block.op.apply(block.gp.flat_grads(left)))
+            found[name] = np.einsum("nd,m...d->nm...", factors, host(_met(block, right, mode)))
+        return found
 
     def assert_same_blocks(self, got: Any, expected: dict[str, Any]) -> None:
         """An ordered dict of the same names in the same order, with the same numbers."""
@@ -77,7 +88,7 @@ class BlockMapperContract(Contract):
         """As a dict, as a dict in another order, and as one tensor."""
         factors = self.mapper().transformed_grads(self.left())
         for mode in self.modes:
-            expected = self.slow_interactions(self.left(), self.right(), mode)
+            expected = self.slow_from_factors(self.left(), self.right(), mode)
             for given in (factors, dict(reversed(factors.items())), self.side_by_side(factors)):
                 got = self.mapper().interactions_from_transformed_grads(given, self.right(), mode)
                 self.assert_same_blocks(got, expected)
@@ -95,8 +106,8 @@ class BlockMapperContract(Contract):
             (factors | {"no such block": factors[first]}, ["no such block"]),
             (others, [first]),
             (others | {"no such block": factors[first]}, ["no such block", first]),
-            (factors | {first: factors[first][:, 1:]}, [first]),
-            (factors | {first: factors[first][0, 0]}, [first]),
+            (factors | {first: self.array(host(factors[first])[:, 1:])}, [first]),
+            (factors | {first: self.array(host(factors[first])[0])[0]}, [first]),
             (self.array(whole[:, 1:]), [whole.shape[1]]),
             (self.array(np.concatenate([whole, whole], axis=1)), [whole.shape[1]]),
         ]:
@@ -122,24 +133,52 @@ class BlockMapperContract(Contract):
         mapper, factors = self.mapper(), self.mapper().transformed_grads(self.left())
         for mode in ("Up", "down", None):
             with self.refuses(UnsupportedInfluenceModeError, repr(mode), "up", "perturbation"):
-                mapper.interactions(self.left(), self.right(), mode)  # type: ignore[arg-type]
+                mapper.interactions(self.left(), self.right(), mode)
             with self.refuses(ValueError, repr(mode)):
-                mapper.interactions_from_transformed_grads(factors, self.right(), mode)  # type: ignore[arg-type]
+                mapper.interactions_from_transformed_grads(factors, self.right(), mode)
 
-    def test_generators_give_what_the_others_give_one_block_at_a_time(self) -> None:
-        """The first block comes although the last one cannot be computed."""
+    def test_generators_give_the_blocks_tensors_in_order_one_at_a_time(self) -> None:
+        """Tensors alone, without names; and the first block comes although the last one cannot be computed."""
         for whole, lazy in self._verbs(self.mapper()):
-            self.assert_same_blocks(OrderedDict(lazy), whole)
+            tensors = list(lazy)
+            assert len(tensors) == len(whole)
+            for tensor, expected in zip(tensors, whole.values(), strict=True):
+                self.assert_same(tensor, host(expected))
         mapper = self.mapper()
         last = next(reversed(mapper.composable_block_dict))
         mapper.composable_block_dict[last] = _Broken(mapper.composable_block_dict[last])
         for (whole, _), (_, lazy) in zip(self._verbs(self.mapper()), self._verbs(mapper, whole=False), strict=True):
             assert iter(lazy) is lazy
-            name, value = next(lazy)
-            assert name == next(iter(whole))
-            self.assert_same(value, whole[name])
+            self.assert_same(next(lazy), host(next(iter(whole.values()))))
 
-    def _verbs(self, mapper: BlockMapper[Any, Any], whole: bool = True) -> Iterator[tuple[Blocks, Iterator[Any]]]:
+    def test_what_gives_dicts_follows_an_overridden_generator(self) -> None:
+        """Its tensors as they are, named in the order of the blocks by `_to_ordered_dict`."""
+        for verb in ("transformed_grads", "interactions", "interactions_from_transformed_grads"):
+            mapper, named = self.mapper(), list[Any]()
+            given = [object() for _ in mapper.composable_block_dict]
+            name_them = mapper._to_ordered_dict
+            mapper._to_ordered_dict = lambda g, name_them=name_them, named=named: named.append(g) or name_them(g)  # type: ignore
+            setattr(mapper, f"generate_{verb}", lambda *_, given=given: (tensor for tensor in given))
+            rows = {"transformed_grads": (self.left(),)}.get(verb, (self.left(), self.right(), "up"))
+            got = getattr(mapper, verb)(*rows)
+            assert isinstance(got, OrderedDict)
+            assert [*got] == [*mapper.composable_block_dict]
+            assert all(one is other for one, other in zip(got.values(), given, strict=True))
+            assert len(named) == 1, "the names do not come from _to_ordered_dict"
+            with self.refuses(ValueError, len(given) + 1, *mapper.composable_block_dict):
+                name_them(tensor for tensor in [*given, given[0]])
+
+    def test_no_factors_give_no_rows_of_interactions(self) -> None:
+        if not self.has_empty_arrays:
+            return
+        factors = self.mapper().transformed_grads(self.left())
+        none = {name: self.array(host(factor)[:0]) for name, factor in factors.items()}
+        for mode in self.modes:
+            expected = {name: v[:0] for name, v in self.slow_from_factors(self.left(), self.right(), mode).items()}
+            got = self.mapper().interactions_from_transformed_grads(none, self.right(), mode)
+            self.assert_same_blocks(got, expected)
+
+    def _verbs(self, mapper: BlockMapper[Any, Any, Any], whole: bool = True) -> Iterator[tuple[Blocks, Iterator[Any]]]:
         """What each verb gives at once (if wanted), and what gives it block by block."""
         left, right = self.left(), self.right()
         factors = self.mapper().transformed_grads(left)
@@ -155,10 +194,10 @@ class BlockMapperContract(Contract):
             )
 
 
-class _Broken(OperatorGradientComposition[Any, Any]):
+class _Broken(OperatorGradientComposition[Any, Any, Any, Any]):
     """A block that has its operator and its size, and cannot be computed."""
 
-    def __init__(self, whole: OperatorGradientComposition[Any, Any]):
+    def __init__(self, whole: OperatorGradientComposition):
         super().__init__(whole.op, whole.gp)
 
     def transformed_grads(self, batch: Any) -> Any:
@@ -168,6 +207,6 @@ class _Broken(OperatorGradientComposition[Any, Any]):
         raise AssertionError("a later block was computed before it was asked for")
 
 
-def _contracted(block: Any, factors: np.ndarray, right: Batch[Any], mode: str) -> np.ndarray:
-    grads = block.gp.flat_grads(right) if mode == "up" else block.gp.flat_mixed_grads(right)
-    return np.einsum("nd,m...d->nm...", factors, host(grads))
+def _met(block: Any, right: Batch[Any], mode: str) -> Any:
+    """What the left side meets: gradients, or mixed ones."""
+    return block.gp.flat_grads(right) if mode == "up" else block.gp.flat_mixed_grads(right)

@@ -12,7 +12,7 @@ from headwater.gradients.algebra import Gradient
 from headwater.gradients.block import BlockGradient
 from headwater.operators.algebra import IdentityOperator, LinearOperator
 from headwater.testing.contract import Contract, host
-from headwater.types import Batch, GradientProvider, InfluenceMode, Operator, OperatorGradientComposition
+from headwater.types import Batch, BilinearForm, GradientProvider, InfluenceMode, Operator, OperatorGradientComposition
 
 
 class RememberedGradients(GradientProvider[Batch[Array], Array]):
@@ -28,10 +28,84 @@ class RememberedGradients(GradientProvider[Batch[Array], Array]):
         return batch.x @ g.T
 
 
-class OperatorContract(Contract):
-    """What every `headwater.types.Operator` obeys. A subclass fills `operator` and `matrix`, and `array` if need be."""
+class BilinearFormContract(Contract):
+    """What every `headwater.types.BilinearForm` obeys. A subclass fills `form` and `form_matrix`."""
 
-    def operator(self) -> Operator[Any]:
+    def form(self) -> BilinearForm[Any, Any, Any]:
+        """A hook: the form under test, on vectors of 2 numbers or more."""
+        raise NotImplementedError
+
+    def form_matrix(self) -> np.ndarray:
+        """A hook: B in left B right^T, [D, D] in float64, found without the form."""
+        raise NotImplementedError
+
+    def vectors(self, *leading: int, seed: int = 0) -> np.ndarray:
+        return self.random(*leading, len(self.form_matrix()), seed=seed)
+
+    def rows(self) -> list[tuple[int, int]]:
+        """Numbers of rows on either side: fewer, more, none."""
+        none = [(0, 3), (3, 0)] if self.has_empty_arrays else []
+        return [(2, 5), (5, 2), (len(self.form_matrix()) + 3, 1), (1, 1), *none]
+
+    def test_the_bilinear_form_has_its_matrix_whichever_side_has_more_rows(self) -> None:
+        for n, m in self.rows():
+            left, right = self.vectors(n), self.vectors(m, seed=1)
+            got = self.form().inner_prod(self.array(left), self.array(right))
+            self.assert_same(got, left @ self.form_matrix() @ right.T)
+        left = self.vectors(4)
+        self.assert_same(self.form().inner_prod(self.array(left), None), left @ self.form_matrix() @ left.T)
+
+    def test_the_bilinear_form_keeps_the_inner_axes_of_the_right_side(self) -> None:
+        for n, m in self.rows():
+            left = self.vectors(n)
+            for inner in [(3,), (2, 3)]:
+                right = self.vectors(m, *inner)
+                expected = np.einsum("nd,m...d->nm...", left @ self.form_matrix(), right)
+                self.assert_same(self.form().inner_prod(self.array(left), self.array(right)), expected)
+
+    def test_the_bilinear_form_refuses_sides_of_different_lengths(self) -> None:
+        size = len(self.form_matrix())
+        for left, right in [(size, size + 1), (size + 1, size)]:
+            with self.refuses(ValueError):
+                self.form().inner_prod(self.array(self.random(2, left)), self.array(self.random(2, right)))
+
+    def test_the_bilinear_form_takes_batches(self) -> None:
+        (left, right), form, provider = self._batches(), self.form(), RememberedGradients()
+        met = host(left.x) @ self.form_matrix()
+        self.assert_same(form.grads_inner_prod(left, right, provider), met @ host(right.x).T)
+        self.assert_same(form.grads_inner_prod(left, None, provider), met @ host(left.x).T)
+        for other, given in [(right, right), (left, None)]:
+            mixed = form.mixed_grads_inner_prod(left, given, provider)
+            self.assert_same(mixed, np.einsum("nd,mxd->nmx", met, host(other.y)))
+
+    def test_no_right_batch_reaches_the_inner_product_as_the_left_gradients(self) -> None:
+        form, met = self.form(), []
+        inner_prod = form.inner_prod
+
+        def recorded(left: Any, right: Any) -> Any:
+            met.append((left, right))
+            return inner_prod(left, right)
+
+        form.inner_prod = recorded  # type: ignore[method-assign]
+        form.grads_inner_prod(self._batches()[0], None, RememberedGradients())
+        for left, right in met:  # none, where the form has another way
+            assert right is not None, "the right side is None"
+            self.assert_same(right, host(left))
+
+    def _batches(self) -> tuple[Batch[Array], Batch[Array]]:
+        """More rows on the left than numbers in a vector, fewer on the right."""
+        sizes = len(self.form_matrix()) + 2, 3
+        left, right = ((self.array(self.vectors(n)), self.array(self.vectors(n, 2))) for n in sizes)
+        return Batch(*left), Batch(*right)
+
+
+class OperatorContract(BilinearFormContract):
+    """What every `headwater.types.Operator` obeys. A subclass fills `operator` and `matrix`, and `array` if need be.
+
+    An operator with a bilinear form of its own fills `form_matrix` besides.
+    """
+
+    def operator(self) -> Operator[Any, Any]:
         """A hook: the operator under test, of 2 numbers or more, and no multiple of the identity."""
         raise NotImplementedError
 
@@ -39,8 +113,11 @@ class OperatorContract(Contract):
         """A hook: what it stands for, [D, D] in float64, found without the operator."""
         raise NotImplementedError
 
-    def vectors(self, *leading: int, seed: int = 0) -> np.ndarray:
-        return self.random(*leading, len(self.matrix()), seed=seed)
+    def form(self) -> BilinearForm[Any, Any, Any]:
+        return self.operator().as_bilinear_form()
+
+    def form_matrix(self) -> np.ndarray:
+        return self.matrix().T
 
     def test_input_size_is_the_number_of_columns(self) -> None:
         size = self.operator().input_size
@@ -53,7 +130,7 @@ class OperatorContract(Contract):
 
     def test_leading_axes_of_any_number_are_kept(self) -> None:
         size = len(self.matrix())
-        for leading in [(1,), (3,), (size,), (2, 3), (2, 1, 3), (0,)]:
+        for leading in [(1,), (3,), (size,), (2, 3), (2, 1, 3), *([(0,), (0, 2), (2, 0)] * self.has_empty_arrays)]:
             vectors = self.vectors(*leading)
             got = self.operator().apply(self.array(vectors))
             self.assert_same(got, np.einsum("de,...e->...d", self.matrix(), vectors))
@@ -68,63 +145,75 @@ class OperatorContract(Contract):
         with self.refuses(ValueError, len(self.matrix())):
             self.operator().apply(self.array(self.random(1))[0])
 
+    def test_what_is_applied_is_validated_then_measured_then_mapped(self) -> None:
+        """The trailing axis is measured in between, where there is a shape."""
+        op, steps = self.operator(), []
+        validate, apply = op._validate_tensor_input, op._apply
+        op._validate_tensor_input = lambda tensor: steps.append("validated") or validate(tensor)  # type: ignore[method-assign, func-returns-value]
+        op._apply = lambda tensor: steps.append("mapped") or apply(tensor)  # type: ignore[method-assign, func-returns-value]
+        op.apply(self.array(self.vectors(2)))
+        assert {*steps[: steps.index("mapped")]} == {"validated"}
+        steps.clear()
+        with self.refuses(ValueError):
+            op.apply(self.array(self.random(2, len(self.matrix()) + 1)))
+        assert {*steps} == {"validated"}
+
     def test_what_is_applied_is_left_as_it_was(self) -> None:
         vectors = self.vectors(3)
         given = self.array(vectors.copy())
         self.operator().apply(given)
         np.testing.assert_array_equal(host(given), vectors)
 
+    def test_the_default_form_says_which_length_does_not_fit(self) -> None:
+        op, size = self.operator(), len(self.matrix())
+        if op.as_bilinear_form().is_default_of(op):
+            for left, right in [(size, size + 1), (size + 1, size)]:
+                with self.refuses(ValueError, size, size + 1):
+                    op.as_bilinear_form().inner_prod(
+                        self.array(self.random(2, left)), self.array(self.random(2, right))
+                    )
+
     def test_sums_and_multiples_go_through(self) -> None:
-        op, u, v = self.operator(), self.array(self.vectors(2)), self.array(self.vectors(2, seed=1))
-        self.assert_same(op.apply(2.0 * u - 3.0 * v), 2.0 * op.apply(u) - 3.0 * op.apply(v))
-
-    def test_the_bilinear_form_maps_the_left_side_whichever_side_has_more_rows(self) -> None:
-        size, form = len(self.matrix()), self.operator().as_bilinear_form()
-        for n, m in [(2, 5), (5, 2), (size + 3, 1), (1, 1)]:
-            left, right = self.vectors(n), self.vectors(m, seed=1)
-            got = form.inner_prod(self.array(left), self.array(right))
-            self.assert_same(got, left @ self.matrix().T @ right.T)
-        left = self.vectors(4)
-        self.assert_same(form.inner_prod(self.array(left), None), left @ self.matrix().T @ left.T)
-
-    def test_the_bilinear_form_keeps_the_inner_axes_of_the_right_side(self) -> None:
-        left, form = self.vectors(4), self.operator().as_bilinear_form()
-        for inner in [(3,), (2, 3)]:
-            right = self.vectors(2, *inner)
-            expected = np.einsum("nd,m...d->nm...", left @ self.matrix().T, right)
-            self.assert_same(form.inner_prod(self.array(left), self.array(right)), expected)
-
-    def test_the_bilinear_form_refuses_sides_of_different_lengths(self) -> None:
-        size = len(self.matrix())
-        with self.refuses(ValueError, size + 1):
-            self.operator().as_bilinear_form().inner_prod(
-                self.array(self.vectors(2)), self.array(self.random(2, size + 1))
-            )
-
-    def test_the_bilinear_form_takes_batches(self) -> None:
-        (left, right), form, provider = self._batches(), self.operator().as_bilinear_form(), RememberedGradients()
-        mapped = host(left.x) @ self.matrix().T
-        self.assert_same(form.grads_inner_prod(left, right, provider), mapped @ host(right.x).T)
-        self.assert_same(form.grads_inner_prod(left, None, provider), mapped @ host(left.x).T)
-        mixed = form.mixed_grads_inner_prod(left, right, provider)
-        self.assert_same(mixed, np.einsum("nd,mxd->nmx", mapped, host(right.y)))
-        mixed = form.mixed_grads_inner_prod(left, None, provider)
-        self.assert_same(mixed, np.einsum("nd,mxd->nmx", mapped, host(left.y)))
+        op, u, v = self.operator(), self.vectors(2), self.vectors(2, seed=1)
+        one, other = (host(op.apply(self.array(vectors))) for vectors in (u, v))
+        self.assert_same(op.apply(self.array(2.0 * u - 3.0 * v)), 2.0 * one - 3.0 * other)
 
     def test_composed_with_a_provider_it_gives_interactions_in_both_modes(self) -> None:
-        (left, right), block = self._batches(), OperatorGradientComposition(self.operator(), RememberedGradients())
+        (left, right), block = self._batches(), self.composition(RememberedGradients())
         factors = block.transformed_grads(left)
         self.assert_same(factors, host(left.x) @ self.matrix().T)
-        up, mixed = host(factors) @ host(right.x).T, np.einsum("nd,mxd->nmx", host(factors), host(right.y))
-        for mode, expected in [("up", up), (InfluenceMode.Up, up), ("perturbation", mixed)]:
-            self.assert_same(block.interactions(left, right, mode), expected)
-            self.assert_same(block.interactions_from_transformed_grads(factors, right, mode), expected)
+        met = host(left.x) @ self.form_matrix()
+        for mode in ("up", InfluenceMode.Up):
+            self.assert_same(block.interactions(left, right, mode), met @ host(right.x).T)
+            self.assert_same(block.interactions(left, None, mode), met @ host(left.x).T)
+            later = block.interactions_from_transformed_grads(factors, right, mode)
+            self.assert_same(later, host(factors) @ host(right.x).T)
+        mixed = np.einsum("nd,mxd->nmx", met, host(right.y))
+        self.assert_same(block.interactions(left, right, "perturbation"), mixed)
+        self.assert_same(block.interactions(left, None, "perturbation"), np.einsum("nd,mxd->nmx", met, host(left.y)))
+        later = block.interactions_from_transformed_grads(factors, right, "perturbation")
+        self.assert_same(later, np.einsum("nd,mxd->nmx", host(factors), host(right.y)))
 
-    def _batches(self) -> tuple[Batch[Array], Batch[Array]]:
-        """More rows on the left than numbers in a vector, fewer on the right."""
-        sizes = len(self.matrix()) + 2, 3
-        left, right = ((self.array(self.vectors(n)), self.array(self.vectors(n, 2))) for n in sizes)
-        return Batch(*left), Batch(*right)
+    def test_interactions_obey_the_operators_form(self) -> None:
+        """Whatever the operator, once its form is another one."""
+        (left, right), op = self._batches(), self.operator()
+        op.as_bilinear_form = FirstNumbers  # type: ignore[method-assign]
+        block = self.composition(RememberedGradients(), op)
+        pairs = np.outer(host(left.x)[:, 0], host(right.x)[:, 0])
+        self.assert_same(block.interactions(left, right, "up"), pairs)
+        mixed = np.einsum("n,mx->nmx", host(left.x)[:, 0], host(right.y)[:, :, 0])
+        self.assert_same(block.interactions(left, right, "perturbation"), mixed)
+
+    def composition(self, provider: Any, operator: Any = None) -> OperatorGradientComposition[Any, Any, Any, Any]:
+        """A hook: the operator and a provider as one block; a framework's own composition where it has one."""
+        return OperatorGradientComposition(self.operator() if operator is None else operator, provider)
+
+
+class FirstNumbers(BilinearForm[Any, Any, Any]):
+    """The product of the first numbers of both sides, and no operator behind it; in NumPy."""
+
+    def inner_prod(self, left: Any, right: Any) -> Any:
+        return np.tensordot(host(left)[:, 0], host(left if right is None else right)[..., 0], axes=0)
 
 
 class LinearOperatorContract(OperatorContract):

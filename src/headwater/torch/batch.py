@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from headwater.errors import BatchMismatch, InvalidInput, UnsupportedModel
+from headwater.errors import InvalidInput, UnsupportedModel
 from headwater.types import Batch
 
 
@@ -27,14 +25,8 @@ class TorchBatch(Batch[torch.Tensor]):
     weights: torch.Tensor | None = None
     ids: Any = None
 
-    def _columns(self) -> dict[str, Any]:
-        return {"x": self.x, "y": self.y, "weights": self.weights, "ids": self.ids}
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, column in (("weights", self.weights), ("ids", self.ids)):
-            if column is not None and len(np.shape(column)) != 1:
-                raise BatchMismatch(f"{name} has shape {tuple(np.shape(column))}; expected one number for each row.")
         if self.weights is not None:
             weights = torch.as_tensor(self.weights)
             if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
@@ -64,15 +56,6 @@ def call(function: Callable[..., Any], x: Any) -> Any:
     if isinstance(x, (tuple, list)):
         return function(*x)
     return function(x)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without torch's remarks on how it vectorises or scripts an operation: its user can do nothing about it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-        warnings.filterwarnings("ignore", "`torch.jit.script`", DeprecationWarning)
-        yield
 
 
 def differentiable_input(x: Any) -> torch.Tensor:

@@ -6,20 +6,21 @@ gradients; hooks live for one call. Afterwards, also after an exception, nothing
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
-from unittest.mock import patch
 
 import torch
-import torch.utils.checkpoint
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils._pytree import tree_leaves
 
 from headwater.torch.batch import call
+from headwater.torch.precision import wide
+from headwater.torch.surroundings import callers_dtype, lock_of, model_call
+from headwater.torch.tree import map_tensors, tensors_in
 
 
 @dataclass
@@ -45,66 +46,72 @@ class Recording:
     output: Any
     uses: tuple[Use, ...]
     rows: int
+    hidden: tuple[str, ...] = ()
+    """Layers with calls that could not be watched."""
 
     @property
-    def strange(self) -> list[str]:
+    def unbatched_layers(self) -> list[str]:
         """Layers that were called on another number of rows than the model: what they got does not belong to rows."""
         sizes = ((use.layer, {len(use.input), len(use.output)}) for use in self.uses)
-        return list(dict.fromkeys(layer for layer, found in sizes if found != {self.rows}))
+        return list(dict.fromkeys([*self.hidden, *(layer for layer, found in sizes if found != {self.rows})]))
 
-    def output_grads(self, outputs: Sequence[torch.Tensor], cotangents: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The gradient at each use's output, zero where the output does not depend on it."""
-        if not self.uses:
-            return []
-        live = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
-        if not live:
-            return [torch.zeros_like(use.output) for use in self.uses]
-        grads = torch.autograd.grad(
-            [o for o, _ in live],
-            [use.output for use in self.uses],
-            [c for _, c in live],
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        return list(grads)
+    @property
+    def one_row_layers(self) -> list[str]:
+        """Those of them that were called on one row, perhaps for all, such as an embedding of positions."""
+        return [use.layer for use in self.uses if len(use.input) == len(use.output) == 1 < self.rows]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The coarsest numbers on the way: under autocast, or where the model itself converts, not its parameters'."""
+        seen = chain(tensors_in(self.output), *((use.input, use.output) for use in self.uses))
+        kinds = {t.dtype for t in seen if t.is_floating_point()}
+        return max(kinds, key=lambda kind: torch.finfo(kind).eps, default=torch.float32)
+
+    def output_grads(self, total: torch.Tensor, *, again: bool = False) -> list[torch.Tensor]:
+        """The gradient of a number at each use's output, zero where it does not depend on it. again: not the last."""
+        watched = [use.output for use in self.uses]
+        if not watched or not total.requires_grad:
+            return [torch.zeros_like(output) for output in watched]
+        return list(torch.autograd.grad(total, watched, retain_graph=again, allow_unused=True, materialize_grads=True))
 
 
 def detached_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters without gradients, and copies of the buffers (a forward pass may write to them)."""
-    state = {name: p.detach() for name, p in model.named_parameters()}
-    state |= {name: b.clone() for name, b in model.named_buffers()}
-    return state
+    return {name: p.detach() for name, p in model.named_parameters()} | copied_buffers(model)
+
+
+def copied_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: b.clone() for name, b in model.named_buffers()}
+
+
+def own_leaves(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """What to swap for a call, and what to differentiate by: the model's own parameters wherever they can be.
+
+    A call with swapped parameters need not be the user's: a scripted layer keeps its own, and hooks stay behind.
+    """
+    own, state = dict(model.named_parameters()), copied_buffers(model)
+    leaves: dict[str, torch.Tensor] = {}
+    for name in names:
+        leaves[name] = own[name]
+        if not own[name].requires_grad or own[name].is_inference():  # frozen since, or made in inference mode
+            leaves[name] = state[name] = own[name].detach().clone().requires_grad_()
+    return state, leaves
 
 
 def run(model: nn.Module, state: Mapping[str, torch.Tensor], x: Any) -> Any:
-    """The model's output with these parameters and buffers instead of its own."""
-    slots = {slot: state[name] for slot, name in _slots(model).items()}
+    """The model's output with these parameters and buffers instead of its own; others stay.
+
+    Under the caller's autocast the model computes in its precision; half-precision outputs then become float32, so that
+    losses are not reduced in less.
+    """
+    slots = {slot: state[name] for slot, name in _slots(model).items() if name in state}
 
     def functional(*args: Any, **kwargs: Any) -> Any:
         return torch.func.functional_call(model, slots, args, kwargs, tie_weights=False)
 
-    with everything_remembered():
-        return call(functional, x)
-
-
-@contextmanager
-def everything_remembered() -> Iterator[None]:
-    """Without `torch.utils.checkpoint`: what is computed again later would see other weights than the call did.
-
-    Both of its ways are passed by, whoever imported its function, and under whatever name.
-    """
-
-    def at_once(function: Any, preserve: bool, *args: Any) -> Any:
-        return function(*args)
-
-    def nothing_else(*args: Any, **kwargs: Any) -> Iterator[None]:
-        yield
-
-    with (
-        patch.object(torch.utils.checkpoint.CheckpointFunction, "apply", at_once),
-        patch.object(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", nothing_else),
-    ):
-        yield
+    with model_call(model):
+        output = call(functional, x)
+    return output if callers_dtype() is None else map_tensors(wide, output)
 
 
 def _slots(model: nn.Module) -> dict[str, str]:
@@ -121,60 +128,79 @@ def _slots(model: nn.Module) -> dict[str, str]:
     }
 
 
-@contextmanager
-def autograd_on() -> Iterator[None]:
-    """Gradients on, also inside the caller's no_grad or inference_mode."""
-    with torch.inference_mode(False), torch.enable_grad():
-        yield
-
-
-def twice_differentiable() -> Any:
-    """Attention in plain operations, which have second and forward-mode derivatives."""
-    return sdpa_kernel(SDPBackend.MATH)
-
-
-def record(model: nn.Module, state: Mapping[str, torch.Tensor], layers: Mapping[str, nn.Module], x: Any) -> Recording:
+def record(
+    model: nn.Module,
+    state: Mapping[str, torch.Tensor],
+    layers: Mapping[str, nn.Module],
+    x: Any,
+    shared: Collection[str] = (),
+) -> Recording:
     """One forward pass with the layers watched.
 
     A layer's input or output may be changed in place by what follows (a ReLU, say), which would spoil its gradient;
-    then the pass is repeated with copies.
+    then the pass is repeated with copies. shared: layers that are called on one row for all rows; their outputs are
+    handed on once for each row, so that each has its own gradient.
     """
     try:
-        recording = _record(model, state, layers, x, copies=False)
+        recording = _record(model, state, layers, x, shared, copies=False)
         if not any(use.is_spoilt for use in recording.uses):
             return recording
     except RuntimeError as error:
         if "in-place" not in str(error):
             raise
-    return _record(model, state, layers, x, copies=True)
+    return _record(model, state, layers, x, shared, copies=True)
 
 
 def _record(
-    model: nn.Module, state: Mapping[str, torch.Tensor], layers: Mapping[str, nn.Module], x: Any, copies: bool
+    model: nn.Module,
+    state: Mapping[str, torch.Tensor],
+    layers: Mapping[str, nn.Module],
+    x: Any,
+    shared: Collection[str],
+    copies: bool,
 ) -> Recording:
     uses: list[Use] = []
+    hidden: list[str] = []
     rows = next((len(leaf) for leaf in tree_leaves(x) if isinstance(leaf, torch.Tensor) and leaf.ndim), 1)
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             given = args[0] if args else kwargs.get("input", next(iter(kwargs.values()), None))
-            if not isinstance(output, torch.Tensor) or not isinstance(given, torch.Tensor):
+            if not _is_recordable(given) or not _is_recordable(output) or not output.is_floating_point():
+                return None
+            if is_functorch_wrapped_tensor(output):  # inside a vmap of the model's own, which shows no rows
+                hidden.append(name)
                 return None
             if not output.requires_grad:
                 output.requires_grad_()
             given = given.detach().clone() if copies else given.detach()
-            shared = rows > 1 and given.ndim > 1 and output.ndim > 1 and len(given) == len(output) == 1
-            if shared:  # one row for all, such as the embedding of positions
+            for_all = name in shared and len(given) == len(output) == 1 < rows
+            if for_all:
                 given, output = (v.expand(rows, *v.shape[1:]).clone() for v in (given, output))
             uses.append(Use(name, given, output, given._version, output._version))
             if copies:
                 return output.clone()
-            return output if shared else None
+            return output if for_all else None
 
         return hook
 
     with ExitStack() as stack:
+        stack.enter_context(lock_of(model))
         for name, module in layers.items():
             stack.callback(module.register_forward_hook(watch(name), with_kwargs=True).remove)
         output = run(model, state, x)
-    return Recording(output, tuple(uses), rows)
+    return Recording(output, tuple(uses), rows, tuple(hidden))
+
+
+def _is_recordable(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim > 0
+
+
+def summed_products(tensors: Sequence[torch.Tensor], cotangents: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A number whose gradient is the vector-Jacobian product.
+
+    Not `torch.autograd.grad(..., grad_outputs)`, which imports a computer algebra at its first call (3 CPU seconds in
+    torch 2.13).
+    """
+    products = [(t * c).sum() for t, c in zip(tensors, cotangents, strict=True)]
+    return sum(products[1:], products[0])

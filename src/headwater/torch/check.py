@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
 
-from headwater.errors import NonFiniteValue, RowsInteract, UnsupportedModel
+from headwater.errors import NonFiniteValue, RowsInteract, UnsupportedLoss, UnsupportedModel
 from headwater.gradients.provider import BlockGradients
 from headwater.torch.batch import TorchBatch
-from headwater.torch.capture import run, twice_differentiable
+from headwater.torch.capture import run
 from headwater.torch.losses import Loss, explain_failure
+from headwater.torch.surroundings import twice_differentiable
+from headwater.torch.tree import map_tensors, tensors_in
 
 
 def one_row_alone(
@@ -33,32 +35,65 @@ def one_row_alone(
         raise UnsupportedModel("The loss does not depend on any attributed parameter.")
     grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
     dense = [g.to_dense() if g.is_sparse else g for g in grads]
-    return tree_map(lambda t: t.detach(), output), dict(zip(leaves, dense, strict=True))
+    return map_tensors(torch.Tensor.detach, output), dict(zip(leaves, dense, strict=True))
+
+
+def check_model(model: nn.Module) -> None:
+    """Errors: UnsupportedModel for wrappers that spread a model over devices, and for scripted ones."""
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise UnsupportedModel(f"The model is wrapped in {type(model).__name__}; pass what is inside, model.module.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UnsupportedModel(
+            "The model is scripted, so that its layers cannot be watched nor its parameters swapped; pass the module "
+            "that torch.jit was given."
+        )
 
 
 def check_rows(output: Any, rows: int) -> None:
-    """Errors: UnsupportedModel for an output whose first axis is not that of the rows."""
-    for tensor in tree_leaves(output):
-        if isinstance(tensor, torch.Tensor) and (tensor.ndim == 0 or len(tensor) != rows):
+    """Errors: UnsupportedModel for an output whose first axis is not that of the rows, or that holds no numbers."""
+    tensors = tensors_in(output)
+    for tensor in tensors:
+        if tensor.ndim == 0 or len(tensor) != rows:
             raise UnsupportedModel(
                 f"The model's output for {rows} row(s) has shape {tuple(tensor.shape)}; "
                 "its first axis must run over rows."
             )
+    if not tensors:
+        raise UnsupportedModel(f"The model's output holds no tensor: it is {type(output).__name__}, {output!r:.80}.")
 
 
-def check_independence(together: Any, alone: Any, row: int, kind: torch.dtype) -> None:
-    """Errors: RowsInteract if the output for `row` is another when the row is alone, beyond the rounding of `kind`."""
-    for one, both in zip(tree_leaves(alone), tree_leaves(together), strict=True):
-        if (
-            isinstance(one, torch.Tensor)
-            and one.is_floating_point()
-            and not close(both.detach()[row], one[0], kind=kind)
-        ):
-            gap = float((both.detach()[row] - one[0]).abs().max())
-            raise RowsInteract(
-                f"The model's output for row {row} changes by {gap:g} when the row is alone in its batch: rows act "
-                "on each other, or the model is random. Its rows have no gradients of their own."
-            )
+def check_independence(together: Any, alone: Any, rows: np.ndarray | list[int], kind: torch.dtype) -> None:
+    """Errors: RowsInteract if the output for `rows` is another than in other company, beyond the rounding of `kind`.
+
+    together: of the batch that the rows are numbered in; alone: of these rows only.
+    """
+    for one, both in zip(tensors_in(alone), tensors_in(together), strict=True):
+        if not one.is_floating_point():
+            continue
+        one, both = one.detach(), both.detach()[torch.as_tensor(rows, device=both.device)]
+        if close(both, one, kind=kind):
+            continue
+        gaps = (both - one).abs().reshape(len(one), -1).amax(1)
+        row = int(gaps.argmax())
+        raise RowsInteract(
+            f"The model's output for row {rows[row]} changes by {float(gaps[row]):g} when the row comes in another "
+            "batch: rows act on each other, or the model is random. Its rows have no gradients of their own."
+        )
+
+
+def check_loss_reads_outputs(loss: Loss, output: Any, target: Any, parameters: Mapping[str, torch.Tensor]) -> None:
+    """Errors: UnsupportedLoss for a loss that depends on the model's parameters otherwise than through its output."""
+    with explain_failure(output, target):
+        value = loss(map_tensors(torch.Tensor.detach, output), target).sum()
+    if not value.requires_grad:
+        return
+    grads = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+    read = [name for name, grad in zip(parameters, grads, strict=True) if grad is not None]
+    if read:
+        raise UnsupportedLoss(
+            f"The loss reads {', '.join(read[:4])}{' ...' if len(read) > 4 else ''} by itself, beside the model's "
+            "output. Take a penalty on weights out of it: it belongs to no row. Its curvature can be given as damping."
+        )
 
 
 def close(got: torch.Tensor, expected: torch.Tensor, floor: float = 0.0, kind: torch.dtype | None = None) -> bool:
@@ -70,7 +105,7 @@ def close(got: torch.Tensor, expected: torch.Tensor, floor: float = 0.0, kind: t
     tolerance = max(1e-8, 1e4 * torch.finfo(kind).eps) if kind == torch.float64 else 2e-3
     tolerance = 0.1 if kind in (torch.float16, torch.bfloat16) else tolerance
     gap, scale = (got - expected).norm(), torch.maximum(got.norm(), expected.norm())
-    allowed = tolerance * scale + 10 * torch.finfo(expected.dtype).eps * floor + torch.finfo(expected.dtype).tiny
+    allowed = tolerance * scale + 10 * torch.finfo(kind).eps * floor + torch.finfo(expected.dtype).tiny
     return bool(gap <= allowed)
 
 

@@ -1,8 +1,9 @@
 """Layer types whose per-sample gradients follow from their input and their output-gradient.
 
 A rule says, for one type of layer, which parts its parameters form and what gradient values fill them. A new layer
-type is a new rule here. A rule is never trusted blindly: the provider checks it against autograd on the first rows it
-sees, so a subclass with another forward falls back to plain per-sample gradients.
+type is a new rule here. A rule reads the weight's own shape, which may be another than the module's settings say. It is
+never trusted blindly: the provider compares it with autograd, so that a subclass with another forward, or a rule that
+raises, falls back to plain per-sample gradients.
 
 Layout: layer inputs x [n, *, i] and output-gradients g [n, *, o]; convolutions have channels second.
 """
@@ -64,7 +65,7 @@ def _turned_parts(m: Any, weight: str | None, bias: str | None) -> list[Part]:
 
 
 LINEAR = Rule(
-    parts=lambda m, weight, bias: matrix_parts((m.out_features, m.in_features), weight, bias),
+    parts=lambda m, weight, bias: matrix_parts(tuple(m.weight.shape), weight, bias),
     values=lambda m, x, g, weight, bias: _outer(_positions(x), _positions(g), weight, bias),
 )
 
@@ -74,12 +75,12 @@ TURNED_LINEAR = replace(LINEAR, parts=_turned_parts)
 
 
 def _conv_parts(m: Any, weight: str | None, bias: str | None) -> list[Part]:
-    i = m.weight[0].numel()
+    channels, i = len(m.weight), m.weight[0].numel()
     if m.groups == 1:
-        return matrix_parts((m.out_channels, i), weight, bias)
-    o = m.out_channels // m.groups
+        return matrix_parts((channels, i), weight, bias)
+    o = channels // m.groups
     groups = [] if weight is None else [Part(Piece(weight, k * o * i, (o, i))) for k in range(m.groups)]
-    return groups + matrix_parts((m.out_channels, 1), None, bias)
+    return groups + matrix_parts((channels, 1), None, bias)
 
 
 def _conv_values(m: Any, x: torch.Tensor, g: torch.Tensor, weight: bool, bias: bool) -> list[Gradient]:
@@ -99,8 +100,8 @@ def patches(m: Any, x: torch.Tensor) -> torch.Tensor:
     dims = x.ndim - 2
     mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
     x = F.pad(x, m._reversed_padding_repeated_twice, mode=mode)
-    for k in range(dims):
-        span = m.dilation[k] * (m.kernel_size[k] - 1) + 1
+    for k, size in enumerate(m.weight.shape[2:]):
+        span = m.dilation[k] * (size - 1) + 1
         x = x.unfold(2 + k, span, m.stride[k])[..., :: m.dilation[k]]
     n, channels = x.shape[:2]
     space, kernel = x.shape[2 : 2 + dims], x.shape[2 + dims :]
@@ -117,7 +118,7 @@ def _embedding_parts(m: Any, weight: str | None, bias: str | None) -> list[Part]
             f"Embedding({option}=...) changes the weights in its forward pass, or mixes the rows of a batch; "
             "attribute the model without it."
         )
-    return [] if weight is None else [Part(Piece(weight, 0, (m.num_embeddings, m.embedding_dim)))]
+    return [] if weight is None else [Part(Piece(weight, 0, tuple(m.weight.shape)))]
 
 
 def _embedding_values(m: Any, x: torch.Tensor, g: torch.Tensor, weight: bool, bias: bool) -> list[Gradient]:
@@ -125,7 +126,7 @@ def _embedding_values(m: Any, x: torch.Tensor, g: torch.Tensor, weight: bool, bi
     values = g.reshape(*ids.shape, -1)
     if m.padding_idx is not None:
         values = values * (ids != m.padding_idx).unsqueeze(-1)
-    return [RowSparse(ids, values, m.num_embeddings)]
+    return [RowSparse(ids, values, len(m.weight))]
 
 
 EMBEDDING = Rule(parts=_embedding_parts, values=_embedding_values)

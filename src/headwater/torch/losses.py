@@ -16,11 +16,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_map
 
 from headwater.errors import HeadwaterError, InvalidInput, NonFiniteValue, UnsupportedLoss
 from headwater.gradients.rowwise import Slopes, is_weighted_sum
-from headwater.torch.batch import quiet
+from headwater.torch.surroundings import quiet
+from headwater.torch.tree import tensors_in, with_tensors
 
 Loss = Callable[[Any, Any], torch.Tensor]
 
@@ -42,15 +43,17 @@ def row_losses(loss: Loss, output: Any, target: Any) -> torch.Tensor:
 
 
 def _any_row_losses(loss: Loss, output: Any, target: Any) -> torch.Tensor:
-    def one(o: Any, t: Any) -> torch.Tensor:
-        return _scalar(loss(tree_map(lambda v: v.unsqueeze(0), o), tree_map(lambda v: v.unsqueeze(0), t)))
+    outputs = tensors_in(output)
+
+    def one(o: list[torch.Tensor], t: Any) -> torch.Tensor:
+        alone = with_tensors(output, (v.unsqueeze(0) for v in o))  # None, numbers and words stay as they are
+        return _scalar(loss(alone, tree_map(lambda v: v.unsqueeze(0), t)))
 
     try:
         with quiet():
-            return torch.func.vmap(one)(output, target)
-    except (RuntimeError, ValueError):
-        rows = len(tree_leaves(output)[0])
-        pick = [tree_map(lambda v, k=k: v[k], (output, target)) for k in range(rows)]
+            return torch.func.vmap(one)(outputs, target)
+    except Exception:  # of many kinds; what is really wrong is raised again below
+        pick = [tree_map(lambda v, k=k: v[k], (outputs, target)) for k in range(len(outputs[0]))]
         return torch.stack([one(o, t) for o, t in pick])
 
 
@@ -69,8 +72,7 @@ def explain_failure(output: Any, target: Any) -> Iterator[None]:
 
 
 def _describe(value: Any) -> str:
-    leaves = [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-    return ", ".join(f"{tuple(leaf.shape)} of {leaf.dtype}" for leaf in leaves) or repr(value)[:60]
+    return ", ".join(f"{tuple(t.shape)} of {t.dtype}" for t in tensors_in(value)) or repr(value)[:60]
 
 
 _TERMWISE = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy)
@@ -155,12 +157,12 @@ def normalisation(loss: Loss, output: Any, target: Any) -> str:
     for name, reduced in (("mean", rows.mean()), ("sum", rows.sum())):
         if torch.allclose(value.reshape(()), reduced.to(value.dtype), rtol=min(1e3 * eps, 0.03), atol=eps):
             return name
-    leaves, structure = tree_flatten(output)
+    leaves = tensors_in(output)
     moving = [k for k, t in enumerate(leaves) if t.requires_grad]
 
     def slopes(at: Any) -> Slopes:
         given = [t.detach().requires_grad_() if k in moving else t for k, t in enumerate(at)]
-        outputs, changed = [given[k] for k in moving], tree_unflatten(given, structure)
+        outputs, changed = [given[k] for k in moving], with_tensors(output, iter(given))
         found = []
         for value in (loss(changed, target).reshape(()), row_losses(loss, changed, target).sum()):
             grads = torch.autograd.grad(value, outputs, retain_graph=True, allow_unused=True, materialize_grads=True)

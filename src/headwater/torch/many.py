@@ -22,9 +22,9 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.utils._pytree import tree_leaves
 
 from headwater.errors import BatchMismatch, InvalidSetting, NonFiniteValue, ShapeMismatch, UnsupportedModel
-from headwater.torch.batch import quiet
 from headwater.torch.check import close
 from headwater.torch.plan import differs_in_training
+from headwater.torch.surroundings import quiet
 from headwater.torch.trainer import check_counts, cosine_rate, visited_rows
 
 RowLosses = Callable[[Any, Tensor], Tensor]

@@ -47,10 +47,11 @@ from headwater.errors import (
 from headwater.positions import row_groups, row_positions
 from headwater.progress import track
 from headwater.torch.batch import TorchBatch
-from headwater.torch.capture import autograd_on, detached_state, run, twice_differentiable
+from headwater.torch.capture import detached_state, run
 from headwater.torch.check import check_independence, check_rows
 from headwater.torch.losses import Loss, check_finite, check_loss, normalisation, row_losses
-from headwater.torch.plain import wide_copy
+from headwater.torch.precision import wide_copy
+from headwater.torch.surroundings import autograd_on, twice_differentiable
 
 EPS = float(np.finfo(np.float64).eps)
 INNER_STEPS = 500
@@ -233,7 +234,7 @@ class ProximalBregman:
                 output = self.outputs(self._model, self.start, batch)
                 if not found:
                     alone = self.outputs(self._model, self.start, batch.take(slice(0, 1)))
-                    check_independence(output, alone, 0, output.dtype)
+                    check_independence(output, alone, [0], output.dtype)
             with autograd_on():
                 leaf = output.clone().requires_grad_()
                 losses = row_losses(self._loss, leaf, batch.y)
@@ -347,7 +348,7 @@ class _Objective:
             found = self._response._damping * vector
             for leaf, slope in slopes() if kept is None else kept:
                 if slope.requires_grad:
-                    found = found + torch.autograd.grad(slope, leaf, vector, retain_graph=True)[0]
+                    found = found + torch.autograd.grad((slope * vector).sum(), leaf, retain_graph=True)[0]
             return found
 
         return apply

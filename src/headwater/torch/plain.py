@@ -1,73 +1,187 @@
-"""The slow plain way: a copy of the model in float64, and gradients by autograd, one row at a time."""
+"""The slow plain way: a copy of the model in float64, one row at a time, first derivatives by backward passes alone.
+
+It is what other ways are verified against, and shares no derivative with them: no layer rule, no vectorised pass, no
+forward mode, no algebra.
+"""
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils._pytree import tree_map
 
-from headwater.errors import UnsupportedModel
 from headwater.gradients.block import BlockGradient
-from headwater.gradients.provider import BlockGradients
+from headwater.gradients.likelihoods import MOST
+from headwater.gradients.provider import BlockGradients, Fisher, Kind
 from headwater.torch.batch import TorchBatch
-from headwater.torch.capture import autograd_on, detached_state
-from headwater.torch.check import one_row_alone
-from headwater.torch.provider import TorchGradientProvider
+from headwater.torch.capture import detached_state, run
+from headwater.torch.check import close, one_row_alone
+from headwater.torch.likelihoods import fisher_cotangents
+from headwater.torch.losses import row_losses
+from headwater.torch.precision import doubled
+from headwater.torch.provider import TorchGradientProvider, undisturbed
+from headwater.torch.surroundings import autograd_on
+from headwater.torch.tree import tensors_in, with_tensors
+
+ByName = Mapping[str, torch.Tensor]
+Leaves = dict[str, torch.Tensor]
 
 
 class PlainTorchProvider(TorchGradientProvider):
-    """A model in float64 whose rows' gradients come from autograd alone: no layer rule, no batch, no algebra.
+    """A model in float64 whose rows' gradients and curvature come from plain autograd, one row at a time.
 
-    What else is asked of a provider (draws of the Fisher information, products) is TorchGradientProvider's, in float64.
-    Rows without ids are named by what they held before they became float64, so that random draws stay theirs.
+    Only which labels are drawn is TorchGradientProvider's. Rows without ids are named by what they held before they
+    became float64, so that random draws stay theirs.
     """
 
     def _ready(self, batch: TorchBatch) -> TorchBatch:
         if not isinstance(batch, TorchBatch) or batch.ids is None:
-            batch = TorchBatch(batch.x, batch.y, getattr(batch, "weights", None), super().row_keys(batch))
-        batch = batch.to(self.device)
-        x, y = (tree_map(_double, part) for part in (batch.x, batch.y))
-        return super()._ready(TorchBatch(x, y, batch.weights, batch.ids))
+            batch = TorchBatch(batch.x, batch.y, weights=getattr(batch, "weights", None), ids=super().row_keys(batch))
+        return super()._ready(doubled(batch.to(self.device)))
 
     def as_batch(self, x: Any, y: Any) -> TorchBatch:
         return self._ready(TorchBatch(x, y))
 
+    @undisturbed
     def grads(self, batch: TorchBatch, *, query: bool = False, weighted: bool = True) -> BlockGradients:
         batch = self._prepare(batch)
-        rows = [self._one_row(batch.take(slice(k, k + 1)), query) for k in range(len(batch))]
+        loss = self.measurement if query else self.loss
+        return self._in_blocks([self._of_loss_alone(row, loss) for row in _rows(batch)], batch, weighted)
+
+    @undisturbed
+    def fisher_grads(
+        self, batch: TorchBatch, fisher: Fisher, *, draws: range = range(1), seed: int = 0
+    ) -> list[BlockGradients]:
+        if fisher == "empirical":
+            return [self.grads(batch, weighted=False)]
+        batch = self._prepare(batch)
+
+        def along(row: TorchBatch, output: Any) -> Sequence[torch.Tensor]:
+            numbers = [partial(self._numbers, self.row_keys(row), number, seed) for number in draws]
+            return list(fisher_cotangents(self.likelihood, self.loss, output, row.y, fisher, numbers))
+
+        found = self._pulled_back(batch, along) or []
+        layered = super().fisher_grads(batch, fisher, draws=draws, seed=seed)
+        return [_as_layers_have_it(*pair) for pair in zip(found, layered, strict=True)]
+
+    @undisturbed
+    def ggn_grads(self, batch: TorchBatch) -> list[BlockGradients] | None:
+        """From the eigenvectors of each row's output Hessian; None where it is large, or has a negative eigenvalue."""
+        batch = self._prepare(batch)
+
+        def along(row: TorchBatch, output: Any) -> Sequence[torch.Tensor] | None:
+            if not isinstance(output, torch.Tensor) or output.numel() > MOST:
+                return None
+            values, vectors = torch.linalg.eigh(self._output_hessian(row, output))
+            if bool((values < -1e-9 * values.abs().max()).any()):
+                return None
+            return [(v * c.clamp(min=0).sqrt()).reshape(output.shape) for v, c in zip(vectors.T, values, strict=True)]
+
+        return self._pulled_back(batch, along)
+
+    @undisturbed
+    def curvature_product(self, batch: TorchBatch, block: str, vectors: torch.Tensor, kind: Kind) -> torch.Tensor:
+        batch = self._prepare(batch)
+        names = [p.name for p in self._block_parameters(block)]
+        weights = self.row_weights(batch)
+        vectors, total = vectors.double(), torch.zeros_like(vectors, dtype=torch.float64)
+        with autograd_on():
+            for k, row in enumerate(_rows(batch)):
+                state, leaves = self._leaves(names)
+                output = run(self.model, {**state, **leaves}, row.x)
+                product = self._ggn if kind == "ggn" else self._hessian
+                mine = product(row, output, list(leaves.values()), vectors)
+                total += mine if weights is None else mine * weights[k]
+        return total
+
+    def _ggn(self, row: TorchBatch, output: Any, leaves: list[torch.Tensor], vectors: torch.Tensor) -> torch.Tensor:
+        """J^T H J v, J written out: one backward pass for each number of output."""
+        outputs = [t for t in tensors_in(output) if t.is_floating_point()]
+        jacobian = torch.stack(
+            [_slopes(number, leaves, again=True) for t in outputs for number in t.reshape(-1).unbind()]
+        )
+        return vectors @ jacobian.T @ self._output_hessian(row, output) @ jacobian
+
+    def _hessian(self, row: TorchBatch, output: Any, leaves: list[torch.Tensor], vectors: torch.Tensor) -> torch.Tensor:
+        """Each vector's product from the slope along it."""
+        slope = _slopes(row_losses(self.loss, output, row.y).sum(), leaves, create_graph=True)
+        return torch.stack([_slopes((slope * v).sum(), leaves, again=True) for v in vectors])
+
+    def _output_hessian(self, row: TorchBatch, output: Any) -> torch.Tensor:
+        """Of the row's loss by the numbers of its output: [c, c]."""
+        with autograd_on():
+            everything = [t.detach() for t in tensors_in(output)]
+            leaves = [t.requires_grad_() for t in everything if t.is_floating_point()]
+            loss = row_losses(self.loss, with_tensors(output, iter(everything)), row.y).sum()
+            slope = _slopes(loss, leaves, create_graph=True)
+            return torch.stack([_slopes(number, leaves, again=True) for number in slope.unbind()])
+
+    def _pulled_back(
+        self, batch: TorchBatch, along: Callable[[TorchBatch, Any], Sequence[torch.Tensor] | None]
+    ) -> list[BlockGradients] | None:
+        """Gradients of each row's output along cotangents; None if a row has none, or another number than others."""
+        found: list[list[ByName]] = []
+        for row in _rows(batch):
+            with autograd_on():
+                state, leaves = self._leaves(self._names)
+                output = run(self.model, {**state, **leaves}, row.x)
+                cotangents = along(row, output.detach() if isinstance(output, torch.Tensor) else output)
+                if cotangents is None or (found and len(cotangents) != len(found[0])):
+                    return None
+                flat = (_slopes((output * v).sum(), list(leaves.values()), again=True) for v in cotangents)
+                found.append([_by_name(slopes, leaves) for slopes in flat])
+        return [self._in_blocks([row[k] for row in found], batch, weighted=False) for k in range(len(found[0]))]
+
+    def _of_loss_alone(self, row: TorchBatch, loss: Any) -> ByName:
+        with autograd_on():
+            state, leaves = self._leaves(self._names)
+            return one_row_alone(self.model, loss, row, {**state, **leaves}, leaves)[1]
+
+    def _leaves(self, names: Iterable[str]) -> tuple[dict[str, torch.Tensor], Leaves]:
+        state = detached_state(self.model)
+        return state, {name: state[name].requires_grad_() for name in names}
+
+    def _in_blocks(self, rows: Sequence[ByName], batch: TorchBatch, weighted: bool) -> BlockGradients:
         blocks: BlockGradients = BlockGradients()
+        weights = self.row_weights(batch) if weighted else None
         for name, layout in self.layouts.items():
             names = [p.name for p in layout.block.parameters]
             flat = torch.stack([torch.cat([row[n].reshape(-1) for n in names]) for row in rows])
             value = BlockGradient.from_flat(layout, flat)
-            weights = self.row_weights(batch) if weighted else None
             blocks[name] = value if weights is None else value.weighted(weights)
         return blocks
 
-    def _one_row(self, row: TorchBatch, query: bool) -> dict[str, torch.Tensor]:
-        with autograd_on():
-            state = detached_state(self.model)
-            names = [p.name for layout in self.layouts.values() for p in layout.block.parameters]
-            leaves = {name: state[name].requires_grad_() for name in names}
-            return one_row_alone(self.model, self.measurement if query else self.loss, row, state, leaves)[1]
+
+def _as_layers_have_it(plain: BlockGradients, layered: BlockGradients) -> BlockGradients:
+    """The layers' inputs and output-gradients, which Kronecker factors need, where they give the plain numbers."""
+    return BlockGradients(
+        (name, layered[name] if close(layered[name].flat(), value.flat()) else value) for name, value in plain.items()
+    )
 
 
-def wide_copy(value: Any, what: str) -> Any:
-    """A model or loss in float64, as a copy. Errors: UnsupportedModel where torch cannot copy it."""
-    if isinstance(value, nn.Module):
-        try:
-            return copy.deepcopy(value).double()
-        except (RuntimeError, TypeError) as error:
-            raise UnsupportedModel(f"The {what} cannot be copied to float64: {error}") from error
-    if isinstance(value, partial):
-        options = {name: _double(option) for name, option in value.keywords.items()}
-        return partial(value.func, *(_double(option) for option in value.args), **options)
-    return value
+def _rows(batch: TorchBatch) -> list[TorchBatch]:
+    return [batch.take(slice(k, k + 1)) for k in range(len(batch))]
 
 
-def _double(value: Any) -> Any:
-    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+def _slopes(
+    value: torch.Tensor, leaves: list[torch.Tensor], *, again: bool = False, create_graph: bool = False
+) -> torch.Tensor:
+    """The gradient of a number by all leaves, flat. again: the graph is needed once more."""
+    if not value.requires_grad:
+        return torch.cat([torch.zeros_like(leaf).reshape(-1) for leaf in leaves])
+    grads = torch.autograd.grad(
+        value,
+        leaves,
+        retain_graph=again or create_graph,
+        create_graph=create_graph,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return torch.cat([(g.to_dense() if g.is_sparse else g).reshape(-1) for g in grads])
+
+
+def _by_name(flat: torch.Tensor, leaves: Leaves) -> ByName:
+    pieces = flat.split([leaf.numel() for leaf in leaves.values()])
+    return {name: piece.reshape(leaf.shape) for (name, leaf), piece in zip(leaves.items(), pieces, strict=True)}

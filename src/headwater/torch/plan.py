@@ -8,13 +8,15 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from headwater.blocks import Block, Layout, Parameter, Part, Piece, Structure, partition
-from headwater.errors import InvalidSetting, RowsInteract
+from headwater.errors import InvalidSetting, RowsInteract, UnsupportedModel
 from headwater.gradients.algebra import Dense, Gradient, Sum
 from headwater.gradients.outer import Outer, RowSparse
 from headwater.torch.capture import Use
 from headwater.torch.layers import Rule, rule_for
+from headwater.torch.precision import wide
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,22 @@ class Layer:
 
 
 def trainable_parameters(model: nn.Module) -> list[Parameter]:
-    """Parameters that require gradients, tied ones once. Errors: InvalidSetting if there is none."""
-    found = [Parameter(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad]
+    """Parameters that require gradients and hold numbers, tied ones once.
+
+    Errors: InvalidSetting if there is none; UnsupportedModel for complex, sparse and lazy ones.
+    """
+    found = []
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        kind = "lazy" if isinstance(p, UninitializedParameter) else str(p.dtype) if p.is_complex() else str(p.layout)
+        if kind != str(torch.strided):
+            raise UnsupportedModel(
+                f"The parameter {name} is {kind.removeprefix('torch.')}; gradients are taken by dense real ones. "
+                + ("Run the model on a batch first." if kind == "lazy" else "Leave it out by requires_grad_(False).")
+            )
+        if p.numel():
+            found.append(Parameter(name, tuple(p.shape)))
     if not found:
         raise InvalidSetting(f"{type(model).__name__} has no parameter that requires gradients: nothing to attribute.")
     return found
@@ -63,8 +79,15 @@ def trainable_parameters(model: nn.Module) -> list[Parameter]:
 
 def check_eval(model: nn.Module) -> None:
     """Errors: RowsInteract if the model is in train mode and that matters."""
+    mixing = [_called(name, module) for name, module in model.named_modules() if mixes_rows_always(module)]
+    if mixing:
+        raise RowsInteract(
+            f"{', '.join(mixing[:4])} has no running statistics, so that it normalises with those of the batch, also "
+            "in eval mode: rows act on each other and have no gradients of their own. Train with "
+            "track_running_stats=True, or use a norm of single rows."
+        )
     live = [
-        f"{name or 'the model'} ({type(module).__name__})"
+        _called(name, module)
         for name, module in model.named_modules()
         if module.training and differs_in_training(module)
     ]
@@ -73,6 +96,15 @@ def check_eval(model: nn.Module) -> None:
             f"The model is in train mode with {', '.join(live[:4])}{' ...' if len(live) > 4 else ''}: a row's gradient "
             "would depend on chance or on the other rows. Call model.eval() first."
         )
+
+
+def _called(name: str, module: nn.Module) -> str:
+    return f"{name or 'the model'} ({type(module).__name__})"
+
+
+def mixes_rows_always(module: nn.Module) -> bool:
+    """Whether it normalises with the batch's own statistics whatever its mode."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None
 
 
 def differs_in_training(module: nn.Module) -> bool:
@@ -174,25 +206,37 @@ def fill_parts(
     modules: Mapping[str, nn.Module],
     uses: Iterable[tuple[Use, torch.Tensor]],
     kept: torch.Tensor | None = None,
-) -> dict[tuple[str, int], Gradient]:
+) -> tuple[dict[tuple[str, int], Gradient], list[str]]:
     """(block, part index) to the gradient value that the layer calls give, several calls added up.
 
     uses: with the gradient at each use's output.
     kept [n, t]: the positions that rows have, where some are padding; for layers that work on all t of them.
+    Also the layers whose rule does not apply to what they were given: it raised, or its values are of another shape.
     """
     calls: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for use, grad in uses:
         calls.setdefault(use.layer, []).append((use.input, grad))
     found: dict[tuple[str, int], list[Gradient]] = {}
+    failed: list[str] = []
     for source in plan.sources:
         module = modules[source.layer]
         rule = rule_for(module)
         assert rule is not None
+        parts = plan.layouts[source.block].parts[source.first :]
         for given, grad in calls.get(source.layer, []):
-            values = rule.values(module, wide(given), wide(grad), source.weight, source.bias)
+            try:
+                values = rule.values(module, wide(given), wide(grad), source.weight, source.bias)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # a rule that raises, of whatever kind, is a rule that does not apply
+                failed.append(source.layer)
+                continue
+            if any(v.shape != part.shape or v.rows != len(given) for v, part in zip(values, parts, strict=False)):
+                failed.append(source.layer)
+                continue
             for k, value in enumerate(values):
                 found.setdefault((source.block, source.first + k), []).append(without_padding(value, kept))
-    return {place: add(values) for place, values in found.items()}
+    return {place: add(values) for place, values in found.items()}, failed
 
 
 def without_padding(value: Gradient, kept: torch.Tensor | None) -> Gradient:
@@ -209,11 +253,6 @@ def without_padding(value: Gradient, kept: torch.Tensor | None) -> Gradient:
     if isinstance(value, RowSparse):
         return replace(value, values=b, kept=kept)
     return replace(value, a=inputs.masked_fill(~kept.unsqueeze(2), 0.0), b=b, kept=kept)
-
-
-def wide(tensor: torch.Tensor) -> torch.Tensor:
-    """Half precision becomes float32: products and sums are never accumulated in less."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def add(values: list[Gradient]) -> Gradient:

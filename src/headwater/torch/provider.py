@@ -5,9 +5,10 @@ from __future__ import annotations
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
-from functools import partial
-from typing import Any
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial, wraps
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from headwater.errors import (
     BlockMismatch,
     InvalidInput,
     RowsInteract,
+    RulesChanged,
     ShapeMismatch,
     UnsupportedModel,
 )
@@ -33,11 +35,13 @@ from headwater.gradients.rowwise import differing
 from headwater.gradients.words import in_words
 from headwater.random import name_keys, row_keys, row_numbers
 from headwater.torch.batch import TorchBatch, as_tensor, differentiable_input
-from headwater.torch.capture import Recording, autograd_on, detached_state, record, run, twice_differentiable
+from headwater.torch.capture import Recording, detached_state, own_leaves, record, run
 from headwater.torch.check import (
     check_finite_factors,
     check_finite_grads,
     check_independence,
+    check_loss_reads_outputs,
+    check_model,
     check_rows,
     close,
     one_row_alone,
@@ -45,10 +49,49 @@ from headwater.torch.check import (
 from headwater.torch.likelihoods import Likelihood, find_likelihood, fisher_cotangents, ggn_cotangents
 from headwater.torch.losses import Loss, check_finite, check_loss, normalisation, row_losses
 from headwater.torch.measurements import negative_logit, negative_margin
-from headwater.torch.plan import as_matrix, check_eval, fill_parts, make_plan, trainable_parameters, wide
+from headwater.torch.plan import as_matrix, check_eval, fill_parts, make_plan, trainable_parameters
+from headwater.torch.precision import doubled, wide, wide_copy
 from headwater.torch.products import batched_vjp, ggn_product, hessian_product, rowwise, rowwise_grads
+from headwater.torch.rowcheck import RowSampler, Score, autograd_sums, disagreeing, random_weights, weighted_sums
+from headwater.torch.surroundings import autograd_on, lock_of, own_precision, twice_differentiable
+from headwater.torch.tree import map_tensors, tensors_in
 
 ARRAYS = (torch.Tensor, np.ndarray)
+MANY = 32
+"""Vectors beside which one more, to see whether J and J^T are transposes, costs little."""
+Method = TypeVar("Method", bound=Callable[..., Any])
+AttemptType = TypeVar("AttemptType", bound="Attempt | None")
+Place = tuple[str, int]
+"""A block and the number of a part in it."""
+
+
+def undisturbed(method: Method) -> Method:
+    """One thread at a time reads the model, and the caller's autocast reaches its call alone; see `surroundings`."""
+
+    @wraps(method)
+    def wrapped(self: TorchGradientProvider, *args: Any, **kwargs: Any) -> Any:
+        with lock_of(self.model), self.own_precision():
+            return method(self, *args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, eq=False)
+class Attempt:
+    """Gradient values of a batch, and what is needed to look at them once more."""
+
+    values: list[dict[Place, Gradient]]
+    """One for each thing that was differentiated."""
+    output: Any
+    dtype: torch.dtype
+    """Of the coarsest numbers on the way."""
+    failed: list[str]
+    """Layers whose rule raised, or that got other rows than the batch has."""
+    score: Score
+    """The number of each row whose gradients are the first of the values."""
+    score_of_one: Callable[[Any, Any], torch.Tensor]
+    """The same for (output, target) of one row."""
+    targets: Any
 
 
 class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]):
@@ -56,14 +99,15 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
 
     The loss of a row is `loss(model(row), target)` on that row alone, summed if it is not reduced; `measurement`, a
     function of the same kind, takes its place for query rows. The model is never changed: not its mode, parameters,
-    gradients, hooks or buffers. On the first rows that it sees, the provider compares what its layer rules give with
-    plain autograd, row by row; parameters that disagree get plain per-sample gradients, and rows that act on each
-    other are refused.
+    gradients, hooks or buffers. What the layer rules give is compared with plain autograd, row by row on the first
+    rows, and for many rows at once on the first batch of each pass and on some later ones (see `rowcheck`); parameters
+    that disagree get plain per-sample gradients, and rows that act on each other are refused.
 
     model: any nn.Module that takes rows along the first axis. loss: any callable of (output, target). blocks: "full",
     "layer", "parameter" or {name: [parameter or module names]}. likelihood: the distribution behind the loss, where it
     is not known by itself ("cross_entropy", "binary_cross_entropy", "squared_error", or a `Likelihood`).
-    Errors: RowsInteract for a model in train mode with dropout or batch norm; UnsupportedLoss; BlockMismatch.
+    Errors: RowsInteract for a model in train mode with dropout or batch norm; UnsupportedLoss; UnsupportedModel;
+    BlockMismatch; RulesChanged where a later batch shows that a rule does not hold, for the caller to start again.
     """
 
     def __init__(
@@ -75,6 +119,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         measurement: Loss | None = None,
         likelihood: Likelihood | str | None = None,
     ):
+        check_model(model)
         check_loss(loss)
         check_loss(loss if measurement is None else measurement)
         self.model = model
@@ -84,9 +129,17 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         self._normalisation: str | None = None
         self._structure = blocks
         self._modules = dict(model.named_modules())
+        self._distrusted: frozenset[str] = frozenset()
         self._plan = make_plan(model, blocks)
+        self._shared_layers: tuple[str, ...] = ()
         self._checked = 0
+        self._sampler = RowSampler()
+        self._handed_out = False
+        self._form = 0
+        self._forward_mode = True
+        self._probed: set[str] = set()
         self._numbers_per_row = 1
+        self._work_per_row = self.n_parameters
 
     # What there is ------------------------------------------------------------------------------------------------
 
@@ -97,13 +150,24 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
     @property
     def coverage(self) -> Coverage:
         """Attributed and trainable parameters."""
-        inside = {p.name for layout in self.layouts.values() for p in layout.block.parameters}
-        frozen = sum(p.numel() for p in self.model.parameters() if not p.requires_grad)
-        return Coverage.of(trainable_parameters(self.model), inside, frozen)
+        with lock_of(self.model):
+            frozen = sum(p.numel() for p in self.model.parameters() if not p.requires_grad)
+            return Coverage.of(trainable_parameters(self.model), set(self._names), frozen)
+
+    @property
+    def _names(self) -> list[str]:
+        """Of the attributed parameters, in order."""
+        return [p.name for layout in self.layouts.values() for p in layout.block.parameters]
+
+    @property
+    def _like(self) -> torch.Tensor:
+        """An attributed parameter: its device, and the dtype of the gradients. Others may hold whole numbers."""
+        with lock_of(self.model):
+            return self.model.get_parameter(self._names[0]).detach()
 
     @property
     def dtype(self) -> str:
-        return str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        return str(self._like.dtype).removeprefix("torch.")
 
     @property
     def coverage_fraction(self) -> float:
@@ -124,8 +188,19 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return self._like.device
 
+    @property
+    def form(self) -> int:
+        return self._form
+
+    def own_precision(self) -> AbstractContextManager[Any]:
+        return own_precision(self.device)
+
+    def begin_pass(self) -> None:
+        self._sampler.begin_pass()
+
+    @undisturbed
     def fingerprint(self) -> tuple[int, ...]:
         """Checksums of the parameters' and buffers' bytes."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
@@ -138,13 +213,13 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
 
     def _ready(self, batch: TorchBatch) -> TorchBatch:
         if not isinstance(batch, TorchBatch):
-            batch = TorchBatch(batch.x, batch.y)
+            batch = TorchBatch(batch.x, batch.y, batch.weights, batch.ids)
         if batch.x is None or batch.y is None:
             raise InvalidInput(f"{'x' if batch.x is None else 'y'} is None; a batch needs inputs and targets.")
         if len(batch) == 0:
             raise BatchMismatch("The batch has no rows.")
         batch = batch.to(self.device)
-        kind = next(self.model.parameters()).dtype
+        kind = self._like.dtype
         for leaf in tree_leaves(batch.x):
             if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.dtype != kind and not self._checked:
                 self._try_dtype(batch, leaf.dtype, kind)
@@ -152,7 +227,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
 
     def _try_dtype(self, batch: TorchBatch, given: torch.dtype, kind: torch.dtype) -> None:
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self.own_precision():
                 run(self.model, detached_state(self.model), batch.take(slice(0, 1)).x)
         except RuntimeError as error:
             raise InvalidInput(
@@ -160,40 +235,42 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
                 f"Pass x.to({kind})."
             ) from error
 
+    @undisturbed
     def rows_at_once(self, batch: TorchBatch) -> int:
         self._prepare(batch)
-        return rows_within_memory(self._numbers_per_row, next(self.model.parameters()))
+        return rows_within_memory(self._numbers_per_row, self._like)
 
     def row_weights(self, batch: TorchBatch) -> torch.Tensor | None:
         weights = as_tensor(batch.weights, self.device)
-        return None if weights is None else weights.to(wide(next(self.model.parameters()).detach()).dtype)
+        return None if weights is None else weights.to(wide(self._like).dtype)
 
     # Gradients ----------------------------------------------------------------------------------------------------
 
+    @undisturbed
     def grads(self, batch: TorchBatch, *, query: bool = False, weighted: bool = True) -> BlockGradients:
         batch = self._prepare(batch)
         loss = self.measurement if query else self.loss
-        with autograd_on():
-            recording, state = self._record(batch)
-            losses = row_losses(loss, recording.output, batch.y)
-            check_finite(losses)
-            values = self._values(recording, [losses], [torch.ones_like(losses)], batch)
-            plain = self._plain_grads(batch, state, lambda output, target: loss(output, target).sum())
-        return self._blocks(values | plain, len(batch), batch.weights if weighted else None)
+        found = self._trusted(batch, lambda: self._of_loss(batch, loss))
+        return self._blocks(found.values[0], len(batch), batch.weights if weighted else None)
 
+    @undisturbed
     def fisher_grads(
         self, batch: TorchBatch, fisher: Fisher, *, draws: range = range(1), seed: int = 0
     ) -> list[BlockGradients]:
         batch = self._prepare(batch)
+        if fisher == "empirical":  # the loss's own gradients, whatever the model's output is
+            found = self._trusted(batch, lambda: self._of_loss(batch, self.loss))
+            return [self._blocks(found.values[0], len(batch), None)]
         numbers = [partial(self._numbers, self.row_keys(batch), number, seed) for number in draws]
 
         def choose(output: Any) -> list[torch.Tensor]:
             return list(fisher_cotangents(self.likelihood, self.loss, output, batch.y, fisher, numbers))
 
-        found = self._pull_back(batch, choose)
-        assert found is not None
-        return found
+        grads = self._pull_back(batch, choose)
+        assert grads is not None
+        return grads
 
+    @undisturbed
     def ggn_grads(self, batch: TorchBatch) -> list[BlockGradients] | None:
         batch = self._prepare(batch)
         return self._pull_back(batch, lambda output: ggn_cotangents(self.likelihood, self.loss, output, batch.y))
@@ -202,25 +279,68 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         self, batch: TorchBatch, choose: Callable[[Any], list[torch.Tensor] | None]
     ) -> list[BlockGradients] | None:
         """Gradient values of the output along cotangents [n, ...] that are chosen when the output is known."""
+        found = self._trusted(batch, lambda: self._of_output(batch, choose))
+        return None if found is None else [self._blocks(values, len(batch), None) for values in found.values]
+
+    def _trusted(self, batch: TorchBatch, attempt: Callable[[], AttemptType]) -> AttemptType:
+        """An attempt whose layer rules hold for the rows that are looked at, after plain gradients replaced others."""
+        while True:
+            found = attempt()
+            if found is None:
+                return found
+            wrong = self._held_by(found.failed) or self._wrong_by_autograd(batch, found)
+            if not wrong:
+                self._handed_out = True
+                return found
+            self._distrust(wrong)
+
+    def _of_loss(self, batch: TorchBatch, loss: Loss) -> Attempt:
+        with autograd_on():
+            recording, state = self._record(batch)
+            losses = row_losses(loss, recording.output, batch.y)
+            check_finite(losses)
+            values, failed = self._filled(recording, recording.output_grads(losses.sum()), batch)
+            values |= self._plain_grads(batch, state, lambda output, target: loss(output, target).sum(), batch.y)
+        return Attempt(
+            values=[values],
+            output=recording.output,
+            dtype=recording.dtype,
+            failed=failed,
+            score=lambda output, rows: row_losses(loss, output, batch.take(rows).y),
+            score_of_one=lambda output, target: loss(output, target).sum(),
+            targets=batch.y,
+        )
+
+    def _of_output(self, batch: TorchBatch, choose: Callable[[Any], list[torch.Tensor] | None]) -> Attempt | None:
         with autograd_on():
             recording, state = self._record(batch)
             output = recording.output
-            cold = tree_map(lambda t: t.detach(), output)
+            cold = map_tensors(torch.Tensor.detach, output)
             check_finite(row_losses(self.loss, cold, batch.y))
             cotangents = choose(cold)
             if cotangents is None:
                 return None
             watched = [use.output for use in recording.uses]
             grads = batched_vjp([output], watched, [torch.stack(cotangents)]) if watched else []
-            first: dict[tuple[str, int], Gradient] = {}
-            found = []
+            first: dict[Place, Gradient] = {}
+            found: list[dict[Place, Gradient]] = []
+            failed: list[str] = []
             for k, v in enumerate(cotangents):
-                values = self._filled(recording, [g[k] for g in grads], batch)
+                values, failed = self._filled(recording, [g[k] for g in grads], batch)
                 values = {place: _with_inputs(value, first.setdefault(place, value)) for place, value in values.items()}
-                values |= self._plain_grads(batch, state, _against, v)
-                found.append(self._blocks(values, len(batch), None))
-        return found
+                found.append(values | self._plain_grads(batch, state, _against, v))
+        along = cotangents[0]
+        return Attempt(
+            values=found,
+            output=output,
+            dtype=recording.dtype,
+            failed=failed,
+            score=lambda output, rows: (output * along[rows]).reshape(len(rows), -1).sum(1),
+            score_of_one=_against,
+            targets=along,
+        )
 
+    @undisturbed
     def losses(self, batch: TorchBatch, *, query: bool = False) -> torch.Tensor:
         batch = self._prepare(batch)
         with torch.no_grad():
@@ -232,19 +352,30 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         return type(self)(self.model, chosen, blocks=self._structure)
 
     def in_float64(self) -> TorchGradientProvider:
-        from headwater.torch.plain import PlainTorchProvider, wide_copy
+        from headwater.torch.plain import PlainTorchProvider
 
-        found = PlainTorchProvider(
+        return self._wide(PlainTorchProvider)
+
+    def _wide(self, kind: type[TorchGradientProvider]) -> TorchGradientProvider:
+        """A provider of this kind for a copy of the model in float64. Errors: UnsupportedModel if there is none."""
+        loss = wide_copy(self.loss, "loss")
+        found = kind(
             wide_copy(self.model, "model"),
-            loss := wide_copy(self.loss, "loss"),
+            loss,
             blocks=self._structure,
             measurement=loss if self.measurement is self.loss else wide_copy(self.measurement, "measurement"),
             likelihood=self.likelihood,
         )
-        found._plan, found._checked, found._normalisation = self._plan, self._checked, self._normalisation
-        found._numbers_per_row = self._numbers_per_row
-        return found
+        return found._informed_by(self)
 
+    def _informed_by(self, other: TorchGradientProvider) -> Self:
+        """With what another provider of the same model has found out on its first rows."""
+        self._distrusted, self._plan, self._shared_layers = other._distrusted, other._plan, other._shared_layers
+        self._checked, self._normalisation = other._checked, other._normalisation
+        self._numbers_per_row, self._work_per_row = other._numbers_per_row, other._work_per_row
+        return self
+
+    @undisturbed
     def parameters(self, block: str) -> torch.Tensor:
         state = dict(self.model.named_parameters())
         return wide(torch.cat([state[p.name].detach().reshape(-1) for p in self._block_parameters(block)]))
@@ -266,67 +397,57 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
 
     def _record(self, batch: TorchBatch) -> tuple[Recording, dict[str, torch.Tensor]]:
         state = detached_state(self.model)
-        layers = {name: self._modules[name] for name in self._plan.layers}
-        recording = record(self.model, state, layers, batch.x)
-        if recording.strange and self._checked >= min(2, len(batch)):
-            raise UnsupportedModel(
-                f"{recording.strange} got other rows than the {len(batch)} of the batch, which they did not before."
-            )
-        return recording, state
+        return record(self.model, state, self._watched, batch.x, self._shared_layers), state
 
-    def _values(
-        self, recording: Recording, outputs: list[torch.Tensor], cotangents: list[torch.Tensor], batch: TorchBatch
-    ) -> dict[tuple[str, int], Gradient]:
-        """Gradient values from the layers."""
-        return self._filled(recording, recording.output_grads(outputs, cotangents), batch)
+    @property
+    def _watched(self) -> dict[str, nn.Module]:
+        return {name: self._modules[name] for name in self._plan.layers}
 
     def _filled(
         self, recording: Recording, grads: list[torch.Tensor], batch: TorchBatch
-    ) -> dict[tuple[str, int], Gradient]:
-        """Gradient values from gradients at the outputs of the recorded uses."""
-        strange = set(recording.strange)
-        uses = [(use, grad) for use, grad in zip(recording.uses, grads, strict=True) if use.layer not in strange]
-        return fill_parts(self._plan, self._modules, uses, self.positions(batch))
+    ) -> tuple[dict[Place, Gradient], list[str]]:
+        """Gradient values from gradients at the outputs of the recorded uses; and the layers that gave none."""
+        unbatched = recording.unbatched_layers
+        uses = [(use, grad) for use, grad in zip(recording.uses, grads, strict=True) if use.layer not in unbatched]
+        values, failed = fill_parts(self._plan, self._modules, uses, self.positions(batch))
+        return values, [*unbatched, *failed]
 
     def positions(self, batch: TorchBatch) -> torch.Tensor | None:
         """Which positions rows have, [n, t], where some are padding; None if all are the row's own."""
         return None
 
     def _plain_grads(
-        self, batch: TorchBatch, state: Mapping[str, torch.Tensor], score: Any, cotangents: torch.Tensor | None = None
-    ) -> dict[tuple[str, int], Gradient]:
+        self, batch: TorchBatch, state: Mapping[str, torch.Tensor], score: Any, targets: Any
+    ) -> dict[Place, Gradient]:
         """Per-sample gradients of score(output, target) by autograd, for the parts that no layer rule fills."""
-        if not self._plan.plain:
-            return {}
         names = [name for _, _, name in self._plan.plain]
-        target = batch.y if cotangents is None else cotangents
+        found = self._grads_by_row(names, batch, state, score, targets) if names else {}
+        return {
+            (block, k): Dense(wide(found[name]).reshape(len(batch), *as_matrix(tuple(state[name].shape))))
+            for block, k, name in self._plan.plain
+        }
+
+    def _grads_by_row(
+        self, names: list[str], batch: TorchBatch, state: Mapping[str, torch.Tensor], score: Any, targets: Any
+    ) -> dict[str, torch.Tensor]:
+        """The gradient of score(output, target) of each row by itself: [n, *shape] for each of these parameters."""
 
         def one(chosen: dict[str, torch.Tensor], x: Any, y: Any) -> torch.Tensor:
             output = run(self.model, {**state, **chosen}, tree_map(lambda t: t.unsqueeze(0), x))
             return score(output, tree_map(lambda t: t.unsqueeze(0), y))
 
         chosen = {name: state[name] for name in names}
-        size = 4 * sum(t.numel() for t in chosen.values())
-        step = rows_within_memory(size, next(iter(chosen.values())))
+        step = rows_within_memory(4 * sum(t.numel() for t in chosen.values()), self._like)
         found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
         with twice_differentiable():
             for start in range(0, len(batch), step):
-                piece = batch.take(slice(start, start + step))
-                for name, grad in rowwise_grads(
-                    one,
-                    chosen,
-                    piece.x,
-                    target[start : start + step] if isinstance(target, torch.Tensor) else piece.y,
-                ).items():
-                    found[name].append(wide(grad))
-        return {
-            (block, k): Dense(torch.cat(found[name]).reshape(len(batch), *as_matrix(tuple(state[name].shape))))
-            for block, k, name in self._plan.plain
-        }
+                piece = slice(start, start + step)
+                target = tree_map(lambda t, piece=piece: t[piece], targets)
+                for name, grad in rowwise_grads(one, chosen, batch.take(piece).x, target).items():
+                    found[name].append(grad)
+        return {name: torch.cat(pieces) for name, pieces in found.items()}
 
-    def _blocks(
-        self, values: Mapping[tuple[str, int], Gradient], rows: int, weights: torch.Tensor | None
-    ) -> BlockGradients:
+    def _blocks(self, values: Mapping[Place, Gradient], rows: int, weights: torch.Tensor | None) -> BlockGradients:
         blocks: BlockGradients = OrderedDict()
         for name, layout in self.layouts.items():
             value = self._block(layout, values, rows)
@@ -334,9 +455,9 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         check_finite_grads(blocks)
         return blocks
 
-    def _block(self, layout: Layout, values: Mapping[tuple[str, int], Gradient], rows: int) -> BlockGradient:
+    def _block(self, layout: Layout, values: Mapping[Place, Gradient], rows: int) -> BlockGradient:
         """The parts of a block; those that no layer call filled are zero."""
-        like = wide(next(self.model.parameters()).detach())
+        like = wide(self._like)
         parts = (
             values.get((layout.block.name, k)) or Dense(like.new_zeros((rows, *part.shape)))
             for k, part in enumerate(layout.parts)
@@ -351,39 +472,122 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         if self._checked < min(2, len(batch)):  # one row, or two alike, do not show whether rows act on each other
             chosen = differing(row_keys([_host(t) for t in tree_leaves(batch.x) if isinstance(t, ARRAYS)]))
             if self._checked < len(chosen):
-                with autograd_on():
+                with autograd_on(), self.own_precision():
                     self._check(batch.take(chosen))
                 self._checked = len(chosen)
         return batch
 
     def _check(self, rows: TorchBatch) -> None:
         """Compare with plain autograd, one row at a time; see the class."""
-        state = detached_state(self.model)
-        names = [p.name for layout in self.layouts.values() for p in layout.block.parameters]
-        leaves = {name: state[name].requires_grad_() for name in names}
-        last = len(rows) - 1
-        output, grads = one_row_alone(
-            self.model, self.loss, rows.take(slice(last, last + 1)), {**state, **leaves}, leaves
-        )
-        for tensor in state.values():
-            tensor.requires_grad_(False)
-        recording, _ = self._record(rows)
+        state, last = detached_state(self.model), len(rows) - 1
+        swapped, leaves = own_leaves(self.model, self._names)
+        output, grads = one_row_alone(self.model, self.loss, rows.take(slice(last, last + 1)), swapped, leaves)
+        recording = self._record_first(rows, state)
         check_rows(recording.output, len(rows))
         losses = row_losses(self.loss, recording.output, rows.y)
         check_finite(losses)
-        kind = next(self.model.parameters()).dtype
-        check_independence(recording.output, output, last, kind)
+        check_independence(recording.output, output, [last], recording.dtype)
         if last:
             with torch.no_grad():
-                check_independence(recording.output, run(self.model, state, rows.take(slice(0, 1)).x), 0, kind)
+                alone = run(self.model, state, rows.take(slice(0, 1)).x)
+            check_independence(recording.output, alone, [0], recording.dtype)
         self._normalisation = normalisation(self.loss, recording.output, rows.y)
-        values = self._values(recording, [losses], [torch.ones_like(losses)], rows)
+        check_loss_reads_outputs(self.loss, recording.output, rows.y, leaves)
+        values, failed = self._filled(recording, recording.output_grads(losses.sum()), rows)
         self._numbers_per_row = sum(a.numel() for v in values.values() for a in v.arrays) // len(rows)
-        wrong = [*self._disagreeing(values, grads, last), *self._held_by(recording.strange)]
-        if wrong and self._checked:
-            raise RowsInteract(f"The gradients of {wrong} depend on the other rows of the batch.")
+        self._work_per_row = sum(_positions(v) * v.shape[0] * v.shape[1] for v in values.values())
+        wrong = {*self._disagreeing(values, grads, last, recording.dtype), *self._held_by(failed)}
         if wrong:
-            self._plan = make_plan(self.model, self._structure, wrong)
+            self._distrust(wrong)
+
+    def _record_first(self, rows: TorchBatch, state: Mapping[str, torch.Tensor]) -> Recording:
+        """A recording; and which layers may be told to answer once for each row, because nothing else changes by it."""
+        recording = record(self.model, state, self._watched, rows.x, self._shared_layers)
+        for name in recording.one_row_layers:
+            shared = (*self._shared_layers, name)
+            try:
+                trial = record(self.model, state, self._watched, rows.x, shared)
+                check_rows(trial.output, len(rows))
+                pairs = zip(tensors_in(trial.output), tensors_in(recording.output), strict=True)
+                same = all(bool(torch.equal(one, other)) for one, other in pairs)
+            except Exception:  # whatever a model does with rows that it did not ask for
+                continue
+            if same:
+                self._shared_layers, recording = shared, trial
+        return recording
+
+    def _distrust(self, names: Iterable[str]) -> None:
+        """Plain gradients for these parameters from now on.
+
+        Errors: RulesChanged if values of another form have been handed out; UnsupportedModel if plain ones fail, too.
+        """
+        more = frozenset(names) - self._distrusted
+        if not more:
+            raise UnsupportedModel(
+                f"The gradients of {sorted(names)[:4]} differ from those of the model's own backward pass, also when "
+                "they are computed plainly. Is there a hook on these parameters, a scripted layer that keeps its own, "
+                "or chance in the model?"
+            )
+        self._distrusted |= more
+        self._plan = make_plan(self.model, self._structure, self._distrusted)
+        if self._handed_out:
+            self._handed_out = False
+            self._form += 1
+            raise RulesChanged(
+                f"The gradients of {sorted(more)[:4]} do not follow from their layers' inputs and outputs for these "
+                "rows, as they did for others before. Call fit again: it takes plain gradients for them now."
+            )
+
+    def _wrong_by_autograd(self, batch: TorchBatch, found: Attempt) -> list[str]:
+        rows = self._sampler.choose(len(batch), self._work_per_row)
+        return [] if rows is None else self._compared(batch, found, rows)
+
+    def _compared(self, batch: TorchBatch, found: Attempt, rows: np.ndarray) -> list[str]:
+        """Parameters whose layer rules are wrong for these rows; see `rowcheck`. Errors: RowsInteract."""
+        index = torch.as_tensor(rows, device=self.device)
+        blocks = {
+            name: self._block(layout, found.values[0], len(batch)).take(index) for name, layout in self.layouts.items()
+        }
+        weights = random_weights(blocks.values(), len(rows))
+        got, kind = weighted_sums(blocks, weights), found.dtype
+        if not all(bool(torch.isfinite(sums).all()) for sums in (weights, *got.values())):
+            return []  # refused elsewhere, by the name of the rows
+        with autograd_on():
+            expected = autograd_sums(self.model, self._names, batch, rows, weights, found.score, found.output, kind)
+            wrong = disagreeing(got, expected, kind)
+            if wrong and kind != torch.float64 and (again := self._compared_in_float64(batch, rows)) is not None:
+                return again
+            return self._rules_among(wrong, batch, rows, weights, found, expected) if wrong else []
+
+    def _compared_in_float64(self, batch: TorchBatch, rows: np.ndarray) -> list[str] | None:
+        """The same without rounding; None if the model has no such copy."""
+        try:
+            other = self._wide(type(self))
+        except UnsupportedModel:
+            return None
+        batch = doubled(batch)
+        return other._compared(batch, other._of_loss(batch, other.loss), rows)
+
+    def _rules_among(
+        self,
+        wrong: list[str],
+        batch: TorchBatch,
+        rows: np.ndarray,
+        weights: torch.Tensor,
+        found: Attempt,
+        expected: Mapping[str, torch.Tensor],
+    ) -> list[str]:
+        """These parameters, if it is their layers' rules that are wrong. Errors: RowsInteract if it is the rows."""
+        targets = tree_map(lambda t: t[rows], found.targets)
+        alone = self._grads_by_row(wrong, batch.take(rows), detached_state(self.model), found.score_of_one, targets)
+        sums = {name: weights.to(g.dtype) @ g.reshape(len(rows), -1) for name, g in alone.items()}
+        mixed = disagreeing(sums, {name: expected[name] for name in wrong}, found.dtype)
+        if mixed and not set(mixed) <= self._distrusted:
+            raise RowsInteract(
+                f"The gradients of {mixed[:4]} depend on which rows come in one batch: rows act on each other, or the "
+                "model is random. Its rows have no gradients of their own."
+            )
+        return wrong
 
     def _held_by(self, layers: Iterable[str]) -> list[str]:
         """The attributed parameters of these layers."""
@@ -391,7 +595,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         return [name for name, p in self.model.named_parameters() if id(p) in held]
 
     def _disagreeing(
-        self, values: Mapping[tuple[str, int], Gradient], expected: Mapping[str, torch.Tensor], row: int
+        self, values: Mapping[Place, Gradient], expected: Mapping[str, torch.Tensor], row: int, kind: torch.dtype
     ) -> list[str]:
         """Parameters whose gradient for this row, as the layer rules give it, is not autograd's."""
         plain = {name for _, _, name in self._plan.plain}
@@ -402,16 +606,17 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             pieces = flat.split([p.size for p in layout.block.parameters])
             for parameter, got in zip(layout.block.parameters, pieces, strict=True):
                 truth = expected[parameter.name].reshape(-1)
-                if parameter.name not in plain and not close(got.to(truth.dtype), truth, floor):
+                if parameter.name not in plain and not close(got.to(truth.dtype), truth, floor, kind):
                     wrong.append(parameter.name)
         return wrong
 
     # Second order -------------------------------------------------------------------------------------------------
 
+    @undisturbed
     def curvature_product(self, batch: TorchBatch, block: str, vectors: torch.Tensor, kind: Kind) -> torch.Tensor:
         batch = self._prepare(batch)
         parameters = self._block_parameters(block)
-        vectors = vectors.to(next(self.model.parameters()).dtype)
+        vectors = vectors.to(self._like.dtype)
         if vectors.ndim != 2 or vectors.shape[1] != self.layouts[block].size:
             raise ShapeMismatch(f"Expected vectors (K, {self.layouts[block].size}), got {tuple(vectors.shape)}.")
         with autograd_on(), twice_differentiable():
@@ -434,7 +639,11 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             for start in range(0, len(vectors), step):
                 tangents = self._pieces(block, vectors[start : start + step])
                 if kind == "ggn":
-                    products = ggn_product(function, total, leaves, tangents)
+                    probe = block not in self._probed or len(tangents[0]) >= MANY
+                    products, self._forward_mode = ggn_product(
+                        function, total, leaves, tangents, forward=self._forward_mode, probe=probe
+                    )
+                    self._probed.add(block)
                 else:
                     products = hessian_product(total(function(leaves)), leaves, tangents)
                 found.append(torch.cat([p.reshape(len(p), -1) for p in products], dim=1))
@@ -451,6 +660,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         cut = vectors.split([p.size for p in parameters], dim=1)
         return [piece.reshape(len(vectors), *p.shape) for piece, p in zip(cut, parameters, strict=True)]
 
+    @undisturbed
     def mixed_prod(self, batch: TorchBatch, factors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         batch = self._prepare(batch)
         differentiable_input(batch.x)
@@ -475,6 +685,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
                 found += batched_vjp(slopes, [x], pieces)
         return wide(torch.cat(found).detach()) if found else x.new_zeros((0, *x.shape))
 
+    @undisturbed
     def flat_mixed_grads(self, batch: TorchBatch) -> torch.Tensor:
         """(N, *x_shape, D). Errors: UnsupportedModel if x is not one floating-point tensor."""
         batch = self._prepare(batch)
@@ -501,8 +712,15 @@ def _against(output: Any, cotangent: torch.Tensor) -> torch.Tensor:
     return (output * cotangent).sum()
 
 
+def _positions(value: Gradient) -> int:
+    return value.positions if isinstance(value, Outer) else 1
+
+
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """A copy: what has one element may have any stride, and count as contiguous all the same."""
+    if tensor.is_sparse:
+        tensor = tensor.detach().coalesce()
+        return torch.cat([_as_bytes(tensor.indices()), _as_bytes(tensor.values())])
     return tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
 
 

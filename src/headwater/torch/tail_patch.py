@@ -14,8 +14,8 @@ from torch import nn
 from headwater.errors import InvalidSetting, NonFiniteValue, UnsupportedModel
 from headwater.positions import row_positions
 from headwater.torch.batch import TorchBatch, call
-from headwater.torch.capture import autograd_on
 from headwater.torch.losses import Loss, row_losses
+from headwater.torch.surroundings import autograd_on
 
 State = dict[str, torch.Tensor]
 

@@ -1,0 +1,54 @@
+"""Tensors inside whatever a model returns: tuples, dicts and dataclasses, beside None, numbers and words."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """All tensors of a nested value, in order; what else is in it is left out."""
+    found: list[torch.Tensor] = []
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, torch.Tensor):
+            found.append(leaf)
+        elif _is_record(leaf):
+            found += [tensor for part in _fields(leaf).values() for tensor in tensors_in(part)]
+    return found
+
+
+def with_tensors(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
+    """A copy of a nested value with other tensors, in the order of `tensors_in`."""
+    leaves, structure = tree_flatten(value)
+    return tree_unflatten([_replaced(leaf, tensors) for leaf in leaves], structure)
+
+
+def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    """A copy of a nested value with `function` of each tensor."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    return with_tensors(value, map(function, tensors_in(value)))
+
+
+def _replaced(leaf: Any, tensors: Iterator[torch.Tensor]) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return next(tensors)
+    if not _is_record(leaf):
+        return leaf
+    changed = copy.copy(leaf)
+    for name, part in _fields(leaf).items():
+        object.__setattr__(changed, name, with_tensors(part, tensors))  # frozen ones, too
+    return changed
+
+
+def _is_record(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
