@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from layer_sweep import REFUSALS, Given, Verdict, agree, batches_do_not_matter, cell, failures, ggn, grad_dot, judge
 from odd_models import CE, MODELS, Net, Odd, classes, vectors
-from row_oracle import RowOracle
+from row_oracle import RowOracle, solved
 
 import headwater as hw
 
@@ -26,7 +26,7 @@ def dual(given: Given) -> None:
     fisher = grads.T @ grads / len(grads)
     damping = float(np.trace(fisher)) / len(fisher)
     scores = given.scores(given.fitted(hw.Dual(), 3, 2, blocks="full", damping=damping))
-    agree(scores, grads @ np.linalg.solve(fisher + damping * np.eye(len(fisher)), grads.T))
+    agree(scores, solved(fisher, damping, grads))
 
 
 def same_in_batches(method: Any) -> Callable[[Given], None]:
@@ -91,15 +91,14 @@ def under_autocast(method: Any, curvature: str) -> Callable[[Given], None]:
 
     def check(given: Given) -> None:
         oracle = RowOracle(OnlyInside(given.plain), CE, given.x, given.y, 5)
-        grads = oracle.grads().astype(np.float64)
-        with torch.autocast("cpu", torch.bfloat16):
-            if not curvature:
-                agree(given.scores(given.fitted(method, 3, 2, blocks="full")), grads @ grads.T, 0.05)
-                return
+        grads, settings, wanted = oracle.grads().astype(np.float64), {}, None
+        if curvature:
             matrix = grads.T @ grads / 5 if curvature == "fisher" else oracle.ggn().astype(np.float64)
-            damping = float(np.trace(matrix)) / len(matrix)
-            wanted = grads @ np.linalg.solve(matrix + damping * np.eye(len(matrix)), grads.T)
-            agree(given.scores(given.fitted(method, 3, 2, blocks="full", damping=damping)), wanted, 0.05)
+            settings["damping"] = float(np.trace(matrix)) / len(matrix)
+            wanted = solved(matrix, settings["damping"], grads)
+        with torch.autocast("cpu", torch.bfloat16):
+            scores = given.scores(given.fitted(method, 3, 2, blocks="full", **settings))
+        agree(scores, grads @ grads.T if wanted is None else wanted, 0.05)
 
     return check
 
@@ -192,7 +191,7 @@ def without_gradients(mode: Callable[[], Any]) -> Callable[[Given], None]:
         with mode():
             agree(given.scores(given.fitted(hw.GradDot(), 3, 2, blocks="full")), grads @ grads.T)
             scores = given.scores(given.fitted(hw.Direct(), 3, 2, blocks="full", damping=damping))
-        agree(scores, grads @ np.linalg.solve(matrix + damping * np.eye(len(matrix)), grads.T))
+        agree(scores, solved(matrix, damping, grads))
 
     return check
 

@@ -19,9 +19,6 @@ QUICK = [
     "Linear(3, 2)",
     "Conv2d(2, 4, 2, groups=2)",
     "Embedding(5, 3, padding_idx=0)",
-    "EmbeddingBag(5, 3, mode='mean')",
-    "LayerNorm(4)",
-    "MaxPool1d(2)",
     "BatchNorm2d(3, track_running_stats=False)",
 ]
 
@@ -80,22 +77,21 @@ def test_a_few_layers_as_they_are(case):
     assert not failures({case.name: {"as is": verdicts(case, VARIATIONS[0])}})
 
 
-@pytest.mark.parametrize("name", ["subclassed", "used twice", "reverse only", "scripted", "DataParallel"])
-@cases(QUICK[:3])
+@pytest.mark.parametrize("name", ["used twice", "reverse only", "DataParallel"])
+@cases(["Linear(3, 2)", "Conv2d(2, 4, 2)"])
 def test_a_few_layers_changed(case, name):
     variation = next(v for v in VARIATIONS if v.name == name)
-    assert not failures({case.name: {name: verdicts(case, variation)}})
+    found = verdicts(case, variation)
+    assert found
+    assert not failures({case.name: {name: found}})
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        "an integer parameter",
         "rows are sorted from three on",
         "experts, one of which gets one row",
-        "rows act on each other from three on",
         "two heads",
-        "a gradient turned around by a tensor hook",
     ],
 )
 def test_a_few_odd_models(name):
