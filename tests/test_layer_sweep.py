@@ -77,7 +77,7 @@ def test_a_few_layers_as_they_are(case):
     assert not failures({case.name: {"as is": verdicts(case, VARIATIONS[0])}})
 
 
-@pytest.mark.parametrize("name", ["used twice", "reverse only", "DataParallel"])
+@pytest.mark.parametrize("name", ["used twice", "tied", "DataParallel"])
 @cases(["Linear(3, 2)", "Conv2d(2, 4, 2)"])
 def test_a_few_layers_changed(case, name):
     variation = next(v for v in VARIATIONS if v.name == name)
