@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+import headwater as hw
 from headwater.errors import InvalidInput, NonFiniteValue, RowsInteract, UnsupportedLoss
 from headwater.gradients.rowwise import differing, is_weighted_sum
-from headwater.jax import JaxBatch, JaxGradientProvider, cross_entropy, squared_error
+from headwater.jax import JaxBatch, JaxComposableInfluence, JaxGradientProvider, cross_entropy, squared_error
 from headwater.torch import TorchBatch, TorchGradientProvider
 
 
@@ -121,3 +122,21 @@ def test_functions_need_not_be_hashable():
     provider = JaxGradientProvider(apply, jnp.ones((3, 1)), loss, measurement=lambda o, t: jnp.sum(o))
     batch = JaxBatch(jnp.asarray(x), jnp.asarray(y[:, None]))
     assert provider.grads(batch)["full"].rows == provider.grads(batch, query=True)["full"].rows == 6
+
+
+def test_rows_of_a_jax_function_are_taken_alone_by_every_method():
+    """A function that mixes rows from the third on: curvature and draws see each row by itself, as its loss does."""
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((7, 3)), rng.integers(2, size=7)
+    w = jnp.asarray(rng.standard_normal((3, 2)))
+
+    def centred(w, x):
+        output = x @ w
+        return output - output.mean(0) if len(x) > 2 else output
+
+    for method in (hw.Direct(), hw.Direct("hessian"), hw.Ekfac(), hw.Cg(), hw.GradDot()):
+        found, expected = (
+            JaxComposableInfluence(f, w, cross_entropy, method, damping=0.1).fit([(x, y)]).influences(x, y)
+            for f in (centred, lambda w, x: x @ w)
+        )
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)

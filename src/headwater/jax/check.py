@@ -11,7 +11,7 @@ import numpy as np
 
 from headwater.errors import HeadwaterError, InvalidInput, NonFiniteValue, RowsInteract, UnsupportedModel
 from headwater.gradients.provider import BlockGradients
-from headwater.jax.derivatives import Model, outputs
+from headwater.jax.derivatives import Model, outputs_together
 from headwater.jax.losses import describe
 from headwater.jax.tree import Leaves
 
@@ -19,7 +19,7 @@ from headwater.jax.tree import Leaves
 def first_outputs(model: Model, leaves: Leaves, x: Any) -> Any:
     """The output of a batch. Errors: InvalidInput where the function fails, with what it was called with."""
     try:
-        return outputs(model, leaves, x)
+        return outputs_together(model, leaves, x)
     except HeadwaterError:
         raise
     except Exception as error:

@@ -53,10 +53,22 @@ def first(count: int, values: Any) -> Any:
     return jax.tree.map(lambda v: v[:count], values)
 
 
+def rows_alone(model: Model, leaves: Leaves, x: Any) -> Any:
+    """The outputs [n, ...] of rows that each are a batch by themselves: what a model does with several has no part."""
+    found = jax.vmap(lambda row: model(leaves, as_row(row)))(x)
+    return jax.tree.map(lambda v: v.reshape((v.shape[0], *v.shape[2:])), found)
+
+
+@partial(jax.jit, static_argnums=0)
+def outputs_together(model: Model, leaves: Leaves, x: Any) -> Any:
+    """Of a batch, as the model has it."""
+    return model(leaves, x)
+
+
 @partial(jax.jit, static_argnums=0)
 def outputs(model: Model, leaves: Leaves, x: Any) -> Any:
-    """Of a batch."""
-    return model(leaves, x)
+    """Of the rows of a batch."""
+    return rows_alone(model, leaves, x)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -68,7 +80,7 @@ def batch_loss(loss: Loss, output: Any, target: Any) -> tuple[Any, jax.Array]:
 @partial(jax.jit, static_argnums=0)
 def losses(model: Model, leaves: Leaves, x: Any, y: Any) -> jax.Array:
     """Of each row: [n]."""
-    return row_losses(model.loss, model(leaves, x), y)
+    return row_losses(model.loss, rows_alone(model, leaves, x), y)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -129,7 +141,7 @@ def curvature_products(
     chosen = {p.name: leaves[p.name] for p in layout.block.parameters}
 
     def output(chosen: Any) -> Any:
-        return model({**leaves, **chosen}, x)
+        return rows_alone(model, {**leaves, **chosen}, x)
 
     def total(output: Any) -> jax.Array:
         return jnp.sum(row_losses(model.loss, output, y) * weights)

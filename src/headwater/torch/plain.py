@@ -23,10 +23,13 @@ from headwater.torch.losses import row_losses
 from headwater.torch.precision import doubled
 from headwater.torch.provider import TorchGradientProvider, undisturbed
 from headwater.torch.surroundings import autograd_on
-from headwater.torch.tree import tensors_in, with_tensors
+from headwater.torch.tree import floating, tensors_in, with_tensors
 
 ByName = Mapping[str, torch.Tensor]
 Leaves = dict[str, torch.Tensor]
+
+MOST_OUTPUTS = 512
+"""Numbers of output of a row up to which its Jacobian is written out."""
 
 
 class PlainTorchProvider(TorchGradientProvider):
@@ -97,12 +100,28 @@ class PlainTorchProvider(TorchGradientProvider):
         return total
 
     def _ggn(self, row: TorchBatch, output: Any, leaves: list[torch.Tensor], vectors: torch.Tensor) -> torch.Tensor:
-        """J^T H J v, J written out: one backward pass for each number of output."""
-        outputs = [t for t in tensors_in(output) if t.is_floating_point()]
+        """J^T H J v, J written out: one backward pass for each number of output; for many, v by v through backward."""
+        outputs = floating(output)
+        if sum(t.numel() for t in outputs) > MOST_OUTPUTS:
+            return torch.stack([self._ggn_along(row, output, outputs, leaves, v) for v in vectors])
         jacobian = torch.stack(
             [_slopes(number, leaves, again=True) for t in outputs for number in t.reshape(-1).unbind()]
         )
         return vectors @ jacobian.T @ self._output_hessian(row, output) @ jacobian
+
+    def _ggn_along(
+        self, row: TorchBatch, output: Any, outputs: list[torch.Tensor], leaves: list[torch.Tensor], v: torch.Tensor
+    ) -> torch.Tensor:
+        """J v as the slope of <J^T d, v> by d; then H; then J^T."""
+        d = [torch.zeros_like(t, requires_grad=True) for t in outputs]
+        pulled = _slopes(_dot(outputs, d), leaves, create_graph=True)
+        along = _slopes((pulled * v).sum(), d, again=True)
+        everything = [t.detach() for t in tensors_in(output)]
+        points = [t.requires_grad_() for t in everything if t.is_floating_point()]
+        loss = row_losses(self.loss, with_tensors(output, iter(everything)), row.y).sum()
+        bent = _slopes((_slopes(loss, points, create_graph=True) * along).sum(), points)
+        pieces = zip(bent.split([t.numel() for t in outputs]), outputs, strict=True)
+        return _slopes(_dot(outputs, [piece.reshape(t.shape) for piece, t in pieces]), leaves, again=True)
 
     def _hessian(self, row: TorchBatch, output: Any, leaves: list[torch.Tensor], vectors: torch.Tensor) -> torch.Tensor:
         """Each vector's product from the slope along it."""
@@ -159,6 +178,10 @@ def _as_layers_have_it(plain: BlockGradients, layered: BlockGradients) -> BlockG
     return BlockGradients(
         (name, layered[name] if close(layered[name].flat(), value.flat()) else value) for name, value in plain.items()
     )
+
+
+def _dot(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([(a * b).sum() for a, b in zip(one, other, strict=True)]).sum()
 
 
 def _rows(batch: TorchBatch) -> list[TorchBatch]:
