@@ -269,9 +269,7 @@ MUTANTS: dict[str, Mutant] = {
         Batch, "_is_column", lambda self, declared: declared.name in ("x", "y", "weights", "ids")
     ),
     "what differs is joined": _instead(Batch, "_carried", lambda self: {}),
-    "a plain batch loses its weights": _instead(
-        passes, "_as_own", lambda provider, batch: provider.as_batch(batch.x, batch.y)
-    ),
+    "a plain batch loses its weights": _instead(passes, "_with_columns", lambda provider, batch, weights, ids: batch),
     "rows on the left of a form have the gradients of the loss": _instead(
         BlockProvider, "_grads", lambda self, batch: self.whole.grads(batch)[self.name]
     ),

@@ -305,6 +305,12 @@ def jax_provider(blocks: str) -> Any:
 
 
 class TestJax(FrameworkSuite):
+    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("blocks", [pytest.param("full", marks=pytest.mark.slow), "layer"])
+    def test_factors_and_scores(self, method: str, blocks: str) -> None:
+        """JAX compiles for each anew: one structure is fast."""
+        super().test_factors_and_scores(method, blocks)
+
     def provider(self, blocks: str) -> Any:
         return jax_provider(blocks)
 

@@ -415,7 +415,14 @@ class ComposableInfluence(ABC, Generic[TensorType]):
             (name, self._scaled(name, self._invert(name, curvature, fitted.rows)))
             for name, curvature in fitted.curvature.items()
         )
-        return InfluenceMapper(self.provider, OrderedDict(inverses))
+        mapper = InfluenceMapper(self.provider, OrderedDict(inverses))
+        if all(curvature.mean_eigenvalue() == 0.0 for curvature in fitted.curvature.values()):
+            raise SingularOperator(
+                "The curvature of every block is zero, so that there is nothing to invert. Is the loss linear in the "
+                "model's output, as NLLLoss behind a LogSoftmax, or an absolute error? It has no GGN: use "
+                "curvature='fisher' or hw.Ekfac(), or let the model return logits, with CrossEntropyLoss."
+            )
+        return mapper
 
     def _scaled(self, name: str, inverse: LinearOperator) -> LinearOperator:
         scale = self.provider.block_scale(name)

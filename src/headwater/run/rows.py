@@ -62,7 +62,10 @@ def train_batches(
         warnings.warn(RowsNotFitted(said), stacklevel=2)
 
 
-SWAPPED = " The query rows are: train and query loader are swapped, attribute(train, query)."
+SWAPPED = (
+    " The query rows are: perhaps train and query loader are swapped, attribute(train, query); or the train rows have "
+    "another dtype or preprocessing than in fit."
+)
 WHICH_ROWS = (
     "Give the rows that were fitted, without augmentation. The scores of other rows say what adding them would do, and "
     "forecast no removal."

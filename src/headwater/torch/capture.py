@@ -77,7 +77,9 @@ class Recording:
 
 def detached_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters without gradients, and copies of the buffers (a forward pass may write to them)."""
-    return {name: p.detach() for name, p in model.named_parameters()} | copied_buffers(model)
+    parameters = ((name, p.detach()) for name, p in model.named_parameters())
+    # What was made in inference mode cannot be saved for backward; its copy can.
+    return {name: p.clone() if p.is_inference() else p for name, p in parameters} | copied_buffers(model)
 
 
 def copied_buffers(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -204,7 +204,7 @@ def _name(loss: Any) -> str:
     return str(getattr(loss, "__name__", type(loss).__name__))
 
 
-def normalisation(loss: Loss, output: Any, target: Any) -> str:
+def normalisation(loss: Loss, output: Any, target: Any, what: str = "loss") -> str:
     """How the loss treats several rows: "mean", "sum", "none", "per token", or "weighted mean" of its rows' losses.
 
     Errors: UnsupportedLoss if the batch's loss is no weighted sum of the rows' losses (a contrastive loss, say).
@@ -213,7 +213,15 @@ def normalisation(loss: Loss, output: Any, target: Any) -> str:
     with explain_failure(output, target):
         value = loss(output, target)
     if value.numel() > 1:
-        return "none" if value.numel() == len(rows) else "per token"
+        if len(value) == len(rows) and torch.allclose(
+            value.detach().reshape(len(rows), -1).sum(1), rows.detach(), rtol=1e-2, atol=1e-5 * float(rows.abs().max())
+        ):
+            return "none" if value.numel() == len(rows) else "per token"
+        raise UnsupportedLoss(
+            f"The {what} of {len(rows)} rows has shape {tuple(value.shape)}, and is not what it is for each row alone: "
+            f"rows act on each other inside it. Are output {_describe(output)} and target {_describe(target)} spread "
+            "over one another?"
+        )
     eps = torch.finfo(value.dtype).eps
     for name, reduced in (("mean", rows.mean()), ("sum", rows.sum())):
         if torch.allclose(value.reshape(()), reduced.to(value.dtype), rtol=min(1e3 * eps, 0.03), atol=eps):
@@ -237,7 +245,7 @@ def normalisation(loss: Loss, output: Any, target: Any) -> str:
     if is_weighted_sum(slopes(leaves), *map(slopes, moved)):
         return "weighted mean"
     raise UnsupportedLoss(
-        "The loss of a batch is no weighted sum of its rows' losses: rows act on each other inside the loss, so a "
+        f"The {what} of a batch is no weighted sum of its rows' own: rows act on each other inside the {what}, so a "
         f"row's own gradient has no meaning.{_spread(output, target)}"
     )
 

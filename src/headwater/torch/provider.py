@@ -83,6 +83,8 @@ class Attempt:
 
     values: list[dict[Place, Gradient]]
     """One for each thing that was differentiated."""
+    what: str
+    """Is differentiated: the loss, the measurement, or the output."""
     output: Any
     dtype: torch.dtype
     """Of the coarsest numbers on the way."""
@@ -312,6 +314,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             values |= self._plain_grads(batch, state, slopes)
         return Attempt(
             values=[values],
+            what="loss" if loss is self.loss else "measurement",
             output=recording.output,
             dtype=recording.dtype,
             failed=failed,
@@ -340,6 +343,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         along = cotangents[0]
         return Attempt(
             values=found,
+            what="output",
             output=output,
             dtype=recording.dtype,
             failed=failed,
@@ -508,6 +512,9 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             check_independence(recording.output, alone, [0], recording.dtype)
         self._normalisation = normalisation(self.loss, recording.output, rows.y)
         check_loss_reads_outputs(self.loss, recording.output, rows.y, leaves)
+        if self.measurement is not self.loss:
+            normalisation(self.measurement, recording.output, rows.y, "measurement")
+            check_loss_reads_outputs(self.measurement, recording.output, rows.y, leaves, "measurement")
         values, failed = self._filled(recording, recording.output_grads(losses.sum()), rows)
         self._numbers_per_row = sum(a.numel() for v in values.values() for a in v.arrays) // len(rows)
         self._work_per_row = sum(_positions(v) * v.shape[0] * v.shape[1] for v in values.values())
@@ -553,7 +560,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             )
 
     def _wrong_by_autograd(self, batch: TorchBatch, found: Attempt) -> list[str]:
-        rows = self._sampler.choose(len(batch), self._work_per_row)
+        rows = self._sampler.choose(len(batch), self._work_per_row, found.what)
         return [] if rows is None else self._compared(batch, found, rows)
 
     def _compared(self, batch: TorchBatch, found: Attempt, rows: np.ndarray) -> list[str]:

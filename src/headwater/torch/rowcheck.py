@@ -41,14 +41,18 @@ class RowSampler:
 
     def __init__(self) -> None:
         self._random = np.random.default_rng(0)
-        self._is_first = True
+        self._seen: set[Any] = set()
 
     def begin_pass(self) -> None:
-        self._is_first = True
+        self._seen.clear()
 
-    def choose(self, rows: int, work: int) -> np.ndarray | None:
-        """Numbers of rows in random order, or None for a batch that is left alone. work: multiply-adds for one row."""
-        first, self._is_first = self._is_first, False
+    def choose(self, rows: int, work: int, what: Any) -> np.ndarray | None:
+        """Numbers of rows in random order, or None for a batch that is left alone.
+
+        work: multiply-adds for one row. what: is differentiated; the first batch for each is looked at.
+        """
+        first = what not in self._seen
+        self._seen.add(what)
         if not first and self._random.random() >= LATER:
             return None
         count = min(rows, max(FEW, WORK // max(work, 1)))
