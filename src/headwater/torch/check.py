@@ -31,8 +31,9 @@ def one_row_alone(
     check_rows(output, 1)
     with explain_failure(output, row.y):
         value = loss(output, row.y).sum()
-    if not value.requires_grad:
-        raise UnsupportedModel("The loss does not depend on any attributed parameter.")
+    if not value.requires_grad:  # a row that a model routes past all of them
+        zeros = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+        return map_tensors(torch.Tensor.detach, output), zeros
     grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
     dense = [g.to_dense() if g.is_sparse else g for g in grads]
     return map_tensors(torch.Tensor.detach, output), dict(zip(leaves, dense, strict=True))
@@ -106,11 +107,17 @@ def close(got: torch.Tensor, expected: torch.Tensor, floor: float = 0.0, kind: t
     kind = kind or expected.dtype
     tolerance = max(1e-8, 1e4 * torch.finfo(kind).eps) if kind == torch.float64 else 2e-3
     tolerance = 0.1 if kind in (torch.float16, torch.bfloat16) else tolerance
-    # A gradient that is zero in exact numbers (a bias before a norm) is what rounding leaves of sums over positions.
-    rounding = {torch.float64: 1e6, torch.float32: 1e3}.get(kind, 10) * torch.finfo(kind).eps
     gap, scale = (got - expected).norm(), torch.maximum(got.norm(), expected.norm())
-    allowed = tolerance * scale + rounding * floor + torch.finfo(expected.dtype).tiny
+    allowed = tolerance * scale + rounding_of(kind) * floor + torch.finfo(expected.dtype).tiny
     return bool(gap <= allowed)
+
+
+def rounding_of(kind: torch.dtype) -> float:
+    """What rounding leaves of a gradient that is zero in exact numbers (a bias before a norm), of sums over positions.
+
+    Relative to the length of all parameters' gradients together.
+    """
+    return {torch.float64: 1e6, torch.float32: 1e3}.get(kind, 10) * torch.finfo(kind).eps
 
 
 def check_finite_grads(blocks: BlockGradients) -> None:

@@ -22,6 +22,7 @@ from headwater.blocks import Part, Piece
 from headwater.errors import UnsupportedModel
 from headwater.gradients.algebra import Dense, Gradient
 from headwater.gradients.outer import Outer, RowSparse
+from headwater.torch.precision import wide
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,8 @@ OWN_RMS_NORM = _affine(lambda m, x: _with_weight(m, 1.0, x) - _with_weight(m, 0.
 RMS_NORM = _affine(lambda m, x: F.rms_norm(x, m.normalized_shape, None, m.eps), channels_last=True)
 GROUP_NORM = _affine(lambda m, x: F.group_norm(x, m.num_groups, None, None, m.eps), channels_last=False)
 BATCH_NORM = _affine(
-    lambda m, x: F.batch_norm(x, m.running_mean, m.running_var, None, None, False, 0.0, m.eps), channels_last=False
+    lambda m, x: F.batch_norm(x, wide(m.running_mean), wide(m.running_var), None, None, False, 0.0, m.eps),
+    channels_last=False,
 )
 INSTANCE_NORM = _affine(
     lambda m, x: F.instance_norm(

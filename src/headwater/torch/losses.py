@@ -214,7 +214,10 @@ def normalisation(loss: Loss, output: Any, target: Any, what: str = "loss") -> s
         value = loss(output, target)
     if value.numel() > 1:
         if len(value) == len(rows) and torch.allclose(
-            value.detach().reshape(len(rows), -1).sum(1), rows.detach(), rtol=1e-2, atol=1e-5 * float(rows.abs().max())
+            value.detach().reshape(len(rows), -1).sum(1),
+            rows.detach(),
+            rtol=1e-2,
+            atol=1e-5 * float(rows.detach().abs().max()),
         ):
             return "none" if value.numel() == len(rows) else "per token"
         raise UnsupportedLoss(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from headwater.errors import UnsupportedModel
+from headwater.errors import UnsupportedLoss, UnsupportedModel
 from headwater.torch.capture import summed_products
 from headwater.torch.surroundings import quiet
 from headwater.torch.tree import floating, tensors_in, with_tensors
@@ -130,18 +130,31 @@ def ggn_product(
     asked = _with_probe(tangents) if probe else tangents
     pushed = push_forward(_floating(function), leaves, asked) if forward else None
     if pushed is not None:
-        along = batched_vjp(slopes, moving, pushed)
+        along = _bent(slopes, moving, pushed)
         products = batched_vjp(outputs, leaves, along)
         if _are_transposed(along, pushed, products, asked):
             return [p[: len(tangents[0])] for p in products], True
     for push in (push_in_reverse, push_by_rows):
         pushed = push(outputs, leaves, asked)
         if pushed is not None:
-            along = batched_vjp(slopes, moving, pushed)
+            along = _bent(slopes, moving, pushed)
             products = batched_vjp(outputs, leaves, along)
             if push is push_by_rows or _are_transposed(along, pushed, products, asked):
                 break
     return [p[: len(tangents[0])] for p in products], False
+
+
+def _bent(slopes: Tensors, moving: Tensors, pushed: Tensors) -> list[torch.Tensor]:
+    """H J v. Errors: UnsupportedLoss for a loss that can be differentiated once only."""
+    try:
+        return batched_vjp(slopes, moving, pushed)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise UnsupportedLoss(
+            f"The loss has no second derivative by the model's output, which its GGN is made of ({error}). Use "
+            "fisher='empirical', for example hw.Ekfac(fisher='empirical') or hw.Dual()."
+        ) from error
 
 
 def _with_probe(tangents: Tensors) -> list[torch.Tensor]:

@@ -92,6 +92,8 @@ class Attempt:
     """Layers whose rule raised, or that got other rows than the batch has."""
     score: Score
     """The number of each row whose gradients are the first of the values."""
+    repeat: Callable[[TorchGradientProvider, TorchBatch], Attempt | None]
+    """The same by another provider of the model, on the same rows."""
     slopes: Callable[[], list[torch.Tensor]]
     """Its gradient at each floating tensor of the output: [n, ...]."""
 
@@ -134,6 +136,8 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         with lock_of(model):
             self._modules = dict(model.named_modules())
             self._plan = make_plan(model, blocks)
+        owner, _, role = self._names[0].rpartition(".")
+        self._first = (self._modules[owner], role)
         self._shared_layers: tuple[str, ...] = ()
         self._checked = 0
         self._sampler = RowSampler()
@@ -165,8 +169,8 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
     @property
     def _like(self) -> torch.Tensor:
         """An attributed parameter: its device, and the dtype of the gradients. Others may hold whole numbers."""
-        with lock_of(self.model):
-            return self.model.get_parameter(self._names[0]).detach()
+        module, role = self._first
+        return module._parameters[role].detach()
 
     @property
     def dtype(self) -> str:
@@ -310,15 +314,17 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             losses = row_losses(loss, recording.output, batch.y)
             check_finite(losses)
             values, failed = self._filled(recording, recording.output_grads(losses.sum()), batch)
-            slopes = cache(partial(slopes_at, loss, recording.output, batch.y))
+            cold = map_tensors(torch.Tensor.detach, recording.output)
+            slopes = cache(partial(slopes_at, loss, cold, batch.y))
             values |= self._plain_grads(batch, state, slopes)
         return Attempt(
             values=[values],
             what="loss" if loss is self.loss else "measurement",
-            output=recording.output,
+            output=cold,
             dtype=recording.dtype,
             failed=failed,
             score=lambda output, rows: row_losses(loss, output, batch.take(rows).y),
+            repeat=lambda other, rows: other._of_loss(rows, other.loss if loss is self.loss else other.measurement),
             slopes=slopes,
         )
 
@@ -344,10 +350,11 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         return Attempt(
             values=found,
             what="output",
-            output=output,
+            output=cold,
             dtype=recording.dtype,
             failed=failed,
             score=lambda output, rows: (output * along[rows]).reshape(len(rows), -1).sum(1),
+            repeat=lambda other, rows: other._of_output(rows, lambda _: [along.to(other._like.dtype)]),
             slopes=lambda: [along],
         )
 
@@ -505,6 +512,8 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         check_rows(recording.output, len(rows))
         losses = row_losses(self.loss, recording.output, rows.y)
         check_finite(losses)
+        if not losses.requires_grad and not any(bool(grad.any()) for grad in grads.values()):
+            raise UnsupportedModel("The loss does not depend on any attributed parameter.")
         check_independence(recording.output, output, [last], recording.dtype)
         if last:
             with torch.no_grad():
@@ -576,18 +585,20 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         with autograd_on():
             expected = autograd_sums(self.model, self._names, batch, rows, weights, found.score, found.output, kind)
             wrong = disagreeing(got, expected, kind)
-            if wrong and kind != torch.float64 and (again := self._compared_in_float64(batch, rows)) is not None:
+            if wrong and kind != torch.float64 and (again := self._compared_in_float64(batch, found, rows)) is not None:
                 return again
             return self._rules_among(wrong, batch, rows, weights, found, expected) if wrong else []
 
-    def _compared_in_float64(self, batch: TorchBatch, rows: np.ndarray) -> list[str] | None:
-        """The same without rounding; None if the model has no such copy."""
+    def _compared_in_float64(self, batch: TorchBatch, found: Attempt, rows: np.ndarray) -> list[str] | None:
+        """The same without rounding; None if the model has no such copy, or no room for it."""
         try:
-            other = self._wide(type(self))
-        except UnsupportedModel:
+            other, batch = self._wide(type(self)), doubled(batch)
+            again = found.repeat(other, batch)
+            return None if again is None else other._compared(batch, again, rows)
+        except (UnsupportedModel, torch.OutOfMemoryError) as error:
+            if isinstance(error, RowsInteract):
+                raise
             return None
-        batch = doubled(batch)
-        return other._compared(batch, other._of_loss(batch, other.loss), rows)
 
     def _rules_among(
         self,
