@@ -116,6 +116,9 @@ class Batch(Generic[TensorType]):
         return _rows(column, rows)
 
     def __len__(self) -> int:
+        for name, value in (("x", self.x), ("y", self.y)):  # nearly always the first; columns are looked up otherwise
+            if found := _lengths(value, name):
+                return found[0]
         return next(n for name, value in self._columns().items() for n in _lengths(value, name))
 
     def take(self, rows: slice | np.ndarray) -> Self:

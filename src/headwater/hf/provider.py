@@ -127,7 +127,7 @@ class HfGradientProvider(TorchGradientProvider):
 
     # Batches ------------------------------------------------------------------------------------------------------
 
-    def _ready(self, batch: TorchBatch) -> TorchBatch:
+    def _made_ready(self, batch: TorchBatch) -> TorchBatch:
         x = batch.x
         if isinstance(x, Mapping) or (hasattr(x, "ndim") and x.ndim == 2):
             x, y = self._columns(x, batch.y)
@@ -139,7 +139,7 @@ class HfGradientProvider(TorchGradientProvider):
             )
         else:
             batch = TorchBatch(x, self._labels(batch.y, tuple(x.shape[:2])), *_extras(batch))
-        return super()._ready(batch)
+        return super()._made_ready(batch)
 
     def _columns(self, x: Any, y: Any) -> tuple[Columns, Any]:
         given = dict(x) if isinstance(x, Mapping) else {IDS: x}

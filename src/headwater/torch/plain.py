@@ -39,10 +39,10 @@ class PlainTorchProvider(TorchGradientProvider):
     became float64, so that random draws stay theirs.
     """
 
-    def _ready(self, batch: TorchBatch) -> TorchBatch:
+    def _made_ready(self, batch: TorchBatch) -> TorchBatch:
         if not isinstance(batch, TorchBatch) or batch.ids is None:
             batch = TorchBatch(batch.x, batch.y, weights=getattr(batch, "weights", None), ids=super().row_keys(batch))
-        return super()._ready(doubled(batch.to(self.device)))
+        return super()._made_ready(doubled(batch.to(self.device)))
 
     def as_batch(self, x: Any, y: Any) -> TorchBatch:
         return self._ready(TorchBatch(x, y))

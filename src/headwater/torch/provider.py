@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
@@ -140,6 +141,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         self._first = (self._modules[owner], role)
         self._shared_layers: tuple[str, ...] = ()
         self._checked = 0
+        self._last_ready: tuple[weakref.ref[TorchBatch] | None, Any] = (None, None)
         self._sampler = RowSampler()
         self._handed_out = False
         self._form = 0
@@ -226,6 +228,15 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         return self._ready(TorchBatch(x, y))
 
     def _ready(self, batch: TorchBatch) -> TorchBatch:
+        """The batch as the model takes it, on its device; a batch that this gave is taken as it is."""
+        last, where = self._last_ready
+        if last is not None and last() is batch and where == self.device:
+            return batch
+        batch = self._made_ready(batch)
+        self._last_ready = (weakref.ref(batch), self.device)
+        return batch
+
+    def _made_ready(self, batch: TorchBatch) -> TorchBatch:
         if not isinstance(batch, TorchBatch):
             batch = TorchBatch(batch.x, batch.y, batch.weights, batch.ids)
         if batch.x is None or batch.y is None:

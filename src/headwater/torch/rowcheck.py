@@ -28,7 +28,7 @@ from headwater.torch.check import check_independence, check_rows, close, roundin
 Score = Callable[[Any, np.ndarray], torch.Tensor]
 """(output of some rows, their numbers in the batch) -> a number for each: what is differentiated."""
 
-WORK = 2**21
+WORK = 2**20
 """Multiply-adds of gradients up to which all rows of a batch are looked at; of larger ones a part."""
 FEW = 4
 """Rows that are looked at however large the model is."""
@@ -97,7 +97,7 @@ def autograd_sums(
     Errors: RowsInteract where it does; UnsupportedModel for outputs that are not of rows.
     """
     state, parameters = own_leaves(model, names)
-    total = {name: torch.zeros_like(p).reshape(-1) for name, p in parameters.items()}
+    total: dict[str, torch.Tensor] = {}
     for part in _in_other_company(len(rows), len(batch)):
         chosen = batch.take(rows[part])
         found = run(model, state, chosen.x)
@@ -110,8 +110,9 @@ def autograd_sums(
         grads = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
         for name, grad in zip(parameters, grads, strict=True):
             if grad is not None:
-                total[name] += (grad.to_dense() if grad.is_sparse else grad).reshape(-1)
-    return total
+                flat = (grad.to_dense() if grad.is_sparse else grad).reshape(-1)
+                total[name] = total[name] + flat if name in total else flat
+    return {name: total[name] if name in total else p.new_zeros(p.numel()) for name, p in parameters.items()}
 
 
 def _in_other_company(chosen: int, rows: int) -> list[np.ndarray]:
