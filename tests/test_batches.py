@@ -33,7 +33,7 @@ class Labelled(Batch[np.ndarray]):
 
     def __post_init__(self):
         super().__post_init__()
-        object.__setattr__(self, "total", float(np.sum(self.x)))
+        object.__setattr__(self, "total", 0.0 if isinstance(self.x, dict) else float(np.sum(self.x)))
 
 
 @dataclass(frozen=True, eq=False)
