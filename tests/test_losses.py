@@ -416,3 +416,15 @@ def test_several_models_need_the_plain_cross_entropy() -> None:
     )
     with pytest.raises(UnsupportedModel, match="smoothed labels besides"):
         smoothed.fit([(X, LABELS)]).influences(X, LABELS)
+
+
+def test_a_probability_of_one_for_what_is_not_so_is_taken() -> None:
+    """In float32 a sigmoid reaches 1.0, where torch cuts the loss off."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 1), nn.Sigmoid())
+    x = torch.randn(20, 4)
+    x[3] = 100 * model[0].weight.detach()[0] / model[0].weight.detach().norm() ** 2
+    y = (torch.rand(20, 1) < 0.5).float()
+    y[3] = 0.0
+    assert float(model(x).detach()[3]) == 1.0
+    assert TorchComposableInfluence(model, nn.BCELoss(), hw.Ekfac()).fit([(x, y)]).influences(x, y).isfinite().all()

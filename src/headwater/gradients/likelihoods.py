@@ -260,8 +260,9 @@ class Bernoulli(Likelihood):
             at_half, at_quarter = loss.slope(half, target), loss.slope(quarter, target)
             yes = at_half / 4 - at_quarter * 3 / 8  # of 2 (t_0 - t_1) and 4 t_0 / 3 - 4 t_1
             mass = 2 * yes + at_half / 2
-            own = loss.slope(output, target) * self._variance(output)
-            check_scale("binary cross entropy", own, mass * p - yes, mass)
+            inner = xp.clip(output, min=0.01, max=0.99)  # at 0 and 1 frameworks cut the loss off
+            own = loss.slope(inner, target) * inner * (1 - inner)
+            check_scale("binary cross entropy", own, mass * inner - yes, mass)
         return p, xp.sqrt(xp.clip(mass, min=0))
 
     def exact(self, loss: OutputLoss, output: Array, target: Any) -> list[Array] | None:
