@@ -95,7 +95,7 @@ def test_a_label_that_is_no_class_is_not_read_as_another(label):
 
 
 def test_shapes_that_would_be_spread_are_refused_by_name():
-    with pytest.raises(InvalidInput, match=r"\(1, 1\) and the target \(1,\)|\(2, 1\) and the target \(2,\)"):
+    with pytest.raises(InvalidInput, match=r"\(N, 1\) and the targets \(N,\)|\(2, 1\) and the target \(2,\)"):
         jax_grads(squared_error, 0)
 
 

@@ -329,4 +329,4 @@ def test_the_files_hold_arrays_and_plain_json(model, tmp_path):
     described = json.loads((tmp_path / "fit" / "fit.json").read_text())
     assert described["rows"] == len(X)
     arrays = safetensors.numpy.load_file(tmp_path / "fit" / "arrays.safetensors")
-    assert {a.dtype for a in arrays.values()} == {np.dtype("float64")}
+    assert {a.dtype for a in arrays.values()} == {np.dtype("float64"), np.dtype("uint64")}  # the rows' keys

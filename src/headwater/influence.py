@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from headwater.arrays import Array, namespace, transpose
 from headwater.curvature.known_rows import LoadersSeen, RowMemory
-from headwater.curvature.passes import KnownRows, Unpack, Unpacked, check_loader, first_batch, plain_words
+from headwater.curvature.passes import KnownRows, Unpack, Unpacked, check_loader, first_batch, paired
 from headwater.curvature.places import located
 from headwater.curvature.saved import TakenApart, moved, put_together, take_apart
 from headwater.errors import (
@@ -673,10 +673,9 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
     def _batch(self, x: Any, y: Any, what: str) -> Any:
         try:
-            with plain_words(x, y):
-                return self.provider.as_batch(x, y)
-        except BatchMismatch as error:
-            raise BatchMismatch(f"{what}: {error}") from None
+            return paired(self.provider, x, y) or self.provider.as_batch(x, y)
+        except (BatchMismatch, InvalidInput) as error:
+            raise type(error)(f"{what}: {error}") from error
 
     # Loaders in, labelled scores out ------------------------------------------------------------------------------
 

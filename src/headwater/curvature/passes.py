@@ -251,19 +251,20 @@ def described(value: Any) -> str:
 def as_batch(provider: StructuredGradientProvider, item: Any) -> Batch | None:
     """One item of a loader: a Batch, (x, y), or what `unpack` made of it. None if it has no rows."""
     if isinstance(item, Columns) or type(item) is Batch:
-        batch = _pair(provider, item.x, item.y)
+        batch = paired(provider, item.x, item.y)
         return None if batch is None else _with_columns(provider, batch, item.weights, item.ids)
     if isinstance(item, Batch):
         return item if len(item) else None
     if isinstance(item, (tuple, list)) and len(item) == 2:
-        return _pair(provider, *item)
+        return paired(provider, *item)
     raise InvalidInput(
         f"A loader gives (x, y) or a Batch, not {described(item)}. One batch is [(x, y)]; of items of another form "
         f"unpack= makes (x, y[, ids, weights]), for example unpack=lambda batch: {_unpack_example(item)}."
     )
 
 
-def _pair(provider: StructuredGradientProvider, x: Any, y: Any) -> Batch | None:
+def paired(provider: StructuredGradientProvider, x: Any, y: Any) -> Batch | None:
+    """Inputs and targets as a batch; None without rows. Errors: InvalidInput, in plain words, for what makes none."""
     with plain_words(x, y):
         batch = provider.as_batch(x, y) if len(Batch(x, y)) else None
         for name, value in (("x", x), ("y", y)):

@@ -15,26 +15,34 @@ from headwater.arrays import is_array, to_numpy
 def in_words(value: Any) -> str:
     """The same in every process for the same function, module or setting; another, as far as can be seen, for others.
 
-    A function is its name, its code, and what it closes over; an object its class and its public attributes.
+    A function is its name, its code, and what it closes over; an object its class and its public attributes. What is
+    met again, as where objects hold each other, is its name alone.
     """
+    return _words(value, set())
+
+
+def _words(value: Any, seen: set[int]) -> str:
     if value is None or isinstance(value, (bool, int, float, str, bytes, type)):
         return repr(value)
     if is_array(value) or isinstance(value, np.generic):
         array = np.ascontiguousarray(to_numpy(value) if is_array(value) else value)
         return f"{array.dtype}{array.shape}#{crc32(array.tobytes())}"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {in_words(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{key}: {_words(item, seen)}" for key, item in value.items()) + "}"
     if isinstance(value, (tuple, list)):
-        return "(" + ", ".join(map(in_words, value)) + ")"
+        return "(" + ", ".join(_words(item, seen) for item in value) + ")"
     if isinstance(value, partial):
-        return f"partial({in_words(value.func)}, {in_words(value.args)}, {in_words(value.keywords)})"
+        return f"partial({', '.join(_words(part, seen) for part in (value.func, value.args, value.keywords))})"
     name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    if id(value) in seen:
+        return name
+    seen.add(id(value))
     code = getattr(value, "__code__", None)
     if code is None:
         found = {k: v for k, v in getattr(value, "__dict__", {}).items() if not k.startswith("_")}
-        return name + (in_words(_plain(found)) if found else "")
+        return name + (_words(_plain(found), seen) if found else "")
     cells = [cell.cell_contents for cell in value.__closure__ or ()]
-    given = in_words(_plain(dict(enumerate(cells)))) + in_words(value.__defaults__ or ())
+    given = _words(_plain(dict(enumerate(cells))), seen) + _words(value.__defaults__ or (), seen)
     return f"{name}{_code(code)}{given}"
 
 

@@ -54,7 +54,15 @@ from headwater.torch.measurements import negative_logit, negative_margin
 from headwater.torch.plan import as_matrix, check_eval, fill_parts, make_plan, trainable_parameters
 from headwater.torch.precision import doubled, wide, wide_copy
 from headwater.torch.products import batched_vjp, ggn_product, hessian_product, rowwise, rowwise_grads
-from headwater.torch.rowcheck import RowSampler, Score, autograd_sums, disagreeing, random_weights, weighted_sums
+from headwater.torch.rowcheck import (
+    RowSampler,
+    Score,
+    autograd_sums,
+    coarse,
+    disagreeing,
+    random_weights,
+    weighted_sums,
+)
 from headwater.torch.surroundings import autograd_on, lock_of, own_precision, twice_differentiable
 from headwater.torch.tree import floating, map_tensors, tensors_in
 
@@ -523,8 +531,6 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         check_rows(recording.output, len(rows))
         losses = row_losses(self.loss, recording.output, rows.y)
         check_finite(losses)
-        if not losses.requires_grad and not any(bool(grad.any()) for grad in grads.values()):
-            raise UnsupportedModel("The loss does not depend on any attributed parameter.")
         check_independence(recording.output, output, [last], recording.dtype)
         if last:
             with torch.no_grad():
@@ -590,13 +596,17 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             name: self._block(layout, found.values[0], len(batch)).take(index) for name, layout in self.layouts.items()
         }
         weights = random_weights(blocks.values(), len(rows))
-        got, kind = weighted_sums(blocks, weights), found.dtype
+        got, kind = weighted_sums(blocks, weights), coarse(found.dtype)
         if not all(bool(torch.isfinite(sums).all()) for sums in (weights, *got.values())):
             return []  # refused elsewhere, by the name of the rows
         with autograd_on():
             expected = autograd_sums(self.model, self._names, batch, rows, weights, found.score, found.output, kind)
             wrong = disagreeing(got, expected, kind)
-            if wrong and kind != torch.float64 and (again := self._compared_in_float64(batch, found, rows)) is not None:
+            if (
+                wrong
+                and found.dtype != torch.float64
+                and (again := self._compared_in_float64(batch, found, rows)) is not None
+            ):
                 return again
             return self._rules_among(wrong, batch, rows, weights, found, expected) if wrong else []
 
@@ -621,15 +631,15 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         expected: Mapping[str, torch.Tensor],
     ) -> list[str]:
         """These parameters, if it is their layers' rules that are wrong. Errors: RowsInteract if it is the rows."""
-        slopes = [slope[rows] for slope in found.slopes()]
+        slopes, kind = [slope[rows] for slope in found.slopes()], coarse(found.dtype)
         alone = self._grads_by_row(wrong, batch.take(rows), detached_state(self.model), slopes)
         sums = {name: weights.to(g.dtype) @ g.reshape(len(rows), -1) for name, g in alone.items()}
-        mixed = disagreeing(sums, {name: expected[name] for name in wrong}, found.dtype)
+        mixed = disagreeing(sums, {name: expected[name] for name in wrong}, kind)
         if mixed:
             first = autograd_sums(
-                self.model, mixed, batch, rows[:1], torch.ones_like(weights[:1]), found.score, found.output, found.dtype
+                self.model, mixed, batch, rows[:1], torch.ones_like(weights[:1]), found.score, found.output, kind
             )
-            swapped = disagreeing({name: alone[name][0].reshape(-1) for name in mixed}, first, found.dtype)
+            swapped = disagreeing({name: alone[name][0].reshape(-1) for name in mixed}, first, kind)
             if swapped:
                 raise UnsupportedModel(
                     f"The gradients of {swapped[:4]} differ from those of the model's own backward pass when other "

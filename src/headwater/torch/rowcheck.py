@@ -36,6 +36,14 @@ LATER = 1 / 16
 """Share of the later batches of a pass that are looked at, a 16th of their rows each."""
 
 
+def coarse(kind: torch.dtype) -> torch.dtype:
+    """What sums are compared in: a model may compute parts in float32 whatever its parameters are.
+
+    A wrong rule, and rows that act on each other, are off by far more.
+    """
+    return torch.float32 if kind == torch.float64 else kind
+
+
 class RowSampler:
     """Which rows of which batches are looked at; seeded."""
 
