@@ -416,7 +416,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
             for name, curvature in fitted.curvature.items()
         )
         mapper = InfluenceMapper(self.provider, OrderedDict(inverses))
-        if all(curvature.mean_eigenvalue() == 0.0 for curvature in fitted.curvature.values()):
+        if all(c.psd and c.mean_eigenvalue() == 0.0 for c in fitted.curvature.values()):
             raise SingularOperator(
                 "The curvature of every block is zero, so that there is nothing to invert. Is the loss linear in the "
                 "model's output, as NLLLoss behind a LogSoftmax, or an absolute error? It has no GGN: use "
