@@ -36,8 +36,8 @@ class PlainTorchProvider(TorchGradientProvider):
     """A model in float64 whose rows' gradients and curvature come from plain autograd, one row at a time.
 
     Only which labels are drawn is TorchGradientProvider's; and gradients of drawn labels keep its layers' inputs, which
-    Kronecker factors are made of, where a quarter of the batch's rows shows that these give the plain numbers. Rows without ids are named by what they held before they
-    became float64, so that random draws stay theirs.
+    Kronecker factors are made of, where a quarter of the batch's rows shows that these give the plain numbers. Rows
+    without ids are named by what they held before they became float64, so that random draws stay theirs.
     """
 
     def _made_ready(self, batch: TorchBatch) -> TorchBatch:
