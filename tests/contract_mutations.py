@@ -18,7 +18,7 @@ import test_third_party as third
 import headwater as hw
 from headwater.curvature import passes
 from headwater.gradients.provider import BlockProvider
-from headwater.influence import InfluenceMapper
+from headwater.mapper import InfluenceMapper
 from headwater.operators.algebra import IdentityOperator, ScaledOperator
 from headwater.types import (
     Batch,

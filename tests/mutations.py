@@ -19,7 +19,8 @@ from headwater.arrays import transpose
 from headwater.curvature.passes import WeightedMean
 from headwater.gradients.algebra import Dense, Gradient, Moments
 from headwater.gradients.outer import Outer
-from headwater.influence import ComposableInfluence, InfluenceMapper, Sides
+from headwater.influence import ComposableInfluence
+from headwater.mapper import InfluenceMapper, Sides
 from headwater.methods.damping import in_units
 from headwater.methods.direct import Direct
 from headwater.methods.kronecker import Ekfac, Kfac

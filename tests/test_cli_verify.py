@@ -3,8 +3,8 @@
 import pytest
 
 from headwater import cli
+from headwater.attributor import Attributor
 from headwater.demo import ready as demo_ready
-from headwater.influence import ComposableInfluence
 
 SETUP = """
 import torch
@@ -69,7 +69,7 @@ def test_a_broken_operator_exits_with_status_1(write, capsys):
     ("text", "said"),
     [
         ("train = query = []", "influence"),
-        ("influence, train, query = 1, [], []", "int; expected a ComposableInfluence"),
+        ("influence, train, query = 1, [], []", "int; expected a Attributor"),
         ("def setup():\n    return 3", "got int"),
         ("def setup():\n    raise KeyError('weights.pt')", "KeyError: 'weights.pt' (mine.py, line 2)"),
         ("import no_such_module", "ModuleNotFoundError"),
@@ -108,7 +108,7 @@ def test_options_go_to_the_verification(write, capsys, monkeypatch):
         seen.update(options)
         return type("Found", (), {"passed": True, "__str__": lambda self: "a table"})()
 
-    monkeypatch.setattr(ComposableInfluence, "verify", fake)
+    monkeypatch.setattr(Attributor, "verify", fake)
     status, printed = verify(
         write(SETUP), "--rows", 3, "--queries", 2, "--seed", 5, "--tolerance", 0.5, "--quiet", capsys=capsys
     )

@@ -19,9 +19,9 @@ from torch import nn
 from truth import assert_close, named_loader
 
 import headwater as hw
+from headwater.attributor import Attributor
 from headwater.errors import BlockMismatch, InvalidInput, InvalidSetting, StaleFit
 from headwater.gradients.ensemble import EnsembleProvider
-from headwater.influence import ComposableInfluence
 from headwater.methods.tracin import TracIn
 from headwater.operators.algebra import IdentityOperator, ScaledOperator
 from headwater.operators.kronecker import KroneckerOperator
@@ -368,7 +368,7 @@ class TestEnsembleProvider(StructuredProviderContract):
         return np.kron(np.eye(2), linear_curvature(X))
 
 
-class LinearEnsembleInfluence(ComposableInfluence[Any]):
+class LinearEnsembleInfluence(Attributor[Any]):
     def __init__(self, method: Any, damping: Any = None):
         super().__init__(linear_ensemble(), method, damping=damping)
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import headwater as hw
-from headwater.influence import ComposableInfluence
+from headwater.attributor import Attributor
 from headwater.methods.base import Method
 from headwater.testing.contract import Contract, host
 from headwater.torch import TorchBatch, TorchComposableInfluence, TorchGradientProvider
@@ -111,9 +111,9 @@ class FrameworkSuite(Contract):
         """A hook: rows as the framework's batch."""
         raise NotImplementedError
 
-    def influence(self, method: Method, blocks: str, damping: Any) -> ComposableInfluence[Any]:
+    def influence(self, method: Method, blocks: str, damping: Any) -> Attributor[Any]:
         """A hook: influence on the network, not fitted."""
-        return ComposableInfluence(self.provider(blocks), method, damping=damping)
+        return Attributor(self.provider(blocks), method, damping=damping)
 
     def same(self, got: Any, expected: Any) -> None:
         expected = host(expected)

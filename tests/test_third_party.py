@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 
 import headwater as hw
+from headwater.attributor import Attributor
 from headwater.blocks import Block, Layout, Parameter, Part, Piece
 from headwater.errors import InvalidInput, InvalidSetting, StaleFit
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.outer import Outer
 from headwater.gradients.provider import StructuredGradientProvider
 from headwater.gradients.unit import UnitGradientProvider
-from headwater.influence import ComposableInfluence, InfluenceMapper
+from headwater.mapper import InfluenceMapper
 from headwater.methods.direct import Direct
 from headwater.operators.algebra import IdentityOperator, ScaledOperator
 from headwater.operators.kronecker import KroneckerOperator
@@ -126,7 +127,7 @@ def _layout(name):
     )
 
 
-class LinearInfluence(ComposableInfluence):
+class LinearInfluence(Attributor):
     def __init__(self, method, *, damping=None):
         super().__init__(LinearProvider(), method, damping=damping)
 

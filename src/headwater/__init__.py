@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from headwater import errors as errors
     from headwater.arrays import working_memory as working_memory
+    from headwater.attributor import Attributor as Attributor
     from headwater.errors import NotConverged as NotConverged
     from headwater.influence import ComposableInfluence as ComposableInfluence
     from headwater.methods.damping import Relative as Relative
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Arnoldi": "methods.low_rank",
     "Astra": "methods.stochastic",
+    "Attributor": "attributor",
     "Batch": "types",
     "BlockKrylov": "methods.iterative",
     "Cg": "methods.iterative",

@@ -10,16 +10,15 @@ per unit of weight in the mean objective; divided by the number of train rows, t
 from __future__ import annotations
 
 import copy
-import os
 from abc import ABC
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
-from headwater.arrays import Array, namespace, transpose
+from headwater.arrays import Array, namespace
 from headwater.curvature.known_rows import LoadersSeen, RowMemory
 from headwater.curvature.passes import KnownRows, Unpack, Unpacked, check_loader, first_batch, paired
 from headwater.curvature.places import located
@@ -35,166 +34,27 @@ from headwater.errors import (
     SingularOperator,
     StaleFit,
 )
-from headwater.gradients.block import BlockGradient, stack
-from headwater.gradients.provider import BlockGradients, BlockProvider, StructuredGradientProvider
+from headwater.gradients.provider import StructuredGradientProvider
 from headwater.gradients.words import in_words
+from headwater.mapper import InfluenceMapper
 from headwater.methods.base import Curvatures, Method
 from headwater.methods.damping import Damping, Relative, damping_by_block, in_units
 from headwater.operators.algebra import IdentityOperator, LinearOperator, ScaledOperator
-from headwater.operators.iterative import SolveReport, apply_path, joined, recorded_solves
+from headwater.operators.iterative import LastSolves, SolveReport, apply_path, joined, recorded_solves
 from headwater.operators.kronecker import SeparableOperator
 from headwater.operators.released import ReleasedOperator, penalised
 from headwater.operators.structured import BlockDiagonalOperator
-from headwater.types import BilinearForm, BlockMapper, InfluenceMode, OperatorGradientComposition, TensorType
+from headwater.types import InfluenceMode, TensorType
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from headwater.run.audit import Audit
-    from headwater.run.calibrate import Calibration, Retrained
-    from headwater.run.diagnosis import EffectiveDof
-    from headwater.run.verification import Verification
-    from headwater.status import Status
-    from headwater.store.diagnosis import Diagnosis
-    from headwater.store.scores import Extremes, Scores
-
-ByBlock = OrderedDict[str, Array]
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
 SAVED_FORMAT = 2
 """Of the folders that `save` writes."""
 ROW_KEYS = "keys of the rows"
 """Beside the curvature's arrays in such a folder."""
-
-
-class InfluenceMapper(BlockMapper[Array, Any, OperatorGradientComposition]):
-    """The contract's block mapper over a structured provider: one pass through the model serves all blocks.
-
-    A block whose operator has a bilinear form of its own is computed by that form, and the others the faster way.
-    """
-
-    def __init__(self, provider: StructuredGradientProvider, operators: Mapping[str, LinearOperator]):
-        blocks: OrderedDict[str, OperatorGradientComposition] = OrderedDict(
-            (name, OperatorGradientComposition(op, provider.block(name))) for name, op in operators.items()
-        )
-        super().__init__(blocks)
-        self.provider = provider
-        self.operators = OrderedDict(operators)
-
-    @property
-    def own_forms(self) -> dict[str, BilinearForm]:
-        """The forms of those blocks whose operator's form is another than `<Op left, right>`."""
-        forms = {name: operator.as_bilinear_form() for name, operator in self.operators.items()}
-        return {name: form for name, form in forms.items() if not form.is_default_of(self.operators[name])}
-
-    def generate_transformed_grads(self, batch: Any) -> Generator[Array, None, None]:
-        grads = self.provider.grads(batch, query=True)
-        for name, operator in self.operators.items():
-            yield operator.apply_block(operator.seen(grads[name])).flat()
-
-    def generate_interactions(
-        self, left_batch: Any, right_batch: Any, mode: InfluenceMode | str
-    ) -> Generator[Array, None, None]:
-        mode, own = InfluenceMode(mode), self.own_forms
-        right_batch = left_batch if right_batch is None else right_batch
-        plain = [name for name in self.operators if name not in own]
-        shared = self._shared_interactions(plain, left_batch, right_batch, mode)
-        for name in self.operators:
-            yield self._by_form(name, left_batch, right_batch, mode) if name in own else next(shared)
-
-    def _by_form(self, name: str, left_batch: Any, right_batch: Any, mode: InfluenceMode) -> Array:
-        # Rows on the left are explained, rows on the right are train rows; the same rows need two objects to say so.
-        right_batch = copy.copy(left_batch) if right_batch is left_batch else right_batch
-        provider = BlockProvider(self.provider, name, explained=left_batch)
-        return OperatorGradientComposition(self.operators[name], provider).interactions(left_batch, right_batch, mode)
-
-    def _shared_interactions(
-        self, names: Sequence[str], left_batch: Any, right_batch: Any, mode: InfluenceMode
-    ) -> Iterator[Array]:
-        """Of these blocks, from one pass over either batch."""
-        if not names:
-            return
-        every = self.provider.grads(left_batch, query=True)
-        grads = OrderedDict((name, every[name]) for name in names)
-        if mode is InfluenceMode.Perturbation:
-            for name, value in grads.items():
-                operator = self.operators[name]
-                yield self.provider.mixed_prod(right_batch, {name: operator.apply_block(operator.seen(value)).flat()})
-            return
-        queries = self.sides(grads, len(right_batch) / len(left_batch)).queries(grads)
-        train = self.provider.grads(right_batch)
-        for name in names:
-            yield queries.score(name, train[name])
-
-    def generate_interactions_from_transformed_grads(
-        self, left_factors: Array | Mapping[str, Array], right_batch: Any, mode: InfluenceMode | str
-    ) -> Generator[Array, None, None]:
-        mode, factors = InfluenceMode(mode), self._factors_by_block(left_factors)
-        if mode is InfluenceMode.Perturbation:
-            for name in self.operators:
-                yield self.provider.mixed_prod(right_batch, {name: factors[name]})
-            return
-        grads = self.provider.grads(right_batch)
-        for name, operator in self.operators.items():
-            yield transpose(operator.seen(grads[name]).project(factors[name]))
-
-    def perturbation(self, factors: Array | Mapping[str, Array], batch: Any) -> Array:
-        """All blocks together, in one differentiation: (N, M, *x_shape)."""
-        return self.provider.mixed_prod(batch, self._factors_by_block(factors))
-
-    def sides(self, grads: BlockGradients, train_per_query: float) -> Sides:
-        """Where queries like these and `train_per_query` train rows each had best meet."""
-        forms = self.own_forms
-        pairs = {name: self._sides(name, value, train_per_query, name in forms) for name, value in grads.items()}
-        return Sides(
-            OrderedDict((name, left) for name, (left, _) in pairs.items()),
-            OrderedDict((name, right) for name, (_, right) in pairs.items()),
-            forms,
-        )
-
-    def _sides(
-        self, name: str, value: BlockGradient, train_per_query: float, by_form: bool
-    ) -> tuple[LinearOperator, LinearOperator]:
-        if by_form:  # the gradients as they are, for the form's `inner_prod`
-            return (IdentityOperator(self.operators[name].input_size),) * 2
-        return self.operators[name].block_sides(value, train_per_query)
-
-
-@dataclass(frozen=True)
-class Sides:
-    """What query gradients go through, and what train gradients go through, before they meet; see `block_sides`.
-
-    Chosen once for a run: queries that went through one pair of sides cannot meet train rows that went through another.
-    """
-
-    left: Mapping[str, LinearOperator]
-    right: Mapping[str, LinearOperator]
-    forms: Mapping[str, BilinearForm] = field(default_factory=dict)
-    """Where an operator has a form of its own: what then takes the place of the dot product."""
-
-    def queries(self, grads: BlockGradients) -> Queries:
-        """Query gradients, ready to meet train rows."""
-        left = OrderedDict((name, _pass(self.left[name], v).settled(v)) for name, v in grads.items())
-        return Queries(left, self.right, self.forms)
-
-
-@dataclass(frozen=True)
-class Queries:
-    """Query gradients after their side of the operator, and the side that train gradients go through."""
-
-    left: BlockGradients
-    right: Mapping[str, LinearOperator]
-    forms: Mapping[str, BilinearForm] = field(default_factory=dict)
-
-    def scores(self, train: BlockGradients) -> ByBlock:
-        """By block: [q, n]."""
-        return OrderedDict((name, self.score(name, value)) for name, value in train.items())
-
-    def score(self, name: str, train: BlockGradient) -> Array:
-        """Of one block: [q, n]."""
-        if name in self.forms:
-            return self.forms[name].inner_prod(self.left[name].flat(), train.flat())
-        return self.left[name].inner(_pass(self.right[name], train))
 
 
 @dataclass(frozen=True)
@@ -211,7 +71,7 @@ class Fitted:
     """What the rows are known by (`RowKeys.fitted`), sorted: uint64; None where that was not kept."""
 
 
-def _in_own_precision(verb: Verb) -> Verb:
+def in_own_precision(verb: Verb) -> Verb:
     """Without the caller's mixed precision, but for the model's own call; see `own_precision` of providers."""
 
     @wraps(verb)
@@ -223,7 +83,7 @@ def _in_own_precision(verb: Verb) -> Verb:
 
 
 class ComposableInfluence(ABC, Generic[TensorType]):
-    """Influence of train rows on query rows; a framework's subclass only says how its provider is made.
+    """Influence of train rows on query rows, as tensors; `Attributor` adds the verbs over loaders.
 
     x and y are a framework's tensors (x also a tuple or dict of them); N_test and N_train are numbers of rows.
     """
@@ -242,8 +102,8 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         self.source = provider
         self.provider = method.view(provider)
         self.damping = damping_by_block(damping, method.default_damping, self.provider.layouts)
-        self._solves: dict[str, SolveReport] = {}
-        self._calibration: Calibration | None = None
+        self._last_solves = LastSolves()
+        self._calibration: Any = None
         self._fitted: Fitted | None = None
         self._mapper: InfluenceMapper | None = None
         if unpack is not None and not callable(unpack):
@@ -253,7 +113,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
     # Fitting ------------------------------------------------------------------------------------------------------
 
-    @_in_own_precision
+    @in_own_precision
     def fit(self, loader: Iterable[Any], *, progress: bool = False) -> Self:
         """Learn the curvature of the mean loss over the loader's rows; it gives (x, y) or batches, repeatably.
 
@@ -338,13 +198,18 @@ class ComposableInfluence(ABC, Generic[TensorType]):
     def block_names(self) -> list[str]:
         return list(self.provider.layouts)
 
-    @_in_own_precision
+    @in_own_precision
     def with_damping(self, damping: Damping | Mapping[str, Damping]) -> Self:
         """The same influence at another damping; everything that was fitted is used again."""
+        amounts = damping_by_block(damping, self.method.default_damping, self.provider.layouts)
+        other = self.changed(damping=amounts, _last_solves=LastSolves(), _calibration=None)
+        return other if self._fitted is None else other.changed(_mapper=other._make_mapper(self._fitted))
+
+    def changed(self, **fields: Any) -> Self:
+        """A copy with other values of some fields."""
         other = copy.copy(self)
-        other.damping = damping_by_block(damping, self.method.default_damping, self.provider.layouts)
-        other._mapper = None if self._fitted is None else other._make_mapper(self._fitted)
-        other._solves, other._calibration = {}, None
+        for name, value in fields.items():
+            setattr(other, name, value)
         return other
 
     def unfitted(
@@ -357,15 +222,21 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
         Another method sees what this one's view shows. Blocks stay the same.
         """
-        other = copy.copy(self)
-        other._fitted, other._mapper, other._solves, other._calibration = None, None, {}, None
-        if source is not None:
-            other.source, other.provider = source, self.method.view(source)
-        if method is not None:
-            other.method = method
+        method = self.method if method is None else method
+        provider = self.provider if source is None else self.method.view(source)
+        amounts = self.damping
         if damping is not None:
-            other.damping = damping_by_block(damping, other.method.default_damping, other.provider.layouts)
-        return other
+            amounts = damping_by_block(damping, method.default_damping, provider.layouts)
+        return self.changed(
+            source=self.source if source is None else source,
+            provider=provider,
+            method=method,
+            damping=amounts,
+            _fitted=None,
+            _mapper=None,
+            _last_solves=LastSolves(),
+            _calibration=None,
+        )
 
     @property
     def curvature(self) -> Curvatures:
@@ -373,21 +244,14 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         return self._need_fit().curvature
 
     @property
-    def calibration(self) -> Calibration | None:
-        """How the damping was chosen, by `calibrate`; None for a damping that was given, or the method's default."""
+    def calibration(self) -> Any:
+        """What chose the damping; None for a damping that was given, or the method's default."""
         return self._calibration
 
     @property
     def solves(self) -> dict[str, SolveReport]:
-        """How far the solves of the last call came, by block; empty for a method that solves nothing."""
-        return self._solves
-
-    @property
-    def status(self) -> Status:
-        """What is known of this influence: spectrum, damping, what was cut off, solves. `print` shows a table."""
-        from headwater.status import status_of
-
-        return status_of(self)
+        """How far the solves of this thread's last call came, by block; empty for a method that solves nothing."""
+        return self._last_solves.found
 
     @property
     def absolute_damping(self) -> dict[str, float]:
@@ -472,54 +336,38 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         return self.block_mapper
 
     @contextmanager
-    def _recorded(self) -> Iterator[None]:
+    def recorded(self) -> Iterator[None]:
         """Keep the solves of what is done inside, in `solves`; errors of passes say where they are."""
         with recorded_solves() as log, located():
             try:
                 yield
             finally:
-                self._solves = joined(log)
+                self._last_solves.found = joined(log)
 
     # At rest ------------------------------------------------------------------------------------------------------
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Keep what `fit` found in a folder: JSON, and arrays as safetensors; no code, no pickle. For `load`.
-
-        Errors: NotFittedError; StaleFit; AlreadySaved; NotWritten, of a full disk for example; InvalidSetting for
-        hw.Lissa and hw.Astra, whose fit is made of train rows.
-        """
-        from headwater.store.folder import write_folder
-
+    def taken_apart(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """What `fit` found, as JSON has it, and its arrays. Errors: those of `save`."""
         self.check_weights()
         parts = take_apart(self.curvature)
         keys = {} if self.fitted_keys is None else {ROW_KEYS: self.fitted_keys}
-        write_folder(path, {**self.identity(), "rows": self.n_train, **parts.description}, parts.arrays | keys)
+        return {**self.identity(), "rows": self.n_train, **parts.description}, parts.arrays | keys
 
-    @_in_own_precision
-    def load(self, path: str | os.PathLike[str], loader: Iterable[Any] | None = None) -> Self:
-        """What `save` kept, in place of `fit`: for the same model, weights, blocks and method; damping is free.
-
-        loader: the train rows that were fitted, for methods that read them at every solve (hw.Cg, hw.BlockKrylov,
-        hw.Dual, hw.DataInf, hw.Trak(dimension=None)). Errors: NotSaved; DamagedFile, naming the file, where something
-        is not as it was written; StaleFit if weights are others now; BlockMismatch; InvalidSetting for another method,
-        loss or architecture; NotFittedError, later, if rows are needed and were not given; BatchMismatch, later, for
-        other rows.
-        """
-        from headwater.store.folder import read_folder
-
-        saved, arrays = read_folder(path)
+    def put_together(
+        self, where: str, saved: Mapping[str, Any], arrays: Mapping[str, np.ndarray], loader: Iterable[Any] | None
+    ) -> None:
+        """Take what `taken_apart` gave, in place of `fit`; `where` it was read is for messages. Errors: as `load`."""
         if loader is not None:  # a provider that has seen rows knows the parts of its blocks
             first_batch(self.provider, self._read_as(loader, "train"))
-        self._check_identity(saved, str(path))
+        self._check_identity(saved, where)
         keys = arrays.get(ROW_KEYS)  # None in folders from before they were kept: then nothing is known of the rows
         rows = None
         if loader is not None:
             rows = KnownRows(self.source, self._read_as(loader, "train"), memory=RowMemory(keys))
-        curvature = put_together(TakenApart(saved, arrays), self.provider, self._like(), rows)
+        curvature = put_together(TakenApart(dict(saved), dict(arrays)), self.provider, self._like(), rows)
         weights, form = self.provider.fingerprint(), self.provider.form
         self._keep(Fitted(curvature, saved["rows"], weights, form, self.source.device, keys))
         self._loaders = LoadersSeen()
-        return self
 
     def _like(self) -> Array:
         """Some array of the model's: its framework and device."""
@@ -567,7 +415,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
     # Tensors in, tensors out --------------------------------------------------------------------------------------
 
-    @_in_own_precision
+    @in_own_precision
     def influences(
         self, x_test: Any, y_test: Any, x: Any = None, y: Any = None, mode: InfluenceMode | str = InfluenceMode.Up
     ) -> TensorType:
@@ -577,12 +425,12 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         Errors: InvalidInput if only one of x, y is given; NotFittedError; StaleFit; UnsupportedInfluenceModeError.
         """
         mapper, mode, test, train = self._asked(x_test, y_test, x, y, mode)
-        with self._recorded():
+        with self.recorded():
             if mode is InfluenceMode.Perturbation and not mapper.own_forms:
                 return mapper.perturbation(mapper.transformed_grads(test), train)
             return _sum(mapper.interactions(test, train, mode))
 
-    @_in_own_precision
+    @in_own_precision
     def damping_path(
         self,
         dampings: Sequence[Damping | Mapping[str, Damping]],
@@ -602,7 +450,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
             return [_sum(mapper.interactions(test, train, mode)) for mapper in others]
         grads = self.provider.grads(test, query=True) if others else {}
         factors: list[dict[str, Array]] = [{} for _ in others]
-        with self._recorded():
+        with self.recorded():
             for name, value in grads.items():
                 operators = [mapper.operators[name] for mapper in others]
                 for found, factor in zip(factors, apply_path(operators, operators[0].seen(value).flat()), strict=True):
@@ -614,29 +462,29 @@ class ComposableInfluence(ABC, Generic[TensorType]):
             for mapper, f in zip(others, factors, strict=True)
         ]
 
-    @_in_own_precision
+    @in_own_precision
     def influences_by_block(
         self, x_test: Any, y_test: Any, x: Any = None, y: Any = None, mode: InfluenceMode | str = InfluenceMode.Up
     ) -> OrderedDict[str, TensorType]:
         """`influences`, one summand for each block."""
         mapper, mode, test, train = self._asked(x_test, y_test, x, y, mode)
-        with self._recorded():
+        with self.recorded():
             return mapper.interactions(test, train, mode)
 
-    @_in_own_precision
+    @in_own_precision
     def influence_factors(self, x: Any, y: Any) -> TensorType:
         """Op(gradient) of each row, all blocks side by side: (N, D)."""
         factors = self.influence_factors_by_block(x, y)
         return namespace(*factors.values()).concat(list(factors.values()), axis=1)
 
-    @_in_own_precision
+    @in_own_precision
     def influence_factors_by_block(self, x: Any, y: Any) -> OrderedDict[str, TensorType]:
         """Op(gradient) of each row: (N, D_block) by block."""
         mapper, batch = self.ready(), self._batch(x, y, "x and y")
-        with self._recorded():
+        with self.recorded():
             return mapper.transformed_grads(batch)
 
-    @_in_own_precision
+    @in_own_precision
     def influences_from_factors(
         self,
         z_test_factors: TensorType | Mapping[str, TensorType],
@@ -650,7 +498,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
             return mapper.perturbation(z_test_factors, train)
         return _sum(mapper.interactions_from_transformed_grads(z_test_factors, train, mode))
 
-    @_in_own_precision
+    @in_own_precision
     def influences_from_factors_by_block(
         self,
         z_test_factors: TensorType | Mapping[str, TensorType],
@@ -677,212 +525,11 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         except (BatchMismatch, InvalidInput) as error:
             raise type(error)(f"{what}: {error}") from error
 
-    # Loaders in, labelled scores out ------------------------------------------------------------------------------
-
-    @_in_own_precision
-    def attribute(
-        self,
-        train_loader: Iterable[Any],
-        query_loader: Iterable[Any],
-        *,
-        unit: str = "influence",
-        by_block: bool = False,
-        store: str | os.PathLike[str] | None = None,
-        progress: bool = False,
-    ) -> Scores:
-        """Scores of all train rows on all query rows, labelled: every row goes through the model once.
-
-        unit: "influence" (what `influences` gives), or "removal" (that over n_train: the predicted increase of the
-        query's loss when the row is removed). by_block: keep each block's share. store: a folder where finished tiles
-        are kept, so that the same call goes on where a stopped one ended.
-        """
-        from headwater.run.attribute import attribute
-
-        options: dict[str, Any] = {"unit": unit, "by_block": by_block, "store": store, "progress": progress}
-        with self._recorded():
-            return attribute(self, self.train_rows(train_loader), self.query_rows(query_loader), **options)
-
-    @_in_own_precision
-    def top(
-        self,
-        train_loader: Iterable[Any],
-        query_loader: Iterable[Any],
-        k: int,
-        *,
-        unit: str = "influence",
-        progress: bool = False,
-    ) -> Extremes:
-        """The k most helpful and the k most harmful train rows of each query, without keeping the matrix of scores."""
-        from headwater.run.attribute import top
-
-        with self._recorded():
-            train, query = self.train_rows(train_loader), self.query_rows(query_loader)
-            return top(self, train, query, k, unit=unit, progress=progress)
-
-    @_in_own_precision
-    def self_influence(self, train_loader: Iterable[Any], *, progress: bool = False) -> np.ndarray:
-        """<Op g_n, g_n> for each row, without the N x N matrix: [n]."""
-        from headwater.run.attribute import self_influence
-
-        with self._recorded():
-            return self_influence(self, self.train_rows(train_loader), progress=progress)
-
-    @_in_own_precision
-    def removal(
-        self,
-        train_loader: Iterable[Any],
-        query_loader: Iterable[Any],
-        groups: Iterable[Any] | None = None,
-        *,
-        progress: bool = False,
-    ) -> np.ndarray:
-        """The rise of each query's loss when a row, or a group, is removed: [q, n] or [q, groups].
-
-        Score / n_train, and what the removed rows' own curvature adds: one Newton step without them. groups: for each
-        its rows' positions in the loader, or ids where batches carry them. See `headwater.run.removal`.
-        """
-        from headwater.run.removal import removal
-
-        with self._recorded():
-            train, query = self.train_rows(train_loader), self.query_rows(query_loader)
-            return removal(self, train, query, groups, progress=progress)
-
-    @_in_own_precision
-    def calibrate(
-        self,
-        train_loader: Iterable[Any],
-        query_loader: Iterable[Any] | None = None,
-        bank: Retrained | None = None,
-        *,
-        dampings: Sequence[Damping] | None = None,
-        by_block: bool = False,
-        subsets: int = 10,
-        seed: int = 0,
-        progress: bool = False,
-    ) -> Self:
-        """The same influence at the damping that forecasts retraining best; `calibration` says how sure that is.
-
-        bank: models retrained on subsets of the train rows: a `headwater.evaluate.Bank`, masks and outputs (keep
-        [m, n], outputs [m, runs, q]), or a function (indices of rows kept, seed) -> outputs [q], which is then called
-        for `subsets` random halves of the rows. Outputs are what is explained (losses, unless there is a measurement)
-        of the rows of query_loader. Ten models are enough to see where the optimum is. None: without retraining, by
-        the evidence of the Laplace approximation (no query_loader), which knows less and is labelled so; it takes the
-        loss for minus a log-likelihood.
-
-        dampings: the path, all relative or all absolute; None for seven decades of mean eigenvalues. by_block: a
-        damping for each block, kept only if subsets that were not looked at speak for it. Derivations are in
-        `headwater.run.calibrate`. Errors: InvalidInput for a bank of other rows or queries, and for queries without a
-        bank; InvalidSetting for a method without damping.
-        """
-        from headwater.run.calibrate import calibrate, in_unit
-
-        options: dict[str, Any] = {"dampings": dampings, "by_block": by_block, "subsets": subsets, "seed": seed}
-        with located():
-            train = self.train_rows(train_loader)
-            query = None if query_loader is None else self.query_rows(query_loader)
-            found = calibrate(self, train, query, bank, **options, progress=progress)
-        other = self.with_damping({name: in_unit(amount, found.unit) for name, amount in found.chosen.items()})
-        other._calibration = found
-        return other
-
-    @_in_own_precision
-    def verify(
-        self,
-        train_loader: Iterable[Any],
-        query_loader: Iterable[Any],
-        *,
-        rows: int = 8,
-        queries: int = 4,
-        seed: int = 0,
-        tolerance: float | None = None,
-        progress: bool = False,
-    ) -> Verification:
-        """Recompute random pairs the slow plain way, on this model and these rows, and compare; `print` shows a table.
-
-        rows: train rows for each of the `queries`. tolerance: how far scores may be off, relative to the largest; None
-        for what the dtype allows. train_loader gives the rows that were fitted. See `headwater.run.verify`.
-        """
-        from headwater.run.verify import verify
-
-        options: dict[str, Any] = {"rows": rows, "queries": queries, "seed": seed, "tolerance": tolerance}
-        with located():
-            train, query = self.train_rows(train_loader), self.query_rows(query_loader)
-            return verify(self, train, query, **options, progress=progress)
-
-    @_in_own_precision
-    def audit(
-        self,
-        train_loader: Iterable[Any],
-        query_loader: Iterable[Any],
-        *,
-        queries: int = 20,
-        k: int = 10,
-        level: float = 0.9,
-        tolerance: float | None = None,
-        seed: int = 0,
-        progress: bool = False,
-    ) -> Audit:
-        """How far an approximation is from the exact damped inverse of what it approximates; `print` shows a table.
-
-        Random queries are solved exactly and scored against all train rows; what is found bounds the error for
-        one more query with probability `level`, whatever the distribution. k: of top-k overlap. tolerance: relative
-        residual of the exact solves, None for what the dtype allows. train_loader gives the rows that were fitted.
-        Errors: InvalidSetting for a method that approximates no inverse. See `headwater.run.audit`.
-        """
-        from headwater.run.audit import audit
-
-        options: dict[str, Any] = {"queries": queries, "k": k, "level": level, "tolerance": tolerance, "seed": seed}
-        with located():
-            train, query = self.train_rows(train_loader), self.query_rows(query_loader)
-            return audit(self, train, query, **options, progress=progress)
-
-    @_in_own_precision
-    def diagnose(self, train_loader: Iterable[Any], *, progress: bool = False) -> Diagnosis:
-        """What gives reason to doubt the scores: weights that are no minimum, negative curvature, missed solves, ...
-
-        What `attribute` tells on the way (`scores.diagnosis`), and what costs more: a pass over the train rows,
-        products for the ends of the spectrum, and for effective degrees of freedom. Solves are those of the last call.
-        Errors: NotFittedError; StaleFit.
-        """
-        from headwater.run.diagnosis import diagnose
-
-        with located():
-            return diagnose(self, self.train_rows(train_loader), progress=progress)
-
-    @_in_own_precision
-    def effective_dof(
-        self, dampings: Sequence[Damping] | None = None, *, probes: int = 8, seed: int = 0
-    ) -> OrderedDict[str, EffectiveDof]:
-        """tr(C (C + damping)^-1) of each block, and its standard error: how many directions the data decide.
-
-        Exact (standard error zero) where the method's curvature has a spectrum; by random vectors and Lanczos where
-        there are only products (`probes` of them, two dozen products each). dampings: in place of the influence's own,
-        each absolute or relative; values and errors are then arrays [dampings], from one decomposition. Of a low-rank
-        or projected method it is that of what the method inverts. NaN where the damped curvature is not positive.
-        Errors: NotFittedError; StaleFit; InvalidSetting for a method that inverts no curvature.
-        """
-        from headwater.run.diagnosis import effective_dof
-
-        return effective_dof(self, dampings, probes=probes, seed=seed)
-
     def batch_self_influence(self, batch: Any) -> Array:
         """<Op g_n, g_n> of a batch's rows: [n]."""
         operators = self.block_mapper.operators
         grads = self.provider.self_grads(batch)
         return sum(operators[name].quadratic(operators[name].seen(value)) for name, value in grads.items())
-
-
-def _pass(side: LinearOperator, value: BlockGradient) -> BlockGradient:
-    """Through one side of an operator, as the operator sees rows."""
-    return side.apply_block(side.seen(value))
-
-
-def stack_queries(pieces: list[Queries]) -> Queries:
-    """Queries of several batches under one another. Errors: InvalidInput if they went through different sides."""
-    if any(piece.right is not pieces[0].right for piece in pieces):
-        raise InvalidInput("Queries that went through different sides cannot be stacked.")
-    left = OrderedDict((name, stack([piece.left[name] for piece in pieces])) for name in pieces[0].left)
-    return Queries(left, pieces[0].right, pieces[0].forms)
 
 
 def _parts(operator: LinearOperator) -> Iterable[LinearOperator]:

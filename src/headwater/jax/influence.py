@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from headwater.attributor import Attributor
 from headwater.blocks import Structure
 from headwater.curvature.passes import Unpack
 from headwater.errors import InvalidInput, InvalidSetting
@@ -14,14 +15,13 @@ from headwater.gradients.coverage import Coverage
 from headwater.gradients.ensemble import EnsembleProvider
 from headwater.gradients.likelihoods import Likelihood
 from headwater.gradients.provider import StructuredGradientProvider
-from headwater.influence import ComposableInfluence
 from headwater.jax.losses import Loss
 from headwater.jax.provider import Apply, JaxGradientProvider
 from headwater.methods.base import Method
 from headwater.methods.damping import Damping
 
 
-class JaxComposableInfluence(ComposableInfluence[jax.Array]):
+class JaxComposableInfluence(Attributor[jax.Array]):
     """Which training rows made a JAX function do this, and by how much.
 
     apply, params, loss, measurement, likelihood, example: see `JaxGradientProvider`. method: settings such as

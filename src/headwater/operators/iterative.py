@@ -7,6 +7,7 @@ these arrays.
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -104,6 +105,16 @@ def unrecorded_solves() -> Iterator[None]:
         yield
     finally:
         _LOG.reset(token)
+
+
+class LastSolves(threading.local):
+    """The solves of a thread's last call, by label; threads do not see each other's."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, SolveReport] = {}
+
+    def __reduce__(self) -> tuple[type[LastSolves], tuple[()]]:
+        return LastSolves, ()  # a copy, and what is read from a file, has solved nothing yet
 
 
 def joined(reports: Sequence[SolveReport]) -> dict[str, SolveReport]:

@@ -13,7 +13,8 @@ from headwater.arrays import to_numpy
 from headwater.curvature.passes import again
 from headwater.errors import InvalidSetting
 from headwater.gradients.provider import BlockGradients
-from headwater.influence import ComposableInfluence, Queries, Sides, stack_queries
+from headwater.influence import ComposableInfluence
+from headwater.mapper import Queries, Sides, stack_queries
 from headwater.operators.iterative import joined, recorded_solves, unrecorded_solves
 from headwater.run.diagnosis import RunSums, diagnosis_of, meets_the_loss
 from headwater.run.rows import check_scores, distinct, named_batches, named_pieces, train_batches

@@ -12,8 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from headwater.attributor import Attributor
 from headwater.errors import HeadwaterError, InvalidInput, InvalidSetting
-from headwater.influence import ComposableInfluence
 
 NAMES = ("influence", "train", "query")
 
@@ -22,7 +22,7 @@ NAMES = ("influence", "train", "query")
 class Setup:
     """What a setup file gives."""
 
-    influence: ComposableInfluence
+    influence: Attributor
     """Fitted or not."""
     train: Iterable[Any]
     """The loader of the rows that were, or will be, fitted."""
@@ -53,8 +53,8 @@ def load_setup(target: str) -> Setup:
                 "function setup() that returns them."
             )
         given = [getattr(module, n) for n in NAMES]
-    if not isinstance(given[0], ComposableInfluence):
-        raise InvalidSetting(f"{target}: the influence is {type(given[0]).__name__}; expected a ComposableInfluence.")
+    if not isinstance(given[0], Attributor):
+        raise InvalidSetting(f"{target}: the influence is {type(given[0]).__name__}; expected a Attributor.")
     return Setup(*given)
 
 

@@ -30,7 +30,8 @@ from headwater.curvature.passes import batches, total_weight
 from headwater.errors import HeadwaterError, InvalidSetting, NotConverged
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.provider import StructuredGradientProvider
-from headwater.influence import ComposableInfluence, InfluenceMapper, stack_queries
+from headwater.influence import ComposableInfluence
+from headwater.mapper import InfluenceMapper, stack_queries
 from headwater.methods.base import Method
 from headwater.methods.direct import Direct
 from headwater.methods.iterative import Cg
@@ -48,6 +49,7 @@ from headwater.run.verification import (
     Check,
     Verification,
 )
+from headwater.status import status_of
 from headwater.types import join
 
 ONE_BY_ONE, REFITTED = 300, 2000
@@ -247,7 +249,7 @@ class _Verifier:
             return self.tolerance + min(SOLVED, self._rounding)
         total = 0.0
         for name, report in self.solves.items():
-            status = self.influence.status.blocks[name]
+            status = status_of(self.influence).blocks[name]
             if status.lowest_damped is None or not status.lowest_damped > 0:
                 return self.tolerance + SOLVED
             q, n = (self._lengths(batch, name, query) for batch, query in self._sides)
@@ -261,7 +263,7 @@ class _Verifier:
         """Ten times eps, times the worst condition number that the damping leaves."""
         if self.influence.source.dtype not in TOLERANCES:
             return 0.0
-        conditions = [block.condition for block in self.influence.status.blocks.values()]
+        conditions = [block.condition for block in status_of(self.influence).blocks.values()]
         worst = max((c for c in conditions if c is not None), default=1.0)
         return 10 * float(np.finfo(self.influence.source.dtype).eps) * worst
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from headwater.attributor import Attributor
 from headwater.blocks import Structure
 from headwater.curvature.passes import KnownRows, Unpack, check_loader
 from headwater.errors import InvalidInput
 from headwater.gradients.provider import OutputFunction
-from headwater.influence import ComposableInfluence
 from headwater.methods.base import Method
 from headwater.methods.damping import Damping
 from headwater.sklearn.batch import SklearnBatch
@@ -17,7 +17,7 @@ from headwater.sklearn.families import Array
 from headwater.sklearn.provider import NAMES, SklearnGradientProvider
 
 
-class SklearnComposableInfluence(ComposableInfluence[Array]):
+class SklearnComposableInfluence(Attributor[Array]):
     """Which training rows made a fitted estimator predict this, and by how much.
 
     The loss is the estimator's own, and its penalty is part of the curvature (`SklearnGradientProvider.penalty`), so

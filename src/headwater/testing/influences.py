@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from headwater.arrays import working_memory
+from headwater.attributor import Attributor
 from headwater.errors import InvalidSetting, NotFittedError, UnsupportedInfluenceModeError
-from headwater.influence import ComposableInfluence
 from headwater.methods.damping import Relative
 from headwater.testing.contract import Contract, host
 from headwater.types import Batch, InfluenceMode
@@ -21,7 +21,7 @@ Rows = tuple[Any, Any]
 
 
 class InfluenceContract(Contract):
-    """What every `ComposableInfluence` obeys: laws 1 and 2 of the contract, and how it refuses.
+    """What every `Attributor` obeys: laws 1 and 2 of the contract, and how it refuses.
 
     A subclass fills `influence`, `train`, `queries`, and `slow_scores` where there is a truth; for inputs that have no
     derivatives it sets `modes` to ("up",).
@@ -34,7 +34,7 @@ class InfluenceContract(Contract):
     dampings: tuple[float, ...] = (1e-3, 1e-1, 1.0)
     """In mean eigenvalues; () for a method without damping."""
 
-    def influence(self, damping: Any = None) -> ComposableInfluence[Any]:
+    def influence(self, damping: Any = None) -> Attributor[Any]:
         """A hook: the implementation under test, not fitted, at this damping or (None) at its own choice."""
         raise NotImplementedError
 
@@ -59,7 +59,7 @@ class InfluenceContract(Contract):
         n = len(rows[1])
         return [self.take(rows, range(start, min(start + batch_size, n))) for start in range(0, n, batch_size)]
 
-    def fitted(self, damping: Any = None, batch_size: int = 3) -> ComposableInfluence[Any]:
+    def fitted(self, damping: Any = None, batch_size: int = 3) -> Attributor[Any]:
         return self.influence(damping).fit(self.loader(self.train(), batch_size))
 
     # Shapes, and the truth ----------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ class InfluenceContract(Contract):
                 if truth is not None:
                     self.assert_same(self._scores(self.fitted(Relative(damping)), mode), truth)
 
-    def _scores(self, influence: ComposableInfluence[Any], mode: str = "up") -> np.ndarray:
+    def _scores(self, influence: Attributor[Any], mode: str = "up") -> np.ndarray:
         return host(influence.influences(*self.queries(), *self.train(), mode=mode))
 
     # Every path gives the same number -----------------------------------------------------------------------------

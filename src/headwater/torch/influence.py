@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
+from headwater.attributor import Attributor
 from headwater.blocks import Structure
 from headwater.curvature.passes import Unpack, Unpacked
 from headwater.errors import InvalidInput, InvalidSetting
 from headwater.gradients.coverage import Coverage
 from headwater.gradients.ensemble import EnsembleProvider
 from headwater.gradients.provider import StructuredGradientProvider
-from headwater.influence import ComposableInfluence
 from headwater.methods.base import Method
 from headwater.methods.damping import Damping
 from headwater.torch.likelihoods import Likelihood
@@ -28,7 +28,7 @@ Checkpoint = Mapping[str, torch.Tensor] | nn.Module | str | os.PathLike[str]
 """Weights: a state dict, a model that has them, or a file that `torch.load` reads as a state dict."""
 
 
-class TorchComposableInfluence(ComposableInfluence[torch.Tensor]):
+class TorchComposableInfluence(Attributor[torch.Tensor]):
     """Which training rows made a torch model do this, and by how much.
 
     model, loss, measurement, likelihood: see `TorchGradientProvider`. method: settings such as hw.Ekfac(). blocks:
@@ -76,7 +76,7 @@ class TorchComposableInfluence(ComposableInfluence[torch.Tensor]):
         provider: StructuredGradientProvider = self._torch_provider
         if checkpoints is not None:
             provider = EnsembleProvider([provide(loaded) for loaded in _load_all(model, checkpoints)])
-        ComposableInfluence.__init__(self, provider, method, damping=damping, unpack=unpack)
+        Attributor.__init__(self, provider, method, damping=damping, unpack=unpack)
 
     def as_loader(self, loader: Iterable[Any]) -> Iterable[Any]:
         """Errors: InvalidInput for a Dataset, which gives single rows."""

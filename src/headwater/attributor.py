@@ -1,0 +1,275 @@
+"""The door for users: influence, and the verbs over loaders; each calls the function of its name in `run/`.
+
+Tensors in and tensors out is `ComposableInfluence`, the contract, which knows nothing of runs, files and reports. What
+a verb needs is imported when it is called, so that `import headwater.torch` brings no storage and no figures.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+from headwater.curvature.places import located
+from headwater.influence import ComposableInfluence, in_own_precision
+from headwater.methods.damping import Damping
+from headwater.types import TensorType
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from headwater.run.audit import Audit
+    from headwater.run.calibrate import Calibration, Retrained
+    from headwater.run.diagnosis import EffectiveDof
+    from headwater.run.verification import Verification
+    from headwater.status import Status
+    from headwater.store.diagnosis import Diagnosis
+    from headwater.store.scores import Extremes, Scores
+
+
+class Attributor(ComposableInfluence[TensorType]):
+    """Influence of all train rows on all query rows: loaders in, labelled scores out."""
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """How the damping was chosen, by `calibrate`; None for a damping that was given, or the method's default."""
+        return self._calibration
+
+    @property
+    def status(self) -> Status:
+        """What is known of this influence: spectrum, damping, what was cut off, solves. `print` shows a table."""
+        from headwater.status import status_of
+
+        return status_of(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Keep what `fit` found in a folder: JSON, and arrays as safetensors; no code, no pickle. For `load`.
+
+        Errors: NotFittedError; StaleFit; AlreadySaved; NotWritten, of a full disk for example; InvalidSetting for
+        hw.Lissa and hw.Astra, whose fit is made of train rows.
+        """
+        from headwater.store.folder import write_folder
+
+        self.check_weights()
+        write_folder(path, *self.taken_apart())
+
+    @in_own_precision
+    def load(self, path: str | os.PathLike[str], loader: Iterable[Any] | None = None) -> Self:
+        """What `save` kept, in place of `fit`: for the same model, weights, blocks and method; damping is free.
+
+        loader: the train rows that were fitted, for methods that read them at every solve (hw.Cg, hw.BlockKrylov,
+        hw.Dual, hw.DataInf, hw.Trak(dimension=None)). Errors: NotSaved; DamagedFile, naming the file, where something
+        is not as it was written; StaleFit if weights are others now; BlockMismatch; InvalidSetting for another method,
+        loss or architecture; NotFittedError, later, if rows are needed and were not given; BatchMismatch, later, for
+        other rows.
+        """
+        from headwater.store.folder import read_folder
+
+        saved, arrays = read_folder(path)
+        self.put_together(str(path), saved, arrays, loader)
+        return self
+
+    @in_own_precision
+    def attribute(
+        self,
+        train_loader: Iterable[Any],
+        query_loader: Iterable[Any],
+        *,
+        unit: str = "influence",
+        by_block: bool = False,
+        store: str | os.PathLike[str] | None = None,
+        progress: bool = False,
+    ) -> Scores:
+        """Scores of all train rows on all query rows, labelled: every row goes through the model once.
+
+        unit: "influence" (what `influences` gives), or "removal" (that over n_train: the predicted increase of the
+        query's loss when the row is removed). by_block: keep each block's share. store: a folder where finished tiles
+        are kept, so that the same call goes on where a stopped one ended.
+        """
+        from headwater.run.attribute import attribute
+
+        with self.recorded():
+            train, query = self.train_rows(train_loader), self.query_rows(query_loader)
+            return attribute(self, train, query, unit=unit, by_block=by_block, store=store, progress=progress)
+
+    @in_own_precision
+    def top(
+        self,
+        train_loader: Iterable[Any],
+        query_loader: Iterable[Any],
+        k: int,
+        *,
+        unit: str = "influence",
+        progress: bool = False,
+    ) -> Extremes:
+        """The k most helpful and the k most harmful train rows of each query, without keeping the matrix of scores."""
+        from headwater.run.attribute import top
+
+        with self.recorded():
+            train, query = self.train_rows(train_loader), self.query_rows(query_loader)
+            return top(self, train, query, k, unit=unit, progress=progress)
+
+    @in_own_precision
+    def self_influence(self, train_loader: Iterable[Any], *, progress: bool = False) -> np.ndarray:
+        """<Op g_n, g_n> for each row, without the N x N matrix: [n]."""
+        from headwater.run.attribute import self_influence
+
+        with self.recorded():
+            return self_influence(self, self.train_rows(train_loader), progress=progress)
+
+    @in_own_precision
+    def removal(
+        self,
+        train_loader: Iterable[Any],
+        query_loader: Iterable[Any],
+        groups: Iterable[Any] | None = None,
+        *,
+        progress: bool = False,
+    ) -> np.ndarray:
+        """The rise of each query's loss when a row, or a group, is removed: [q, n] or [q, groups].
+
+        Score / n_train, and what the removed rows' own curvature adds: one Newton step without them. groups: for each
+        its rows' positions in the loader, or ids where batches carry them. See `headwater.run.removal`.
+        """
+        from headwater.run.removal import removal
+
+        with self.recorded():
+            train, query = self.train_rows(train_loader), self.query_rows(query_loader)
+            return removal(self, train, query, groups, progress=progress)
+
+    @in_own_precision
+    def calibrate(
+        self,
+        train_loader: Iterable[Any],
+        query_loader: Iterable[Any] | None = None,
+        bank: Retrained | None = None,
+        *,
+        dampings: Sequence[Damping] | None = None,
+        by_block: bool = False,
+        subsets: int = 10,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> Self:
+        """The same influence at the damping that forecasts retraining best; `calibration` says how sure that is.
+
+        bank: models retrained on subsets of the train rows: a `headwater.evaluate.Bank`, masks and outputs (keep
+        [m, n], outputs [m, runs, q]), or a function (indices of rows kept, seed) -> outputs [q], which is then called
+        for `subsets` random halves of the rows. Outputs are what is explained (losses, unless there is a measurement)
+        of the rows of query_loader. Ten models are enough to see where the optimum is. None: without retraining, by
+        the evidence of the Laplace approximation (no query_loader), which knows less and is labelled so; it takes the
+        loss for minus a log-likelihood.
+
+        dampings: the path, all relative or all absolute; None for seven decades of mean eigenvalues. by_block: a
+        damping for each block, kept only if subsets that were not looked at speak for it. Derivations are in
+        `headwater.run.calibrate`. Errors: InvalidInput for a bank of other rows or queries, and for queries without a
+        bank; InvalidSetting for a method without damping.
+        """
+        from headwater.run.calibrate import calibrate, in_unit
+
+        with located():
+            train = self.train_rows(train_loader)
+            query = None if query_loader is None else self.query_rows(query_loader)
+            found = calibrate(
+                self,
+                train,
+                query,
+                bank,
+                dampings=dampings,
+                by_block=by_block,
+                subsets=subsets,
+                seed=seed,
+                progress=progress,
+            )
+        chosen = {name: in_unit(amount, found.unit) for name, amount in found.chosen.items()}
+        return self.with_damping(chosen).changed(_calibration=found)
+
+    @in_own_precision
+    def verify(
+        self,
+        train_loader: Iterable[Any],
+        query_loader: Iterable[Any],
+        *,
+        rows: int = 8,
+        queries: int = 4,
+        seed: int = 0,
+        tolerance: float | None = None,
+        progress: bool = False,
+    ) -> Verification:
+        """Recompute random pairs the slow plain way, on this model and these rows, and compare; `print` shows a table.
+
+        rows: train rows for each of the `queries`. tolerance: how far scores may be off, relative to the largest; None
+        for what the dtype allows. train_loader gives the rows that were fitted. See `headwater.run.verify`.
+        """
+        from headwater.run.verify import verify
+
+        with located():
+            train, query = self.train_rows(train_loader), self.query_rows(query_loader)
+            return verify(
+                self, train, query, rows=rows, queries=queries, seed=seed, tolerance=tolerance, progress=progress
+            )
+
+    @in_own_precision
+    def audit(
+        self,
+        train_loader: Iterable[Any],
+        query_loader: Iterable[Any],
+        *,
+        queries: int = 20,
+        k: int = 10,
+        level: float = 0.9,
+        tolerance: float | None = None,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> Audit:
+        """How far an approximation is from the exact damped inverse of what it approximates; `print` shows a table.
+
+        Random queries are solved exactly and scored against all train rows; what is found bounds the error for
+        one more query with probability `level`, whatever the distribution. k: of top-k overlap. tolerance: relative
+        residual of the exact solves, None for what the dtype allows. train_loader gives the rows that were fitted.
+        Errors: InvalidSetting for a method that approximates no inverse. See `headwater.run.audit`.
+        """
+        from headwater.run.audit import audit
+
+        with located():
+            train, query = self.train_rows(train_loader), self.query_rows(query_loader)
+            return audit(
+                self,
+                train,
+                query,
+                queries=queries,
+                k=k,
+                level=level,
+                tolerance=tolerance,
+                seed=seed,
+                progress=progress,
+            )
+
+    @in_own_precision
+    def diagnose(self, train_loader: Iterable[Any], *, progress: bool = False) -> Diagnosis:
+        """What gives reason to doubt the scores: weights that are no minimum, negative curvature, missed solves, ...
+
+        What `attribute` tells on the way (`scores.diagnosis`), and what costs more: a pass over the train rows,
+        products for the ends of the spectrum, and for effective degrees of freedom. Solves are those of the last call.
+        Errors: NotFittedError; StaleFit.
+        """
+        from headwater.run.diagnosis import diagnose
+
+        with located():
+            return diagnose(self, self.train_rows(train_loader), progress=progress)
+
+    @in_own_precision
+    def effective_dof(
+        self, dampings: Sequence[Damping] | None = None, *, probes: int = 8, seed: int = 0
+    ) -> OrderedDict[str, EffectiveDof]:
+        """tr(C (C + damping)^-1) of each block, and its standard error: how many directions the data decide.
+
+        Exact (standard error zero) where the method's curvature has a spectrum; by random vectors and Lanczos where
+        there are only products (`probes` of them, two dozen products each). dampings: in place of the influence's own,
+        each absolute or relative; values and errors are then arrays [dampings], from one decomposition. Of a low-rank
+        or projected method it is that of what the method inverts. NaN where the damped curvature is not positive.
+        Errors: NotFittedError; StaleFit; InvalidSetting for a method that inverts no curvature.
+        """
+        from headwater.run.diagnosis import effective_dof
+
+        return effective_dof(self, dampings, probes=probes, seed=seed)

@@ -1,0 +1,164 @@
+"""Fitted operators composed with a gradient provider: where query gradients and train gradients meet.
+
+score(query, train) = sum over blocks  < Op_block(grad loss(query)), grad loss(train) >
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from headwater.arrays import Array, transpose
+from headwater.errors import InvalidInput
+from headwater.gradients.block import BlockGradient, stack
+from headwater.gradients.provider import BlockGradients, BlockProvider, StructuredGradientProvider
+from headwater.operators.algebra import IdentityOperator, LinearOperator
+from headwater.types import BilinearForm, BlockMapper, InfluenceMode, OperatorGradientComposition
+
+ByBlock = OrderedDict[str, Array]
+
+
+class InfluenceMapper(BlockMapper[Array, Any, OperatorGradientComposition]):
+    """The contract's block mapper over a structured provider: one pass through the model serves all blocks.
+
+    A block whose operator has a bilinear form of its own is computed by that form, and the others the faster way.
+    """
+
+    def __init__(self, provider: StructuredGradientProvider, operators: Mapping[str, LinearOperator]):
+        blocks: OrderedDict[str, OperatorGradientComposition] = OrderedDict(
+            (name, OperatorGradientComposition(op, provider.block(name))) for name, op in operators.items()
+        )
+        super().__init__(blocks)
+        self.provider = provider
+        self.operators = OrderedDict(operators)
+
+    @property
+    def own_forms(self) -> dict[str, BilinearForm]:
+        """The forms of those blocks whose operator's form is another than `<Op left, right>`."""
+        forms = {name: operator.as_bilinear_form() for name, operator in self.operators.items()}
+        return {name: form for name, form in forms.items() if not form.is_default_of(self.operators[name])}
+
+    def generate_transformed_grads(self, batch: Any) -> Generator[Array, None, None]:
+        grads = self.provider.grads(batch, query=True)
+        for name, operator in self.operators.items():
+            yield operator.apply_block(operator.seen(grads[name])).flat()
+
+    def generate_interactions(
+        self, left_batch: Any, right_batch: Any, mode: InfluenceMode | str
+    ) -> Generator[Array, None, None]:
+        mode, own = InfluenceMode(mode), self.own_forms
+        right_batch = left_batch if right_batch is None else right_batch
+        plain = [name for name in self.operators if name not in own]
+        shared = self._shared_interactions(plain, left_batch, right_batch, mode)
+        for name in self.operators:
+            yield self._by_form(name, left_batch, right_batch, mode) if name in own else next(shared)
+
+    def _by_form(self, name: str, left_batch: Any, right_batch: Any, mode: InfluenceMode) -> Array:
+        # Rows on the left are explained, rows on the right are train rows; the same rows need two objects to say so.
+        right_batch = copy.copy(left_batch) if right_batch is left_batch else right_batch
+        provider = BlockProvider(self.provider, name, explained=left_batch)
+        return OperatorGradientComposition(self.operators[name], provider).interactions(left_batch, right_batch, mode)
+
+    def _shared_interactions(
+        self, names: Sequence[str], left_batch: Any, right_batch: Any, mode: InfluenceMode
+    ) -> Iterator[Array]:
+        """Of these blocks, from one pass over either batch."""
+        if not names:
+            return
+        every = self.provider.grads(left_batch, query=True)
+        grads = OrderedDict((name, every[name]) for name in names)
+        if mode is InfluenceMode.Perturbation:
+            for name, value in grads.items():
+                operator = self.operators[name]
+                yield self.provider.mixed_prod(right_batch, {name: operator.apply_block(operator.seen(value)).flat()})
+            return
+        queries = self.sides(grads, len(right_batch) / len(left_batch)).queries(grads)
+        train = self.provider.grads(right_batch)
+        for name in names:
+            yield queries.score(name, train[name])
+
+    def generate_interactions_from_transformed_grads(
+        self, left_factors: Array | Mapping[str, Array], right_batch: Any, mode: InfluenceMode | str
+    ) -> Generator[Array, None, None]:
+        mode, factors = InfluenceMode(mode), self._factors_by_block(left_factors)
+        if mode is InfluenceMode.Perturbation:
+            for name in self.operators:
+                yield self.provider.mixed_prod(right_batch, {name: factors[name]})
+            return
+        grads = self.provider.grads(right_batch)
+        for name, operator in self.operators.items():
+            yield transpose(operator.seen(grads[name]).project(factors[name]))
+
+    def perturbation(self, factors: Array | Mapping[str, Array], batch: Any) -> Array:
+        """All blocks together, in one differentiation: (N, M, *x_shape)."""
+        return self.provider.mixed_prod(batch, self._factors_by_block(factors))
+
+    def sides(self, grads: BlockGradients, train_per_query: float) -> Sides:
+        """Where queries like these and `train_per_query` train rows each had best meet."""
+        forms = self.own_forms
+        pairs = {name: self._sides(name, value, train_per_query, name in forms) for name, value in grads.items()}
+        return Sides(
+            OrderedDict((name, left) for name, (left, _) in pairs.items()),
+            OrderedDict((name, right) for name, (_, right) in pairs.items()),
+            forms,
+        )
+
+    def _sides(
+        self, name: str, value: BlockGradient, train_per_query: float, by_form: bool
+    ) -> tuple[LinearOperator, LinearOperator]:
+        if by_form:  # the gradients as they are, for the form's `inner_prod`
+            return (IdentityOperator(self.operators[name].input_size),) * 2
+        return self.operators[name].block_sides(value, train_per_query)
+
+
+@dataclass(frozen=True)
+class Sides:
+    """What query gradients go through, and what train gradients go through, before they meet; see `block_sides`.
+
+    Chosen once for a run: queries that went through one pair of sides cannot meet train rows that went through another.
+    """
+
+    left: Mapping[str, LinearOperator]
+    right: Mapping[str, LinearOperator]
+    forms: Mapping[str, BilinearForm] = field(default_factory=dict)
+    """Where an operator has a form of its own: what then takes the place of the dot product."""
+
+    def queries(self, grads: BlockGradients) -> Queries:
+        """Query gradients, ready to meet train rows."""
+        left = OrderedDict((name, _pass(self.left[name], v).settled(v)) for name, v in grads.items())
+        return Queries(left, self.right, self.forms)
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Query gradients after their side of the operator, and the side that train gradients go through."""
+
+    left: BlockGradients
+    right: Mapping[str, LinearOperator]
+    forms: Mapping[str, BilinearForm] = field(default_factory=dict)
+
+    def scores(self, train: BlockGradients) -> ByBlock:
+        """By block: [q, n]."""
+        return OrderedDict((name, self.score(name, value)) for name, value in train.items())
+
+    def score(self, name: str, train: BlockGradient) -> Array:
+        """Of one block: [q, n]."""
+        if name in self.forms:
+            return self.forms[name].inner_prod(self.left[name].flat(), train.flat())
+        return self.left[name].inner(_pass(self.right[name], train))
+
+
+def _pass(side: LinearOperator, value: BlockGradient) -> BlockGradient:
+    """Through one side of an operator, as the operator sees rows."""
+    return side.apply_block(side.seen(value))
+
+
+def stack_queries(pieces: list[Queries]) -> Queries:
+    """Queries of several batches under one another. Errors: InvalidInput if they went through different sides."""
+    if any(piece.right is not pieces[0].right for piece in pieces):
+        raise InvalidInput("Queries that went through different sides cannot be stacked.")
+    left = OrderedDict((name, stack([piece.left[name] for piece in pieces])) for name in pieces[0].left)
+    return Queries(left, pieces[0].right, pieces[0].forms)
