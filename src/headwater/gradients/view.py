@@ -1,8 +1,8 @@
 """A provider that looks at another one: a subclass shows what it changes, and this base forwards all the rest.
 
 A view may not inherit an answer that is not its own: every question that `StructuredGradientProvider` answers by
-default is forwarded here, and tests/test_views.py walks that class to see it. What follows from other answers, as
-`flat_grads` does from `grads`, is not forwarded: it follows from the view's.
+default is forwarded here, and tests/gradients/test_views.py walks that class to see it. What follows from other
+answers, as `flat_grads` does from `grads`, is not forwarded: it follows from the view's.
 """
 
 from __future__ import annotations

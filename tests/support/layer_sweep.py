@@ -1,7 +1,7 @@
 """Every layer of torch.nn, as it is and changed in the ways that people change layers, against a row-by-row oracle.
 
 The truth is autograd on one row at a time, in float64, on a plain copy of the model; nothing of headwater is used for
-it. `python tests/layer_sweep.py` prints the table of docs/reliability.md; with words, the cases whose names have them.
+it. Run as a script, prints the table of docs/reliability.md; with words, the cases whose names have them.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from torch import nn
 
 from headwater.errors import UnsupportedModel
 
-PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
 QUICK = [
     "Linear(3, 2)",
     "Conv2d(2, 4, 2, groups=2)",

@@ -1,4 +1,4 @@
-"""Ways in which the contract's types have been wrong, and quick laws that must notice each; see tests/mutations.py.
+"""Ways in which the contract's types have been wrong, and quick laws that must notice each; see mutations.py.
 
 The backend is the third party's of tests/test_third_party.py, in plain NumPy.
 """

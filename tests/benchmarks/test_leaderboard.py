@@ -9,7 +9,7 @@ import pytest
 
 from headwater.evaluate import Bank, ceiling, plan_subsets
 
-FOLDER = Path(__file__).parents[1] / "benchmarks" / "leaderboard"
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "leaderboard"
 
 
 @pytest.fixture(scope="module")

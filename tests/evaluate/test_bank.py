@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -108,7 +109,7 @@ def test_a_bank_that_was_stopped_goes_on_where_it_was(tmp_path):
 def test_a_killed_process_loses_the_run_that_it_was_in(tmp_path):
     code = f"""
         import os, sys
-        sys.path.insert(0, {str(__file__).rpartition("/")[0]!r})
+        sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1] / "support")]!r}
         from test_bank import bank, measure
         def killed(rows, seed, seen=[]):
             seen.append(seed)

@@ -38,6 +38,7 @@ from headwater.store import draft
 from headwater.store.tiles import TileStore
 from headwater.torch import TorchBatch, TorchComposableInfluence
 
+SUPPORT = str(Path(__file__).parents[1] / "support")
 FEW, MANY = (0.3, 0.77), tuple(np.linspace(0, 1, 60))
 
 
@@ -352,7 +353,7 @@ def test_a_folder_that_cannot_be_written_to_is_said_to_be(kind, tmp_path):
 
 
 def killed(code: str, *given: Path) -> None:
-    script = f"import os, sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n{textwrap.dedent(code)}"
+    script = f"import os, sys\nsys.path.insert(0, {SUPPORT!r})\n{textwrap.dedent(code)}"
     assert subprocess.run([sys.executable, "-c", script, *map(str, given)], check=False).returncode == -9
 
 

@@ -1,4 +1,4 @@
-"""Ways in which projected methods have been wrong, and quick laws that must notice each; for tests/mutations.py too."""
+"""Ways in which projected methods have been wrong, and quick laws that must notice each."""
 
 from __future__ import annotations
 

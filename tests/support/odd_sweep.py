@@ -1,4 +1,4 @@
-"""Odd models against the row-by-row oracle. `python tests/odd_sweep.py` prints the table of docs/reliability.md."""
+"""Odd models against the row-by-row oracle. Run as a script, prints the table of docs/reliability.md."""
 
 from __future__ import annotations
 
