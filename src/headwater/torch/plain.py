@@ -50,8 +50,8 @@ class PlainTorchProvider(TorchGradientProvider):
 
     @undisturbed
     def grads(self, batch: TorchBatch, *, query: bool = False, weighted: bool = True) -> BlockGradients:
-        batch = self._prepare(batch)
         loss = self.measurement if query else self.loss
+        batch = self._prepare(batch, loss)
         return self._in_blocks([self._of_loss_alone(row, loss) for row in _rows(batch)], batch, weighted)
 
     @undisturbed
