@@ -15,7 +15,7 @@ from headwater.torch.batch import TorchBatch
 from headwater.torch.capture import run
 from headwater.torch.losses import Loss, explain_failure
 from headwater.torch.surroundings import twice_differentiable
-from headwater.torch.tree import map_tensors, tensors_in
+from headwater.torch.tree import dense, map_tensors, tensors_in
 
 
 def one_row_alone(
@@ -35,8 +35,7 @@ def one_row_alone(
         zeros = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
         return map_tensors(torch.Tensor.detach, output), zeros
     grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
-    dense = [g.to_dense() if g.is_sparse else g for g in grads]
-    return map_tensors(torch.Tensor.detach, output), dict(zip(leaves, dense, strict=True))
+    return map_tensors(torch.Tensor.detach, output), dict(zip(leaves, map(dense, grads), strict=True))
 
 
 def with_a_gradient(
