@@ -48,7 +48,7 @@ LOADERS = {
     "one batch of ours": (TorchBatch(X, Y), r"is one TorchBatch: pass \[batch\]"),
     "a dict": ({"x": X, "y": Y}, r"one dict of 'x', 'y'"),
     "dicts": ([{"x": X, "y": Y}], r"unpack= makes.*unpack=lambda batch: \(batch\['x'\], batch\['y'\]\)"),
-    "three entries": ([(X, Y, Y)], r"not a tuple of 3 entries.*unpack="),
+    "three entries": ([(X, Y, Y)], r"not a tuple of 3 entries.*of \(x, y, ids\), or .*of \(ids, x, y\)"),
     "inputs without targets": ([X, Y], r"Train rows, batch 0: .*not Tensor of shape \(6, 4\)"),
 }
 
@@ -136,3 +136,10 @@ def test_no_sentence_praises():
     praise = ("all is well", "looks good", "looks fine", "looks great", "excellent", "congratulations", "well done")
     found = [(path.name, word) for path in source.rglob("*.py") for word in praise if word in path.read_text().lower()]
     assert not found
+
+
+@pytest.mark.parametrize("method", [hw.Kfac(), hw.Ekfac(), hw.Direct()])
+def test_weights_that_are_all_zero_are_called_so(method):
+    made = TorchComposableInfluence(nn.Linear(4, 3), CE, method)
+    with pytest.raises(InvalidInput, match="weights sum to 0"):
+        made.fit([TorchBatch(X, Y, weights=torch.zeros(6))])
