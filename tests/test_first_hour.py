@@ -48,7 +48,7 @@ LOADERS = {
     "one batch of ours": (TorchBatch(X, Y), r"is one TorchBatch: pass \[batch\]"),
     "a dict": ({"x": X, "y": Y}, r"one dict of 'x', 'y'"),
     "dicts": ([{"x": X, "y": Y}], r"unpack= makes.*unpack=lambda batch: \(batch\['x'\], batch\['y'\]\)"),
-    "three entries": ([(X, Y, Y)], r"not a tuple of 3 entries.*unpack="),
+    "three entries": ([(X, Y, Y)], r"not a tuple of 3 entries.*of \(x, y, ids\), or .*of \(ids, x, y\)"),
     "inputs without targets": ([X, Y], r"Train rows, batch 0: .*not Tensor of shape \(6, 4\)"),
 }
 
@@ -84,6 +84,8 @@ def test_queries_are_called_queries():
         F.l1_loss,
         nn.PoissonNLLLoss(),
         lambda o, t: ((o - t) ** 2).mean(),
+        lambda o, t: (o - t) ** 2,
+        lambda o, t: (o - t).abs(),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Using a target size")
@@ -100,13 +102,24 @@ def test_targets_that_would_be_spread_over_the_outputs_show_the_two_shapes(loss)
     TorchComposableInfluence(column, loss, hw.GradDot()).fit([(X, y[:, None])]).influences(X, y[:, None])
 
 
-@pytest.mark.parametrize("loss", [hw_loss for hw_loss in (None, lambda o, t: jnp.mean((o - t) ** 2))])
+@pytest.mark.parametrize(
+    "loss", [hw_loss for hw_loss in (None, lambda o, t: jnp.mean((o - t) ** 2), lambda o, t: abs(o - t))]
+)
 def test_jax_shows_the_two_shapes_too(loss):
     from headwater.jax.losses import squared_error
 
     made = JaxComposableInfluence(lambda p, x: x @ p["w"], {"w": jnp.ones((4, 1))}, loss or squared_error, hw.GradDot())
     with pytest.raises((InvalidInput, TypeError), match=r"shape \(N, 1\) and the targets \(N,\)"):
         made.fit([(X.numpy(), np.arange(6.0))]).influences(X.numpy(), np.arange(6.0))
+
+
+def test_flat_token_losses_are_not_taken_for_spread_ones():
+    """Outputs (N, T, 1) and targets (N, T) look alike; here the loss itself makes them of one shape, (N T,)."""
+    model = nn.Sequential(nn.Unflatten(1, (4, 1)), nn.Linear(1, 1))
+    fitted = TorchComposableInfluence(model, lambda o, t: (o.reshape(-1) - t.reshape(-1)) ** 2, hw.GradDot())
+    rows = [(X, torch.rand(6, 4))]
+    fitted.fit(rows).attribute(rows, rows)
+    assert fitted.provider.normalisation == "per token"
 
 
 def test_a_loss_is_a_function_and_no_class():
@@ -123,3 +136,10 @@ def test_no_sentence_praises():
     praise = ("all is well", "looks good", "looks fine", "looks great", "excellent", "congratulations", "well done")
     found = [(path.name, word) for path in source.rglob("*.py") for word in praise if word in path.read_text().lower()]
     assert not found
+
+
+@pytest.mark.parametrize("method", [hw.Kfac(), hw.Ekfac(), hw.Direct()])
+def test_weights_that_are_all_zero_are_called_so(method):
+    made = TorchComposableInfluence(nn.Linear(4, 3), CE, method)
+    with pytest.raises(InvalidInput, match="weights sum to 0"):
+        made.fit([TorchBatch(X, Y, weights=torch.zeros(6))])

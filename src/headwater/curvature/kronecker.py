@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from headwater.arrays import Array, accumulable, add_product, device, itemsize, namespace
-from headwater.curvature.passes import WeightedMean, batches, total_weight
+from headwater.curvature.passes import WeightedMean, batches, positive_weight, total_weight
 from headwater.errors import InvalidSetting
 from headwater.gradients.algebra import Gradient, Moments, Sum, draws_second_moment
 from headwater.gradients.provider import BlockGradients, Fisher, StructuredGradientProvider
@@ -57,6 +57,7 @@ def fit_kfac(
         for place, moments in _batch_moments(draws, provider.row_weights(batch), basis_only).items():
             found[place] = found[place] + moments if place in found else moments
         weight += total_weight(provider, batch)
+    positive_weight(weight)
     parts = {place: _kronecker(place, moments) for place, moments in found.items()}
     return _by_block(provider, parts), weight
 

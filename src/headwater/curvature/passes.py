@@ -259,7 +259,7 @@ def as_batch(provider: StructuredGradientProvider, item: Any) -> Batch | None:
         return paired(provider, *item)
     raise InvalidInput(
         f"A loader gives (x, y) or a Batch, not {described(item)}. One batch is [(x, y)]; of items of another form "
-        f"unpack= makes (x, y[, ids, weights]), for example unpack=lambda batch: {_unpack_example(item)}."
+        f"unpack= makes (x, y[, ids, weights]), {_unpack_example(item)}."
     )
 
 
@@ -276,8 +276,13 @@ def paired(provider: StructuredGradientProvider, x: Any, y: Any) -> Batch | None
 def _unpack_example(item: Any) -> str:
     if isinstance(item, Mapping) and len(item) > 1:
         names = list(item)
-        return f"(batch[{names[0]!r}], batch[{names[-1]!r}])"
-    return "(batch[0], batch[1])"
+        return f"for example unpack=lambda batch: (batch[{names[0]!r}], batch[{names[-1]!r}])"
+    if isinstance(item, (tuple, list)) and len(item) == 3:
+        return (
+            "for example unpack=lambda batch: (batch[0], batch[1], batch[2]) of (x, y, ids), or "
+            "unpack=lambda batch: (batch[1], batch[2], batch[0]) of (ids, x, y)"
+        )
+    return "for example unpack=lambda batch: (batch[0], batch[1])"
 
 
 @contextmanager

@@ -118,10 +118,14 @@ def normalisation(loss: Loss, output: Any, target: Any, whole: Any, rows: Any) -
     """How the loss treats several rows: "mean", "sum", "none", "per token", or "weighted mean" of its rows' losses.
 
     whole: the loss of the batch; rows: of each row alone [n]. Errors: UnsupportedLoss if the one is no weighted sum of
-    the others (a contrastive loss, say).
+    the others (a contrastive loss, say); InvalidInput if it has more terms than they, of shapes that were spread.
     """
     value, alone = np.asarray(whole), np.asarray(rows)
+    one = is_array(output) and is_array(target)
+    spread = spread_in_words(output.shape, target.shape) if one else None
     if value.size > 1:
+        if spread is not None and value.size != alone.size * jax.eval_shape(loss, output[:1], target[:1]).size:
+            raise InvalidInput(spread)
         return "none" if value.size == alone.size else "per token"
     eps = float(jnp.finfo(value.dtype).eps)
     for name, reduced in (("mean", alone.mean()), ("sum", alone.sum())):
@@ -138,8 +142,6 @@ def normalisation(loss: Loss, output: Any, target: Any, whole: Any, rows: Any) -
     moved = [[leaf.at[0].set((leaf[0] + share * leaf[-1]) / 2) for leaf in moving] for share in (0.0, 1.0)]
     if is_weighted_sum(slopes(moving), *map(slopes, moved)):
         return "weighted mean"
-    one = is_array(output) and is_array(target)
-    spread = spread_in_words(output.shape, target.shape) if one else None
     raise UnsupportedLoss(
         "The loss of a batch is no weighted sum of its rows' losses: rows act on each other inside the loss, so a "
         f"row's own gradient has no meaning.{'' if spread is None else ' ' + spread}"

@@ -15,7 +15,7 @@ from headwater.torch.batch import TorchBatch
 from headwater.torch.capture import run
 from headwater.torch.losses import Loss, explain_failure
 from headwater.torch.surroundings import twice_differentiable
-from headwater.torch.tree import map_tensors, tensors_in
+from headwater.torch.tree import dense, map_tensors, tensors_in
 
 
 def one_row_alone(
@@ -31,11 +31,41 @@ def one_row_alone(
     check_rows(output, 1)
     with explain_failure(output, row.y):
         value = loss(output, row.y).sum()
-    if not value.requires_grad:
-        raise UnsupportedModel("The loss does not depend on any attributed parameter.")
+    if not value.requires_grad:  # a row that is routed past all of them
+        zeros = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+        return map_tensors(torch.Tensor.detach, output), zeros
     grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
-    dense = [g.to_dense() if g.is_sparse else g for g in grads]
-    return map_tensors(torch.Tensor.detach, output), dict(zip(leaves, dense, strict=True))
+    return map_tensors(torch.Tensor.detach, output), dict(zip(leaves, map(dense, grads), strict=True))
+
+
+def with_a_gradient(
+    model: nn.Module, loss: Loss, batch: TorchBatch, chosen: np.ndarray, state: Mapping[str, torch.Tensor]
+) -> np.ndarray:
+    """The chosen rows, the last in place of another if its loss depends on no attributed parameter: routed past them.
+
+    Errors: UnsupportedModel where no row of the batch depends on any.
+    """
+
+    def depends(rows: np.ndarray) -> bool:
+        some = batch.take(rows)
+        output = run(model, state, some.x)
+        check_rows(output, len(rows))
+        with explain_failure(output, some.y):
+            return bool(loss(output, some.y).requires_grad)
+
+    if depends(chosen[-1:]):
+        return chosen
+    left = np.arange(len(batch))
+    if not depends(left):
+        raise UnsupportedModel(
+            f"The loss does not depend on any attributed parameter, for none of the {len(batch)} rows of this batch. "
+            "Is the output detached, or are the rows routed past all that is attributed? Then take larger batches."
+        )
+    while len(left) > 1:  # halves, one of which depends
+        half = left[: len(left) // 2]
+        left = half if depends(half) else left[len(left) // 2 :]
+    others = chosen[chosen != left[0]]
+    return np.append(others[: len(chosen) - 1], left)
 
 
 def check_model(model: nn.Module) -> None:

@@ -213,6 +213,7 @@ def normalisation(loss: Loss, output: Any, target: Any, what: str = "loss") -> s
     with explain_failure(output, target):
         value = loss(output, target)
     if value.numel() > 1:
+        _refuse_more_terms(loss, output, target, value.numel())
         return "none" if value.numel() == len(rows) else "per token"
     eps = torch.finfo(value.dtype).eps
     for name, reduced in (("mean", rows.mean()), ("sum", rows.sum())):
@@ -240,6 +241,18 @@ def normalisation(loss: Loss, output: Any, target: Any, what: str = "loss") -> s
         f"The {what} of a batch is no weighted sum of its rows' own: rows act on each other inside the {what}, so a "
         f"row's own gradient has no meaning.{_spread(output, target)}"
     )
+
+
+def _refuse_more_terms(loss: Loss, output: Any, target: Any, terms: int) -> None:
+    """Errors: InvalidInput for an unreduced loss of a batch that has other terms than its rows alone: (N, N), say."""
+    if not (isinstance(output, torch.Tensor) and isinstance(target, torch.Tensor)):
+        return
+    said = spread_in_words(output.shape, target.shape)
+    if said is None:
+        return
+    alone = zip(output.split(1), target.split(1), strict=True)
+    if terms != sum(loss(o, t).numel() for o, t in alone):
+        raise InvalidInput(said)
 
 
 def partial_options(loss: Loss) -> Any:

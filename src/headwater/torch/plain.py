@@ -50,8 +50,8 @@ class PlainTorchProvider(TorchGradientProvider):
 
     @undisturbed
     def grads(self, batch: TorchBatch, *, query: bool = False, weighted: bool = True) -> BlockGradients:
-        batch = self._prepare(batch)
         loss = self.measurement if query else self.loss
+        batch = self._prepare(batch, loss)
         return self._in_blocks([self._of_loss_alone(row, loss) for row in _rows(batch)], batch, weighted)
 
     @undisturbed
@@ -204,6 +204,7 @@ def _slopes(
         allow_unused=True,
         materialize_grads=True,
     )
+    # Written out again: what verifies takes no part in what it verifies.
     return torch.cat([(g.to_dense() if g.is_sparse else g).reshape(-1) for g in grads])
 
 

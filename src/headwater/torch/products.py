@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from headwater.errors import UnsupportedLoss, UnsupportedModel
 from headwater.torch.capture import summed_products
 from headwater.torch.surroundings import quiet
-from headwater.torch.tree import floating, tensors_in, with_tensors
+from headwater.torch.tree import dense, floating, tensors_in, with_tensors
 
 Tensors = Sequence[torch.Tensor]
 
@@ -41,7 +41,7 @@ def batched_vjp(outputs: Tensors, inputs: Tensors, cotangents: Tensors) -> list[
         totals = [summed_products(outs, [c[k] for c in cots]) for k in range(count)]
         each = [torch.autograd.grad(total, inputs, retain_graph=True, allow_unused=True) for total in totals]
         grads = [None if column[0] is None else torch.stack(column) for column in zip(*each, strict=True)]
-    return [i.new_zeros((count, *i.shape)) if g is None else _filled(g) for g, i in zip(grads, inputs, strict=True)]
+    return [i.new_zeros((count, *i.shape)) if g is None else dense(g) for g, i in zip(grads, inputs, strict=True)]
 
 
 def _vectorised_vjp(outputs: Tensors, inputs: Tensors, cotangents: Tensors) -> Sequence[torch.Tensor | None]:
@@ -64,11 +64,6 @@ def _vectorised_vjp(outputs: Tensors, inputs: Tensors, cotangents: Tensors) -> S
         return _vmap(pull_back, 0, 0, allow_none_pass_through=True)(*cotangents)
 
 
-def _filled(tensor: torch.Tensor) -> torch.Tensor:
-    """Not sparse: `Embedding(sparse=True)` has sparse gradients."""
-    return tensor.to_dense() if tensor.is_sparse else tensor
-
-
 def hessian_product(loss: torch.Tensor, leaves: Tensors, tangents: Tensors) -> list[torch.Tensor]:
     """The Hessian of a scalar loss times each tangent: reverse over reverse.
 
@@ -80,7 +75,7 @@ def hessian_product(loss: torch.Tensor, leaves: Tensors, tangents: Tensors) -> l
         slopes = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True, materialize_grads=True)
         if _is_cut_off(slopes):
             raise RuntimeError("one of its functions is once_differentiable")
-        return batched_vjp([_filled(s) for s in slopes], leaves, tangents)
+        return batched_vjp([dense(s) for s in slopes], leaves, tangents)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -231,7 +226,7 @@ def push_in_reverse(outputs: Tensors, leaves: Tensors, tangents: Tensors) -> lis
             allow_unused=True,
             materialize_grads=True,
         )
-        return batched_vjp([_filled(p) for p in pulled], dummies, tangents)
+        return batched_vjp([dense(p) for p in pulled], dummies, tangents)
     except RuntimeError:
         return None
 
@@ -256,7 +251,7 @@ def _by_rows(output: torch.Tensor, leaves: Tensors, tangents: Tensors) -> torch.
     columns = []
     for number in output.reshape(-1).unbind():
         slopes = torch.autograd.grad(number, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
-        along = [(t * _filled(s)).reshape(len(t), -1).sum(1) for t, s in zip(tangents, slopes, strict=True)]
+        along = [(t * dense(s)).reshape(len(t), -1).sum(1) for t, s in zip(tangents, slopes, strict=True)]
         columns.append(torch.stack(along).sum(0))
     return torch.stack(columns, dim=1).reshape(-1, *output.shape)
 
@@ -278,7 +273,7 @@ def rowwise_grads(function: Any, chosen: dict[str, torch.Tensor], x: Any, y: Any
                 each.append(tuple(torch.zeros_like(leaf) for leaf in leaves.values()))
                 continue
             each.append(torch.autograd.grad(value, [*leaves.values()], allow_unused=True, materialize_grads=True))
-        return {name: torch.stack([_filled(row[k]) for row in each]) for k, name in enumerate(leaves)}
+        return {name: torch.stack([dense(row[k]) for row in each]) for k, name in enumerate(leaves)}
 
 
 def rowwise(function: Any, chosen: dict[str, torch.Tensor], x: Any, y: Any) -> dict[str, torch.Tensor]:

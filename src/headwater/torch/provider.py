@@ -47,6 +47,7 @@ from headwater.torch.check import (
     check_rows,
     close,
     one_row_alone,
+    with_a_gradient,
 )
 from headwater.torch.likelihoods import Likelihood, find_likelihood, fisher_cotangents, ggn_cotangents
 from headwater.torch.losses import Loss, check_finite, check_loss, normalisation, row_losses, slopes_at
@@ -149,6 +150,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         self._first = (self._modules[owner], role)
         self._shared_layers: tuple[str, ...] = ()
         self._checked = 0
+        self._measured = 0
         self._last_ready: tuple[weakref.ref[TorchBatch] | None, Any] = (None, None)
         self._sampler = RowSampler()
         self._handed_out = False
@@ -270,8 +272,20 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
 
     @undisturbed
     def rows_at_once(self, batch: TorchBatch) -> int:
-        self._prepare(batch)
+        batch = self._ready(batch)
+        check_eval(self.model)
+        if not self._checked and not self._measured:  # whether these are train or query rows, nobody says here
+            with autograd_on():
+                one = batch.take(slice(0, 1))
+                recording, _ = self._record(one)
+                total = torch.stack([t.double().sum() for t in floating(recording.output)] or [torch.zeros(())]).sum()
+                self._count(self._filled(recording, recording.output_grads(total), one)[0], 1)
         return rows_within_memory(self._numbers_per_row, self._like)
+
+    def _count(self, values: Mapping[Place, Gradient], rows: int) -> None:
+        """What gradients of a row cost."""
+        self._numbers_per_row = sum(a.numel() for v in values.values() for a in v.arrays) // rows
+        self._work_per_row = sum(_positions(v) * v.shape[0] * v.shape[1] for v in values.values())
 
     def row_weights(self, batch: TorchBatch) -> torch.Tensor | None:
         weights = as_tensor(batch.weights, self.device)
@@ -281,8 +295,8 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
 
     @undisturbed
     def grads(self, batch: TorchBatch, *, query: bool = False, weighted: bool = True) -> BlockGradients:
-        batch = self._prepare(batch)
         loss = self.measurement if query else self.loss
+        batch = self._prepare(batch, loss)
         found = self._trusted(batch, lambda: self._of_loss(batch, loss))
         return self._blocks(found.values[0], len(batch), batch.weights if weighted else None)
 
@@ -379,10 +393,10 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
 
     @undisturbed
     def losses(self, batch: TorchBatch, *, query: bool = False) -> torch.Tensor:
-        batch = self._prepare(batch)
+        loss = self.measurement if query else self.loss
+        batch = self._prepare(batch, loss)
         with torch.no_grad():
-            output = run(self.model, detached_state(self.model), batch.x)
-            return row_losses(self.measurement if query else self.loss, output, batch.y)
+            return row_losses(loss, run(self.model, detached_state(self.model), batch.x), batch.y)
 
     def of_output(self, function: OutputFunction) -> TorchGradientProvider:
         chosen = {"margin": negative_margin, "logit": negative_logit}[function]
@@ -408,7 +422,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
     def _informed_by(self, other: TorchGradientProvider) -> Self:
         """With what another provider of the same model has found out on its first rows."""
         self._distrusted, self._plan, self._shared_layers = other._distrusted, other._plan, other._shared_layers
-        self._checked, self._normalisation = other._checked, other._normalisation
+        self._checked, self._measured, self._normalisation = other._checked, other._measured, other._normalisation
         self._numbers_per_row, self._work_per_row = other._numbers_per_row, other._work_per_row
         return self
 
@@ -511,39 +525,48 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
 
     # The check on the first rows ----------------------------------------------------------------------------------
 
-    def _prepare(self, batch: TorchBatch) -> TorchBatch:
+    def _prepare(self, batch: TorchBatch, loss: Loss | None = None) -> TorchBatch:
+        """The batch as the model takes it; its first rows are looked at.
+
+        loss: what is asked of these rows, the train loss unless it is said. A measurement is tried on query rows alone:
+        it may read targets that train rows do not have.
+        """
         batch = self._ready(batch)
         check_eval(self.model)
-        if self._checked < min(2, len(batch)):  # one row, or two alike, do not show whether rows act on each other
+        measured = loss is not None and loss is not self.loss
+        checked = self._measured if measured else self._checked
+        if checked < min(2, len(batch)):  # one row, or two alike, do not show whether rows act on each other
             chosen = differing(row_keys([_host(t) for t in tree_leaves(batch.x) if isinstance(t, ARRAYS)]))
-            if self._checked < len(chosen):
+            if checked < len(chosen):
                 with autograd_on(), self.own_precision():
-                    self._check(batch.take(chosen))
-                self._checked = len(chosen)
+                    self._check(batch, chosen, self.measurement if measured else self.loss)
+                if measured:
+                    self._measured = len(chosen)
+                else:
+                    self._checked = len(chosen)
         return batch
 
-    def _check(self, rows: TorchBatch) -> None:
-        """Compare with plain autograd, one row at a time; see the class."""
-        state, last = detached_state(self.model), len(rows) - 1
+    def _check(self, batch: TorchBatch, chosen: np.ndarray, loss: Loss) -> None:
+        """Compare the chosen rows with plain autograd, one row at a time; see the class."""
+        state, last = detached_state(self.model), len(chosen) - 1
         swapped, leaves = own_leaves(self.model, self._names)
-        output, grads = one_row_alone(self.model, self.loss, rows.take(slice(last, last + 1)), swapped, leaves)
+        chosen = with_a_gradient(self.model, loss, batch, chosen, swapped)
+        rows, what = batch.take(chosen), "loss" if loss is self.loss else "measurement"
+        output, grads = one_row_alone(self.model, loss, rows.take(slice(last, last + 1)), swapped, leaves)
         recording = self._record_first(rows, state)
         check_rows(recording.output, len(rows))
-        losses = row_losses(self.loss, recording.output, rows.y)
+        losses = row_losses(loss, recording.output, rows.y)
         check_finite(losses)
         check_independence(recording.output, output, [last], recording.dtype)
         if last:
             with torch.no_grad():
                 alone = run(self.model, state, rows.take(slice(0, 1)).x)
             check_independence(recording.output, alone, [0], recording.dtype)
-        self._normalisation = normalisation(self.loss, recording.output, rows.y)
-        check_loss_reads_outputs(self.loss, recording.output, rows.y, leaves)
-        if self.measurement is not self.loss:
-            normalisation(self.measurement, recording.output, rows.y, "measurement")
-            check_loss_reads_outputs(self.measurement, recording.output, rows.y, leaves, "measurement")
+        treats_rows = normalisation(loss, recording.output, rows.y, what)
+        self._normalisation = treats_rows if loss is self.loss else self._normalisation
+        check_loss_reads_outputs(loss, recording.output, rows.y, leaves, what)
         values, failed = self._filled(recording, recording.output_grads(losses.sum()), rows)
-        self._numbers_per_row = sum(a.numel() for v in values.values() for a in v.arrays) // len(rows)
-        self._work_per_row = sum(_positions(v) * v.shape[0] * v.shape[1] for v in values.values())
+        self._count(values, len(rows))
         wrong = {*self._disagreeing(values, grads, last, recording.dtype), *self._held_by(failed)}
         if wrong:
             self._distrust(wrong)

@@ -24,6 +24,7 @@ from headwater.gradients.block import BlockGradient
 from headwater.torch.batch import TorchBatch
 from headwater.torch.capture import own_leaves, run
 from headwater.torch.check import check_independence, check_rows, close, rounding_of
+from headwater.torch.tree import dense
 
 Score = Callable[[Any, np.ndarray], torch.Tensor]
 """(output of some rows, their numbers in the batch) -> a number for each: what is differentiated."""
@@ -118,7 +119,7 @@ def autograd_sums(
         grads = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
         for name, grad in zip(parameters, grads, strict=True):
             if grad is not None:
-                flat = (grad.to_dense() if grad.is_sparse else grad).reshape(-1)
+                flat = dense(grad).reshape(-1)
                 total[name] = total[name] + flat if name in total else flat
     return {name: total[name] if name in total else p.new_zeros(p.numel()) for name, p in parameters.items()}
 

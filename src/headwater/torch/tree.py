@@ -57,3 +57,8 @@ def _is_record(value: Any) -> bool:
 
 def _fields(record: Any) -> dict[str, Any]:
     return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+
+
+def dense(tensor: torch.Tensor) -> torch.Tensor:
+    """Not sparse: `Embedding(sparse=True)` has sparse gradients."""
+    return tensor.to_dense() if tensor.is_sparse else tensor
