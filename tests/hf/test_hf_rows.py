@@ -309,7 +309,8 @@ def test_a_row_without_tokens_or_labels_is_refused():
     with pytest.raises(InvalidInput, match="Row 4 has no token"):
         influence_of("gpt2").fit([({**case.x, "attention_mask": empty}, None)])
     with pytest.raises(ValueError, match="without any target"):
-        influence_of("gpt2").fit([(case.x, torch.full_like(case.y, -100))])
+        unlabelled = [(case.x, torch.full_like(case.y, -100))]
+        influence_of("gpt2").fit(unlabelled).self_influence(unlabelled)
 
 
 def test_a_name_is_no_model():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -30,7 +30,6 @@ from headwater.torch.capture import detached_state, run
 from headwater.torch.likelihoods import CrossEntropy, Likelihood
 from headwater.torch.losses import Loss
 from headwater.torch.measurements import negative_logit, negative_margin
-from headwater.torch.plain import PlainTorchProvider
 from headwater.torch.precision import wide, wide_copy
 from headwater.torch.products import jacobian_product
 from headwater.torch.provider import TorchGradientProvider, undisturbed
@@ -65,6 +64,7 @@ class HfGradientProvider(TorchGradientProvider):
         loss: Loss | None = None,
         measurement: Loss | None = None,
         likelihood: Likelihood | str | None = None,
+        plain: bool = False,
     ):
         self.task = task_of(model, task)
         self.pretrained = model
@@ -78,6 +78,7 @@ class HfGradientProvider(TorchGradientProvider):
             blocks=blocks,
             measurement=measurement,
             likelihood=likelihood,
+            plain=plain,
         )
 
     def _own_loss(self) -> Loss:
@@ -104,17 +105,11 @@ class HfGradientProvider(TorchGradientProvider):
                 f"A row of several labels has no {function} of its own. For hw.Trak() give output='loss'; or give a "
                 "measurement of (logits, labels)."
             )
-        return type(self)(self.pretrained, task=self.task.name, blocks=self._structure, loss=chosen)
+        return type(self)(self.pretrained, task=self.task.name, blocks=self._structure, loss=chosen, plain=self.plain)
 
-    def in_float64(self) -> HfGradientProvider:
-        found = self._wide(PlainHfProvider)
-        assert isinstance(found, HfGradientProvider)
-        return found
-
-    def _wide(self, kind: type[TorchGradientProvider]) -> TorchGradientProvider:
-        assert issubclass(kind, HfGradientProvider)
+    def _wide(self, plain: bool) -> Self:
         loss = wide_copy(self.loss, "loss")
-        found = kind(
+        found = type(self)(
             wide_copy(self.pretrained, "model"),
             task=self.task.name,
             per_token=self.per_token,
@@ -122,6 +117,7 @@ class HfGradientProvider(TorchGradientProvider):
             loss=loss,
             measurement=loss if self.measurement is self.loss else wide_copy(self.measurement, "measurement"),
             likelihood=self.likelihood,
+            plain=plain,
         )
         return found._informed_by(self)
 
@@ -232,21 +228,22 @@ class HfGradientProvider(TorchGradientProvider):
         """By id, or by what the row holds; its padding does not count."""
         if batch.ids is not None or not isinstance(batch.x, Mapping):
             return super().row_keys(batch)
-        return self._padless_keys(batch)
+        return self._keys_by_content(self._ready(batch))
 
-    def content_keys(self, batch: TorchBatch) -> np.ndarray:
-        if not isinstance(batch.x, Mapping):
-            return super().content_keys(batch)
-        columns = [self._padless_keys(batch)]
-        columns += [] if batch.weights is None else [np.asarray(torch.as_tensor(batch.weights).cpu())]
-        return row_keys(columns if batch.ids is None else [*columns, self.row_keys(batch)])
-
-    def _padless_keys(self, batch: TorchBatch) -> np.ndarray:
-        batch = self._ready(batch)
+    def _keys_by_content(self, batch: TorchBatch) -> np.ndarray:
+        if not isinstance(batch.x, dict):
+            return super()._keys_by_content(batch)
         found = np.zeros(len(batch), dtype=np.uint64)
         for rows, columns in same_length_groups(batch.x, batch.y, self.task.has_label_per_token):
             found[rows] = row_keys([wide(column.detach()).cpu().numpy() for column in columns])
         return found
+
+    def content_keys(self, batch: TorchBatch) -> np.ndarray:
+        if not isinstance(batch.x, Mapping):
+            return super().content_keys(batch)
+        columns = [self._keys_by_content(self._ready(batch))]
+        columns += [] if batch.weights is None else [np.asarray(torch.as_tensor(batch.weights).cpu())]
+        return row_keys(columns if batch.ids is None else [*columns, self.row_keys(batch)])
 
     # Tokens -------------------------------------------------------------------------------------------------------
 
@@ -282,10 +279,6 @@ class HfGradientProvider(TorchGradientProvider):
         tokens = torch.cat(found).detach()
         weights = self.row_weights(batch)
         return tokens if weights is None else tokens * weights[:, None]
-
-
-class PlainHfProvider(PlainTorchProvider, HfGradientProvider):
-    """A pretrained model in float64 whose rows' gradients come from autograd alone."""
 
 
 def _extras(batch: Any) -> tuple[Any, Any]:

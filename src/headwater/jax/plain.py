@@ -1,8 +1,13 @@
-"""The slow plain way: the parameters in float64, and gradients by JAX alone, one row at a time."""
+"""The slow plain way: parameters in float64, and gradients by `jax.grad` alone, one row at a time.
+
+No capture, no batch, no algebra; curvature where a row has few outputs, J written out in reverse mode. A provider with
+`plain=True` computes like this; draws of the Fisher information and products of many outputs are its usual ones.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,72 +15,59 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from headwater.blocks import Layout
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.provider import BlockGradients, Kind
 from headwater.jax import derivatives
 from headwater.jax.batch import JaxBatch
 from headwater.jax.derivatives import Model
 from headwater.jax.losses import loss_of_row, split_floating
-from headwater.jax.provider import JaxGradientProvider
 from headwater.jax.tree import Leaves
 
 
-class PlainJaxProvider(JaxGradientProvider):
-    """A function in float64 whose rows' gradients come from `jax.grad` alone: no capture, no batch, no algebra.
+def gradients(model: Model, chosen: Leaves, leaves: Leaves, rows: Iterable[JaxBatch]) -> list[Leaves]:
+    """The gradient of each row's loss by the chosen parameters; rows: batches of one."""
+    return [derivatives.plain_gradient(model, chosen, leaves, row.x, row.y)[1] for row in rows]
 
-    So does their curvature where a row has few outputs, J written out in reverse mode. What else is asked of a provider
-    (draws of the Fisher information, products of many outputs) is JaxGradientProvider's, in float64. Rows without ids
-    are named by what they held before they became float64, so that random draws stay theirs.
-    """
 
-    @classmethod
-    def copy_of(cls, provider: JaxGradientProvider) -> PlainJaxProvider:
-        found = cls.__new__(cls)
-        vars(found).update(vars(provider))
-        found._leaves = {name: _double(leaf) for name, leaf in provider._leaves.items()}
-        found._fingerprint = None
-        return found
+def in_blocks(layouts: Mapping[str, Layout], rows: Sequence[Leaves], weights: jax.Array | None) -> BlockGradients:
+    """Gradients of rows by the name of the parameter, as blocks, dense; with each row's weight [n] if it is given."""
+    blocks: BlockGradients = OrderedDict()
+    for name, layout in layouts.items():
+        names = [p.name for p in layout.block.parameters]
+        flat = jnp.stack([jnp.concatenate([row[n].reshape(-1) for n in names]) for row in rows])
+        value = BlockGradient.from_flat(layout, flat)
+        blocks[name] = value if weights is None else value.weighted(weights)
+    return blocks
 
-    def _ready(self, batch: Any) -> JaxBatch:
-        batch = super()._ready(batch)
-        ids = super().row_keys(batch) if batch.ids is None else batch.ids
-        return JaxBatch(jax.tree.map(_double, batch.x), jax.tree.map(_double, batch.y), batch.weights, ids)
 
-    def as_batch(self, x: Any, y: Any) -> JaxBatch:
-        return self._ready(JaxBatch(x, y))
+def product(
+    model: Model,
+    kind: Kind,
+    vectors: jax.Array,
+    chosen: Leaves,
+    leaves: Leaves,
+    rows: Sequence[JaxBatch],
+    weights: jax.Array | None,
+) -> jax.Array | None:
+    """The rows' summed curvature by the chosen parameters times vectors: (K, D); None for a GGN of many outputs."""
+    total = jnp.zeros_like(vectors, dtype=jnp.float64)
+    for k, row in enumerate(rows):
+        if kind == "ggn" and _numbers_of_output(model, leaves, row.x) > MOST_OUTPUTS:
+            return None
+        mine = _products_of_row(model, kind, vectors.astype(jnp.float64), chosen, leaves, row.x, row.y)
+        total = total + (mine if weights is None else mine * weights[k])
+    return total
 
-    def row_keys(self, batch: JaxBatch) -> Any:
-        return super().row_keys(batch if batch.ids is not None else self._ready(batch))
 
-    def grads(self, batch: JaxBatch, *, query: bool = False, weighted: bool = True) -> BlockGradients:
-        batch = self._prepare(batch)
-        model = self._measured if query else self._model
-        parameters = [p.name for layout in self._plan.layouts for p in layout.block.parameters]
-        chosen = {name: self._leaves[name] for name in parameters}
-        rows = [batch.take(slice(k, k + 1)) for k in range(len(batch))]
-        found = [derivatives.plain_gradient(model, chosen, self._leaves, row.x, row.y)[1] for row in rows]
-        blocks: BlockGradients = OrderedDict()
-        for name, layout in self.layouts.items():
-            names = [p.name for p in layout.block.parameters]
-            flat = jnp.stack([jnp.concatenate([grad[n].reshape(-1) for n in names]) for grad in found])
-            value = BlockGradient.from_flat(layout, flat)
-            weights = self.row_weights(batch) if weighted else None
-            blocks[name] = value if weights is None else value.weighted(weights)
-        return blocks
+def rows_of(batch: JaxBatch) -> list[JaxBatch]:
+    """Batches of one row."""
+    return [batch.take(slice(k, k + 1)) for k in range(len(batch))]
 
-    def curvature_product(self, batch: JaxBatch, block: str, vectors: jax.Array, kind: Kind) -> jax.Array:
-        batch = self._prepare(batch)
-        parameters = self.layouts[block].block.parameters
-        chosen = {p.name: self._leaves[p.name] for p in parameters}
-        weights = self.row_weights(batch)
-        total = jnp.zeros_like(vectors, dtype=jnp.float64)
-        for k in range(len(batch)):
-            row = batch.take(slice(k, k + 1))
-            if kind == "ggn" and _numbers_of_output(self._model, self._leaves, row.x) > MOST_OUTPUTS:
-                return super().curvature_product(batch, block, vectors, kind)
-            mine = _products_of_row(self._model, kind, vectors.astype(jnp.float64), chosen, self._leaves, row.x, row.y)
-            total = total + (mine if weights is None else mine * weights[k])
-        return total
+
+def doubled(batch: JaxBatch, ids: Any) -> JaxBatch:
+    """The batch in float64. ids: of its rows, by what they held before, so that random draws stay theirs."""
+    return JaxBatch(jax.tree.map(double, batch.x), jax.tree.map(double, batch.y), batch.weights, ids)
 
 
 MOST_OUTPUTS = 512
@@ -117,5 +109,5 @@ def _products_of_row(
     return vectors @ jacobian.T @ jax.jacrev(jax.grad(loss))(outputs(flat)) @ jacobian
 
 
-def _double(value: Any) -> Any:
+def double(value: Any) -> Any:
     return value.astype(jnp.float64) if jnp.issubdtype(value.dtype, jnp.floating) else value

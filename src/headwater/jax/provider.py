@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Self
@@ -24,7 +24,7 @@ from headwater.gradients.outer import Outer, RowSparse
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
 from headwater.gradients.rowwise import differing
 from headwater.gradients.words import in_words
-from headwater.jax import derivatives
+from headwater.jax import derivatives, plain
 from headwater.jax.batch import JaxBatch, differentiable_input, host_leaves, rounded
 from headwater.jax.check import (
     check_finite_factors,
@@ -37,7 +37,7 @@ from headwater.jax.check import (
 from headwater.jax.derivatives import Model
 from headwater.jax.losses import JaxOutputLoss, Loss, check_finite, explain_failure, find_likelihood, normalisation
 from headwater.jax.plan import Place, make_plan
-from headwater.jax.tree import checksums, take_tree, wide
+from headwater.jax.tree import Leaves, checksums, take_tree, wide
 from headwater.random import name_keys, row_digests, row_keys, row_numbers
 
 Apply = Callable[[Any, Any], Any]
@@ -56,7 +56,8 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
     ("params.Dense_0.kernel"). loss: any traceable function of (output, target). blocks: "full", "layer", "parameter"
     or {name: [parameter or module names]}. likelihood: the distribution behind the loss, where it is not known by
     itself ("cross_entropy", "binary_cross_entropy", "squared_error", or a `Likelihood`). example: some input rows;
-    the parameters' structure is learned from them, or else from the first batch.
+    the parameters' structure is learned from them, or else from the first batch. plain: the slow truth, for
+    parameters in float64: gradients and curvature of one row at a time; see `jax/plain.py`.
     Errors: InvalidSetting; BlockMismatch; on the first rows RowsInteract, UnsupportedLoss, InvalidInput.
     """
 
@@ -70,6 +71,7 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         measurement: Loss | None = None,
         likelihood: Likelihood | str | None = None,
         example: Any = None,
+        plain: bool = False,
     ):
         for name, function in (("apply", apply), ("loss", loss), ("measurement", measurement or loss)):
             if not callable(function):
@@ -85,6 +87,7 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         self._normalisation: str | None = None
         self._numbers_per_row = 1
         self._fingerprint: tuple[int, ...] | None = None
+        self._plain = plain
         if example is not None:
             self._learn(jax.tree.map(lambda v: v[:1], example))
 
@@ -161,11 +164,14 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
     # Batches ------------------------------------------------------------------------------------------------------
 
     def as_batch(self, x: Any, y: Any) -> JaxBatch:
-        return JaxBatch(x, y).ready()
+        return self._ready(JaxBatch(x, y))
 
     def _ready(self, batch: Any) -> JaxBatch:
         own = isinstance(batch, JaxBatch)
-        return (batch if own else JaxBatch(batch.x, batch.y, batch.weights, batch.ids)).ready()
+        batch = (batch if own else JaxBatch(batch.x, batch.y, batch.weights, batch.ids)).ready()
+        if not self._plain:
+            return batch
+        return plain.doubled(batch, _keys_by_content(batch) if batch.ids is None else batch.ids)
 
     def rows_at_once(self, batch: JaxBatch) -> int:
         self._prepare(batch)
@@ -178,8 +184,7 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         if batch.ids is not None:
             ids = np.asarray(batch.ids)
             return ids.astype(np.uint64) if ids.dtype.kind in "iu" else name_keys(ids.tolist())
-        batch = batch.ready()
-        return row_keys(host_leaves(batch.x, batch.y))
+        return _keys_by_content(batch.ready())
 
     def content_keys(self, batch: JaxBatch) -> np.ndarray:
         batch = batch.ready()
@@ -191,6 +196,10 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
     def grads(self, batch: JaxBatch, *, query: bool = False, weighted: bool = True) -> BlockGradients:
         batch = self._prepare(batch)
         model = self._measured if query else self._model
+        if self._plain:
+            names = [p.name for layout in self._plan.layouts for p in layout.block.parameters]
+            rows = plain.gradients(model, self._chosen(names), self._leaves, plain.rows_of(batch))
+            return plain.in_blocks(self.layouts, rows, self.row_weights(batch) if weighted else None)
         found = derivatives.gradients(model, self._plan, self._leaves, *batch.padded())
         losses, values = _cut(found, batch)
         check_finite(losses, len(batch))
@@ -237,11 +246,15 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         model = Model(self._model.apply, self._model.tree, chosen)
         return self._changed(_model=model, _measured=model, likelihood=None, _checked=0, _normalisation=None)
 
-    def in_float64(self) -> JaxGradientProvider | None:
+    def in_float64(self) -> Self | None:
         """None unless JAX has float64 enabled."""
-        from headwater.jax.plain import PlainJaxProvider
+        if jnp.zeros(()).dtype != jnp.float64:
+            return None
+        leaves = {name: plain.double(leaf) for name, leaf in self._leaves.items()}
+        return self._changed(_leaves=leaves, _fingerprint=None, _plain=True)
 
-        return PlainJaxProvider.copy_of(self) if jnp.zeros(()).dtype == jnp.float64 else None
+    def _chosen(self, names: Iterable[str]) -> Leaves:
+        return {name: self._leaves[name] for name in names}
 
     def parameters(self, block: str) -> jax.Array:
         flat = [self._leaves[p.name].reshape(-1) for p in self._block(block).block.parameters]
@@ -312,6 +325,11 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         size = self._block(block).size
         if vectors.ndim != 2 or vectors.shape[1] != size:
             raise ShapeMismatch(f"Expected vectors (K, {size}), got {tuple(vectors.shape)}.")
+        if self._plain:
+            chosen, rows = self._chosen([p.name for p in self._block(block).block.parameters]), plain.rows_of(batch)
+            exact = plain.product(self._model, kind, vectors, chosen, self._leaves, rows, self.row_weights(batch))
+            if exact is not None:
+                return exact
         (x, y), weights, found = batch.padded(), self.row_weights(batch), []
         weights = jnp.ones(len(batch), wide(self._like[:0]).dtype) if weights is None else weights
         weights = _padded_to(weights, rounded(len(batch)))
@@ -357,6 +375,10 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         check_finite(losses, len(batch))
         weights = self.row_weights(batch)
         return flat if weights is None else flat * weights.reshape((-1,) + (1,) * (flat.ndim - 1))
+
+
+def _keys_by_content(batch: JaxBatch) -> np.ndarray:
+    return row_keys(host_leaves(batch.x, batch.y))
 
 
 def _stacked(pieces: list[jax.Array]) -> jax.Array:

@@ -52,6 +52,7 @@ from headwater.torch.check import (
 from headwater.torch.likelihoods import Likelihood, find_likelihood, fisher_cotangents, ggn_cotangents
 from headwater.torch.losses import Loss, check_finite, check_loss, normalisation, row_losses, slopes_at
 from headwater.torch.measurements import negative_logit, negative_margin
+from headwater.torch.plain import Choose, PlainRows, in_blocks, is_the_same, rows_of
 from headwater.torch.plan import as_matrix, check_eval, fill_parts, make_plan, trainable_parameters
 from headwater.torch.precision import doubled, wide, wide_copy
 from headwater.torch.products import batched_vjp, ggn_product, hessian_product, rowwise, rowwise_grads
@@ -120,6 +121,11 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
     model: any nn.Module that takes rows along the first axis. loss: any callable of (output, target). blocks: "full",
     "layer", "parameter" or {name: [parameter or module names]}. likelihood: the distribution behind the loss, where it
     is not known by itself ("cross_entropy", "binary_cross_entropy", "squared_error", or a `Likelihood`).
+
+    plain: the slow truth, for a model in float64: one row at a time, by backward passes alone; see `torch/plain.py`.
+    Gradients of drawn labels keep their layers' inputs, which Kronecker factors are made of, where a quarter of the
+    batch's rows shows that these give the plain numbers.
+
     Errors: RowsInteract for a model in train mode with dropout or batch norm; UnsupportedLoss; UnsupportedModel;
     BlockMismatch; RulesChanged where a later batch shows that a rule does not hold, for the caller to start again.
     """
@@ -132,6 +138,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         blocks: Structure = "full",
         measurement: Loss | None = None,
         likelihood: Likelihood | str | None = None,
+        plain: bool = False,
     ):
         check_model(model)
         check_loss(loss)
@@ -142,6 +149,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         self.likelihood = find_likelihood(loss, likelihood)
         self._normalisation: str | None = None
         self._structure = blocks
+        self._plain = PlainRows(model, loss) if plain else None
         self._distrusted: frozenset[str] = frozenset()
         with lock_of(model):
             self._modules = dict(model.named_modules())
@@ -220,6 +228,11 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
     def form(self) -> int:
         return self._form
 
+    @property
+    def plain(self) -> bool:
+        """Whether rows are computed one at a time, by plain autograd."""
+        return self._plain is not None
+
     def own_precision(self) -> AbstractContextManager[Any]:
         return own_precision(self.device)
 
@@ -254,6 +267,10 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         if len(batch) == 0:
             raise BatchMismatch("The batch has no rows.")
         batch = batch.to(self.device)
+        if self._plain is not None:
+            # Rows are named by what they hold before they become float64, so that random draws stay theirs.
+            ids = self._keys_by_content(batch) if batch.ids is None else batch.ids
+            batch = doubled(TorchBatch(batch.x, batch.y, batch.weights, ids))
         kind = self._like.dtype
         for leaf in tree_leaves(batch.x):
             if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.dtype != kind and not self._checked:
@@ -297,6 +314,9 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
     def grads(self, batch: TorchBatch, *, query: bool = False, weighted: bool = True) -> BlockGradients:
         loss = self.measurement if query else self.loss
         batch = self._prepare(batch, loss)
+        if self._plain is not None:
+            rows = [self._plain.gradient(row, self._names, loss) for row in rows_of(batch)]
+            return in_blocks(self.layouts, rows, self.row_weights(batch) if weighted else None)
         found = self._trusted(batch, lambda: self._of_loss(batch, loss))
         return self._blocks(found.values[0], len(batch), batch.weights if weighted else None)
 
@@ -305,21 +325,37 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         self, batch: TorchBatch, fisher: Fisher, *, draws: range = range(1), seed: int = 0
     ) -> list[BlockGradients]:
         batch = self._prepare(batch)
+        if fisher == "empirical" and self._plain is not None:
+            return [self.grads(batch, weighted=False)]
         if fisher == "empirical":  # the loss's own gradients, whatever the model's output is
             found = self._trusted(batch, lambda: self._of_loss(batch, self.loss))
             return [self._blocks(found.values[0], len(batch), None)]
-        numbers = [partial(self._numbers, self.row_keys(batch), number, seed) for number in draws]
 
-        def choose(output: Any) -> list[torch.Tensor]:
-            return list(fisher_cotangents(self.likelihood, self.loss, output, batch.y, fisher, numbers))
+        def choose(rows: TorchBatch, output: Any) -> list[torch.Tensor]:
+            numbers = [partial(self._numbers, self.row_keys(rows), number, seed) for number in draws]
+            return list(fisher_cotangents(self.likelihood, self.loss, output, rows.y, fisher, numbers))
 
-        grads = self._pull_back(batch, choose)
+        grads = self._pull_back(batch, partial(choose, batch))
         assert grads is not None
-        return grads
+        if self._plain is None:
+            return grads
+        few = slice(0, max(1, len(batch) // 4))  # each row costs a backward pass for every draw
+        alone = self._by_row(rows_of(batch.take(few)), choose) or []
+        if all(is_the_same(plain, layered, few) for plain, layered in zip(alone, grads, strict=True)):
+            return grads
+        return self._by_row(rows_of(batch), choose) or []
+
+    def _by_row(self, rows: list[TorchBatch], choose: Choose) -> list[BlockGradients] | None:
+        """Plain gradients of the output along cotangents that are chosen for each row."""
+        assert self._plain is not None
+        found = self._plain.along(rows, self._names, choose)
+        return None if found is None else [in_blocks(self.layouts, along) for along in found]
 
     @undisturbed
     def ggn_grads(self, batch: TorchBatch) -> list[BlockGradients] | None:
         batch = self._prepare(batch)
+        if self._plain is not None:
+            return self._by_row(rows_of(batch), self._plain.ggn_cotangents)
         return self._pull_back(batch, lambda output: ggn_cotangents(self.likelihood, self.loss, output, batch.y))
 
     def _pull_back(
@@ -400,22 +436,21 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
 
     def of_output(self, function: OutputFunction) -> TorchGradientProvider:
         chosen = {"margin": negative_margin, "logit": negative_logit}[function]
-        return type(self)(self.model, chosen, blocks=self._structure)
+        return type(self)(self.model, chosen, blocks=self._structure, plain=self.plain)
 
-    def in_float64(self) -> TorchGradientProvider:
-        from headwater.torch.plain import PlainTorchProvider
+    def in_float64(self) -> Self:
+        return self._wide(plain=True)
 
-        return self._wide(PlainTorchProvider)
-
-    def _wide(self, kind: type[TorchGradientProvider]) -> TorchGradientProvider:
-        """A provider of this kind for a copy of the model in float64. Errors: UnsupportedModel if there is none."""
+    def _wide(self, plain: bool) -> Self:
+        """A provider for a copy of the model in float64. Errors: UnsupportedModel if there is none."""
         loss = wide_copy(self.loss, "loss")
-        found = kind(
+        found = type(self)(
             wide_copy(self.model, "model"),
             loss,
             blocks=self._structure,
             measurement=loss if self.measurement is self.loss else wide_copy(self.measurement, "measurement"),
             likelihood=self.likelihood,
+            plain=plain,
         )
         return found._informed_by(self)
 
@@ -439,6 +474,9 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         if batch.ids is not None:
             ids = np.asarray(batch.ids.cpu() if isinstance(batch.ids, torch.Tensor) else batch.ids)
             return ids.astype(np.uint64) if ids.dtype.kind in "iu" else name_keys(ids.tolist())
+        return self._keys_by_content(batch)
+
+    def _keys_by_content(self, batch: TorchBatch) -> np.ndarray:
         return row_keys([_host(t) for t in tree_leaves((batch.x, batch.y)) if isinstance(t, ARRAYS)])
 
     def content_keys(self, batch: TorchBatch) -> np.ndarray:
@@ -636,7 +674,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
     def _compared_in_float64(self, batch: TorchBatch, found: Attempt, rows: np.ndarray) -> list[str] | None:
         """The same without rounding; None if the model has no such copy, or no room for it."""
         try:
-            other, batch = self._wide(type(self)), doubled(batch)
+            other, batch = self._wide(plain=False), doubled(batch)
             again = found.repeat(other, batch)
             return None if again is None else other._compared(batch, again, rows)
         except (UnsupportedModel, torch.OutOfMemoryError) as error:
@@ -703,8 +741,15 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         batch = self._prepare(batch)
         parameters = self._block_parameters(block)
         vectors = vectors.to(self._like.dtype)
+        weights = self.row_weights(batch)
         if vectors.ndim != 2 or vectors.shape[1] != self.layouts[block].size:
             raise ShapeMismatch(f"Expected vectors (K, {self.layouts[block].size}), got {tuple(vectors.shape)}.")
+        if self._plain is not None:
+            total = torch.zeros_like(vectors)
+            for k, row in enumerate(rows_of(batch)):
+                mine = self._plain.product(row, [p.name for p in parameters], vectors, kind)
+                total += mine if weights is None else mine * weights[k]
+            return total
         with autograd_on(), twice_differentiable():
             state = detached_state(self.model)
             leaves = [state[p.name].requires_grad_() for p in parameters]
@@ -713,9 +758,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
                 chosen = {p.name: t for p, t in zip(parameters, given, strict=True)}
                 return run(self.model, {**state, **chosen}, batch.x)
 
-            weights = self.row_weights(batch)
-
-            def total(output: Any) -> torch.Tensor:
+            def loss_of(output: Any) -> torch.Tensor:
                 losses = row_losses(self.loss, output, batch.y)
                 check_finite(losses)
                 return (losses if weights is None else losses * weights).sum()
@@ -727,11 +770,11 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
                 if kind == "ggn":
                     probe = block not in self._probed or len(tangents[0]) >= MANY
                     products, self._forward_mode = ggn_product(
-                        function, total, leaves, tangents, forward=self._forward_mode, probe=probe
+                        function, loss_of, leaves, tangents, forward=self._forward_mode, probe=probe
                     )
                     self._probed.add(block)
                 else:
-                    products = hessian_product(total(function(leaves)), leaves, tangents)
+                    products = hessian_product(loss_of(function(leaves)), leaves, tangents)
                 found.append(torch.cat([p.reshape(len(p), -1) for p in products], dim=1))
         return wide(torch.cat(found).detach()) if found else vectors.clone()
 
