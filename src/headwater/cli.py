@@ -154,7 +154,7 @@ def verify(
     """
     if demo == (setup is not None):
         raise InvalidSetting("Give either a setup file or --demo." if demo else "Give a setup file, or --demo.")
-    from headwater.run.setup import Setup, load_setup
+    from headwater.setup_file import Setup, load_setup
 
     if demo:
         from headwater.demo import Settings

@@ -131,6 +131,7 @@ class Outer(Gradient):
         xp, a, b = namespace(self.a), transpose(full.a[:, 0]), transpose(full.b[:, 0])
         if self.rows * k * i >= LARGE_PRODUCT:
             total = zeros_like(self.a, (k, self.rows))
+            # Output by output: the product of all at once would hold [k, o, n].
             for row in range(o):
                 total += basis[:, row] @ (a * b[row])
             return transpose(total)

@@ -250,6 +250,7 @@ class _Tracer:
 
     def _settle_biases(self) -> None:
         """A bias belongs to a product if nothing else reads the product on its way to the addition."""
+        # Only at the end: who else reads a product is not known while equations are still to come.
         for before, name in self.biases:
             site = self.found.sites[before.site]
             if site.bias is None and all(self.readers.get(slot) == 1 for slot in before.slots):

@@ -76,6 +76,7 @@ class BlockKrylovSolver(Solver):
 
     def _group(self, sides: Array) -> int:
         """Columns whose basis and images fit into memory, if they take four products each."""
+        # Each product of a column leaves one basis vector and its image: four products, eight vectors.
         return max(1, self.memory // (8 * _bytes(sides)))
 
     def _solve_group(

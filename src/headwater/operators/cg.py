@@ -102,6 +102,8 @@ class _Columns:
         """Mark what has ended among the live columns, from |r| and |x| [live]; which of them stay [live], boolean."""
         refuse_nonfinite(residuals, f"Block {self.label!r}: a residual after {step} steps of conjugate gradients")
         live, relative = self.live, residuals / self.norms[self.live]
+        # The recurrence's r goes on falling after x has no digits left to hold it: what x can hold is eps |C| |x|, and
+        # no residual below that is ever reported.
         floor = self.eps * norm * sizes / self.norms[live]
         self.residual[live] = np.maximum(relative, floor)
         self.iterations[live] = step
@@ -151,6 +153,7 @@ def _steps(settings: ConjugateGradient, operator: _Damped, inverse: LinearOperat
         product = operator(p)
         curve, length = host(rowwise_inner(p, product)), host(rowwise_inner(p, p))
         operator.norm = max(operator.norm, float(np.max(np.abs(curve) / np.where(length > 0, length, 1.0))))
+        # A product is off by eps |C| |p|; only what lies well below that is curvature which is really negative.
         negative = curve < -4 * state.eps * operator.norm * length
         if negative.any():
             operator.refuse(r, float((curve / np.where(length > 0, length, 1.0)).min()))
@@ -178,6 +181,8 @@ def _block_steps(settings: ConjugateGradient, operator: _Damped, inverse: Linear
     xp = namespace(state.sides)
     r = take(state.sides, state.live)
     x = r * 0
+    # The directions are orthonormalised afresh at every step, so that columns which have become dependent, as near the
+    # end, leave the space in place of making P A P^T singular (Ji and Li 2017, breakdown-free block CG).
     p = orthonormal(inverse.apply(r))
     for step in range(1, settings.max_iterations + 1):
         product = operator(p)
@@ -187,8 +192,10 @@ def _block_steps(settings: ConjugateGradient, operator: _Damped, inverse: Linear
         if float(values[0]) < -4 * state.eps * operator.norm:
             operator.refuse(r, float(values[0]))
         safe = xp.where(xp.abs(values) > state.eps**2 * operator.norm, values, xp.ones_like(values))
+        # core = (P A P^T)^-1 [k, k], by its eigenvalues: those at rounding level are left alone, not divided by.
         core = (vectors / safe) @ transpose(vectors)
         core = xp.astype(core, p.dtype)
+        # Every column minimises over the span of all columns' directions, not of its own alone.
         rate = (r @ transpose(p)) @ core
         x, r = x + rate @ p, r - rate @ product
         stay = state.judge(host(row_norms(r)), host(row_norms(x)), operator.norm, step)
@@ -201,6 +208,7 @@ def _block_steps(settings: ConjugateGradient, operator: _Damped, inverse: Linear
             break
         x, r = take(x, kept), take(r, kept)
         z = inverse.apply(r)
+        # A-orthogonal to the last directions; to all earlier ones by the recurrence, but for rounding.
         p = orthonormal(z - ((z @ transpose(product)) @ core) @ p)
         if not int(p.shape[0]):
             state.outcome[state.live] = BROKEN

@@ -35,6 +35,8 @@ def orthonormal(rows: Array, against: Iterable[Array] = ()) -> Array:
     norms = row_norms(rows)
     rows = rows / xp.where(norms > 0, norms, xp.ones_like(norms))[:, None]
     bases, smallest = False, 0.0
+    # Values come from a Gram matrix, which squares the condition; after the first pass all that is kept is near 1, so
+    # that the second loses nothing, and can be strict.
     for least in (1e2 * eps, 0.5):
         for basis in against:
             rows, bases = rows - (rows @ transpose(basis)) @ basis, True

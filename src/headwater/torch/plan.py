@@ -165,6 +165,8 @@ def _fill(
     at: dict[str, int] = {}
     for layer in layers:
         roles = [n if n is not None and block_of[n] == block.name else None for n in (layer.weight, layer.bias)]
+        # A bias is a column of its weight only where both have this one use: uses of a tied weight must have one
+        # form, or they could not be added up.
         together = all(n is not None and users[n] == 1 for n in roles)
         for weight, bias in [tuple(roles)] if together else [(roles[0], None), (None, roles[1])]:
             name = weight if weight is not None else bias
@@ -174,6 +176,7 @@ def _fill(
             if name not in at:
                 at[name] = len(parts)
                 parts += new
+            # Another use of a tied parameter, whose rule gives it another form: the plain way takes both.
             elif _forms(new) != _forms(parts[at[name] : at[name] + len(new)]):
                 continue
             sources.append(Source(layer.name, weight is not None, bias is not None, block.name, at[name]))
