@@ -423,6 +423,16 @@ def cell(found: Mapping[str, Verdict]) -> str:
     return "; ".join([first, *others])
 
 
+SHORT = {"right": "✓", "refused (UnsupportedModel)": "U", "refused (RowsInteract)": "R"}
+"""What a cell says, in one sign; other answers are spelt out."""
+
+
+def short(answer: str) -> str:
+    for long, sign in SHORT.items():
+        answer = answer.replace(long, sign)
+    return answer
+
+
 def table(swept: Swept, compiling: bool) -> str:
     """Of the columns about compiling, or of the others.
 
@@ -440,8 +450,8 @@ def table(swept: Swept, compiling: bool) -> str:
             merged.setdefault(row, []).append(case.covers.__name__)
         elif is_first(case) or not _agree(row, firsts.get(case.covers, row)):
             merged.setdefault(row, []).append(f"`{case.name}`")
-    lines = [("layer", *names), ("---",) * (1 + len(names))]
-    lines += [(", ".join(layers), *(answer or "-" for answer in row)) for row, layers in merged.items()]
+    lines = [(*names, "layers"), ("---",) * (1 + len(names))]
+    lines += [(*(short(answer or "-") for answer in row), ", ".join(layers)) for row, layers in merged.items()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
