@@ -82,6 +82,7 @@ def test_a_fit_that_reads_twice_refuses_other_rows(method, change):
         influence(METHODS[method]).fit(Changing(TRAIN, CHANGES[change])).influences(XQ, YQ)
     said = str(caught.value)
     assert "shuffle=False" in said and "augmentation" in said and "ids" in said
+    assert ("on purpose" in said) == (change == "more")
     if change != "fewer":
         assert f"rain rows, batch {3 if change == 'more' else 1}, row" in said
 

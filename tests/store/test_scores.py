@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headwater.errors import InvalidInput, InvalidSetting, ShapeMismatch
+from headwater.errors import InvalidInput, InvalidSetting, NotSaved, ShapeMismatch
+from headwater.evaluate import Bank
+from headwater.store.folder import read_folder, write_folder
 from headwater.store.scores import Running, Scores
 
 VALUES = np.array([[3.0, -1.0, 2.0, 0.0, 2.0], [0.5, 0.5, -4.0, 9.0, -4.0]])
@@ -136,3 +138,18 @@ def test_a_k_that_counts_nothing_is_refused(k):
 def test_extremes_of_nothing_are_refused():
     with pytest.raises(InvalidInput, match="tile"):
         Running(2, QUERIES).extremes()
+
+
+def test_a_folder_of_another_kind_is_called_what_it_is(tmp_path):
+    write_folder(tmp_path / "fit", {"rows": 3}, {"a": np.zeros(2)})
+    scores().save(tmp_path / "scores")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "identity.json").write_text("{}")
+    with pytest.raises(NotSaved, match=r"no scores at .*fit; it is a saved fit, which influence\.load"):
+        Scores.open(tmp_path / "fit")
+    with pytest.raises(NotSaved, match=r"no scores at .*run; it is the tiles of a run"):
+        Scores.open(tmp_path / "run")
+    with pytest.raises(NotSaved, match=r"no saved fit.*; it is saved scores, which hw\.Scores\.open"):
+        read_folder(tmp_path / "scores")
+    with pytest.raises(NotSaved, match=r"holds no bank.*; it is a saved fit"):
+        Bank.open(tmp_path / "fit")

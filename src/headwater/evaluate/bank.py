@@ -34,6 +34,7 @@ from headwater.evaluate.checks import Floats, check_whole, query_outputs
 from headwater.positions import row_groups
 from headwater.progress import track
 from headwater.store.draft import is_draft, remove_dead, told, write_new, write_whole
+from headwater.store.kinds import kind_of
 from headwater.store.seal import open_bytes, seal_bytes, sealed, unsealed
 
 Measure = Callable[[NDArray[np.int64], int], ArrayLike]
@@ -208,7 +209,7 @@ class Bank:
         """The bank in a folder, whatever its recipe. Errors: NotSaved; DamagedFile; InvalidInput if it is no bank."""
         file = Path(path) / RECIPE
         if not file.exists():
-            raise NotSaved(f"{path} holds no bank: there is no {file.name} in it.")
+            raise NotSaved(f"{path} holds no bank: there is no {file.name} in it{kind_of(Path(path))}.")
         asked, seal = unsealed(file, remedy=RECIPE_LOST)
         if not {"recipe", "rows", "queries"} <= asked.keys():
             raise InvalidInput(f"{file} is no recipe of a bank: it has {sorted(asked)}.")

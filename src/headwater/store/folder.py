@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from headwater.errors import DamagedFile, NotSaved
 from headwater.store.draft import draft
+from headwater.store.kinds import kind_of
 from headwater.store.seal import SAVE_AGAIN, check_folder, seal_folder
 
 DESCRIPTION, ARRAYS = "fit.json", "arrays.safetensors"
@@ -36,7 +37,7 @@ def read_folder(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str,
     """What `write_folder` wrote. Errors: NotSaved; DamagedFile for files that are not as they were written."""
     folder = Path(path)
     if not (folder / DESCRIPTION).is_file() and not (folder / ARRAYS).is_file():
-        raise NotSaved(f"{path} is no saved fit: it needs {DESCRIPTION} and {ARRAYS}.")
+        raise NotSaved(f"{path} is no saved fit: it needs {DESCRIPTION} and {ARRAYS}{kind_of(folder)}.")
     description = check_folder(folder, DESCRIPTION)
     try:
         return description, load_file(folder / ARRAYS)

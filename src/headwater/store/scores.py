@@ -14,6 +14,7 @@ from headwater.errors import InvalidInput, InvalidSetting, NotSaved, ShapeMismat
 from headwater.evaluate.calibration import Calibration
 from headwater.store.diagnosis import Diagnosis
 from headwater.store.draft import draft
+from headwater.store.kinds import kind_of
 from headwater.store.seal import check_folder, seal_folder
 
 if TYPE_CHECKING:
@@ -140,6 +141,9 @@ class Scores:
         """
         if not Path(path).exists():
             raise NotSaved(f"There are no scores at {path}.")
+        other = kind_of(Path(path))
+        if other and not (Path(path) / HEAD).is_file():
+            raise NotSaved(f"There are no scores at {path}{other}.")
         check_folder(Path(path), HEAD, "attributes")
         try:
             found = cls._read(path)
