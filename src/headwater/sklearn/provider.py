@@ -41,7 +41,8 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
     estimator: see `headwater.sklearn.linear`. blocks: "full", "parameter", or {name: ["coef", "intercept"]}.
     measurement: "margin" or "logit" (as in `of_output`) to explain that about query rows, in place of the loss.
     class_weight: {label: weight} in place of the estimator's, if that is "balanced". names: what the two parameters are
-    called; random projections depend on it, so ("weight", "bias") draws the numbers of torch.nn.Linear.
+    called; random projections depend on it, so ("weight", "bias") draws the numbers of torch.nn.Linear. plain: the slow
+    truth, gradients of one row at a time, by numerical differences of its loss.
     Errors: EstimatorNotFittedError; UnsupportedModel; InvalidSetting.
     """
 
@@ -53,8 +54,9 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
         measurement: OutputFunction | None = None,
         class_weight: Mapping[Any, float] | None = None,
         names: tuple[str, str] = NAMES,
+        plain: bool = False,
     ):
-        self.estimator = estimator
+        self.estimator, self._plain = estimator, plain
         self._blocks, self._measurement, self._class_weight = blocks, measurement, class_weight
         self._names = names
         self._function: OutputFunction | None = None
@@ -106,8 +108,10 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
         matrix = model.weights[:, _columns(model, held)]
         return self.layouts[block].merge([matrix[None]])[0]
 
-    def in_float64(self) -> PlainSklearnProvider:
-        found = PlainSklearnProvider(self.estimator, measurement=self._measurement, **self._options)
+    def in_float64(self) -> SklearnGradientProvider:
+        found = SklearnGradientProvider(
+            self.estimator, measurement=self._measurement, **{**self._options, "plain": True}
+        )
         found._function = self._function
         return found
 
@@ -119,7 +123,12 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
 
     @property
     def _options(self) -> dict[str, Any]:
-        return {"blocks": self._blocks, "class_weight": self._class_weight, "names": self._names}
+        return {
+            "blocks": self._blocks,
+            "class_weight": self._class_weight,
+            "names": self._names,
+            "plain": self._plain,
+        }
 
     def penalty(self, block: str, weight: float) -> Array | None:
         """[D_block]: strength / weight, or strength where the objective is a mean; None where it is zero."""
@@ -206,8 +215,23 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
 
     def grads(self, batch: SklearnBatch, *, query: bool = False, weighted: bool = True) -> BlockGradients:
         model, batch = self.model, self.prepared(batch)
+        if self._plain:
+            return self._as_asked(model, batch, self._plain_grads(model, batch, query), query, weighted)
         slopes = self._family(model, query).slope(model.output(batch.x), batch.y)
         return self._as_asked(model, batch, self._pulled_back(batch, [slopes])[0], query, weighted)
+
+    def _plain_grads(self, model: LinearModel, batch: FeatureBatch, query: bool) -> BlockGradients:
+        """One row's loss at a time, differentiated numerically by its output."""
+        family, rows = self._family(model, query), []
+        for k in range(len(batch)):
+            inputs = [*batch.x[k], *([] if model.intercept is None else [1.0])]
+            slope = _numerical_slope(family, model.output(batch.x[k : k + 1]), batch.y[k : k + 1])
+            rows.append([[s * entry for entry in inputs] for s in slope])
+        matrices = np.array(rows)
+        found: BlockGradients = OrderedDict()
+        for name, layout in self.layouts.items():
+            found[name] = BlockGradient(layout, (Dense(matrices[:, :, _columns(model, self._held(name))]),))
+        return found
 
     def _as_asked(
         self, model: LinearModel, batch: FeatureBatch, found: BlockGradients, query: bool, weighted: bool
@@ -333,23 +357,6 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
         """Which of "coef" and "intercept" the block has."""
         names = [p.name for p in self._layout(block).block.parameters]
         return tuple(own for own, name in zip(NAMES, self._names, strict=True) if name in names)
-
-
-class PlainSklearnProvider(SklearnGradientProvider):
-    """The same, with gradients the plain way: one row's loss at a time, differentiated numerically by its output."""
-
-    def grads(self, batch: SklearnBatch, *, query: bool = False, weighted: bool = True) -> BlockGradients:
-        model, batch = self.model, self.prepared(batch)
-        family, rows = self._family(model, query), []
-        for k in range(len(batch)):
-            inputs = [*batch.x[k], *([] if model.intercept is None else [1.0])]
-            slope = _numerical_slope(family, model.output(batch.x[k : k + 1]), batch.y[k : k + 1])
-            rows.append([[s * entry for entry in inputs] for s in slope])
-        matrices = np.array(rows)
-        found: BlockGradients = OrderedDict()
-        for name, layout in self.layouts.items():
-            found[name] = BlockGradient(layout, (Dense(matrices[:, :, _columns(model, self._held(name))]),))
-        return self._as_asked(model, batch, found, query, weighted)
 
 
 def _numerical_slope(family: Family, z: Array, y: Array) -> Array:
