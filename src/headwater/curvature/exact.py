@@ -36,7 +36,7 @@ def fit_dense(
     fisher: Fisher = "auto",
     seed: int = 0,
     progress: bool = False,
-) -> tuple[OrderedDict[str, LinearOperator], float]:
+) -> tuple[OrderedDict[str, DenseOperator], float]:
     """Every block's own curvature as a dense operator, in one pass; and the rows' total weight.
 
     Shapes: [D_block, D_block]. Errors: InvalidSetting for a block that is too large; NonFiniteValue.
