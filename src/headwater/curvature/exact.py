@@ -12,7 +12,6 @@ from headwater.errors import InvalidSetting
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
 from headwater.memory import refuse_too_large
-from headwater.operators.algebra import LinearOperator
 from headwater.operators.finite import refuse_nonfinite
 from headwater.operators.structured import DenseOperator
 from headwater.types import Batch

@@ -19,7 +19,6 @@ from headwater.operators.sketch import fit_nystroem, normal_vectors, refuse_vect
 from headwater.operators.spectrum import Spectrum
 from headwater.operators.structured import EigenpairsOperator
 
-
 Leading = ApproximatedOperator[CurvatureOperator, EigenpairsOperator]
 """The curvature, by products, and the eigenpairs that stand for it."""
 

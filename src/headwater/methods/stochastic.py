@@ -18,7 +18,6 @@ from headwater.operators.iterative import IterativeInverse
 from headwater.operators.krylov import steepness
 from headwater.operators.lissa import Descent, SteppedOperator
 
-
 Steps = SteppedOperator[CurvatureOperator]
 Helped = ApproximatedOperator[Steps, LinearOperator]
 """Steps, and the preconditioner's curvature."""

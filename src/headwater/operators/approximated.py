@@ -8,7 +8,6 @@ from headwater.arrays import Array
 from headwater.operators.algebra import LinearOperator
 from headwater.operators.spectrum import Spectrum
 
-
 Exact = TypeVar("Exact", bound=LinearOperator, covariant=True)
 Approximation = TypeVar("Approximation", bound=LinearOperator | None, covariant=True)
 

@@ -195,10 +195,10 @@ class BlockDiagonalOperator(LinearOperator, Generic[Piece]):
         return BlockDiagonalOperator(self.layout, [change(op) for op in self.operators])
 
     def adjoint(self) -> BlockDiagonalOperator[LinearOperator]:
-        return self.map(lambda op: op.adjoint())
+        return BlockDiagonalOperator(self.layout, [op.adjoint() for op in self.operators])
 
     def inverse(self, damping: float = 0.0) -> BlockDiagonalOperator[LinearOperator]:
-        return self.map(lambda op: op.inverse(damping))
+        return BlockDiagonalOperator(self.layout, [op.inverse(damping) for op in self.operators])
 
     def trace(self) -> float:
         return sum(op.trace() for op in self.operators)

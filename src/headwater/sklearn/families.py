@@ -215,7 +215,7 @@ class Tweedie(Elementwise):
 
 
 class Classes:
-    """How losses of one signed output read classes: targets 1 and -1, one against the other, or each against the rest."""
+    """How losses of one signed output read classes: as 1 and -1, one against the other, or each against the rest."""
 
     def targets(self, y: Array, outputs: int) -> Array:
         if outputs == 1:
