@@ -358,7 +358,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
     ) -> None:
         """Take what `taken_apart` gave, in place of `fit`; `where` it was read is for messages. Errors: as `load`."""
         if loader is not None:  # a provider that has seen rows knows the parts of its blocks
-            first_batch(self.provider, self._read_as(loader, "train"))
+            self.source.grads(first_batch(self.provider, self._read_as(loader, "train")))
         self._check_identity(saved, where)
         keys = arrays.get(ROW_KEYS)  # None in folders from before they were kept: then nothing is known of the rows
         rows = None
