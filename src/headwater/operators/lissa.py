@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -25,16 +24,12 @@ RUNAWAY = 1e4
 """Times its own size that a right-hand side's residual may grow before the iteration counts as diverged."""
 
 
-Rows = TypeVar("Rows", bound=LinearOperator, covariant=True)
-"""What a curvature of all rows, or of a step's, is."""
-
-
-class SteppedOperator(LinearOperator, Generic[Rows]):
+class SteppedOperator(LinearOperator):
     """A curvature, and that of the rows of each step; taken from the beginning again when steps run out."""
 
     symmetric = True
 
-    def __init__(self, whole: Rows, parts: Sequence[Rows]):
+    def __init__(self, whole: LinearOperator, parts: Sequence[LinearOperator]):
         self.whole, self.parts = whole, tuple(parts)
         self.psd = whole.psd
 
@@ -57,7 +52,7 @@ class SteppedOperator(LinearOperator, Generic[Rows]):
     def eigenvalues(self, at_most: int | None = None) -> Spectrum | None:
         return self.whole.eigenvalues(at_most)
 
-    def at(self, step: int) -> Rows:
+    def at(self, step: int) -> LinearOperator:
         """The curvature of the rows of a step."""
         return self.parts[step % len(self.parts)] if self.parts else self.whole
 
