@@ -51,8 +51,7 @@ class Attributor(ComposableInfluence[TensorType]):
         """
         from headwater.store.folder import write_folder
 
-        self.check_weights()
-        write_folder(path, *self.taken_apart())
+        write_folder(path, *self._taken_apart())
 
     @in_own_precision
     def load(self, path: str | os.PathLike[str], loader: Iterable[Any] | None = None) -> Self:
@@ -67,7 +66,7 @@ class Attributor(ComposableInfluence[TensorType]):
         from headwater.store.folder import read_folder
 
         saved, arrays = read_folder(path)
-        self.put_together(str(path), saved, arrays, loader)
+        self._put_together(str(path), saved, arrays, loader)
         return self
 
     @in_own_precision
@@ -89,7 +88,7 @@ class Attributor(ComposableInfluence[TensorType]):
         """
         from headwater.run.attribute import attribute
 
-        with self.recorded():
+        with self._recorded():
             train, query = self.train_rows(train_loader), self.query_rows(query_loader)
             return attribute(self, train, query, unit=unit, by_block=by_block, store=store, progress=progress)
 
@@ -106,7 +105,7 @@ class Attributor(ComposableInfluence[TensorType]):
         """The k most helpful and the k most harmful train rows of each query, without keeping the matrix of scores."""
         from headwater.run.attribute import top
 
-        with self.recorded():
+        with self._recorded():
             train, query = self.train_rows(train_loader), self.query_rows(query_loader)
             return top(self, train, query, k, unit=unit, progress=progress)
 
@@ -115,7 +114,7 @@ class Attributor(ComposableInfluence[TensorType]):
         """<Op g_n, g_n> for each row, without the N x N matrix: [n]."""
         from headwater.run.attribute import self_influence
 
-        with self.recorded():
+        with self._recorded():
             return self_influence(self, self.train_rows(train_loader), progress=progress)
 
     @in_own_precision
@@ -134,7 +133,7 @@ class Attributor(ComposableInfluence[TensorType]):
         """
         from headwater.run.removal import removal
 
-        with self.recorded():
+        with self._recorded():
             train, query = self.train_rows(train_loader), self.query_rows(query_loader)
             return removal(self, train, query, groups, progress=progress)
 
@@ -182,7 +181,7 @@ class Attributor(ComposableInfluence[TensorType]):
                 progress=progress,
             )
         chosen = {name: in_unit(amount, found.unit) for name, amount in found.chosen.items()}
-        return self.with_damping(chosen).changed(_calibration=found)
+        return self.with_damping(chosen)._changed(_calibration=found)
 
     @in_own_precision
     def verify(

@@ -202,10 +202,10 @@ class ComposableInfluence(ABC, Generic[TensorType]):
     def with_damping(self, damping: Damping | Mapping[str, Damping]) -> Self:
         """The same influence at another damping; everything that was fitted is used again."""
         amounts = damping_by_block(damping, self.method.default_damping, self.provider.layouts)
-        other = self.changed(damping=amounts, _last_solves=LastSolves(), _calibration=None)
-        return other if self._fitted is None else other.changed(_mapper=other._make_mapper(self._fitted))
+        other = self._changed(damping=amounts, _last_solves=LastSolves(), _calibration=None)
+        return other if self._fitted is None else other._changed(_mapper=other._make_mapper(self._fitted))
 
-    def changed(self, **fields: Any) -> Self:
+    def _changed(self, **fields: Any) -> Self:
         """A copy with other values of some fields."""
         other = copy.copy(self)
         for name, value in fields.items():
@@ -227,7 +227,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         amounts = self.damping
         if damping is not None:
             amounts = damping_by_block(damping, method.default_damping, provider.layouts)
-        return self.changed(
+        return self._changed(
             source=self.source if source is None else source,
             provider=provider,
             method=method,
@@ -336,7 +336,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         return self.block_mapper
 
     @contextmanager
-    def recorded(self) -> Iterator[None]:
+    def _recorded(self) -> Iterator[None]:
         """Keep the solves of what is done inside, in `solves`; errors of passes say where they are."""
         with recorded_solves() as log, located():
             try:
@@ -344,20 +344,20 @@ class ComposableInfluence(ABC, Generic[TensorType]):
             finally:
                 self._last_solves.found = joined(log)
 
-    # At rest ------------------------------------------------------------------------------------------------------
+    # In parts, for files ------------------------------------------------------------------------------------------
 
-    def taken_apart(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    def _taken_apart(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """What `fit` found, as JSON has it, and its arrays. Errors: those of `save`."""
         self.check_weights()
         parts = take_apart(self.curvature)
         keys = {} if self.fitted_keys is None else {ROW_KEYS: self.fitted_keys}
         return {**self.identity(), "rows": self.n_train, **parts.description}, parts.arrays | keys
 
-    def put_together(
+    def _put_together(
         self, where: str, saved: Mapping[str, Any], arrays: Mapping[str, np.ndarray], loader: Iterable[Any] | None
     ) -> None:
-        """Take what `taken_apart` gave, in place of `fit`; `where` it was read is for messages. Errors: as `load`."""
-        if loader is not None:  # a provider that has seen rows knows the parts of its blocks
+        """Take what `_taken_apart` gave, in place of `fit`; `where` it was read is for messages. Errors: as `load`."""
+        if loader is not None:  # a provider that has taken rows' gradients knows the parts of its blocks
             self.source.grads(first_batch(self.provider, self._read_as(loader, "train")))
         self._check_identity(saved, where)
         keys = arrays.get(ROW_KEYS)  # None in folders from before they were kept: then nothing is known of the rows
@@ -425,7 +425,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         Errors: InvalidInput if only one of x, y is given; NotFittedError; StaleFit; UnsupportedInfluenceModeError.
         """
         mapper, mode, test, train = self._asked(x_test, y_test, x, y, mode)
-        with self.recorded():
+        with self._recorded():
             if mode is InfluenceMode.Perturbation and not mapper.own_forms:
                 return mapper.perturbation(mapper.transformed_grads(test), train)
             return _sum(mapper.interactions(test, train, mode))
@@ -450,7 +450,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
             return [_sum(mapper.interactions(test, train, mode)) for mapper in others]
         grads = self.provider.grads(test, query=True) if others else {}
         factors: list[dict[str, Array]] = [{} for _ in others]
-        with self.recorded():
+        with self._recorded():
             for name, value in grads.items():
                 operators = [mapper.operators[name] for mapper in others]
                 for found, factor in zip(factors, apply_path(operators, operators[0].seen(value).flat()), strict=True):
@@ -468,7 +468,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
     ) -> OrderedDict[str, TensorType]:
         """`influences`, one summand for each block."""
         mapper, mode, test, train = self._asked(x_test, y_test, x, y, mode)
-        with self.recorded():
+        with self._recorded():
             return mapper.interactions(test, train, mode)
 
     @in_own_precision
@@ -481,7 +481,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
     def influence_factors_by_block(self, x: Any, y: Any) -> OrderedDict[str, TensorType]:
         """Op(gradient) of each row: (N, D_block) by block."""
         mapper, batch = self.ready(), self._batch(x, y, "x and y")
-        with self.recorded():
+        with self._recorded():
             return mapper.transformed_grads(batch)
 
     @in_own_precision

@@ -54,7 +54,7 @@ def load_setup(target: str) -> Setup:
             )
         given = [getattr(module, n) for n in NAMES]
     if not isinstance(given[0], Attributor):
-        raise InvalidSetting(f"{target}: the influence is {type(given[0]).__name__}; expected a Attributor.")
+        raise InvalidSetting(f"{target}: the influence is {type(given[0]).__name__}; expected an Attributor.")
     return Setup(*given)
 
 

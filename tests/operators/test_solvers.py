@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -714,3 +716,17 @@ def test_without_damping_a_low_rank_inverse_is_refused() -> None:
         leading.inverse(0.0)
     matrix = leading.inverse(0.0, complement=False).dense(leading.vectors)
     assert_close(matrix, torch.linalg.pinv(leading.dense(leading.vectors)), 1e2)
+
+
+def test_solves_are_of_the_last_call_of_this_thread_and_copies_have_none():
+    case = mlp()
+    influence = fitted(case, hw.Cg(), "full", damping=0.5)
+    influence.influences(case.x_query, case.y_query, case.x, case.y)
+    mine = influence.solves
+    assert mine["full"].residual.size == len(case.y_query)
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(lambda: influence.solves).result() == {}
+        other.submit(influence.influences, case.x_query[:1], case.y_query[:1], case.x, case.y).result()
+        assert other.submit(lambda: influence.solves["full"].residual.size).result() == 1
+    assert influence.solves is mine
+    assert copy.deepcopy(influence).solves == {} == influence.with_damping(1.0).solves

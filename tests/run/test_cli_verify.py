@@ -69,7 +69,7 @@ def test_a_broken_operator_exits_with_status_1(write, capsys):
     ("text", "said"),
     [
         ("train = query = []", "influence"),
-        ("influence, train, query = 1, [], []", "int; expected a Attributor"),
+        ("influence, train, query = 1, [], []", "int; expected an Attributor"),
         ("def setup():\n    return 3", "got int"),
         ("def setup():\n    raise KeyError('weights.pt')", "KeyError: 'weights.pt' (mine.py, line 2)"),
         ("import no_such_module", "ModuleNotFoundError"),

@@ -18,6 +18,7 @@ from headwater.curvature.passes import Unpacked
 from headwater.errors import BatchMismatch, InvalidInput, NonFiniteValue, RowsNotFitted
 from headwater.run import attribute as attributing
 from headwater.torch import TorchComposableInfluence
+from headwater.torch import losses as torch_losses
 
 Mutant = Callable[[], AbstractContextManager[Any]]
 
@@ -141,6 +142,7 @@ MUTANTS: dict[str, Mutant] = {
     "every row was fitted": _replaced(RowKeys, "among", lambda self, known: np.ones(len(self), dtype=bool)),
     "errors do not say where": _replaced(places, "raise_at", lambda error, place: None),
     "scores are not looked at": _replaced(attributing, "check_scores", lambda *given: None),
+    "targets are spread over outputs": _replaced(torch_losses, "spread_in_words", lambda *given: None),
     "unpacked weights are lost": _replaced(Unpacked, "__iter__", _without_extras),
     "the first row says which columns there are": _hf_mutant,
 }

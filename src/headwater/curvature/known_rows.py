@@ -133,9 +133,7 @@ class RowMemory:
             same = keys.among(self._saved)
         if not same.all():
             row = int(np.argmin(same))
-            grown = self.is_complete and keys.ids is None and place.start + row >= len(self._names)
-            remedy = f"{GROWN} {REMEDY}" if grown else REMEDY
-            error = BatchMismatch(f"{place.row(row)}: {self._why(keys, place, row)} {remedy}")
+            error = BatchMismatch(f"{place.row(row)}: {self._why(keys, place, row)} {REMEDY}")
             error.placed = True
             raise error
 
@@ -145,7 +143,10 @@ class RowMemory:
         if keys.ids is not None:
             return "the loader gives other rows each time it is read: this one was not there before, or has changed."
         if self.is_complete and place.start + row >= len(self._names):
-            return f"the loader gives other rows each time it is read: it had {len(self._names)} rows before, now more."
+            return (
+                f"the loader gives other rows each time it is read: it had {len(self._names)} rows before, now more. "
+                "If rows were added on purpose, make a new loader of them, and fit it if they are to be train rows."
+            )
         before = np.flatnonzero(self._names == keys.names[row])
         said = f"this one was row {before[0]} before (it shuffles)." if len(before) else "it shuffles, or changes them."
         return f"the loader gives other rows each time it is read: {said}"
@@ -173,9 +174,6 @@ REMEDY = (
     "Every pass needs the same rows: pass shuffle=False and no random augmentation, or batches with ids where only the "
     "order changes."
 )
-
-
-GROWN = "If rows were added on purpose, make a new loader of them, and fit it if they are to be train rows."
 
 
 class LoadersSeen:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from headwater.arrays import Array, namespace, rows_within_memory
@@ -82,6 +83,20 @@ class BlockGradient:
         """`flat` in pieces that fit into the working memory."""
         step = rows_within_memory(2 * self.layout.size, self.like)
         return [self.take(slice(start, start + step)).flat() for start in range(0, self.rows, step)]
+
+
+def rows_in_blocks(
+    layouts: Mapping[str, Layout], rows: Sequence[Mapping[str, Array]], weights: Array | None = None
+) -> OrderedDict[str, BlockGradient]:
+    """Gradients of single rows, by the name of the parameter, as dense blocks; times each row's weight [n] if given."""
+    blocks: OrderedDict[str, BlockGradient] = OrderedDict()
+    for name, layout in layouts.items():
+        names = [p.name for p in layout.block.parameters]
+        xp = namespace(rows[0][names[0]])
+        flat = xp.stack([xp.concat([row[n].reshape((-1,)) for n in names], axis=0) for row in rows], axis=0)
+        value = BlockGradient.from_flat(layout, flat)
+        blocks[name] = value if weights is None else value.weighted(weights)
+    return blocks
 
 
 def stack(values: Sequence[BlockGradient]) -> BlockGradient:

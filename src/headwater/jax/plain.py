@@ -6,8 +6,7 @@ No capture, no batch, no algebra; curvature where a row has few outputs, J writt
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,9 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from headwater.blocks import Layout
-from headwater.gradients.block import BlockGradient
-from headwater.gradients.provider import BlockGradients, Kind
+from headwater.gradients.provider import Kind
 from headwater.jax import derivatives
 from headwater.jax.batch import JaxBatch
 from headwater.jax.derivatives import Model
@@ -28,17 +25,6 @@ from headwater.jax.tree import Leaves
 def gradients(model: Model, chosen: Leaves, leaves: Leaves, rows: Iterable[JaxBatch]) -> list[Leaves]:
     """The gradient of each row's loss by the chosen parameters; rows: batches of one."""
     return [derivatives.plain_gradient(model, chosen, leaves, row.x, row.y)[1] for row in rows]
-
-
-def in_blocks(layouts: Mapping[str, Layout], rows: Sequence[Leaves], weights: jax.Array | None) -> BlockGradients:
-    """Gradients of rows by the name of the parameter, as blocks, dense; with each row's weight [n] if it is given."""
-    blocks: BlockGradients = OrderedDict()
-    for name, layout in layouts.items():
-        names = [p.name for p in layout.block.parameters]
-        flat = jnp.stack([jnp.concatenate([row[n].reshape(-1) for n in names]) for row in rows])
-        value = BlockGradient.from_flat(layout, flat)
-        blocks[name] = value if weights is None else value.weighted(weights)
-    return blocks
 
 
 def product(

@@ -17,6 +17,7 @@ from headwater.arrays import rows_within_memory
 from headwater.blocks import Layout, Structure
 from headwater.errors import BlockMismatch, InvalidInput, InvalidSetting, ShapeMismatch
 from headwater.gradients.algebra import Gradient
+from headwater.gradients.block import rows_in_blocks
 from headwater.gradients.coverage import Coverage
 from headwater.gradients.likelihoods import Likelihood, fisher_cotangents, ggn_cotangents
 from headwater.gradients.measurements import negative_logit, negative_margin
@@ -88,6 +89,10 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         self._numbers_per_row = 1
         self._fingerprint: tuple[int, ...] | None = None
         self._plain = plain
+        if plain and self._like.dtype != jnp.float64:
+            raise InvalidSetting(
+                f"plain=True takes parameters in float64, not {self.dtype}; in_float64() makes a copy."
+            )
         if example is not None:
             self._learn(jax.tree.map(lambda v: v[:1], example))
 
@@ -199,7 +204,7 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         if self._plain:
             names = [p.name for layout in self._plan.layouts for p in layout.block.parameters]
             rows = plain.gradients(model, self._chosen(names), self._leaves, plain.rows_of(batch))
-            return plain.in_blocks(self.layouts, rows, self.row_weights(batch) if weighted else None)
+            return rows_in_blocks(self.layouts, rows, self.row_weights(batch) if weighted else None)
         found = derivatives.gradients(model, self._plan, self._leaves, *batch.padded())
         losses, values = _cut(found, batch)
         check_finite(losses, len(batch))

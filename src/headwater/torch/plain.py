@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from headwater.blocks import Layout
-from headwater.gradients.block import BlockGradient
 from headwater.gradients.likelihoods import MOST
 from headwater.gradients.provider import BlockGradients, Kind
 from headwater.torch.batch import TorchBatch
@@ -130,19 +128,6 @@ class PlainRows:
 def rows_of(batch: TorchBatch) -> list[TorchBatch]:
     """Batches of one row."""
     return [batch.take(slice(k, k + 1)) for k in range(len(batch))]
-
-
-def in_blocks(
-    layouts: Mapping[str, Layout], rows: Sequence[ByName], weights: torch.Tensor | None = None
-) -> BlockGradients:
-    """Gradients of rows by the name of the parameter, as blocks, dense; with each row's weight [n] if it is given."""
-    blocks: BlockGradients = BlockGradients()
-    for name, layout in layouts.items():
-        names = [p.name for p in layout.block.parameters]
-        flat = torch.stack([torch.cat([row[n].reshape(-1) for n in names]) for row in rows])
-        value = BlockGradient.from_flat(layout, flat)
-        blocks[name] = value if weights is None else value.weighted(weights)
-    return blocks
 
 
 def is_the_same(plain: BlockGradients, layered: BlockGradients, rows: slice) -> bool:

@@ -23,13 +23,14 @@ from headwater.errors import (
     BatchMismatch,
     BlockMismatch,
     InvalidInput,
+    InvalidSetting,
     RowsInteract,
     RulesChanged,
     ShapeMismatch,
     UnsupportedModel,
 )
 from headwater.gradients.algebra import Dense, Gradient
-from headwater.gradients.block import BlockGradient
+from headwater.gradients.block import BlockGradient, rows_in_blocks
 from headwater.gradients.coverage import Coverage
 from headwater.gradients.outer import Outer, RowSparse
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
@@ -52,7 +53,7 @@ from headwater.torch.check import (
 from headwater.torch.likelihoods import Likelihood, find_likelihood, fisher_cotangents, ggn_cotangents
 from headwater.torch.losses import Loss, check_finite, check_loss, normalisation, row_losses, slopes_at
 from headwater.torch.measurements import negative_logit, negative_margin
-from headwater.torch.plain import Choose, PlainRows, in_blocks, is_the_same, rows_of
+from headwater.torch.plain import Choose, PlainRows, is_the_same, rows_of
 from headwater.torch.plan import as_matrix, check_eval, fill_parts, make_plan, trainable_parameters
 from headwater.torch.precision import doubled, wide, wide_copy
 from headwater.torch.products import batched_vjp, ggn_product, hessian_product, rowwise, rowwise_grads
@@ -156,6 +157,10 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             self._plan = make_plan(model, blocks)
         owner, _, role = self._names[0].rpartition(".")
         self._first = (self._modules[owner], role)
+        if plain and self._like.dtype != torch.float64:
+            raise InvalidSetting(
+                f"plain=True takes a model in float64, not {self.dtype}; in_float64() makes such a copy."
+            )
         self._shared_layers: tuple[str, ...] = ()
         self._checked = 0
         self._measured = 0
@@ -165,7 +170,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         self._form = 0
         self._forward_mode = True
         self._probed: set[str] = set()
-        self._numbers_per_row = 1
+        self._numbers_per_row: int | None = None
         self._work_per_row = self.n_parameters
 
     # What there is ------------------------------------------------------------------------------------------------
@@ -291,18 +296,20 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
     def rows_at_once(self, batch: TorchBatch) -> int:
         batch = self._ready(batch)
         check_eval(self.model)
-        if not self._checked and not self._measured:  # whether these are train or query rows, nobody says here
+        if self._numbers_per_row is None:  # counted without a loss: nobody says whether these are train or query rows
             with autograd_on():
                 one = batch.take(slice(0, 1))
                 recording, _ = self._record(one)
                 total = torch.stack([t.double().sum() for t in floating(recording.output)] or [torch.zeros(())]).sum()
-                self._count(self._filled(recording, recording.output_grads(total), one)[0], 1)
+                numbers = self._count(self._filled(recording, recording.output_grads(total), one)[0], 1)
+            return rows_within_memory(numbers, self._like)
         return rows_within_memory(self._numbers_per_row, self._like)
 
-    def _count(self, values: Mapping[Place, Gradient], rows: int) -> None:
-        """What gradients of a row cost."""
+    def _count(self, values: Mapping[Place, Gradient], rows: int) -> int:
+        """Keep what gradients of a row cost. Returns the numbers that they hold."""
         self._numbers_per_row = sum(a.numel() for v in values.values() for a in v.arrays) // rows
         self._work_per_row = sum(_positions(v) * v.shape[0] * v.shape[1] for v in values.values())
+        return self._numbers_per_row
 
     def row_weights(self, batch: TorchBatch) -> torch.Tensor | None:
         weights = as_tensor(batch.weights, self.device)
@@ -316,7 +323,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         batch = self._prepare(batch, loss)
         if self._plain is not None:
             rows = [self._plain.gradient(row, self._names, loss) for row in rows_of(batch)]
-            return in_blocks(self.layouts, rows, self.row_weights(batch) if weighted else None)
+            return rows_in_blocks(self.layouts, rows, self.row_weights(batch) if weighted else None)
         found = self._trusted(batch, lambda: self._of_loss(batch, loss))
         return self._blocks(found.values[0], len(batch), batch.weights if weighted else None)
 
@@ -349,7 +356,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         """Plain gradients of the output along cotangents that are chosen for each row."""
         assert self._plain is not None
         found = self._plain.along(rows, self._names, choose)
-        return None if found is None else [in_blocks(self.layouts, along) for along in found]
+        return None if found is None else [rows_in_blocks(self.layouts, along) for along in found]
 
     @undisturbed
     def ggn_grads(self, batch: TorchBatch) -> list[BlockGradients] | None:
@@ -588,9 +595,11 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         """Compare the chosen rows with plain autograd, one row at a time; see the class."""
         state, last = detached_state(self.model), len(chosen) - 1
         swapped, leaves = own_leaves(self.model, self._names)
-        chosen = with_a_gradient(self.model, loss, batch, chosen, swapped)
+        output, grads = one_row_alone(self.model, loss, batch.take(chosen[last:]), swapped, leaves)
+        if not any(bool(grad.any()) for grad in grads.values()):
+            chosen = with_a_gradient(self.model, loss, batch, chosen, swapped)
+            output, grads = one_row_alone(self.model, loss, batch.take(chosen[last:]), swapped, leaves)
         rows, what = batch.take(chosen), "loss" if loss is self.loss else "measurement"
-        output, grads = one_row_alone(self.model, loss, rows.take(slice(last, last + 1)), swapped, leaves)
         recording = self._record_first(rows, state)
         check_rows(recording.output, len(rows))
         losses = row_losses(loss, recording.output, rows.y)
