@@ -364,7 +364,8 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         rows = None
         if loader is not None:
             rows = KnownRows(self.source, self._read_as(loader, "train"), memory=RowMemory(keys))
-        curvature = put_together(TakenApart(dict(saved), dict(arrays)), self.provider, self._like(), rows)
+        read = put_together(TakenApart(dict(saved), dict(arrays)), self.provider, self._like(), rows)
+        curvature = self.method.checked(read)
         weights, form = self.provider.fingerprint(), self.provider.form
         self._keep(Fitted(curvature, saved["rows"], weights, form, self.source.device, keys))
         self._loaders = LoadersSeen()

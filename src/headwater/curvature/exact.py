@@ -12,7 +12,6 @@ from headwater.errors import InvalidSetting
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
 from headwater.memory import refuse_too_large
-from headwater.operators.algebra import LinearOperator
 from headwater.operators.finite import refuse_nonfinite
 from headwater.operators.structured import DenseOperator
 from headwater.types import Batch
@@ -36,7 +35,7 @@ def fit_dense(
     fisher: Fisher = "auto",
     seed: int = 0,
     progress: bool = False,
-) -> tuple[OrderedDict[str, LinearOperator], float]:
+) -> tuple[OrderedDict[str, DenseOperator], float]:
     """Every block's own curvature as a dense operator, in one pass; and the rows' total weight.
 
     Shapes: [D_block, D_block]. Errors: InvalidSetting for a block that is too large; NonFiniteValue.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from headwater.arrays import Array, accumulable, add_product, device, itemsize, namespace
 from headwater.curvature.passes import WeightedMean, batches, positive_weight, total_weight
@@ -29,6 +29,8 @@ from headwater.operators.structured import BlockDiagonalOperator
 Place = tuple[str, int]
 """(block name, part index)."""
 
+Piece = TypeVar("Piece", bound=LinearOperator)
+
 LARGEST_SIDE = 40_000
 """Rows of a Kronecker factor beyond which it is refused: 12.8 GB in float64, and hours to diagonalise."""
 
@@ -42,7 +44,7 @@ def fit_kfac(
     seed: int = 0,
     progress: bool = False,
     basis_only: bool = False,
-) -> tuple[OrderedDict[str, LinearOperator], float]:
+) -> tuple[OrderedDict[str, BlockDiagonalOperator[KroneckerOperator]], float]:
     """Every block's Fisher as a Kronecker product for each part, in one pass; and the rows' total weight.
 
     Errors: InvalidSetting for a table that is used as a linear map too (tied embeddings), unless
@@ -70,7 +72,7 @@ def fit_ekfac(
     samples: int = 1,
     seed: int = 0,
     progress: bool = False,
-) -> tuple[OrderedDict[str, LinearOperator], float]:
+) -> tuple[OrderedDict[str, BlockDiagonalOperator[EigenKroneckerOperator]], float]:
     """Every block's Fisher, diagonal in the Kronecker eigenbasis, in two passes; and the rows' total weight.
 
     Sampled labels of the second pass are independent of those that gave the basis: with the same draws the spectrum
@@ -79,11 +81,7 @@ def fit_ekfac(
     kfac, weight = fit_kfac(
         provider, loader, fisher=fisher, samples=samples, seed=seed, progress=progress, basis_only=True
     )
-    bases = {
-        (name, k): part.eigen
-        for name, block in kfac.items()
-        for k, part in enumerate(block.operators)  # type: ignore[attr-defined]
-    }
+    bases = {(name, k): part.eigen for name, block in kfac.items() for k, part in enumerate(block.operators)}
     spectra = {place: WeightedMean[Array]() for place in bases}
     for batch in batches(provider, loader, "EKFAC spectrum", progress):
         draws = provider.fisher_grads(batch, fisher, draws=range(samples, 2 * samples), seed=seed)
@@ -193,7 +191,9 @@ def _finite(place: Place, array: Array) -> Array:
     return refuse_nonfinite(array, f"The Kronecker curvature of block {place[0]!r}")
 
 
-def _by_block(provider: StructuredGradientProvider, parts: dict[Place, Any]) -> OrderedDict[str, LinearOperator]:
+def _by_block(
+    provider: StructuredGradientProvider, parts: dict[Place, Piece]
+) -> OrderedDict[str, BlockDiagonalOperator[Piece]]:
     return OrderedDict(
         (name, BlockDiagonalOperator(layout, [parts[name, k] for k in range(len(layout.parts))]))
         for name, layout in provider.layouts.items()

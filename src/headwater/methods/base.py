@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, get_args
+from typing import Any, Generic, TypeGuard, TypeVar, get_args
 
-from headwater.errors import InvalidSetting
+from headwater.errors import InvalidInput, InvalidSetting
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
 from headwater.methods.damping import Damping, Relative
 from headwater.operators.algebra import LinearOperator
 from headwater.operators.spectrum import Spectrum
 
 Curvatures = OrderedDict[str, LinearOperator]
+C = TypeVar("C", bound=LinearOperator)
+"""The curvature that a method fits, and inverts."""
 
 
 @dataclass(frozen=True)
-class Method(ABC):
+class Method(ABC, Generic[C]):
     """A way to attribute: which curvature, and how it is inverted. Knows no framework.
 
     `fit` runs over the data once or twice; `invert` is cheap, so that another damping costs nothing.
@@ -27,12 +29,28 @@ class Method(ABC):
     @abstractmethod
     def fit(
         self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
-    ) -> tuple[Curvatures, float]:
+    ) -> tuple[OrderedDict[str, C], float]:
         """The undamped curvature of each block, a mean over the rows, and the rows' total weight."""
 
     @abstractmethod
-    def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:
+    def invert(self, curvature: C, damping: float) -> LinearOperator:
         """(curvature + damping)^-1, or this method's approximation of it; damping is absolute."""
+
+    def takes(self, curvature: LinearOperator) -> TypeGuard[C]:
+        """Whether this is a curvature of the kind that `fit` gives; for one that was read from a file."""
+        return True
+
+    def checked(self, curvatures: Mapping[str, LinearOperator]) -> OrderedDict[str, C]:
+        """By block, known to be this method's. Errors: InvalidInput for one that `fit` would not have given."""
+        return OrderedDict((name, self._checked(name, curvature)) for name, curvature in curvatures.items())
+
+    def _checked(self, name: str, curvature: LinearOperator) -> C:
+        if not self.takes(curvature):
+            raise InvalidInput(
+                f"The curvature of block {name!r} is a {type(curvature).__name__} that {type(self).__name__} does not "
+                "fit. Fit again, or load what this method saved."
+            )
+        return curvature
 
     @property
     def default_damping(self) -> Damping:
@@ -52,7 +70,7 @@ class Method(ABC):
         """
         return None
 
-    def spectrum(self, curvature: LinearOperator, at_most: int | None = None) -> Spectrum | None:
+    def spectrum(self, curvature: C, at_most: int | None = None) -> Spectrum | None:
         """The eigenvalues of what `invert` damps and inverts, undamped; None where there are only products.
 
         at_most: None, too, where a matrix larger than this would have to be diagonalised first.

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from headwater.curvature.exact import Curvature, check_kind, fit_dense
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
-from headwater.methods.base import Curvatures, Method, check_fisher
+from headwater.methods.base import Method, check_fisher
 from headwater.methods.damping import Damping, Relative
 from headwater.operators.algebra import LinearOperator
+from headwater.operators.structured import DenseOperator
 
 
 @dataclass(frozen=True)
-class Direct(Method):
+class Direct(Method[DenseOperator]):
     """g_query^T (C + damping I)^-1 g_train with C dense. Source: Koh and Liang 2017, arXiv 1703.04730."""
 
     curvature: Curvature = "ggn"
@@ -32,11 +34,14 @@ class Direct(Method):
 
     def fit(
         self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
-    ) -> tuple[Curvatures, float]:
+    ) -> tuple[OrderedDict[str, DenseOperator], float]:
         return fit_dense(provider, loader, self.curvature, fisher=self.fisher, seed=self.seed, progress=progress)
 
-    def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:
-        return curvature.inverse(damping, allow_indefinite=self.allow_indefinite)  # type: ignore[call-arg]
+    def takes(self, curvature: LinearOperator) -> TypeGuard[DenseOperator]:
+        return isinstance(curvature, DenseOperator)
+
+    def invert(self, curvature: DenseOperator, damping: float) -> LinearOperator:
+        return curvature.inverse(damping, allow_indefinite=self.allow_indefinite)
 
     @property
     def default_damping(self) -> Damping:

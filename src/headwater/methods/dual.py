@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 from headwater.arrays import namespace, to_numpy
 from headwater.curvature.dual import DualOperator, RowSumOperator, SwappedInverse, fit_dual
 from headwater.curvature.products import fit_products
 from headwater.errors import InvalidSetting
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
-from headwater.methods.base import Curvatures, Method, check_fisher
+from headwater.methods.base import Method, check_fisher
 from headwater.methods.damping import Damping, Relative
 from headwater.operators.algebra import LinearOperator
 from headwater.operators.spectrum import Spectrum
@@ -21,7 +21,7 @@ DualCurvature = Literal["empirical_fisher", "fisher", "ggn"]
 
 
 @dataclass(frozen=True)
-class Dual(Method):
+class Dual(Method[DualOperator]):
     """The exact damped inverse through the Gram matrix of the rows' gradients; nothing is D x D, nothing is N x D.
 
     For m gradients (rows times draws) it takes m^2 ghost products, one m x m factorisation for each damping, and for
@@ -45,9 +45,8 @@ class Dual(Method):
 
     def fit(
         self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
-    ) -> tuple[Curvatures, float]:
-        duals, rows = fit_dual(provider, loader, self.curvature, fisher=self.fisher, seed=self.seed, progress=progress)
-        return OrderedDict(duals), rows
+    ) -> tuple[OrderedDict[str, DualOperator], float]:
+        return fit_dual(provider, loader, self.curvature, fisher=self.fisher, seed=self.seed, progress=progress)
 
     @property
     def default_damping(self) -> Damping:
@@ -58,12 +57,13 @@ class Dual(Method):
     def approximates(self) -> str:
         return self.curvature
 
-    def spectrum(self, curvature: LinearOperator, at_most: int | None = None) -> Spectrum | None:
-        assert isinstance(curvature, DualOperator)
+    def spectrum(self, curvature: DualOperator, at_most: int | None = None) -> Spectrum | None:
         return gram_spectrum(curvature, at_most)
 
-    def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:
-        assert isinstance(curvature, DualOperator)
+    def takes(self, curvature: LinearOperator) -> TypeGuard[DualOperator]:
+        return isinstance(curvature, DualOperator)
+
+    def invert(self, curvature: DualOperator, damping: float) -> LinearOperator:
         return curvature.inverse(damping)
 
 
@@ -81,7 +81,7 @@ def gram_spectrum(curvature: DualOperator, at_most: int | None = None) -> Spectr
 
 
 @dataclass(frozen=True)
-class DataInf(Method):
+class DataInf(Method[RowSumOperator]):
     """The mean over rows of (g g^T + damping)^-1, in place of the inverse of the mean. Exact for collinear gradients.
 
     Needs no inverse of any matrix: two passes over the rows for each batch of queries.
@@ -90,12 +90,14 @@ class DataInf(Method):
 
     def fit(
         self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
-    ) -> tuple[Curvatures, float]:
+    ) -> tuple[OrderedDict[str, RowSumOperator], float]:
         operators, rows = fit_products(provider, loader, "empirical_fisher", progress=progress)
         return OrderedDict((name, RowSumOperator(operator, rows)) for name, operator in operators.items()), rows
 
-    def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:
-        assert isinstance(curvature, RowSumOperator)
+    def takes(self, curvature: LinearOperator) -> TypeGuard[RowSumOperator]:
+        return isinstance(curvature, RowSumOperator)
+
+    def invert(self, curvature: RowSumOperator, damping: float) -> LinearOperator:
         return SwappedInverse(curvature, damping)
 
     @property

@@ -16,7 +16,7 @@ from headwater.operators.algebra import IdentityOperator, LinearOperator
 
 
 @dataclass(frozen=True)
-class GradDot(Method):
+class GradDot(Method[LinearOperator]):
     """<grad query, grad train>: one step of gradient descent on the train row. Damping has no meaning here."""
 
     def fit(

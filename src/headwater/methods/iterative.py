@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeGuard, TypeVar, get_args
 
 from headwater.curvature.dual import DualInverse, DualOperator
 from headwater.curvature.exact import Curvature, check_kind
@@ -13,7 +13,7 @@ from headwater.curvature.kronecker import fit_ekfac, fit_kfac
 from headwater.curvature.products import CurvatureOperator, fit_products
 from headwater.errors import IndefiniteCurvature, InvalidSetting, SingularOperator, UnsupportedLoss
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
-from headwater.methods.base import Curvatures, Method, check_fisher
+from headwater.methods.base import Method, check_fisher
 from headwater.methods.damping import Damping, Relative
 from headwater.operators.algebra import LinearOperator
 from headwater.operators.approximated import ApproximatedOperator
@@ -22,11 +22,14 @@ from headwater.operators.cg import ConjugateGradient
 from headwater.operators.iterative import IterativeInverse, Solver
 from headwater.operators.sketch import estimate_diagonal, fit_nystroem
 
+Preconditioned = ApproximatedOperator[CurvatureOperator, LinearOperator | None]
+"""The curvature, by products, and what is near to it and easy to invert; None for no preconditioner."""
+C = TypeVar("C", bound=LinearOperator)
 Preconditioner = Literal["auto", "dual", "ekfac", "kfac", "nystroem", "diagonal"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProductMethod(Method):
+class ProductMethod(Method[C]):
     """Curvature by products alone: of which kind, and with which labels."""
 
     curvature: Curvature = "ggn"
@@ -57,7 +60,7 @@ class ProductMethod(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreconditionedMethod(ProductMethod):
+class PreconditionedMethod(ProductMethod[Preconditioned]):
     """A solver that is helped by an operator near to the curvature, which is easy to invert."""
 
     preconditioner: Preconditioner | None = "auto"
@@ -81,12 +84,17 @@ class PreconditionedMethod(ProductMethod):
         """The settings of the solver."""
         raise NotImplementedError
 
+    def solver_for(self, curvature: CurvatureOperator) -> Solver:
+        """The settings that suit this curvature."""
+        return self.solver
+
     def fit(
         self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
-    ) -> tuple[Curvatures, float]:
+    ) -> tuple[OrderedDict[str, Preconditioned], float]:
         operators, rows = self.products(provider, loader, progress)
         helpers = self._fit_preconditioner(provider, loader, operators, progress)
-        return OrderedDict((n, ApproximatedOperator(op, helpers.get(n))) for n, op in operators.items()), rows
+        found = ((n, ApproximatedOperator(op, helpers.get(n))) for n, op in operators.items())
+        return OrderedDict(found), rows
 
     def _fit_preconditioner(
         self,
@@ -122,13 +130,15 @@ class PreconditionedMethod(ProductMethod):
             return {n: estimate_diagonal(op, op.like, probes=PROBES, seed=self.seed) for n, op in operators.items()}
         return {}
 
-    def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:
-        assert isinstance(curvature, ApproximatedOperator) and isinstance(curvature.exact, CurvatureOperator)
+    def takes(self, curvature: LinearOperator) -> TypeGuard[Preconditioned]:
+        return isinstance(curvature, ApproximatedOperator) and isinstance(curvature.exact, CurvatureOperator)
+
+    def invert(self, curvature: Preconditioned, damping: float) -> LinearOperator:
         exact, helper = curvature.exact, curvature.approximation
         if not self.allow_indefinite:
             refuse_indefinite(exact, damping)
         inverse = None if helper is None else near_inverse(helper, damping, exact.mean_eigenvalue())
-        return IterativeInverse(exact, damping, self.solver, inverse, exact.block)
+        return IterativeInverse(exact, damping, self.solver_for(exact), inverse, exact.block)
 
 
 SKETCH, PROBES = 50, 32
@@ -208,14 +218,11 @@ class Cg(PreconditionedMethod):
     def solver(self) -> ConjugateGradient:
         return ConjugateGradient(self.tolerance, self.max_iterations, self.block)
 
-    def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:
+    def solver_for(self, curvature: CurvatureOperator) -> Solver:
         """Where an indefinite Hessian is allowed, a space with full orthogonalisation: CG would break down."""
-        found = super().invert(curvature, damping)
-        assert isinstance(found, IterativeInverse) and isinstance(found.curvature, CurvatureOperator)
-        if not self.allow_indefinite or found.curvature.psd:
-            return found
-        solver = BlockKrylovSolver(self.tolerance, self.max_iterations, allow_indefinite=True)
-        return IterativeInverse(found.curvature, damping, solver, found.preconditioner, found.label)
+        if not self.allow_indefinite or curvature.psd:
+            return self.solver
+        return BlockKrylovSolver(self.tolerance, self.max_iterations, allow_indefinite=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,9 +242,9 @@ class BlockKrylov(PreconditionedMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("max_products", "memory"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise InvalidSetting(f"{name} is {getattr(self, name)!r}; expected a whole number of at least 1.")
+        for name, value in (("max_products", self.max_products), ("memory", self.memory)):
+            if not isinstance(value, int) or value < 1:
+                raise InvalidSetting(f"{name} is {value!r}; expected a whole number of at least 1.")
 
     @property
     def solver(self) -> BlockKrylovSolver:

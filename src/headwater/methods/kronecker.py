@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Generic, Literal, TypeGuard, TypeVar, get_args
 
 from headwater.arrays import namespace
 from headwater.curvature.kronecker import fit_ekfac, fit_kfac
 from headwater.curvature.separable import separate
 from headwater.errors import InvalidSetting
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
-from headwater.methods.base import Curvatures, Method, check_fisher
+from headwater.methods.base import Method, check_fisher
 from headwater.methods.damping import Damping, Relative
 from headwater.operators.algebra import LinearOperator
 from headwater.operators.kronecker import EigenKroneckerOperator, KroneckerOperator, SeparableOperator
 from headwater.operators.structured import BlockDiagonalOperator
 
+Piece = TypeVar("Piece", bound=LinearOperator)
+"""What stands for one part's Fisher."""
 DampingForm = Literal["exact", "factored"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class KroneckerMethod(Method):
+class KroneckerMethod(Method[BlockDiagonalOperator[Piece]], Generic[Piece]):
     """The Fisher information, part by part, in Kronecker factors: which labels it averages over."""
 
     fisher: Fisher = "auto"
@@ -46,17 +49,23 @@ class KroneckerMethod(Method):
     def approximates(self) -> str:
         return "empirical_fisher" if self.fisher == "empirical" else "ggn"
 
-    def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:
-        assert isinstance(curvature, BlockDiagonalOperator)
+    def takes(self, curvature: LinearOperator) -> TypeGuard[BlockDiagonalOperator[Piece]]:
+        return isinstance(curvature, BlockDiagonalOperator) and all(map(self.takes_part, curvature.operators))
+
+    @abstractmethod
+    def takes_part(self, part: LinearOperator) -> TypeGuard[Piece]:
+        """Whether this is of the kind that `fit` gives for a part."""
+
+    def invert(self, curvature: BlockDiagonalOperator[Piece], damping: float) -> LinearOperator:
         return curvature.map(lambda part: self.invert_part(part, damping))
 
     @abstractmethod
-    def invert_part(self, part: LinearOperator, damping: float) -> LinearOperator:
+    def invert_part(self, part: Piece, damping: float) -> LinearOperator:
         """(part + damping)^-1, or what stands for it."""
 
 
 @dataclass(frozen=True)
-class Kfac(KroneckerMethod):
+class Kfac(KroneckerMethod[KroneckerOperator]):
     """The Fisher of each layer as a Kronecker product. Source: Martens and Grosse 2015, arXiv 1503.05671."""
 
     damping_form: DampingForm = "exact"
@@ -69,16 +78,18 @@ class Kfac(KroneckerMethod):
 
     def fit(
         self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
-    ) -> tuple[Curvatures, float]:
+    ) -> tuple[OrderedDict[str, BlockDiagonalOperator[KroneckerOperator]], float]:
         return fit_kfac(provider, loader, fisher=self.fisher, samples=self.samples, seed=self.seed, progress=progress)
 
-    def invert_part(self, part: LinearOperator, damping: float) -> LinearOperator:
-        assert isinstance(part, KroneckerOperator)
+    def takes_part(self, part: LinearOperator) -> TypeGuard[KroneckerOperator]:
+        return isinstance(part, KroneckerOperator)
+
+    def invert_part(self, part: KroneckerOperator, damping: float) -> LinearOperator:
         return part.inverse(damping) if self.damping_form == "exact" else part.factored_inverse(damping)
 
 
 @dataclass(frozen=True)
-class Ekfac(KroneckerMethod):
+class Ekfac(KroneckerMethod[EigenKroneckerOperator]):
     """KFAC's eigenbasis with the right eigenvalues. Source: George et al. 2018, arXiv 1806.03884.
 
     With `rank`, the inverse spectrum is a sum of that many outer products: pairs cost rank (o + i) instead of o i, and
@@ -95,11 +106,13 @@ class Ekfac(KroneckerMethod):
 
     def fit(
         self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
-    ) -> tuple[Curvatures, float]:
+    ) -> tuple[OrderedDict[str, BlockDiagonalOperator[EigenKroneckerOperator]], float]:
         return fit_ekfac(provider, loader, fisher=self.fisher, samples=self.samples, seed=self.seed, progress=progress)
 
-    def invert_part(self, part: LinearOperator, damping: float) -> LinearOperator:
-        assert isinstance(part, EigenKroneckerOperator)
+    def takes_part(self, part: LinearOperator) -> TypeGuard[EigenKroneckerOperator]:
+        return isinstance(part, EigenKroneckerOperator)
+
+    def invert_part(self, part: EigenKroneckerOperator, damping: float) -> LinearOperator:
         inverse = part.inverse(damping)
         if self.rank is None or self.rank >= min(part.spectrum.shape):
             return inverse

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from headwater.arrays import namespace
 from headwater.curvature.products import CurvatureOperator
 from headwater.errors import IndefiniteCurvature, InvalidSetting
 from headwater.gradients.provider import StructuredGradientProvider
-from headwater.methods.base import Curvatures
 from headwater.methods.iterative import ProductMethod
 from headwater.operators.algebra import LinearOperator
 from headwater.operators.approximated import ApproximatedOperator
@@ -20,9 +19,12 @@ from headwater.operators.sketch import fit_nystroem, normal_vectors, refuse_vect
 from headwater.operators.spectrum import Spectrum
 from headwater.operators.structured import EigenpairsOperator
 
+Leading = ApproximatedOperator[CurvatureOperator, EigenpairsOperator]
+"""The curvature, by products, and the eigenpairs that stand for it."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class LowRankMethod(ProductMethod):
+class LowRankMethod(ProductMethod[Leading]):
     """A curvature seen through `rank` directions; off them there is the damping alone."""
 
     rank: int = 50
@@ -35,13 +37,15 @@ class LowRankMethod(ProductMethod):
 
     def fit(
         self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
-    ) -> tuple[Curvatures, float]:
+    ) -> tuple[OrderedDict[str, Leading], float]:
         operators, rows = self.products(provider, loader, progress)
         return OrderedDict((n, ApproximatedOperator(op, self._leading(op))) for n, op in operators.items()), rows
 
-    def spectrum(self, curvature: LinearOperator, at_most: int | None = None) -> Spectrum | None:
+    def takes(self, curvature: LinearOperator) -> TypeGuard[Leading]:
+        return isinstance(curvature, ApproximatedOperator) and isinstance(curvature.approximation, EigenpairsOperator)
+
+    def spectrum(self, curvature: Leading, at_most: int | None = None) -> Spectrum | None:
         """Of the directions that are kept; zero off them."""
-        assert isinstance(curvature, ApproximatedOperator) and isinstance(curvature.approximation, EigenpairsOperator)
         leading = curvature.approximation
         if curvature.psd:  # what is below zero is rounding
             leading = EigenpairsOperator(namespace(leading.values).clip(leading.values, 0.0, None), leading.vectors)
@@ -71,8 +75,7 @@ class Arnoldi(LowRankMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("block", "max_products"):
-            value = getattr(self, name)
+        for name, value in (("block", self.block), ("max_products", self.max_products)):
             if not (value is None and name == "max_products") and (not isinstance(value, int) or value < 1):
                 raise InvalidSetting(f"{name} is {value!r}; expected a whole number of at least 1.")
 
@@ -86,8 +89,7 @@ class Arnoldi(LowRankMethod):
             operator, start, self.rank, tolerance=self.tolerance, max_products=limit, label=operator.block
         )
 
-    def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:
-        assert isinstance(curvature, ApproximatedOperator) and isinstance(curvature.approximation, EigenpairsOperator)
+    def invert(self, curvature: Leading, damping: float) -> LinearOperator:
         leading = curvature.approximation
         if curvature.psd:  # what is below zero is rounding
             leading = EigenpairsOperator(namespace(leading.values).clip(leading.values, 0.0, None), leading.vectors)
@@ -110,6 +112,5 @@ class Nystroem(LowRankMethod):
     def _leading(self, operator: CurvatureOperator) -> EigenpairsOperator:
         return fit_nystroem(operator, operator.like, rank=self.rank, seed=self.seed)
 
-    def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:
-        assert isinstance(curvature, ApproximatedOperator) and curvature.approximation is not None
+    def invert(self, curvature: Leading, damping: float) -> LinearOperator:
         return curvature.approximation.inverse(damping)

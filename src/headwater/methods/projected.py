@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeGuard, TypeVar, get_args
 
 from headwater.arrays import Array, as_like, device, identity, namespace, transpose
 from headwater.blocks import Layout, Part
@@ -17,7 +17,7 @@ from headwater.errors import InvalidSetting
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.margin import MarginGradientProvider
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
-from headwater.methods.base import Curvatures, Method, check_fisher
+from headwater.methods.base import Method, check_fisher
 from headwater.methods.dual import gram_spectrum
 from headwater.operators.algebra import LinearOperator
 from headwater.operators.kronecker import KroneckerOperator
@@ -34,9 +34,11 @@ from headwater.operators.projection import (
     sparse_side,
 )
 from headwater.operators.spectrum import Spectrum
-from headwater.operators.structured import BlockDiagonalOperator, LowRankPlusDiagonalOperator
+from headwater.operators.structured import LowRankPlusDiagonalOperator
 from headwater.random import PROJECTION_VERSION
 
+Moments = TypeVar("Moments", bound=ProjectedOperator | DualOperator)
+"""Of projected gradients; or through all pairs of rows, where nothing is projected."""
 Output = Literal["margin", "loss"]
 Projecting = Literal["mixed", "dense"]
 Init = Literal["random", "pca"]
@@ -44,7 +46,7 @@ Sides = Sequence[tuple[Side, Side]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProjectedMethod(Method):
+class ProjectedMethod(Method[Moments]):
     """Second moments of projected gradients, inverted in the projected space; relative damping is relative to them.
 
     Zero damping is allowed, unless a block is projected to as many numbers as there are rows or more: what is left is
@@ -56,14 +58,8 @@ class ProjectedMethod(Method):
     projection_version: int = field(default=PROJECTION_VERSION, init=False)
     """Which random numbers: scores of another version are other scores."""
 
-    def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:
+    def invert(self, curvature: Moments, damping: float) -> LinearOperator:
         return curvature.inverse(damping)
-
-    def spectrum(self, curvature: LinearOperator, at_most: int | None = None) -> Spectrum | None:
-        """Of the projected curvature, zeros included; or of the rows' own, where nothing is projected."""
-        if isinstance(curvature, DualOperator):
-            return gram_spectrum(curvature, at_most)
-        return super().spectrum(curvature, at_most)
 
     @property
     def approximates(self) -> str:
@@ -71,7 +67,7 @@ class ProjectedMethod(Method):
 
 
 @dataclass(frozen=True)
-class Trak(ProjectedMethod):
+class Trak(ProjectedMethod[ProjectedOperator | DualOperator]):
     """TRAK: margins' gradients, projected at random over the whole block, for one model or several.
 
     score = phi_query^T (mean of phi phi^T + damping)^-1 phi_train (1 - p_train), with phi the projected gradient of the
@@ -99,12 +95,21 @@ class Trak(ProjectedMethod):
         if self.dimension is not None:
             _check_size("dimension", self.dimension)
 
+    def takes(self, curvature: LinearOperator) -> TypeGuard[ProjectedOperator | DualOperator]:
+        return isinstance(curvature, DualOperator if self.dimension is None else ProjectedOperator)
+
+    def spectrum(self, curvature: ProjectedOperator | DualOperator, at_most: int | None = None) -> Spectrum | None:
+        """Of the projected curvature, zeros included; or of the rows' own, where nothing is projected."""
+        if isinstance(curvature, DualOperator):
+            return gram_spectrum(curvature, at_most)
+        return super().spectrum(curvature, at_most)
+
     def view(self, provider: StructuredGradientProvider) -> StructuredGradientProvider:
         return provider if self.output == "loss" else MarginGradientProvider(provider)
 
     def fit(
         self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
-    ) -> tuple[Curvatures, float]:
+    ) -> tuple[OrderedDict[str, ProjectedOperator | DualOperator], float]:
         dimension = self.dimension
         if dimension is None:
             duals, rows = fit_dual(provider, loader, "empirical_fisher", seed=self.seed, progress=progress)
@@ -119,7 +124,7 @@ class Trak(ProjectedMethod):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SidedMethod(ProjectedMethod):
+class SidedMethod(ProjectedMethod[ProjectedOperator]):
     """Each part's gradients projected on both sides, L G R^T, and the block's second moment of all these numbers."""
 
     fisher: Fisher = "empirical"
@@ -128,9 +133,12 @@ class SidedMethod(ProjectedMethod):
     def __post_init__(self) -> None:
         check_fisher(self.fisher)
 
+    def takes(self, curvature: LinearOperator) -> TypeGuard[ProjectedOperator]:
+        return isinstance(curvature, ProjectedOperator)
+
     def fit(
         self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
-    ) -> tuple[Curvatures, float]:
+    ) -> tuple[OrderedDict[str, ProjectedOperator], float]:
         make, draws = self.projections(provider, loader, progress)
         moments, weight = fit_moments(
             provider, loader, make, fisher=self.fisher, draws=draws, seed=self.seed, progress=progress
@@ -178,9 +186,7 @@ class LoGra(SidedMethod):
         kfac, _ = fit_kfac(provider, loader, fisher=self.fisher, seed=self.seed, progress=progress, basis_only=True)
 
         def make(name: str, value: BlockGradient) -> KroneckerProjection:
-            block = kfac[name]
-            assert isinstance(block, BlockDiagonalOperator)
-            factors = zip(block.operators, value.layout.parts, strict=True)
+            factors = zip(kfac[name].operators, value.layout.parts, strict=True)
             return self.projection(value.layout, [self._leading(op, part, value.like) for op, part in factors])
 
         return make, range(1, 2)
@@ -199,8 +205,7 @@ class LoGra(SidedMethod):
         )
         return _as_side(left, like), _as_side(right, like)
 
-    def _leading(self, factors: LinearOperator, part: Part, like: Array) -> tuple[Side, Side]:
-        assert isinstance(factors, KroneckerOperator)
+    def _leading(self, factors: KroneckerOperator, part: Part, like: Array) -> tuple[Side, Side]:
         bases, drawn = (factors.eigen.left, factors.eigen.right), self._random_sides(part, like)
         found = [
             other if other is None else _leading_side(side, basis, size, other)

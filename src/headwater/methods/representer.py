@@ -49,8 +49,7 @@ class Representer(GradDot):
     """The largest relative gap, from stationary and from linear, that is accepted at fit."""
 
     def __post_init__(self) -> None:
-        for name in ("l2", "tolerance"):
-            value = getattr(self, name)
+        for name, value in (("l2", self.l2), ("tolerance", self.tolerance)):
             if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
                 raise InvalidSetting(f"{name} is {value!r}; expected a finite number > 0.")
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from headwater.curvature.kronecker import fit_ekfac
 from headwater.curvature.products import CurvatureOperator, fit_steps
 from headwater.errors import InvalidSetting
 from headwater.gradients.provider import StructuredGradientProvider
-from headwater.methods.base import Curvatures
 from headwater.methods.iterative import ProductMethod, near_inverse, refuse_indefinite
 from headwater.operators.algebra import LinearOperator
 from headwater.operators.approximated import ApproximatedOperator
@@ -19,9 +18,14 @@ from headwater.operators.iterative import IterativeInverse
 from headwater.operators.krylov import steepness
 from headwater.operators.lissa import Descent, SteppedOperator
 
+Steps = SteppedOperator[CurvatureOperator]
+Helped = ApproximatedOperator[Steps, LinearOperator]
+"""Steps, and the preconditioner's curvature."""
+C = TypeVar("C", bound=LinearOperator)
+
 
 @dataclass(frozen=True, kw_only=True)
-class SteppedMethod(ProductMethod):
+class SteppedMethod(ProductMethod[C]):
     """A fixed number of steps, each with the curvature of a few rows.
 
     Which rows belong to a step depends on the seed and on the rows, never on the loader's batches or their order: rows
@@ -36,14 +40,13 @@ class SteppedMethod(ProductMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("steps", "rows"):
-            value = getattr(self, name)
+        for name, value in (("steps", self.steps), ("rows", self.rows)):
             if not (value is None and name == "rows") and (not isinstance(value, int) or value < 1):
                 raise InvalidSetting(f"{name} is {value!r}; expected a whole number of at least 1.")
 
     def stepped(
         self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
-    ) -> tuple[OrderedDict[str, SteppedOperator], float]:
+    ) -> tuple[OrderedDict[str, Steps], float]:
         """Each block's curvature, and that of each step's rows; and the rows' total weight."""
         whole, rows = self.products(provider, loader, progress)
         parts: dict[str, list[CurvatureOperator]] = {name: [] for name in whole}
@@ -55,7 +58,7 @@ class SteppedMethod(ProductMethod):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lissa(SteppedMethod):
+class Lissa(SteppedMethod[Steps]):
     """x <- x + (g - (C_t + damping) x) / scale, from x = g / scale. Source: Agarwal et al. 2017, arXiv 1602.03943."""
 
     scale: float | None = None
@@ -68,12 +71,10 @@ class Lissa(SteppedMethod):
 
     def fit(
         self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
-    ) -> tuple[Curvatures, float]:
-        operators, rows = self.stepped(provider, loader, progress)
-        return OrderedDict(operators), rows
+    ) -> tuple[OrderedDict[str, Steps], float]:
+        return self.stepped(provider, loader, progress)
 
-    def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:
-        assert isinstance(curvature, SteppedOperator) and isinstance(curvature.whole, CurvatureOperator)
+    def invert(self, curvature: Steps, damping: float) -> LinearOperator:
         whole = curvature.whole
         refuse_indefinite(whole, damping, surely=True)
         scale = self.scale
@@ -83,7 +84,7 @@ class Lissa(SteppedMethod):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Astra(SteppedMethod):
+class Astra(SteppedMethod[Helped]):
     """x <- x + v, v <- momentum v + step_size (EKFAC + damping)^-1 (g - (C_t + damping) x), from EKFAC's answer.
 
     Source: Wang et al. 2025, "Better training data attribution via better inverse Hessian-vector products".
@@ -107,15 +108,13 @@ class Astra(SteppedMethod):
 
     def fit(
         self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
-    ) -> tuple[Curvatures, float]:
+    ) -> tuple[OrderedDict[str, Helped], float]:
         operators, rows = self.stepped(provider, loader, progress)
         helpers, _ = fit_ekfac(provider, loader, fisher=self.fisher, seed=self.seed, progress=progress)
         return OrderedDict((name, ApproximatedOperator(op, helpers[name])) for name, op in operators.items()), rows
 
-    def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:
-        assert isinstance(curvature, ApproximatedOperator) and isinstance(curvature.exact, SteppedOperator)
+    def invert(self, curvature: Helped, damping: float) -> LinearOperator:
         stepped, whole = curvature.exact, curvature.exact.whole
-        assert isinstance(whole, CurvatureOperator) and curvature.approximation is not None
         refuse_indefinite(whole, damping, surely=True)
         helper = near_inverse(curvature.approximation, damping, whole.mean_eigenvalue())
         step = self.step_size or 1.0 / max(

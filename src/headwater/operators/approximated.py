@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Generic, TypeVar
+
 from headwater.arrays import Array
 from headwater.operators.algebra import LinearOperator
 from headwater.operators.spectrum import Spectrum
 
+Exact = TypeVar("Exact", bound=LinearOperator, covariant=True)
+Approximation = TypeVar("Approximation", bound=LinearOperator | None, covariant=True)
 
-class ApproximatedOperator(LinearOperator):
+
+class ApproximatedOperator(LinearOperator, Generic[Exact, Approximation]):
     """`exact` in all it does; `approximation` has the structure that makes it easy to invert, or None."""
 
     symmetric = True
 
-    def __init__(self, exact: LinearOperator, approximation: LinearOperator | None):
+    def __init__(self, exact: Exact, approximation: Approximation):
         self.exact, self.approximation = exact, approximation
         self.psd = exact.psd
 

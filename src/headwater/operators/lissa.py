@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -24,12 +25,16 @@ RUNAWAY = 1e4
 """Times its own size that a right-hand side's residual may grow before the iteration counts as diverged."""
 
 
-class SteppedOperator(LinearOperator):
+Rows = TypeVar("Rows", bound=LinearOperator, covariant=True)
+"""What a curvature of all rows, or of a step's, is."""
+
+
+class SteppedOperator(LinearOperator, Generic[Rows]):
     """A curvature, and that of the rows of each step; taken from the beginning again when steps run out."""
 
     symmetric = True
 
-    def __init__(self, whole: LinearOperator, parts: Sequence[LinearOperator]):
+    def __init__(self, whole: Rows, parts: Sequence[Rows]):
         self.whole, self.parts = whole, tuple(parts)
         self.psd = whole.psd
 
@@ -52,7 +57,7 @@ class SteppedOperator(LinearOperator):
     def eigenvalues(self, at_most: int | None = None) -> Spectrum | None:
         return self.whole.eigenvalues(at_most)
 
-    def at(self, step: int) -> LinearOperator:
+    def at(self, step: int) -> Rows:
         """The curvature of the rows of a step."""
         return self.parts[step % len(self.parts)] if self.parts else self.whole
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Generic, TypeVar
 
 from headwater.arrays import Array, as_like, identity, namespace, precise, to_numpy, transpose
 from headwater.blocks import Layout
@@ -147,10 +148,14 @@ class DiagonalOperator(LinearOperator):
         return Spectrum.of(to_numpy(self.diagonal))
 
 
-class BlockDiagonalOperator(LinearOperator):
+Piece = TypeVar("Piece", bound=LinearOperator, covariant=True)
+Other = TypeVar("Other", bound=LinearOperator)
+
+
+class BlockDiagonalOperator(LinearOperator, Generic[Piece]):
     """One operator for each part of a block's layout."""
 
-    def __init__(self, layout: Layout, operators: Sequence[LinearOperator]):
+    def __init__(self, layout: Layout, operators: Sequence[Piece]):
         sizes = [part.size for part in layout.parts]
         if [op.input_size for op in operators] != sizes:
             raise ShapeMismatch(f"The parts have {sizes} numbers, the operators {[op.input_size for op in operators]}.")
@@ -185,15 +190,15 @@ class BlockDiagonalOperator(LinearOperator):
         left, right = zip(*sides, strict=True)
         return BlockDiagonalOperator(self.layout, left), BlockDiagonalOperator(self.layout, right)
 
-    def map(self, change: Callable[[LinearOperator], LinearOperator]) -> BlockDiagonalOperator:
+    def map(self, change: Callable[[Piece], Other]) -> BlockDiagonalOperator[Other]:
         """Another operator for each part."""
         return BlockDiagonalOperator(self.layout, [change(op) for op in self.operators])
 
-    def adjoint(self) -> BlockDiagonalOperator:
-        return self.map(lambda op: op.adjoint())
+    def adjoint(self) -> BlockDiagonalOperator[LinearOperator]:
+        return BlockDiagonalOperator(self.layout, [op.adjoint() for op in self.operators])
 
-    def inverse(self, damping: float = 0.0) -> BlockDiagonalOperator:
-        return self.map(lambda op: op.inverse(damping))
+    def inverse(self, damping: float = 0.0) -> BlockDiagonalOperator[LinearOperator]:
+        return BlockDiagonalOperator(self.layout, [op.inverse(damping) for op in self.operators])
 
     def trace(self) -> float:
         return sum(op.trace() for op in self.operators)

@@ -214,8 +214,8 @@ class Tweedie(Elementwise):
             raise InvalidInput(f"y has {lowest:g}; the deviance of power {self.power:g} needs targets {sign}.")
 
 
-class Classes(Elementwise):
-    """Losses of one signed output: targets 1 and -1, for one class against the other, or each against the rest."""
+class Classes:
+    """How losses of one signed output read classes: as 1 and -1, one against the other, or each against the rest."""
 
     def targets(self, y: Array, outputs: int) -> Array:
         if outputs == 1:
@@ -227,7 +227,7 @@ class SquaredErrorOfSigns(Classes, SquaredError):
     """(z - s)^2 / 2 for s = 1 or -1: a classifier fitted by least squares."""
 
 
-class LogLoss(Classes):
+class LogLoss(Classes, Elementwise):
     """log(1 + exp(-s z)), s = 1 or -1."""
 
     def value(self, z: Array, t: Array) -> Array:
@@ -247,7 +247,7 @@ class LogLoss(Classes):
         return p - (draw(z.shape[-1], False) < p)
 
 
-class SquaredHinge(Classes):
+class SquaredHinge(Classes, Elementwise):
     """max(0, 1 - s z)^2. Its second derivative is that almost everywhere."""
 
     def value(self, z: Array, t: Array) -> Array:
@@ -260,7 +260,7 @@ class SquaredHinge(Classes):
         return np.where(t * z < 1, 2.0, 0.0)
 
 
-class ModifiedHuber(Classes):
+class ModifiedHuber(Classes, Elementwise):
     """max(0, 1 - s z)^2 down to s z = -1, then -4 s z. Its second derivative is that almost everywhere."""
 
     def value(self, z: Array, t: Array) -> Array:
@@ -273,7 +273,7 @@ class ModifiedHuber(Classes):
         return np.where((t * z >= -1) & (t * z < 1), 2.0, 0.0)
 
 
-class NegativeLogit(Classes):
+class NegativeLogit(Classes, Elementwise):
     """-s z: minus the output that belongs to the target, one output a row; it is also the margin there."""
 
     def value(self, z: Array, t: Array) -> Array:
