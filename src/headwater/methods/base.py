@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, get_args
 
 from headwater.errors import InvalidSetting
@@ -13,6 +13,7 @@ from headwater.gradients.provider import Fisher, StructuredGradientProvider
 from headwater.methods.damping import Damping, Relative
 from headwater.operators.algebra import LinearOperator
 from headwater.operators.spectrum import Spectrum
+from headwater.types import field_values
 
 Curvatures = OrderedDict[str, LinearOperator]
 
@@ -65,7 +66,7 @@ class Method(ABC):
 
     def describe(self) -> str:
         """The settings in words: "Ekfac(fisher='auto', ...)"."""
-        options = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self))
+        options = ", ".join(f"{declared.name}={value!r}" for declared, value in field_values(self))
         return f"{type(self).__name__}({options})"
 
 

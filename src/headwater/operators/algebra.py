@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from headwater.arrays import Array, device, identity, itemsize, namespace, transpose
+from headwater.arrays import Array, device, identity, itemsize, namespace, shape_of, transpose
 from headwater.errors import InvalidInput, ShapeMismatch, SingularOperator
 from headwater.gradients.algebra import Dense, Gradient
 from headwater.gradients.block import BlockGradient
@@ -28,7 +28,7 @@ class LinearOperator(Operator[Array, BilinearForm]):
     psd: bool = False
 
     def _validate_tensor_input(self, tensor: Array) -> None:
-        if not hasattr(tensor, "shape"):
+        if shape_of(tensor) is None:
             raise InvalidInput(f"An operator applies to an array, not to {type(tensor).__name__}: {tensor!r}.")
         name = str(tensor.dtype).rsplit(".", 1)[-1]
         if not name.startswith(("float", "bfloat")):

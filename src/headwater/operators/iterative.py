@@ -124,11 +124,9 @@ def joined(reports: Sequence[SolveReport]) -> dict[str, SolveReport]:
 
 
 def _join(label: str, reports: Sequence[SolveReport]) -> SolveReport:
-    def columns(name: str) -> np.ndarray:
-        return np.concatenate([getattr(report, name) for report in reports])
-
+    columns = [[report.residual, report.iterations, report.outcome] for report in reports]
     products = sum(report.products for report in reports)
-    return SolveReport(label, columns("residual"), columns("iterations"), columns("outcome"), products)
+    return SolveReport(label, *map(np.concatenate, zip(*columns, strict=True)), products)
 
 
 class IterativeInverse(LinearOperator):
