@@ -71,6 +71,9 @@ class RowSumOperator(LinearOperator):
     def trace(self) -> float:
         return self.curvature.trace()
 
+    def inner_operators(self) -> tuple[LinearOperator, ...]:
+        return (self.curvature,)
+
     def spectrum_bounds(self) -> tuple[float, float] | None:
         return self.curvature.spectrum_bounds()
 

@@ -53,6 +53,23 @@ class Method(ABC):
         """
         return None
 
+    # Settings that many methods have, as a field with a default, and what holds of those that have not.
+
+    @property
+    def seed(self) -> int | None:
+        """Of the random numbers; None for a method that draws none."""
+        return None
+
+    @property
+    def fisher(self) -> Fisher:
+        """Which labels the Fisher information is of."""
+        return "auto"
+
+    @property
+    def allow_indefinite(self) -> bool:
+        """Whether negative curvature is accepted."""
+        return False
+
     def spectrum(self, curvature: LinearOperator, at_most: int | None = None) -> Spectrum | None:
         """The eigenvalues of what `invert` damps and inverts, undamped; None where there are only products.
 

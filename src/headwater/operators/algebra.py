@@ -58,6 +58,20 @@ class LinearOperator(Operator[Array, BilinearForm]):
         """
         return None
 
+    def inner_operators(self) -> tuple[LinearOperator, ...]:
+        """The operators that its trace and the ends of its spectrum are taken from, if they are not its own."""
+        return ()
+
+    @property
+    def trace_error(self) -> float:
+        """Standard error of `trace` where it is estimated; zero where it is exact."""
+        return max((inner.trace_error for inner in self.inner_operators()), default=0.0)
+
+    @property
+    def known_bounds(self) -> tuple[float, float] | None:
+        """`spectrum_bounds` if products that were made before have shown them; asking costs nothing."""
+        return next((found for inner in self.inner_operators() if (found := inner.known_bounds) is not None), None)
+
     def eigenvalues(self, at_most: int | None = None) -> Spectrum | None:
         """All eigenvalues of a symmetric operator; None where there are only products, or it is not symmetric.
 

@@ -29,6 +29,9 @@ class ApproximatedOperator(LinearOperator):
     def trace(self) -> float:
         return self.exact.trace()
 
+    def inner_operators(self) -> tuple[LinearOperator, ...]:
+        return (self.exact,)
+
     def spectrum_bounds(self) -> tuple[float, float] | None:
         return self.exact.spectrum_bounds()
 

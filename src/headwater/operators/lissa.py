@@ -46,6 +46,9 @@ class SteppedOperator(LinearOperator):
     def trace(self) -> float:
         return self.whole.trace()
 
+    def inner_operators(self) -> tuple[LinearOperator, ...]:
+        return (self.whole,)
+
     def spectrum_bounds(self) -> tuple[float, float] | None:
         return self.whole.spectrum_bounds()
 
