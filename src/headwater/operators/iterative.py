@@ -124,9 +124,13 @@ def joined(reports: Sequence[SolveReport]) -> dict[str, SolveReport]:
 
 
 def _join(label: str, reports: Sequence[SolveReport]) -> SolveReport:
-    columns = [[report.residual, report.iterations, report.outcome] for report in reports]
-    products = sum(report.products for report in reports)
-    return SolveReport(label, *map(np.concatenate, zip(*columns, strict=True)), products)
+    return SolveReport(
+        label,
+        residual=np.concatenate([report.residual for report in reports]),
+        iterations=np.concatenate([report.iterations for report in reports]),
+        outcome=np.concatenate([report.outcome for report in reports]),
+        products=sum(report.products for report in reports),
+    )
 
 
 class IterativeInverse(LinearOperator):
