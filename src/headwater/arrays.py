@@ -1,7 +1,10 @@
 """Array verbs for every framework: the array-API namespace, and the few verbs that the standard lacks.
 
 Nothing here imports a framework: an array brings its own namespace (`namespace(x)`), and where the standard has
-no word (adding in place, scattering rows) the array's own methods are asked for.
+no word (adding in place, scattering rows) the framework's own method is called.
+
+What may be anything (a user's target, a loader, a data frame) is asked here, once, what it has: `shape_of`,
+`dtype_of`, `is_frame`.
 """
 
 from __future__ import annotations
@@ -42,8 +45,7 @@ def rows_within_memory(numbers_per_row: int, like: Array) -> int:
 
 def itemsize(array: Array) -> int:
     """Bytes per number."""
-    size = getattr(array.dtype, "itemsize", None)
-    return int(size) if size is not None else int(np.dtype(str(array.dtype)).itemsize)
+    return int(array.dtype.itemsize)
 
 
 def namespace(*arrays: Array) -> Any:
@@ -53,6 +55,37 @@ def namespace(*arrays: Array) -> Any:
 
 def is_array(value: object) -> bool:
     return array_api_compat.is_array_api_obj(value)
+
+
+def is_torch(value: object) -> bool:
+    """Whether it is a tensor of PyTorch, which is not imported for that."""
+    return array_api_compat.is_torch_array(value)
+
+
+def shape_of(value: Any) -> tuple[int, ...] | None:
+    """The shape of an array or tensor of any kind, known or not; None for what has none."""
+    return getattr(value, "shape", None)
+
+
+def dtype_of(value: Any) -> Any:
+    """The dtype of an array or tensor of any kind, in its framework's own words; None for what has none."""
+    return getattr(value, "dtype", None)
+
+
+def kind_of(value: Any) -> str:
+    """Of an array its dtype, of all else its type, in a word."""
+    dtype = dtype_of(value)
+    return type(value).__name__ if dtype is None else str(dtype)
+
+
+def dtype_named(name: str, like: Array) -> Any:
+    """The dtype of this name in the framework of `like`."""
+    return getattr(namespace(like), name)
+
+
+def is_frame(value: object) -> bool:
+    """Whether it is a data frame or a column of one, as pandas has them: rows by position are `value.iloc[rows]`."""
+    return hasattr(value, "iloc")
 
 
 def device(array: Array) -> Any:
@@ -78,7 +111,7 @@ def identity(size: int, like: Array) -> Array:
 
 def to_numpy(array: Array) -> np.ndarray:
     """A copy on the host; numbers of fewer than 32 bits come as float32, which NumPy can hold."""
-    if hasattr(array, "detach"):
+    if is_torch(array):
         array = array.detach().cpu()
     return np.asarray(accumulable(array)) if not isinstance(array, np.ndarray) else array
 
@@ -119,7 +152,7 @@ def add_product(total: Array | None, left: Array, right: Array) -> Array:
 
     A product of an array with itself is symmetric, and only its lower half is computed (NumPy does that by itself).
     """
-    if not hasattr(left, "addmm_"):
+    if not is_torch(left):
         product = transpose(left) @ right
         return product if total is None else total + product
     if right is left and left.shape[1] >= PANELS * 32:
@@ -147,7 +180,7 @@ def _gram(rows: Array) -> Array:
 def scatter_rows(values: Array, ids: Array, rows: int) -> Array:
     """Sum `values` [m, d] into the rows named by `ids` [m]: the result is [rows, d]."""
     out = zeros_like(values, (rows, int(values.shape[1])))
-    if hasattr(out, "index_add_"):
+    if is_torch(out):
         return out.index_add_(0, ids, values)
     if isinstance(out, np.ndarray):
         np.add.at(out, ids, values)
@@ -157,7 +190,7 @@ def scatter_rows(values: Array, ids: Array, rows: int) -> Array:
 
 def put_rows(array: Array, ids: Array, rows: Array) -> Array:
     """`array` [n, d] with the rows that `ids` [m] names replaced by `rows` [m, d]; in place if possible."""
-    if hasattr(array, "at"):
+    if array_api_compat.is_jax_array(array):
         return array.at[ids].set(rows)
     array[ids] = rows
     return array

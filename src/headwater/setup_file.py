@@ -38,7 +38,8 @@ def load_setup(target: str) -> Setup:
     """
     place, _, name = target.rpartition(":") if _names_function(target) else (target, "", "")
     module = _run(target, lambda: _load(place))
-    function = getattr(module, name or "setup", None)
+    defined = {each: getattr(module, each, None) for each in (name or "setup", *NAMES)}
+    function = defined[name or "setup"]
     if name and not callable(function):
         raise InvalidSetting(f"{place} has no function {name!r}.")
     if callable(function):
@@ -46,13 +47,13 @@ def load_setup(target: str) -> Setup:
         if not isinstance(given, (tuple, list)) or len(given) != len(NAMES):
             raise InvalidSetting(f"{target}: expected {', '.join(NAMES)}, got {type(given).__name__}.")
     else:
-        missing = [n for n in NAMES if not hasattr(module, n)]
+        missing = [each for each in NAMES if defined[each] is None]
         if missing:
             raise InvalidSetting(
                 f"{target} does not define {', '.join(missing)}. It should define influence, train and query, or a "
                 "function setup() that returns them."
             )
-        given = [getattr(module, n) for n in NAMES]
+        given = [defined[each] for each in NAMES]
     if not isinstance(given[0], Attributor):
         raise InvalidSetting(f"{target}: the influence is {type(given[0]).__name__}; expected an Attributor.")
     return Setup(*given)

@@ -153,7 +153,7 @@ def status_of(influence: ComposableInfluence) -> Status:
             size=operator.input_size,
             damping=damping[name],
             mean_eigenvalue=curvature[name].mean_eigenvalue(),
-            mean_error=_trace_error(curvature[name]) / operator.input_size,
+            mean_error=curvature[name].trace_error / operator.input_size,
             curvature=curvature[name],
             **_kept(influence.method, curvature[name]),
             truncation_error=max(influence.truncation_errors[name]),
@@ -166,19 +166,11 @@ def status_of(influence: ComposableInfluence) -> Status:
         n_train=influence.n_train,
         coverage=influence.provider.coverage_fraction,
         dtype=influence.source.dtype,
-        seed=getattr(influence.method, "seed", None),
+        seed=influence.method.seed,
         explained=influence.explained,
         blocks=blocks,
         fisher="" if influence.provider.likelihood is None else influence.provider.likelihood.said,
     )
-
-
-def _trace_error(curvature: LinearOperator) -> float:
-    """Of an estimated trace, wherever in the operator it is."""
-    for inner in ("exact", "whole", "curvature"):
-        if hasattr(curvature, inner):
-            return _trace_error(getattr(curvature, inner))
-    return float(getattr(curvature, "trace_error", 0.0))
 
 
 def _share(leading: EigenpairsOperator, trace: float) -> float:

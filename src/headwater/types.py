@@ -14,14 +14,14 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set, Sized
 from dataclasses import Field, dataclass, field, fields, replace
 from enum import Enum
 from typing import Any, Generic, Self, TypeVar, cast
 
 import numpy as np
 
-from headwater.arrays import is_array, namespace, to_numpy
+from headwater.arrays import is_array, namespace, shape_of, to_numpy
 from headwater.errors import (
     BatchMismatch,
     BlockMismatch,
@@ -86,10 +86,9 @@ class Batch(Generic[TensorType]):
         if len({n for sizes in lengths.values() for n in sizes}) > 1:
             said = ", ".join(f"{name} has {' / '.join(map(str, sizes))}" for name, sizes in lengths.items() if sizes)
             raise BatchMismatch(f"The pieces of a batch need the same number of rows, but {said}.{self._advice()}")
-        for name in ("weights", "ids"):
-            shape = np.shape(getattr(self, name))
-            if getattr(self, name) is not None and len(shape) != 1:
-                raise BatchMismatch(f"{name} has shape {tuple(shape)}; expected one number for each row.")
+        for name, value in (("weights", self.weights), ("ids", self.ids)):
+            if value is not None and np.ndim(value) != 1:
+                raise BatchMismatch(f"{name} has shape {tuple(np.shape(value))}; expected one number for each row.")
 
     def _advice(self) -> str:
         added = [name for name in self._columns() if name not in COLUMNS]
@@ -99,17 +98,17 @@ class Batch(Generic[TensorType]):
 
     def _columns(self) -> dict[str, Any]:
         """What runs over the rows, by field."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.init and self._is_column(f)}
+        return {f.name: value for f, value in field_values(self, derived=False) if self._is_column(f, value)}
 
-    def _is_column(self, declared: Field) -> bool:
+    def _is_column(self, declared: Field, value: Any) -> bool:
         known = declared.metadata.get("column")
         if known is None:
-            known = declared.name in COLUMNS or _may_have_rows(getattr(self, declared.name))
+            known = declared.name in COLUMNS or _may_have_rows(value)
         return bool(known)
 
     def _carried(self) -> dict[str, Any]:
         """The other fields."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.init and not self._is_column(f)}
+        return {f.name: value for f, value in field_values(self, derived=False) if not self._is_column(f, value)}
 
     def _cut(self, column: Any, rows: slice | np.ndarray) -> Any:
         """Some of the rows of one column; a hook for columns of another kind, such as data frames."""
@@ -128,6 +127,16 @@ class Batch(Generic[TensorType]):
 
 COLUMNS = ("x", "y", "weights", "ids")
 """The fields that are columns whatever they hold."""
+
+
+def field_values(record: Any, *, derived: bool = True) -> Iterator[tuple[Field, Any]]:
+    """The fields of a dataclass, each with its value.
+
+    derived: those with `init=False` too, which `__post_init__` fills in; they may not be there before it has run.
+    """
+    for declared in fields(record):
+        if derived or declared.init:
+            yield declared, getattr(record, declared.name)
 
 
 def join(batches: Sequence[BatchType]) -> list[BatchType]:
@@ -191,7 +200,7 @@ def _joined_sequences(values: list[Any]) -> Any:
 
 def _is_group(value: Any) -> bool:
     """A tuple or list of several tensors, each with the rows along its first axis."""
-    return isinstance(value, (tuple, list)) and any(getattr(v, "shape", ()) for v in value)
+    return isinstance(value, (tuple, list)) and any(shape_of(v) for v in value)
 
 
 def _rows(value: Any, rows: slice | np.ndarray) -> Any:
@@ -201,7 +210,7 @@ def _rows(value: Any, rows: slice | np.ndarray) -> Any:
         return {name: _rows(v, rows) for name, v in value.items()}
     if _is_group(value):
         return tuple(_rows(v, rows) for v in value)
-    if isinstance(rows, slice) or hasattr(value, "shape"):
+    if isinstance(rows, slice) or shape_of(value) is not None:
         return value[rows]
     return type(value)(value[k] for k in rows) if isinstance(value, tuple) else [value[k] for k in rows]
 
@@ -215,7 +224,7 @@ def _lengths(value: Any, name: str) -> list[int]:
         return [n for k, v in enumerate(value) for n in _lengths(v, f"{name}[{k}]")]
     if not _may_have_rows(value):
         raise BatchMismatch(f"{name} has no batch dimension ({value!r:.80}); for a single row pass {name}[None].")
-    shape = getattr(value, "shape", None)
+    shape = shape_of(value)
     return [len(value) if shape is None else int(shape[0])]
 
 
@@ -225,10 +234,10 @@ def _may_have_rows(value: Any) -> bool:
         return True
     if isinstance(value, Mapping):
         return bool(value) and all(v is not None and _may_have_rows(v) for v in value.values())
-    shape = getattr(value, "shape", None)
+    shape = shape_of(value)
     if shape is not None:
         return len(shape) > 0
-    return hasattr(value, "__len__") and not isinstance(value, (str, bytes, Set))
+    return isinstance(value, Sized) and not isinstance(value, (str, bytes, Set))
 
 
 class GradientProvider(ABC, Generic[BatchType, TensorType]):
@@ -301,7 +310,7 @@ class Operator(ABC, Generic[TensorType, BilinearFormType]):
         Errors: ShapeMismatch if the tensor has a shape whose trailing axis is not `input_size`.
         """
         self._validate_tensor_input(tensor)
-        shape = getattr(tensor, "shape", None)
+        shape = shape_of(tensor)
         if shape is not None and (not shape or shape[-1] != self.input_size):
             raise ShapeMismatch(
                 f"{type(self).__name__} has input_size {self.input_size}, "
@@ -462,7 +471,7 @@ class BlockMapper(ABC, Generic[TensorType, BatchType, OperatorGradientCompositio
         return OrderedDict((name, factors[name]) for name in self.composable_block_dict)
 
     def _check_factor(self, name: str, op: Operator, factor: TensorType) -> None:
-        shape = getattr(factor, "shape", None)
+        shape = shape_of(factor)
         if shape is None:
             try:
                 op._validate_tensor_input(factor)
@@ -479,7 +488,7 @@ def split(z: Any, sizes: Mapping[str, int], dim: int = -1) -> OrderedDict[str, A
 
     Errors: BlockMismatch; InvalidInput for a tensor without a shape.
     """
-    shape = getattr(z, "shape", None)
+    shape = shape_of(z)
     if shape is None:
         raise InvalidInput(
             f"Tensors of type {type(z).__name__} are cut by an override of BlockMapper._split_to_blocks."

@@ -266,7 +266,7 @@ MUTANTS: dict[str, Mutant] = {
         ),
     ),
     "added columns are no columns": _instead(
-        Batch, "_is_column", lambda self, declared: declared.name in ("x", "y", "weights", "ids")
+        Batch, "_is_column", lambda self, declared, value: declared.name in ("x", "y", "weights", "ids")
     ),
     "what differs is joined": _instead(Batch, "_carried", lambda self: {}),
     "a plain batch loses its weights": _instead(passes, "_with_columns", lambda provider, batch, weights, ids: batch),

@@ -212,7 +212,7 @@ def eigenvectors_of_a_kronecker_side_are_transposed() -> Iterator[None]:
 
 @mutant
 def eigenvectors_of_a_dense_operator_are_transposed() -> Iterator[None]:
-    eigen = DenseOperator.eigen.func
+    eigen = DenseOperator.eigen.fget
 
     def wrong(self: DenseOperator) -> Any:
         values, vectors = eigen(self)
@@ -427,7 +427,7 @@ def perturbation_takes_the_wrong_branch() -> Iterator[None]:
 
 @mutant
 def negative_eigenvalues_count_as_positive() -> Iterator[None]:
-    eigen = DenseOperator.eigen.func
+    eigen = DenseOperator.eigen.fget
 
     def wrong(self: DenseOperator) -> Any:
         values, vectors = eigen(self)
@@ -440,7 +440,7 @@ def negative_eigenvalues_count_as_positive() -> Iterator[None]:
 @mutant
 def only_the_leading_half_of_the_spectrum_is_kept() -> Iterator[None]:
     """A silent rank truncation."""
-    eigen = DenseOperator.eigen.func
+    eigen = DenseOperator.eigen.fget
 
     def wrong(self: DenseOperator) -> Any:
         values, vectors = eigen(self)

@@ -25,6 +25,7 @@ from headwater.arrays import (
     Array,
     as_like,
     identity,
+    is_torch,
     namespace,
     precise,
     put_rows,
@@ -69,6 +70,9 @@ class RowSumOperator(LinearOperator):
 
     def trace(self) -> float:
         return self.curvature.trace()
+
+    def inner_operators(self) -> tuple[LinearOperator, ...]:
+        return (self.curvature,)
 
     def spectrum_bounds(self) -> tuple[float, float] | None:
         return self.curvature.spectrum_bounds()
@@ -390,7 +394,7 @@ def _index(positions: np.ndarray, like: Array) -> Array:
 
 def _cholesky_solve(lower: Array, sides: Array) -> Array:
     """Two triangular systems, where the framework has them; else two general ones."""
-    if hasattr(sides, "addmm_"):  # torch, without naming it
+    if is_torch(sides):
         return sides.cholesky_solve(lower)
     solve = namespace(lower).linalg.solve
     return solve(transpose(lower), solve(lower, sides))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
-from headwater.arrays import is_array, namespace, precise
+from headwater.arrays import is_array, is_frame, namespace, precise
 from headwater.curvature.known_rows import RowKeys, RowMemory
 from headwater.curvature.places import Place, here, move_to, raise_at
 from headwater.errors import BatchMismatch, InvalidInput
@@ -212,6 +212,15 @@ class Unpacked(Iterable[Any]):
                 )
 
 
+@runtime_checkable
+class Numbered(Protocol):
+    """What Python can iterate over by numbers, without `__iter__`: a data set of torch, a sequence of one's own."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Any: ...
+
+
 def check_loader(loader: Any, role: str) -> None:
     """Errors: InvalidInput for what is no collection of batches that can be read again, in a sentence for each."""
     said = None
@@ -225,7 +234,7 @@ def check_loader(loader: Any, role: str) -> None:
         said = f"is one {type(loader).__name__}: pass [batch]"
     elif isinstance(loader, Mapping):
         said = f"is one dict of {', '.join(map(repr, list(loader)[:5]))}: pass [(x, y)], with x the dict of inputs"
-    elif hasattr(loader, "iloc"):
+    elif is_frame(loader):
         said = f"is a {type(loader).__name__}: iterating over it gives its columns' names. Pass [(x, y)]"
     elif is_array(loader):
         said = f"is one array of shape {tuple(loader.shape)}: pass inputs and targets, [(x, y)]"
@@ -233,7 +242,7 @@ def check_loader(loader: Any, role: str) -> None:
         raise BatchMismatch(f"The {role} loader is an empty {type(loader).__name__}: it has no rows.")
     elif isinstance(loader, tuple) and any(is_array(part) for part in loader):
         said = "is one batch: pass [(x, y)]"
-    elif not isinstance(loader, Iterable) and not (isinstance(loader, Sized) and hasattr(loader, "__getitem__")):
+    elif not isinstance(loader, Iterable) and not isinstance(loader, Numbered):
         said = f"is {described(loader)}"
     if said is not None:
         raise InvalidInput(f"The {role} loader {said}. A loader is a list of batches, [(x, y), ...], or a DataLoader.")
@@ -267,8 +276,10 @@ def paired(provider: StructuredGradientProvider, x: Any, y: Any) -> Batch | None
     """Inputs and targets as a batch; None without rows. Errors: InvalidInput, in plain words, for what makes none."""
     with plain_words(x, y):
         batch = provider.as_batch(x, y) if len(Batch(x, y)) else None
-        for name, value in (("x", x), ("y", y)):
-            if batch is not None and isinstance(getattr(batch, name), list):
+        if batch is None:
+            return None
+        for name, value, held in (("x", x, batch.x), ("y", y, batch.y)):
+            if isinstance(held, list):
                 raise InvalidInput(_why_no_batch(name, value) or f"{name} is a list; pass an array.")
         return batch
 

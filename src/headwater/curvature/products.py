@@ -142,12 +142,14 @@ class CurvatureOperator(LinearOperator):
 
     symmetric = True
 
+    trace_error: float = 0.0
+
     def __init__(self, source: RowDraws, block: str, *, known_trace: float | None = None, trace_error: float = 0.0):
         self.source, self.block = source, block
         self.psd = source.kind != "hessian"
         self.known_trace = known_trace
         self.trace_error = trace_error
-        """Standard error of the trace where it is estimated; zero where it is exact."""
+        self._bounds: Bounds | None = None
 
     @property
     def input_size(self) -> int:
@@ -189,10 +191,16 @@ class CurvatureOperator(LinearOperator):
             raise NonFiniteValue(f"{what} is not finite: there are numbers too large for its dtype. {REMEDY}")
         self.known_trace, self.trace_error = trace, error
 
-    @cached_property
+    @property
     def bounds(self) -> Bounds:
-        """The ends of the spectrum, from a few dozen products."""
-        return extreme_eigenvalues(self, self.start)
+        """The ends of the spectrum, from a few dozen products, the first time."""
+        if self._bounds is None:
+            self._bounds = extreme_eigenvalues(self, self.start)
+        return self._bounds
+
+    @property
+    def known_bounds(self) -> tuple[float, float] | None:
+        return None if self._bounds is None else (self._bounds.lowest, self._bounds.highest)
 
     def spectrum_bounds(self) -> tuple[float, float] | None:
         return self.bounds.lowest, self.bounds.highest

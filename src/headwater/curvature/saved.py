@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from headwater.arrays import Array, as_like, is_array, namespace, to_numpy
+from headwater.arrays import Array, as_like, dtype_named, is_array, namespace, to_numpy
 from headwater.blocks import Layout
 from headwater.curvature.dual import DualOperator, HeldRows, RowSumOperator
 from headwater.curvature.products import CurvatureOperator, RowDraws
@@ -207,4 +207,4 @@ def _dtype_name(array: Array) -> str:
 
 
 def _dtype(like: Array, name: str) -> Any:
-    return like.dtype if name == "host" else getattr(namespace(like), name)
+    return like.dtype if name == "host" else dtype_named(name, like)

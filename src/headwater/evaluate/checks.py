@@ -7,6 +7,8 @@ outputs  [m, r, q]   of the models retrained on each subset, r runs; NaN: not ru
 
 from __future__ import annotations
 
+from typing import Protocol, runtime_checkable
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -16,12 +18,20 @@ Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 
 
+@runtime_checkable
+class Labelled(Protocol):
+    """Scores that name their rows, as `headwater.Scores` does: ids of the queries [q] and of the train rows [n]."""
+
+    query_ids: ArrayLike
+    train_ids: ArrayLike
+
+
 def score_matrix(scores: ArrayLike) -> Floats:
     """Scores as [q, n]. Errors: ShapeMismatch; NonFiniteValue naming the first query and row."""
     given = np.asarray(scores, dtype=np.float64)
     if given.ndim != 2 or not given.size:
         raise ShapeMismatch(f"The scores are {given.shape}; expected (q, n), at least one of each.")
-    if hasattr(scores, "query_ids") and hasattr(scores, "train_ids"):
+    if isinstance(scores, Labelled):
         given = given[np.ix_(np.argsort(places(scores.query_ids)), np.argsort(places(scores.train_ids)))]
     bad = ~np.isfinite(given)
     if bad.any():

@@ -73,6 +73,11 @@ class Gradient(ABC):
     def arrays(self) -> tuple[Array, ...]:
         """The floating-point arrays that hold it; their finiteness is the gradient's."""
 
+    @property
+    def positions(self) -> int | None:
+        """How many outer products of positions each row is a sum of; None where it is not kept as such."""
+        return None
+
     def chunks(self, numbers_per_row: int) -> Iterator[tuple[slice, Gradient]]:
         """The rows in pieces, so that `numbers_per_row` numbers for each fit into the working memory."""
         step = rows_within_memory(numbers_per_row, self.arrays[0])
@@ -131,6 +136,12 @@ class Gradient(ABC):
             moment = piece.sandwich(left, right).squares(None if weights is None else weights[rows])
             total = moment if total is None else total + moment
         return zeros_like(self.arrays[0], self.shape) if total is None else total
+
+    def second_moment_with(
+        self, others: Sequence[Gradient], weights: Array | None, left: Array | None, right: Array | None
+    ) -> Array | None:
+        """The sum of `second_moment` over this and other draws of the same rows; None where it saves nothing."""
+        return None
 
     def squares(self, weights: Array | None) -> Array:
         """sum_n w_n G_n^2, elementwise: [o, i]. `second_moment` without the sandwich or the memory bound."""
@@ -291,7 +302,7 @@ def draws_second_moment(
 ) -> Array:
     """The sum over draws (several output-gradients of the same rows) of `second_moment`."""
     first, *rest = draws
-    together = first.second_moment_with(rest, weights, left, right) if hasattr(first, "second_moment_with") else None
+    together = first.second_moment_with(rest, weights, left, right)
     if together is not None:
         return accumulable(together)
     return _total([accumulable(draw.second_moment(weights, left, right)) for draw in draws])

@@ -45,7 +45,7 @@ class BlockGradient:
 
     def settled(self, partner: BlockGradient) -> BlockGradient:
         """In the form that meets many gradients like `partner` at the least cost."""
-        positions = [getattr(part, "positions", 1) for part in partner.parts]
+        positions = [1 if part.positions is None else part.positions for part in partner.parts]
         if len(self.parts) < len(positions):  # only what stands beside the gradient, not the gradient itself
             positions = []
         positions += [1] * (len(self.parts) - len(positions))  # what stands beside the gradient itself

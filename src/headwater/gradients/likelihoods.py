@@ -12,7 +12,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from headwater.arrays import Array, accumulable, as_like, identity, is_array, namespace, precise, sigmoid, zeros_like
+from headwater.arrays import (
+    Array,
+    accumulable,
+    as_like,
+    identity,
+    is_array,
+    kind_of,
+    namespace,
+    precise,
+    shape_of,
+    sigmoid,
+    zeros_like,
+)
 from headwater.errors import InvalidSetting, UnsupportedLoss
 
 FEW = 16
@@ -202,7 +214,7 @@ def _softmax(logits: Array) -> Array:
 
 def _class_axis(output: Array, target: Any, given: int | None) -> int:
     """The axis of the classes, which integer targets lack; targets of the output's shape are masses of classes."""
-    shape, wanted = tuple(output.shape), tuple(getattr(target, "shape", ()))
+    shape, wanted = tuple(output.shape), tuple(shape_of(target) or ())
     axes = {len(shape) - 1, 1} if given is None else {given % len(shape)}
     if is_array(target) and namespace(target).isdtype(target.dtype, "real floating"):
         fitting = [axis for axis in axes if shape == wanted and axis > 0]
@@ -212,7 +224,7 @@ def _class_axis(output: Array, target: Any, given: int | None) -> int:
         raise UnsupportedLoss(
             f"Cross entropy needs integer classes of the output's shape without its class axis, or probabilities of "
             f"the output's shape; the output is {shape}, the target {wanted} of "
-            f"{getattr(target, 'dtype', type(target).__name__)}. For another loss, give its likelihood."
+            f"{kind_of(target)}. For another loss, give its likelihood."
         )
     if len(fitting) > 1:
         raise UnsupportedLoss(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from headwater.arrays import Array, as_like, is_array, namespace
+from headwater.arrays import Array, as_like, is_array, namespace, shape_of
 from headwater.errors import UnsupportedModel
 
 
@@ -59,7 +59,7 @@ def _read(output: Any, target: Any, what: str) -> tuple[Array, Array]:
             return output.reshape((-1, 1)), target.reshape((-1,))
         if output.ndim == 2 and target.ndim == 1 and namespace(target).isdtype(target.dtype, "integral"):
             return output, target
-    shapes = [tuple(getattr(v, "shape", ())) for v in (output, target)]
+    shapes = [tuple(shape_of(v) or ()) for v in (output, target)]
     raise UnsupportedModel(
         f"A row has no {what}: that needs logits (rows, classes) with integer targets (rows,), or one logit a row with "
         f"targets 0 and 1; the output is {shapes[0]}, the target {shapes[1]}. Give a measurement of your own, or "

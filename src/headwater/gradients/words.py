@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from types import CodeType
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 from zlib import crc32
 
@@ -21,6 +21,16 @@ def in_words(value: Any) -> str:
     return _words(value, set())
 
 
+def name_of(function: Any, otherwise: str | None = None) -> str:
+    """A function's own name; of a module or another object that can be called its class's, or `otherwise`."""
+    return str(getattr(function, "__name__", type(function).__name__ if otherwise is None else otherwise))
+
+
+def module_of(value: Any) -> str:
+    """Where a function, or an object's class, was defined; "" for what Python itself brings."""
+    return str(getattr(value, "__module__", ""))
+
+
 def _words(value: Any, seen: set[int]) -> str:
     if value is None or isinstance(value, (bool, int, float, str, bytes, type)):
         return repr(value)
@@ -33,17 +43,17 @@ def _words(value: Any, seen: set[int]) -> str:
         return "(" + ", ".join(_words(item, seen) for item in value) + ")"
     if isinstance(value, partial):
         return f"partial({', '.join(_words(part, seen) for part in (value.func, value.args, value.keywords))})"
-    name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    name = f"{module_of(value)}.{getattr(value, '__qualname__', type(value).__qualname__)}"
     if id(value) in seen:
         return name
     seen.add(id(value))
-    code = getattr(value, "__code__", None)
-    if code is None:
+    function = value.__func__ if isinstance(value, MethodType) else value
+    if not isinstance(function, FunctionType):
         found = {k: v for k, v in getattr(value, "__dict__", {}).items() if not k.startswith("_")}
         return name + (_words(_plain(found), seen) if found else "")
-    cells = [cell.cell_contents for cell in value.__closure__ or ()]
-    given = _words(_plain(dict(enumerate(cells))), seen) + _words(value.__defaults__ or (), seen)
-    return f"{name}{_code(code)}{given}"
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    given = _words(_plain(dict(enumerate(cells))), seen) + _words(function.__defaults__ or (), seen)
+    return f"{name}{_code(function.__code__)}{given}"
 
 
 def _code(code: CodeType) -> str:

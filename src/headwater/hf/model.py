@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
 
 import torch
 from torch import nn
@@ -47,6 +48,15 @@ class Task:
         return self.name == "causal-lm"
 
 
+@runtime_checkable
+class Adapted(Protocol):
+    """A model with adapters, as PEFT makes them, which is not imported for that."""
+
+    peft_config: Mapping[str, Any]
+
+    def get_base_model(self) -> Any: ...
+
+
 def base_of(model: Any) -> PreTrainedModel:
     """The pretrained model, inside its adapters if it has any. Errors: InvalidInput; UnsupportedModel."""
     if isinstance(model, str):
@@ -55,13 +65,13 @@ def base_of(model: Any) -> PreTrainedModel:
             f"AutoModelForCausalLM.from_pretrained({model!r}). Without a network that needs a local folder, or a copy "
             "in the cache and local_files_only=True."
         )
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = model.get_base_model() if isinstance(model, Adapted) else model
     if not isinstance(base, PreTrainedModel):
         raise InvalidInput(
             f"model is {type(model).__name__}; expected a transformers.PreTrainedModel, or one with PEFT adapters. For "
             "any other module use headwater.torch."
         )
-    if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values() if base is not model):
+    if isinstance(model, Adapted) and any(config.is_prompt_learning for config in model.peft_config.values()):
         raise UnsupportedModel(
             f"{type(model).__name__} learns a prompt, which makes its outputs longer than its inputs; only adapters "
             "inside the model, such as LoRA, are attributed."

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from headwater.arrays import rows_within_memory
+from headwater.arrays import rows_within_memory, shape_of
 from headwater.blocks import Structure
 from headwater.errors import InvalidInput, UnsupportedModel
 from headwater.gradients.provider import OutputFunction
@@ -125,7 +125,7 @@ class HfGradientProvider(TorchGradientProvider):
 
     def _made_ready(self, batch: TorchBatch) -> TorchBatch:
         x = batch.x
-        if isinstance(x, Mapping) or (hasattr(x, "ndim") and x.ndim == 2):
+        if isinstance(x, Mapping) or len(shape_of(x) or ()) == 2:
             x, y = self._columns(x, batch.y)
             batch = TorchBatch(x, y, getattr(batch, "weights", None), getattr(batch, "ids", None))
         elif not isinstance(x, torch.Tensor):

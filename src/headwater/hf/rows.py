@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
+from headwater.arrays import is_frame
 from headwater.errors import InvalidInput
 from headwater.hf.losses import IGNORED
 
@@ -137,16 +138,14 @@ class Rows:
         if isinstance(source, str):
             raise InvalidInput(f"One string is no collection of rows: {source!r:.60}. Pass a list of strings.")
         if isinstance(source, Mapping):
-            said = (
-                f"the splits {list(source)}: choose one" if hasattr(source, "column_names") else "one batch: pass [it]"
-            )
+            said = f"the splits {list(source)}: choose one" if _has_columns(source) else "one batch: pass [it]"
             raise InvalidInput(f"A loader gives batches or rows; {type(source).__name__} is {said}.")
-        if hasattr(source, "iloc"):
+        if is_frame(source):
             said = "pass frame.to_dict('records')"
             raise InvalidInput(f"A loader gives batches or rows; a {type(source).__name__} gives names: {said}.")
         if isinstance(source, Iterator) or not isinstance(source, (Iterable, Dataset)):
             return source
-        return _Batches(source, self, provider, single=hasattr(source, "column_names") or _gives_rows(source))
+        return _Batches(source, self, provider, single=_has_columns(source) or _gives_rows(source))
 
     def collate(self, rows: list[Any]) -> Mapping[str, Any]:
         """Single rows, strings or dicts, as the columns of one batch."""
@@ -204,6 +203,11 @@ class Rows:
         if MASK not in found:
             found[MASK] = (torch.arange(max(long)) < torch.tensor(long)[:, None]).long()
         return found
+
+
+def _has_columns(source: Any) -> bool:
+    """Whether it is a Dataset of Hugging Face's, or a dict of them by split, whose rows are dicts."""
+    return hasattr(source, "column_names")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from headwater.arrays import dtype_of
 from headwater.errors import BatchMismatch, InvalidInput, UnsupportedModel
 from headwater.types import Batch
 
@@ -91,7 +92,7 @@ def _host(value: Any) -> np.ndarray:
 
 def differentiable_input(x: Any) -> Any:
     """The one floating-point array that a perturbation acts on. Errors: UnsupportedModel if x is not one."""
-    if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating):
+    if dtype_of(x) is not None and jnp.issubdtype(x.dtype, jnp.floating):
         return x
     kinds = [str(leaf.dtype) for leaf in jax.tree.leaves(x)]
     raise UnsupportedModel(

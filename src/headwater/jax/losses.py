@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from headwater.arrays import is_array
+from headwater.arrays import dtype_of, is_array, kind_of, shape_of
 from headwater.errors import HeadwaterError, InvalidInput, NonFiniteValue, UnsupportedLoss
 from headwater.gradients.likelihoods import (
     Bernoulli,
@@ -28,6 +28,7 @@ from headwater.gradients.likelihoods import (
 )
 from headwater.gradients.rowwise import Slopes, is_weighted_sum
 from headwater.gradients.spreading import spread_in_words
+from headwater.gradients.words import module_of, name_of
 
 Loss = Callable[[Any, Any], Any]
 
@@ -66,8 +67,8 @@ def loss_of_row(loss: Loss, output: Any, target: Any) -> jax.Array:
     """The loss on a batch of one row: a number. Errors: InvalidInput where the loss fails; UnsupportedLoss."""
     with explain_failure(output, target):
         value = loss(output, target)
-    if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.floating):
-        raise UnsupportedLoss(f"The loss returned {getattr(value, 'dtype', type(value).__name__)}; expected a number.")
+    if dtype_of(value) is None or not jnp.issubdtype(value.dtype, jnp.floating):
+        raise UnsupportedLoss(f"The loss returned {kind_of(value)}; expected a number.")
     return jnp.sum(value)
 
 
@@ -98,7 +99,7 @@ def explain_failure(output: Any, target: Any) -> Iterator[None]:
 def describe(value: Any) -> str:
     """Shapes and dtypes."""
     return ", ".join(
-        f"{tuple(leaf.shape)} of {leaf.dtype}" for leaf in jax.tree.leaves(value) if hasattr(leaf, "shape")
+        f"{tuple(leaf.shape)} of {leaf.dtype}" for leaf in jax.tree.leaves(value) if shape_of(leaf) is not None
     )
 
 
@@ -165,7 +166,7 @@ class JaxOutputLoss(OutputLoss):
 
     def __init__(self, loss: Loss):
         self.loss = loss
-        self.name = getattr(loss, "__name__", type(loss).__name__)
+        self.name = name_of(loss)
 
     def slope(self, output: Any, target: Any) -> Any:
         return _slope(self.loss, output, target)
@@ -227,6 +228,6 @@ def find_likelihood(loss: Loss, given: Likelihood | str | None) -> Likelihood:
     if isinstance(loss, partial):  # options may change what the loss is
         return OwnHessian()
     own = next((make for known, make in _OWN.items() if known is loss), None)
-    if own is None and str(getattr(loss, "__module__", "")).partition(".")[0] == "optax":
-        own = _KNOWN.get(getattr(loss, "__name__", ""))
+    if own is None and module_of(loss).partition(".")[0] == "optax":
+        own = _KNOWN.get(name_of(loss, ""))
     return OwnHessian() if own is None else own()

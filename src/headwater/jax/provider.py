@@ -24,7 +24,7 @@ from headwater.gradients.measurements import negative_logit, negative_margin
 from headwater.gradients.outer import Outer, RowSparse
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
 from headwater.gradients.rowwise import differing
-from headwater.gradients.words import in_words
+from headwater.gradients.words import in_words, name_of
 from headwater.jax import derivatives, plain
 from headwater.jax.batch import JaxBatch, differentiable_input, host_leaves, rounded
 from headwater.jax.check import (
@@ -145,7 +145,7 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
     def explained(self) -> str:
         if self._measured.loss is self._model.loss:
             return "loss"
-        return getattr(self._measured.loss, "__name__", type(self._measured.loss).__name__)
+        return name_of(self._measured.loss)
 
     @property
     def normalisation(self) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Generic, TypeGuard, TypeVar, get_args
 
 from headwater.errors import InvalidInput, InvalidSetting
@@ -13,6 +13,7 @@ from headwater.gradients.provider import Fisher, StructuredGradientProvider
 from headwater.methods.damping import Damping, Relative
 from headwater.operators.algebra import LinearOperator
 from headwater.operators.spectrum import Spectrum
+from headwater.types import field_values
 
 Curvatures = OrderedDict[str, LinearOperator]
 C = TypeVar("C", bound=LinearOperator)
@@ -70,6 +71,23 @@ class Method(ABC, Generic[C]):
         """
         return None
 
+    # Settings that many methods have, as a field with a default, and what holds of those that have not.
+
+    @property
+    def seed(self) -> int | None:
+        """Of the random numbers; None for a method that draws none."""
+        return None
+
+    @property
+    def fisher(self) -> Fisher:
+        """Which labels the Fisher information is of."""
+        return "auto"
+
+    @property
+    def allow_indefinite(self) -> bool:
+        """Whether negative curvature is accepted."""
+        return False
+
     def spectrum(self, curvature: C, at_most: int | None = None) -> Spectrum | None:
         """The eigenvalues of what `invert` damps and inverts, undamped; None where there are only products.
 
@@ -83,7 +101,7 @@ class Method(ABC, Generic[C]):
 
     def describe(self) -> str:
         """The settings in words: "Ekfac(fisher='auto', ...)"."""
-        options = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self))
+        options = ", ".join(f"{declared.name}={value!r}" for declared, value in field_values(self))
         return f"{type(self).__name__}({options})"
 
 

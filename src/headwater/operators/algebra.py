@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from headwater.arrays import Array, device, identity, itemsize, namespace, transpose
+from headwater.arrays import Array, device, identity, itemsize, namespace, shape_of, transpose
 from headwater.errors import InvalidInput, ShapeMismatch, SingularOperator
 from headwater.gradients.algebra import Dense, Gradient
 from headwater.gradients.block import BlockGradient
@@ -28,7 +28,7 @@ class LinearOperator(Operator[Array, BilinearForm]):
     psd: bool = False
 
     def _validate_tensor_input(self, tensor: Array) -> None:
-        if not hasattr(tensor, "shape"):
+        if shape_of(tensor) is None:
             raise InvalidInput(f"An operator applies to an array, not to {type(tensor).__name__}: {tensor!r}.")
         name = str(tensor.dtype).rsplit(".", 1)[-1]
         if not name.startswith(("float", "bfloat")):
@@ -57,6 +57,20 @@ class LinearOperator(Operator[Array, BilinearForm]):
         inside the spectrum; the first call then costs a few dozen products.
         """
         return None
+
+    def inner_operators(self) -> tuple[LinearOperator, ...]:
+        """The operators that its trace and the ends of its spectrum are taken from, if they are not its own."""
+        return ()
+
+    @property
+    def trace_error(self) -> float:
+        """Standard error of `trace` where it is estimated; zero where it is exact."""
+        return max((inner.trace_error for inner in self.inner_operators()), default=0.0)
+
+    @property
+    def known_bounds(self) -> tuple[float, float] | None:
+        """`spectrum_bounds` if products that were made before have shown them; asking costs nothing."""
+        return next((found for inner in self.inner_operators() if (found := inner.known_bounds) is not None), None)
 
     def eigenvalues(self, at_most: int | None = None) -> Spectrum | None:
         """All eigenvalues of a symmetric operator; None where there are only products, or it is not symmetric.

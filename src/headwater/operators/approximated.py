@@ -34,6 +34,9 @@ class ApproximatedOperator(LinearOperator, Generic[Exact, Approximation]):
     def trace(self) -> float:
         return self.exact.trace()
 
+    def inner_operators(self) -> tuple[LinearOperator, ...]:
+        return (self.exact,)
+
     def spectrum_bounds(self) -> tuple[float, float] | None:
         return self.exact.spectrum_bounds()
 

@@ -124,11 +124,13 @@ def joined(reports: Sequence[SolveReport]) -> dict[str, SolveReport]:
 
 
 def _join(label: str, reports: Sequence[SolveReport]) -> SolveReport:
-    def columns(name: str) -> np.ndarray:
-        return np.concatenate([getattr(report, name) for report in reports])
-
-    products = sum(report.products for report in reports)
-    return SolveReport(label, columns("residual"), columns("iterations"), columns("outcome"), products)
+    return SolveReport(
+        label,
+        residual=np.concatenate([report.residual for report in reports]),
+        iterations=np.concatenate([report.iterations for report in reports]),
+        outcome=np.concatenate([report.outcome for report in reports]),
+        products=sum(report.products for report in reports),
+    )
 
 
 class IterativeInverse(LinearOperator):

@@ -35,6 +35,7 @@ class KroneckerOperator(LinearOperator):
         self.left, self.right = left, right
         self.symmetric = symmetric or psd
         self.psd = psd
+        self._eigen: EigenKroneckerOperator | None = None
 
     @property
     def input_size(self) -> int:
@@ -53,9 +54,14 @@ class KroneckerOperator(LinearOperator):
         left, right = (side if side.ndim == 1 else transpose(side) for side in (self.left, self.right))
         return KroneckerOperator(left, right, symmetric=False)
 
-    @cached_property
+    @property
     def eigen(self) -> EigenKroneckerOperator:
-        """The same operator in its eigenbasis."""
+        """The same operator in its eigenbasis, which is computed once."""
+        if self._eigen is None:
+            self._eigen = self._diagonalised()
+        return self._eigen
+
+    def _diagonalised(self) -> EigenKroneckerOperator:
         (left_values, left_basis), (right_values, right_basis) = _diagonalise(self.left), _diagonalise(self.right)
         spectrum = left_values[:, None] * right_values[None, :]
         return EigenKroneckerOperator(left_basis, right_basis, spectrum, like=self.right)
@@ -92,7 +98,7 @@ class KroneckerOperator(LinearOperator):
     def eigenvalues(self, at_most: int | None = None) -> Spectrum | None:
         sizes = [_side_size(side) for side in (self.left, self.right)]
         matrices = [size for size, side in zip(sizes, (self.left, self.right), strict=True) if side.ndim == 2]
-        costly = at_most is not None and max(matrices, default=0) > at_most and "eigen" not in vars(self)
+        costly = at_most is not None and max(matrices, default=0) > at_most and self._eigen is None
         if not self.symmetric or costly:
             return None
         values, eps = to_numpy(self.eigen.spectrum), float(namespace(self.right).finfo(self.right.dtype).eps)
@@ -200,7 +206,7 @@ class EigenKroneckerOperator(LinearOperator):
 
     def sides(self, queries: Gradient, train_per_query: float) -> tuple[LinearOperator, LinearOperator]:
         """Rotate the train rows too, or the queries back: whichever costs less."""
-        (o, i), positions = self.spectrum.shape, getattr(queries, "positions", None)
+        (o, i), positions = self.spectrum.shape, queries.positions
         sides_turned = (o * o if self.left is not None else 0, i * i if self.right is not None else 0)
         forth = min(positions or i, i) * sides_turned[0] + min(positions or o, o) * sides_turned[1]
         back = i * sides_turned[0] + o * sides_turned[1]

@@ -51,6 +51,9 @@ class SteppedOperator(LinearOperator, Generic[Rows]):
     def trace(self) -> float:
         return self.whole.trace()
 
+    def inner_operators(self) -> tuple[LinearOperator, ...]:
+        return (self.whole,)
+
     def spectrum_bounds(self) -> tuple[float, float] | None:
         return self.whole.spectrum_bounds()
 

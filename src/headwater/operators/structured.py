@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Generic, TypeVar
 
 from headwater.arrays import Array, as_like, identity, namespace, precise, to_numpy, transpose
@@ -58,6 +57,7 @@ class DenseOperator(LinearOperator):
         self.matrix = matrix
         self.symmetric = symmetric or psd
         self.psd = psd
+        self._eigen: tuple[Array, Array] | None = None
 
     @property
     def input_size(self) -> int:
@@ -69,9 +69,14 @@ class DenseOperator(LinearOperator):
     def adjoint(self) -> LinearOperator:
         return self if self.symmetric else DenseOperator(transpose(self.matrix))
 
-    @cached_property
+    @property
     def eigen(self) -> tuple[Array, Array]:
-        """Eigenvalues [D], ascending, and eigenvectors [D, D] in columns; symmetric operators only."""
+        """Eigenvalues [D], ascending, and eigenvectors [D, D] in columns, computed once; symmetric operators only."""
+        if self._eigen is None:
+            self._eigen = self._diagonalised()
+        return self._eigen
+
+    def _diagonalised(self) -> tuple[Array, Array]:
         matrix = refuse_nonfinite(precise(self.matrix), "A dense operator")
         values, vectors = namespace(matrix).linalg.eigh((matrix + transpose(matrix)) / 2)
         return values, vectors
@@ -100,7 +105,7 @@ class DenseOperator(LinearOperator):
         return ends(self.eigen[0]) if self.symmetric else None
 
     def eigenvalues(self, at_most: int | None = None) -> Spectrum | None:
-        costly = at_most is not None and self.input_size > at_most and "eigen" not in vars(self)
+        costly = at_most is not None and self.input_size > at_most and self._eigen is None
         if not self.symmetric or costly:
             return None
         values, eps = to_numpy(self.eigen[0]), float(namespace(self.matrix).finfo(self.matrix.dtype).eps)

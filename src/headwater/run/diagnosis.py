@@ -396,16 +396,7 @@ def _bounds(status: BlockStatus, thorough: bool) -> tuple[float, float] | None:
     if thorough:
         return status.bounds
     found = status.curvature.eigenvalues(AT_ONCE)
-    return _asked_before(status.curvature) if found is None else found.bounds
-
-
-def _asked_before(curvature: LinearOperator) -> tuple[float, float] | None:
-    """Lanczos' bounds, if a method asked for them when it was fitted, wherever in the operator they are."""
-    bounds = vars(curvature).get("bounds")
-    if bounds is not None:
-        return bounds.lowest, bounds.highest
-    inner = (getattr(curvature, name, None) for name in ("exact", "whole", "curvature"))
-    return next((found for op in inner if op is not None and (found := _asked_before(op)) is not None), None)
+    return status.curvature.known_bounds if found is None else found.bounds
 
 
 def _dof_at_hand(influence: ComposableInfluence, block: str, thorough: bool) -> EffectiveDof | None:

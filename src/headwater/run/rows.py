@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from headwater.arrays import is_array, to_numpy
 from headwater.curvature.passes import Piece, known_rows, read
 from headwater.errors import BatchMismatch, NonFiniteValue, RowsNotFitted
 from headwater.gradients.provider import StructuredGradientProvider
@@ -93,7 +94,7 @@ def named_pieces(
         ids = piece.batch.ids
         if ids is None:
             ids = np.arange(piece.start, piece.start + len(piece.batch))
-        yield piece, np.asarray(ids.cpu() if hasattr(ids, "cpu") else ids)
+        yield piece, np.asarray(to_numpy(ids) if is_array(ids) else ids)
 
 
 def distinct(ids: np.ndarray, what: str) -> np.ndarray:

@@ -450,12 +450,17 @@ class _Verifier:
 
 def exact_method(method: Method, kind: str, dense: bool) -> Method:
     """The exact damped inverse of a curvature of this kind, with the labels that the method would take."""
-    fisher = "empirical" if kind == "empirical_fisher" else getattr(method, "fisher", "auto")
-    options: dict[str, Any] = {"curvature": kind, "fisher": fisher, "seed": getattr(method, "seed", 0)}
+    fisher = "empirical" if kind == "empirical_fisher" else method.fisher
+    options: dict[str, Any] = {"curvature": kind, "fisher": fisher, "seed": method.seed or 0}
     if dense:
         return Direct(**options, allow_indefinite=True)
-    indefinite = getattr(method, "allow_indefinite", False)
-    return Cg(**options, tolerance=1e-8, max_iterations=5000, preconditioner="diagonal", allow_indefinite=indefinite)
+    return Cg(
+        **options,
+        tolerance=1e-8,
+        max_iterations=5000,
+        preconditioner="diagonal",
+        allow_indefinite=method.allow_indefinite,
+    )
 
 
 def _off_by_row(got: np.ndarray, expected: np.ndarray) -> float:

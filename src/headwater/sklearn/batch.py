@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.sparse import issparse
 
+from headwater.arrays import is_frame
 from headwater.errors import InvalidInput
 from headwater.types import Batch
 
@@ -35,14 +37,19 @@ class SklearnBatch(Batch[np.ndarray]):
     def _cut(self, column: Any, rows: slice | np.ndarray) -> Any:
         if column is None:
             return None
-        return column.iloc[rows] if hasattr(column, "iloc") else column[rows]
+        return column.iloc[rows] if is_frame(column) else column[rows]
 
 
 def _rowwise(value: Any) -> Any:
     """As something with rows: frames as they are, sparse matrices by row, all else as an array."""
-    if value is None or hasattr(value, "iloc"):
+    if value is None or is_frame(value):
         return value
-    return value.tocsr() if hasattr(value, "tocsr") else np.asarray(value)
+    return value.tocsr() if issparse(value) else np.asarray(value)
+
+
+def column_names(x: Any) -> Any:
+    """Of a data frame of any library; None for what has none."""
+    return getattr(x, "columns", None)
 
 
 def bad_rows(values: np.ndarray) -> list[int]:

@@ -39,6 +39,7 @@ def one_by_one(values: Array) -> list[Array]:
     return [values * unit for unit in np.eye(values.shape[-1])]
 
 
+@dataclass(frozen=True)
 class Family(ABC):
     """The loss of a row as a function of its output."""
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from sklearn import linear_model
@@ -163,15 +163,29 @@ def _few(values: Array) -> str:
     return f"[{', '.join(shown)}{', ...' if len(values) > 5 else ''}]"
 
 
+@runtime_checkable
+class Search(Protocol):
+    """A search for settings, such as GridSearchCV, that fits the best again."""
+
+    estimator: Any
+    refit: Any
+
+
+def attribute_of(estimator: Any, name: str, default: Any = None) -> Any:
+    """An option that not every estimator, or every version of it, has; or what `fit` leaves, once it has."""
+    return getattr(estimator, name, default)
+
+
 def last_step(estimator: Any) -> tuple[Any, Any]:
     """The linear model at the end of a pipeline or a finished search, and the steps before it (None if there are none).
 
     Errors: EstimatorNotFittedError.
     """
-    if hasattr(estimator, "refit") and hasattr(estimator, "estimator"):
-        if not hasattr(estimator, "best_estimator_"):
+    if isinstance(estimator, Search):
+        best = attribute_of(estimator, "best_estimator_")
+        if best is None:
             raise EstimatorNotFittedError(f"{_called(estimator)} has no best_estimator_: call fit, with refit=True.")
-        return last_step(estimator.best_estimator_)
+        return last_step(best)
     if isinstance(estimator, Pipeline):
         inner, before = last_step(estimator.steps[-1][1])
         if before is not None:
@@ -205,9 +219,9 @@ def read(estimator: Any) -> LinearModel:
     if final.fit_intercept:
         intercept = np.broadcast_to(np.asarray(final.intercept_, dtype=np.float64).reshape(-1), (len(coef),)).copy()
     family, penalty = rule(final, len(coef))
-    classes = getattr(final, "classes_", None)
+    classes = attribute_of(final, "classes_")
     classes = None if classes is None else np.asarray(classes)
-    return LinearModel(_called(final), coef, intercept, family, penalty, classes, getattr(final, "class_weight", None))
+    return LinearModel(_called(final), coef, intercept, family, penalty, classes, attribute_of(final, "class_weight"))
 
 
 # One rule for each estimator -----------------------------------------------------------------------------------------
@@ -230,20 +244,21 @@ def _refuse_positive(estimator: Any) -> None:
 
 
 def _ridge(estimator: Any, outputs: int) -> tuple[Family, Penalty]:
-    if getattr(estimator, "positive", False):
+    if attribute_of(estimator, "positive"):
         _refuse_positive(estimator)
-    family = families.SquaredErrorOfSigns() if hasattr(estimator, "classes_") else families.SquaredError()
-    if hasattr(estimator, "classes_") and outputs == 1 and len(estimator.classes_) > 2:
+    classes, chosen = attribute_of(estimator, "classes_"), attribute_of(estimator, "alpha_")
+    family = families.SquaredError() if classes is None else families.SquaredErrorOfSigns()
+    if classes is not None and outputs == 1 and len(classes) > 2:
         raise UnsupportedModel(f"{_called(estimator)} of several labels a row is not supported.")
-    alpha = np.asarray(getattr(estimator, "alpha_", None) if hasattr(estimator, "alpha_") else estimator.alpha, float)
+    alpha = np.asarray(estimator.alpha if chosen is None else chosen, float)
     return family, Penalty(np.broadcast_to(alpha.reshape(-1), (outputs,)).copy(), per_row=False)
 
 
 def _logistic(estimator: Any, outputs: int) -> tuple[Family, Penalty]:
-    binary, form = len(estimator.classes_) == 2, getattr(estimator, "multi_class", "auto")
+    binary, form = len(estimator.classes_) == 2, attribute_of(estimator, "multi_class", "auto")
     if (binary and form == "multinomial") or (not binary and form == "ovr"):
         raise UnsupportedModel(f"LogisticRegression(multi_class={form!r}) of {len(estimator.classes_)} classes.")
-    kind = getattr(estimator, "penalty", "deprecated")
+    kind = attribute_of(estimator, "penalty", "deprecated")
     if kind == "deprecated":
         kind = {0: "l2", None: "l2", 1: "l1"}.get(estimator.l1_ratio, "elasticnet")
     if kind == "elasticnet" and estimator.l1_ratio == 0:

@@ -10,6 +10,7 @@ from typing import Any
 
 import joblib
 import numpy as np
+from scipy.sparse import issparse
 
 from headwater.arrays import rows_within_memory
 from headwater.blocks import Block, Layout, Parameter, Part, Piece, Structure, partition
@@ -19,9 +20,10 @@ from headwater.gradients.block import BlockGradient
 from headwater.gradients.outer import Outer
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
 from headwater.random import name_keys, row_digests, row_keys, row_numbers
-from headwater.sklearn.batch import FeatureBatch, SklearnBatch, bad_rows
+from headwater.sklearn.batch import FeatureBatch, SklearnBatch, bad_rows, column_names
 from headwater.sklearn.families import FEW, Array, Family, of_output
-from headwater.sklearn.linear import LinearModel, last_step, read
+from headwater.sklearn.linear import LinearModel, attribute_of, last_step, read
+from headwater.types import field_values
 
 NAMES = ("coef", "intercept")
 FISHERS = ("auto", "exact", "sampled", "empirical")
@@ -98,7 +100,7 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
         model = self.model
         arrays = [model.coef, model.penalty.strength, model.intercept, model.class_weights(self._class_weight)]
         penalty = (model.penalty.per_row, model.penalty.intercept)
-        loss = repr((model.family.name, sorted(vars(model.family).items()), penalty))
+        loss = repr((model.family.name, sorted((f.name, value) for f, value in field_values(model.family)), penalty))
         steps = joblib.hash(last_step(self.estimator)[1])
         numbers = [b"" if a is None else np.ascontiguousarray(a).tobytes() for a in arrays]
         return tuple(zlib.crc32(given) for given in [*numbers, loss.encode(), str(steps).encode()])
@@ -156,20 +158,15 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
         if len(batch) == 0:
             raise BatchMismatch("The batch has no rows.")
         model = self.model
-        weights = getattr(batch, "weights", None)
-        return FeatureBatch(
-            self.features(batch.x),
-            model.encode(batch.y),
-            None if weights is None else np.asarray(weights, dtype=np.float64),
-            getattr(batch, "ids", None),
-        )
+        weights = None if batch.weights is None else np.asarray(batch.weights, dtype=np.float64)
+        return FeatureBatch(self.features(batch.x), model.encode(batch.y), weights, batch.ids)
 
     def features(self, x: Any) -> Array:
         """What the linear model meets: [n, features] in float64. Sparse rows become dense. Errors: as `prepared`."""
         check_names(self.estimator, x)
         _, before = last_step(self.estimator)
         found = x if before is None else before.transform(x)
-        found = np.asarray(found.toarray() if hasattr(found, "toarray") else found)
+        found = np.asarray(found.toarray() if issparse(found) else found)
         expected = self.model.features
         if found.ndim != 2 or found.shape[1] != expected:
             raise ShapeMismatch(f"x has shape {found.shape}; {self.model.name} was fitted to {expected} features.")
@@ -372,10 +369,10 @@ def _numerical_slope(family: Family, z: Array, y: Array) -> Array:
 
 def check_names(estimator: Any, x: Any) -> None:
     """Columns that have names must be those of the fit, in that order. Errors: InvalidInput."""
-    expected = getattr(estimator, "feature_names_in_", None)
-    if expected is None or not hasattr(x, "columns"):
+    known, given = attribute_of(estimator, "feature_names_in_"), column_names(x)
+    if known is None or given is None:
         return
-    expected, found = list(expected), list(x.columns)
+    expected, found = list(known), list(given)
     if found == expected:
         return
     missing = [name for name in expected if name not in found]

@@ -90,6 +90,7 @@ class ExactRemoval:
         self.x, self.y = batch.x, batch.y
         weights = provider.row_weights(batch)
         self.row_weights = np.ones(len(batch)) if weights is None else weights
+        self._inverse: Array | None = None
         ones = np.ones((len(batch), 1))
         self._z = self.x if self.model.intercept is None else np.concatenate([self.x, ones], axis=1)
 
@@ -160,7 +161,7 @@ class ExactRemoval:
 
     def _preconditioner(self, at: Array) -> Array:
         """The pseudo-inverse of the Hessian of all rows: [D, D]; once, at the first coefficients that are asked for."""
-        if not hasattr(self, "_inverse"):
+        if self._inverse is None:
             o, i = at.shape
             z, eye = self._z @ at.T, np.eye(o)
             bends = [self.model.family.bend(z, self.y, np.broadcast_to(unit, z.shape)) for unit in eye]

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import clone, is_classifier, is_regressor
+from sklearn.pipeline import Pipeline
 
+from headwater.arrays import is_frame, shape_of
 from headwater.errors import BatchMismatch, InvalidInput, InvalidSetting, NonFiniteValue, ShapeMismatch
 
 Measurement = Callable[[Any, Any, Any], ArrayLike]
@@ -137,17 +139,17 @@ def _half_squares(fitted: Any, x: Any, y: Any) -> NDArray[np.float64]:
 
 
 def _weight_name(estimator: Any) -> str:
-    steps = getattr(estimator, "steps", None)
-    return f"{steps[-1][0]}__sample_weight" if steps else "sample_weight"
+    return f"{estimator.steps[-1][0]}__sample_weight" if isinstance(estimator, Pipeline) else "sample_weight"
 
 
 def _rows(values: Any) -> int:
-    return int(values.shape[0]) if hasattr(values, "shape") else len(values)
+    shape = shape_of(values)
+    return len(values) if shape is None else int(shape[0])
 
 
 def _taken(values: Any, rows: NDArray[np.int64]) -> Any:
-    if hasattr(values, "iloc"):
+    if is_frame(values):
         return values.iloc[rows]
-    if hasattr(values, "shape"):
+    if shape_of(values) is not None:
         return values[rows]
     return [values[row] for row in rows]

@@ -20,7 +20,7 @@ from headwater.methods.direct import Direct
 from headwater.sklearn.batch import FeatureBatch, SklearnBatch
 from headwater.sklearn.families import Array
 from headwater.sklearn.influence import SklearnComposableInfluence
-from headwater.sklearn.linear import EstimatorNotFittedError, LinearModel, last_step, read
+from headwater.sklearn.linear import EstimatorNotFittedError, LinearModel, attribute_of, last_step, read
 from headwater.sklearn.provider import SklearnGradientProvider, check_names
 from headwater.sklearn.removal import ExactRemoval, Refits
 
@@ -157,7 +157,7 @@ class TrainingInfluence(MetaEstimatorMixin, BaseEstimator):
     # What they share ----------------------------------------------------------------------------------------------
 
     def _ready(self) -> SklearnComposableInfluence:
-        if not hasattr(self, "influence_"):
+        if not self.__sklearn_is_fitted__():
             raise EstimatorNotFittedError(f"This {type(self).__name__} is not fitted yet: call fit(X, y) first.")
         self.influence_.check_weights()
         return self.influence_
@@ -168,7 +168,7 @@ class TrainingInfluence(MetaEstimatorMixin, BaseEstimator):
         return self._provider.as_batch(X, y)
 
     def __sklearn_is_fitted__(self) -> bool:
-        return hasattr(self, "influence_")
+        return attribute_of(self, "influence_") is not None
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

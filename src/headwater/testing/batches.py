@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from headwater.arrays import shape_of
 from headwater.errors import BatchMismatch
 from headwater.testing.contract import Contract, host
-from headwater.types import Batch, join
+from headwater.types import Batch, field_values, join
 
 
 class BatchContract(Contract):
@@ -25,7 +26,7 @@ class BatchContract(Contract):
 
     def columns(self, batch: Batch[Any]) -> list[np.ndarray]:
         """A hook: what the batch holds of its rows, every field of it, each with the rows along its first axis."""
-        return [leaf for f in fields(batch) for leaf in _leaves(getattr(batch, f.name))]
+        return [leaf for _, held in field_values(batch) for leaf in _leaves(held)]
 
     def carried(self, batch: Batch[Any]) -> list[Any]:
         """A hook: what it holds besides, which neither `take` nor `join` may change."""
@@ -59,11 +60,10 @@ class BatchContract(Contract):
 
     def test_columns_of_other_lengths_are_refused_by_their_names(self) -> None:
         whole, shorter = self.batch(range(self.length)), self.batch(range(self.length - 1))
-        for column in fields(whole):
-            held = getattr(whole, column.name)
+        for (column, held), (_, other) in zip(field_values(whole), field_values(shorter), strict=True):
             if column.init and [*_leaves(held)] and self.is_column(column.name):
                 with self.refuses(BatchMismatch, column.name, self.length, self.length - 1):
-                    replace(whole, **{column.name: getattr(shorter, column.name)})
+                    replace(whole, **{column.name: other})
 
     def is_column(self, name: str) -> bool:
         """A hook: whether a field is a column; by default, unless the dataclass says otherwise."""
@@ -79,7 +79,7 @@ def _leaves(value: Any) -> list[np.ndarray]:
         return []
     if isinstance(value, Mapping):
         return [leaf for v in value.values() for leaf in _leaves(v)]
-    if isinstance(value, (tuple, list)) and any(getattr(v, "shape", ()) for v in value):
+    if isinstance(value, (tuple, list)) and any(shape_of(v) for v in value):
         return [leaf for v in value for leaf in _leaves(v)]
     array = host(value)
     return [array] if array.ndim else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -153,14 +153,20 @@ class BlockMapperContract(Contract):
 
     def test_what_gives_dicts_follows_an_overridden_generator(self) -> None:
         """Its tensors as they are, named in the order of the blocks by `_to_ordered_dict`."""
-        for verb in ("transformed_grads", "interactions", "interactions_from_transformed_grads"):
+        verbs: dict[str, Callable[[Any], Any]] = {
+            "transformed_grads": lambda mapper: mapper.transformed_grads(self.left()),
+            "interactions": lambda mapper: mapper.interactions(self.left(), self.right(), "up"),
+            "interactions_from_transformed_grads": lambda mapper: mapper.interactions_from_transformed_grads(
+                self.left(), self.right(), "up"
+            ),
+        }
+        for verb, asked in verbs.items():
             mapper, named = self.mapper(), list[Any]()
             given = [object() for _ in mapper.composable_block_dict]
             name_them = mapper._to_ordered_dict
             mapper._to_ordered_dict = lambda g, name_them=name_them, named=named: named.append(g) or name_them(g)  # type: ignore
             setattr(mapper, f"generate_{verb}", lambda *_, given=given: (tensor for tensor in given))
-            rows = {"transformed_grads": (self.left(),)}.get(verb, (self.left(), self.right(), "up"))
-            got = getattr(mapper, verb)(*rows)
+            got = asked(mapper)
             assert isinstance(got, OrderedDict)
             assert [*got] == [*mapper.composable_block_dict]
             assert all(one is other for one, other in zip(got.values(), given, strict=True))

@@ -25,7 +25,8 @@ from headwater.gradients.likelihoods import OwnHessian as OwnHessian
 from headwater.gradients.likelihoods import SquaredError as SquaredError
 from headwater.gradients.likelihoods import TargetSampler as TargetSampler
 from headwater.gradients.likelihoods import cotangent as cotangent
-from headwater.torch.losses import Loss, partial_options, row_losses
+from headwater.gradients.words import name_of
+from headwater.torch.losses import Loss, option, row_losses
 
 
 class TorchOutputLoss(neutral.OutputLoss):
@@ -33,7 +34,7 @@ class TorchOutputLoss(neutral.OutputLoss):
 
     def __init__(self, loss: Loss):
         self.loss = loss
-        self.name = getattr(loss, "__name__", type(loss).__name__)
+        self.name = name_of(loss)
 
     def slope(self, output: torch.Tensor, target: Any) -> torch.Tensor:
         return torch.autograd.grad(*self._total(output, target))[0]
@@ -74,11 +75,11 @@ class TorchOutputLoss(neutral.OutputLoss):
 _KNOWN: list[tuple[tuple[Any, ...], Callable[[Any], Likelihood]]] = [
     (
         (nn.CrossEntropyLoss, F.cross_entropy),
-        lambda loss: CrossEntropy(getattr(loss, "ignore_index", -100), class_axis=1),
+        lambda loss: CrossEntropy(option(loss, "ignore_index", -100), class_axis=1),
     ),
     (
         (nn.NLLLoss, F.nll_loss),
-        lambda loss: CrossEntropy(getattr(loss, "ignore_index", -100), class_axis=1, log_probabilities=True),
+        lambda loss: CrossEntropy(option(loss, "ignore_index", -100), class_axis=1, log_probabilities=True),
     ),
     ((nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits), lambda loss: Bernoulli()),
     ((nn.BCELoss, F.binary_cross_entropy), lambda loss: Bernoulli(logits=False)),
@@ -101,13 +102,13 @@ def find_likelihood(loss: Loss, given: Likelihood | str | None) -> Likelihood:
     if given is not None:
         found = neutral.likelihood_named(given)
         if isinstance(found, CrossEntropy):
-            found.ignore_index = getattr(partial_options(loss), "ignore_index", found.ignore_index)
+            found.ignore_index = option(loss, "ignore_index", found.ignore_index)
         return found
     plain = loss.func if isinstance(loss, partial) else loss
     for kinds, make in _KNOWN:
         for kind in kinds:
             if plain is kind or (isinstance(kind, type) and type(plain) is kind):
-                return make(partial_options(loss))
+                return make(loss)
     return OwnHessian()
 
 

@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -21,10 +21,18 @@ from torch.utils._pytree import tree_map
 from headwater.errors import HeadwaterError, InvalidInput, NonFiniteValue, UnsupportedLoss
 from headwater.gradients.rowwise import Slopes, is_weighted_sum
 from headwater.gradients.spreading import spread_in_words
+from headwater.gradients.words import name_of
 from headwater.torch.surroundings import quiet
 from headwater.torch.tree import tensors_in, with_tensors
 
 Loss = Callable[[Any, Any], torch.Tensor]
+
+
+@runtime_checkable
+class RowLosses(Protocol):
+    """A loss that gives the rows' own losses itself: [n]."""
+
+    def row_losses(self, output: Any, target: Any, /) -> torch.Tensor: ...
 
 
 def row_losses(loss: Loss, output: Any, target: Any) -> torch.Tensor:
@@ -34,7 +42,7 @@ def row_losses(loss: Loss, output: Any, target: Any) -> torch.Tensor:
     Errors: InvalidInput where the loss fails on these outputs and targets.
     """
     with explain_failure(output, target):
-        if hasattr(loss, "row_losses"):
+        if isinstance(loss, RowLosses):
             return loss.row_losses(output, target)
         if isinstance(output, torch.Tensor) and isinstance(target, torch.Tensor):
             _refuse_spreading(loss, output, target)
@@ -118,7 +126,7 @@ def _torch_row_losses(loss: Loss, output: torch.Tensor, target: torch.Tensor) ->
     """Torch's own losses unreduced, then reduced row by row as they would have been; None for any other loss."""
     plain: Any = loss.func if isinstance(loss, partial) else loss
     options = loss.keywords if isinstance(loss, partial) else {}
-    _check_weights(plain, partial_options(loss), output, target)
+    _check_weights(loss, plain, output, target)
     of_classes = plain in _CLASSES or type(plain) in _CLASSES_MODULES
     if not (of_classes or plain in _WEIGHTED or type(plain) in _TERMWISE_MODULES):
         return None
@@ -138,7 +146,7 @@ def _torch_row_losses(loss: Loss, output: torch.Tensor, target: torch.Tensor) ->
         return terms.sum(1)
     if not of_classes or target.is_floating_point():
         return terms.mean(1)
-    ignored = getattr(plain, "ignore_index", options.get("ignore_index", -100))
+    ignored = option(plain, "ignore_index", options.get("ignore_index", -100))
     return terms.sum(1) / (target.reshape(len(target), -1) != ignored).sum(1)
 
 
@@ -173,35 +181,31 @@ def check_loss(loss: Loss) -> None:
         )
     plain: Any = loss.func if isinstance(loss, partial) else loss
     if isinstance(plain, nn.NLLLoss) or plain is F.nll_loss:
-        _refuse_weighted_mean(plain, partial_options(loss))
+        _refuse_weighted_mean(loss, plain)
 
 
-def _check_weights(plain: Any, options: Any, output: torch.Tensor, target: torch.Tensor) -> None:
+def _check_weights(loss: Loss, plain: Any, output: torch.Tensor, target: torch.Tensor) -> None:
     """Errors: UnsupportedLoss for weights that a row loses, or that it cannot tell its own of, when it is alone."""
     if isinstance(plain, nn.CrossEntropyLoss) or plain is F.cross_entropy:
         if not target.is_floating_point():  # a mean over probabilities is one over rows
-            _refuse_weighted_mean(plain, options)
+            _refuse_weighted_mean(loss, plain)
     elif plain in _WEIGHTED or isinstance(plain, _WEIGHTED_MODULES):
         for name in ("weight", "pos_weight"):
-            weight = getattr(options, name, None)
+            weight = option(loss, name)
             if weight is not None and weight.ndim >= output.ndim and weight.shape[0] != 1:
                 raise UnsupportedLoss(
-                    f"{_name(plain)}({name}=...) of shape {tuple(weight.shape)} has numbers for the rows of one batch, "
-                    f"of outputs {tuple(output.shape)}, so that a row on its own has none. Give the rows' weights with "
-                    "their batch: TorchBatch(x, y, weights=...)."
+                    f"{name_of(plain)}({name}=...) of shape {tuple(weight.shape)} has numbers for the rows of "
+                    f"one batch, of outputs {tuple(output.shape)}, so that a row on its own has none. Give the rows' "
+                    "weights with their batch: TorchBatch(x, y, weights=...)."
                 )
 
 
-def _refuse_weighted_mean(plain: Any, options: Any) -> None:
-    if getattr(options, "weight", None) is not None and getattr(options, "reduction", "mean") == "mean":
+def _refuse_weighted_mean(loss: Loss, plain: Any) -> None:
+    if option(loss, "weight") is not None and option(loss, "reduction", "mean") == "mean":
         raise UnsupportedLoss(
-            f"{_name(plain)}(weight=..., reduction='mean') divides by the batch's total class weight, so a row on its "
-            "own has no weight. Use reduction='sum': a row's loss is then its class weight times its cross entropy."
+            f"{name_of(plain)}(weight=..., reduction='mean') divides by the batch's total class weight, so a row on "
+            "its own has no weight. Use reduction='sum': a row's loss is then its class weight times its cross entropy."
         )
-
-
-def _name(loss: Any) -> str:
-    return str(getattr(loss, "__name__", type(loss).__name__))
 
 
 def normalisation(loss: Loss, output: Any, target: Any, what: str = "loss") -> str:
@@ -255,8 +259,6 @@ def _refuse_more_terms(loss: Loss, output: Any, target: Any, terms: int) -> None
         raise InvalidInput(said)
 
 
-def partial_options(loss: Loss) -> Any:
-    """A loss's options as attributes, for a module and for a functools.partial alike."""
-    if isinstance(loss, partial):
-        return type("Options", (), dict(loss.keywords))
-    return loss
+def option(loss: Loss, name: str, default: Any = None) -> Any:
+    """What a loss was told: an attribute of a module, a keyword of a functools.partial, the default of a function."""
+    return loss.keywords.get(name, default) if isinstance(loss, partial) else getattr(loss, name, default)

@@ -109,8 +109,7 @@ def mixes_rows_always(module: nn.Module) -> bool:
 
 def differs_in_training(module: nn.Module) -> bool:
     """Whether, in train mode, it is random or lets the rows of a batch act on each other."""
-    chance = (nn.modules.dropout._DropoutNd, nn.RReLU)
-    random = isinstance(module, chance) and getattr(module, "p", 1.0) > 0
+    random = isinstance(module, nn.RReLU) or (isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0)
     random |= isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and module.dropout > 0
     return random or isinstance(module, nn.modules.batchnorm._BatchNorm)
 

@@ -35,7 +35,7 @@ from headwater.gradients.coverage import Coverage
 from headwater.gradients.outer import Outer, RowSparse
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
 from headwater.gradients.rowwise import differing
-from headwater.gradients.words import in_words
+from headwater.gradients.words import in_words, name_of
 from headwater.random import name_keys, row_digests, row_keys, row_numbers
 from headwater.torch.batch import TorchBatch, as_tensor, differentiable_input
 from headwater.torch.capture import Recording, detached_state, own_leaves, record, run, summed_products
@@ -209,7 +209,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
     def explained(self) -> str:
         if self.measurement is self.loss:
             return "loss"
-        return getattr(self.measurement, "__name__", type(self.measurement).__name__)
+        return name_of(self.measurement)
 
     def settings(self) -> tuple[str, ...]:
         return tuple(in_words(value) for value in (self.loss, self.measurement, self.likelihood))

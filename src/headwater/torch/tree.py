@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from headwater.types import field_values
+
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
     """All tensors of a nested value, in order; what else is in it is left out."""
@@ -56,7 +58,7 @@ def _is_record(value: Any) -> bool:
 
 
 def _fields(record: Any) -> dict[str, Any]:
-    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+    return {declared.name: value for declared, value in field_values(record)}
 
 
 def dense(tensor: torch.Tensor) -> torch.Tensor:
