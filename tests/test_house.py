@@ -13,7 +13,20 @@ from typing import NamedTuple
 
 SOURCE = Path(__file__).parents[1] / "src"
 
-MATHS = {"gradients", "operators", "curvature", "mapper", "influence", "methods", "torch", "jax", "sklearn", "hf"}
+MATHS = {
+    "gradients",
+    "loaders",
+    "rows",
+    "operators",
+    "curvature",
+    "mapper",
+    "influence",
+    "methods",
+    "torch",
+    "jax",
+    "sklearn",
+    "hf",
+}
 RESULTS = {"store", "evaluate", "report"}
 
 # A library, or headwater's own room of that name -> the rooms that may import it.
@@ -104,6 +117,35 @@ def test_imports_have_no_cycle():
         if MODULES[found.target].stem != "__init__" and MODULES[found.source].stem != "__init__":  # these gather names
             graph.add(found.source, found.target)
     graph.prepare()  # raises CycleError, which names the circle
+
+
+READERS = {
+    "headwater.hf.rows": "items of a loader as batches, when they are read",
+    "headwater.loaders.batches": "items of a loader unpacked, when they are read",
+    "headwater.sklearn.influence": "batches that go through a pipeline once",
+}
+"""Who reads what users give beside `headwater.rows`, and hands it on: adapters, not passes."""
+GIVEN = {"loader", "train_loader", "query_loader", "source", "self.loader", "self.source", "items"}
+
+
+def loops(tree: ast.AST) -> Iterator[ast.expr]:
+    """What is iterated over, without `enumerate`, `track` and their like around it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.For | ast.AsyncFor | ast.comprehension):
+            over = node.iter
+            while isinstance(over, ast.Call) and over.args:
+                over = over.args[0]
+            yield from (over.body, over.orelse) if isinstance(over, ast.IfExp) else (over,)
+
+
+def test_a_loader_is_read_in_one_place():
+    found = {
+        module
+        for module, path in MODULES.items()
+        if room(module) not in {"demo", "testing", "rows"}
+        and any(ast.unparse(over) in GIVEN for over in loops(ast.parse(path.read_text())))
+    }
+    assert found == set(READERS)
 
 
 def test_importing_headwater_brings_no_framework():

@@ -11,8 +11,8 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
-from headwater.curvature.places import located
 from headwater.influence import ComposableInfluence, in_own_precision
+from headwater.loaders.places import located
 from headwater.methods.damping import Damping
 from headwater.types import TensorType
 

@@ -19,9 +19,6 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from headwater.arrays import Array, namespace
-from headwater.curvature.known_rows import LoadersSeen, RowMemory
-from headwater.curvature.passes import KnownRows, Unpack, Unpacked, check_loader, first_batch, paired
-from headwater.curvature.places import located
 from headwater.curvature.saved import TakenApart, moved, put_together, take_apart
 from headwater.errors import (
     BatchMismatch,
@@ -36,6 +33,9 @@ from headwater.errors import (
 )
 from headwater.gradients.provider import StructuredGradientProvider
 from headwater.gradients.words import in_words
+from headwater.loaders.batches import Unpack, Unpacked, check_loader, paired
+from headwater.loaders.keys import LoadersSeen, RowMemory
+from headwater.loaders.places import located
 from headwater.mapper import InfluenceMapper
 from headwater.methods.base import Curvatures, Method
 from headwater.methods.damping import Damping, Relative, damping_by_block, in_units
@@ -44,6 +44,7 @@ from headwater.operators.iterative import LastSolves, SolveReport, apply_path, j
 from headwater.operators.kronecker import SeparableOperator
 from headwater.operators.released import ReleasedOperator, penalised
 from headwater.operators.structured import BlockDiagonalOperator
+from headwater.rows import Rows, first_batch
 from headwater.types import InfluenceMode, TensorType
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         Errors: BatchMismatch, naming batch and row, if a later pass over the loader gives other rows than the first.
         """
         while True:
-            rows = KnownRows(self.source, self._read_as(loader, "train"))
+            rows = Rows(self.source, self._read_as(loader, "train"))
             try:
                 with located():
                     curvature, weight = self.method.fit(self.provider, rows, progress)
@@ -146,24 +147,22 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
     def _read_as(self, loader: Iterable[Any], role: str) -> Iterable[Any]:
         """A user's loader, as it is read: its items unpacked, and in the framework's way. Errors: InvalidInput."""
-        if isinstance(loader, KnownRows):
+        if isinstance(loader, Rows):
             return self.as_loader(loader)
         if self._unpack is not None:
             check_loader(loader, role)
             loader = Unpacked(loader, self._unpack)
         return self.as_loader(loader)
 
-    def train_rows(self, loader: Iterable[Any]) -> KnownRows:
+    def train_rows(self, loader: Iterable[Any]) -> Rows:
         """A loader of train rows for a run; the same object gives the same rows as when it was last read."""
-        if isinstance(loader, KnownRows):
+        if isinstance(loader, Rows):
             return loader
-        return KnownRows(self.source, self._read_as(loader, "train"), "train", self._loaders.memory(loader))
+        return Rows(self.source, self._read_as(loader, "train"), "train", self._loaders.memory(loader))
 
-    def query_rows(self, loader: Iterable[Any]) -> KnownRows:
+    def query_rows(self, loader: Iterable[Any]) -> Rows:
         """A loader of query rows for a run."""
-        return (
-            loader if isinstance(loader, KnownRows) else KnownRows(self.source, self._read_as(loader, "query"), "query")
-        )
+        return loader if isinstance(loader, Rows) else Rows(self.source, self._read_as(loader, "query"), "query")
 
     @property
     def fitted_keys(self) -> np.ndarray | None:
@@ -363,7 +362,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         keys = arrays.get(ROW_KEYS)  # None in folders from before they were kept: then nothing is known of the rows
         rows = None
         if loader is not None:
-            rows = KnownRows(self.source, self._read_as(loader, "train"), memory=RowMemory(keys))
+            rows = Rows(self.source, self._read_as(loader, "train"), memory=RowMemory(keys))
         read = put_together(TakenApart(dict(saved), dict(arrays)), self.provider, self._like(), rows)
         curvature = self.method.checked(read)
         weights, form = self.provider.fingerprint(), self.provider.form

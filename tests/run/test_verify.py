@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import headwater as hw
-from headwater.curvature import passes
+from headwater import rows as row_module
+from headwater.curvature.means import WeightedMean
 from headwater.errors import BatchMismatch, InvalidInput, InvalidSetting, NotFittedError, StaleFit
 from headwater.evaluate.audited import upper_bound
 from headwater.operators.algebra import IdentityOperator, ScaledOperator
@@ -232,7 +233,7 @@ def test_batches_that_drop_a_row_in_passing_fail(monkeypatch):
         yield rows, batch.take(rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(passes, "_pieces", cut)
+        patch.setattr(row_module, "_pieces", cut)
         influence, train, query = fitted()
     assert {REFIT, ORDER} <= set(failed(influence.verify(train, query, rows=3)))
 
@@ -243,7 +244,7 @@ def test_means_of_batch_means_fail(monkeypatch):
         self._total = weighted_sum if self._total is None else self._total + weighted_sum
         self.weight += 1.0
 
-    monkeypatch.setattr(passes.WeightedMean, "add", add)
+    monkeypatch.setattr(WeightedMean, "add", add)
     influence, train, query = fitted(hw.Direct())
     assert {REFIT, ORDER} <= set(failed(influence.verify(train, query, rows=3)))
 

@@ -440,6 +440,7 @@ def test_of_several_runs_at_once_one_has_the_folder(tmp_path):
         import numpy as np
         from headwater.errors import InvalidInput
         from headwater.evaluate.bank import Bank, Plan
+        from headwater.store.base import Tile
         from headwater.store.tiles import TileStore
         keys = np.arange(3, dtype=np.uint64)
         def open_run():
@@ -464,12 +465,13 @@ def test_of_several_runs_at_once_one_has_the_folder(tmp_path):
 def test_one_run_in_several_processes_at_once_is_one_run(tmp_path):
     code = """
         import numpy as np
+        from headwater.store.base import Tile
         from headwater.store.tiles import TileStore
         import zarr
         go()
         store, keys = TileStore(folder / "run", {"run": 0}), np.arange(3, dtype=np.uint64)
         for start in range(0, 12, 3):
-            store.write(start, keys + np.uint64(start), np.full((1, 2, 3), start, dtype=float))
+            store.write(Tile(start, keys, keys + np.uint64(start), np.full((1, 2, 3), start, dtype=float)))
         print("done")
     """
     assert at_once(code, tmp_path / "f", 2) == ["done"] * 2

@@ -13,6 +13,7 @@ import torch
 
 import headwater as hw
 from headwater.errors import BatchMismatch, InvalidInput, NotWritten
+from headwater.store.base import Tile
 from headwater.store.tiles import TileStore
 from headwater.testing import TileStoreContract
 from headwater.torch import TorchBatch, TorchComposableInfluence
@@ -106,7 +107,7 @@ def test_a_tile_that_cannot_be_written_is_not_entered(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr("zarr.create_array", full)
         with pytest.raises(NotWritten, match=r"0-3 could not be written.*No space"):
-            store.write(0, keys, np.ones((1, 2, 3)))
+            store.write(Tile(0, keys, keys, np.ones((1, 2, 3))))
     assert TileStore(tmp_path / "run", {"a": 1}).read(0, keys) is None
 
 
@@ -115,12 +116,14 @@ def test_a_killed_run_goes_on(tmp_path):
         """
         import os, signal, sys
         import numpy as np
+        from headwater.store.base import Tile
         from headwater.store.tiles import TileStore
         store = TileStore(sys.argv[1], {"run": 1})
         for start in range(0, 9, 3):
             if start == 6:
                 os.kill(os.getpid(), signal.SIGKILL)
-            store.write(start, np.arange(start, start + 3, dtype=np.uint64), np.full((1, 2, 3), float(start)))
+            keys = np.arange(start, start + 3, dtype=np.uint64)
+            store.write(Tile(start, keys, keys, np.full((1, 2, 3), float(start))))
         """
     )
     killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "run")], env=os.environ, check=False)

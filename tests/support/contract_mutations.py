@@ -16,8 +16,8 @@ import numpy as np
 import test_third_party as third
 
 import headwater as hw
-from headwater.curvature import passes
 from headwater.gradients.provider import BlockProvider
+from headwater.loaders import batches
 from headwater.mapper import InfluenceMapper
 from headwater.operators.algebra import IdentityOperator, ScaledOperator
 from headwater.types import (
@@ -269,7 +269,7 @@ MUTANTS: dict[str, Mutant] = {
         Batch, "_is_column", lambda self, declared, value: declared.name in ("x", "y", "weights", "ids")
     ),
     "what differs is joined": _instead(Batch, "_carried", lambda self: {}),
-    "a plain batch loses its weights": _instead(passes, "_with_columns", lambda provider, batch, weights, ids: batch),
+    "a plain batch loses its weights": _instead(batches, "_with_columns", lambda provider, batch, weights, ids: batch),
     "rows on the left of a form have the gradients of the loss": _instead(
         BlockProvider, "_grads", lambda self, batch: self.whole.grads(batch)[self.name]
     ),

@@ -16,6 +16,7 @@ from damage import QUERY, TRAIN, X, Y, by_torch, files_of, left_by_a_dead_proces
 import headwater as hw
 from headwater.errors import HeadwaterError
 from headwater.evaluate import Bank, bank, plan_subsets
+from headwater.rows import PlacedBatch
 from headwater.run import attribute, diagnosis
 from headwater.store import draft, folder, scores, seal, tiles
 from headwater.torch import TorchBatch
@@ -153,12 +154,12 @@ def _without_place(content: bytes, place: str) -> bytes:
     return seal.seal_bytes(content, "")
 
 
-def _sums_of_what_is_computed(self: diagnosis.RunSums, where: Any, batch: Any, grads: Any = None) -> None:
+def _sums_of_what_is_computed(self: diagnosis.RunSums, where: Any, piece: PlacedBatch) -> None:
     """As it was: tiles from the store are not counted, unless their sums were kept."""
     self._met.add(where)
-    if grads is not None and not (self._saved and where in self._saved[0]):
+    if piece._grads and not (self._saved and where in self._saved[0]):
         self._fresh.add(where)
-        self.sums.add(batch, grads)
+        self.sums.add(piece.batch, piece.grads(self.sums.provider))
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from truth import assert_close, fitted, truth_of
 
 import headwater as hw
 from headwater.arrays import transpose
-from headwater.curvature.passes import WeightedMean
+from headwater.curvature.means import WeightedMean
 from headwater.gradients.algebra import Dense, Gradient, Moments
 from headwater.gradients.outer import Outer
 from headwater.influence import ComposableInfluence

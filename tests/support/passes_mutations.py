@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 import headwater as hw
-from headwater.curvature import places
-from headwater.curvature.known_rows import LoadersSeen, RowKeys, RowMemory
-from headwater.curvature.passes import Unpacked
 from headwater.errors import BatchMismatch, InvalidInput, NonFiniteValue, RowsNotFitted
+from headwater.loaders import places
+from headwater.loaders.batches import Unpacked
+from headwater.loaders.keys import LoadersSeen, RowKeys, RowMemory
 from headwater.run import attribute as attributing
 from headwater.torch import TorchComposableInfluence
 from headwater.torch import losses as torch_losses

@@ -21,7 +21,7 @@ from truth import assert_close, fitted, truth_of
 import headwater as hw
 from headwater.arrays import namespace
 from headwater.curvature import products
-from headwater.curvature.dual import DualOperator, RowSumOperator, SwappedInverse
+from headwater.curvature.dual import DualOperator, SwappedInverse
 from headwater.errors import NotConverged
 from headwater.gradients.draws import DrawsProduct
 from headwater.methods import low_rank
@@ -401,10 +401,9 @@ def _without_the_last_batch(add: Any) -> Any:
     return wrong
 
 
-def _without_weights(passes: Any) -> Any:
-    def wrong(self: RowSumOperator) -> Any:
-        for rows in passes(self):
-            yield replace(rows, weights=None)
+def _without_weights(drawn: Any) -> Any:
+    def wrong(self: products.RowDraws, piece: Any, with_draws: bool) -> Any:
+        return replace(drawn(self, piece, with_draws), weights=None)
 
     return wrong
 
@@ -438,8 +437,8 @@ wrapped(
 )
 wrapped(
     "the dual form ignores the weights of rows",
-    RowSumOperator,
-    "passes",
+    products.RowDraws,
+    "drawn",
     _without_weights,
     weights("Dual"),
     weights("Dual of the GGN"),

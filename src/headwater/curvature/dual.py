@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -34,7 +34,7 @@ from headwater.arrays import (
     zeros_like,
 )
 from headwater.curvature.exact import Curvature
-from headwater.curvature.products import KEPT_SHARE, CurvatureOperator, Rows, fit_products, size_of
+from headwater.curvature.products import KEPT_SHARE, CurvatureOperator, DrawnRows, fit_products, size_of
 from headwater.errors import BatchMismatch, InvalidSetting, SingularOperator
 from headwater.gradients.algebra import Dense
 from headwater.gradients.block import BlockGradient, stack
@@ -45,6 +45,7 @@ from headwater.memory import refuse_too_large
 from headwater.operators.algebra import IdentityOperator, LinearOperator, rowwise_inner
 from headwater.operators.finite import refuse_nonfinite
 from headwater.operators.iterative import host
+from headwater.rows import Accumulator, Each, Found, Item, Part, Visitor
 
 LARGEST_GRAM = 20_000
 """Gradients beyond which a Gram matrix is refused: 1.6 GB in float32, and hours to factorise."""
@@ -81,35 +82,34 @@ class RowSumOperator(LinearOperator):
     def label(self) -> str:
         return self.curvature.block
 
-    def passes(self) -> Iterator[Rows]:
-        """Every batch with its draws."""
-        for rows in self.curvature.source.rows(with_draws=True):
-            if rows.draws is None:
-                raise InvalidSetting(
-                    f"Block {self.label!r}: a row's GGN is no short sum of g g^T here (many outputs, or a loss that "
-                    "is not convex in them). Use curvature='empirical_fisher' or 'fisher', or hw.Cg()."
-                )
-            yield rows
+    def sweep(self, visitor: Visitor[DrawnRows, Part, Found]) -> Found:
+        """Visit every batch with its draws."""
+        return self.curvature.source.sweep(visitor, with_draws=True)
+
+    def each(self, make: Callable[[DrawnRows], Found]) -> list[Found]:
+        """What a function makes of each batch."""
+        return self.sweep(Each(make))
 
     def product(self, vectors: Array) -> DrawsProduct:
         return DrawsProduct(self.curvature.source.provider.layouts[self.label], vectors)
 
-    def draws(self, rows: Rows) -> list[BlockGradient]:
-        return [draw[self.label] for draw in rows.draws or ()]
+    def draws(self, rows: DrawnRows) -> list[BlockGradient]:
+        """Errors: InvalidSetting for rows that have none."""
+        if rows.draws is None:
+            raise InvalidSetting(
+                f"Block {self.label!r}: a row's GGN is no short sum of g g^T here (many outputs, or a loss that "
+                "is not convex in them). Use curvature='empirical_fisher' or 'fisher', or hw.Cg()."
+            )
+        return [draw[self.label] for draw in rows.draws]
 
     @property
     def is_kept(self) -> bool:
         """Whether passes read the rows' gradients from memory."""
         return self.curvature.source.is_kept
 
-    def gradients(self) -> Iterator[BlockGradient]:
-        """Phi, batch by batch: every draw as a row of its own, times the root of its row's weight."""
-        for rows in self.passes():
-            yield stack([_rooted(draw, rows) for draw in self.draws(rows)])
-
     def along(self, value: BlockGradient) -> Array:
-        """Dot products of a block's gradients with Phi: [n, m]."""
-        found = [value.inner(gradients) for gradients in self.gradients()]
+        """Dot products of a block's gradients with Phi, every draw times the root of its row's weight: [n, m]."""
+        found = self.each(lambda rows: value.inner(stack([_rooted(draw, rows) for draw in self.draws(rows)])))
         return namespace(*found).concat(found, axis=1)
 
 
@@ -182,18 +182,43 @@ class SwappedInverse(InverseThroughRows):
 
     @cached_property
     def _shares(self) -> Array:
-        found = [1.0 / (self.damping + squared_norms(self.curvature.draws(rows))) for rows in self.curvature.passes()]
+        found = self.curvature.each(lambda rows: 1.0 / (self.damping + squared_norms(self.curvature.draws(rows))))
         shares = namespace(*found).concat(found, axis=0) / self.curvature.rows
         return refuse_nonfinite(shares, f"Block {self.curvature.label!r}: what the rows' gradients count")
 
     def _apply(self, tensor: Array) -> Array:
         vectors = tensor.reshape((-1, self.input_size))
-        product = self.curvature.product(vectors)
-        for rows in self.curvature.passes():
-            draws = self.curvature.draws(rows)
-            shrink = 1.0 / (self.damping + squared_norms(draws))
-            product.add(draws, shrink if rows.weights is None else shrink * rows.weights)
-        return ((vectors - product.value / self.curvature.rows) / self.damping).reshape(tensor.shape)
+        total = self.curvature.sweep(_ShrunkProduct(self.curvature, vectors, self.damping))
+        return ((vectors - total / self.curvature.rows) / self.damping).reshape(tensor.shape)
+
+
+class _RowProduct(Accumulator[Item, DrawsProduct, Array]):
+    """A sum over rows of vectors (Q, D) along their gradients: (Q, D)."""
+
+    def merge(self, one: DrawsProduct, other: DrawsProduct) -> DrawsProduct:
+        one.include(other)
+        return one
+
+    def finish(self, whole: DrawsProduct) -> Array:
+        return whole.value
+
+
+@dataclass(frozen=True, eq=False)
+class _ShrunkProduct(_RowProduct[DrawnRows]):
+    """The sum over rows of g <g, v> / (damping + |g|^2)."""
+
+    curvature: RowSumOperator
+    vectors: Array
+    damping: float
+
+    def start(self) -> DrawsProduct:
+        return self.curvature.product(self.vectors)
+
+    def add(self, whole: DrawsProduct, item: DrawnRows) -> DrawsProduct:
+        draws = self.curvature.draws(item)
+        shrink = 1.0 / (self.damping + squared_norms(draws))
+        whole.add(draws, shrink if item.weights is None else shrink * item.weights)
+        return whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,6 +263,10 @@ class DualOperator(RowSumOperator):
         return self._held.kept
 
     @property
+    def row_count(self) -> int:
+        return len(self._held.keys)
+
+    @property
     def draws_per_row(self) -> int:
         return self._held.draws_per_row
 
@@ -246,11 +275,13 @@ class DualOperator(RowSumOperator):
 
         Errors: InvalidSetting for more gradients than a Gram matrix may have.
         """
-        keys, norms = [], []
-        for rows in self.passes():
-            keys.append(self.curvature.source.provider.content_keys(rows.batch))
-            each = [_rooted(draw, rows) for draw in self.draws(rows)]
-            norms.append(np.stack([host(draw.squared_norms()) for draw in each], axis=1))
+        provider = self.curvature.source.provider
+
+        def seen(rows: DrawnRows) -> tuple[np.ndarray, np.ndarray]:
+            each = [host(_rooted(draw, rows).squared_norms()) for draw in self.draws(rows)]
+            return provider.content_keys(rows.batch), np.stack(each, axis=1)
+
+        keys, norms = zip(*self.each(seen), strict=True)
         flat = np.concatenate(norms)
         kept = np.sort(_heaviest(flat.reshape(-1), heaviest, most))
         if len(kept) > LARGEST_GRAM:
@@ -260,71 +291,135 @@ class DualOperator(RowSumOperator):
             )
         return HeldRows(np.concatenate(keys), kept, flat.shape[1])
 
-    def ordered(self) -> Iterator[tuple[Rows, np.ndarray]]:
-        """Every batch, and which of its gradients are kept: positions within the batch, row by row.
+    def sweep_held(self, visitor: Visitor[HeldPiece, Part, Found]) -> Found:
+        """Visit every batch, with which of its gradients are kept.
 
-        Errors: BatchMismatch if a later pass gives other rows than the first.
+        Errors: BatchMismatch if it gives other rows than the first pass did.
         """
-        row, source, each = 0, self.curvature.source, self.draws_per_row
-        for rows in self.passes():
-            keys = source.provider.content_keys(rows.batch)
-            if not np.array_equal(keys, self._held.keys[row : row + len(keys)]):
-                self._refuse_rows()
-            start, row = row * each, row + len(keys)
-            yield rows, self.kept[(self.kept >= start) & (self.kept < row * each)] - start
-        if row != len(self._held.keys):
-            self._refuse_rows()
+        return self.sweep(_Holding(self, visitor))
 
-    def _refuse_rows(self) -> None:
-        raise BatchMismatch(
-            f"Block {self.label!r}: the loader gives other rows, or another order, than at first. "
-            "The dual form reads the rows again for every solve; pass shuffle=False."
-        )
+    def held_piece(self, rows: DrawnRows) -> HeldPiece:
+        """Some rows, and which of their gradients are kept. Errors: as `sweep_held`."""
+        keys, each = self.curvature.source.provider.content_keys(rows.batch), self.draws_per_row
+        self.check_rows(np.array_equal(keys, self._held.keys[rows.start : rows.start + len(keys)]))
+        first, last = np.searchsorted(self.kept, [rows.start * each, (rows.start + len(keys)) * each])
+        return HeldPiece(rows, self.kept[first:last] - rows.start * each, int(first))
+
+    def check_rows(self, same: bool) -> None:
+        """Errors: BatchMismatch unless they are the same."""
+        if not same:
+            raise BatchMismatch(
+                f"Block {self.label!r}: the loader gives other rows, or another order, than at first. "
+                "The dual form reads the rows again for every solve; pass shuffle=False."
+            )
 
     @cached_property
     def gram(self) -> Array:
         """Phi Phi^T [m, m] of the kept gradients, in the best precision there is."""
         if self._held.gram is not None:
             return self._held.gram
-        tiles: dict[tuple[int, int], Array] = {}
-        for group in self._groups():
-            for number, (rows, kept) in enumerate(self.ordered()):
-                right = None
-                for left, mine in group:
-                    if left <= number and len(kept) and mine.rows:
-                        right = self._gradients(rows, kept) if right is None else right
-                        tiles[left, number] = mine.inner(right)
+        tiles = self.sweep_held(_GramTiles(self, KEPT_SHARE * working_memory_limit()))
         numbers = sorted({number for _, number in tiles})
         xp = namespace(next(iter(tiles.values())))
         whole = [[tiles[a, b] if a <= b else transpose(tiles[b, a]) for b in numbers] for a in numbers]
         gram = precise(xp.concat([xp.concat(row, axis=1) for row in whole], axis=0))
         return refuse_nonfinite(gram, f"Block {self.label!r}: the Gram matrix of the rows' gradients")
 
-    def _groups(self) -> Iterator[list[tuple[int, BlockGradient]]]:
-        """The kept gradients, batch by batch, in groups that fit into memory together."""
-        group: list[tuple[int, BlockGradient]] = []
-        room = limit = KEPT_SHARE * working_memory_limit()
-        for number, (rows, kept) in enumerate(self.ordered()):
-            room -= size_of(rows.draws)
-            if group and room < 0:
-                yield group
-                group, room = [], limit - size_of(rows.draws)
-            group.append((number, self._gradients(rows, kept)))
-        yield group
-
-    def _gradients(self, rows: Rows, kept: np.ndarray) -> BlockGradient:
+    def gradients(self, piece: HeldPiece) -> BlockGradient:
         """The kept gradients of a batch as rows of one value, each times the root of its row's weight."""
-        row, draw = np.divmod(kept, self.draws_per_row)
-        pieces = [_rooted(value, rows).take(row[draw == k]) for k, value in enumerate(self.draws(rows))]
+        row, draw = np.divmod(piece.kept, self.draws_per_row)
+        pieces = [_rooted(value, piece.rows).take(row[draw == k]) for k, value in enumerate(self.draws(piece.rows))]
         back = np.argsort(np.concatenate([np.flatnonzero(draw == k) for k in range(self.draws_per_row)]))
         return stack(pieces).take(back)
 
-    def gradients(self) -> Iterator[BlockGradient]:
-        for rows, kept in self.ordered():
-            yield self._gradients(rows, kept)
+    def along(self, value: BlockGradient) -> Array:
+        found = self.sweep_held(Each(lambda piece: value.inner(self.gradients(piece))))
+        return namespace(*found).concat(found, axis=1)
 
     def inverse(self, damping: float = 0.0) -> DualInverse:
         return DualInverse(self, damping)
+
+
+@dataclass(frozen=True, eq=False)
+class HeldPiece:
+    """A batch of a dual form's rows."""
+
+    rows: DrawnRows
+    kept: np.ndarray
+    """Positions of the gradients that are kept, within the batch, row by row."""
+    first: int
+    """How many are kept of the batches before."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Holding(Visitor[DrawnRows, tuple[Part, int], Found]):
+    """For another visitor: which gradients of a batch are kept; and how many rows there are, as at first."""
+
+    dual: DualOperator
+    inner: Visitor[HeldPiece, Part, Found]
+
+    def of(self, item: DrawnRows) -> tuple[Part, int]:
+        return self.inner.of(self.dual.held_piece(item)), len(item.batch)
+
+    def add(self, whole: tuple[Part, int], item: DrawnRows) -> tuple[Part, int]:
+        return self.inner.add(whole[0], self.dual.held_piece(item)), whole[1] + len(item.batch)
+
+    def merge(self, one: tuple[Part, int], other: tuple[Part, int]) -> tuple[Part, int]:
+        return self.inner.merge(one[0], other[0]), one[1] + other[1]
+
+    def finish(self, whole: tuple[Part, int]) -> Found:
+        self.dual.check_rows(whole[1] == self.dual.row_count)
+        return self.inner.finish(whole[0])
+
+
+Tiles = dict[tuple[int, int], Array]
+"""Products of the gradients of two batches, which are known by their first rows."""
+
+
+@dataclass(eq=False)
+class _Group:
+    """Batches whose gradients are in memory, and the tiles of those before."""
+
+    tiles: Tiles = field(default_factory=dict)
+    gradients: dict[int, BlockGradient] = field(default_factory=dict)
+    size: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class _GramTiles(Accumulator[HeldPiece, _Group, Tiles]):
+    """The upper triangle of Phi Phi^T, a group of batches that fits into memory against all batches at a time."""
+
+    dual: DualOperator
+    limit: float
+
+    def start(self) -> _Group:
+        return _Group()
+
+    def add(self, whole: _Group, item: HeldPiece) -> _Group:
+        size = size_of(item.rows.draws)
+        if whole.gradients and whole.size + size > self.limit:
+            whole = _Group(self._with_tiles(whole))
+        whole.gradients[item.rows.start] = self.dual.gradients(item)
+        whole.size += size
+        return whole
+
+    def merge(self, one: _Group, other: _Group) -> _Group:
+        return _Group(self._with_tiles(one) | other.tiles, other.gradients, other.size)
+
+    def finish(self, whole: _Group) -> Tiles:
+        return self._with_tiles(whole)
+
+    def _with_tiles(self, group: _Group) -> Tiles:
+        """A pass for each group. (In a pass over the same rows: a loader can be read twice at a time.)"""
+        found = self.dual.sweep_held(Each(lambda piece: self._against(group, piece)))
+        return group.tiles | {places: tile for tiles in found for places, tile in tiles.items()}
+
+    def _against(self, group: _Group, piece: HeldPiece) -> Tiles:
+        before = {start: mine for start, mine in group.gradients.items() if start <= piece.rows.start and mine.rows}
+        if not before or not len(piece.kept):
+            return {}
+        right = self.dual.gradients(piece)
+        return {(start, piece.rows.start): mine.inner(right) for start, mine in before.items()}
 
 
 class DualInverse(InverseThroughRows):
@@ -349,23 +444,40 @@ class DualInverse(InverseThroughRows):
 
     def _apply(self, tensor: Array) -> Array:
         vectors = tensor.reshape((-1, self.input_size))
-        product, curvature, along = self.curvature.product(vectors), self.curvature, []
-        xp, q = namespace(vectors), int(vectors.shape[0])
-        for rows, kept in curvature.ordered():
-            whole = xp.permute_dims(_weighted(product.project(curvature.draws(rows)), rows), (1, 0, 2))
-            along.append(xp.take(whole.reshape((q, -1)), _index(kept, vectors), axis=1))
-        solved, start = self.solve(xp.concat(along, axis=1)), 0
-        for rows, kept in curvature.ordered():
-            full = zeros_like(vectors, (len(rows.batch) * curvature.draws_per_row, q))
-            mine = transpose(solved[:, start : start + len(kept)])
-            full = put_rows(full, _index(kept, vectors), mine).reshape((len(rows.batch), curvature.draws_per_row, q))
-            product.combine(curvature.draws(rows), _weighted(xp.permute_dims(full, (0, 2, 1)), rows))
-            start += len(kept)
-        return ((vectors - product.value) / self.damping).reshape(tensor.shape)
+        product, xp, q = self.curvature.product(vectors), namespace(vectors), int(vectors.shape[0])
+
+        def along(piece: HeldPiece) -> Array:
+            products = _weighted(product.project(self.curvature.draws(piece.rows)), piece.rows)
+            return xp.take(xp.permute_dims(products, (1, 0, 2)).reshape((q, -1)), _index(piece.kept, vectors), axis=1)
+
+        solved = self.solve(xp.concat(self.curvature.sweep_held(Each(along)), axis=1))
+        total = self.curvature.sweep_held(_Combination(self.curvature, vectors, solved))
+        return ((vectors - total) / self.damping).reshape(tensor.shape)
 
     def solve(self, along: Array) -> Array:
         solved = _cholesky_solve(self.factor, precise(transpose(along)))
         return namespace(along).astype(transpose(solved), along.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class _Combination(_RowProduct[HeldPiece]):
+    """Phi^T solved, for numbers (q, m) along the kept gradients."""
+
+    curvature: DualOperator
+    vectors: Array
+    solved: Array
+
+    def start(self) -> DrawsProduct:
+        return self.curvature.product(self.vectors)
+
+    def add(self, whole: DrawsProduct, item: HeldPiece) -> DrawsProduct:
+        rows, each, q = item.rows, self.curvature.draws_per_row, int(self.vectors.shape[0])
+        mine = transpose(self.solved[:, item.first : item.first + len(item.kept)])
+        full = zeros_like(self.vectors, (len(rows.batch) * each, q))
+        full = put_rows(full, _index(item.kept, self.vectors), mine).reshape((len(rows.batch), each, q))
+        by_query = namespace(full).permute_dims(full, (0, 2, 1))
+        whole.combine(self.curvature.draws(rows), _weighted(by_query, rows))
+        return whole
 
 
 def _heaviest(norms: np.ndarray, share: float, most: int | None) -> np.ndarray:
@@ -378,12 +490,12 @@ def _heaviest(norms: np.ndarray, share: float, most: int | None) -> np.ndarray:
     return order[: min(count, most or count)]
 
 
-def _rooted(value: BlockGradient, rows: Rows) -> BlockGradient:
+def _rooted(value: BlockGradient, rows: DrawnRows) -> BlockGradient:
     """Each row times the root of its weight."""
     return value if rows.weights is None else value.weighted(namespace(rows.weights).sqrt(rows.weights))
 
 
-def _weighted(values: Array, rows: Rows) -> Array:
+def _weighted(values: Array, rows: DrawnRows) -> Array:
     """[n, q, k], each row times the root of its weight."""
     return values if rows.weights is None else values * namespace(values).sqrt(rows.weights)[:, None, None]
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from headwater.arrays import Array, add_product, identity, rows_within_memory, transpose
-from headwater.curvature.passes import WeightedMean, batches, total_weight
+from headwater.curvature.means import Means, merged, no_means, rows_of, total_weight
 from headwater.errors import InvalidSetting
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
 from headwater.memory import refuse_too_large
 from headwater.operators.finite import refuse_nonfinite
 from headwater.operators.structured import DenseOperator
+from headwater.rows import Accumulator, PlacedBatch, sweep
 from headwater.types import Batch
 
 Curvature = Literal["hessian", "ggn", "fisher", "empirical_fisher"]
@@ -48,17 +50,35 @@ def fit_dense(
                 "Use smaller blocks (blocks='layer'), or Kfac or Ekfac."
             )
     _refuse_without_room(provider)
-    means = OrderedDict((name, WeightedMean[Array]()) for name in provider.layouts)
-    for batch in batches(provider, loader, kind, progress):
-        weight = total_weight(provider, batch)
-        if kind in ("hessian", "ggn"):
-            for name in provider.layouts:
-                means[name].add(_by_products(provider, batch, name, kind), weight)
-        else:
-            sums = _by_gradients(provider, batch, "empirical" if kind == "empirical_fisher" else fisher, seed)
-            for name, matrix in sums.items():
-                means[name].add(matrix, weight)
-    return OrderedDict((name, _operator(name, mean.value, kind)) for name, mean in means.items()), mean_weight(means)
+    means = sweep(provider, loader, _DenseMeans(provider, kind, fisher, seed), kind, progress)
+    return OrderedDict((name, _operator(name, mean.value, kind)) for name, mean in means.items()), rows_of(means)
+
+
+@dataclass(frozen=True, eq=False)
+class _DenseMeans(Accumulator[PlacedBatch, Means, Means]):
+    """Each block's matrix."""
+
+    provider: StructuredGradientProvider
+    kind: Curvature
+    fisher: Fisher
+    seed: int
+
+    def start(self) -> Means:
+        return no_means(self.provider.layouts)
+
+    def add(self, whole: Means, item: PlacedBatch) -> Means:
+        weight = total_weight(self.provider, item.batch)
+        if self.kind in ("hessian", "ggn"):
+            for name in self.provider.layouts:
+                whole[name].add(_by_products(self.provider, item.batch, name, self.kind), weight)
+            return whole
+        fisher: Fisher = "empirical" if self.kind == "empirical_fisher" else self.fisher
+        for name, matrix in _by_gradients(self.provider, item.batch, fisher, self.seed).items():
+            whole[name].add(matrix, weight)
+        return whole
+
+    def merge(self, one: Means, other: Means) -> Means:
+        return merged(one, other)
 
 
 def _refuse_without_room(provider: StructuredGradientProvider) -> None:
@@ -73,10 +93,6 @@ def _refuse_without_room(provider: StructuredGradientProvider) -> None:
         "Use smaller blocks (blocks='layer'), or Kfac or Ekfac.",
         provider.device,
     )
-
-
-def mean_weight(means: OrderedDict[str, WeightedMean[Array]]) -> float:
-    return next(iter(means.values())).weight
 
 
 def _operator(name: str, matrix: Array, kind: str) -> DenseOperator:

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from headwater.arrays import Array, accumulable, add_product, device, itemsize, namespace
-from headwater.curvature.passes import WeightedMean, batches, positive_weight, total_weight
+from headwater.curvature.means import WeightedMean, positive_weight, total_weight
 from headwater.errors import InvalidSetting
 from headwater.gradients.algebra import Gradient, Moments, Sum, draws_second_moment
 from headwater.gradients.provider import BlockGradients, Fisher, StructuredGradientProvider
@@ -25,11 +26,12 @@ from headwater.operators.algebra import LinearOperator
 from headwater.operators.finite import refuse_nonfinite
 from headwater.operators.kronecker import EigenKroneckerOperator, KroneckerOperator
 from headwater.operators.structured import BlockDiagonalOperator
+from headwater.rows import Accumulator, PlacedBatch, Visitor, sweep
 
 Place = tuple[str, int]
 """(block name, part index)."""
 
-Piece = TypeVar("Piece", bound=LinearOperator)
+PartOperator = TypeVar("PartOperator", bound=LinearOperator)
 
 LARGEST_SIDE = 40_000
 """Rows of a Kronecker factor beyond which it is refused: 12.8 GB in float64, and hours to diagonalise."""
@@ -50,18 +52,42 @@ def fit_kfac(
     Errors: InvalidSetting for a table that is used as a linear map too (tied embeddings), unless
     `basis_only`, when the factors' eigenvectors are all that is wanted; NonFiniteValue.
     """
-    found: dict[Place, Moments] = {}
-    weight = 0.0
-    for batch in batches(provider, loader, "Kronecker factors", progress):
-        draws = provider.fisher_grads(batch, fisher, draws=range(samples), seed=seed)
-        if not found:
+    factors = _Factors(provider, fisher, range(samples), seed, basis_only)
+    found = sweep(provider, loader, factors, "Kronecker factors", progress)
+    positive_weight(found.weight)
+    parts = {place: _kronecker(place, moments) for place, moments in found.moments.items()}
+    return _by_block(provider, parts), found.weight
+
+
+@dataclass
+class _Sums:
+    """Of each part's inputs and output-gradients; and the rows' total weight."""
+
+    moments: dict[Place, Moments]
+    weight: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Factors(Visitor[PlacedBatch, _Sums, _Sums]):
+    """Both Kronecker factors of each part."""
+
+    provider: StructuredGradientProvider
+    fisher: Fisher
+    draws: range
+    seed: int
+    basis_only: bool
+
+    def of(self, item: PlacedBatch) -> _Sums:
+        draws = self.provider.fisher_grads(item.batch, self.fisher, draws=self.draws, seed=self.seed)
+        if item.start == 0:
             _refuse_large_factors(draws[0])
-        for place, moments in _batch_moments(draws, provider.row_weights(batch), basis_only).items():
-            found[place] = found[place] + moments if place in found else moments
-        weight += total_weight(provider, batch)
-    positive_weight(weight)
-    parts = {place: _kronecker(place, moments) for place, moments in found.items()}
-    return _by_block(provider, parts), weight
+        moments = _batch_moments(draws, self.provider.row_weights(item.batch), self.basis_only)
+        return _Sums(moments, total_weight(self.provider, item.batch))
+
+    def merge(self, one: _Sums, other: _Sums) -> _Sums:
+        for place, moments in other.moments.items():
+            one.moments[place] = one.moments[place] + moments
+        return _Sums(one.moments, one.weight + other.weight)
 
 
 def fit_ekfac(
@@ -82,14 +108,13 @@ def fit_ekfac(
         provider, loader, fisher=fisher, samples=samples, seed=seed, progress=progress, basis_only=True
     )
     bases = {(name, k): part.eigen for name, block in kfac.items() for k, part in enumerate(block.operators)}
-    spectra = {place: WeightedMean[Array]() for place in bases}
-    for batch in batches(provider, loader, "EKFAC spectrum", progress):
-        draws = provider.fisher_grads(batch, fisher, draws=range(samples, 2 * samples), seed=seed)
-        rows = total_weight(provider, batch)
-        for place, basis in bases.items():
-            values = [draw[place[0]].parts[place[1]] for draw in draws]
-            turns = basis.rotation.turns()
-            spectra[place].add(draws_second_moment(values, provider.row_weights(batch), *turns), rows)
+    spectra = sweep(
+        provider,
+        loader,
+        _Spectra(provider, bases, fisher, range(samples, 2 * samples), seed),
+        "EKFAC spectrum",
+        progress,
+    )
     if any(abs(mean.weight - weight) > 1e-6 * weight for mean in spectra.values()):
         raise InvalidSetting("The loader gave other rows in the second pass than in the first.")
     parts = {
@@ -97,6 +122,36 @@ def fit_ekfac(
         for place, basis in bases.items()
     }
     return _by_block(provider, parts), weight
+
+
+Spectra = dict[Place, WeightedMean[Array]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Spectra(Accumulator[PlacedBatch, Spectra, Spectra]):
+    """The mean square of each part's gradients, turned into its basis."""
+
+    provider: StructuredGradientProvider
+    bases: dict[Place, EigenKroneckerOperator]
+    fisher: Fisher
+    draws: range
+    seed: int
+
+    def start(self) -> Spectra:
+        return {place: WeightedMean() for place in self.bases}
+
+    def add(self, whole: Spectra, item: PlacedBatch) -> Spectra:
+        draws = self.provider.fisher_grads(item.batch, self.fisher, draws=self.draws, seed=self.seed)
+        weights, rows = self.provider.row_weights(item.batch), total_weight(self.provider, item.batch)
+        for (name, k), basis in self.bases.items():
+            values = [draw[name].parts[k] for draw in draws]
+            whole[name, k].add(draws_second_moment(values, weights, *basis.rotation.turns()), rows)
+        return whole
+
+    def merge(self, one: Spectra, other: Spectra) -> Spectra:
+        for place, mean in other.items():
+            one[place].merge(mean)
+        return one
 
 
 def _level_null_space(basis: EigenKroneckerOperator, spectrum: Array) -> Array:
@@ -192,8 +247,8 @@ def _finite(place: Place, array: Array) -> Array:
 
 
 def _by_block(
-    provider: StructuredGradientProvider, parts: dict[Place, Piece]
-) -> OrderedDict[str, BlockDiagonalOperator[Piece]]:
+    provider: StructuredGradientProvider, parts: dict[Place, PartOperator]
+) -> OrderedDict[str, BlockDiagonalOperator[PartOperator]]:
     return OrderedDict(
         (name, BlockDiagonalOperator(layout, [parts[name, k] for k in range(len(layout.parts))]))
         for name, layout in provider.layouts.items()

@@ -10,7 +10,7 @@ from typing import Any
 
 from headwater.arrays import Array, accumulable, add_product, device, itemsize, namespace
 from headwater.curvature.exact import LARGEST_DENSE
-from headwater.curvature.passes import WeightedMean, batches, total_weight
+from headwater.curvature.means import Means, WeightedMean, merged, rows_of, total_weight
 from headwater.errors import InvalidSetting
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
@@ -18,14 +18,7 @@ from headwater.memory import refuse_too_large
 from headwater.operators.finite import refuse_nonfinite
 from headwater.operators.projected import MomentOperator, ProjectedOperator
 from headwater.operators.projection import Make, Projection
-
-
-@dataclass(eq=False)
-class _Moment:
-    """One block's sum so far."""
-
-    projection: Projection
-    mean: WeightedMean[Array] = field(default_factory=WeightedMean)
+from headwater.rows import Accumulator, PlacedBatch, Total, sweep
 
 
 def fit_moments(
@@ -43,23 +36,47 @@ def fit_moments(
     Shapes: the core of a block is [K, K]. Which g: as in `fisher_grads`; a row's weight multiplies its product.
     Errors: InvalidSetting if K is too large for a matrix; NonFiniteValue.
     """
-    found: OrderedDict[str, _Moment] = OrderedDict()
-    rows = 0
-    for batch in batches(provider, loader, "projected gradients", progress):
-        weights, weight = provider.row_weights(batch), total_weight(provider, batch)
-        sums: dict[str, Array] = {}
-        for draw in provider.fisher_grads(batch, fisher, draws=draws, seed=seed):
+    moments = _Moments(provider, make, fisher, draws, seed)
+    means, rows = sweep(
+        provider, loader, moments & Total(lambda piece: len(piece.batch)), "projected gradients", progress
+    )
+    operators = ((name, _operator(name, moments.projections[name], mean, rows)) for name, mean in means.items())
+    return OrderedDict(operators), rows_of(means)
+
+
+@dataclass(frozen=True, eq=False)
+class _Moments(Accumulator[PlacedBatch, Means, Means]):
+    """Each block's second moment of projected gradients."""
+
+    provider: StructuredGradientProvider
+    make: Make
+    fisher: Fisher
+    draws: range
+    seed: int
+    projections: dict[str, Projection] = field(default_factory=dict)
+    """Of each block; the first gradients that are met say what is projected."""
+
+    def start(self) -> Means:
+        return OrderedDict()
+
+    def add(self, whole: Means, item: PlacedBatch) -> Means:
+        weights, sums = self.provider.row_weights(item.batch), dict[str, Array]()
+        for draw in self.provider.fisher_grads(item.batch, self.fisher, draws=self.draws, seed=self.seed):
             for name, value in draw.items():
-                if name not in found:
-                    found[name] = _Moment(_checked(name, make(name, value)))
-                    _refuse_without_room(name, found, value)
-                    _refuse_rounding(name, found[name].projection, value)
-                sums[name] = _product(sums.get(name), found[name].projection, value, weights)
+                sums[name] = _product(sums.get(name), self._projection(name, value), value, weights)
         for name, matrix in sums.items():
-            found[name].mean.add(matrix, weight)
-        rows += len(batch)
-    weight = next(iter(found.values())).mean.weight
-    return OrderedDict((name, _operator(name, moment, rows)) for name, moment in found.items()), weight
+            whole.setdefault(name, WeightedMean()).add(matrix, total_weight(self.provider, item.batch))
+        return whole
+
+    def merge(self, one: Means, other: Means) -> Means:
+        return merged(one, other)
+
+    def _projection(self, name: str, value: BlockGradient) -> Projection:
+        if name not in self.projections:
+            self.projections[name] = _checked(name, self.make(name, value))
+            _refuse_without_room(name, self.projections, value)
+            _refuse_rounding(name, self.projections[name], value)
+        return self.projections[name]
 
 
 def _product(total: Array | None, projection: Projection, value: BlockGradient, weights: Array | None) -> Array:
@@ -67,12 +84,12 @@ def _product(total: Array | None, projection: Projection, value: BlockGradient, 
     return add_product(total, small, small if weights is None else small * weights[:, None])
 
 
-def _operator(name: str, moment: _Moment, rows: int) -> ProjectedOperator:
-    matrix = moment.mean.value
+def _operator(name: str, projection: Projection, mean: WeightedMean[Array], rows: int) -> ProjectedOperator:
+    matrix = mean.value
     xp = namespace(matrix)
     refuse_nonfinite(matrix, f"The second moment of the projected gradients of block {name!r}")
     symmetric = (matrix + xp.linalg.matrix_transpose(matrix)) / 2
-    return ProjectedOperator(moment.projection, MomentOperator(symmetric), rows=rows)
+    return ProjectedOperator(projection, MomentOperator(symmetric), rows=rows)
 
 
 LOOK = 16
@@ -89,9 +106,9 @@ def _checked(name: str, projection: Projection) -> Projection:
     return projection
 
 
-def _refuse_without_room(name: str, found: OrderedDict[str, _Moment], value: BlockGradient) -> None:
+def _refuse_without_room(name: str, found: dict[str, Projection], value: BlockGradient) -> None:
     """Moments are held twice while a batch is added, and inverted in float64, one at a time."""
-    sizes = [moment.projection.small.size for moment in found.values()]
+    sizes = [projection.small.size for projection in found.values()]
     refuse_too_large(
         f"The second moments of {len(sizes)} blocks' projected gradients, the last that of block {name!r},",
         (sizes[-1], sizes[-1]),

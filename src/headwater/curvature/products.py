@@ -9,16 +9,17 @@ Source: Pearlmutter 1994; Schraudolph 2002; Martens 2020, arXiv 1412.1193.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import chain
+from typing import Any, Generic
 
 import numpy as np
 
 from headwater.arrays import Array, device, identity, itemsize, namespace, working_memory_limit
 from headwater.curvature.exact import Curvature, check_kind
-from headwater.curvature.passes import batches, first_batch, known_rows, positive_weight, total_weight
+from headwater.curvature.means import positive_weight, total_weight
 from headwater.errors import BatchMismatch, NonFiniteValue
 from headwater.gradients.draws import DrawsProduct, squared_norms
 from headwater.gradients.provider import BlockGradients, Fisher, StructuredGradientProvider
@@ -29,6 +30,7 @@ from headwater.operators.iterative import host
 from headwater.operators.krylov import Bounds, extreme_eigenvalues
 from headwater.operators.sketch import normal_vectors, sign_vectors
 from headwater.random import row_uniforms
+from headwater.rows import Accumulator, Each, Found, Part, PlacedBatch, Rows, Total, Visitor, first_batch, serial, sweep
 from headwater.types import Batch, join
 
 EXACT_TRACE = 256
@@ -40,10 +42,12 @@ FEW_VECTORS = 4
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class DrawnRows:
     """One batch on its way through a product: its gradients where curvature is a sum of g g^T, else None."""
 
     batch: Batch
+    start: int
+    """Position, in the loader, of the first row."""
     draws: list[BlockGradients] | None
     weights: Array | None
     total: float
@@ -65,7 +69,7 @@ class RowDraws:
         self.provider, self.loader, self.kind = provider, loader, kind
         self.fisher: Fisher = "empirical" if kind == "empirical_fisher" else fisher
         self.seed, self.progress = seed, progress
-        self._kept: list[Rows] | None = None
+        self._kept: list[DrawnRows] | None = None
         self.has_draws = False
         """Whether all rows turned out to have draws, at the last full pass that asked for them."""
         self.weight = 0.0
@@ -76,30 +80,23 @@ class RowDraws:
     def label(self) -> str:
         return self.kind.replace("_", " ")
 
-    def rows(self, with_draws: bool) -> Iterator[Rows]:
-        """Every batch, once. Without draws where they would cost more than they save."""
+    def sweep(self, visitor: Visitor[DrawnRows, Part, Found], with_draws: bool) -> Found:
+        """Visit every batch, once. Without draws where they would cost more than they save."""
         if self._kept is not None:
-            yield from self._kept
-            return
-        kept: list[Rows] = []
-        weight, complete = 0.0, with_draws
-        room = KEPT_SHARE * working_memory_limit()
-        for batch in batches(self.provider, self.loader, self.label, self.progress):
-            draws = self._draws(batch) if with_draws else None
-            rows = Rows(batch, draws, self.provider.row_weights(batch), total_weight(self.provider, batch))
-            weight, complete = weight + rows.total, complete and draws is not None
-            room -= size_of(draws)
-            self._fits &= draws is not None and room >= 0
-            if with_draws and self._fits:
-                kept.append(rows)
-            else:
-                kept.clear()
-            yield rows
-        self.weight = weight
+            return visitor.finish(serial(visitor, self._kept))
+        room = KEPT_SHARE * working_memory_limit() if with_draws and self._fits else -1.0
+        keeping = _Keeping(visitor, partial(self.drawn, with_draws=with_draws), room)
+        met = sweep(self.provider, self.loader, keeping, self.label, self.progress)
+        self.weight = met.weight
         if with_draws:
-            self.has_draws = complete
-        if with_draws and self._fits:
-            self._kept = kept
+            self.has_draws, self._kept, self._fits = met.has_draws, met.kept, met.kept is not None
+        return visitor.finish(met.part)
+
+    def drawn(self, piece: PlacedBatch, with_draws: bool) -> DrawnRows:
+        """Some rows with their draws, or without."""
+        batch, draws = piece.batch, self._draws(piece.batch) if with_draws else None
+        weights, total = self.provider.row_weights(batch), total_weight(self.provider, batch)
+        return DrawnRows(batch, piece.start, draws, weights, total)
 
     def _draws(self, batch: Batch) -> list[BlockGradients] | None:
         if self.kind == "hessian":
@@ -117,6 +114,51 @@ class RowDraws:
     @property
     def is_kept(self) -> bool:
         return self._kept is not None
+
+
+@dataclass(eq=False)
+class _Met(Generic[Part]):
+    """What a visitor made of some rows; and their weight, whether all had draws, these rows if they are kept."""
+
+    part: Part
+    weight: float
+    has_draws: bool
+    kept: list[DrawnRows] | None
+    size: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Keeping(Visitor[PlacedBatch, _Met[Part], _Met[Part]]):
+    """Draws for another visitor, kept as long as there is room for all of them."""
+
+    inner: Visitor[DrawnRows, Part, Any]
+    drawn: Callable[[PlacedBatch], DrawnRows]
+    room: float
+    """Bytes; negative where nothing is kept."""
+
+    def of(self, item: PlacedBatch) -> _Met[Part]:
+        return self._met(rows := self.drawn(item), self.inner.of(rows))
+
+    def add(self, whole: _Met[Part], item: PlacedBatch) -> _Met[Part]:
+        rows = self.drawn(item)
+        return self._joined(whole, self._met(rows, self.inner.add(whole.part, rows)))
+
+    def merge(self, one: _Met[Part], other: _Met[Part]) -> _Met[Part]:
+        return self._joined(one, replace(other, part=self.inner.merge(one.part, other.part)))
+
+    def _met(self, rows: DrawnRows, part: Part) -> _Met[Part]:
+        size = size_of(rows.draws)
+        kept = [rows] if rows.draws is not None and size <= self.room else None
+        return _Met(part, rows.total, rows.draws is not None, kept, size)
+
+    def _joined(self, one: _Met[Part], other: _Met[Part]) -> _Met[Part]:
+        """All but the part, which the later one has of both."""
+        size, kept = one.size + other.size, one.kept
+        if kept is None or other.kept is None or size > self.room:
+            kept = None
+        else:
+            kept.extend(other.kept)
+        return _Met(other.part, one.weight + other.weight, one.has_draws and other.has_draws, kept, size)
 
 
 STEP_DRAWS = 1 << 20
@@ -157,15 +199,7 @@ class CurvatureOperator(LinearOperator):
 
     def _apply(self, tensor: Array) -> Array:
         vectors = tensor.reshape((-1, self.input_size))
-        product, rest, weight = DrawsProduct(self.source.provider.layouts[self.block], vectors), None, 0.0
-        for rows in self.source.rows(self._want_draws(int(vectors.shape[0]))):
-            weight += rows.total
-            if rows.draws is not None:
-                product.add([draw[self.block] for draw in rows.draws], rows.weights)
-                continue
-            found = self.source.provider.curvature_product(rows.batch, self.block, vectors, self.source.kind)  # type: ignore[arg-type]
-            rest = found if rest is None else rest + found
-        total = product.value if rest is None else product.value + rest
+        total, weight = self.source.sweep(_Product(self, vectors), self._want_draws(int(vectors.shape[0])))
         found = refuse_nonfinite(
             total / positive_weight(weight), f"A product of the {self.source.label} of block {self.block!r}"
         )
@@ -216,6 +250,48 @@ class CurvatureOperator(LinearOperator):
         return self.source.like
 
 
+@dataclass(eq=False)
+class _Products:
+    """Sums over rows of C v: from gradients, and by differentiation; and the rows' total weight."""
+
+    by_draws: DrawsProduct
+    rest: Array | None = None
+    weight: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class _Product(Accumulator[DrawnRows, _Products, tuple[Array, float]]):
+    """The sum over rows of C v, for vectors (Q, D); and the rows' total weight."""
+
+    operator: CurvatureOperator
+    vectors: Array
+
+    def start(self) -> _Products:
+        return _Products(DrawsProduct(self.operator.source.provider.layouts[self.operator.block], self.vectors))
+
+    def add(self, whole: _Products, item: DrawnRows) -> _Products:
+        whole.weight += item.total
+        source, block = self.operator.source, self.operator.block
+        if item.draws is not None:
+            whole.by_draws.add([draw[block] for draw in item.draws], item.weights)
+            return whole
+        kind: Any = source.kind
+        found = source.provider.curvature_product(item.batch, block, self.vectors, kind)
+        whole.rest = found if whole.rest is None else whole.rest + found
+        return whole
+
+    def merge(self, one: _Products, other: _Products) -> _Products:
+        one.by_draws.include(other.by_draws)
+        if other.rest is not None:
+            one.rest = other.rest if one.rest is None else one.rest + other.rest
+        one.weight += other.weight
+        return one
+
+    def finish(self, whole: _Products) -> tuple[Array, float]:
+        value = whole.by_draws.value
+        return value if whole.rest is None else value + whole.rest, whole.weight
+
+
 def fit_products(
     provider: StructuredGradientProvider,
     loader: Iterable[Any],
@@ -229,19 +305,27 @@ def fit_products(
     check_kind(kind)
     source = RowDraws(provider, loader, kind, fisher, seed, progress)
     operators = OrderedDict((name, CurvatureOperator(source, name)) for name in provider.layouts)
-    traces, weight, complete = dict.fromkeys(operators, 0.0), 0.0, True
-    for rows in source.rows(with_draws=kind != "hessian"):
-        weight += rows.total
-        complete &= rows.draws is not None
-        for name in operators if rows.draws is not None else ():
+    traces = source.sweep(Total(_squares_of(operators)), with_draws=kind != "hessian")
+    weight = positive_weight(source.weight)
+    if source.has_draws:
+        for name, trace in zip(operators, traces, strict=True):
+            operators[name].set_trace(float(trace) / weight)
+    return operators, weight
+
+
+def _squares_of(blocks: Iterable[str]) -> Callable[[DrawnRows], np.ndarray]:
+    """What some rows add to each block's trace: [block]; zero where they have no draws."""
+    names = list(blocks)
+
+    def squares(rows: DrawnRows) -> np.ndarray:
+        found = np.zeros(len(names))
+        for number, name in enumerate(names if rows.draws is not None else ()):
             norms = squared_norms([draw[name] for draw in rows.draws or ()])
             weighted = norms if rows.weights is None else norms * rows.weights
-            traces[name] += float(namespace(norms).sum(weighted))
-    positive_weight(weight)
-    if complete:
-        for name, operator in operators.items():
-            operator.set_trace(traces[name] / weight)
-    return operators, weight
+            found[number] = float(namespace(norms).sum(weighted))
+        return found
+
+    return squares
 
 
 def fit_steps(
@@ -259,8 +343,9 @@ def fit_steps(
     Each epoch puts the rows into a random order by their keys, and takes them in turn; a rest too small is left.
     Errors: BatchMismatch if the second pass over the loader gives the rows in another order than the first.
     """
-    loader = known_rows(provider, loader)
-    keys = np.concatenate([provider.row_keys(batch) for batch in batches(provider, loader, "rows of the steps")])
+    loader = Rows.of(provider, loader)
+    every = Each[PlacedBatch, np.ndarray](lambda piece: provider.row_keys(piece.batch))
+    keys = np.concatenate(sweep(provider, loader, every, "rows of the steps"))
     rows = min(rows, len(keys))
     step_of = np.full((steps * rows, 2), -1)  # (row, step), in any order
     each = len(keys) // rows
@@ -272,16 +357,28 @@ def fit_steps(
             [taken, first + np.arange(len(taken)) // rows], axis=1
         )
     pieces: list[list[Batch]] = [[] for _ in range(steps)]
-    start = 0
-    for batch in batches(provider, loader, "rows of the steps"):
-        if not np.array_equal(provider.row_keys(batch), keys[start : start + len(batch)]):  # rows with ids may move
-            raise BatchMismatch("The loader gives other rows, or another order, than at first; pass shuffle=False.")
-        inside = step_of[(step_of[:, 0] >= start) & (step_of[:, 0] < start + len(batch))]
-        for step in np.unique(inside[:, 1]):
-            pieces[step].append(batch.take(np.sort(inside[inside[:, 1] == step, 0]) - start))
-        start += len(batch)
+    for step, batch in chain(*sweep(provider, loader, Each(_by_step(provider, keys, step_of)), "rows of the steps")):
+        pieces[step].append(batch)
     sources = [RowDraws(provider, join(piece), kind, fisher, seed, False, keep=False) for piece in pieces]
     return {name: [CurvatureOperator(source, name) for source in sources] for name in provider.layouts}
+
+
+def _by_step(
+    provider: StructuredGradientProvider, keys: np.ndarray, step_of: np.ndarray
+) -> Callable[[PlacedBatch], list[tuple[int, Batch]]]:
+    """What a piece has of each step's rows. Errors: BatchMismatch for other rows than the keys are of."""
+
+    def taken(piece: PlacedBatch) -> list[tuple[int, Batch]]:
+        batch, start, stop = piece.batch, piece.start, piece.start + len(piece.batch)
+        if not np.array_equal(provider.row_keys(batch), keys[start:stop]):  # rows with ids may move
+            raise BatchMismatch("The loader gives other rows, or another order, than at first; pass shuffle=False.")
+        inside = step_of[(step_of[:, 0] >= start) & (step_of[:, 0] < stop)]
+        return [
+            (int(step), batch.take(np.sort(inside[inside[:, 1] == step, 0]) - start))
+            for step in np.unique(inside[:, 1])
+        ]
+
+    return taken
 
 
 def _trace_by_products(operator: CurvatureOperator) -> tuple[float, float]:

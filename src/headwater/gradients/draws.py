@@ -39,6 +39,11 @@ class DrawsProduct:
         for k, side in enumerate(self._sides):
             side.combine([draw.parts[k] for draw in draws], weights)
 
+    def include(self, other: DrawsProduct) -> None:
+        """The rows of another product with the same vectors, too."""
+        for mine, theirs in zip(self._sides, other._sides, strict=True):
+            mine.include(theirs)
+
     @property
     def value(self) -> Array:
         """(Q, D)."""
@@ -96,6 +101,16 @@ class _PartProduct:
                 column = xp.tensordot(mine, _over_positions(b), axes=([0, 2], [0, 1]))
                 self._column = column if self._column is None else self._column + column
             self._sum = add_product(self._sum, along, inputs)
+
+    def include(self, other: _PartProduct) -> None:
+        self._sum, self._column, self._dense = (
+            theirs if mine is None else mine if theirs is None else mine + theirs
+            for mine, theirs in (
+                (self._sum, other._sum),
+                (self._column, other._column),
+                (self._dense, other._dense),
+            )
+        )
 
     def total(self) -> Array:
         """[q, o, i]."""

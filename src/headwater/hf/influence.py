@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from headwater.blocks import Structure
-from headwater.curvature.passes import Unpack
 from headwater.errors import InvalidSetting
 from headwater.hf.losses import PerToken
 from headwater.hf.provider import HfGradientProvider
 from headwater.hf.rows import MASK, Collator, Rows, put_back
+from headwater.loaders.batches import Unpack
 from headwater.methods.base import Method
 from headwater.methods.damping import Damping
 from headwater.torch.influence import Checkpoint, TorchComposableInfluence

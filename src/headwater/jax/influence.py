@@ -9,7 +9,6 @@ import jax
 
 from headwater.attributor import Attributor
 from headwater.blocks import Structure
-from headwater.curvature.passes import Unpack
 from headwater.errors import InvalidInput, InvalidSetting
 from headwater.gradients.coverage import Coverage
 from headwater.gradients.ensemble import EnsembleProvider
@@ -17,6 +16,7 @@ from headwater.gradients.likelihoods import Likelihood
 from headwater.gradients.provider import StructuredGradientProvider
 from headwater.jax.losses import Loss
 from headwater.jax.provider import Apply, JaxGradientProvider
+from headwater.loaders.batches import Unpack
 from headwater.methods.base import Method
 from headwater.methods.damping import Damping
 

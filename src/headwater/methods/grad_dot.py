@@ -7,12 +7,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from headwater.curvature.passes import batches, total_weight
+from headwater.curvature.means import total_weight
 from headwater.gradients.provider import StructuredGradientProvider
 from headwater.gradients.unit import UnitGradientProvider
 from headwater.methods.base import Curvatures, Method
 from headwater.methods.damping import Damping
 from headwater.operators.algebra import IdentityOperator, LinearOperator
+from headwater.rows import PlacedBatch, Total, sweep
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class GradDot(Method[LinearOperator]):
     def fit(
         self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
     ) -> tuple[Curvatures, float]:
-        rows = sum(total_weight(provider, batch) for batch in batches(provider, loader, "counting rows", progress))
+        weights = Total[PlacedBatch, float](lambda piece: total_weight(provider, piece.batch))
+        rows = sweep(provider, loader, weights, "counting rows", progress)
         return OrderedDict((name, IdentityOperator(size)) for name, size in provider.sizes.items()), rows
 
     def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:

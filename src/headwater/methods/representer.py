@@ -18,7 +18,7 @@ from numbers import Real
 from typing import Any
 
 from headwater.arrays import Array, device, namespace
-from headwater.curvature.passes import WeightedMean, batches, total_weight
+from headwater.curvature.means import Means, merged, no_means, rows_of, total_weight
 from headwater.errors import InvalidSetting, UnsupportedModel
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.ensemble import EnsembleProvider
@@ -27,6 +27,7 @@ from headwater.gradients.view import ProviderView
 from headwater.methods.base import Curvatures
 from headwater.methods.grad_dot import GradDot
 from headwater.operators.algebra import IdentityOperator, ScaledOperator
+from headwater.rows import Accumulator, PlacedBatch, sweep
 
 ByBlock = Mapping[str, Array]
 
@@ -60,18 +61,11 @@ class Representer(GradDot):
     def fit(
         self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
     ) -> tuple[Curvatures, float]:
-        means = OrderedDict((name, WeightedMean[Array]()) for name in provider.layouts)
-        for k, batch in enumerate(batches(provider, loader, "stationarity", progress)):
-            if k == 0:
-                self._check_linear(provider, batch)
-            weight = total_weight(provider, batch)
-            for name, value in provider.grads(batch).items():
-                means[name].add(_sum_of_rows(value), weight)
-        rows = next(iter(means.values())).weight
+        means = sweep(provider, loader, _MeanGradient(provider, self), "stationarity", progress)
         slopes = OrderedDict((name, mean.value) for name, mean in means.items())
         self._check_stationary(provider, slopes)
         operators = ((name, ScaledOperator(1 / self.l2, IdentityOperator(d))) for name, d in provider.sizes.items())
-        return OrderedDict(operators), rows
+        return OrderedDict(operators), rows_of(means)
 
     def _check_stationary(self, provider: StructuredGradientProvider, slopes: ByBlock) -> None:
         """For each model alone: |mean gradient + l2 W| against |l2 W|."""
@@ -86,7 +80,7 @@ class Representer(GradDot):
                     "is, or give the l2 of the training."
                 )
 
-    def _check_linear(self, provider: StructuredGradientProvider, batch: Any) -> None:
+    def check_linear(self, provider: StructuredGradientProvider, batch: Any) -> None:
         """For each model alone: <gradient, W> against the value itself, on the batch's rows."""
         for where, model, _ in _by_model(provider, {}):
             grads = model.grads(batch, query=True, weighted=False)
@@ -99,6 +93,28 @@ class Representer(GradDot):
                     f"gradient times them by up to {gap:.3g}, where the largest is {size:.3g}. Attribute the last "
                     "layer alone, blocks={'head': ['head']}, with its bias if it has one."
                 )
+
+
+@dataclass(frozen=True, eq=False)
+class _MeanGradient(Accumulator[PlacedBatch, Means, Means]):
+    """By block; the first rows show whether what is explained is linear."""
+
+    provider: StructuredGradientProvider
+    method: Representer
+
+    def start(self) -> Means:
+        return no_means(self.provider.layouts)
+
+    def add(self, whole: Means, item: PlacedBatch) -> Means:
+        if item.start == 0:
+            self.method.check_linear(self.provider, item.batch)
+        weight = total_weight(self.provider, item.batch)
+        for name, value in self.provider.grads(item.batch).items():
+            whole[name].add(_sum_of_rows(value), weight)
+        return whole
+
+    def merge(self, one: Means, other: Means) -> Means:
+        return merged(one, other)
 
 
 def _by_model(

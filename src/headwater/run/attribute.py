@@ -3,42 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from headwater.arrays import to_numpy
-from headwater.curvature.passes import again
 from headwater.errors import InvalidSetting
-from headwater.gradients.provider import BlockGradients
 from headwater.influence import ComposableInfluence
 from headwater.mapper import Queries, Sides, stack_queries
 from headwater.operators.iterative import joined, recorded_solves, unrecorded_solves
+from headwater.rows import Each, PlacedBatch, Visitor, sweep_kept
 from headwater.run.diagnosis import RunSums, diagnosis_of, meets_the_loss
-from headwater.run.rows import check_scores, distinct, named_batches, named_pieces, train_batches
+from headwater.run.rows import FittedRows, check_scores, distinct, sweep_rows
+from headwater.store.base import MemorySink, Sink, Tile
 from headwater.store.scores import UNIT_IN_WORDS, Extremes, Running, Scores
-from headwater.store.tiles import TileStore, Where, place_of
+from headwater.store.tiles import TileStore
 
 PROBE_ROWS, PROBE_QUERIES = 8, 64
 """Of the scores that a stored run is known by."""
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Scores of all queries on the rows of one train batch; by_block [q, n] each, already in the wanted unit."""
-
-    by_block: dict[str, np.ndarray]
-    train_ids: np.ndarray
-
-    @property
-    def total(self) -> np.ndarray:
-        return (
-            np.sum(list(self.by_block.values()), axis=0)
-            if len(self.by_block) > 1
-            else next(iter(self.by_block.values()))
-        )
 
 
 def attribute(
@@ -54,27 +38,24 @@ def attribute(
     """See `ComposableInfluence.attribute`."""
     with recorded_solves() as log:
         asked = _queries(influence, query_loader, progress)
-    query_ids, kept = asked.ids, None
+    kept, memory = None, MemorySink()
     if store is not None:
-        identity = _identity(influence, unit, by_block, query_ids, asked.keys)
+        identity = _identity(influence, unit, by_block, asked.ids, asked.keys)
         kept = TileStore(store, identity, _tolerance(influence, solved=bool(joined(log))))
+    score = Score(influence, asked, unit, by_block, [memory] if kept is None else [kept, memory])
     sums = RunSums(influence.provider, kept) if meets_the_loss(influence) else None
     try:
-        tiles = list(_tiles(influence, asked, train_loader, unit, by_block, progress, kept, sums))
+        train_ids = _scored(influence, train_loader, score if sums is None else score & sums, asked, unit, progress)
     finally:
         if sums is not None:
             sums.keep()
-    seen = None if sums is None else sums.finished(lambda: _places(influence, train_loader, progress))
-    solves = joined(log)
+    seen = None if sums is None else sums.finished(influence, train_loader, progress)
+    solves, scores = joined(log), memory.scores()
     return Scores(
-        values=np.concatenate([tile.total for tile in tiles], axis=1),
-        query_ids=query_ids,
-        train_ids=distinct(np.concatenate([tile.train_ids for tile in tiles]), "train"),
-        by_block={
-            name: np.concatenate([tile.by_block[name] for tile in tiles], axis=1) for name in influence.block_names
-        }
-        if by_block
-        else None,
+        values=scores.sum(axis=0) if len(scores) > 1 else scores[0],
+        query_ids=asked.ids,
+        train_ids=train_ids,
+        by_block=dict(zip(influence.block_names, scores, strict=True)) if by_block else None,
         unit=unit,
         n_train=influence.n_train,
         method=influence.method.describe(),
@@ -98,21 +79,36 @@ def top(
 ) -> Extremes:
     """See `ComposableInfluence.top`."""
     asked = _queries(influence, query_loader, progress)
-    running, ids = Running(k, asked.ids), []
-    for tile in _tiles(influence, asked, train_loader, unit, False, progress):
-        running.add(tile.total, tile.train_ids)
-        ids.append(tile.train_ids)
-    distinct(np.concatenate(ids), "train")
+    running = Running(k, asked.ids)
+    _scored(influence, train_loader, Score(influence, asked, unit, False, [running]), asked, unit, progress)
     return running.extremes()
+
+
+def _scored(
+    influence: ComposableInfluence,
+    loader: Iterable[Any],
+    visitor: Visitor[PlacedBatch, Any, Any],
+    asked: Asked,
+    unit: str,
+    progress: bool,
+) -> np.ndarray:
+    """The train rows' names, once all were visited."""
+    fitted = FittedRows(influence, forecast=unit == "removal", queries_fitted=asked.fitted)
+    names, _ = sweep_rows(influence.provider, loader, fitted & visitor, "train scores", progress)
+    return distinct(names, "train")
 
 
 def self_influence(influence: ComposableInfluence, train_loader: Iterable[Any], *, progress: bool) -> np.ndarray:
     """See `ComposableInfluence.self_influence`."""
     influence.ready()
-    found = []
-    for batch, names, _ in train_batches(influence, train_loader, "self-influence", progress):
-        found.append(to_numpy(influence.batch_self_influence(batch)))
-        check_scores(found[-1][None], ["itself"], names, influence)
+
+    def scores(piece: PlacedBatch) -> np.ndarray:
+        found = to_numpy(influence.batch_self_influence(piece.batch))
+        check_scores(found[None], ["itself"], piece.names, influence)
+        return found
+
+    fitted = FittedRows(influence)
+    _, found = sweep_rows(influence.provider, train_loader, fitted & Each(scores), "self-influence", progress)
     return np.concatenate(found)
 
 
@@ -132,19 +128,30 @@ class Asked:
 def _queries(influence: ComposableInfluence, query_loader: Iterable[Any], progress: bool) -> Asked:
     """One pass: the rows are held until all are counted, since their number decides what they go through."""
     influence.ready()
-    named = list(named_pieces(influence.provider, query_loader, "query rows", False, "query"))
-    pieces = [piece for piece, _ in named]
-    train_per_query = influence.n_train / sum(len(piece.batch) for piece in pieces)
-    sides: Sides | None = None
-    found, keys = [], []
-    for piece in again(pieces, "query factors", progress):
-        grads = influence.provider.grads(piece.batch, query=True)
-        sides = sides or influence.block_mapper.sides(grads, train_per_query)
-        found.append(sides.queries(grads))
-        keys.append(influence.provider.content_keys(piece.batch))
-    ids, known = distinct(np.concatenate([names for _, names in named]), "query"), influence.fitted_keys
+    provider = influence.provider
+    pieces = sweep_rows(
+        provider, query_loader, Each[PlacedBatch, PlacedBatch](lambda piece: piece), "query rows", False, "query"
+    )
+    factors = _Factors(influence, influence.n_train / sum(len(piece.batch) for piece in pieces))
+    found = sweep_kept(pieces, factors, "query factors", progress)
+    keys = np.concatenate([provider.content_keys(piece.batch) for piece in pieces])
+    ids, known = distinct(np.concatenate([piece.names for piece in pieces]), "query"), influence.fitted_keys
     fitted = known is not None and all(bool(piece.keys.among(known).all()) for piece in pieces if piece.keys)
-    return Asked(stack_queries(found), ids, np.concatenate(keys), fitted)
+    return Asked(stack_queries(found), ids, keys, fitted)
+
+
+class _Factors(Each[PlacedBatch, Queries]):
+    """Query gradients after their side of the operators, which the first of them decide."""
+
+    def __init__(self, influence: ComposableInfluence, train_per_query: float):
+        super().__init__(self._factors)
+        self.influence, self.train_per_query = influence, train_per_query
+        self.sides: Sides | None = None
+
+    def _factors(self, piece: PlacedBatch) -> Queries:
+        grads = self.influence.provider.grads(piece.batch, query=True)
+        self.sides = self.sides or self.influence.block_mapper.sides(grads, self.train_per_query)
+        return self.sides.queries(grads)
 
 
 def _identity(
@@ -187,55 +194,46 @@ def _probe(influence: ComposableInfluence, queries: Queries, batch: Any) -> np.n
     return found[:, np.random.default_rng(0).permutation(found.shape[1])[:PROBE_QUERIES]]
 
 
-def _places(influence: ComposableInfluence, loader: Iterable[Any], progress: bool) -> Iterator[tuple[Where, Any]]:
-    """The run's tiles, and their batches."""
-    for batch, _, start in named_batches(influence.provider, loader, "train gradients", progress):
-        yield place_of(start, influence.provider.content_keys(batch)), batch
+class Score(Visitor[PlacedBatch, None, None]):
+    """Scores of all queries on the train rows, tile by tile into sinks; what one of these has is not computed."""
 
+    def __init__(
+        self, influence: ComposableInfluence, asked: Asked, unit: str, by_block: bool, sinks: Sequence[Sink]
+    ) -> None:
+        self.influence, self.asked, self.by_block, self.sinks = influence, asked, by_block, sinks
+        self.scale = _scale(influence, unit)
 
-def _tiles(
-    influence: ComposableInfluence,
-    asked: Asked,
-    train_loader: Iterable[Any],
-    unit: str,
-    by_block: bool,
-    progress: bool,
-    store: TileStore | None = None,
-    sums: RunSums | None = None,
-) -> Iterator[Tile]:
-    """One for each train batch; from the store where it is there, and into the store where it is not.
+    def of(self, item: PlacedBatch) -> None:
+        needed = any(sink.needs_keys for sink in self.sinks)
+        keys = self.influence.provider.content_keys(item.batch) if needed else None
+        scores, source = (None, None) if keys is None else self._kept(item, keys)
+        scores = self._computed(item) if scores is None else scores
+        check_scores(scores, self.asked.ids, item.names, self.influence)
+        for sink in self.sinks:
+            if sink is not source:
+                sink.write(Tile(item.start, item.names, keys, scores))
 
-    The gradients of what is computed are added to `sums`.
-    """
-    scale, names = _scale(influence, unit), influence.block_names if by_block else ["all"]
+    def merge(self, one: None, other: None) -> None:
+        """Tiles are in the sinks."""
 
-    def compute(batch: Any) -> tuple[np.ndarray, BlockGradients]:
-        grads = influence.provider.grads(batch)
-        scores = list(asked.queries.scores(grads).values())
-        blocks = scores if by_block else [sum(scores[1:], scores[0])]
-        return np.stack([to_numpy(block) for block in blocks]) * scale, grads
-
-    grads: BlockGradients | None
-    forecast, swapped = unit == "removal", asked.fitted
-    for batch, ids, start in train_batches(influence, train_loader, "train scores", progress, forecast, swapped):
-        if store is None:
-            tile, grads = compute(batch)
-            if sums is not None:
-                sums.add(batch, grads)
-        else:
-            keys = influence.provider.content_keys(batch)
-            if start == 0:
+    def _kept(self, item: PlacedBatch, keys: np.ndarray) -> tuple[np.ndarray | None, Sink | None]:
+        """The tile from an earlier call, and the sink that has it."""
+        for sink in self.sinks:
+            if item.start == 0 and isinstance(sink, TileStore):
                 few = slice(0, PROBE_ROWS)
-                store.probe(keys[few], _probe(influence, asked.queries, batch.take(few)))
-            found = store.read(start, keys)
-            tile, grads = compute(batch) if found is None else (found, None)
-            if found is None:
-                check_scores(tile, asked.ids, ids, influence)
-                store.write(start, keys, tile)
-            if sums is not None:
-                sums.meet(place_of(start, keys), batch, grads)
-        check_scores(tile, asked.ids, ids, influence)
-        yield Tile(dict(zip(names, tile, strict=True)), ids)
+                sink.probe(keys[few], _probe(self.influence, self.asked.queries, item.batch.take(few)))
+            scores = sink.read(item.start, keys)
+            if scores is not None:
+                return scores, sink
+        return None, None
+
+    def _computed(self, item: PlacedBatch) -> np.ndarray:
+        """[block, q, n]."""
+        by_block = list(self.asked.queries.scores(item.grads(self.influence.provider)).values())
+        blocks = by_block if self.by_block else [sum(by_block[1:], by_block[0])]
+        found = np.stack([to_numpy(block) for block in blocks])
+        found *= self.scale
+        return found
 
 
 def _scale(influence: ComposableInfluence, unit: str) -> float:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,9 @@ from headwater.methods.base import Method
 from headwater.methods.iterative import Cg
 from headwater.operators.iterative import joined, recorded_solves
 from headwater.random import row_uniforms
+from headwater.rows import PlacedBatch, Total, Visitor
 from headwater.run.attribute import attribute
-from headwater.run.rows import named_batches
+from headwater.run.rows import sweep_rows
 from headwater.run.verify import DENSE, exact_method
 from headwater.types import join
 
@@ -115,15 +116,30 @@ def _chosen(
     influence: ComposableInfluence, loader: Iterable[Any], queries: int, seed: int, progress: bool
 ) -> tuple[list[Any], np.ndarray, int]:
     """Queries drawn at random, in the loader's order: batches of them, their names, and how many there are in all."""
-    drawn: list[tuple[float, int, Any, Any]] = []
-    count = 0
-    for batch, names, start in named_batches(influence.provider, loader, "queries", progress):
-        places = np.arange(start, start + len(batch))
-        numbers = row_uniforms(places, 1, draw=AUDITED, seed=seed)[:, 0, 0]
-        for row in np.argsort(numbers, kind="stable")[:queries]:
-            alone = batch.take(slice(int(row), int(row) + 1))
-            drawn.append((float(numbers[row]), int(places[row]), alone, names[row]))
-        drawn = sorted(drawn, key=lambda found: found[0])[:queries]
-        count += len(batch)
+    visitor = Drawn(queries, seed) & Total[PlacedBatch, int](lambda piece: len(piece.batch))
+    drawn, count = sweep_rows(influence.provider, loader, visitor, "queries", progress, "query")
     drawn.sort(key=lambda found: found[1])
     return join([row for *_, row, _ in drawn]), np.asarray([name for *_, name in drawn]), count
+
+
+Draw = tuple[float, int, Any, Any]
+"""A row's random number and position; the row as a batch of its own, and its name."""
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn(Visitor[PlacedBatch, list[Draw], list[Draw]]):
+    """The rows with the smallest random numbers, which depend on the seed and the row's position alone."""
+
+    size: int
+    seed: int
+
+    def of(self, item: PlacedBatch) -> list[Draw]:
+        positions, names = np.arange(item.start, item.start + len(item.batch)), item.names
+        numbers = row_uniforms(positions, 1, draw=AUDITED, seed=self.seed)[:, 0, 0]
+        return [
+            (float(numbers[row]), int(positions[row]), item.batch.take(slice(int(row), int(row) + 1)), names[row])
+            for row in np.argsort(numbers, kind="stable")[: self.size]
+        ]
+
+    def merge(self, one: list[Draw], other: list[Draw]) -> list[Draw]:
+        return sorted([*one, *other], key=lambda draw: draw[0])[: self.size]

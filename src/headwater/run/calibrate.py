@@ -30,10 +30,12 @@ from headwater.evaluate.calibration import Calibration as Calibration
 from headwater.evaluate.checks import mean_over_runs, places, query_outputs, retrained_outputs
 from headwater.evaluate.correlation import mean_correlation, spearman
 from headwater.gradients.block import BlockGradient, stack
+from headwater.gradients.provider import BlockGradients
 from headwater.influence import ComposableInfluence
 from headwater.methods.damping import Damping, Relative, relative
 from headwater.operators.iterative import recorded_solves
-from headwater.run.rows import distinct, named_batches, train_batches
+from headwater.rows import Each, PlacedBatch, Total, Visitor
+from headwater.run.rows import FittedRows, distinct, sweep_rows
 
 PATH = tuple(relative(float(amount)) for amount in np.round(np.logspace(-3, 4, 15), 10))
 """Seven decades of mean eigenvalues, two dampings in each."""
@@ -72,7 +74,8 @@ def calibrate(
         raise InvalidInput("query_loader is None; the bank's outputs are those of queries: pass their loader.")
     if not isinstance(bank, Bank) and callable(bank):
         rows = len(_ids(influence, train_loader, progress))
-        asked = sum(len(batch) for batch, *_ in named_batches(influence.provider, query_loader, "queries", progress))
+        lengths = Total[PlacedBatch, int](lambda piece: len(piece.batch))
+        asked = sweep_rows(influence.provider, query_loader, lengths, "queries", progress, "query")
         bank = _retrain(bank, rows, asked, subsets, seed)
     keep, outputs = _retrained(bank)
     along = path_forecasts(influence, train_loader, query_loader, keep, outputs, dampings=dampings, progress=progress)
@@ -160,35 +163,48 @@ def _retrained(bank: Bank | tuple[Any, Any]) -> tuple[np.ndarray, np.ndarray]:
 
 def _ids(influence: ComposableInfluence, loader: Iterable[Any], progress: bool) -> np.ndarray:
     """Of the train rows, in the loader's order."""
-    names = [ids for _, ids, _ in train_batches(influence, loader, "train rows", progress, forecast=True)]
-    return distinct(np.concatenate(names), "train")
+    names = sweep_rows(influence.provider, loader, FittedRows(influence, forecast=True), "train rows", progress)
+    return distinct(names, "train")
 
 
 def _subset_sums(
     influence: ComposableInfluence, loader: Iterable[Any], keep: np.ndarray, progress: bool
 ) -> dict[str, Array]:
     """Summed gradients of each subset, as the operators see them, by block: [m, D]; keep in the loader's order."""
-    found: dict[str, Array] = {}
-    operators = influence.block_mapper.operators
-    for batch, _, start in named_batches(influence.provider, loader, "sums over subsets", progress, "train"):
-        for name, value in influence.provider.grads(batch).items():
+    return sweep_rows(influence.provider, loader, SubsetSums(influence, keep), "sums over subsets", progress)
+
+
+@dataclass(frozen=True, eq=False)
+class SubsetSums(Visitor[PlacedBatch, dict[str, Array], dict[str, Array]]):
+    """See `_subset_sums`."""
+
+    influence: ComposableInfluence
+    keep: np.ndarray
+
+    def of(self, item: PlacedBatch) -> dict[str, Array]:
+        found: dict[str, Array] = {}
+        operators, rows = self.influence.block_mapper.operators, slice(item.start, item.start + len(item.batch))
+        for name, value in self.influence.provider.grads(item.batch).items():
             xp, like = namespace(value.like), value.like
-            mask = xp.asarray(keep[:, start : start + value.rows].astype(np.float64), device=like.device)
-            share = operators[name].seen(value).combine(xp.astype(mask, like.dtype))
-            found[name] = found[name] + share if name in found else share
-    return found
+            mask = xp.asarray(self.keep[:, rows].astype(np.float64), device=like.device)
+            found[name] = operators[name].seen(value).combine(xp.astype(mask, like.dtype))
+        return found
+
+    def merge(self, one: dict[str, Array], other: dict[str, Array]) -> dict[str, Array]:
+        for name, share in other.items():
+            one[name] = one[name] + share
+        return one
 
 
 def _queries(influence: ComposableInfluence, loader: Iterable[Any], progress: bool) -> dict[str, BlockGradient]:
     """Gradients of the queries by block, in the order of the data."""
-    pieces: dict[str, list[BlockGradient]] = {}
-    ids = []
-    for batch, names, _ in named_batches(influence.provider, loader, "query gradients", progress):
-        ids.append(names)
-        for name, value in influence.provider.grads(batch, query=True).items():
-            pieces.setdefault(name, []).append(value)
+    provider = influence.provider
+    each = Each[PlacedBatch, tuple[np.ndarray, BlockGradients]](
+        lambda p: (p.names, provider.grads(p.batch, query=True))
+    )
+    ids, grads = zip(*sweep_rows(provider, loader, each, "query gradients", progress, "query"), strict=True)
     order = np.argsort(places(distinct(np.concatenate(ids), "query")))
-    return {name: _reordered(stack(values), order) for name, values in pieces.items()}
+    return {name: _reordered(stack([piece[name] for piece in grads]), order) for name in grads[0]}
 
 
 def _reordered(queries: BlockGradient, order: np.ndarray) -> BlockGradient:

@@ -11,14 +11,14 @@ tr Cov = (sum w |g|^2 / W - |mean|^2) W / (W - 1): a row of weight 2 counts as t
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from time import monotonic
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from headwater.arrays import Array, accumulable, add_product, as_like, device, namespace, to_numpy
-from headwater.curvature.passes import total_weight
+from headwater.curvature.means import total_weight
 from headwater.errors import InvalidSetting, NotFittedError, UnsupportedModel
 from headwater.gradients.algebra import Gradient
 from headwater.gradients.outer import Outer
@@ -30,10 +30,11 @@ from headwater.operators.iterative import SolveReport
 from headwater.operators.released import ReleasedOperator
 from headwater.operators.sketch import estimate_spectra
 from headwater.operators.spectrum import Spectrum
-from headwater.run.rows import train_batches
+from headwater.rows import Accumulator, Each, PlacedBatch, Visitor
+from headwater.run.rows import FittedRows, sweep_rows
 from headwater.status import BlockStatus, status_of
 from headwater.store.diagnosis import BlockDiagnosis, Diagnosis, Stationarity
-from headwater.store.tiles import TileStore, Where
+from headwater.store.tiles import TileStore, Where, place_of
 
 AT_ONCE = 512
 """The largest matrix that is diagonalised for a diagnosis which nobody asked for."""
@@ -145,7 +146,25 @@ def _unweighted(squares: Array, weights: Array | None) -> float:
     return float(np.divide(found, host, out=np.zeros_like(found), where=host != 0).sum())
 
 
-class RunSums:
+class Sums(Accumulator[PlacedBatch, GradientSums, GradientSums]):
+    """The sums of a pass."""
+
+    def __init__(self, provider: StructuredGradientProvider):
+        self.provider = provider
+
+    def start(self) -> GradientSums:
+        return GradientSums(self.provider)
+
+    def add(self, whole: GradientSums, item: PlacedBatch) -> GradientSums:
+        whole.add(item.batch, item.grads(self.provider))
+        return whole
+
+    def merge(self, one: GradientSums, other: GradientSums) -> GradientSums:
+        one.add_arrays(other.arrays())
+        return one
+
+
+class RunSums(Visitor[PlacedBatch, None, None]):
     """Gradient sums over the tiles of one run; where it has a store, those that stopped calls left there are used.
 
     Every tile that is met counts once: its gradients are added up now, unless sums in the store hold the same rows.
@@ -159,19 +178,27 @@ class RunSums:
         self._saved = None if store is None else store.read_sums()
         self._pause, self._kept_at = PAUSE, monotonic()
 
-    def add(self, batch: Any, grads: BlockGradients) -> None:
-        """A batch of a run without a store."""
-        self.sums.add(batch, grads)
+    def of(self, item: PlacedBatch) -> None:
+        if self._store is None:
+            self.sums.add(item.batch, item.grads(self.sums.provider))
+        else:
+            self.meet(self._where(item), item)
 
-    def meet(self, where: Where, batch: Any, grads: BlockGradients | None = None) -> None:
-        """A tile of a run with a store. grads: its gradients, where they are at hand."""
+    def merge(self, one: None, other: None) -> None:
+        """Sums are added up where they are kept."""
+
+    def _where(self, piece: PlacedBatch) -> Where:
+        return place_of(piece.start, self.sums.provider.content_keys(piece.batch))
+
+    def meet(self, where: Where, piece: PlacedBatch) -> None:
+        """A tile of a run with a store."""
         self._met.add(where)
         if self._saved and where in self._saved[0]:
             return
         if self._saved and any(start < where[1] and where[0] < stop for start, stop, _ in self._saved[0]):
             self._saved = None  # they hold some of its rows, which cannot be told from the others in a sum
         self._fresh.add(where)
-        self.sums.add(batch, self.sums.provider.grads(batch) if grads is None else grads)
+        self.sums.add(piece.batch, piece.grads(self.sums.provider))
         if monotonic() - self._kept_at > self._pause:
             self.keep()
 
@@ -188,20 +215,24 @@ class RunSums:
         self._kept_at = monotonic()
         self._pause = max(PAUSE, 100 * (self._kept_at - begun))  # so that it costs one per cent of a run at most
 
-    def finished(self, again: Callable[[], Iterable[tuple[Where, Any]]]) -> GradientSums | None:
-        """Of all rows of the run; None if there are none. again: its tiles and their batches once more, where needed.
+    def finished(self, influence: ComposableInfluence, loader: Iterable[Any], progress: bool) -> GradientSums | None:
+        """Of all rows of the run; None if there are none.
 
-        They are if sums were left in the store that turned out to be no use, after tiles had been met that they hold.
+        A pass more is needed where sums in the store turned out to be no use, after tiles had been met that they hold.
         """
         if self._saved and self._saved[0] <= self._met:
             self.sums.add_arrays(self._saved[1])
         elif self._met - self._fresh:
             self._saved = None
-            for where, batch in again():
-                if where in self._met - self._fresh:
-                    self.meet(where, batch)
+            missing = Each[PlacedBatch, None](self._meet_missing)
+            sweep_rows(influence.provider, loader, missing, "train gradients", progress)
             self.keep()
         return self.sums if self.sums.weight > 0 else None
+
+    def _meet_missing(self, piece: PlacedBatch) -> None:
+        where = self._where(piece)
+        if where in self._met - self._fresh:
+            self.meet(where, piece)
 
 
 def stationarity(
@@ -329,9 +360,8 @@ def _released(influence: ComposableInfluence, block: str, damping: float, shift:
 def diagnose(influence: ComposableInfluence, train_loader: Iterable[Any], *, progress: bool) -> Diagnosis:
     """See `ComposableInfluence.diagnose`."""
     influence.ready()
-    sums = GradientSums(influence.source)
-    for batch, *_ in train_batches(influence, train_loader, "train gradients", progress):
-        sums.add(batch, influence.source.grads(batch))
+    visitor = FittedRows(influence) & Sums(influence.source)
+    _, sums = sweep_rows(influence.provider, train_loader, visitor, "train gradients", progress)
     return diagnosis_of(influence, sums, influence.solves, thorough=True)
 
 

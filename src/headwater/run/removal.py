@@ -35,7 +35,8 @@ from headwater.influence import ComposableInfluence
 from headwater.methods.dual import DataInf
 from headwater.operators.algebra import LinearOperator, ScaledOperator
 from headwater.operators.structured import BlockDiagonalOperator
-from headwater.run.rows import check_scores, distinct, named_batches, train_batches
+from headwater.rows import Each, PlacedBatch
+from headwater.run.rows import FittedRows, check_scores, distinct, sweep_rows
 
 
 @dataclass(frozen=True)
@@ -119,16 +120,16 @@ def _queries(
     influence: ComposableInfluence, regions: Sequence[Region], loader: Iterable[Any], progress: bool
 ) -> list[BlockGradient]:
     """A^-1 of all query gradients, region by region."""
-    pieces: list[list[BlockGradient]] = [[] for _ in regions]
-    names = []
-    for batch, ids, _ in named_batches(influence.provider, loader, "query factors", progress):
-        grads = influence.provider.grads(batch, query=True)
-        names.append(ids)
-        for found, region in zip(pieces, regions, strict=True):
-            mine = region.of(grads)
-            found.append(region.inverse.apply_block(mine).settled(mine))
+
+    def factors(piece: PlacedBatch) -> tuple[np.ndarray, list[BlockGradient]]:
+        grads = influence.provider.grads(piece.batch, query=True)
+        mine = [region.of(grads) for region in regions]
+        return piece.names, [r.inverse.apply_block(own).settled(own) for r, own in zip(regions, mine, strict=True)]
+
+    found = sweep_rows(influence.provider, loader, Each(factors), "query factors", progress, "query")
+    names, pieces = zip(*found, strict=True)
     distinct(np.concatenate(names), "query")
-    return [stack(found) for found in pieces]
+    return [stack(own) for own in zip(*pieces, strict=True)]
 
 
 def _train_rows(influence: ComposableInfluence, regions: Sequence[Region], batch: Any) -> list[Rows]:
@@ -165,15 +166,17 @@ def _each_row(
     loader: Iterable[Any],
     progress: bool,
 ) -> np.ndarray:
-    columns, names = [], []
-    for batch, ids, _ in train_batches(influence, loader, "removal", progress, forecast=True):
-        rows = _train_rows(influence, regions, batch)
+    def columns(piece: PlacedBatch) -> np.ndarray:
+        rows, ids = _train_rows(influence, regions, piece.batch), piece.names
         shares = [_rows_share(*given, influence.n_train, ids) for given in zip(regions, queries, rows, strict=True)]
-        columns.append(sum(shares[1:], shares[0]))
-        check_scores(columns[-1], range(len(columns[-1])), ids, influence)
-        names.append(ids)
-    distinct(np.concatenate(names), "train")
-    return np.concatenate(columns, axis=1)
+        found: np.ndarray = sum(shares[1:], shares[0])
+        check_scores(found, range(len(found)), ids, influence)
+        return found
+
+    visitor = FittedRows(influence, forecast=True) & Each(columns)
+    names, found = sweep_rows(influence.provider, loader, visitor, "removal", progress)
+    distinct(names, "train")
+    return np.concatenate(found, axis=1)
 
 
 def _rows_share(region: Region, queries: BlockGradient, rows: Rows, n_train: float, ids: np.ndarray) -> np.ndarray:
@@ -264,17 +267,19 @@ def _each_group(
     progress: bool,
 ) -> np.ndarray:
     columns: dict[int, np.ndarray] = {}
-    names = []
-    for batch, ids, _ in train_batches(influence, loader, "removal of groups", progress, forecast=True):
-        names.append(ids)
-        inside = [(group, np.flatnonzero(np.isin(ids, group.names))) for group in groups]
+
+    def meet(piece: PlacedBatch) -> None:
+        inside = [(group, np.flatnonzero(np.isin(piece.names, group.names))) for group in groups]
         found = [(group, index) for group, index in inside if len(index)]
-        rows = _train_rows(influence, regions, batch) if found else []
+        rows = _train_rows(influence, regions, piece.batch) if found else []
         for group, index in found:
             if group.add(rows, index):
                 columns[group.number] = _group_column(group, regions, queries, influence.n_train)
                 group.rows.clear()
-    distinct(np.concatenate(names), "train")
+
+    visitor = FittedRows(influence, forecast=True) & Each(meet)
+    names, _ = sweep_rows(influence.provider, loader, visitor, "removal of groups", progress)
+    distinct(names, "train")
     missing = [group for group in groups if group.number not in columns]
     if missing:
         raise InvalidInput(f"Not every row of {missing[0]} is in the train loader: {missing[0].seen} were found.")

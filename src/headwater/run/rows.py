@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from headwater.arrays import is_array, to_numpy
-from headwater.curvature.passes import Piece, known_rows, read
 from headwater.errors import BatchMismatch, NonFiniteValue, RowsNotFitted
 from headwater.gradients.provider import StructuredGradientProvider
 from headwater.influence import ComposableInfluence
+from headwater.rows import Found, Part, PlacedBatch, Rows, Visitor, sweep
 
 Names = Sequence[Any] | np.ndarray
 
@@ -33,34 +33,49 @@ def check_scores(tile: np.ndarray, query_ids: Names, ids: Names, influence: Comp
         )
 
 
-def train_batches(
-    influence: ComposableInfluence,
-    loader: Iterable[Any],
-    what: str,
-    progress: bool,
-    forecast: bool = False,
-    queries_fitted: bool = False,
-) -> Iterator[tuple[Any, np.ndarray, int]]:
-    """`named_batches` of train rows, which ought to be those that were fitted.
+class FittedRows(Visitor[PlacedBatch, "_Fitted", np.ndarray]):
+    """The names of train rows, which ought to be those that were fitted: [n].
 
     forecast: whether their removal is forecast, which means nothing for others. queries_fitted: whether the queries
     are rows of the fit, so that loaders may have changed places. Warns: RowsNotFitted, at the end. Errors: the same,
     at once, for a forecast.
     """
-    known, missing, total = influence.fitted_keys, 0, 0
-    for piece, names in named_pieces(influence.provider, loader, what, progress, "train"):
-        if known is not None and piece.keys is not None:
-            strange = np.flatnonzero(~piece.keys.among(known))
-            if forecast and len(strange):
-                said = f"Train row {names[strange[0]]} is not among the rows that were fitted, so that its removal"
-                swapped = SWAPPED if queries_fitted and len(strange) == len(names) else ""
-                raise RowsNotFitted(f"{said} changes nothing.{swapped} {WHICH_ROWS}")
-            missing, total = missing + len(strange), total + len(names)
-        yield piece.batch, names, piece.start
-    if missing:
-        swapped = SWAPPED if queries_fitted and missing == total else ""
-        said = f"{missing} of the {total} train rows are not among the rows that were fitted.{swapped} {WHICH_ROWS}"
-        warnings.warn(RowsNotFitted(said), stacklevel=2)
+
+    def __init__(self, influence: ComposableInfluence, forecast: bool = False, queries_fitted: bool = False):
+        self.known, self.forecast, self.queries_fitted = influence.fitted_keys, forecast, queries_fitted
+
+    def of(self, item: PlacedBatch) -> _Fitted:
+        names = item.names
+        if self.known is None or item.keys is None:
+            return _Fitted([names])
+        strange = np.flatnonzero(~item.keys.among(self.known))
+        if self.forecast and len(strange):
+            said = f"Train row {names[strange[0]]} is not among the rows that were fitted, so that its removal"
+            raise RowsNotFitted(f"{said} changes nothing.{self._swapped(len(strange), len(names))} {WHICH_ROWS}")
+        return _Fitted([names], len(strange), len(names))
+
+    def merge(self, one: _Fitted, other: _Fitted) -> _Fitted:
+        one.names.extend(other.names)
+        return _Fitted(one.names, one.missing + other.missing, one.compared + other.compared)
+
+    def finish(self, whole: _Fitted) -> np.ndarray:
+        if whole.missing:
+            said = f"{whole.missing} of the {whole.compared} train rows are not among the rows that were fitted."
+            swapped = self._swapped(whole.missing, whole.compared)
+            warnings.warn(RowsNotFitted(f"{said}{swapped} {WHICH_ROWS}"), stacklevel=2)
+        return np.concatenate(whole.names)
+
+    def _swapped(self, missing: int, rows: int) -> str:
+        return SWAPPED if self.queries_fitted and missing == rows else ""
+
+
+@dataclass(frozen=True, eq=False)
+class _Fitted:
+    """Names, and how many of the rows that were compared are not among those that were fitted."""
+
+    names: list[np.ndarray]
+    missing: int = 0
+    compared: int = 0
 
 
 SWAPPED = (
@@ -73,28 +88,21 @@ WHICH_ROWS = (
 )
 
 
-def named_batches(
-    provider: StructuredGradientProvider, loader: Iterable[Any], what: str, progress: bool, role: str = "query"
-) -> Iterator[tuple[Any, np.ndarray, int]]:
-    """Batches, the names of their rows (their own ids, or positions in the loader), and where each starts.
+def sweep_rows(
+    provider: StructuredGradientProvider,
+    loader: Iterable[Any],
+    visitor: Visitor[PlacedBatch, Part, Found],
+    what: str,
+    show: bool,
+    role: str = "train",
+) -> Found:
+    """`sweep` over the rows of a run.
 
     Errors: BatchMismatch if positions do not name rows, because the loader gives other rows each time.
     """
-    for piece, names in named_pieces(provider, loader, what, progress, role):
-        yield piece.batch, names, piece.start
-
-
-def named_pieces(
-    provider: StructuredGradientProvider, loader: Iterable[Any], what: str, progress: bool, role: str
-) -> Iterator[tuple[Piece, np.ndarray]]:
-    """Errors: as `named_batches`."""
-    rows = known_rows(provider, loader, role)
+    rows = Rows.of(provider, loader, role)
     rows.glance()
-    for piece in read(provider, rows, what, progress):
-        ids = piece.batch.ids
-        if ids is None:
-            ids = np.arange(piece.start, piece.start + len(piece.batch))
-        yield piece, np.asarray(to_numpy(ids) if is_array(ids) else ids)
+    return sweep(provider, rows, visitor, what, show)
 
 
 def distinct(ids: np.ndarray, what: str) -> np.ndarray:

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from headwater.arrays import Array, namespace, precise, to_numpy, transpose
-from headwater.curvature.passes import batches, total_weight
+from headwater.curvature.means import total_weight
 from headwater.errors import HeadwaterError, InvalidSetting, NotConverged
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.provider import StructuredGradientProvider
@@ -38,6 +38,7 @@ from headwater.methods.iterative import Cg
 from headwater.operators.algebra import LinearOperator
 from headwater.operators.iterative import SolveReport, joined, recorded_solves
 from headwater.random import row_uniforms
+from headwater.rows import PlacedBatch, Visitor, sweep
 from headwater.run.verification import (
     GRADIENTS,
     MISCOVERAGE,
@@ -89,19 +90,41 @@ def _sample(
     provider: StructuredGradientProvider, loader: Iterable[Any], size: int, seed: int, draw: int, what: str, show: bool
 ) -> Sample:
     """The rows with the smallest random numbers, which depend on the seed and the row's position alone."""
-    chosen: list[tuple[float, float, Any]] = []
-    every: list[Any] = []
-    count, weight = 0, 0.0
-    for batch in batches(provider, loader, what, show):
-        numbers = row_uniforms(np.arange(count, count + len(batch)), 1, draw=SAMPLING + draw, seed=seed)[:, 0]
-        for k in np.argsort(numbers[:, 0], kind="stable")[:size]:
-            chosen.append((float(numbers[k, 0]), float(numbers[k, 1]), batch.take(slice(int(k), int(k) + 1))))
-        chosen = sorted(chosen, key=lambda row: row[0])[:size]
-        count, weight = count + len(batch), weight + total_weight(provider, batch)
-        if count <= REFITTED:
-            every.extend(batch.take(slice(k, k + 1)) for k in range(len(batch)))
-    rows, labels = [row for *_, row in chosen], np.array([label for _, label, _ in chosen])
-    return Sample(rows, labels, count, weight, every if count <= REFITTED else None)
+    found = sweep(provider, loader, _Sampling(provider, size, draw, seed), what, show)
+    rows, labels = [row for *_, row in found.chosen], np.array([label for _, label, _ in found.chosen])
+    return Sample(rows, labels, found.count, found.weight, found.every if found.count <= REFITTED else None)
+
+
+@dataclass(frozen=True, eq=False)
+class _Sampled:
+    """chosen: a row's two numbers, and the row as a batch of its own. every: none, once there are too many."""
+
+    chosen: list[tuple[float, float, Any]]
+    every: list[Any]
+    count: int
+    weight: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Sampling(Visitor[PlacedBatch, _Sampled, _Sampled]):
+    provider: StructuredGradientProvider
+    size: int
+    draw: int
+    seed: int
+
+    def of(self, item: PlacedBatch) -> _Sampled:
+        batch, positions = item.batch, np.arange(item.start, item.start + len(item.batch))
+        numbers = row_uniforms(positions, 1, draw=SAMPLING + self.draw, seed=self.seed)[:, 0]
+        first = np.argsort(numbers[:, 0], kind="stable")[: self.size]
+        chosen = [(float(numbers[k, 0]), float(numbers[k, 1]), batch.take(slice(int(k), int(k) + 1))) for k in first]
+        few = item.start + len(batch) <= REFITTED
+        every = [batch.take(slice(k, k + 1)) for k in range(len(batch))] if few else []
+        return _Sampled(chosen, every, len(batch), total_weight(self.provider, batch))
+
+    def merge(self, one: _Sampled, other: _Sampled) -> _Sampled:
+        chosen = sorted([*one.chosen, *other.chosen], key=lambda row: row[0])[: self.size]
+        one.every.extend(other.every)
+        return _Sampled(chosen, one.every, one.count + other.count, one.weight + other.weight)
 
 
 def cut(rows: Sequence[Any], size: int) -> list[Any]:

@@ -7,11 +7,12 @@ from typing import Any
 
 from headwater.attributor import Attributor
 from headwater.blocks import Structure
-from headwater.curvature.passes import KnownRows, Unpack, check_loader
 from headwater.errors import InvalidInput
 from headwater.gradients.provider import OutputFunction
+from headwater.loaders.batches import Unpack, check_loader
 from headwater.methods.base import Method
 from headwater.methods.damping import Damping
+from headwater.rows import Rows
 from headwater.sklearn.batch import SklearnBatch
 from headwater.sklearn.families import Array
 from headwater.sklearn.provider import NAMES, SklearnGradientProvider
@@ -53,7 +54,7 @@ class SklearnComposableInfluence(Attributor[Array]):
 
     def as_loader(self, loader: Iterable[Any]) -> Iterable[Any]:
         """A `SklearnBatch` goes through the steps of a pipeline once; pairs (x, y) do in every pass."""
-        check_loader(loader.source if isinstance(loader, KnownRows) else loader, "given")
+        check_loader(loader.source if isinstance(loader, Rows) else loader, "given")
         return [self._prepared(number, item) for number, item in enumerate(loader)]
 
     def _prepared(self, number: int, item: Any) -> Any:

@@ -12,6 +12,7 @@ import numpy as np
 
 from headwater.errors import InvalidInput, InvalidSetting, NotSaved, ShapeMismatch
 from headwater.evaluate.calibration import Calibration
+from headwater.store.base import Sink, Tile
 from headwater.store.diagnosis import Diagnosis
 from headwater.store.draft import draft
 from headwater.store.kinds import kind_of
@@ -221,7 +222,7 @@ class Extremes:
     """Ascending: the most harmful first."""
 
 
-class Running:
+class Running(Sink):
     """The k largest and smallest scores of each query so far; ties go to the row that came first."""
 
     def __init__(self, k: int, query_ids: np.ndarray):
@@ -241,6 +242,9 @@ class Running:
             self._best(np.concatenate([kept, scores], axis=1), np.concatenate([names, ids], axis=1), sign)
             for (kept, names), sign in zip(self._ends, (-1, 1), strict=True)
         ]
+
+    def write(self, tile: Tile) -> None:
+        self.add(tile.scores.sum(axis=0) if len(tile.scores) > 1 else tile.scores[0], tile.ids)
 
     def _best(self, scores: np.ndarray, ids: np.ndarray, sign: int) -> tuple[np.ndarray, np.ndarray]:
         order = np.argsort(sign * scores, axis=1, kind="stable")[:, : self.k]

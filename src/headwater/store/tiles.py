@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from headwater.errors import DamagedFile, InvalidInput
+from headwater.store.base import Sink, Tile
 from headwater.store.draft import draft_of, is_draft, remove_dead, told, write_new, write_whole
 from headwater.store.seal import digest, file_digests, open_bytes, seal_bytes, sealed, unsealed
 
@@ -33,7 +34,7 @@ Where = tuple[int, int, int]
 OTHER_FOLDER = "Choose another folder, or remove this one."
 
 
-class TileStore:
+class TileStore(Sink):
     """Tiles of one run. Opening a folder that holds another run is refused.
 
     identity: what makes two runs the same, JSON values only. tolerance: how far scores of one run may be off, relative
@@ -146,10 +147,17 @@ class TileStore:
         except (OSError, KeyError, ValueError):  # another process is writing it again
             return None
 
-    def write(self, start: int, keys: np.ndarray, tile: np.ndarray) -> None:
-        """Keep a tile [block, query, train]; it counts once this returns. Errors: NotWritten."""
-        stop = start + len(keys)
-        line = {"start": start, "stop": stop, "rows": rows_digest(keys), "tile": self._write_tile(start, stop, tile)}
+    @property
+    def needs_keys(self) -> bool:
+        return True
+
+    def write(self, tile: Tile) -> None:
+        """Keep a tile; it counts once this returns. Errors: NotWritten; InvalidInput for one without keys."""
+        if tile.keys is None:
+            raise InvalidInput(f"The tile of train rows from {tile.start} on has no keys of its rows.")
+        start, stop = tile.start, tile.start + len(tile.keys)
+        digests = self._write_tile(start, stop, tile.scores)
+        line = {"start": start, "stop": stop, "rows": rows_digest(tile.keys), "tile": digests}
         text = json.dumps({**line, "line": _line_digest(line, self._belonging)}).encode()
         with told(self.path), open(self.path / "ledger.jsonl", "a+b") as ledger:
             torn = ledger.seek(0, os.SEEK_END) > 0 and not _ends_line(ledger)

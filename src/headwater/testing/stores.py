@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from headwater.errors import InvalidInput
+from headwater.store.base import Tile
 from headwater.testing.contract import Contract
 
 
@@ -20,7 +21,7 @@ class TileStoreLike(Protocol):
 
     def read(self, start: int, keys: np.ndarray) -> np.ndarray | None: ...
 
-    def write(self, start: int, keys: np.ndarray, tile: np.ndarray) -> None: ...
+    def write(self, tile: Tile) -> None: ...
 
     def probe(self, keys: np.ndarray, scores: np.ndarray) -> None: ...
 
@@ -45,7 +46,7 @@ class TileStoreContract(Contract):
     def test_what_was_written_is_read_by_another_opening(self) -> None:
         with self.folder() as path:
             keys, tile = self.tile()
-            self.open_store(path, {"run": 1}).write(10, keys, tile)
+            self.open_store(path, {"run": 1}).write(Tile(10, keys, keys, tile))
             found = self.open_store(path, {"run": 1}).read(10, keys)
             np.testing.assert_array_equal(found, tile)
 
@@ -53,7 +54,7 @@ class TileStoreContract(Contract):
         with self.folder() as path:
             keys, tile = self.tile()
             store = self.open_store(path, {"run": 1})
-            store.write(10, keys, tile)
+            store.write(Tile(10, keys, keys, tile))
             assert store.read(0, keys) is None
             assert store.read(10, keys[:4]) is None
 
@@ -61,22 +62,22 @@ class TileStoreContract(Contract):
         with self.folder() as path:
             (keys, tile), (_, other) = self.tile(), self.tile(seed=1)
             store = self.open_store(path, {"run": 1})
-            store.write(0, keys, tile)
-            store.write(0, keys, other)
+            store.write(Tile(0, keys, keys, tile))
+            store.write(Tile(0, keys, keys, other))
             np.testing.assert_array_equal(self.open_store(path, {"run": 1}).read(0, keys), other)
 
     def test_other_rows_in_the_same_place_are_refused(self) -> None:
         with self.folder() as path:
             (keys, tile), (others, _) = self.tile(), self.tile(seed=1)
             store = self.open_store(path, {"run": 1})
-            store.write(0, keys, tile)
+            store.write(Tile(0, keys, keys, tile))
             with self.refuses(InvalidInput, "other rows"):
                 store.read(0, others)
 
     def test_another_run_is_refused_and_what_differs_is_named(self) -> None:
         with self.folder() as path:
             keys, tile = self.tile()
-            self.open_store(path, {"method": "a", "damping": 1.0}).write(0, keys, tile)
+            self.open_store(path, {"method": "a", "damping": 1.0}).write(Tile(0, keys, keys, tile))
             with self.refuses(InvalidInput, "damping", "2.0"):
                 self.open_store(path, {"method": "a", "damping": 2.0})
 
@@ -96,6 +97,6 @@ class TileStoreContract(Contract):
     def test_numbers_that_differ_by_rounding_are_the_same_run(self) -> None:
         with self.folder() as path:
             keys, tile = self.tile()
-            self.open_store(path, {"damping": {"a": 0.1}}).write(0, keys, tile)
+            self.open_store(path, {"damping": {"a": 0.1}}).write(Tile(0, keys, keys, tile))
             found = self.open_store(path, {"damping": {"a": 0.1 * (1 + 1e-8)}}).read(0, keys)
             np.testing.assert_array_equal(found, tile)

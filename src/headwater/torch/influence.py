@@ -13,11 +13,11 @@ from torch.utils.data import Dataset, IterableDataset
 
 from headwater.attributor import Attributor
 from headwater.blocks import Structure
-from headwater.curvature.passes import Unpack, Unpacked
 from headwater.errors import InvalidInput, InvalidSetting
 from headwater.gradients.coverage import Coverage
 from headwater.gradients.ensemble import EnsembleProvider
 from headwater.gradients.provider import StructuredGradientProvider
+from headwater.loaders.batches import Unpack, Unpacked
 from headwater.methods.base import Method
 from headwater.methods.damping import Damping
 from headwater.torch.likelihoods import Likelihood

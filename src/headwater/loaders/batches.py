@@ -1,181 +1,19 @@
-"""Passes over a data loader, and the one weighted accumulator of everything that is a mean over rows."""
+"""What users give: batches in many forms, and the plain words for what is none."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-from headwater.arrays import is_array, is_frame, namespace, precise
-from headwater.curvature.known_rows import RowKeys, RowMemory
-from headwater.curvature.places import Place, here, move_to, raise_at
+from headwater.arrays import is_array, is_frame
 from headwater.errors import BatchMismatch, InvalidInput
 from headwater.gradients.provider import StructuredGradientProvider
-from headwater.progress import track
 from headwater.types import Batch
 
-Value = TypeVar("Value")
 Unpack = Callable[[Any], Any]
 """An item of a loader -> (x, y), (x, y, ids) or (x, y, ids, weights), with None for what there is not; or a Batch."""
-
-
-@dataclass(frozen=True, eq=False)
-class Piece:
-    """Some rows of a pass: a batch of the loader, or a part of one that the provider takes at once."""
-
-    batch: Any
-    place: Place
-    keys: RowKeys | None
-    """What the rows are known by; None for a loader that is nobody's `KnownRows`."""
-
-    @property
-    def start(self) -> int:
-        """Position, in the loader, of the first row."""
-        return self.place.start + self.place.offset
-
-
-class KnownRows(Iterable[Any]):
-    """A loader, for one fit or run: every pass over it meets the same rows, or is refused.
-
-    role: "train" or "query". memory: of what the same loader gave before, if it was read before.
-    """
-
-    def __init__(
-        self,
-        provider: StructuredGradientProvider,
-        source: Iterable[Any],
-        role: str = "train",
-        memory: RowMemory | None = None,
-    ):
-        self.provider, self.source, self.role = provider, source, role
-        self.memory = RowMemory() if memory is None else memory
-
-    def __iter__(self) -> Iterator[Any]:
-        """The loader's items as they are, compared on their way: for who makes other batches of them."""
-        start, found = 0, []
-        for number, item in enumerate(self.source):
-            batch = _placed_batch(self.provider, item, Place(self.role, number, start))
-            if batch is not None:
-                found.append(self.compared(self.provider, batch, Place(self.role, number, start, len(batch))))
-                start += len(batch)
-            yield item
-        if found:
-            self.memory.end(found, self.role)
-
-    def compared(self, provider: StructuredGradientProvider, batch: Any, place: Place) -> RowKeys:
-        """The keys of a batch's rows. Errors: BatchMismatch where they are not those of an earlier pass."""
-        keys = RowKeys.of(provider, batch)
-        self.memory.compare(keys, place)
-        return keys
-
-    def glance(self) -> None:
-        """Look at the first rows, so that a loader that shuffles is noticed when they come again.
-
-        A built-in collection does not shuffle, and a loader that was read before is compared with that.
-        """
-        check_loader(self.source, self.role)
-        if self.memory.is_empty and not isinstance(self.source, (list, tuple)):
-            first = next(_whole_batches(self.provider, self.source, self.role), None)
-            if first is not None and (keys := RowKeys.of(self.provider, first[1])).ids is None:
-                self.memory.expect(keys)
-
-
-def known_rows(provider: StructuredGradientProvider, loader: Iterable[Any], role: str = "train") -> KnownRows:
-    """The loader, if it is one of these already, or as one."""
-    if isinstance(loader, KnownRows):
-        return loader
-    check_loader(loader, role)
-    return KnownRows(provider, loader, role)
-
-
-def batches(
-    provider: StructuredGradientProvider, loader: Iterable[Any], what: str, show: bool = False
-) -> Iterator[Batch]:
-    """`read`, batches alone."""
-    return (piece.batch for piece in read(provider, loader, what, show))
-
-
-def read(provider: StructuredGradientProvider, loader: Iterable[Any], what: str, show: bool = False) -> Iterator[Piece]:
-    """The loader's batches as the framework's, empty ones left out, large ones cut to what the provider takes at once.
-
-    Errors: InvalidInput for what is no loader, can be read only once, or gives an item that is no batch; BatchMismatch
-    for a loader without rows, and for `KnownRows` that are others than in an earlier pass.
-    """
-    known = loader if isinstance(loader, KnownRows) else None
-    role = "train" if known is None else known.role
-    source: Iterable[Any] = loader if known is None else known.source
-    check_loader(source, role)
-    outer, found = here(), []
-    provider.begin_pass()
-    move_to(None)  # the loader's own errors are its own
-    for place, batch in _whole_batches(provider, track(source, what, show), role):
-        move_to(place)  # what is asked of the provider now is about this batch
-        keys = None if known is None else known.compared(provider, batch, place)
-        if keys is not None:
-            found.append(keys)
-        for rows, piece in _pieces(provider, batch):
-            part = replace(place, offset=rows.start) if rows.start else place
-            move_to(part)
-            yield Piece(piece, part, None if keys is None else keys.take(rows))
-        move_to(None)
-    if known is not None and found:
-        known.memory.end(found, role)
-    move_to(outer)
-
-
-def again(pieces: Iterable[Piece], what: str, show: bool = False) -> Iterator[Piece]:
-    """Pieces of a pass that were kept, in turn: a pass as well, to errors."""
-    outer = here()
-    for piece in track(pieces, what, show):
-        move_to(piece.place)
-        yield piece
-    move_to(outer)
-
-
-def first_batch(provider: StructuredGradientProvider, loader: Iterable[Any]) -> Batch:
-    """A look at some rows, which is no pass. Errors: as `read`."""
-    source = loader.source if isinstance(loader, KnownRows) else loader
-    check_loader(source, "train")
-    _, batch = next(_whole_batches(provider, source, "train"))
-    return next(_pieces(provider, batch))[1]
-
-
-def _whole_batches(
-    provider: StructuredGradientProvider, source: Iterable[Any], role: str
-) -> Iterator[tuple[Place, Batch]]:
-    start = 0
-    for number, item in enumerate(source):
-        batch = _placed_batch(provider, item, Place(role, number, start))
-        if batch is not None:
-            yield Place(role, number, start, len(batch)), batch
-            start += len(batch)
-    if not start:
-        raise BatchMismatch(f"The {role} loader has no rows. A loader gives batches: one batch is [(x, y)].")
-
-
-def _placed_batch(provider: StructuredGradientProvider, item: Any, place: Place) -> Batch | None:
-    """Errors: as `as_batch`, naming the place."""
-    try:
-        return as_batch(provider, item)
-    except Exception as error:
-        raise_at(error, place)
-        raise
-
-
-def _pieces(provider: StructuredGradientProvider, batch: Any) -> Iterator[tuple[slice, Any]]:
-    """The batch, or nearly equal pieces of it that the provider takes at once; and which rows they are."""
-    pieces = -(-len(batch) // max(1, provider.rows_at_once(batch)))
-    if pieces == 1:
-        yield slice(0, len(batch)), batch
-        return
-    step = -(-len(batch) // pieces)
-    for start in range(0, len(batch), step):
-        rows = slice(start, min(start + step, len(batch)))
-        yield rows, batch.take(rows)
-
-
-# What users give ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -335,9 +173,6 @@ def _why_one_row(x: Any, y: Any) -> str | None:
     return None
 
 
-# Means ----------------------------------------------------------------------------------------------------------------
-
-
 def _with_columns(provider: StructuredGradientProvider, batch: Batch, weights: Any, ids: Any) -> Batch:
     """A batch of the provider's kind with the weights and ids that were given.
 
@@ -352,33 +187,3 @@ def _with_columns(provider: StructuredGradientProvider, batch: Batch, weights: A
             "None. Leave them out, or let row_weights return them and grads multiply by them."
         )
     return batch
-
-
-def total_weight(provider: StructuredGradientProvider, batch: Batch) -> float:
-    """The number of rows, each counted with its weight."""
-    weights = provider.row_weights(batch)
-    return float(len(batch)) if weights is None else float(namespace(weights).sum(precise(weights)))
-
-
-class WeightedMean(Generic[Value]):
-    """sum of values over sum of weights: the mean over rows, whatever batches they came in."""
-
-    def __init__(self) -> None:
-        self._total: Any = None
-        self.weight = 0.0
-
-    def add(self, weighted_sum: Value, weight: float) -> None:
-        """A batch's contribution: its weighted sum, and its rows' total weight."""
-        self._total = weighted_sum if self._total is None else self._total + weighted_sum
-        self.weight += weight
-
-    @property
-    def value(self) -> Value:
-        return self._total / positive_weight(self.weight)
-
-
-def positive_weight(weight: float) -> float:
-    """The rows' total weight. Errors: InvalidInput unless it is positive."""
-    if not weight > 0:
-        raise InvalidInput(f"The rows' weights sum to {weight:g}; a mean needs a positive sum.")
-    return weight

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from headwater.arrays import to_numpy
-from headwater.curvature.places import Place
 from headwater.errors import BatchMismatch
 from headwater.gradients.provider import StructuredGradientProvider
+from headwater.loaders.places import Place
 from headwater.random import name_keys, row_digests
 from headwater.types import Batch
 

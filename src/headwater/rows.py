@@ -1,0 +1,322 @@
+"""The rows of a data set, and the one loop over them.
+
+A pass takes a visitor: what it makes of some rows, how two such parts become one, and what the whole means. `sweep`
+reads the loader and is the only place that does; a runner decides in which order, and where, the pieces are visited.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from headwater.arrays import is_array, to_numpy
+from headwater.errors import BatchMismatch
+from headwater.gradients.provider import BlockGradients, StructuredGradientProvider
+from headwater.loaders.batches import as_batch, check_loader
+from headwater.loaders.keys import RowKeys, RowMemory
+from headwater.loaders.places import Place, here, move_to, raise_at
+from headwater.progress import track
+from headwater.types import Batch
+
+Item = TypeVar("Item")
+Part = TypeVar("Part")
+Found = TypeVar("Found")
+OtherPart = TypeVar("OtherPart")
+OtherFound = TypeVar("OtherFound")
+
+
+@dataclass(frozen=True, eq=False)
+class PlacedBatch:
+    """Some rows of a pass: a batch of the loader, or a part of one that the provider takes at once."""
+
+    batch: Any
+    place: Place
+    keys: RowKeys | None
+    """What the rows are known by; None for a loader that is nobody's `Rows`."""
+    _grads: list[tuple[StructuredGradientProvider, BlockGradients]] = field(default_factory=list)
+
+    @property
+    def start(self) -> int:
+        """Position, in the loader, of the first row."""
+        return self.place.start + self.place.offset
+
+    @property
+    def names(self) -> np.ndarray:
+        """What the rows are called: their ids, or their positions in the loader. [n]"""
+        ids = self.batch.ids
+        if ids is None:
+            return np.arange(self.start, self.start + len(self.batch))
+        return np.asarray(to_numpy(ids) if is_array(ids) else ids)
+
+    def grads(self, provider: StructuredGradientProvider) -> BlockGradients:
+        """The rows' weighted gradients: of several visitors that ask, the first computes them."""
+        if not self._grads or self._grads[0][0] is not provider:
+            self._grads[:] = [(provider, provider.grads(self.batch))]
+        return self._grads[0][1]
+
+
+# Visitors -------------------------------------------------------------------------------------------------------------
+
+
+class Visitor(ABC, Generic[Item, Part, Found]):
+    """What a pass computes. Parts are merged in the order of the rows; what there are no rows of has no part."""
+
+    @abstractmethod
+    def of(self, item: Item) -> Part:
+        """What some rows give."""
+
+    @abstractmethod
+    def merge(self, one: Part, other: Part) -> Part:
+        """What these rows give and those after them; `one` may be changed."""
+
+    def add(self, whole: Part, item: Item) -> Part:
+        """`merge(whole, of(item))`, for parts that take rows in without a part between."""
+        return self.merge(whole, self.of(item))
+
+    def finish(self, whole: Part) -> Found:
+        """What the part of all rows means."""
+        return whole  # type: ignore[return-value]
+
+    def __and__(
+        self, other: Visitor[Item, OtherPart, OtherFound]
+    ) -> Visitor[Item, tuple[Part, OtherPart], tuple[Found, OtherFound]]:
+        """Both in one pass; at each item, this one first."""
+        return Both(self, other)
+
+
+class Accumulator(Visitor[Item, Part, Found]):
+    """A visitor whose parts are made by taking rows in: a subclass has `start` and `add`."""
+
+    @abstractmethod
+    def start(self) -> Part:
+        """The part of no rows."""
+
+    @abstractmethod
+    def add(self, whole: Part, item: Item) -> Part: ...
+
+    def of(self, item: Item) -> Part:
+        return self.add(self.start(), item)
+
+
+@dataclass(frozen=True, eq=False)
+class Both(Visitor[Item, tuple[Part, OtherPart], tuple[Found, OtherFound]]):
+    """Two visitors in one pass."""
+
+    first: Visitor[Item, Part, Found]
+    second: Visitor[Item, OtherPart, OtherFound]
+
+    def of(self, item: Item) -> tuple[Part, OtherPart]:
+        return self.first.of(item), self.second.of(item)
+
+    def merge(self, one: tuple[Part, OtherPart], other: tuple[Part, OtherPart]) -> tuple[Part, OtherPart]:
+        return self.first.merge(one[0], other[0]), self.second.merge(one[1], other[1])
+
+    def add(self, whole: tuple[Part, OtherPart], item: Item) -> tuple[Part, OtherPart]:
+        return self.first.add(whole[0], item), self.second.add(whole[1], item)
+
+    def finish(self, whole: tuple[Part, OtherPart]) -> tuple[Found, OtherFound]:
+        return self.first.finish(whole[0]), self.second.finish(whole[1])
+
+
+@dataclass(frozen=True, eq=False)
+class Each(Visitor[Item, list[Found], list[Found]]):
+    """A list of what a function makes of each item."""
+
+    make: Callable[[Item], Found]
+
+    def of(self, item: Item) -> list[Found]:
+        return [self.make(item)]
+
+    def merge(self, one: list[Found], other: list[Found]) -> list[Found]:
+        one.extend(other)
+        return one
+
+
+@dataclass(frozen=True, eq=False)
+class Total(Visitor[Item, Found, Found]):
+    """The sum of what a function makes of each item."""
+
+    make: Callable[[Item], Found]
+
+    def of(self, item: Item) -> Found:
+        return self.make(item)
+
+    def merge(self, one: Found, other: Found) -> Found:
+        return one + other  # type: ignore[operator]
+
+
+# Runners --------------------------------------------------------------------------------------------------------------
+
+Runner = Callable[[Visitor[Any, Any, Any], Iterable[Any]], Any]
+"""Visits the items of a pass: (visitor, items) -> the part of all of them."""
+
+
+def serial(visitor: Visitor[Item, Part, Found], items: Iterable[Item]) -> Part:
+    """One item after the other. Errors: BatchMismatch for none."""
+    whole: list[Part] = []
+    for item in items:
+        whole = [visitor.add(whole[0], item) if whole else visitor.of(item)]
+    if not whole:
+        raise BatchMismatch("A pass met no rows.")
+    return whole[0]
+
+
+# Rows -----------------------------------------------------------------------------------------------------------------
+
+
+class Rows(Iterable[Any]):
+    """A loader, for one fit or run: every pass over it meets the same rows, or is refused.
+
+    role: "train" or "query". memory: of what the same loader gave before, if it was read before. runner: of every pass
+    over it; None for `serial`.
+    """
+
+    def __init__(
+        self,
+        provider: StructuredGradientProvider,
+        source: Iterable[Any],
+        role: str = "train",
+        memory: RowMemory | None = None,
+        runner: Runner | None = None,
+    ):
+        self.provider, self.source, self.role, self.runner = provider, source, role, runner
+        self.memory = RowMemory() if memory is None else memory
+
+    @classmethod
+    def of(cls, provider: StructuredGradientProvider, loader: Iterable[Any], role: str = "train") -> Rows:
+        """The loader, if it is one of these already, or as one."""
+        if isinstance(loader, Rows):
+            return loader
+        check_loader(loader, role)
+        return cls(provider, loader, role)
+
+    def __iter__(self) -> Iterator[Any]:
+        """The loader's items as they are, compared on their way: for who makes other batches of them."""
+        start, found = 0, []
+        for number, item in enumerate(self.source):
+            batch = _placed_batch(self.provider, item, Place(self.role, number, start))
+            if batch is not None:
+                found.append(self.compared(self.provider, batch, Place(self.role, number, start, len(batch))))
+                start += len(batch)
+            yield item
+        if found:
+            self.memory.end(found, self.role)
+
+    def compared(self, provider: StructuredGradientProvider, batch: Any, place: Place) -> RowKeys:
+        """The keys of a batch's rows. Errors: BatchMismatch where they are not those of an earlier pass."""
+        keys = RowKeys.of(provider, batch)
+        self.memory.compare(keys, place)
+        return keys
+
+    def glance(self) -> None:
+        """Look at the first rows, so that a loader that shuffles is noticed when they come again.
+
+        A built-in collection does not shuffle, and a loader that was read before is compared with that.
+        """
+        check_loader(self.source, self.role)
+        if self.memory.is_empty and not isinstance(self.source, (list, tuple)):
+            first = next(_whole_batches(self.provider, self.source, self.role), None)
+            if first is not None and (keys := RowKeys.of(self.provider, first[1])).ids is None:
+                self.memory.expect(keys)
+
+
+def sweep(
+    provider: StructuredGradientProvider,
+    loader: Iterable[Any],
+    visitor: Visitor[PlacedBatch, Part, Found],
+    what: str,
+    show: bool = False,
+) -> Found:
+    """Visit a loader's rows once: as the framework's batches, empty ones left out, large ones cut to what is taken at
+    once. what: the name of the pass on a progress bar, which `show` draws.
+
+    Errors: InvalidInput for what is no loader, can be read only once, or gives an item that is no batch; BatchMismatch
+    for a loader without rows, and for `Rows` that are others than in an earlier pass; the visitor's own.
+    """
+    runner = loader.runner if isinstance(loader, Rows) else None
+    whole: Part = (runner or serial)(visitor, _read(provider, loader, what, show))
+    return visitor.finish(whole)
+
+
+def sweep_kept(
+    pieces: Iterable[PlacedBatch], visitor: Visitor[PlacedBatch, Part, Found], what: str, show: bool = False
+) -> Found:
+    """Visit pieces that were kept from a pass; errors name their places as in a pass."""
+    return visitor.finish(serial(visitor, _again(pieces, what, show)))
+
+
+def first_batch(provider: StructuredGradientProvider, loader: Iterable[Any]) -> Batch:
+    """A look at some rows, which is no pass. Errors: as `sweep`."""
+    source = loader.source if isinstance(loader, Rows) else loader
+    check_loader(source, "train")
+    _, batch = next(_whole_batches(provider, source, "train"))
+    return next(_pieces(provider, batch))[1]
+
+
+def _read(provider: StructuredGradientProvider, loader: Iterable[Any], what: str, show: bool) -> Iterator[PlacedBatch]:
+    known = loader if isinstance(loader, Rows) else None
+    role = "train" if known is None else known.role
+    source: Iterable[Any] = loader if known is None else known.source
+    check_loader(source, role)
+    outer, found = here(), []
+    provider.begin_pass()
+    move_to(None)  # the loader's own errors are its own
+    for place, batch in _whole_batches(provider, track(source, what, show), role):
+        move_to(place)  # what is asked of the provider now is about this batch
+        keys = None if known is None else known.compared(provider, batch, place)
+        if keys is not None:
+            found.append(keys)
+        for rows, piece in _pieces(provider, batch):
+            part = replace(place, offset=rows.start) if rows.start else place
+            move_to(part)
+            yield PlacedBatch(piece, part, None if keys is None else keys.take(rows))
+        move_to(None)
+    if known is not None and found:
+        known.memory.end(found, role)
+    move_to(outer)
+
+
+def _again(pieces: Iterable[PlacedBatch], what: str, show: bool) -> Iterator[PlacedBatch]:
+    outer = here()
+    for piece in track(pieces, what, show):
+        move_to(piece.place)
+        yield piece
+    move_to(outer)
+
+
+def _whole_batches(
+    provider: StructuredGradientProvider, source: Iterable[Any], role: str
+) -> Iterator[tuple[Place, Batch]]:
+    start = 0
+    for number, item in enumerate(source):
+        batch = _placed_batch(provider, item, Place(role, number, start))
+        if batch is not None:
+            yield Place(role, number, start, len(batch)), batch
+            start += len(batch)
+    if not start:
+        raise BatchMismatch(f"The {role} loader has no rows. A loader gives batches: one batch is [(x, y)].")
+
+
+def _placed_batch(provider: StructuredGradientProvider, item: Any, place: Place) -> Batch | None:
+    """Errors: as `as_batch`, naming the place."""
+    try:
+        return as_batch(provider, item)
+    except Exception as error:
+        raise_at(error, place)
+        raise
+
+
+def _pieces(provider: StructuredGradientProvider, batch: Any) -> Iterator[tuple[slice, Any]]:
+    """The batch, or nearly equal pieces of it that the provider takes at once; and which rows they are."""
+    pieces = -(-len(batch) // max(1, provider.rows_at_once(batch)))
+    if pieces == 1:
+        yield slice(0, len(batch)), batch
+        return
+    step = -(-len(batch) // pieces)
+    for start in range(0, len(batch), step):
+        rows = slice(start, min(start + step, len(batch)))
+        yield rows, batch.take(rows)

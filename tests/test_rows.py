@@ -1,0 +1,133 @@
+"""Claims about passes: however rows are cut and merged, each visitor finds the same; a runner meets every pass."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import headwater as hw
+from headwater.errors import BatchMismatch
+from headwater.rows import Each, Rows, Total, serial, sweep
+from headwater.torch import TorchBatch, TorchComposableInfluence
+
+torch.manual_seed(0)
+X, Y = torch.randn(11, 4, dtype=torch.float64), torch.arange(11) % 3
+MODEL = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+CUTS = [slice(0, 3), slice(3, 4), slice(4, 9), slice(9, 11)]
+TRAIN = [TorchBatch(X[cut], Y[cut], weights=1.0 + X[cut, 0] ** 2) for cut in CUTS]
+QUERIES = [(X[:2] + 0.1, Y[:2]), (X[2:5] - 0.2, Y[2:5])]
+METHODS = [
+    hw.GradDot(),
+    hw.GradCos(),
+    hw.Direct(),
+    hw.Direct(curvature="ggn"),
+    hw.Dual(),
+    hw.DataInf(),
+    hw.Cg(curvature="ggn"),
+    hw.BlockKrylov(curvature="ggn"),
+    hw.Arnoldi(rank=4, curvature="ggn"),
+    hw.Nystroem(rank=4, curvature="ggn"),
+    hw.Lissa(curvature="ggn", steps=20, rows=4),
+    hw.Kfac(),
+    hw.Ekfac(),
+    hw.LoGra(dimension=2),
+    hw.Trak(dimension=8),
+]
+
+
+def pairwise(visitor, items):
+    """Every batch by itself, and parts merged two by two: how several workers would."""
+    parts = [visitor.of(item) for item in items]
+    while len(parts) > 1:
+        pairs = [parts[k : k + 2] for k in range(0, len(parts), 2)]
+        parts = [visitor.merge(*pair) if len(pair) == 2 else pair[0] for pair in pairs]
+    return parts[0]
+
+
+@pytest.fixture
+def merged(monkeypatch):
+    """Passes are made by `pairwise` from here on."""
+    monkeypatch.setattr("headwater.rows.serial", pairwise)
+    monkeypatch.setattr("headwater.curvature.products.serial", pairwise)
+
+
+def influence(method, damping=0.3):
+    return TorchComposableInfluence(MODEL, nn.CrossEntropyLoss(), method, damping=damping).fit(TRAIN)
+
+
+def numbers(fitted):
+    """What a run finds: scores, each row's own, stationarity."""
+    scores = fitted.attribute(TRAIN, QUERIES, by_block=True)
+    seen = scores.diagnosis.stationarity
+    slope = [] if seen is None else [seen.gradient, seen.noise]
+    return [scores.values, *scores.by_block.values(), fitted.self_influence(TRAIN), np.array(slope), fitted.n_train]
+
+
+@pytest.mark.filterwarnings("ignore::headwater.errors.NotConverged")  # few steps of LiSSA
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.describe())
+def test_parts_of_the_rows_merge_to_what_one_pass_finds(method, request):
+    expected = numbers(influence(method))
+    request.getfixturevalue("merged")
+    for found, wanted in zip(numbers(influence(method)), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+def verbs(fitted):
+    """What the other verbs find."""
+    top = fitted.top(TRAIN, QUERIES, 3)
+    audit = fitted.audit(TRAIN, QUERIES, queries=3, k=2)
+    return [
+        fitted.removal(TRAIN, QUERIES),
+        fitted.removal(TRAIN, QUERIES, [[0, 3, 10], [4]]),
+        top.helpful_scores,
+        top.harmful_ids,
+        audit.relative_error,
+        audit.rank_correlation,
+        fitted.diagnose(TRAIN).stationarity.ratio,
+        fitted.verify(TRAIN, QUERIES, rows=2, queries=2).approximation.scores,
+    ]
+
+
+def test_verbs_find_the_same_of_merged_parts(request):
+    expected = verbs(influence(hw.Direct(curvature="ggn")))
+    request.getfixturevalue("merged")
+    for found, wanted in zip(verbs(influence(hw.Direct(curvature="ggn"))), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_a_gram_matrix_in_groups_is_that_of_one(monkeypatch):
+    """Where gradients do not fit into memory, each group of batches meets all batches in a pass of its own."""
+    expected = influence(hw.Dual()).attribute(TRAIN, QUERIES).values
+    monkeypatch.setattr("headwater.curvature.dual.KEPT_SHARE", 0)
+    monkeypatch.setattr("headwater.curvature.products.KEPT_SHARE", 0)
+    np.testing.assert_allclose(influence(hw.Dual()).attribute(TRAIN, QUERIES).values, expected, rtol=1e-9)
+
+
+def test_a_runner_meets_every_pass_over_its_rows():
+    met, provider = [], influence(hw.GradDot()).provider
+
+    def runner(visitor, items):
+        met.append(type(visitor).__name__)
+        return serial(visitor, items)
+
+    rows = Rows(provider, TRAIN, runner=runner)
+    hw.Ekfac().fit(provider, rows, False)
+    assert met == ["_Factors", "_Spectra"]
+
+
+def test_two_visitors_of_a_pass_share_its_gradients():
+    provider, calls = influence(hw.GradDot()).provider, []
+    grads = provider.grads
+    provider.grads = lambda *args, **options: calls.append(1) or grads(*args, **options)
+    names = Each(lambda batch: batch.names) & Total(lambda batch: len(batch.batch))
+    both = names & (Each(lambda batch: batch.grads(provider)) & Each(lambda batch: batch.grads(provider)))
+    (found, rows), (one, other) = sweep(provider, TRAIN, both, "rows")
+    assert np.concatenate(found).tolist() == list(range(11)) and rows == 11
+    assert len(calls) == 4 and all(a is b for a, b in zip(one, other, strict=True))
+
+
+def test_a_pass_without_rows_is_refused():
+    with pytest.raises(BatchMismatch, match="no rows"):
+        serial(Total(len), [])
