@@ -22,6 +22,7 @@ HeadwaterError
 ├── NotWritten (OSError)                    a file could not be written: a full disk, a folder that is read-only
 │   └── AlreadySaved (FileExistsError)      there is something of that name already
 ├── NotConverged (UserWarning)              a warning: solves missed their tolerance
+├── RoughForecast (UserWarning)             a warning: rows whose removal takes most of the curvature with them
 └── MissingExtra (ImportError)              an optional package is not installed
 """
 
@@ -134,6 +135,10 @@ class AlreadySaved(NotWritten, FileExistsError):
 
 class NotConverged(HeadwaterError, UserWarning):
     """Solves missed their tolerance; given as a warning, since what they found may still serve."""
+
+
+class RoughForecast(HeadwaterError, UserWarning):
+    """Rows whose removal takes most of the curvature with them; given as a warning, with how much stays."""
 
 
 class MissingExtra(HeadwaterError, ImportError):

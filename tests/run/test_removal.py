@@ -18,12 +18,23 @@ from torch import nn
 from truth import assert_close, fitted, named_loader
 
 import headwater as hw
-from headwater.errors import BatchMismatch, InvalidInput, InvalidSetting, NotFittedError, SingularOperator, StaleFit
+from headwater.errors import (
+    BatchMismatch,
+    InvalidInput,
+    InvalidSetting,
+    NotFittedError,
+    RoughForecast,
+    SingularOperator,
+    StaleFit,
+)
 from headwater.errors import UnsupportedModel as Unsupported
 from headwater.operators.kronecker import EigenKroneckerOperator
 from headwater.operators.structured import DenseOperator
 from headwater.run import removal as removal_module
 from headwater.torch import TorchBatch, TorchComposableInfluence
+
+pytestmark = pytest.mark.filterwarnings("ignore::headwater.errors.RoughForecast")
+"""Laws hold for whatever rows; where a forecast is warned of is a claim of its own."""
 
 GROUPS = [[1, 4, 7], [11], [9, 2], [4, 1, 3, 10, 6]]
 """Across batches of five, overlapping, and in no order."""
@@ -272,6 +283,53 @@ def test_on_breast_cancer_it_is_nearer_to_exact_leave_one_out_than_plain_influen
     assert np.abs(got - truth).mean() < 0.25 * np.abs(plain - truth).mean()
 
 
+# How far to trust it --------------------------------------------------------------------------------------------------
+
+
+def what_stays(influence: TorchComposableInfluence, x: torch.Tensor, group: list[int]) -> float:
+    """The smallest eigenvalue of I - H of a linear softmax model, H from each row's own Jacobian; densely."""
+    case, names = (influence.model, nn.CrossEntropyLoss()), ["weight"]
+    size = influence.provider.n_parameters
+    labels = torch.zeros(1, dtype=torch.long)
+    ggn = [oracle.ggn(*case, x[k : k + 1], labels, names) for k in range(len(x))]
+    inverse = np.linalg.inv(sum(ggn) / len(x) + 1e-2 * np.eye(size))
+    gone = sum(ggn[k] for k in group) / len(x)
+    return 1 - float(np.linalg.eigvals(inverse @ gone).real.max())
+
+
+@pytest.fixture
+def softmax() -> tuple[TorchComposableInfluence, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(40, 4, generator=generator).double(), torch.arange(40) % 2
+    w = newton_softmax(x, y, torch.ones(1, 40, dtype=torch.float64) / 40, 1e-2)[0]
+    model = nn.Linear(4, 2, bias=False).double().eval()
+    with torch.no_grad():
+        model.weight.copy_(w)
+    influence = TorchComposableInfluence(model, nn.CrossEntropyLoss(), hw.Direct("ggn"), blocks="full", damping=1e-2)
+    return influence.fit(split_rows(x, y, 15)), x, y
+
+
+def test_the_warning_says_what_stays_of_the_curvature_and_of_which_group(softmax: Any) -> None:
+    influence, x, y = softmax
+    few, many = [3, 21], list(range(2, 36))
+    with pytest.warns(RoughForecast, match="fewer rows at a time, use more damping, or retrain") as found:
+        influence.removal(split_rows(x, y, 15), [(x[:3], y[:3])], [few, many])
+    stays = what_stays(influence, x, many)
+    assert 0 < stays < removal_module.ENOUGH < what_stays(influence, x, few)
+    assert f"Without group 1 (rows 2, 3, 4, 5, 6 ...) only {stays:.2g} of the curvature" in str(found[0].message)
+    assert "(1 of 2 removals leave less than 0.25)" in str(found[0].message) and len(found) == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_warning_for_few_rows_and_one_for_a_row_that_holds_a_direction_alone(softmax: Any) -> None:
+    influence, x, y = softmax
+    influence.removal(split_rows(x, y, 15), [(x[:3], y[:3])], [[3, 21], [5]])
+    influence.removal(split_rows(x, y, 15), [(x[:3], y[:3])])
+    x[:, 3] = torch.where(torch.arange(40) == 17, 3.0, 0.0)
+    with pytest.warns(RoughForecast, match=r"Without row 17 only .* \(1 of 40 removals"):
+        influence.fit([(x, y)]).removal([(x, y)], [(x[:3], y[:3])])
+
+
 # Refusals -------------------------------------------------------------------------------------------------------------
 
 
@@ -393,14 +451,14 @@ def _leverage(change: Any) -> AbstractContextManager[Any]:
 def a_group_is_the_sum_of_its_rows() -> Iterator[None]:
     """Each row's own leverage, and nothing between rows."""
 
-    def wrong(group: Any, regions: Any, queries: Any, n: float) -> np.ndarray:
+    def wrong(group: Any, regions: Any, queries: Any, n: float) -> tuple[np.ndarray, float]:
         names = group.names
         total: Any = 0.0
         for rows in group.rows:
             pairs = zip(regions, queries, rows, strict=True)
             shares = [removal_module._rows_share(*given, n, names) for given in pairs]
-            total = total + sum(shares).sum(1)
-        return total
+            total = total + sum(change for change, _ in shares).sum(1)
+        return total, 1.0
 
     with patch.object(removal_module, "_group_column", wrong):
         yield

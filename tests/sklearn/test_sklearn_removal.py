@@ -1,5 +1,7 @@
 """Exact removal equals fitting again without the rows, on the data sets that scikit-learn ships."""
 
+import warnings
+
 import numpy as np
 import pytest
 from sklearn import linear_model as lm
@@ -10,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn_cases import MAKERS, case_of
 
 import headwater as hw
-from headwater.errors import BatchMismatch, InvalidInput, SingularOperator
+from headwater.errors import BatchMismatch, InvalidInput, RoughForecast, SingularOperator
 from headwater.sklearn import SklearnBatch, SklearnGradientProvider, TrainingInfluence
 from headwater.sklearn.removal import ExactRemoval
 
@@ -249,6 +251,25 @@ def test_leverage_brings_forecasts_nearer_to_the_refits():
     errors = [np.linalg.norm(found - exact) / np.linalg.norm(exact) for found in (plain, better)]
     assert errors[1] < 0.7 * errors[0] < 0.3
     assert np.corrcoef(better.ravel(), exact.ravel())[0, 1] > 0.99
+
+
+def test_the_forecasts_that_are_warned_of_are_the_bad_ones():
+    """Groups of 1 to 320 rows, at random and by self-influence: medians of the error, as a share of the true change."""
+    x, y = breast_cancer()
+    x, y = x[:400], np.where(np.arange(400) % 10 == 0, 1 - y[:400], y[:400])
+    influence = TrainingInfluence(lm.LogisticRegression(tol=1e-8, max_iter=2000).fit(x, y)).fit(x, y)
+    order, rng = np.argsort(-influence.self_influence()), np.random.default_rng(0)
+    errors = {True: [], False: []}
+    for size in (1, 2, 5, 10, 20, 80, 160, 250, 320):
+        for group in (rng.choice(400, size, replace=False), order[:size]):
+            with warnings.catch_warnings(record=True) as found:
+                warnings.simplefilter("always")
+                got = influence.forecast(x[:50], y[:50], [group])
+            truth = influence.remove([group], x[:50], y[:50])
+            rough = any(issubclass(warning.category, RoughForecast) for warning in found)
+            errors[rough].append(np.linalg.norm(got - truth) / np.linalg.norm(truth))
+    warned, other = (np.median(errors[rough]) for rough in (True, False))
+    assert min(map(len, errors.values())) >= 4 and warned > 1.5 * other, errors
 
 
 @pytest.mark.parametrize("name", [n for n in MAKERS if "sgd" not in n])
