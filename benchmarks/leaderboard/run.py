@@ -205,7 +205,7 @@ def influence_of(found: Any, ours: Ours) -> Any:
 
 def measure_ours(entry: Entry, file: Path) -> dict[str, Any]:
     """Fit, calibrate on ten models, score; and the best damping on the path, in hindsight."""
-    from headwater.torch.trainer import batches
+    from headwater.retraining.torch.trainer import batches
 
     found, ours = ready(entry.task), OURS[entry.method]
     size = 4 if found.task.losses is token_losses else 256  # products of sequences are fastest on a few

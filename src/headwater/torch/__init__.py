@@ -7,14 +7,20 @@ except ImportError:
 
     raise MissingExtra("torch", "torch") from None
 
+from typing import TYPE_CHECKING
+
 from headwater.gradients.coverage import Coverage
+from headwater.moved import offered
 from headwater.torch.batch import TorchBatch
 from headwater.torch.influence import TorchComposableInfluence
 from headwater.torch.likelihoods import Bernoulli, CrossEntropy, Likelihood, OutputHessian, SquaredError, TargetSampler
 from headwater.torch.measurements import negative_logit, negative_margin
-from headwater.torch.pbrf import ProximalBregman, pbrf
 from headwater.torch.provider import TorchGradientProvider
-from headwater.torch.recentred import recentred
+
+if TYPE_CHECKING:
+    from headwater.retraining.torch import ProximalBregman, pbrf, recentred
+
+__getattr__ = offered(__name__, ("ProximalBregman", "pbrf", "recentred"), "headwater.retraining.torch")
 
 __all__ = [
     "Bernoulli",

@@ -30,8 +30,8 @@ import torch
 from torch import nn
 
 from headwater.errors import InvalidSetting, UnsupportedModel
+from headwater.retraining.torch.pbrf import ProximalBregman, warn_not_converged
 from headwater.torch.losses import Loss
-from headwater.torch.pbrf import ProximalBregman, warn_not_converged
 
 NEARLY = 0.05
 """Of the loss's and the penalty's pull, what may be left of their sum at a minimum."""
