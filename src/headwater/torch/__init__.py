@@ -18,7 +18,8 @@ from headwater.torch.measurements import negative_logit, negative_margin
 from headwater.torch.provider import TorchGradientProvider
 
 if TYPE_CHECKING:
-    from headwater.retraining.torch import ProximalBregman, pbrf, recentred
+    from headwater.retraining.torch.linearised import recentred
+    from headwater.retraining.torch.pbrf import ProximalBregman, pbrf
 
 __getattr__ = offered(__name__, ("ProximalBregman", "pbrf", "recentred"), "headwater.retraining.torch")
 

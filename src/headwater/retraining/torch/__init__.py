@@ -3,13 +3,16 @@
 import headwater.torch  # noqa: F401 - says which extra is missing
 from headwater.retraining.torch.linearised import recentred
 from headwater.retraining.torch.many import StackedModels, train_many
-from headwater.retraining.torch.pbrf import ProximalBregman, Response, pbrf
+from headwater.retraining.torch.pbrf import ProximalBregman, ProximalSettings, Response, pbrf
+from headwater.retraining.torch.sgd import Sgd
 from headwater.retraining.torch.tail_patch import gradient_step
 from headwater.retraining.torch.trainer import StackedMlps, TrainingCheckpoint, refit_heads, train_mlps
 
 __all__ = [
     "ProximalBregman",
+    "ProximalSettings",
     "Response",
+    "Sgd",
     "StackedMlps",
     "StackedModels",
     "TrainingCheckpoint",

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from headwater.errors import InvalidSetting, UnsupportedModel
-from headwater.retraining.torch.pbrf import ProximalBregman, warn_not_converged
+from headwater.retraining.torch.pbrf import ProximalBregman, ProximalSettings, warn_not_converged
 from headwater.torch.losses import Loss
 
 NEARLY = 0.05
@@ -66,12 +66,12 @@ def recentred(
     found = copy.deepcopy(model)
     if share == 1:
         return found
-    options: dict[str, Any] = {"steps": steps, "tolerance": tolerance, "batch_size": batch_size}
-    response = ProximalBregman(model, loss, x, y, x, y, damping=damping, weight=1 - share, **options)
+    settings = ProximalSettings(damping, 1 - share, steps, tolerance, batch_size)
+    response = ProximalBregman(model, loss, x, y, x, y, settings=settings)
     _check_minimum(response, damping)
     solved = response.solve(np.arange(response.rows))
     if not solved.converged:
-        warn_not_converged(f"the model with every row's weight times {share:g}", solved.steps, solved.slope, tolerance)
+        warn_not_converged(f"the model with every row's weight times {share:g}", solved.steps, solved.slope, settings)
     trained = [parameter for parameter in found.parameters() if parameter.requires_grad]
     with torch.no_grad():
         for parameter, values in zip(trained, solved.weights.split([p.numel() for p in trained]), strict=True):

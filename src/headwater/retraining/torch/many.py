@@ -12,17 +12,18 @@ For plain ReLU classifiers `train_mlps` does the same without `vmap`, and faster
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.utils._pytree import tree_leaves
 
-from headwater.errors import BatchMismatch, InvalidSetting, NonFiniteValue, ShapeMismatch, UnsupportedModel
-from headwater.retraining.torch.trainer import check_counts, cosine_rate, visited_rows
+from headwater.errors import BatchMismatch, NonFiniteValue, ShapeMismatch, UnsupportedModel
+from headwater.retraining.settings import settings_of
+from headwater.retraining.torch.sgd import Sgd, SgdFields, check_models
 from headwater.torch.check import close
 from headwater.torch.plan import differs_in_training
 from headwater.torch.surroundings import quiet
@@ -81,20 +82,16 @@ def train_many(
     seeds: Sequence[int],
     *,
     loss: RowLosses,
-    steps: int,
-    batch_size: int = 64,
-    lr: float = 0.1,
-    momentum: float = 0.9,
-    l2: float = 0.0,
-    decay: bool = True,
+    settings: Sgd | None = None,
     side_by_side: int = 16,
-    checkpoints: Collection[int] = (),
     progress: Callable[[int], object] | None = None,
+    **fields: Unpack[SgdFields],
 ) -> StackedModels:
     """Train one model per seed, each on the rows it keeps: SGD with momentum, the learning rate falling to zero.
 
     make: makes a model with fresh weights, for which torch is seeded; or a model whose weights all of them start from
     (fine-tuning, a warm start). Parameters with requires_grad=False are left alone.
+    settings: of `Sgd`, or its fields by name (steps=400, lr=0.1).
 
     Shapes: x [n, ...], y [n, ...] tensors; keep [m, n] bool; seeds [m].
     Units: the objective is the mean of the row losses plus l2 / 2 times the squared norm of the trained parameters.
@@ -106,10 +103,9 @@ def train_many(
         InvalidSetting for a checkpoint that is no step, and for no steps or seeds; NonFiniteValue, naming the model, if
         training diverges.
     """
-    check_counts(seeds, steps=steps, batch_size=batch_size, side_by_side=side_by_side)
+    sgd = settings_of(Sgd, settings, fields)
+    check_models(seeds, side_by_side)
     x, y = torch.as_tensor(x), torch.as_tensor(y)
-    if not all(0 <= step < steps for step in checkpoints):
-        raise InvalidSetting(f"checkpoints are {list(checkpoints)}; expected steps from 0 to {steps - 1}.")
     kept = torch.as_tensor(keep).bool().cpu()
     if kept.shape != (len(seeds), len(x)) or len(y) != len(x):
         raise BatchMismatch(f"There are {len(x)} rows x, {len(y)} rows y, {len(seeds)} seeds; keep is {kept.shape}.")
@@ -125,17 +121,17 @@ def train_many(
         trained = {name for name, value in models[0].named_parameters() if value.requires_grad}
         order = torch.stack(
             [
-                visited_rows(row, torch.Generator().manual_seed(int(seed)), steps * batch_size)
+                sgd.visited_rows(row, torch.Generator().manual_seed(int(seed)))
                 for row, seed in zip(kept[group], seeds[group], strict=True)
             ]
         )
-        course = _Course(models[0], loss, lr, momentum, l2, decay, frozenset(checkpoints), progress)
-        groups.append(course.run({n: parameters[n] for n in sorted(trained)}, x, y, order.view(-1, steps, batch_size)))
+        course = _Course(models[0], loss, sgd, progress)
+        groups.append(course.run({n: parameters[n] for n in sorted(trained)}, x, y, order))
     joined = {name: torch.cat([final[name] for final, _ in groups]) for name in groups[0][0]}
-    _check_finite(joined, seeds, lr)
+    _check_finite(joined, seeds, sgd.lr)
     passed = tuple(
         (step, {name: torch.cat([states[step][name] for _, states in groups]) for name in joined})
-        for step in sorted(set(checkpoints))
+        for step in sgd.wanted
     )
     return StackedModels(first, joined, passed)
 
@@ -146,11 +142,7 @@ class _Course:
 
     template: nn.Module
     loss: RowLosses
-    lr: float
-    momentum: float
-    l2: float
-    decay: bool
-    checkpoints: frozenset[int]
+    sgd: Sgd
     progress: Callable[[int], object] | None
 
     def run(
@@ -170,17 +162,14 @@ class _Course:
         slopes = vmap(grad(objective))
         velocities = {name: torch.zeros_like(value) for name, value in parameters.items()}
         parameters = {name: value.clone() for name, value in parameters.items()}
-        passed, steps = {}, order.shape[1]
-        for step in range(steps):
-            if step in self.checkpoints:
+        passed, wanted = {}, self.sgd.wanted
+        for step in range(self.sgd.steps):
+            if step in wanted:
                 passed[step] = {name: value.clone() for name, value in parameters.items()}
             rows = order[:, step].to(x.device)
-            rate = cosine_rate(self.lr, step, steps) if self.decay else self.lr
             with quiet():
                 found = slopes(parameters, x[rows], y[rows])
-            for name, slope in found.items():
-                velocities[name].mul_(self.momentum).add_(slope).add_(parameters[name], alpha=self.l2)
-                parameters[name].sub_(velocities[name], alpha=rate)
+            self.sgd.move(step, ((parameters[name], velocities[name], slope) for name, slope in found.items()))
             if self.progress is not None:
                 self.progress(len(rows))
         return parameters, passed

@@ -13,6 +13,7 @@ from torch import nn
 
 from headwater.errors import InvalidSetting, NonFiniteValue, UnsupportedModel
 from headwater.positions import row_positions
+from headwater.retraining.settings import check_counts
 from headwater.torch.batch import TorchBatch, call
 from headwater.torch.losses import Loss, row_losses
 from headwater.torch.surroundings import autograd_on
@@ -44,9 +45,7 @@ def gradient_step(
     """
     if not (np.isfinite(lr) and lr > 0):
         raise InvalidSetting(f"lr is {lr}; expected a step size above 0.")
-    for name, value in (("steps", steps), ("batch_size", batch_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InvalidSetting(f"{name} is {value!r}; expected a whole number of at least 1.")
+    check_counts(steps=steps, batch_size=batch_size)
     own = _copied(model)
     start: State = {name: p.detach() for name, p in own.named_parameters()}
     trained = [name for name, p in own.named_parameters() if p.requires_grad]

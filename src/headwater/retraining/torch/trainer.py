@@ -12,17 +12,19 @@ stream. The starting weights are drawn first, so equal seeds start equal whateve
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from headwater.errors import BatchMismatch, InvalidInput, InvalidSetting, NonFiniteValue, ShapeMismatch
+from headwater.retraining.settings import settings_of
+from headwater.retraining.torch.sgd import Sgd, SgdFields, check_models
 
 training_loss = cross_entropy
 """The loss that `train_mlps` minimises, averaged over a batch; its `reduction="none"` is the per-row loss."""
@@ -83,17 +85,14 @@ def train_mlps(
     seeds: Sequence[int],
     *,
     widths: Sequence[int],
-    steps: int,
-    batch_size: int = 64,
-    lr: float = 0.1,
-    momentum: float = 0.9,
-    l2: float = 1e-4,
+    settings: Sgd | None = None,
     side_by_side: int = 32,
-    checkpoints: Collection[int] = (),
     progress: Callable[[int], object] | None = None,
+    **fields: Unpack[SgdFields],
 ) -> StackedMlps:
     """Train one classifier per seed, each on the rows it keeps: SGD with momentum and a cosine learning rate.
 
+    settings: of `Sgd`, or its fields by name (steps=400, lr=0.1); by name, l2 is 1e-4 where it is not given.
     Every model takes the same number of steps, through seeded shuffles of its own rows. A batch may span two shuffles.
     The result does not depend on `side_by_side` beyond the rounding of a batched matmul.
 
@@ -106,26 +105,21 @@ def train_mlps(
         InvalidInput if a label has no output or x is not floating point; InvalidSetting for a checkpoint that is no
         step, and for no steps or seeds; NonFiniteValue if training diverges.
     """
-    check_counts(seeds, steps=steps, batch_size=batch_size, side_by_side=side_by_side)
-    if not all(0 <= step < steps for step in checkpoints):
-        raise InvalidSetting(f"checkpoints are {list(checkpoints)}; expected steps from 0 to {steps - 1}.")
+    sgd = settings_of(Sgd, settings, {"l2": 1e-4, **fields} if settings is None else fields)
+    check_models(seeds, side_by_side)
     x, y, keep = torch.as_tensor(x), torch.as_tensor(y).long(), torch.as_tensor(keep).bool().cpu()
     _check_shapes(x, y, keep, seeds, widths)
-    y, wanted = y.to(x.device), sorted(set(checkpoints))
+    y = y.to(x.device)
     groups: list[list[list[Tensor]]] = []  # of each: the parameters at every checkpoint, and in the end
     for start in range(0, len(seeds), side_by_side):
         group = slice(start, start + side_by_side)
-        draws = [
-            _draws(rows, seed, widths, steps * batch_size) for rows, seed in zip(keep[group], seeds[group], strict=True)
-        ]
+        draws = [_draws(rows, seed, widths, sgd) for rows, seed in zip(keep[group], seeds[group], strict=True)]
         parameters = [torch.stack(p).to(x).requires_grad_() for p in zip(*(start for start, _ in draws), strict=True)]
-        order = torch.stack([rows for _, rows in draws]).to(x.device).view(len(draws), steps, batch_size)
-        passed: list[list[Tensor]] = []
-        _descend(parameters, x, y, order, wanted, passed, lr=lr, momentum=momentum, l2=l2, progress=progress)
+        order = torch.stack([rows for _, rows in draws]).to(x.device)
+        passed = _descend(parameters, x, y, order, sgd, progress)
         groups.append([*passed, [p.detach() for p in parameters]])
     *kept, final = (_stacked(group) for group in zip(*groups, strict=True))
-    rates = (cosine_rate(lr, step, steps) for step in wanted)
-    return replace(final, checkpoints=tuple(map(TrainingCheckpoint, wanted, rates, kept)))
+    return replace(final, checkpoints=tuple(map(TrainingCheckpoint, sgd.wanted, map(sgd.rate, sgd.wanted), kept)))
 
 
 def _stacked(groups: Sequence[Sequence[Tensor]]) -> StackedMlps:
@@ -191,8 +185,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
 
 
-def _draws(keep: Tensor, seed: int, widths: Sequence[int], count: int) -> tuple[list[Tensor], Tensor]:
-    """All that is random about one model: its starting parameters (weight, bias, ...) and the rows it visits, [count].
+def _draws(keep: Tensor, seed: int, widths: Sequence[int], sgd: Sgd) -> tuple[list[Tensor], Tensor]:
+    """All that is random about one model: its starting parameters (weight, bias, ...), and its rows [steps, batch].
 
     Drawn in float64 on the CPU, so that devices and dtypes start from the same numbers. Uniform in +-1/sqrt(i), which
     is how torch.nn.Linear starts.
@@ -203,13 +197,7 @@ def _draws(keep: Tensor, seed: int, widths: Sequence[int], count: int) -> tuple[
         for shape in ((o, i), (o,)):
             uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
             parameters.append((2 * uniform - 1) / math.sqrt(i))
-    return parameters, visited_rows(keep, generator, count)
-
-
-def visited_rows(keep: Tensor, generator: torch.Generator, count: int) -> Tensor:
-    """The rows that a model visits, [count]: shuffles of all rows, without those that it does not keep."""
-    shuffles = (torch.randperm(len(keep), generator=generator) for _ in range(-(-count // int(keep.sum()))))
-    return torch.cat([shuffle[keep[shuffle]] for shuffle in shuffles])[:count]
+    return parameters, sgd.visited_rows(keep, generator)
 
 
 def _descend(
@@ -217,51 +205,32 @@ def _descend(
     x: Tensor,
     y: Tensor,
     order: Tensor,
-    wanted: Collection[int],
-    passed: list[list[Tensor]],
-    *,
-    lr: float,
-    momentum: float,
-    l2: float,
+    sgd: Sgd,
     progress: Callable[[int], object] | None,
-) -> None:
+) -> list[list[Tensor]]:
     """SGD in place on stacked parameters (weight, bias, weight, ...). order [m, steps, batch]: the rows of each step.
 
-    Before each of the wanted steps the parameters are copied to `passed`.
+    Returned: copies of the parameters before each of the wanted steps.
     The sum over models of their batch means is differentiated: each model's gradient is that of its own mean.
     """
     weights, biases = parameters[0::2], parameters[1::2]
     velocities = [torch.zeros_like(p) for p in parameters]
-    steps, batch_size = order.shape[1:]
-    for step in range(steps):
+    passed: list[list[Tensor]] = []
+    wanted = sgd.wanted
+    for step in range(sgd.steps):
         if step in wanted:
             passed.append([p.detach().clone() for p in parameters])
         rows = order[:, step]
         logits = _linear(_hidden(weights, biases, x[rows]), weights[-1], biases[-1])
-        loss = cross_entropy(logits.flatten(0, 1), y[rows].flatten(), reduction="sum") / batch_size
-        rate = cosine_rate(lr, step, steps)
+        loss = cross_entropy(logits.flatten(0, 1), y[rows].flatten(), reduction="sum") / sgd.batch_size
+        slopes = torch.autograd.grad(loss, parameters)
         with torch.no_grad():
-            for p, v, gradient in zip(parameters, velocities, torch.autograd.grad(loss, parameters), strict=True):
-                v.mul_(momentum).add_(gradient).add_(p, alpha=l2)
-                p.sub_(v, alpha=rate)
+            sgd.move(step, zip(parameters, velocities, slopes, strict=True))
         if progress is not None:
             progress(len(rows))
     if not math.isfinite(loss.item()):
-        raise NonFiniteValue(f"Training diverged: the last batch's loss is {loss.item()}. Lower lr (it was {lr}).")
-
-
-def cosine_rate(lr: float, step: int, steps: int) -> float:
-    """The learning rate falls from lr to zero along a cosine."""
-    return lr * (1 + math.cos(math.pi * step / steps)) / 2
-
-
-def check_counts(seeds: Sequence[int], **counts: int) -> None:
-    """Errors: InvalidSetting for no seeds, and for numbers below one."""
-    if not len(seeds):
-        raise InvalidSetting("seeds is empty; expected one for each model.")
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InvalidSetting(f"{name} is {value!r}; expected a whole number of at least 1.")
+        raise NonFiniteValue(f"Training diverged: the last batch's loss is {loss.item()}. Lower lr (it was {sgd.lr}).")
+    return passed
 
 
 def _check_shapes(x: Tensor, y: Tensor, keep: Tensor, seeds: Sequence[int], widths: Sequence[int]) -> None:
