@@ -18,10 +18,13 @@ from headwater.torch.measurements import negative_logit, negative_margin
 from headwater.torch.provider import TorchGradientProvider
 
 if TYPE_CHECKING:
-    from headwater.retraining.torch.linearised import recentred
+    from headwater.retraining.torch.linearised import half_weight_optimum
+    from headwater.retraining.torch.linearised import recentred as recentred  # deprecated
     from headwater.retraining.torch.pbrf import ProximalBregman, pbrf
 
-__getattr__ = offered(__name__, ("ProximalBregman", "pbrf", "recentred"), "headwater.retraining.torch")
+__getattr__ = offered(
+    __name__, ("ProximalBregman", "half_weight_optimum", "pbrf", "recentred"), "headwater.retraining.torch"
+)
 
 __all__ = [
     "Bernoulli",
@@ -35,8 +38,8 @@ __all__ = [
     "TorchBatch",
     "TorchComposableInfluence",
     "TorchGradientProvider",
+    "half_weight_optimum",
     "negative_logit",
     "negative_margin",
     "pbrf",
-    "recentred",
 ]
