@@ -41,8 +41,8 @@ class Row:
         return self.entry.library == "headwater"
 
     @property
-    def recentred(self) -> bool:
-        return self.ours and OURS[self.entry.method].recentred
+    def half_weight(self) -> bool:
+        return self.ours and OURS[self.entry.method].half_weight
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ class Board:
     ceiling: float | None
     """Of the whole bank, as its first subsets are those that were run twice."""
 
-    def best(self, *, ours: bool, recentred: bool = False) -> Row | None:
+    def best(self, *, ours: bool, half_weight: bool = False) -> Row | None:
         """At the weights that were given, or at those where every row counts one half."""
         wanted = [row for row in self.rows if row.ours == ours and row.entry.library != "baseline"]
-        wanted = [row for row in wanted if row.recentred == recentred]
+        wanted = [row for row in wanted if row.half_weight == half_weight]
         return max(wanted, key=lambda row: row.value.raw.value, default=None)
 
 
@@ -123,14 +123,14 @@ def named(row: Row) -> str:
 
 def summary(boards: list[Board]) -> str:
     lines, notes = [], []
-    for found, recentred in ((board, recentred) for board in boards for recentred in (False, True)):
-        mine, theirs = found.best(ours=True, recentred=recentred), found.best(ours=False)
+    for found, half_weight in ((board, half_weight) for board in boards for half_weight in (False, True)):
+        mine, theirs = found.best(ours=True, half_weight=half_weight), found.best(ours=False)
         if mine is None or theirs is None:
             continue
         gap = difference(mine.scores, theirs.scores, found.keep, found.outputs, resamples=PAIRED)
         lines.append(
             [
-                found.task + (", recentred" if recentred else ""),
+                found.task + (", half-weight optimum" if half_weight else ""),
                 "exact" if found.ceiling is None else f"{found.ceiling:.3f}",
                 f"{mine.entry.method}: {mine.value.raw.value:.3f}",
                 f"{named(theirs)}, damping {theirs.entry.damping or 0:g}: {theirs.value.raw.value:.3f}",
@@ -258,7 +258,7 @@ def damping(row: Row) -> str:
         return f"{row.found['chosen']:.2g} x mean ({low:.2g} - {high:.2g})"
     if row.ours and OURS[row.entry.method].at_l2:
         return "l2"
-    if row.recentred:
+    if row.half_weight:
         return "l2 / share"
     if row.entry.damping is not None:
         return f"{row.entry.damping:g}, best of {row.tried}"

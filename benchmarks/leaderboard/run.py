@@ -63,7 +63,7 @@ class Ours:
     """Averaged over the last half of the weights that the training kept."""
     at_l2: bool = False
     """With the training's l2 as damping: nothing is chosen."""
-    recentred: bool = False
+    half_weight: bool = False
     """At the weights where every row counts one half, with the damping that follows from the l2: nothing is chosen."""
     dear: tuple[str, ...] = ()
     """Tasks on which it takes long at each damping, so that three are tried; elsewhere all seven decades are."""
@@ -91,7 +91,9 @@ OURS = {
     "tracin, checkpoints": Ours(lambda task: hw().TracIn(), tasks=NETWORKS, checkpoints=True),
     "direct (Hessian)": Ours(lambda task: hw().Direct("hessian"), "full", LOGISTIC),
     "direct (Hessian), at l2": Ours(lambda task: hw().Direct("hessian"), "full", LOGISTIC, at_l2=True),
-    "direct (Hessian), recentred": Ours(lambda task: hw().Direct("hessian"), "full", LOGISTIC, recentred=True),
+    "direct (Hessian), half-weight optimum": Ours(
+        lambda task: hw().Direct("hessian"), "full", LOGISTIC, half_weight=True
+    ),
     "dual (empirical Fisher)": Ours(lambda task: hw().Dual(), "full"),
     "cg (GGN)": Ours(lambda task: hw().Cg(tolerance=loose(task)), "full", dear=("gospels-lm",)),
     "cg (GGN), by layer": Ours(lambda task: hw().Cg(tolerance=1e-2), "layer", CLASSIFIERS),
@@ -185,12 +187,12 @@ def entries(task: str) -> Iterator[Entry]:
 def influence_of(found: Any, ours: Ours) -> Any:
     import torch
 
-    from headwater.torch import TorchComposableInfluence, recentred
+    from headwater.torch import TorchComposableInfluence, half_weight_optimum
 
     sequence, model, l2 = found.task.losses is token_losses, found.model, found.task.l2
     damping = l2 if ours.at_l2 else None
-    if ours.recentred:
-        model = recentred(model, torch.nn.CrossEntropyLoss(), found.x, found.y, damping=l2, share=SHARE)
+    if ours.half_weight:
+        model = half_weight_optimum(model, torch.nn.CrossEntropyLoss(), found.x, found.y, damping=l2, share=SHARE)
         damping = l2 / SHARE
     return TorchComposableInfluence(
         model,
@@ -205,7 +207,7 @@ def influence_of(found: Any, ours: Ours) -> Any:
 
 def measure_ours(entry: Entry, file: Path) -> dict[str, Any]:
     """Fit, calibrate on ten models, score; and the best damping on the path, in hindsight."""
-    from headwater.torch.trainer import batches
+    from headwater.retraining.torch.trainer import batches
 
     found, ours = ready(entry.task), OURS[entry.method]
     size = 4 if found.task.losses is token_losses else 256  # products of sequences are fastest on a few
@@ -221,7 +223,7 @@ def measure_ours(entry: Entry, file: Path) -> dict[str, Any]:
     influence = influence_of(found, ours).fit(train)
     took("fit")
     known: dict[str, Any] = {}
-    if influence.method.predicts_removal and not (ours.at_l2 or ours.recentred):
+    if influence.method.predicts_removal and not (ours.at_l2 or ours.half_weight):
         chosen, rest = calibrations(influence, train, query, keep, outputs, ours.path(entry.task))
         took("calibrate")
         amount = next(iter(chosen.chosen.values()))

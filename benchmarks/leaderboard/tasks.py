@@ -317,7 +317,7 @@ def bank(task: Task) -> Any:
 
 def make(task: Task) -> None:
     """Train the task's model, and retrain it on all subsets of its bank."""
-    from headwater.torch.many import train_many
+    from headwater.retraining.torch.many import train_many
 
     x, y, xq, yq = task.rows()
     task.folder.mkdir(exist_ok=True)

@@ -56,7 +56,7 @@ def test_an_entry_is_measured_and_the_page_says_what_was_found(boards, tmp_path,
     _, run, page = boards
     monkeypatch.setattr(page, "RESAMPLES", 5)
     monkeypatch.setattr(page, "PAIRED", 20)
-    ours = ("direct (Hessian)", "direct (Hessian), at l2", "direct (Hessian), recentred", "grad-dot")
+    ours = ("direct (Hessian)", "direct (Hessian), at l2", "direct (Hessian), half-weight optimum", "grad-dot")
     for library, method in (*(("headwater", name) for name in ours), ("baseline", "random")):
         entry = run.Entry("cancer-logistic", library, method)
         work = run.measure_ours if library == "headwater" else run.measure_baseline
@@ -77,14 +77,16 @@ def test_an_entry_is_measured_and_the_page_says_what_was_found(boards, tmp_path,
     (tmp_path / f"{failed.name}.json").write_text(json.dumps({"failed": "out of memory"}))
     page.write_page(tmp_path, tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text()
-    given, centred = [line for line in text.splitlines() if line.startswith("| cancer-logistic")]
-    assert centred.startswith("| cancer-logistic, recentred") and "(Hessian), recentred: 0.99" in centred
-    assert all("pydvl direct, damping 0.1" in line for line in (given, centred))
-    assert "| yes |" in centred, "a model that is solved anew stands by itself"
-    assert "recentred" not in given
+    given, halved = [line for line in text.splitlines() if line.startswith("| cancer-logistic")]
+    assert halved.startswith("| cancer-logistic, half-weight optimum")
+    assert "(Hessian), half-weight optimum: 0.99" in halved
+    assert all("pydvl direct, damping 0.1" in line for line in (given, halved))
+    assert "| yes |" in halved, "a model that is solved anew stands by itself"
+    assert "half-weight" not in given
     lines = {line.split(" | ")[0][2:]: line for line in text.splitlines() if "**headwater**" in line}
     assert set(lines) == set(ours)
-    assert "| l2 |" in lines["direct (Hessian), at l2"] and "| l2 / share |" in lines["direct (Hessian), recentred"]
+    assert "| l2 |" in lines["direct (Hessian), at l2"]
+    assert "| l2 / share |" in lines["direct (Hessian), half-weight optimum"]
     assert "| 0.1, best of 2 |" in next(line for line in text.splitlines() if "| pydvl |" in line)
     assert "for 1 of 1 pairs of a method and a task.\n" in text
     assert "captum naive at 0.1 (out of memory)" in text

@@ -86,7 +86,7 @@ def test_every_removal_is_retrained_with_the_same_seeds():
 
 def test_retraining_without_rows_equals_training_on_the_others():
     """The slow truth: no shared subsets, one model at a time."""
-    from headwater.torch.trainer import train_mlps
+    from headwater.retraining.torch.trainer import train_mlps
 
     settings, found = Settings(**SMALL), small()
     query = found.wrong[found.explained[1]]

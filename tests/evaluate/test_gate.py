@@ -10,8 +10,8 @@ from headwater.evaluate import agreement
 from headwater.evaluate.bank import Bank, plan_removals, plan_subsets
 from headwater.evaluate.baselines import random_scores
 from headwater.evaluate.lds import lds
+from headwater.retraining.sklearn.refit import Refit
 from headwater.sklearn import TrainingInfluence
-from headwater.sklearn.retraining import Refit
 
 CASES = {
     "digits": (lambda x: x / 16, load_digits, 500, 0.01, 0.5),

@@ -140,7 +140,7 @@ def explore(settings: Settings) -> Findings:
     Errors: MissingExtra without scikit-learn or torch; InvalidSetting for an unknown method.
     """
     check(settings)
-    from headwater.torch.trainer import one_thread
+    from headwater.retraining.torch.trainer import one_thread
 
     with one_thread():
         return _explore(settings, load(settings))
@@ -185,7 +185,7 @@ def _explore(settings: Settings, digits: Digits) -> Findings:
 
 def train_network(settings: Settings, digits: Digits) -> Any:
     """The network that is explained, a StackedMlps of one: with checkpoints, or its last layer refitted, if need be."""
-    from headwater.torch.trainer import refit_heads
+    from headwater.retraining.torch.trainer import refit_heads
 
     recipe = METHODS[settings.method]
     every = settings.steps / CHECKPOINTS
@@ -204,7 +204,7 @@ def _train(
     checkpoints: Sequence[int] = (),
 ) -> Any:
     """StackedMlps, one per seed, each on the rows it keeps. keep: [m, n]."""
-    from headwater.torch.trainer import train_mlps
+    from headwater.retraining.torch.trainer import train_mlps
 
     total = len(seeds) * settings.steps
     with tqdm(total=total, desc=what, unit=" steps", unit_scale=True, leave=False, disable=settings.quiet) as bar:
@@ -224,8 +224,8 @@ def _train(
 def make_influence(settings: Settings, network: Any, name: str | None = None) -> Any:
     """An influence on the network, not fitted yet, by the settings' method or by another one of METHODS."""
     import headwater as hw
+    from headwater.retraining.torch.trainer import training_loss
     from headwater.torch import TorchComposableInfluence
-    from headwater.torch.trainer import training_loss
 
     recipe, model, points = recipe_of(name or settings.method), network.model(0), network.checkpoints
     method = recipe.method(settings.seed, tuple(point.rate for point in points))
@@ -246,7 +246,7 @@ def _attribute(
     """Scores of every train row for every wrong prediction, [w, n], their unit, what they are about, and the rows'
     self-influence, [n].
     """
-    from headwater.torch.trainer import batches
+    from headwater.retraining.torch.trainer import batches
 
     recipe, show = METHODS[settings.method], not settings.quiet
     train = batches(digits.x_train, digits.given)

@@ -14,7 +14,7 @@ def ready(settings: Settings) -> tuple[Any, Iterable[Any], Iterable[Any]]:
     Errors: MissingExtra without scikit-learn or torch; InvalidSetting for an unknown method.
     """
     check(settings)
-    from headwater.torch.trainer import batches
+    from headwater.retraining.torch.trainer import batches
 
     digits = load(settings)
     train = batches(digits.x_train, digits.given)

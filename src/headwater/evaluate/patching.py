@@ -69,7 +69,7 @@ def tail_patch(
     """Step on each query's top k rows, and on `random` sets of k random ones.
 
     Equal scores are in an order drawn from `seed`. Intervals are over queries, and over the random sets.
-    `headwater.torch.tail_patch.gradient_step` makes a `patch` of a torch model.
+    `headwater.retraining.torch.gradient_step` makes a `patch` of a torch model.
     Errors: ShapeMismatch; NonFiniteValue naming the query; InvalidSetting if k is not in 1..n, or random is below 2.
     """
     given = score_matrix(scores)

@@ -7,13 +7,20 @@ except ImportError:
 
     raise MissingExtra("scikit-learn", "sklearn") from None
 
+from typing import TYPE_CHECKING
+
+from headwater.moved import offered
 from headwater.sklearn.batch import SklearnBatch
 from headwater.sklearn.influence import SklearnComposableInfluence
 from headwater.sklearn.linear import EstimatorNotFittedError
 from headwater.sklearn.provider import SklearnGradientProvider
-from headwater.sklearn.removal import ExactRemoval, Refits
-from headwater.sklearn.retraining import Refit
-from headwater.sklearn.training import TrainingInfluence
+
+if TYPE_CHECKING:
+    from headwater.retraining.sklearn import ExactRemoval, Refit, Refits, TrainingInfluence
+
+__getattr__ = offered(
+    __name__, ("ExactRemoval", "Refit", "Refits", "TrainingInfluence"), "headwater.retraining.sklearn"
+)
 
 __all__ = [
     "EstimatorNotFittedError",

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from headwater.errors import BatchMismatch, InvalidSetting, NonFiniteValue, ShapeMismatch, UnsupportedModel
-from headwater.torch.many import train_many
-from headwater.torch.trainer import train_mlps
+from headwater.retraining.torch.many import train_many
+from headwater.retraining.torch.trainer import train_mlps
 
 torch.manual_seed(0)
 X, Y = torch.randn(20, 1, 6, 6, dtype=torch.float64), torch.randint(3, (20,))

@@ -29,7 +29,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ from headwater.errors import (
 )
 from headwater.positions import row_groups, row_positions
 from headwater.progress import track
+from headwater.retraining.settings import check_counts, settings_of
 from headwater.torch.batch import TorchBatch
 from headwater.torch.capture import detached_state, run
 from headwater.torch.check import check_independence, check_rows
@@ -59,6 +60,44 @@ INNER_STEPS = 500
 HALVINGS = 40
 
 
+@dataclass(frozen=True)
+class ProximalSettings:
+    """What is minimised, and how far. Errors: InvalidSetting."""
+
+    damping: float
+    """Absolute, in the units of the mean curvature over rows."""
+    weight: float = 1.0
+    """The share of the group that is removed, in (0, 1]; divided by it, the changes of a small one are the influence to
+    first order."""
+    steps: int = 100
+    """Newton's, at most."""
+    tolerance: float = 1e-9
+    """On the gradient's norm, relative to where it started."""
+    batch_size: int | None = None
+    """Rows at once, None for all."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.damping) and self.damping >= 0):
+            raise InvalidSetting(f"damping is {self.damping}; expected a finite number, not below 0.")
+        if not (math.isfinite(self.weight) and 0 < self.weight <= 1):
+            raise InvalidSetting(
+                f"weight is {self.weight}; expected the share of the group that is removed, in (0, 1]."
+            )
+        if not 0 < self.tolerance < 1:
+            raise InvalidSetting(f"tolerance is {self.tolerance}; expected a number between 0 and 1.")
+        check_counts(steps=self.steps, batch_size=1 if self.batch_size is None else self.batch_size)
+
+
+class ProximalFields(TypedDict, total=False):
+    """The fields of `ProximalSettings`, as they are taken by name."""
+
+    damping: float
+    weight: float
+    steps: int
+    tolerance: float
+    batch_size: int | None
+
+
 def pbrf(
     model: nn.Module,
     loss: Loss,
@@ -68,13 +107,10 @@ def pbrf(
     y_query: Any,
     groups: Iterable[ArrayLike] | None = None,
     *,
-    damping: float,
+    settings: ProximalSettings | None = None,
     measurement: Loss | None = None,
-    weight: float = 1.0,
-    steps: int = 100,
-    tolerance: float = 1e-9,
-    batch_size: int | None = None,
     progress: bool = False,
+    **fields: Unpack[ProximalFields],
 ) -> NDArray[np.float64]:
     """The rise of each query's loss when a row, or a group, is removed: [q, groups].
 
@@ -83,8 +119,9 @@ def pbrf(
     Errors: those of `ProximalBregman`; InvalidInput and BatchMismatch for groups that are empty, name rows that are not
     there, or one twice. Warns: NotConverged, naming the first group whose minimum was not reached.
     """
-    options: dict[str, Any] = {"measurement": measurement, "weight": weight, "steps": steps, "tolerance": tolerance}
-    response = ProximalBregman(model, loss, x, y, x_query, y_query, damping=damping, batch_size=batch_size, **options)
+    response = ProximalBregman(
+        model, loss, x, y, x_query, y_query, settings=settings, measurement=measurement, **fields
+    )
     chosen = row_groups(groups, response.rows)
     found, missed = np.empty((len(response.losses), len(chosen))), []
     for number, group in enumerate(track(chosen, "proximal Bregman", progress)):
@@ -95,7 +132,7 @@ def pbrf(
     if missed:
         first, taken, slope = missed[0]
         warn_not_converged(
-            f"{len(missed)} of {len(chosen)} groups; the first is group {first}", taken, slope, tolerance
+            f"{len(missed)} of {len(chosen)} groups; the first is group {first}", taken, slope, response.settings
         )
     return found
 
@@ -130,10 +167,8 @@ class ProximalBregman:
     on exact second-order products; where the curvature is negative it goes along what it has. Workers of a bank may be
     threads or processes.
 
-    loss: convex in the model's output. damping: absolute, in the units of the mean curvature over rows. measurement: of
-    the queries, (output, target) -> number, in place of the loss. weight: the share of the group that is removed;
-    divided by it, the changes of a small one are the influence to first order. steps: Newton's, at most. tolerance: on
-    the gradient's norm, relative to where it started. batch_size: rows at once, None for all.
+    loss: convex in the model's output. settings: `ProximalSettings`, or its fields by name (damping=0.01). measurement:
+    of the queries, (output, target) -> number, in place of the loss.
     Errors: InvalidSetting; UnsupportedModel for an output that is no single tensor of floats, or nothing to train;
     RowsInteract; UnsupportedLoss for one that is not convex, or no weighted sum over rows; NonFiniteValue.
     """
@@ -147,22 +182,11 @@ class ProximalBregman:
         x_query: Any,
         y_query: Any,
         *,
-        damping: float,
+        settings: ProximalSettings | None = None,
         measurement: Loss | None = None,
-        weight: float = 1.0,
-        steps: int = 100,
-        tolerance: float = 1e-9,
-        batch_size: int | None = None,
+        **fields: Unpack[ProximalFields],
     ):
-        if not (math.isfinite(damping) and damping >= 0):
-            raise InvalidSetting(f"damping is {damping}; expected a finite number, not below 0.")
-        if not (math.isfinite(weight) and 0 < weight <= 1):
-            raise InvalidSetting(f"weight is {weight}; expected the share of the group that is removed, in (0, 1].")
-        if not 0 < tolerance < 1:
-            raise InvalidSetting(f"tolerance is {tolerance}; expected a number between 0 and 1.")
-        for name, value in (("steps", steps), ("batch_size", 1 if batch_size is None else batch_size)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidSetting(f"{name} is {value!r}; expected a whole number of at least 1.")
+        self.settings = settings_of(ProximalSettings, settings, fields)
         check_loss(loss)
         self._model = wide_copy(model, "model").eval()
         self._loss = wide_copy(loss, "loss")
@@ -175,8 +199,7 @@ class ProximalBregman:
         """[d], all trained weights of the model as it is, one after another."""
         device = self.start.device
         self._train, self._query = (_wide(TorchBatch(*pair).to(device)) for pair in ((x, y), (x_query, y_query)))
-        self._damping, self._weight, self._steps, self._tolerance = float(damping), weight, steps, tolerance
-        self._step = self.rows if batch_size is None else batch_size
+        self._step = self.rows if self.settings.batch_size is None else self.settings.batch_size
         self._base = self._base_outputs()
         self._floor = self._gradient_rounding()
         self.losses = self._query_losses(self._model, self.start)
@@ -193,21 +216,20 @@ class ProximalBregman:
         mask[row_positions(kept, self.rows, "The rows kept")] = False
         solved = self.solve(np.flatnonzero(mask))
         if not solved.converged:
-            warn_not_converged(f"the model without {int(mask.sum())} rows", solved.steps, solved.slope, self._tolerance)
+            warn_not_converged(f"the model without {int(mask.sum())} rows", solved.steps, solved.slope, self.settings)
         return solved.losses
 
     def solve(self, removed: ArrayLike) -> Response:
         """The response to the removal of these rows [k]."""
         own = copy.deepcopy(self._model)  # calls of a module swap its parameters: threads need one each
         share = torch.ones(self.rows, dtype=torch.float64, device=self.start.device)
-        share[torch.as_tensor(row_positions(removed, self.rows, "The rows removed"), device=share.device)] -= (
-            self._weight
-        )
+        gone = torch.as_tensor(row_positions(removed, self.rows, "The rows removed"), device=share.device)
+        share[gone] -= self.settings.weight
         with autograd_on(), twice_differentiable():
             moved, steps, slope = self._minimise(_Objective(self, own, share))
         self._check_convex(own, moved)
         weights = self.start + moved
-        return Response(weights, self._query_losses(own, weights), steps, slope, slope <= self._tolerance)
+        return Response(weights, self._query_losses(own, weights), steps, slope, slope <= self.settings.tolerance)
 
     # The model --------------------------------------------------------------------------------------------------------
 
@@ -303,11 +325,11 @@ class ProximalBregman:
         at = torch.zeros_like(self.start)
         value, gradient = objective.value(at)
         first = float(gradient.norm())
-        for step in range(self._steps):
+        for step in range(self.settings.steps):
             size = float(gradient.norm())
             if size <= self._floor:
                 return at, step, 0.0
-            if size <= self._tolerance * first:
+            if size <= self.settings.tolerance * first:
                 return at, step, size / first
             direction = _conjugate_gradients(objective.product(at), -gradient, min(0.1, size / first))
             found = _line_search(objective, at, value, gradient, direction)
@@ -315,7 +337,7 @@ class ProximalBregman:
                 return at, step, size / first
             at, value, gradient = found
         size = float(gradient.norm())
-        return at, self._steps, 0.0 if size <= self._floor else size / first
+        return at, self.settings.steps, 0.0 if size <= self._floor else size / first
 
 
 class _Objective:
@@ -323,13 +345,13 @@ class _Objective:
 
     def __init__(self, response: ProximalBregman, model: nn.Module, share: torch.Tensor):
         self._response, self._model, self._share = response, model, share
+        self._damping = float(response.settings.damping)
         self.rounding = EPS * float(torch.cat([losses.abs() for _, losses, _ in response._base]).mean())
         """Of the objective, about."""
 
     def value(self, at: torch.Tensor) -> tuple[float, torch.Tensor]:
         """And its gradient [d]."""
-        damping = self._response._damping
-        total, gradient = damping / 2 * float(at @ at), damping * at
+        total, gradient = self._damping / 2 * float(at @ at), self._damping * at
         for leaf, value in self._parts(at):
             total += float(value.detach())
             gradient = gradient + torch.autograd.grad(value, leaf)[0]
@@ -345,7 +367,7 @@ class _Objective:
         kept = list(slopes()) if len(self._response._base) == 1 else None
 
         def apply(vector: torch.Tensor) -> torch.Tensor:
-            found = self._response._damping * vector
+            found = self._damping * vector
             for leaf, slope in slopes() if kept is None else kept:
                 if slope.requires_grad:
                     found = found + torch.autograd.grad((slope * vector).sum(), leaf, retain_graph=True)[0]
@@ -398,10 +420,10 @@ def _line_search(
     return None
 
 
-def warn_not_converged(what: str, steps: int, slope: float, tolerance: float) -> None:
+def warn_not_converged(what: str, steps: int, slope: float, settings: ProximalSettings) -> None:
     warnings.warn(
         f"The proximal Bregman response has not converged for {what}: after {steps} steps the gradient is "
-        f"{slope:.2g} of what it was, with tolerance {tolerance:.2g}. More steps, more damping or a smooth "
+        f"{slope:.2g} of what it was, with tolerance {settings.tolerance:.2g}. More steps, more damping or a smooth "
         "activation may help.",
         NotConverged,
         stacklevel=3,

@@ -7,7 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from headwater.errors import BatchMismatch, InvalidInput, InvalidSetting, NonFiniteValue, ShapeMismatch  # noqa: E402
-from headwater.torch.trainer import batches, refit_heads, train_mlps, training_loss  # noqa: E402
+from headwater.retraining.torch.trainer import batches, refit_heads, train_mlps, training_loss  # noqa: E402
 
 WIDTHS = (5, 8, 6, 3)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from headwater.errors import InvalidInput, InvalidSetting, NonFiniteValue, ShapeMismatch, UnsupportedModel
 from headwater.evaluate.patching import tail_patch
-from headwater.torch.tail_patch import gradient_step
+from headwater.retraining.torch.tail_patch import gradient_step
 
 RNG = np.random.default_rng(0)
 N, Q, D, LR = 50, 30, 6, 0.01

@@ -13,8 +13,8 @@ from sklearn_cases import MAKERS, case_of
 
 import headwater as hw
 from headwater.errors import BatchMismatch, InvalidInput, RoughForecast, SingularOperator
+from headwater.retraining.sklearn.removal import ExactRemoval
 from headwater.sklearn import SklearnBatch, SklearnGradientProvider, TrainingInfluence
-from headwater.sklearn.removal import ExactRemoval
 
 TIGHT = {"tol": 1e-12, "max_iter": 10_000}
 
@@ -337,7 +337,7 @@ def test_refits_that_have_not_converged_are_reported(monkeypatch):
     provider = SklearnGradientProvider(case.estimator)
     exact = ExactRemoval(provider, provider.as_batch(case.x, case.y))
     exact.without([[0]])
-    monkeypatch.setattr("headwater.sklearn.removal.STEPS", 1)
+    monkeypatch.setattr("headwater.retraining.sklearn.removal.STEPS", 1)
     with pytest.warns(hw.NotConverged, match="2 of 2 refits"):
         exact.without([[4, 5], [6]])
 

@@ -17,12 +17,12 @@ from headwater.errors import InvalidInput, InvalidSetting, NotConverged
 from headwater.methods.base import Method
 from headwater.methods.damping import Damping
 from headwater.methods.direct import Direct
+from headwater.retraining.sklearn.removal import ExactRemoval, Refits
 from headwater.sklearn.batch import FeatureBatch, SklearnBatch
 from headwater.sklearn.families import Array
 from headwater.sklearn.influence import SklearnComposableInfluence
 from headwater.sklearn.linear import EstimatorNotFittedError, LinearModel, attribute_of, last_step, read
 from headwater.sklearn.provider import SklearnGradientProvider, check_names
-from headwater.sklearn.removal import ExactRemoval, Refits
 
 STATIONARY = 1e-2
 """The largest mean slope, in any parameter and relative to the slopes of single rows, that passes for a minimum."""
@@ -139,7 +139,8 @@ class TrainingInfluence(MetaEstimatorMixin, BaseEstimator):
     def leave_one_out(self, X: Any, y: Any) -> Array:
         """The rise of each query's loss without each training row, exactly: [q, n].
 
-        In closed form for least squares; refitted to rounding for every other loss (see `headwater.sklearn.removal`).
+        In closed form for least squares; refitted to rounding for every other loss (see
+        `headwater.retraining.sklearn.removal`).
         """
         return self.remove(None, X, y)
 

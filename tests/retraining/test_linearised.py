@@ -12,7 +12,7 @@ from torch import nn
 import headwater as hw
 from headwater.errors import InvalidSetting, UnsupportedModel
 from headwater.evaluate import difference, lds, plan_subsets
-from headwater.torch import TorchComposableInfluence, recentred
+from headwater.torch import TorchComposableInfluence, half_weight_optimum, recentred
 
 N, L2 = 120, 0.1
 data, labels = load_breast_cancer(return_X_y=True)
@@ -44,19 +44,20 @@ MODEL = fitted(ALL)
 @pytest.mark.parametrize("size", [None, 50])
 def test_it_is_the_minimum_where_rows_count_less(share, size):
     before = copy.deepcopy(MODEL.state_dict())
-    found = recentred(MODEL, LOSS, X, Y, damping=L2, share=share, batch_size=size)
+    found = half_weight_optimum(MODEL, LOSS, X, Y, damping=L2, share=share, batch_size=size)
     torch.testing.assert_close(found.weight, fitted(ALL, share).weight, rtol=1e-6, atol=1e-8)
     assert torch.equal(before["weight"], MODEL.weight)
-    assert recentred(copy.deepcopy(MODEL).float(), LOSS, X, Y, damping=L2, share=share).weight.dtype == torch.float32
+    narrow = half_weight_optimum(copy.deepcopy(MODEL).float(), LOSS, X, Y, damping=L2, share=share)
+    assert narrow.weight.dtype == torch.float32
 
 
 def test_subsets_are_forecast_better_than_from_all_rows():
     keep = plan_subsets(N, subsets=60, repeated=0).keep
     outputs = np.stack([losses(fitted(mask)) for mask in keep])[:, None]
-    centre = recentred(MODEL, LOSS, X, Y, damping=L2, share=0.5)
+    optimum = half_weight_optimum(MODEL, LOSS, X, Y, damping=L2, share=0.5)
     train, query = [(X, Y)], [(XQ, YQ)]
     scores = {}
-    for name, model, damping in (("all", MODEL, L2), ("best of all", MODEL, 1.5 * L2), ("half", centre, L2 / 0.5)):
+    for name, model, damping in (("all", MODEL, L2), ("best of all", MODEL, 1.5 * L2), ("half", optimum, L2 / 0.5)):
         found = TorchComposableInfluence(model, LOSS, hw.Direct("hessian"), damping=damping, blocks="full").fit(train)
         scores[name] = np.asarray(found.attribute(train, query))
     assert lds(scores["half"], keep, outputs).raw.value > 0.95
@@ -64,13 +65,13 @@ def test_subsets_are_forecast_better_than_from_all_rows():
         assert difference(scores["half"], scores[other], keep, outputs).low > 0
 
 
-def test_where_l2_is_relative_to_the_rows_kept_recentring_gains_nothing():
-    """As the docstring says: recentring is for fits that keep each row's weight, such as scikit-learn's at one C."""
+def test_where_l2_is_relative_to_the_rows_kept_the_half_weight_optimum_gains_nothing():
+    """As the docstring says: it is for fits that keep each row's weight, such as scikit-learn's at one C."""
     keep = plan_subsets(N, subsets=60, repeated=0).keep
     outputs = np.stack([losses(fitted(mask, share=2.0)) for mask in keep])[:, None]
-    centre = recentred(MODEL, LOSS, X, Y, damping=L2, share=0.5)
+    optimum = half_weight_optimum(MODEL, LOSS, X, Y, damping=L2, share=0.5)
     scores = []
-    for model, damping in ((MODEL, L2), (centre, L2 / 0.5)):
+    for model, damping in ((MODEL, L2), (optimum, L2 / 0.5)):
         found = TorchComposableInfluence(model, LOSS, hw.Direct("hessian"), damping=damping, blocks="full")
         scores.append(np.asarray(found.fit([(X, Y)]).attribute([(X, Y)], [(XQ, YQ)])))
     gain = difference(scores[1], scores[0], keep, outputs)
@@ -82,10 +83,16 @@ def test_weights_that_are_not_at_the_minimum_are_refused():
     moved.weight.data += 0.1 * torch.randn(moved.weight.shape, generator=torch.Generator().manual_seed(0))
     for model, damping in ((moved, L2), (MODEL, 2 * L2), (MODEL, 0.0)):
         with pytest.raises(UnsupportedModel, match="no minimum of mean loss"):
-            recentred(model, LOSS, X, Y, damping=damping, share=0.5)
+            half_weight_optimum(model, LOSS, X, Y, damping=damping, share=0.5)
 
 
 def test_a_share_that_is_none_is_refused():
     for share in (0.0, 1.5, float("nan")):
         with pytest.raises(InvalidSetting, match="share"):
-            recentred(MODEL, LOSS, X, Y, damping=L2, share=share)
+            half_weight_optimum(MODEL, LOSS, X, Y, damping=L2, share=share)
+
+
+def test_the_old_name_gives_the_same_and_says_so():
+    with pytest.warns(DeprecationWarning, match=r"recentred is now half_weight_optimum; the old name ends in 0\.2"):
+        found = recentred(MODEL, LOSS, X, Y, damping=L2, share=0.5)
+    assert torch.equal(found.weight, half_weight_optimum(MODEL, LOSS, X, Y, damping=L2).weight)

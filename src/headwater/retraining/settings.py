@@ -1,0 +1,28 @@
+"""The settings of a training: one frozen object, which a user gives as it is, or by the names of its fields."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from headwater.errors import InvalidSetting
+
+S = TypeVar("S")
+
+
+def settings_of(kind: type[S], given: S | None, fields: Mapping[str, Any]) -> S:
+    """The settings that were given, or made of fields. Errors: InvalidSetting for both; those of the kind."""
+    if given is None:
+        return kind(**fields)
+    if fields:
+        raise InvalidSetting(
+            f"settings were given, and {', '.join(fields)} too; dataclasses.replace(settings, ...) changes single ones."
+        )
+    return given
+
+
+def check_counts(**counts: object) -> None:
+    """Errors: InvalidSetting for what is no whole number of at least one."""
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InvalidSetting(f"{name} is {value!r}; expected a whole number of at least 1.")

@@ -1,0 +1,54 @@
+"""Names of models trained again: where they are, where the frameworks' packages offer them, and where they were."""
+
+import subprocess
+import sys
+import warnings
+from importlib import import_module
+
+import pytest
+
+import headwater.retraining.sklearn
+import headwater.retraining.torch
+import headwater.sklearn
+import headwater.torch
+
+MOVED = {
+    "headwater.torch.trainer": ("headwater.retraining.torch.trainer", "train_mlps"),
+    "headwater.torch.many": ("headwater.retraining.torch.many", "train_many"),
+    "headwater.torch.tail_patch": ("headwater.retraining.torch.tail_patch", "gradient_step"),
+    "headwater.sklearn.retraining": ("headwater.retraining.sklearn.refit", "Refit"),
+}
+
+
+def test_the_frameworks_packages_offer_what_they_list():
+    for package in (headwater.torch, headwater.sklearn):
+        assert all(getattr(package, name) is not None for name in package.__all__)
+    assert headwater.torch.pbrf is headwater.retraining.torch.pbrf
+    assert headwater.sklearn.TrainingInfluence is headwater.retraining.sklearn.TrainingInfluence
+
+
+def test_a_name_that_is_nowhere_is_refused():
+    with pytest.raises(ImportError, match="cannot import name 'Trainer'"):
+        from headwater.torch import Trainer  # noqa: F401
+    with pytest.raises(AttributeError, match=r"module 'headwater\.sklearn' has no attribute 'nothing'"):
+        headwater.sklearn.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("package", ["torch", "sklearn"])
+def test_gradients_are_there_without_what_trains_again(package):
+    code = f"import sys, headwater.{package}; print(*(name for name in sys.modules if 'retraining' in name))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.split() == []
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_a_module_that_moved_works_under_its_old_name_and_says_so_where_it_is_imported(old):
+    new, name = MOVED[old]
+    sys.modules.pop(old, None)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        exec(compile(f"from {old} import {name}", "user.py", "exec"), found := {})
+    assert found[name] is getattr(import_module(new), name)
+    assert [(str(w.message), w.category, w.filename) for w in said] == [
+        (f"{old} is now {new}; the old name ends in 0.2.", DeprecationWarning, "user.py")
+    ]
