@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from headwater.methods.registry import METHODS as METHODS
+
 if TYPE_CHECKING:
     from headwater import errors as errors
     from headwater.arrays import working_memory as working_memory
@@ -11,25 +13,7 @@ if TYPE_CHECKING:
     from headwater.influence import ComposableInfluence as ComposableInfluence
     from headwater.methods.damping import Relative as Relative
     from headwater.methods.damping import relative as relative
-    from headwater.methods.direct import Direct as Direct
-    from headwater.methods.dual import DataInf as DataInf
-    from headwater.methods.dual import Dual as Dual
-    from headwater.methods.grad_dot import GradCos as GradCos
-    from headwater.methods.grad_dot import GradDot as GradDot
-    from headwater.methods.iterative import BlockKrylov as BlockKrylov
-    from headwater.methods.iterative import Cg as Cg
-    from headwater.methods.kronecker import Ekfac as Ekfac
-    from headwater.methods.kronecker import Kfac as Kfac
-    from headwater.methods.low_rank import Arnoldi as Arnoldi
-    from headwater.methods.low_rank import Nystroem as Nystroem
-    from headwater.methods.projected import FactGrass as FactGrass
-    from headwater.methods.projected import LoGra as LoGra
-    from headwater.methods.projected import LoRif as LoRif
-    from headwater.methods.projected import Trak as Trak
-    from headwater.methods.representer import Representer as Representer
-    from headwater.methods.stochastic import Astra as Astra
-    from headwater.methods.stochastic import Lissa as Lissa
-    from headwater.methods.tracin import TracIn as TracIn
+    from headwater.methods.registry import *  # noqa: F403
     from headwater.store.scores import Extremes as Extremes
     from headwater.store.scores import Scores as Scores
     from headwater.types import Batch as Batch
@@ -37,39 +21,21 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "Arnoldi": "methods.low_rank",
-    "Astra": "methods.stochastic",
+_HOMES = {entry.class_name: f"methods.{entry.module}" for entry in METHODS} | {
     "Attributor": "attributor",
     "Batch": "types",
-    "BlockKrylov": "methods.iterative",
-    "Cg": "methods.iterative",
     "ComposableInfluence": "influence",
-    "DataInf": "methods.dual",
-    "Direct": "methods.direct",
-    "Dual": "methods.dual",
-    "Ekfac": "methods.kronecker",
     "Extremes": "store.scores",
-    "FactGrass": "methods.projected",
-    "GradCos": "methods.grad_dot",
-    "GradDot": "methods.grad_dot",
     "InfluenceMode": "types",
-    "Kfac": "methods.kronecker",
-    "Lissa": "methods.stochastic",
-    "LoGra": "methods.projected",
-    "LoRif": "methods.projected",
+    "MethodEntry": "methods.registry",
     "NotConverged": "errors",
-    "Nystroem": "methods.low_rank",
     "Relative": "methods.damping",
-    "Representer": "methods.representer",
     "Scores": "store.scores",
-    "TracIn": "methods.tracin",
-    "Trak": "methods.projected",
     "errors": "",
     "relative": "methods.damping",
     "working_memory": "arrays",
 }
-__all__ = ["__version__", *_HOMES]
+__all__ = ["METHODS", "__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -80,9 +81,9 @@ class PreconditionedMethod(ProductMethod[Preconditioned]):
             raise InvalidSetting(f"tolerance is {self.tolerance!r}; expected a number from 0 to 1, or None.")
 
     @property
+    @abstractmethod
     def solver(self) -> Solver:
         """The settings of the solver."""
-        raise NotImplementedError
 
     def solver_for(self, curvature: CurvatureOperator) -> Solver:
         """The settings that suit this curvature."""
