@@ -100,6 +100,12 @@ class ProviderView(StructuredGradientProvider[Any, Any]):
     def content_keys(self, batch: Any) -> np.ndarray:
         return self.plain.content_keys(batch)
 
+    def keys_by_content(self, batch: Any) -> np.ndarray:
+        return self.plain.keys_by_content(batch)
+
+    def host_arrays(self, batch: Any, weighted: bool = False) -> list[np.ndarray]:
+        return self.plain.host_arrays(batch, weighted)
+
     def rows_at_once(self, batch: Any) -> int:
         return self.plain.rows_at_once(batch)
 

@@ -39,7 +39,7 @@ from headwater.jax.derivatives import Model
 from headwater.jax.losses import JaxOutputLoss, Loss, check_finite, explain_failure, find_likelihood, normalisation
 from headwater.jax.plan import Place, make_plan
 from headwater.jax.tree import Leaves, checksums, take_tree, wide
-from headwater.random import name_keys, row_digests, row_keys, row_numbers
+from headwater.random import row_keys, row_numbers
 
 Apply = Callable[[Any, Any], Any]
 
@@ -176,7 +176,7 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         batch = (batch if own else JaxBatch(batch.x, batch.y, batch.weights, batch.ids)).ready()
         if not self._plain:
             return batch
-        return plain.doubled(batch, _keys_by_content(batch) if batch.ids is None else batch.ids)
+        return plain.doubled(batch, self.keys_by_content(batch) if batch.ids is None else batch.ids)
 
     def rows_at_once(self, batch: JaxBatch) -> int:
         self._prepare(batch)
@@ -185,16 +185,9 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
     def row_weights(self, batch: JaxBatch) -> jax.Array | None:
         return None if batch.weights is None else jnp.asarray(batch.weights, dtype=wide(self._like[:0]).dtype)
 
-    def row_keys(self, batch: JaxBatch) -> np.ndarray:
-        if batch.ids is not None:
-            ids = np.asarray(batch.ids)
-            return ids.astype(np.uint64) if ids.dtype.kind in "iu" else name_keys(ids.tolist())
-        return _keys_by_content(batch.ready())
-
-    def content_keys(self, batch: JaxBatch) -> np.ndarray:
+    def host_arrays(self, batch: JaxBatch, weighted: bool = False) -> list[np.ndarray]:
         batch = batch.ready()
-        leaves = host_leaves(batch.x, batch.y, batch.weights)
-        return row_digests(leaves if batch.ids is None else [*leaves, self.row_keys(batch)])
+        return host_leaves(batch.x, batch.y, *([batch.weights] if weighted else []))
 
     # Gradients ----------------------------------------------------------------------------------------------------
 
@@ -380,10 +373,6 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         check_finite(losses, len(batch))
         weights = self.row_weights(batch)
         return flat if weights is None else flat * weights.reshape((-1,) + (1,) * (flat.ndim - 1))
-
-
-def _keys_by_content(batch: JaxBatch) -> np.ndarray:
-    return row_keys(host_leaves(batch.x, batch.y))
 
 
 def _stacked(pieces: list[jax.Array]) -> jax.Array:

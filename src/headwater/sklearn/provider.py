@@ -19,7 +19,7 @@ from headwater.gradients.algebra import Dense, Gradient
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.outer import Outer
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
-from headwater.random import name_keys, row_digests, row_keys, row_numbers
+from headwater.random import row_numbers
 from headwater.sklearn.batch import FeatureBatch, SklearnBatch, bad_rows, column_names
 from headwater.sklearn.families import FEW, Array, Family, of_output
 from headwater.sklearn.linear import LinearModel, attribute_of, last_step, read
@@ -192,17 +192,8 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
         model = self.model
         return rows_within_memory(4 * (model.features + model.outputs), model.coef)
 
-    def row_keys(self, batch: SklearnBatch) -> np.ndarray:
-        if batch.ids is not None:
-            ids = np.asarray(batch.ids)
-            return ids.astype(np.uint64) if ids.dtype.kind in "iu" else name_keys(ids.tolist())
-        batch = self.prepared(batch)
-        return row_keys([batch.x, batch.y])
-
-    def content_keys(self, batch: SklearnBatch) -> np.ndarray:
-        batch = self.prepared(batch)
-        leaves = [batch.x, batch.y] + ([] if batch.weights is None else [batch.weights])
-        return row_digests(leaves if batch.ids is None else [*leaves, self.row_keys(batch)])
+    def host_arrays(self, batch: SklearnBatch, weighted: bool = False) -> list[np.ndarray]:
+        return super().host_arrays(self.prepared(batch), weighted)
 
     # Gradients ----------------------------------------------------------------------------------------------------
 
@@ -332,11 +323,6 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
                 found += slope @ matrices[:, :, : model.features]
         found += family.bend(z, batch.y, pushed) @ model.coef
         return found if weights is None else found * weights[:, None]
-
-    def flat_mixed_grads(self, batch: SklearnBatch) -> Array:
-        """(N, features, D); of a pipeline, the transformed features."""
-        found = [np.moveaxis(self.mixed_prod(batch, {name: np.eye(size)}), 0, -1) for name, size in self.sizes.items()]
-        return np.concatenate(found, axis=-1)
 
     def _forward(self, x: Array, matrices: Array, held: tuple[str, ...]) -> Array:
         """Outputs of linear models [K, o, i] of this block's parameters: [K, n, o]."""

@@ -36,7 +36,7 @@ from headwater.gradients.outer import Outer, RowSparse
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
 from headwater.gradients.rowwise import differing
 from headwater.gradients.words import in_words, name_of
-from headwater.random import name_keys, row_digests, row_keys, row_numbers
+from headwater.random import row_keys, row_numbers
 from headwater.torch.batch import TorchBatch, as_tensor, differentiable_input
 from headwater.torch.capture import Recording, detached_state, own_leaves, record, run, summed_products
 from headwater.torch.check import (
@@ -274,7 +274,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         batch = batch.to(self.device)
         if self._plain is not None:
             # Rows are named by what they hold before they become float64, so that random draws stay theirs.
-            ids = self._keys_by_content(batch) if batch.ids is None else batch.ids
+            ids = self.keys_by_content(batch) if batch.ids is None else batch.ids
             batch = doubled(TorchBatch(batch.x, batch.y, batch.weights, ids))
         kind = self._like.dtype
         for leaf in tree_leaves(batch.x):
@@ -477,19 +477,9 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         """Random numbers [n, count] for the rows of a batch: uniform, or standard normal."""
         return torch.as_tensor(row_numbers(keys, number, seed, count, normal), device=self.device)
 
-    def row_keys(self, batch: TorchBatch) -> np.ndarray:
-        if batch.ids is not None:
-            ids = np.asarray(batch.ids.cpu() if isinstance(batch.ids, torch.Tensor) else batch.ids)
-            return ids.astype(np.uint64) if ids.dtype.kind in "iu" else name_keys(ids.tolist())
-        return self._keys_by_content(batch)
-
-    def _keys_by_content(self, batch: TorchBatch) -> np.ndarray:
-        return row_keys([_host(t) for t in tree_leaves((batch.x, batch.y)) if isinstance(t, ARRAYS)])
-
-    def content_keys(self, batch: TorchBatch) -> np.ndarray:
+    def host_arrays(self, batch: TorchBatch, weighted: bool = False) -> list[np.ndarray]:
         leaves = [_host(t) for t in tree_leaves((batch.x, batch.y)) if isinstance(t, ARRAYS)]
-        leaves += [] if batch.weights is None else [_host(batch.weights)]
-        return row_digests(leaves if batch.ids is None else [*leaves, self.row_keys(batch)])
+        return [*leaves, _host(batch.weights)] if weighted and batch.weights is not None else leaves
 
     def _record(self, batch: TorchBatch) -> tuple[Recording, dict[str, torch.Tensor]]:
         state = detached_state(self.model)
