@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from headwater.curvature.passes import batches, total_weight
+from headwater.curvature.passes import batches, positive_weight, total_weight
 from headwater.gradients.provider import StructuredGradientProvider
 from headwater.gradients.unit import UnitGradientProvider
 from headwater.methods.base import Curvatures, Method
@@ -23,7 +23,8 @@ class GradDot(Method[LinearOperator]):
         self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
     ) -> tuple[Curvatures, float]:
         rows = sum(total_weight(provider, batch) for batch in batches(provider, loader, "counting rows", progress))
-        return OrderedDict((name, IdentityOperator(size)) for name, size in provider.sizes.items()), rows
+        operators = ((name, IdentityOperator(size)) for name, size in provider.sizes.items())
+        return OrderedDict(operators), positive_weight(rows)
 
     def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:
         return curvature
