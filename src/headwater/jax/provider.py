@@ -85,8 +85,10 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         self._plan = make_plan(tree, blocks)
         self._traced = False
         self._checked = 0
+        self._measured_rows = 0
+        self._distrusted: frozenset[str] = frozenset()
         self._normalisation: str | None = None
-        self._numbers_per_row = 1
+        self._numbers_per_row: int | None = None
         self._fingerprint: tuple[int, ...] | None = None
         self._plain = plain
         if plain and self._like.dtype != jnp.float64:
@@ -111,7 +113,7 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
                 f"The parameters are of another architecture: {_difference(tree.names, tree.shapes)} in place of "
                 f"{_difference(self._model.tree.names, self._model.tree.shapes)}."
             )
-        return self._changed(_leaves=leaves, _fingerprint=None, _checked=0)
+        return self._changed(_leaves=leaves, _fingerprint=None, _checked=0, _measured_rows=0)
 
     def _changed(self, **changes: Any) -> Self:
         other = copy.copy(self)
@@ -179,8 +181,8 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         return plain.doubled(batch, self.keys_by_content(batch) if batch.ids is None else batch.ids)
 
     def rows_at_once(self, batch: JaxBatch) -> int:
-        self._prepare(batch)
-        return rows_within_memory(self._numbers_per_row, self._like)
+        self._count(self._ready(batch))  # without a loss: nobody says whether these are train or query rows
+        return rows_within_memory(self._numbers_per_row or 1, self._like)
 
     def row_weights(self, batch: JaxBatch) -> jax.Array | None:
         return None if batch.weights is None else jnp.asarray(batch.weights, dtype=wide(self._like[:0]).dtype)
@@ -192,8 +194,8 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
     # Gradients ----------------------------------------------------------------------------------------------------
 
     def grads(self, batch: JaxBatch, *, query: bool = False, weighted: bool = True) -> BlockGradients:
-        batch = self._prepare(batch)
         model = self._measured if query else self._model
+        batch = self._prepare(batch, model)
         if self._plain:
             names = [p.name for layout in self._plan.layouts for p in layout.block.parameters]
             rows = plain.gradients(model, self._chosen(names), self._leaves, plain.rows_of(batch))
@@ -235,14 +237,16 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         ]
 
     def losses(self, batch: JaxBatch, *, query: bool = False) -> jax.Array:
-        batch = self._prepare(batch)
         model = self._measured if query else self._model
+        batch = self._prepare(batch, model)
         return _cut(derivatives.losses(model, self._leaves, *batch.padded()), batch)
 
     def of_output(self, function: OutputFunction) -> Self:
         chosen = {"margin": negative_margin, "logit": negative_logit}[function]
         model = Model(self._model.apply, self._model.tree, chosen)
-        return self._changed(_model=model, _measured=model, likelihood=None, _checked=0, _normalisation=None)
+        return self._changed(
+            _model=model, _measured=model, likelihood=None, _checked=0, _measured_rows=0, _normalisation=None
+        )
 
     def in_float64(self) -> Self | None:
         """None unless JAX has float64 enabled."""
@@ -268,14 +272,35 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
 
     # The first rows -----------------------------------------------------------------------------------------------
 
-    def _prepare(self, batch: Any) -> JaxBatch:
+    def _prepare(self, batch: Any, model: Model | None = None) -> JaxBatch:
+        """The batch as the function takes it; its first rows are looked at.
+
+        model: with the loss that is asked of these rows, the train loss unless it is said. A measurement is tried on
+        query rows alone: it may read targets that train rows do not have.
+        """
         batch = self._ready(batch)
-        if self._checked < min(2, len(batch)):  # one row, or two alike, do not show whether rows act on each other
+        measured = model is not None and model is not self._model
+        checked = self._measured_rows if measured else self._checked
+        if checked < min(2, len(batch)):  # one row, or two alike, do not show whether rows act on each other
             chosen = differing(row_keys(host_leaves(batch.x)))
-            if self._checked < len(chosen):
-                self._check(batch.take(chosen))
-                self._checked = len(chosen)
+            if checked < len(chosen):
+                self._check(batch.take(chosen), self._measured if measured else self._model)
+                if measured:
+                    self._measured_rows = len(chosen)
+                else:
+                    self._checked = len(chosen)
         return batch
+
+    def _count(self, batch: JaxBatch) -> None:
+        """What gradients of a row cost, of the sum of its outputs."""
+        if self._numbers_per_row is None:
+            row = batch.take(slice(0, 1))
+            check_rows(jax.eval_shape(partial(first_outputs, self._model), self._leaves, row.x), 1)
+            self._learn(row.x)
+            summed = Model(self._model.apply, self._model.tree, _sum_of_outputs)
+            gradients = partial(derivatives.gradients, summed, self._plan)
+            _, values = jax.eval_shape(gradients, self._leaves, row.x, row.y)  # shapes alone: nothing is compiled
+            self._numbers_per_row = sum(a.size for value in values.values() for a in value.arrays)
 
     def _learn(self, x: Any) -> None:
         """The parts that the parameters form, from some rows."""
@@ -284,8 +309,8 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
             self._plan = make_plan(self._model.tree, self._structure, program)
             self._traced = True
 
-    def _check(self, rows: JaxBatch) -> None:
-        """Compare with plain gradients, one row at a time; see the class."""
+    def _check(self, rows: JaxBatch, model: Model) -> None:
+        """Compare this loss's gradients with plain ones, one row at a time; see the class."""
         last = len(rows) - 1
         together = first_outputs(self._model, self._leaves, rows.x)
         check_rows(together, len(rows))
@@ -293,20 +318,22 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
             alone = derivatives.outputs(self._model, self._leaves, rows.take(slice(k, k + 1)).x)
             check_independence(together, alone, k)
         with explain_failure(together, rows.y):
-            value, alone = derivatives.batch_loss(self._model.loss, together, rows.y)
-        self._normalisation = normalisation(self._model.loss, together, rows.y, value, alone)
+            value, alone = derivatives.batch_loss(model.loss, together, rows.y)
+        treats_rows = normalisation(model.loss, together, rows.y, value, alone)
+        self._normalisation = treats_rows if model is self._model else self._normalisation
         self._learn(rows.x)
-        wrong = self._disagreeing(rows.take(slice(last, last + 1)))
+        wrong = self._disagreeing(rows.take(slice(last, last + 1)), model)
         if wrong:
+            self._distrusted |= set(wrong)
             program = self._model.program(self._leaves, rows.x)
-            self._plan = make_plan(self._model.tree, self._structure, program, wrong)
+            self._plan = make_plan(self._model.tree, self._structure, program, sorted(self._distrusted))
 
-    def _disagreeing(self, row: JaxBatch) -> list[str]:
+    def _disagreeing(self, row: JaxBatch, model: Model) -> list[str]:
         """Parameters whose gradient for this row, from their uses, is not that of plain differentiation."""
         chosen = {p.name: self._leaves[p.name] for layout in self._plan.layouts for p in layout.block.parameters}
-        loss, expected = derivatives.plain_gradient(self._model, chosen, self._leaves, row.x, row.y)
+        loss, expected = derivatives.plain_gradient(model, chosen, self._leaves, row.x, row.y)
         check_finite(loss, 1)
-        _, values = derivatives.gradients(self._model, self._plan, self._leaves, row.x, row.y)
+        _, values = derivatives.gradients(model, self._plan, self._leaves, row.x, row.y)
         self._numbers_per_row = sum(a.size for value in values.values() for a in value.arrays)
         flat = np.asarray(derivatives.flattened(self._plan.layouts, values))[0]
         wrong, start = [], 0
@@ -373,6 +400,12 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         check_finite(losses, len(batch))
         weights = self.row_weights(batch)
         return flat if weights is None else flat * weights.reshape((-1,) + (1,) * (flat.ndim - 1))
+
+
+def _sum_of_outputs(output: Any, target: Any) -> jax.Array:
+    return sum(
+        (jnp.sum(leaf) for leaf in jax.tree.leaves(output) if jnp.issubdtype(leaf.dtype, jnp.floating)), jnp.zeros(())
+    )
 
 
 def _stacked(pieces: list[jax.Array]) -> jax.Array:

@@ -104,6 +104,11 @@ def as_batch(provider: StructuredGradientProvider, item: Any) -> Batch | None:
         return item if len(item) else None
     if isinstance(item, (tuple, list)) and len(item) == 2:
         return paired(provider, *item)
+    if is_array(item):
+        raise InvalidInput(
+            f"A loader gives (x, y) or a Batch, not {described(item)}. Are these inputs and targets of one batch, "
+            "[x, y]? Pass a list of batches, [(x, y)]."
+        )
     raise InvalidInput(
         f"A loader gives (x, y) or a Batch, not {described(item)}. One batch is [(x, y)]; of items of another form "
         f"unpack= makes (x, y[, ids, weights]), {_unpack_example(item)}."
@@ -128,10 +133,10 @@ def _unpack_example(item: Any) -> str:
         return f"for example unpack=lambda batch: (batch[{names[0]!r}], batch[{names[-1]!r}])"
     if isinstance(item, (tuple, list)) and len(item) == 3:
         return (
-            "for example unpack=lambda batch: (batch[0], batch[1], batch[2]) of (x, y, ids), or "
-            "unpack=lambda batch: (batch[1], batch[2], batch[0]) of (ids, x, y)"
+            "for example unpack=lambda batch: (batch[0], batch[1], batch[2]) of (x, y, ids), "
+            "(batch[0], batch[2], batch[1]) of (x, ids, y), or (batch[1], batch[2], batch[0]) of (ids, x, y)"
         )
-    return "for example unpack=lambda batch: (batch[0], batch[1])"
+    return "a function of the item that says which entry is which"
 
 
 @contextmanager

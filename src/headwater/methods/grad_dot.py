@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from headwater.curvature.means import total_weight
+from headwater.curvature.means import positive_weight, total_weight
 from headwater.gradients.provider import StructuredGradientProvider
 from headwater.gradients.unit import UnitGradientProvider
 from headwater.methods.base import Curvatures, Method
@@ -25,7 +25,8 @@ class GradDot(Method[LinearOperator]):
     ) -> tuple[Curvatures, float]:
         weights = Total[PlacedBatch, float](lambda piece: total_weight(provider, piece.batch))
         rows = sweep(provider, loader, weights, "counting rows", progress)
-        return OrderedDict((name, IdentityOperator(size)) for name, size in provider.sizes.items()), rows
+        operators = ((name, IdentityOperator(size)) for name, size in provider.sizes.items())
+        return OrderedDict(operators), positive_weight(rows)
 
     def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:
         return curvature
