@@ -44,7 +44,7 @@ from headwater.operators.iterative import LastSolves, SolveReport, apply_path, j
 from headwater.operators.kronecker import SeparableOperator
 from headwater.operators.released import ReleasedOperator, penalised
 from headwater.operators.structured import BlockDiagonalOperator
-from headwater.rows import Rows, first_batch
+from headwater.rows import Rows, Runner, first_batch
 from headwater.types import InfluenceMode, TensorType
 
 if TYPE_CHECKING:
@@ -115,13 +115,14 @@ class ComposableInfluence(ABC, Generic[TensorType]):
     # Fitting ------------------------------------------------------------------------------------------------------
 
     @in_own_precision
-    def fit(self, loader: Iterable[Any], *, progress: bool = False) -> Self:
+    def fit(self, loader: Iterable[Any], *, progress: bool = False, runner: Runner | None = None) -> Self:
         """Learn the curvature of the mean loss over the loader's rows; it gives (x, y) or batches, repeatably.
 
+        runner: who visits which rows, and where (`headwater.rows`); None for this process, one batch after the other.
         Errors: BatchMismatch, naming batch and row, if a later pass over the loader gives other rows than the first.
         """
         while True:
-            rows = Rows(self.source, self._read_as(loader, "train"))
+            rows = Rows(self.source, self._read_as(loader, "train"), runner=runner)
             try:
                 with located():
                     curvature, weight = self.method.fit(self.provider, rows, progress)

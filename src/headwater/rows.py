@@ -7,7 +7,7 @@ reads the loader and is the only place that does; a runner decides in which orde
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
@@ -81,6 +81,19 @@ class Visitor(ABC, Generic[Item, Part, Found]):
         """What the part of all rows means."""
         return whole  # type: ignore[return-value]
 
+    @property
+    def is_shareable(self) -> bool:
+        """Whether parts can be kept in files: `pack` and `unpack` are there."""
+        return False
+
+    def pack(self, part: Part) -> Mapping[str, Any]:
+        """A part as named arrays and numbers."""
+        raise NotImplementedError(f"Parts of {type(self).__name__} cannot be kept in files.")
+
+    def unpack(self, values: Mapping[str, Any]) -> Part:
+        """What `pack` gave, arrays in the model's framework."""
+        raise NotImplementedError(f"Parts of {type(self).__name__} cannot be kept in files.")
+
     def __and__(
         self, other: Visitor[Item, OtherPart, OtherFound]
     ) -> Visitor[Item, tuple[Part, OtherPart], tuple[Found, OtherFound]]:
@@ -121,6 +134,21 @@ class Both(Visitor[Item, tuple[Part, OtherPart], tuple[Found, OtherFound]]):
     def finish(self, whole: tuple[Part, OtherPart]) -> tuple[Found, OtherFound]:
         return self.first.finish(whole[0]), self.second.finish(whole[1])
 
+    @property
+    def is_shareable(self) -> bool:
+        return self.first.is_shareable and self.second.is_shareable
+
+    def pack(self, part: tuple[Part, OtherPart]) -> dict[str, Any]:
+        pairs = zip("12", (self.first.pack(part[0]), self.second.pack(part[1])), strict=True)
+        return {f"{side}/{name}": value for side, values in pairs for name, value in values.items()}
+
+    def unpack(self, values: Mapping[str, Any]) -> tuple[Part, OtherPart]:
+        own, others = (
+            {name.removeprefix(f"{side}/"): v for name, v in values.items() if name.startswith(f"{side}/")}
+            for side in "12"
+        )
+        return self.first.unpack(own), self.second.unpack(others)
+
 
 @dataclass(frozen=True, eq=False)
 class Each(Visitor[Item, list[Found], list[Found]]):
@@ -148,15 +176,36 @@ class Total(Visitor[Item, Found, Found]):
     def merge(self, one: Found, other: Found) -> Found:
         return one + other  # type: ignore[operator]
 
+    @property
+    def is_shareable(self) -> bool:
+        return True
+
+    def pack(self, part: Found) -> dict[str, Any]:
+        return {"total": part}
+
+    def unpack(self, values: Mapping[str, Any]) -> Found:
+        found: Found = values["total"]
+        return found
+
 
 # Runners --------------------------------------------------------------------------------------------------------------
 
-Runner = Callable[[Visitor[Any, Any, Any], Iterable[Any]], Any]
-"""Visits the items of a pass: (visitor, items) -> the part of all of them."""
+Read = Callable[[], Iterator[PlacedBatch]]
+"""Begins a pass over the rows."""
+Runner = Callable[[Visitor[Any, Any, Any], Read, str], Any]
+"""Visits rows: (visitor, read, label) -> the part of all of them.
+
+label: the number of the pass over these rows, from 0, and of the provider's form; the same in every process.
+"""
 
 
-def serial(visitor: Visitor[Item, Part, Found], items: Iterable[Item]) -> Part:
-    """One item after the other. Errors: BatchMismatch for none."""
+def serial(visitor: Visitor[PlacedBatch, Part, Found], read: Read, label: str) -> Part:
+    """A runner: one batch after the other, in this process."""
+    return fold(visitor, read())
+
+
+def fold(visitor: Visitor[Item, Part, Found], items: Iterable[Item]) -> Part:
+    """The part of all items, one after the other. Errors: BatchMismatch for none."""
     whole: list[Part] = []
     for item in items:
         whole = [visitor.add(whole[0], item) if whole else visitor.of(item)]
@@ -184,6 +233,7 @@ class Rows(Iterable[Any]):
         runner: Runner | None = None,
     ):
         self.provider, self.source, self.role, self.runner = provider, source, role, runner
+        self.passes = 0
         self.memory = RowMemory() if memory is None else memory
 
     @classmethod
@@ -237,8 +287,12 @@ def sweep(
     Errors: InvalidInput for what is no loader, can be read only once, or gives an item that is no batch; BatchMismatch
     for a loader without rows, and for `Rows` that are others than in an earlier pass; the visitor's own.
     """
-    runner = loader.runner if isinstance(loader, Rows) else None
-    whole: Part = (runner or serial)(visitor, _read(provider, loader, what, show))
+    runner: Runner = serial
+    number = 0
+    if isinstance(loader, Rows):
+        runner, number = loader.runner or serial, loader.passes
+        loader.passes += 1
+    whole: Part = runner(visitor, lambda: _read(provider, loader, what, show), f"{number}-{provider.form}")
     return visitor.finish(whole)
 
 
@@ -246,7 +300,7 @@ def sweep_kept(
     pieces: Iterable[PlacedBatch], visitor: Visitor[PlacedBatch, Part, Found], what: str, show: bool = False
 ) -> Found:
     """Visit pieces that were kept from a pass; errors name their places as in a pass."""
-    return visitor.finish(serial(visitor, _again(pieces, what, show)))
+    return visitor.finish(fold(visitor, _again(pieces, what, show)))
 
 
 def first_batch(provider: StructuredGradientProvider, loader: Iterable[Any]) -> Batch:

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from headwater.arrays import Array, add_product, identity, rows_within_memory, transpose
-from headwater.curvature.means import Means, merged, no_means, rows_of, total_weight
+from headwater.curvature.means import Means, MeansVisitor, no_means, rows_of, total_weight
 from headwater.errors import InvalidSetting
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
 from headwater.memory import refuse_too_large
 from headwater.operators.finite import refuse_nonfinite
 from headwater.operators.structured import DenseOperator
-from headwater.rows import Accumulator, PlacedBatch, sweep
+from headwater.rows import PlacedBatch, sweep
 from headwater.types import Batch
 
 Curvature = Literal["hessian", "ggn", "fisher", "empirical_fisher"]
@@ -55,7 +55,7 @@ def fit_dense(
 
 
 @dataclass(frozen=True, eq=False)
-class _DenseMeans(Accumulator[PlacedBatch, Means, Means]):
+class _DenseMeans(MeansVisitor):
     """Each block's matrix."""
 
     provider: StructuredGradientProvider
@@ -76,9 +76,6 @@ class _DenseMeans(Accumulator[PlacedBatch, Means, Means]):
         for name, matrix in _by_gradients(self.provider, item.batch, fisher, self.seed).items():
             whole[name].add(matrix, weight)
         return whole
-
-    def merge(self, one: Means, other: Means) -> Means:
-        return merged(one, other)
 
 
 def _refuse_without_room(provider: StructuredGradientProvider) -> None:

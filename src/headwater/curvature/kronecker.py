@@ -12,12 +12,12 @@ arXiv 2308.03296.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from headwater.arrays import Array, accumulable, add_product, device, itemsize, namespace
-from headwater.curvature.means import WeightedMean, positive_weight, total_weight
+from headwater.curvature.means import WeightedMean, pack_means, positive_weight, total_weight, unpack_means
 from headwater.errors import InvalidSetting
 from headwater.gradients.algebra import Gradient, Moments, Sum, draws_second_moment
 from headwater.gradients.provider import BlockGradients, Fisher, StructuredGradientProvider
@@ -89,6 +89,24 @@ class _Factors(Visitor[PlacedBatch, _Sums, _Sums]):
             one.moments[place] = one.moments[place] + moments
         return _Sums(one.moments, one.weight + other.weight)
 
+    @property
+    def is_shareable(self) -> bool:
+        return True
+
+    def pack(self, part: _Sums) -> dict[str, Any]:
+        found: dict[str, Any] = {"weight": part.weight}
+        for (name, k), moments in part.moments.items():
+            found |= {f"{name}/{k}/{each}": value for each, value in moments.named().items()}
+        return found
+
+    def unpack(self, values: Mapping[str, Any]) -> _Sums:
+        found: dict[Place, dict[str, Any]] = {}
+        for key, value in values.items():
+            if key != "weight":
+                name, k, each = key.rsplit("/", 2)
+                found.setdefault((name, int(k)), {})[each] = value
+        return _Sums({place: Moments(**{"right": None} | sums) for place, sums in found.items()}, values["weight"])
+
 
 def fit_ekfac(
     provider: StructuredGradientProvider,
@@ -152,6 +170,17 @@ class _Spectra(Accumulator[PlacedBatch, Spectra, Spectra]):
         for place, mean in other.items():
             one[place].merge(mean)
         return one
+
+    @property
+    def is_shareable(self) -> bool:
+        return True
+
+    def pack(self, part: Spectra) -> dict[str, Any]:
+        return pack_means({f"{name}/{k}": mean for (name, k), mean in part.items()})
+
+    def unpack(self, values: Mapping[str, Any]) -> Spectra:
+        means = unpack_means(values)
+        return {(name.rpartition("/")[0], int(name.rpartition("/")[2])): mean for name, mean in means.items()}
 
 
 def _level_null_space(basis: EigenKroneckerOperator, spectrum: Array) -> Array:

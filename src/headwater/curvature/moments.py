@@ -10,7 +10,7 @@ from typing import Any
 
 from headwater.arrays import Array, accumulable, add_product, device, itemsize, namespace
 from headwater.curvature.exact import LARGEST_DENSE
-from headwater.curvature.means import Means, WeightedMean, merged, rows_of, total_weight
+from headwater.curvature.means import Means, MeansVisitor, WeightedMean, rows_of, total_weight
 from headwater.errors import InvalidSetting
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
@@ -18,7 +18,8 @@ from headwater.memory import refuse_too_large
 from headwater.operators.finite import refuse_nonfinite
 from headwater.operators.projected import MomentOperator, ProjectedOperator
 from headwater.operators.projection import Make, Projection
-from headwater.rows import Accumulator, PlacedBatch, Total, sweep
+from headwater.rows import PlacedBatch, Total, first_batch, sweep
+from headwater.types import Batch
 
 
 def fit_moments(
@@ -40,12 +41,14 @@ def fit_moments(
     means, rows = sweep(
         provider, loader, moments & Total(lambda piece: len(piece.batch)), "projected gradients", progress
     )
+    if not moments.projections:  # all parts were there
+        moments.look(first_batch(provider, loader))
     operators = ((name, _operator(name, moments.projections[name], mean, rows)) for name, mean in means.items())
     return OrderedDict(operators), rows_of(means)
 
 
 @dataclass(frozen=True, eq=False)
-class _Moments(Accumulator[PlacedBatch, Means, Means]):
+class _Moments(MeansVisitor):
     """Each block's second moment of projected gradients."""
 
     provider: StructuredGradientProvider
@@ -68,8 +71,10 @@ class _Moments(Accumulator[PlacedBatch, Means, Means]):
             whole.setdefault(name, WeightedMean()).add(matrix, total_weight(self.provider, item.batch))
         return whole
 
-    def merge(self, one: Means, other: Means) -> Means:
-        return merged(one, other)
+    def look(self, batch: Batch) -> None:
+        """Make the projections, whose gradients some rows show."""
+        for name, value in self.provider.grads(batch).items():
+            self._projection(name, value)
 
     def _projection(self, name: str, value: BlockGradient) -> Projection:
         if name not in self.projections:

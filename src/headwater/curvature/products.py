@@ -30,7 +30,7 @@ from headwater.operators.iterative import host
 from headwater.operators.krylov import Bounds, extreme_eigenvalues
 from headwater.operators.sketch import normal_vectors, sign_vectors
 from headwater.random import row_uniforms
-from headwater.rows import Accumulator, Each, Found, Part, PlacedBatch, Rows, Total, Visitor, first_batch, serial, sweep
+from headwater.rows import Accumulator, Each, Found, Part, PlacedBatch, Rows, Total, Visitor, first_batch, fold, sweep
 from headwater.types import Batch, join
 
 EXACT_TRACE = 256
@@ -83,7 +83,7 @@ class RowDraws:
     def sweep(self, visitor: Visitor[DrawnRows, Part, Found], with_draws: bool) -> Found:
         """Visit every batch, once. Without draws where they would cost more than they save."""
         if self._kept is not None:
-            return visitor.finish(serial(visitor, self._kept))
+            return visitor.finish(fold(visitor, self._kept))
         room = KEPT_SHARE * working_memory_limit() if with_draws and self._fits else -1.0
         keeping = _Keeping(visitor, partial(self.drawn, with_draws=with_draws), room)
         met = sweep(self.provider, self.loader, keeping, self.label, self.progress)

@@ -43,6 +43,11 @@ class Moments:
     left_count: Array | float
     right_count: Array | float
 
+    def named(self) -> dict[str, Array | float]:
+        """The sums by name; without `right` where it was counted before."""
+        found = {"left": self.left, "left_count": self.left_count, "right_count": self.right_count}
+        return found if self.right is None else {**found, "right": self.right}
+
     def __add__(self, other: Moments) -> Moments:
         right = self.right if other.right is None else other.right if self.right is None else self.right + other.right
         return Moments(

@@ -17,6 +17,7 @@ from headwater.operators.iterative import joined, recorded_solves, unrecorded_so
 from headwater.rows import Each, PlacedBatch, Visitor, sweep_kept
 from headwater.run.diagnosis import RunSums, diagnosis_of, meets_the_loss
 from headwater.run.rows import FittedRows, check_scores, distinct, sweep_rows
+from headwater.run.runners.shared import check_worker
 from headwater.store.base import MemorySink, Sink, Tile
 from headwater.store.scores import UNIT_IN_WORDS, Extremes, Running, Scores
 from headwater.store.tiles import TileStore
@@ -34,6 +35,7 @@ def attribute(
     by_block: bool,
     store: str | os.PathLike[str] | None,
     progress: bool,
+    worker: tuple[int, int] = (0, 1),
 ) -> Scores:
     """See `ComposableInfluence.attribute`."""
     with recorded_solves() as log:
@@ -42,8 +44,16 @@ def attribute(
     if store is not None:
         identity = _identity(influence, unit, by_block, asked.ids, asked.keys)
         kept = TileStore(store, identity, _tolerance(influence, solved=bool(joined(log))))
+    check_worker(worker)
+    shared = worker[1] > 1
+    if shared:
+        if kept is None:
+            raise InvalidSetting(f"worker is {worker}, and workers meet in a folder: give store=.")
+        share = OwnShare(Score(influence, asked, unit, by_block, [kept]), worker)
+        sweep_rows(influence.provider, train_loader, share, "own share of the scores", progress)
     score = Score(influence, asked, unit, by_block, [memory] if kept is None else [kept, memory])
-    sums = RunSums(influence.provider, kept) if meets_the_loss(influence) else None
+    # The mean gradient takes every row's gradient, which workers are there to save.
+    sums = RunSums(influence.provider, kept) if meets_the_loss(influence) and not shared else None
     try:
         train_ids = _scored(influence, train_loader, score if sums is None else score & sums, asked, unit, progress)
     finally:
@@ -192,6 +202,22 @@ def _probe(influence: ComposableInfluence, queries: Queries, batch: Any) -> np.n
         by_block = queries.scores(influence.provider.grads(batch, weighted=False))
     found = np.stack([to_numpy(scores) for scores in by_block.values()])
     return found[:, np.random.default_rng(0).permutation(found.shape[1])[:PROBE_QUERIES]]
+
+
+class OwnShare(Visitor[PlacedBatch, int, int]):
+    """Another visitor, on every `count`-th batch from `number` on; the number of batches that were met."""
+
+    def __init__(self, inner: Visitor[PlacedBatch, None, None], worker: tuple[int, int]) -> None:
+        self.inner, self.worker, self.met = inner, worker, 0
+
+    def of(self, item: PlacedBatch) -> int:
+        if self.met % self.worker[1] == self.worker[0] or item.start == 0:  # the first one has the store's probe
+            self.inner.of(item)
+        self.met += 1
+        return 1
+
+    def merge(self, one: int, other: int) -> int:
+        return one + other
 
 
 class Score(Visitor[PlacedBatch, None, None]):

@@ -114,7 +114,7 @@ def remove_dead(folder: Path) -> None:
         return
     for entry in list(folder.iterdir()):
         named = NAMED.fullmatch(entry.name)
-        if named and named[1] == HOST and not _lives(int(named[2]), named[3]):
+        if named and named[1] == HOST and not is_alive(int(named[2]), named[3]):
             if entry.is_dir():
                 shutil.rmtree(entry, ignore_errors=True)
             else:
@@ -126,7 +126,8 @@ def is_draft(name: str) -> bool:
     return NAMED.fullmatch(name) is not None
 
 
-def _lives(pid: int, token: str) -> bool:
+def is_alive(pid: int, token: str) -> bool:
+    """Whether a process of this machine, which gave itself that token, is there."""
     if pid == os.getpid():
         return token == TOKEN
     try:

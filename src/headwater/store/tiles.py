@@ -46,6 +46,8 @@ class TileStore(Sink):
         self.path, self.tolerance = Path(path), tolerance
         self._run = self._check_identity(json.loads(json.dumps(identity)), tolerance / 10)
         self._bound: str | None = None
+        self._seen = 0
+        """Bytes of the ledger when it was read last."""
         self._lines: dict[tuple[int, int], dict[str, Any]] | None = None
         for folder in (self.path, self._tiles):
             remove_dead(folder)
@@ -127,12 +129,20 @@ class TileStore(Sink):
             self._lines = {(line["start"], line["stop"]): line for line in read if line is not None}
         return self._lines
 
+    def _look_again(self) -> None:
+        """Others may write into the same run at the same time."""
+        file = self.path / "ledger.jsonl"
+        size = file.stat().st_size if file.exists() else 0
+        if size != self._seen:
+            self._lines, self._seen = None, size
+
     def read(self, start: int, keys: np.ndarray) -> np.ndarray | None:
         """The tile of the train rows from `start` on, with these keys: [block, query, train].
 
         None if it is not there, or not as it was written. Errors: InvalidInput if it was computed from other rows.
         """
         stop = start + len(keys)
+        self._look_again()
         line = self._ledger.get((start, stop))
         if line is None:
             return None
