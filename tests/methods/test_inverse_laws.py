@@ -20,7 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import CASES, mlp, settle
-from test_torch_laws import FACTORS, METHODS, STRUCTURES, structure_of, tiny
+from test_torch_laws import FACTORS, METHODS, STRUCTURES, shapes, structure_of, tiny
 from torch import nn
 from torch.utils._pytree import tree_map
 from truth import EPS, Truth, assert_close, fitted, truth_of
@@ -74,15 +74,18 @@ CLEAR_GAP = 1e5
 """|C| over the gap behind the kept eigenvalues, up to which "the leading eigenvectors" means something."""
 
 
+LARGER = ("signals", "images", "sentences")
+"""In turn; a language model is slow to solve for one column at a time, or to decompose."""
+
+
 def combinations() -> Iterator[Any]:
-    """All; the fast ones have every pair of method and structure, method and damping, and of the MLP or signals and
-    method; each method meets one of the larger cases."""
+    """All; the fast ones have every pair of method and structure, of method and damping, and a larger case a method."""
     for case in CASES:
         for k, method in enumerate(SOLVERS):
             for turn, structure in enumerate(STRUCTURES):
                 name, ahead = f"{case}-{method}-{structure}", (turn - k) % len(STRUCTURES)
-                larger = structure == "own" and case == ("images", "language", "sentences")[k % 3]
-                if {"mlp": ahead > 0, "signals": ahead == 0}.get(case, larger):
+                larger = "language" if method == "block-krylov" else LARGER[k % len(LARGER)]
+                if case == ("mlp" if ahead > 0 else larger):
                     factor = FACTORS[(ahead + k) % len(FACTORS)]
                     yield pytest.param(case, method, structure, (factor,), id=f"{name}-{factor}")
                 yield pytest.param(case, method, structure, FACTORS, id=name, marks=pytest.mark.slow)
@@ -172,7 +175,7 @@ def test_scores_do_not_depend_on_batch_size_or_row_order(case: str, method: str)
     found, chosen = truth.case, SOLVERS[method](truth)
     order = torch.randperm(len(found.y), generator=torch.Generator().manual_seed(0))
     reference = fitted(found, chosen, "layer", size=len(found.y), damping=0.1).influences(*rows_of(found))
-    for size, by in ((1, None), (3, None), (4, order)):
+    for size, by in ((1, None), (4, order)):
         assert_close(fitted(found, chosen, "layer", size, by, damping=0.1).influences(*rows_of(found)), reference, NEAR)
 
 
@@ -183,14 +186,14 @@ def test_scores_do_not_depend_on_the_number_of_queries(case: str, method: str) -
     found = truth.case
     influence = fitted(found, SOLVERS[method](truth), found.own_blocks, damping=0.1)
     together = influence.influences(*rows_of(found))
-    for k in range(len(found.y_query)):
+    for k in (0, len(found.y_query) - 1):
         x_one, y_one = tree_map(lambda t, k=k: t[k : k + 1], (found.x_query, found.y_query))
         assert_close(influence.influences(x_one, y_one, found.x, found.y)[0], together[k], NEAR)
 
 
 @pytest.mark.parametrize("method", SOLVERS)
 def test_scores_do_not_depend_on_the_working_memory(method: str) -> None:
-    truth = Truth(tiny(9, 4))
+    truth = Truth(tiny(4, 3))
     found, chosen = truth.case, SOLVERS[method](truth)
     modes = ("up", "perturbation")
     enough = fitted(found, chosen, "full", damping=0.1)
@@ -223,13 +226,15 @@ def test_another_damping_is_a_fresh_fit_and_leaves_the_first_as_it_was(method: s
 
 
 @pytest.mark.parametrize("method", SOLVERS)
-@pytest.mark.parametrize(("train", "queries"), [(9, 14), (3, 8), (1, 2)])
-def test_more_queries_than_parameters_or_train_rows(method: str, train: int, queries: int) -> None:
+@pytest.mark.parametrize(("train", "queries", "factors"), list(shapes()))
+def test_more_queries_than_parameters_or_train_rows(
+    method: str, train: int, queries: int, factors: tuple[float, ...]
+) -> None:
     truth = Truth(tiny(train, queries))
     chosen = SOLVERS[method](truth)
     if isinstance(chosen, SteppedMethod) and chosen.rows is not None:
         chosen = replace(chosen, rows=min(chosen.rows, train))
-    for factor in FACTORS:
+    for factor in factors:
         damping = truth.absolute(chosen, "layer", factor)
         check(fitted(truth.case, chosen, "layer", damping=damping), truth, "layer", damping)
 
@@ -280,7 +285,7 @@ class Shuffled:
 
 @pytest.mark.parametrize("method", [m for m in EVERY if m not in FEW_ROWS and not m.startswith("dual")])
 def test_a_loader_that_shuffles_changes_nothing(method: str) -> None:
-    truth = truth_of("mlp")
+    truth = Truth(tiny(9, 4))
     found, chosen = truth.case, EVERY[method](truth)
     expected = fitted(found, chosen, "layer", damping=0.1).influences(*rows_of(found))
     with hw.working_memory(1):  # so that every product reads the rows again
@@ -353,7 +358,7 @@ def networks(draw: Any) -> tuple[Any, list[int], float]:
     return case, cuts, draw(st.sampled_from([1e-2, 0.1, 1.0, 10.0]))
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(networks())
 def test_all_exact_inverses_agree_on_networks_of_any_shape(drawn: tuple[Any, list[int], float]) -> None:
     case, cuts, factor = drawn
