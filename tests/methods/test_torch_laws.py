@@ -67,6 +67,7 @@ def combinations() -> Iterator[Any]:
                     continue
                 name, ahead = f"{case}-{method}-{structure}", (turn + k) % len(STRUCTURES)
                 met = method in SIDED or (i + k) % 2 == 0
+                met &= (case, method) != ("images", "grad-cos")  # differentiating unit gradients twice takes long
                 if tied or (case == "mlp" and (ahead + k) % 2 == 1) or (met and case != "mlp" and (ahead + i) % 4 == 0):
                     factor = FACTORS[(ahead + i + k) % len(FACTORS)]
                     yield pytest.param(case, method, structure, (factor,), id=f"{name}-{factor}")
