@@ -270,6 +270,7 @@ class TestNumpy(FrameworkSuite):
         return hw.Batch(rows.x, rows.y)
 
 
+@pytest.mark.torch
 class TestTorch(FrameworkSuite):
     """PyTorch against itself: other batches."""
 
@@ -313,7 +314,8 @@ def jax_provider(blocks: str) -> Any:
 
 
 VARIANTS = {
-    "direct-fisher": "direct-fisher-sampled",
+    "direct-fisher": "kfac-sampled",
+    "direct-fisher-sampled": "kfac-sampled",
     "direct-empirical-fisher": "dual",
     "dual-ggn": "dual",
     "kfac-factored": "kfac-sampled",
@@ -328,7 +330,8 @@ VARIANTS = {
     "cg-diagonal": "lissa",
     "cg-hessian": "direct-hessian",
     "block-krylov": "lissa",
-    "nystroem": "arnoldi",
+    "arnoldi": "lissa",
+    "nystroem": "lissa",
     "trak": "trak-exact",
     "trak-dense": "trak-exact",
     "logra-pca": "logra",
@@ -337,6 +340,7 @@ VARIANTS = {
 """Methods that ask a provider for nothing that another does not ask for too; slow in JAX, which compiles each anew."""
 
 
+@pytest.mark.jax
 class TestJax(FrameworkSuite):
     @pytest.mark.parametrize(
         ("method", "blocks"),

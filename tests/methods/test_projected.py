@@ -99,9 +99,9 @@ def test_scores_equal_the_dense_formula(case: str, method: str, structure: str, 
             if factor == factors[-1]:
                 whole = sum(by_block.values())
                 assert_close(influence.influences(*rows, mode=mode), whole, condition)
-                factors = influence.influence_factors(found.x_query, found.y_query)
-                assert factors.shape == (len(found.y_query), influence.n_parameters)
-                assert_close(influence.influences_from_factors(factors, found.x, found.y, mode), whole, condition)
+                inverted = influence.influence_factors(found.x_query, found.y_query)
+                assert inverted.shape == (len(found.y_query), influence.n_parameters)
+                assert_close(influence.influences_from_factors(inverted, found.x, found.y, mode), whole, condition)
 
 
 def in_turn(*cases: str) -> list[Any]:
@@ -246,7 +246,7 @@ def test_lorif_stores_outer_products_of_its_rank() -> None:
     grads = influence.provider.grads(TorchBatch(found.x, found.y))["full"]
     projected = influence.block_mapper.operators["full"].projection
     stored = projected.stored(grads)
-    assert max(getattr(part, "positions", 1) for part in stored.parts) == 2
+    assert max(part.positions or 1 for part in stored.parts) == 2
     assert_close(projected.apply_block(projected.seen(grads)).flat(), stored.flat(), 1e3)
 
 
