@@ -22,7 +22,7 @@ settings.register_profile("headwater", deadline=None, derandomize=True)
 settings.load_profile("headwater")
 
 FRAMEWORKS = ("torch", "jax", "hf", "sklearn")
-MUCH = 3 * 2**29
+MUCH = 1_750_000_000
 """Bytes of memory beyond which a process drops what JAX compiled, which is kept for ever otherwise."""
 
 

@@ -314,12 +314,13 @@ def jax_provider(blocks: str) -> Any:
 
 
 VARIANTS = {
-    "direct-fisher": "kfac-sampled",
-    "direct-fisher-sampled": "kfac-sampled",
+    "direct-fisher": "ekfac-sampled",
+    "direct-fisher-sampled": "ekfac-sampled",
     "direct-empirical-fisher": "dual",
     "dual-ggn": "dual",
-    "kfac-factored": "kfac-sampled",
-    "kfac": "kfac-sampled",
+    "kfac-factored": "ekfac-sampled",
+    "kfac": "ekfac-sampled",
+    "kfac-sampled": "ekfac-sampled",
     "ekfac": "ekfac-sampled",
     "ekfac-empirical": "ekfac-sampled",
     "ekfac-rank-2": "ekfac-sampled",
@@ -331,6 +332,7 @@ VARIANTS = {
     "cg-hessian": "direct-hessian",
     "block-krylov": "lissa",
     "arnoldi": "lissa",
+    "astra": "lissa",
     "nystroem": "lissa",
     "trak": "trak-exact",
     "trak-dense": "trak-exact",
