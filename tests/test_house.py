@@ -7,6 +7,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
@@ -71,18 +72,23 @@ def targets(module: str, path: Path, node: ast.AST) -> Iterator[str]:
             yield f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base
 
 
-IMPORTS = [
-    Import(module, target, eager)
-    for module, path in MODULES.items()
-    for node, eager in statements(ast.parse(path.read_text()))
-    for target in targets(module, path, node)
-]
-INSIDE = [found for found in IMPORTS if found.target.partition(".")[0] == "headwater"]
+@cache
+def imports() -> list[Import]:
+    return [
+        Import(module, target, eager)
+        for module, path in MODULES.items()
+        for node, eager in statements(ast.parse(path.read_text()))
+        for target in targets(module, path, node)
+    ]
+
+
+def inside() -> list[Import]:
+    return [found for found in imports() if found.target.partition(".")[0] == "headwater"]
 
 
 def test_each_library_is_known_only_in_its_rooms():
     strangers = []
-    for found in IMPORTS:
+    for found in imports():
         library = found.target.removeprefix("headwater.").partition(".")[0]
         if library in HOMES and room(found.source) not in HOMES[library] | {library}:
             strangers.append(str(found))
@@ -90,17 +96,17 @@ def test_each_library_is_known_only_in_its_rooms():
 
 
 def test_maths_does_not_import_results():
-    assert not [str(f) for f in INSIDE if room(f.source) in MATHS and room(f.target) in RESULTS | {"run"}]
+    assert not [str(f) for f in inside() if room(f.source) in MATHS and room(f.target) in RESULTS | {"run"}]
 
 
 def test_results_do_not_import_maths():
-    assert not [str(found) for found in INSIDE if room(found.source) in RESULTS and room(found.target) in MATHS]
+    assert not [str(found) for found in inside() if room(found.source) in RESULTS and room(found.target) in MATHS]
 
 
 def test_imports_have_no_cycle():
     """Imports within functions, and those for type checkers alone, count as all others do."""
     graph = TopologicalSorter()
-    for found in INSIDE:
+    for found in inside():
         if MODULES[found.target].stem != "__init__" and MODULES[found.source].stem != "__init__":  # these gather names
             graph.add(found.source, found.target)
     graph.prepare()  # raises CycleError, which names the circle
