@@ -8,6 +8,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
@@ -86,18 +87,23 @@ def targets(module: str, path: Path, node: ast.AST) -> Iterator[str]:
             yield f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base
 
 
-IMPORTS = [
-    Import(module, target, eager)
-    for module, path in MODULES.items()
-    for node, eager in statements(ast.parse(path.read_text()))
-    for target in targets(module, path, node)
-]
-INSIDE = [
-    found
-    for found in IMPORTS
-    if found.target.partition(".")[0] == "headwater"
-    and not (found.source in FACES and room(found.target) == "retraining" and not found.eager)
-]
+@cache
+def imports() -> list[Import]:
+    return [
+        Import(module, target, eager)
+        for module, path in MODULES.items()
+        for node, eager in statements(ast.parse(path.read_text()))
+        for target in targets(module, path, node)
+    ]
+
+
+def inside() -> list[Import]:
+    return [
+        found
+        for found in imports()
+        if found.target.partition(".")[0] == "headwater"
+        and not (found.source in FACES and room(found.target) == "retraining" and not found.eager)
+    ]
 
 
 def home(module: str) -> str:
@@ -108,7 +114,7 @@ def home(module: str) -> str:
 
 def test_each_library_is_known_only_in_its_rooms():
     strangers = []
-    for found in IMPORTS:
+    for found in imports():
         library = home(found.target).removeprefix("retraining/")
         if library in HOMES and home(found.source) not in HOMES[library] | {library}:
             strangers.append(str(found))
@@ -117,23 +123,23 @@ def test_each_library_is_known_only_in_its_rooms():
 
 def test_maths_imports_neither_results_nor_what_trains_again():
     above = RESULTS | {"run", "retraining"}
-    assert not [str(found) for found in INSIDE if room(found.source) in MATHS and room(found.target) in above]
+    assert not [str(found) for found in inside() if room(found.source) in MATHS and room(found.target) in above]
 
 
 def test_what_trains_again_does_not_import_results():
     above = RESULTS | {"run"}
-    assert not [str(found) for found in INSIDE if room(found.source) == "retraining" and room(found.target) in above]
+    assert not [str(found) for found in inside() if room(found.source) == "retraining" and room(found.target) in above]
 
 
 def test_results_do_not_import_maths():
     maths = MATHS | {"retraining"}
-    assert not [str(found) for found in INSIDE if room(found.source) in RESULTS and room(found.target) in maths]
+    assert not [str(found) for found in inside() if room(found.source) in RESULTS and room(found.target) in maths]
 
 
 def test_imports_have_no_cycle():
     """Imports within functions, and those for type checkers alone, count as all others do."""
     graph = TopologicalSorter()
-    for found in INSIDE:
+    for found in inside():
         if MODULES[found.target].stem != "__init__" and MODULES[found.source].stem != "__init__":  # these gather names
             graph.add(found.source, found.target)
     graph.prepare()  # raises CycleError, which names the circle

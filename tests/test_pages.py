@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from test_house import INSIDE, MODULES, room
+from test_house import MODULES, inside, room
 
 import headwater
 
@@ -34,7 +34,7 @@ def test_imports_run_as_the_picture_shows():
     height = {name: -k for k, layer in enumerate(DRAWN.layers) for name in layer}
     upward = [
         found
-        for found in INSIDE
+        for found in inside()
         if room(found.source) and room(found.target) and height[room(found.target)] > height[room(found.source)]
     ]
     assert not [str(f) for f in upward]
