@@ -16,6 +16,7 @@ from headwater.memory import refuse_too_large
 from headwater.operators.finite import refuse_nonfinite
 from headwater.operators.structured import DenseOperator
 from headwater.rows import Accumulator, PlacedBatch, sweep
+from headwater.settings import check_word
 from headwater.types import Batch
 
 Curvature = Literal["hessian", "ggn", "fisher", "empirical_fisher"]
@@ -25,8 +26,7 @@ LARGEST_DENSE = 20_000
 
 
 def check_kind(kind: str) -> None:
-    if kind not in KINDS:
-        raise InvalidSetting(f"curvature is {kind!r}; expected one of {', '.join(map(repr, KINDS))}.")
+    check_word("curvature", kind, KINDS)
 
 
 def fit_dense(

@@ -36,6 +36,7 @@ from headwater.operators.projection import (
 from headwater.operators.spectrum import Spectrum
 from headwater.operators.structured import LowRankPlusDiagonalOperator
 from headwater.random import PROJECTION_VERSION
+from headwater.settings import check_word
 
 Moments = TypeVar("Moments", bound=ProjectedOperator | DualOperator)
 """Of projected gradients; or through all pairs of rows, where nothing is projected."""
@@ -90,8 +91,8 @@ class Trak(ProjectedMethod[ProjectedOperator | DualOperator]):
     """"dense": a random sign for each parameter and number, as published; "mixed": shared, up to 16 times cheaper."""
 
     def __post_init__(self) -> None:
-        _check_word("output", self.output, Output)
-        _check_word("projection", self.projection, Projecting)
+        check_word("output", self.output, get_args(Output))
+        check_word("projection", self.projection, get_args(Projecting))
         if self.dimension is not None:
             _check_size("dimension", self.dimension)
 
@@ -176,7 +177,7 @@ class LoGra(SidedMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_sizes("dimension", self.dimension)
-        _check_word("init", self.init, Init)
+        check_word("init", self.init, get_args(Init))
 
     def projections(
         self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
@@ -335,8 +336,3 @@ def _check_sizes(name: str, sizes: Any) -> None:
 def _check_size(name: str, size: Any) -> None:
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise InvalidSetting(f"{name} is {size!r}; expected a whole number of at least 1.")
-
-
-def _check_word(name: str, word: str, words: Any) -> None:
-    if word not in get_args(words):
-        raise InvalidSetting(f"{name} is {word!r}; expected one of {', '.join(map(repr, get_args(words)))}.")

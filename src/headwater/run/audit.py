@@ -20,7 +20,6 @@ import numpy as np
 from headwater.errors import InvalidInput, InvalidSetting, NotConverged
 from headwater.evaluate.audited import Audit as Audit
 from headwater.evaluate.audited import audited, check_level
-from headwater.evaluate.checks import check_whole
 from headwater.influence import ComposableInfluence
 from headwater.methods.base import Method
 from headwater.methods.iterative import Cg
@@ -30,6 +29,7 @@ from headwater.rows import PlacedBatch, Total, Visitor
 from headwater.run.attribute import attribute
 from headwater.run.rows import sweep_rows
 from headwater.run.verify import DENSE, exact_method
+from headwater.settings import check_whole
 from headwater.types import join
 
 TOLERANCES = {"float64": 1e-8, "float32": 1e-4}

@@ -50,6 +50,7 @@ from headwater.run.verification import (
     Check,
     Verification,
 )
+from headwater.settings import check_whole
 from headwater.status import status_of
 from headwater.types import join
 
@@ -203,8 +204,7 @@ def verify(
     """
     influence.ready()
     for name, value in (("rows", rows), ("queries", queries)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InvalidSetting(f"{name} is {value!r}; expected a whole number of at least 1.")
+        check_whole(name, value, 1)
     if tolerance is not None and not 0 < tolerance < math.inf:
         raise InvalidSetting(f"tolerance is {tolerance!r}; expected a positive number, or None.")
     provider = influence.provider
