@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
-from headwater.arrays import Array, namespace
+from headwater.arrays import Array, namespace, summed
 from headwater.curvature.saved import TakenApart, moved, put_together, take_apart
 from headwater.errors import (
     BatchMismatch,
@@ -428,7 +428,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         with self._recorded():
             if mode is InfluenceMode.Perturbation and not mapper.own_forms:
                 return mapper.perturbation(mapper.transformed_grads(test), train)
-            return _sum(mapper.interactions(test, train, mode))
+            return summed(mapper.interactions(test, train, mode).values())
 
     @in_own_precision
     def damping_path(
@@ -447,7 +447,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         _, mode, test, train = self._asked(x_test, y_test, x, y, mode)
         others = [self.with_damping(damping).ready() for damping in dampings]
         if any(mapper.own_forms for mapper in others):  # factors are no help to a form that is not <Op left, right>
-            return [_sum(mapper.interactions(test, train, mode)) for mapper in others]
+            return [summed(mapper.interactions(test, train, mode).values()) for mapper in others]
         grads = self.provider.grads(test, query=True) if others else {}
         factors: list[dict[str, Array]] = [{} for _ in others]
         with self._recorded():
@@ -458,7 +458,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         if mode is InfluenceMode.Perturbation:
             return [mapper.perturbation(f, train) for mapper, f in zip(others, factors, strict=True)]
         return [
-            _sum(mapper.interactions_from_transformed_grads(f, train, mode))
+            summed(mapper.interactions_from_transformed_grads(f, train, mode).values())
             for mapper, f in zip(others, factors, strict=True)
         ]
 
@@ -496,7 +496,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         mode, mapper, train = InfluenceMode(mode), self.ready(), self._batch(x, y, "x and y")
         if mode is InfluenceMode.Perturbation:
             return mapper.perturbation(z_test_factors, train)
-        return _sum(mapper.interactions_from_transformed_grads(z_test_factors, train, mode))
+        return summed(mapper.interactions_from_transformed_grads(z_test_factors, train, mode).values())
 
     @in_own_precision
     def influences_from_factors_by_block(
@@ -529,7 +529,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         """<Op g_n, g_n> of a batch's rows: [n]."""
         operators = self.block_mapper.operators
         grads = self.provider.self_grads(batch)
-        return sum(operators[name].quadratic(operators[name].seen(value)) for name, value in grads.items())
+        return summed(operators[name].quadratic(operators[name].seen(value)) for name, value in grads.items())
 
 
 def _parts(operator: LinearOperator) -> Iterable[LinearOperator]:
@@ -543,11 +543,3 @@ def _listed(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [_listed(item) for item in value]
     return value if value is None or isinstance(value, (bool, int, float, str)) else in_words(value)
-
-
-def _sum(by_block: Mapping[str, Array]) -> Any:
-    """The blocks' scores, added in order."""
-    total = None
-    for value in by_block.values():
-        total = value if total is None else total + value
-    return total

@@ -21,7 +21,7 @@ from headwater.types import BilinearForm, BlockMapper, InfluenceMode, OperatorGr
 ByBlock = OrderedDict[str, Array]
 
 
-class InfluenceMapper(BlockMapper[Array, Any, OperatorGradientComposition]):
+class InfluenceMapper(BlockMapper[Any, Any, OperatorGradientComposition]):
     """The contract's block mapper over a structured provider: one pass through the model serves all blocks.
 
     A block whose operator has a bilinear form of its own is computed by that form, and the others the faster way.
@@ -92,7 +92,7 @@ class InfluenceMapper(BlockMapper[Array, Any, OperatorGradientComposition]):
         for name, operator in self.operators.items():
             yield transpose(operator.seen(grads[name]).project(factors[name]))
 
-    def perturbation(self, factors: Array | Mapping[str, Array], batch: Any) -> Array:
+    def perturbation(self, factors: Any, batch: Any) -> Any:
         """All blocks together, in one differentiation: (N, M, *x_shape)."""
         return self.provider.mixed_prod(batch, self._factors_by_block(factors))
 

@@ -112,7 +112,7 @@ def _by_gradients(
     sums: OrderedDict[str, Array] = OrderedDict()
     for draw in provider.fisher_grads(batch, fisher, seed=seed):
         for name, value in draw.items():
-            total = sums.get(name)
+            total: Any = sums.get(name)
             for flat, mine in _flat_pairs(value, weights):
                 total = add_product(total, flat, mine)
             sums[name] = total

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from headwater.arrays import (
     Array,
@@ -37,23 +37,26 @@ Draw = Callable[[int, bool], Array]
 """(numbers per row, normal?) -> uniform or standard normal numbers [n, count], fixed by row, seed and draw."""
 
 
-class OutputLoss(ABC):
+T = TypeVar("T", bound=Array)
+
+
+class OutputLoss(ABC, Generic[T]):
     """The rows' losses as a function of the output, with its derivatives; a framework fills it."""
 
     name: str
     """Of the loss, for messages."""
 
     @abstractmethod
-    def slope(self, output: Array, target: Any) -> Array:
+    def slope(self, output: T, target: Any) -> T:
         """The gradient of the rows' losses with respect to the output: [n, ...]."""
 
-    def bend(self, output: Array, target: Any) -> Array:
+    def bend(self, output: T, target: Any) -> T:
         """The gradient of the summed slope: the second derivatives, where outputs act for themselves: [n, ...]."""
         hessian = self.hessian(output, target)
         return namespace(hessian).sum(hessian, axis=2).reshape(output.shape)
 
     @abstractmethod
-    def hessian(self, output: Array, target: Any) -> Array:
+    def hessian(self, output: T, target: Any) -> T:
         """Of each row's loss by its flattened output: [n, K, K], symmetric."""
 
 
@@ -176,7 +179,8 @@ class CrossEntropy(Likelihood):
         p, root, axis = self._scaled(loss, output, target)
         if _size(root) != root.shape[0]:
             return None
-        xp, found = namespace(p), []
+        xp = namespace(p)
+        found: list[Array] = []
         for c, hit in enumerate(identity(int(p.shape[-1]), p)):
             residual = self._residual(p, hit)
             found.append(xp.moveaxis(residual * (root * xp.sqrt(p[..., c]))[..., None], -1, axis))
@@ -498,7 +502,7 @@ def fisher_cotangents(
     target: Any,
     fisher: str,
     draws: Sequence[Draw],
-) -> Iterator[Array]:
+) -> Iterator[Any]:
     """Cotangents whose summed v v^T is (or estimates) each row's output Hessian; see `Likelihood`."""
     if fisher not in ("auto", "exact", "sampled", "empirical"):
         raise InvalidSetting(f"fisher is {fisher!r}; expected 'auto', 'exact', 'sampled' or 'empirical'.")
@@ -525,7 +529,7 @@ def fisher_cotangents(
         yield likelihood.sampled(loss, output, target, draw) / math.sqrt(len(draws))
 
 
-def ggn_cotangents(likelihood: Likelihood | None, loss: OutputLoss, output: Any, target: Any) -> list[Array] | None:
+def ggn_cotangents(likelihood: Likelihood | None, loss: OutputLoss, output: Any, target: Any) -> list[Any] | None:
     """Cotangents whose summed v v^T is exactly each row's output Hessian, for any loss of few outputs; else None.
 
     None also where the loss is not convex in the output: then the GGN has no such root.
@@ -547,7 +551,7 @@ def ggn_cotangents(likelihood: Likelihood | None, loss: OutputLoss, output: Any,
     return _columns(vectors * xp.sqrt(xp.clip(values, min=0))[:, None, :], output)
 
 
-def no_hessian(output: Array) -> Array:
+def no_hessian(output: Array) -> Any:
     """Of a loss that is linear in its output: zeros [n, K, K]."""
     size = _per_row(output)
     return zeros_like(output, (int(output.shape[0]), size, size))

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from headwater.arrays import Array, namespace, sigmoid
+from headwater.arrays import Array, namespace, sigmoid, summed
 from headwater.blocks import Layout
 from headwater.errors import ShapeMismatch, UnsupportedModel
 from headwater.gradients.block import BlockGradient
@@ -66,11 +66,11 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
         return None
 
     @abstractmethod
-    def curvature_product(self, batch: BatchType, block: str, vectors: Array, kind: Kind) -> Array:
+    def curvature_product(self, batch: BatchType, block: str, vectors: TensorType, kind: Kind) -> TensorType:
         """Weighted sum over the rows of the block's own square of the Hessian or GGN, times vectors: (K, D_block)."""
 
     @abstractmethod
-    def mixed_prod(self, batch: BatchType, factors: Mapping[str, Array]) -> Array:
+    def mixed_prod(self, batch: BatchType, factors: Mapping[str, TensorType]) -> TensorType:
         """`grad_x <factor_k, grad_w l(row)>`, summed over the blocks of the factors (K, D_block): (K, N, *x_shape).
 
         Equals the contraction of `flat_mixed_grads`, which is never built.
@@ -224,7 +224,7 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
         if g.ndim != 2 or g.shape[1] != self.n_parameters:  # type: ignore[attr-defined]
             raise ShapeMismatch(f"Expected g of shape (K, {self.n_parameters}), got {tuple(g.shape)}.")  # type: ignore[attr-defined]
         pieces = split(g, self.sizes)
-        return sum(value.project(pieces[name]) for name, value in self.grads(batch).items())
+        return summed(value.project(pieces[name]) for name, value in self.grads(batch).items())
 
     def block(self, name: str) -> BlockProvider:
         """This provider, seen through one block."""

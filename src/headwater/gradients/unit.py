@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
-from headwater.arrays import Array, namespace
+from headwater.arrays import Array, namespace, summed
 from headwater.errors import InvalidSetting
 from headwater.gradients.provider import BlockGradients, Fisher, Kind
 from headwater.gradients.view import ProviderView
@@ -74,7 +74,7 @@ class UnitGradientProvider(ProviderView):
 
 def _inverse_norms(values: BlockGradients) -> Array:
     """1 / |g| over all blocks, zero where the gradient is zero: [n]."""
-    square = sum(value.squared_norms() for value in values.values())
+    square = summed(value.squared_norms() for value in values.values())
     xp = namespace(square)
     safe = xp.where(square > 0, square, xp.ones_like(square))
     return xp.where(square > 0, 1.0 / xp.sqrt(safe), xp.zeros_like(square))

@@ -98,7 +98,7 @@ class HfComposableInfluence(TorchComposableInfluence):
         mapper, _, test, train = self._asked(x_test, y_test, x, y, "up")
         provider = self._hf_provider
         with self._recorded():
-            factors = mapper.transformed_grads(test)
+            factors: Any = mapper.transformed_grads(test)
         first = provider.grads(train.take(slice(0, 1)))
         seen_whole = all(mapper.operators[n].seen(g) is g for n, g in first.items())
         if self.provider is not provider or mapper.own_forms or not seen_whole:

@@ -229,7 +229,8 @@ def mixed_gradients(
 @partial(jax.jit, static_argnums=0)
 def flattened(layouts: tuple[Layout, ...], values: Mapping[Place, Gradient]) -> jax.Array:
     """Gradient values of all blocks as flat vectors: (n, D)."""
-    return jnp.concatenate([block_gradient(layout, values).flat() for layout in layouts], axis=1)
+    flat: list[Any] = [block_gradient(layout, values).flat() for layout in layouts]
+    return jnp.concatenate(flat, axis=1)
 
 
 def block_gradient(layout: Layout, values: Mapping[Place, Gradient]) -> BlockGradient:

@@ -161,7 +161,7 @@ def split_floating(output: Any) -> tuple[list[jax.Array], Callable[[list[jax.Arr
     return [leaves[k] for k in places], rest
 
 
-class JaxOutputLoss(OutputLoss):
+class JaxOutputLoss(OutputLoss[jax.Array]):
     """A loss of JAX as a function of the output."""
 
     def __init__(self, loss: Loss):

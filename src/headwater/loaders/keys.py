@@ -46,7 +46,8 @@ class RowKeys:
         bare = replace(batch, **apart) if apart else batch
         content = weighted = provider.content_keys(bare)
         if weights is not None:
-            weighted = row_digests([content, np.asarray(to_numpy(provider.row_weights(batch)), dtype=np.float64)])
+            counted: Any = provider.row_weights(batch)
+            weighted = row_digests([content, np.asarray(to_numpy(counted), dtype=np.float64)])
         if ids is None:
             return cls(content, weighted, None, None)
         names = provider.row_keys(batch)

@@ -93,7 +93,7 @@ class Arnoldi(LowRankMethod):
         leading = curvature.approximation
         if curvature.psd:  # what is below zero is rounding
             leading = EigenpairsOperator(namespace(leading.values).clip(leading.values, 0.0, None), leading.vectors)
-        lowest = min(map(float, leading.values))
+        lowest = min(float(value) for value in leading.values)
         if lowest + damping < 0 and not self.allow_indefinite:
             raise IndefiniteCurvature(
                 f"At damping {damping:g} an eigenvalue is {lowest + damping:g}: not a minimum. A damping of "

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from headwater.arrays import Array, namespace, to_numpy, transpose
+from headwater.arrays import Array, device, namespace, to_numpy, transpose
 from headwater.errors import HeadwaterError, InvalidInput, InvalidSetting, NotConverged, SingularOperator
 from headwater.evaluate.bank import Bank, plan_subsets
 from headwater.evaluate.calibration import EVIDENCE, choose_damping
@@ -186,7 +186,7 @@ class SubsetSums(Visitor[PlacedBatch, dict[str, Array], dict[str, Array]]):
         operators, rows = self.influence.block_mapper.operators, slice(item.start, item.start + len(item.batch))
         for name, value in self.influence.provider.grads(item.batch).items():
             xp, like = namespace(value.like), value.like
-            mask = xp.asarray(self.keep[:, rows].astype(np.float64), device=like.device)
+            mask = xp.asarray(self.keep[:, rows].astype(np.float64), device=device(like))
             found[name] = operators[name].seen(value).combine(xp.astype(mask, like.dtype))
         return found
 
@@ -208,7 +208,7 @@ def _queries(influence: ComposableInfluence, loader: Iterable[Any], progress: bo
 
 
 def _reordered(queries: BlockGradient, order: np.ndarray) -> BlockGradient:
-    return queries.take(namespace(queries.like).asarray(order, device=queries.like.device))
+    return queries.take(namespace(queries.like).asarray(order, device=device(queries.like)))
 
 
 def _forecasts(

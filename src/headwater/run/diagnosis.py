@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from headwater.arrays import Array, accumulable, add_product, as_like, device, namespace, to_numpy
+from headwater.arrays import Array, accumulable, add_product, as_like, device, namespace, summed, to_numpy
 from headwater.curvature.means import total_weight
 from headwater.errors import InvalidSetting, NotFittedError, UnsupportedModel
 from headwater.gradients.algebra import Gradient
@@ -63,7 +63,7 @@ class GradientSums:
         self.weight += total_weight(self.provider, batch)
         for name, value in grads.items():
             totals = self._totals.setdefault(name, [_PartSum() for _ in value.parts])
-            squares = sum(total.add(part) for total, part in zip(totals, value.parts, strict=True))
+            squares = summed(total.add(part) for total, part in zip(totals, value.parts, strict=True))
             self._squares[name] = self._squares.get(name, 0.0) + _unweighted(squares, weights)
 
     def total(self, block: str) -> Array:
@@ -96,7 +96,7 @@ class _PartSum:
     """The sum over rows of one part's gradients, a matrix [o, i]; the column of a bias is kept beside it."""
 
     def __init__(self) -> None:
-        self._matrix: Array | None = None
+        self._matrix: Any = None
         self._column: Array | None = None
 
     def add(self, part: Gradient) -> Array:

@@ -304,7 +304,7 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
             raise ShapeMismatch(f"Expected vectors (K, {layout.size}), got {tuple(vectors.shape)}.")
         family, held, z = self._family(model), self._held(block), model.output(batch.x)
         weights = self.row_weights(batch)
-        found = []
+        found: list[Any] = []
         for piece in _pieces(vectors, 3 * len(batch) * model.outputs):
             bent = family.bend(z, batch.y, self._forward(batch.x, layout.split(piece)[0], held))
             bent = bent if weights is None else bent * weights[:, None]
@@ -326,7 +326,8 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
         for block, factor in factors.items():
             if not np.isfinite(factor).all():
                 raise NonFiniteValue(f"The factors of block {block!r} are not finite.")
-            matrices, held = self._layout(block).split(factor)[0], self._held(block)
+            held = self._held(block)
+            matrices: Any = self._layout(block).split(factor)[0]
             pushed += self._forward(batch.x, matrices, held)
             if "coef" in held:
                 found += slope @ matrices[:, :, : model.features]
@@ -338,7 +339,7 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
         found = [np.moveaxis(self.mixed_prod(batch, {name: np.eye(size)}), 0, -1) for name, size in self.sizes.items()]
         return np.concatenate(found, axis=-1)
 
-    def _forward(self, x: Array, matrices: Array, held: tuple[str, ...]) -> Array:
+    def _forward(self, x: Array, matrices: Any, held: tuple[str, ...]) -> Array:
         """Outputs of linear models [K, o, i] of this block's parameters: [K, n, o]."""
         if held == ("intercept",):
             return np.broadcast_to(np.swapaxes(matrices, 1, 2), (len(matrices), len(x), matrices.shape[1]))

@@ -151,12 +151,14 @@ def rounding_of(kind: torch.dtype) -> float:
 
 def check_finite_grads(blocks: BlockGradients) -> None:
     """Errors: NonFiniteValue naming the block and the rows. A sum is finite only if all of it is: one look for all."""
-    sums = [array.sum().double() for value in blocks.values() for part in value.parts for array in part.arrays]
+    arrays: list[Any] = [array for value in blocks.values() for part in value.parts for array in part.arrays]
+    sums = [array.sum().double() for array in arrays]
     if bool(torch.isfinite(torch.stack(sums).sum())):
         return
     for name, value in blocks.items():
         for part in value.parts:
-            bad = {int(k) for a in part.arrays for k in (~torch.isfinite(a.reshape(len(a), -1)).all(1)).nonzero()[:, 0]}
+            held: Any = part.arrays
+            bad = {int(k) for a in held for k in (~torch.isfinite(a.reshape(len(a), -1)).all(1)).nonzero()[:, 0]}
             if bad:
                 rows = sorted(bad)[:5]
                 raise NonFiniteValue(f"The gradients of block {name!r} are not finite for rows {rows}.", rows)

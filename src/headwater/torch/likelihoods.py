@@ -29,7 +29,7 @@ from headwater.gradients.words import name_of
 from headwater.torch.losses import Loss, option, row_losses
 
 
-class TorchOutputLoss(neutral.OutputLoss):
+class TorchOutputLoss(neutral.OutputLoss[torch.Tensor]):
     """A loss of torch as a function of the output."""
 
     def __init__(self, loss: Loss):

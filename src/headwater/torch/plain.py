@@ -132,7 +132,8 @@ def rows_of(batch: TorchBatch) -> list[TorchBatch]:
 
 def is_the_same(plain: BlockGradients, layered: BlockGradients, rows: slice) -> bool:
     """Whether layers' inputs and output-gradients, which Kronecker factors need, give the plain numbers."""
-    return all(close(layered[name].take(rows).flat(), value.flat()) for name, value in plain.items())
+    pairs: Iterable[Any] = ((layered[name].take(rows).flat(), value.flat()) for name, value in plain.items())
+    return all(close(got, expected) for got, expected in pairs)
 
 
 def _dot(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> torch.Tensor:

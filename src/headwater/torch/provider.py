@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import weakref
 import zlib
@@ -307,7 +308,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
 
     def _count(self, values: Mapping[Place, Gradient], rows: int) -> int:
         """Keep what gradients of a row cost. Returns the numbers that they hold."""
-        self._numbers_per_row = sum(a.numel() for v in values.values() for a in v.arrays) // rows
+        self._numbers_per_row = sum(math.prod(a.shape) for v in values.values() for a in v.arrays) // rows
         self._work_per_row = sum(_positions(v) * v.shape[0] * v.shape[1] for v in values.values())
         return self._numbers_per_row
 
