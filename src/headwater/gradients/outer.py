@@ -399,3 +399,12 @@ class RowSparse(Gradient):
         if again:
             return Moments(counts * 0.0, right, 0.0, 0.0)
         return Moments(counts, right, positions, total)
+
+
+def with_inputs(value: Gradient, first: Gradient) -> Gradient:
+    """The same layer inputs as the first draw's, so that what depends on them alone is computed once."""
+    if isinstance(value, Outer) and isinstance(first, Outer):
+        return replace(value, a=first.a)
+    if isinstance(value, RowSparse) and isinstance(first, RowSparse):
+        return replace(value, ids=first.ids)
+    return value

@@ -5,8 +5,8 @@ The loss of a row is the loss function's value on that row alone; a loss that is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from headwater.arrays import dtype_of, is_array, kind_of, shape_of
-from headwater.errors import HeadwaterError, InvalidInput, NonFiniteValue, UnsupportedLoss
+from headwater.errors import InvalidInput, NonFiniteValue, UnsupportedLoss
 from headwater.gradients.likelihoods import (
     Bernoulli,
     CrossEntropy,
@@ -26,7 +26,7 @@ from headwater.gradients.likelihoods import (
     SquaredError,
     likelihood_named,
 )
-from headwater.gradients.rowwise import Slopes, is_weighted_sum
+from headwater.gradients.rowwise import Slopes, explain_loss_failure, is_weighted_sum
 from headwater.gradients.spreading import spread_in_words
 from headwater.gradients.words import module_of, name_of
 
@@ -82,18 +82,14 @@ def as_row(row: Any) -> Any:
     return jax.tree.map(lambda v: v[None], row)
 
 
-@contextmanager
-def explain_failure(output: Any, target: Any) -> Iterator[None]:
+def explain_failure(output: Any, target: Any) -> AbstractContextManager[None]:
     """Errors: InvalidInput that says what the loss was called with, for whatever the loss raises."""
-    try:
-        yield
-    except HeadwaterError:
-        raise
-    except Exception as error:
-        raise InvalidInput(
-            f"The loss failed: {error} It was called with output {describe(output)} and target {describe(target)}; "
-            "a loss is called on batches and on rows alone, and has to be traceable by JAX."
-        ) from error
+    return explain_loss_failure(
+        lambda: (
+            f"output {describe(output)} and target {describe(target)}; a loss is called on batches and on rows alone, "
+            "and has to be traceable by JAX."
+        )
+    )
 
 
 def describe(value: Any) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any, Self
 
@@ -21,7 +20,7 @@ from headwater.gradients.block import rows_in_blocks
 from headwater.gradients.coverage import Coverage
 from headwater.gradients.likelihoods import Likelihood, fisher_cotangents, ggn_cotangents
 from headwater.gradients.measurements import negative_logit, negative_margin
-from headwater.gradients.outer import Outer, RowSparse
+from headwater.gradients.outer import with_inputs
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
 from headwater.gradients.rowwise import differing
 from headwater.gradients.words import in_words, name_of
@@ -237,7 +236,7 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         stacked = _padded_to(jnp.stack(cotangents), rounded(len(batch)), axis=1)
         found = _cut(derivatives.pulled_back(self._model, self._plan, self._leaves, batch.padded()[0], stacked), batch)
         return [
-            self._blocks({place: _with_inputs(value, found[0][place]) for place, value in values.items()}, None)
+            self._blocks({place: with_inputs(value, found[0][place]) for place, value in values.items()}, None)
             for values in found
         ]
 
@@ -417,12 +416,3 @@ def _difference(names: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]) -> 
 def _numbers(keys: np.ndarray, number: int, seed: int, count: int, normal: bool) -> jax.Array:
     """Random numbers [n, count] for the rows of a batch: uniform, or standard normal."""
     return jnp.asarray(row_numbers(keys, number, seed, count, normal))
-
-
-def _with_inputs(value: Gradient, first: Gradient) -> Gradient:
-    """The same layer inputs as the first draw's, so that what depends on them alone is computed once."""
-    if isinstance(value, Outer) and isinstance(first, Outer):
-        return replace(value, a=first.a)
-    if isinstance(value, RowSparse) and isinstance(first, RowSparse):
-        return replace(value, ids=first.ids)
-    return value

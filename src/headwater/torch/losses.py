@@ -8,8 +8,8 @@ the user's own reduction over them is kept.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,8 +18,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from headwater.errors import HeadwaterError, InvalidInput, NonFiniteValue, UnsupportedLoss
-from headwater.gradients.rowwise import Slopes, is_weighted_sum
+from headwater.errors import InvalidInput, NonFiniteValue, UnsupportedLoss
+from headwater.gradients.rowwise import Slopes, explain_loss_failure, is_weighted_sum
 from headwater.gradients.spreading import spread_in_words
 from headwater.gradients.words import name_of
 from headwater.torch.surroundings import quiet
@@ -89,18 +89,14 @@ def slopes_at(loss: Loss, output: Any, target: Any) -> list[torch.Tensor]:
         return list(torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True))
 
 
-@contextmanager
-def explain_failure(output: Any, target: Any) -> Iterator[None]:
+def explain_failure(output: Any, target: Any) -> AbstractContextManager[None]:
     """Errors: InvalidInput that says what the loss was called with, for whatever the loss raises."""
-    try:
-        yield
-    except HeadwaterError:
-        raise
-    except Exception as error:
-        raise InvalidInput(
-            f"The loss failed: {error} It was called with output {_describe(output)} and target {_describe(target)}; "
-            f"a loss is called on batches and on rows alone.{_spread(output, target)}"
-        ) from error
+    return explain_loss_failure(
+        lambda: (
+            f"output {_describe(output)} and target {_describe(target)}; a loss is called on batches and on rows "
+            f"alone.{_spread(output, target)}"
+        )
+    )
 
 
 def _spread(output: Any, target: Any) -> str:

@@ -9,7 +9,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial, wraps
 from typing import Any, Self, TypeVar
 
@@ -33,7 +33,7 @@ from headwater.errors import (
 from headwater.gradients.algebra import Dense, Gradient
 from headwater.gradients.block import BlockGradient, rows_in_blocks
 from headwater.gradients.coverage import Coverage
-from headwater.gradients.outer import Outer, RowSparse
+from headwater.gradients.outer import Outer, with_inputs
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
 from headwater.gradients.rowwise import differing
 from headwater.gradients.words import in_words, name_of
@@ -421,7 +421,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             failed: list[str] = []
             for k, v in enumerate(cotangents):
                 values, failed = self._filled(recording, [g[k] for g in grads], batch)
-                values = {place: _with_inputs(value, first.setdefault(place, value)) for place, value in values.items()}
+                values = {place: with_inputs(value, first.setdefault(place, value)) for place, value in values.items()}
                 found.append(values | self._plain_grads(batch, state, partial(_only, v)))
         along = cotangents[0]
         return Attempt(
@@ -867,12 +867,3 @@ def _host(tensor: torch.Tensor | np.ndarray) -> np.ndarray:
         return tensor
     tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
-
-
-def _with_inputs(value: Gradient, first: Gradient) -> Gradient:
-    """The same layer inputs as the first draw's, so that what depends on them alone is computed once."""
-    if isinstance(value, Outer) and isinstance(first, Outer):
-        return replace(value, a=first.a)
-    if isinstance(value, RowSparse) and isinstance(first, RowSparse):
-        return replace(value, ids=first.ids)
-    return value
