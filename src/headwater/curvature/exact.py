@@ -31,7 +31,7 @@ def check_kind(kind: str) -> None:
 
 def fit_dense(
     provider: StructuredGradientProvider,
-    loader: Iterable[Any],
+    loader: Iterable[object],
     kind: Curvature,
     *,
     fisher: Fisher = "auto",

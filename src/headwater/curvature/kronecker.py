@@ -39,7 +39,7 @@ LARGEST_SIDE = 40_000
 
 def fit_kfac(
     provider: StructuredGradientProvider,
-    loader: Iterable[Any],
+    loader: Iterable[object],
     *,
     fisher: Fisher = "auto",
     samples: int = 1,
@@ -92,7 +92,7 @@ class _Factors(Visitor[PlacedBatch, _Sums, _Sums]):
 
 def fit_ekfac(
     provider: StructuredGradientProvider,
-    loader: Iterable[Any],
+    loader: Iterable[object],
     *,
     fisher: Fisher = "auto",
     samples: int = 1,

@@ -147,7 +147,7 @@ def retrain(
     *,
     rows: int,
     queries: int,
-    recipe: Mapping[str, Any],
+    recipe: Mapping[str, object],
     alpha: float = 0.5,
     subsets: int = 100,
     runs: int = 1,

@@ -82,11 +82,11 @@ class HfComposableInfluence(TorchComposableInfluence):
     def model(self) -> nn.Module:
         return self._hf_provider.pretrained
 
-    def as_loader(self, loader: Iterable[Any]) -> Iterable[Any]:
+    def as_loader(self, loader: Iterable[object]) -> Iterable[Any]:
         """Rows or batches of any kind that the class takes, as batches."""
         return self._rows.batches(loader, self._hf_provider)
 
-    def token_scores(self, x_test: Any, y_test: Any, x: Any = None, y: Any = None) -> torch.Tensor:
+    def token_scores(self, x_test: object, y_test: object, x: object = None, y: object = None) -> torch.Tensor:
         """What each label of a train row adds to the row's score: (N_test, N_train, T), as `influences` otherwise.
 
         The sum over T is the row's score, to rounding. T is that of the train rows as given; a number stands at its

@@ -58,7 +58,7 @@ class Adapted(Protocol):
     def get_base_model(self) -> Any: ...
 
 
-def base_of(model: Any) -> PreTrainedModel:
+def base_of(model: object) -> PreTrainedModel:
     """The pretrained model, inside its adapters if it has any. Errors: InvalidInput; UnsupportedModel."""
     if isinstance(model, str):
         raise InvalidInput(
@@ -80,7 +80,7 @@ def base_of(model: Any) -> PreTrainedModel:
     return base
 
 
-def task_of(model: Any, name: str | None) -> Task:
+def task_of(model: object, name: str | None) -> Task:
     """What the model is for, by its class or as the user says. Errors: InvalidSetting if neither tells."""
     base = base_of(model)
     if name is not None:
@@ -102,7 +102,7 @@ def task_of(model: Any, name: str | None) -> Task:
     return Task(cast(TaskName, found), labels, problem, padding)
 
 
-def takes(model: Any) -> frozenset[str]:
+def takes(model: object) -> frozenset[str]:
     """The inputs that a model names."""
     return frozenset(inspect.signature(base_of(model).forward).parameters) - {"labels", "kwargs"}
 

@@ -63,7 +63,7 @@ def _same_shape(output: jax.Array, target: jax.Array) -> None:
         raise InvalidInput(said)
 
 
-def loss_of_row(loss: Loss, output: Any, target: Any) -> jax.Array:
+def loss_of_row(loss: Loss, output: object, target: object) -> jax.Array:
     """The loss on a batch of one row: a number. Errors: InvalidInput where the loss fails; UnsupportedLoss."""
     with explain_failure(output, target):
         value = loss(output, target)
@@ -72,17 +72,17 @@ def loss_of_row(loss: Loss, output: Any, target: Any) -> jax.Array:
     return jnp.sum(value)
 
 
-def row_losses(loss: Loss, output: Any, target: Any) -> jax.Array:
+def row_losses(loss: Loss, output: object, target: object) -> jax.Array:
     """The loss of each row on its own: [n]."""
     return jax.vmap(lambda o, t: loss_of_row(loss, as_row(o), as_row(t)))(output, target)
 
 
-def as_row(row: Any) -> Any:
+def as_row(row: object) -> Any:
     """A batch of one row."""
     return jax.tree.map(lambda v: v[None], row)
 
 
-def explain_failure(output: Any, target: Any) -> AbstractContextManager[None]:
+def explain_failure(output: object, target: object) -> AbstractContextManager[None]:
     """Errors: InvalidInput that says what the loss was called with, for whatever the loss raises."""
     return explain_loss_failure(
         lambda: (
@@ -92,14 +92,14 @@ def explain_failure(output: Any, target: Any) -> AbstractContextManager[None]:
     )
 
 
-def describe(value: Any) -> str:
+def describe(value: object) -> str:
     """Shapes and dtypes."""
     return ", ".join(
         f"{tuple(leaf.shape)} of {leaf.dtype}" for leaf in jax.tree.leaves(value) if shape_of(leaf) is not None
     )
 
 
-def check_finite(losses: Any, rows: int) -> None:
+def check_finite(losses: object, rows: int) -> None:
     """Of the first rows, those that are no padding. Errors: NonFiniteValue naming the rows."""
     values = np.atleast_1d(np.asarray(losses))[:rows]
     if not np.isfinite(values).all():
@@ -145,7 +145,7 @@ def normalisation(loss: Loss, output: Any, target: Any, whole: Any, rows: Any) -
     )
 
 
-def split_floating(output: Any) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Any]]:
+def split_floating(output: object) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Any]]:
     """The floating-point leaves of an output, and the output again from them."""
     leaves, structure = jax.tree.flatten(output)
     places = [k for k, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
@@ -164,23 +164,23 @@ class JaxOutputLoss(OutputLoss[jax.Array]):
         self.loss = loss
         self.name = name_of(loss)
 
-    def slope(self, output: Any, target: Any) -> Any:
+    def slope(self, output: object, target: object) -> Any:
         return _slope(self.loss, output, target)
 
-    def bend(self, output: Any, target: Any) -> Any:
+    def bend(self, output: object, target: object) -> Any:
         return _bend(self.loss, output, target)
 
-    def hessian(self, output: Any, target: Any) -> Any:
+    def hessian(self, output: object, target: object) -> Any:
         return _hessian(self.loss, output, target)
 
 
 @partial(jax.jit, static_argnums=0)
-def _slope(loss: Loss, output: Any, target: Any) -> Any:
+def _slope(loss: Loss, output: object, target: object) -> Any:
     return jax.grad(lambda o: jnp.sum(row_losses(loss, o, target)))(output)
 
 
 @partial(jax.jit, static_argnums=0)
-def _bend(loss: Loss, output: Any, target: Any) -> Any:
+def _bend(loss: Loss, output: object, target: object) -> Any:
     return jax.grad(lambda o: jnp.sum(_slope(loss, o, target)))(output)
 
 

@@ -39,6 +39,7 @@ from headwater.jax.losses import JaxOutputLoss, Loss, check_finite, explain_fail
 from headwater.jax.plan import Place, make_plan
 from headwater.jax.tree import Leaves, checksums, take_tree, wide
 from headwater.random import name_keys, row_digests, row_keys, row_numbers
+from headwater.types import Batch
 
 Apply = Callable[[Any, Any], Any]
 
@@ -102,7 +103,7 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         """The parameters, as a pytree like the one that was given."""
         return self._model.tree.build(self._leaves)
 
-    def with_params(self, params: Any) -> Self:
+    def with_params(self, params: object) -> Self:
         """The same function, loss and blocks at other parameters. Errors: InvalidInput for another architecture."""
         tree, leaves = take_tree(params)
         if tree != self._model.tree:
@@ -167,7 +168,7 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
 
     # Batches ------------------------------------------------------------------------------------------------------
 
-    def as_batch(self, x: Any, y: Any) -> JaxBatch:
+    def as_batch(self, x: object, y: object) -> JaxBatch:
         return self._ready(JaxBatch(x, y))
 
     def _ready(self, batch: Any) -> JaxBatch:
@@ -274,7 +275,7 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
 
     # The first rows -----------------------------------------------------------------------------------------------
 
-    def _prepare(self, batch: Any) -> JaxBatch:
+    def _prepare(self, batch: Batch) -> JaxBatch:
         batch = self._ready(batch)
         if self._checked < min(2, len(batch)):  # one row, or two alike, do not show whether rows act on each other
             chosen = differing(row_keys(host_leaves(batch.x)))
@@ -283,7 +284,7 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
                 self._checked = len(chosen)
         return batch
 
-    def _learn(self, x: Any) -> None:
+    def _learn(self, x: object) -> None:
         """The parts that the parameters form, from some rows."""
         if not self._traced:
             program = self._model.program(self._leaves, x)
@@ -389,7 +390,7 @@ def _stacked(pieces: list[jax.Array]) -> jax.Array:
     return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)
 
 
-def _cut(values: Any, batch: JaxBatch) -> Any:
+def _cut(values: object, batch: JaxBatch) -> Any:
     """Without the rows that padded the batch."""
     return values if rounded(len(batch)) == len(batch) else derivatives.first(len(batch), values)
 

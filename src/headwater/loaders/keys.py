@@ -183,7 +183,7 @@ class LoadersSeen:
     def __init__(self) -> None:
         self._seen: list[tuple[weakref.ref[Any], RowMemory]] = []
 
-    def memory(self, loader: Any) -> RowMemory:
+    def memory(self, loader: object) -> RowMemory:
         """Of this very object. Lists and other built-in collections have a new one each time: they do not shuffle."""
         self._seen = [(there, memory) for there, memory in self._seen if there() is not None]
         for there, memory in self._seen:
@@ -191,7 +191,7 @@ class LoadersSeen:
                 return memory
         return self.keep(loader, RowMemory())
 
-    def keep(self, loader: Any, memory: RowMemory) -> RowMemory:
+    def keep(self, loader: object, memory: RowMemory) -> RowMemory:
         with suppress(TypeError):  # built-in collections cannot be referred to weakly
             self._seen.append((weakref.ref(loader), memory))
         return memory

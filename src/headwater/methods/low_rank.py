@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from headwater.arrays import namespace
 from headwater.curvature.products import CurvatureOperator
@@ -36,7 +36,7 @@ class LowRankMethod(ProductMethod[Leading]):
             raise InvalidSetting(f"rank is {self.rank!r}; expected a whole number of at least 1.")
 
     def fit(
-        self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
+        self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool
     ) -> tuple[OrderedDict[str, Leading], float]:
         operators, rows = self.products(provider, loader, progress)
         return OrderedDict((n, ApproximatedOperator(op, self._leading(op))) for n, op in operators.items()), rows

@@ -109,7 +109,7 @@ class Trak(ProjectedMethod[ProjectedOperator | DualOperator]):
         return provider if self.output == "loss" else MarginGradientProvider(provider)
 
     def fit(
-        self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
+        self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool
     ) -> tuple[OrderedDict[str, ProjectedOperator | DualOperator], float]:
         dimension = self.dimension
         if dimension is None:
@@ -138,7 +138,7 @@ class SidedMethod(ProjectedMethod[ProjectedOperator]):
         return isinstance(curvature, ProjectedOperator)
 
     def fit(
-        self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
+        self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool
     ) -> tuple[OrderedDict[str, ProjectedOperator], float]:
         make, draws = self.projections(provider, loader, progress)
         moments, weight = fit_moments(
@@ -180,7 +180,7 @@ class LoGra(SidedMethod):
         check_word("init", self.init, get_args(Init))
 
     def projections(
-        self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
+        self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool
     ) -> tuple[Make, range]:
         if self.init == "random":
             return self._random, range(1)
@@ -299,7 +299,7 @@ class FactGrass(SidedMethod):
             _check_sizes("mask", self.mask)
 
     def projections(
-        self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
+        self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool
     ) -> tuple[Make, range]:
         def make(name: str, value: BlockGradient) -> KroneckerProjection:
             return KroneckerProjection(value.layout, [self._sides(part, value.like) for part in value.layout.parts])
@@ -316,7 +316,7 @@ class FactGrass(SidedMethod):
         return _as_side(left, like), _as_side(right, like)
 
 
-def _as_side(side: Any, like: Array) -> Side:
+def _as_side(side: object, like: Array) -> Side:
     return None if side is None else as_like(side, like)
 
 
@@ -325,7 +325,7 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
-def _check_sizes(name: str, sizes: Any) -> None:
+def _check_sizes(name: str, sizes: object) -> None:
     if isinstance(sizes, tuple) and len(sizes) == 2:
         for size in sizes:
             _check_size(name, size)
@@ -333,6 +333,6 @@ def _check_sizes(name: str, sizes: Any) -> None:
         _check_size(name, sizes)
 
 
-def _check_size(name: str, size: Any) -> None:
+def _check_size(name: str, size: object) -> None:
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise InvalidSetting(f"{name} is {size!r}; expected a whole number of at least 1.")

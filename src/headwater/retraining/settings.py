@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from headwater.errors import InvalidSetting
 from headwater.settings import check_whole
@@ -11,7 +11,7 @@ from headwater.settings import check_whole
 S = TypeVar("S")
 
 
-def settings_of(kind: type[S], given: S | None, fields: Mapping[str, Any]) -> S:
+def settings_of(kind: type[S], given: S | None, fields: Mapping[str, object]) -> S:
     """The settings that were given, or made of fields. Errors: InvalidSetting for both; those of the kind."""
     if given is None:
         return kind(**fields)

@@ -40,8 +40,8 @@ AUDITED = 1 << 22
 
 def audit(
     influence: ComposableInfluence,
-    train_loader: Iterable[Any],
-    query_loader: Iterable[Any],
+    train_loader: Iterable[object],
+    query_loader: Iterable[object],
     *,
     queries: int,
     k: int,
@@ -113,7 +113,7 @@ def _exact(influence: ComposableInfluence, kind: str, tolerance: float) -> tuple
 
 
 def _chosen(
-    influence: ComposableInfluence, loader: Iterable[Any], queries: int, seed: int, progress: bool
+    influence: ComposableInfluence, loader: Iterable[object], queries: int, seed: int, progress: bool
 ) -> tuple[list[Any], np.ndarray, int]:
     """Queries drawn at random, in the loader's order: batches of them, their names, and how many there are in all."""
     visitor = Drawn(queries, seed) & Total[PlacedBatch, int](lambda piece: len(piece.batch))

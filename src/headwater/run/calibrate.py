@@ -48,8 +48,8 @@ Retrained = Bank | tuple[Any, Any] | Measure
 
 def calibrate(
     influence: ComposableInfluence,
-    train_loader: Iterable[Any],
-    query_loader: Iterable[Any] | None,
+    train_loader: Iterable[object],
+    query_loader: Iterable[object] | None,
     bank: Retrained | None,
     *,
     dampings: Sequence[Damping] | None,
@@ -97,8 +97,8 @@ class PathForecasts:
 
 def path_forecasts(
     influence: ComposableInfluence,
-    train_loader: Iterable[Any],
-    query_loader: Iterable[Any],
+    train_loader: Iterable[object],
+    query_loader: Iterable[object],
     keep: np.ndarray,
     outputs: np.ndarray,
     *,
@@ -161,14 +161,14 @@ def _retrained(bank: Bank | tuple[Any, Any]) -> tuple[np.ndarray, np.ndarray]:
 # Forecasts ------------------------------------------------------------------------------------------------------------
 
 
-def _ids(influence: ComposableInfluence, loader: Iterable[Any], progress: bool) -> np.ndarray:
+def _ids(influence: ComposableInfluence, loader: Iterable[object], progress: bool) -> np.ndarray:
     """Of the train rows, in the loader's order."""
     names = sweep_rows(influence.provider, loader, FittedRows(influence, forecast=True), "train rows", progress)
     return distinct(names, "train")
 
 
 def _subset_sums(
-    influence: ComposableInfluence, loader: Iterable[Any], keep: np.ndarray, progress: bool
+    influence: ComposableInfluence, loader: Iterable[object], keep: np.ndarray, progress: bool
 ) -> dict[str, Array]:
     """Summed gradients of each subset, as the operators see them, by block: [m, D]; keep in the loader's order."""
     return sweep_rows(influence.provider, loader, SubsetSums(influence, keep), "sums over subsets", progress)
@@ -196,7 +196,7 @@ class SubsetSums(Visitor[PlacedBatch, dict[str, Array], dict[str, Array]]):
         return one
 
 
-def _queries(influence: ComposableInfluence, loader: Iterable[Any], progress: bool) -> dict[str, BlockGradient]:
+def _queries(influence: ComposableInfluence, loader: Iterable[object], progress: bool) -> dict[str, BlockGradient]:
     """Gradients of the queries by block, in the order of the data."""
     provider = influence.provider
     each = Each[PlacedBatch, tuple[np.ndarray, BlockGradients]](

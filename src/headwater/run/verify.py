@@ -88,7 +88,13 @@ class Sample:
 
 
 def _sample(
-    provider: StructuredGradientProvider, loader: Iterable[Any], size: int, seed: int, draw: int, what: str, show: bool
+    provider: StructuredGradientProvider,
+    loader: Iterable[object],
+    size: int,
+    seed: int,
+    draw: int,
+    what: str,
+    show: bool,
 ) -> Sample:
     """The rows with the smallest random numbers, which depend on the seed and the row's position alone."""
     found = sweep(provider, loader, _Sampling(provider, size, draw, seed), what, show)
@@ -137,7 +143,7 @@ def cut(rows: Sequence[Any], size: int) -> list[Any]:
 
 
 def _scores(
-    mapper: InfluenceMapper, queries: Sequence[Any], train: Sequence[Any], train_per_query: float
+    mapper: InfluenceMapper, queries: Sequence[object], train: Sequence[object], train_per_query: float
 ) -> np.ndarray:
     """As a run computes them: both sides chosen once, queries through theirs, then the train batches: [q, n]."""
     grads = [mapper.provider.grads(batch, query=True) for batch in queries]
@@ -146,7 +152,7 @@ def _scores(
     return np.concatenate([_total(ready.scores(mapper.provider.grads(batch))) for batch in train], axis=1)
 
 
-def _scores_from_factors(mapper: InfluenceMapper, queries: Sequence[Any], train: Sequence[Any]) -> np.ndarray:
+def _scores_from_factors(mapper: InfluenceMapper, queries: Sequence[object], train: Sequence[object]) -> np.ndarray:
     """As `influences_from_factors` computes them: [q, n]."""
     found = []
     for batch in queries:
@@ -171,7 +177,7 @@ def _total(by_block: Mapping[str, Array]) -> np.ndarray:
     return np.sum([to_numpy(block).astype(np.float64) for block in by_block.values()], axis=0)
 
 
-def _flat(provider: StructuredGradientProvider, rows: Sequence[Any], query: bool) -> OrderedDict[str, Array]:
+def _flat(provider: StructuredGradientProvider, rows: Sequence[object], query: bool) -> OrderedDict[str, Array]:
     """Gradients of batches as flat vectors, by block: [n, D_block]."""
     pieces = [provider.grads(row, query=query) for row in rows]
     xp = namespace(next(iter(pieces[0].values())).like)
@@ -189,8 +195,8 @@ def _off(got: np.ndarray, expected: np.ndarray) -> float:
 
 def verify(
     influence: ComposableInfluence,
-    train_loader: Iterable[Any],
-    query_loader: Iterable[Any],
+    train_loader: Iterable[object],
+    query_loader: Iterable[object],
     *,
     rows: int = 8,
     queries: int = 4,
@@ -294,7 +300,7 @@ class _Verifier:
     def _sides(self) -> tuple[tuple[list[Any], bool], tuple[list[Any], bool]]:
         return (self.joined_queries, True), (self.joined_train, False)
 
-    def _lengths(self, rows: Sequence[Any], block: str, query: bool) -> np.ndarray:
+    def _lengths(self, rows: Sequence[object], block: str, query: bool) -> np.ndarray:
         values = [self.mapper.provider.grads(batch, query=query)[block].squared_norms() for batch in rows]
         return np.sqrt(np.concatenate([to_numpy(value) for value in values]))
 

@@ -143,7 +143,7 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
 
     # Batches ------------------------------------------------------------------------------------------------------
 
-    def as_batch(self, x: Any, y: Any) -> FeatureBatch:
+    def as_batch(self, x: object, y: object) -> FeatureBatch:
         return self.prepared(SklearnBatch(x, y))
 
     def prepared(self, batch: SklearnBatch) -> FeatureBatch:
@@ -368,7 +368,7 @@ def _numerical_slope(family: Family, z: Array, y: Array) -> Array:
     return np.array(found)
 
 
-def check_names(estimator: Any, x: Any) -> None:
+def check_names(estimator: object, x: object) -> None:
     """Columns that have names must be those of the fit, in that order. Errors: InvalidInput."""
     known, given = attribute_of(estimator, "feature_names_in_"), column_names(x)
     if known is None or given is None:

@@ -253,7 +253,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
 
     # Batches ------------------------------------------------------------------------------------------------------
 
-    def as_batch(self, x: Any, y: Any) -> TorchBatch:
+    def as_batch(self, x: object, y: object) -> TorchBatch:
         return self._ready(TorchBatch(x, y))
 
     def _ready(self, batch: TorchBatch) -> TorchBatch:
@@ -339,7 +339,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             found = self._trusted(batch, lambda: self._of_loss(batch, self.loss))
             return [self._blocks(found.values[0], len(batch), None)]
 
-        def choose(rows: TorchBatch, output: Any) -> list[torch.Tensor]:
+        def choose(rows: TorchBatch, output: object) -> list[torch.Tensor]:
             numbers = [partial(self._numbers, self.row_keys(rows), number, seed) for number in draws]
             return list(fisher_cotangents(self.likelihood, self.loss, output, rows.y, fisher, numbers))
 
@@ -537,7 +537,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         there.
         """
 
-        def one(chosen: dict[str, torch.Tensor], x: Any, along: list[torch.Tensor]) -> torch.Tensor:
+        def one(chosen: dict[str, torch.Tensor], x: object, along: list[torch.Tensor]) -> torch.Tensor:
             output = run(self.model, {**state, **chosen}, tree_map(lambda t: t.unsqueeze(0), x))
             return summed_products(floating(output), [v.unsqueeze(0) for v in along])
 
@@ -768,7 +768,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
                 chosen = {p.name: t for p, t in zip(parameters, given, strict=True)}
                 return run(self.model, {**state, **chosen}, batch.x)
 
-            def loss_of(output: Any) -> torch.Tensor:
+            def loss_of(output: object) -> torch.Tensor:
                 losses = row_losses(self.loss, output, batch.y)
                 check_finite(losses)
                 return (losses if weights is None else losses * weights).sum()
@@ -832,11 +832,11 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         state = detached_state(self.model)
         names = [p.name for layout in self.layouts.values() for p in layout.block.parameters]
 
-        def loss(chosen: dict[str, torch.Tensor], x: torch.Tensor, y: Any) -> torch.Tensor:
+        def loss(chosen: dict[str, torch.Tensor], x: torch.Tensor, y: object) -> torch.Tensor:
             output = run(self.model, {**state, **chosen}, x.unsqueeze(0))
             return self.loss(output, tree_map(lambda t: t.unsqueeze(0), y)).sum()
 
-        def mixed(chosen: dict[str, torch.Tensor], x: torch.Tensor, y: Any) -> dict[str, torch.Tensor]:
+        def mixed(chosen: dict[str, torch.Tensor], x: torch.Tensor, y: object) -> dict[str, torch.Tensor]:
             return torch.func.jacrev(torch.func.grad(loss, argnums=1))(chosen, x, y)
 
         with autograd_on(), twice_differentiable():

@@ -56,7 +56,7 @@ class RowSampler:
     def begin_pass(self) -> None:
         self._seen.clear()
 
-    def choose(self, rows: int, work: int, what: Any) -> np.ndarray | None:
+    def choose(self, rows: int, work: int, what: object) -> np.ndarray | None:
         """Numbers of rows in random order, or None for a batch that is left alone.
 
         work: multiply-adds for one row. what: is differentiated; the first batch for each is looked at.
@@ -98,7 +98,7 @@ def autograd_sums(
     rows: np.ndarray,
     weights: torch.Tensor,
     score: Score,
-    output: Any,
+    output: object,
     kind: torch.dtype,
 ) -> dict[str, torch.Tensor]:
     """sum_i w_i grad l_i by autograd on the model's own parameters, flat; `rows` [s] in their order, weights [s].
