@@ -9,16 +9,55 @@ What may be anything (a user's target, a loader, a data frame) is asked here, on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Protocol, TypeGuard
 
 import array_api_compat
 import numpy as np
 
-Array = Any
-"""An array of any framework that array-api-compat knows: NumPy, PyTorch, JAX, CuPy."""
+
+class Array(Protocol):
+    """An array of any framework that array-api-compat knows: NumPy, PyTorch, JAX, CuPy.
+
+    For a type checker only, never for isinstance: what the frameworks' arrays have in common, as it is used here. Where
+    they differ (in place, devices) the code asks which it is. Operands are Any: numbers, or arrays of the same kind.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def ndim(self) -> int: ...
+    @property
+    def dtype(self) -> Any: ...
+    @property
+    def T(self) -> Array: ...  # noqa: N802
+    def reshape(self, shape: Any, /) -> Array: ...
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Any]: ...
+    def __getitem__(self, key: Any, /) -> Any: ...
+    def __float__(self) -> float: ...
+    def __int__(self) -> int: ...
+    def __bool__(self) -> bool: ...
+    def __neg__(self) -> Array: ...
+    def __add__(self, other: Any, /) -> Array: ...
+    def __radd__(self, other: Any, /) -> Array: ...
+    def __sub__(self, other: Any, /) -> Array: ...
+    def __rsub__(self, other: Any, /) -> Array: ...
+    def __mul__(self, other: Any, /) -> Array: ...
+    def __rmul__(self, other: Any, /) -> Array: ...
+    def __truediv__(self, other: Any, /) -> Array: ...
+    def __rtruediv__(self, other: Any, /) -> Array: ...
+    def __pow__(self, other: Any, /) -> Array: ...
+    def __matmul__(self, other: Any, /) -> Array: ...
+    def __eq__(self, other: Any, /) -> Any: ...
+    def __ne__(self, other: Any, /) -> Any: ...
+    def __lt__(self, other: Any, /) -> Any: ...
+    def __le__(self, other: Any, /) -> Any: ...
+    def __gt__(self, other: Any, /) -> Any: ...
+    def __ge__(self, other: Any, /) -> Any: ...
+
 
 _WORKING_MEMORY: ContextVar[int] = ContextVar("headwater_working_memory", default=64 * 2**20)
 
@@ -48,7 +87,7 @@ def itemsize(array: Array) -> int:
     return int(array.dtype.itemsize)
 
 
-def namespace(*arrays: Array) -> Any:
+def namespace(*arrays: object) -> Any:
     """The array-API namespace that the arrays share."""
     return array_api_compat.array_namespace(*arrays)
 
@@ -57,9 +96,14 @@ def is_array(value: object) -> bool:
     return array_api_compat.is_array_api_obj(value)
 
 
-def is_torch(value: object) -> bool:
-    """Whether it is a tensor of PyTorch, which is not imported for that."""
+def is_torch(value: object) -> TypeGuard[Any]:
+    """Whether it is a tensor of PyTorch, which is not imported for that; its own methods may be called then."""
     return array_api_compat.is_torch_array(value)
+
+
+def is_jax(value: object) -> TypeGuard[Any]:
+    """Whether it is an array of JAX, likewise."""
+    return array_api_compat.is_jax_array(value)
 
 
 def shape_of(value: Any) -> tuple[int, ...] | None:
@@ -100,7 +144,7 @@ def zeros_like(array: Array, shape: tuple[int, ...]) -> Array:
 def as_like(values: Any, array: Array, dtype: Any = None) -> Array:
     """Host numbers as an array of `array`'s framework and device, and of its dtype unless another is given."""
     xp = namespace(array)
-    if dtype is not None and array_api_compat.is_jax_array(array):
+    if dtype is not None and is_jax(array):
         dtype = xp.asarray(np.empty(0, dtype)).dtype  # without float64 JAX has no int64 either
     return xp.asarray(values, dtype=dtype or array.dtype, device=device(array))
 
@@ -127,7 +171,7 @@ def accumulable(array: Array) -> Array:
 def precise(array: Array) -> Array:
     """The array in float64, where the framework has it on this device (JAX by default does not)."""
     xp = namespace(array)
-    if array_api_compat.is_jax_array(array) and xp.zeros(()).dtype != xp.float64:
+    if is_jax(array) and xp.zeros(()).dtype != xp.float64:
         return array
     try:
         return xp.astype(array, xp.float64)
@@ -147,6 +191,14 @@ def transpose(matrix: Array) -> Array:
     return namespace(matrix).linalg.matrix_transpose(matrix)
 
 
+def summed(values: Iterable[Array]) -> Any:
+    """Their sum, in order; None where there are none."""
+    total = None
+    for value in values:
+        total = value if total is None else total + value
+    return total
+
+
 def add_product(total: Array | None, left: Array, right: Array) -> Array:
     """`total + left^T right` for left [n, p], right [n, q]; in place where the framework can.
 
@@ -155,10 +207,11 @@ def add_product(total: Array | None, left: Array, right: Array) -> Array:
     if not is_torch(left):
         product = transpose(left) @ right
         return product if total is None else total + product
+    held: Any = total
     if right is left and left.shape[1] >= PANELS * 32:
         product = _gram(left)
-        return product if total is None else total.add_(product)
-    return transpose(left) @ right if total is None else total.addmm_(left.T, right)
+        return product if held is None else held.add_(product)
+    return transpose(left) @ right if held is None else held.addmm_(left.T, right)
 
 
 PANELS = 4
@@ -168,7 +221,8 @@ PANELS = 4
 def _gram(rows: Array) -> Array:
     """rows^T rows, panel by panel up to the diagonal, the rest mirrored."""
     size = int(rows.shape[1])
-    full, step = zeros_like(rows, (size, size)), -(-size // PANELS)
+    full: Any = zeros_like(rows, (size, size))  # of torch or NumPy, which can be written into
+    step = -(-size // PANELS)
     for start in range(0, size, step):
         stop = min(start + step, size)
         panel = rows[:, start:stop].T @ rows[:, :stop]
@@ -179,18 +233,18 @@ def _gram(rows: Array) -> Array:
 
 def scatter_rows(values: Array, ids: Array, rows: int) -> Array:
     """Sum `values` [m, d] into the rows named by `ids` [m]: the result is [rows, d]."""
-    out = zeros_like(values, (rows, int(values.shape[1])))
+    out: Any = zeros_like(values, (rows, int(values.shape[1])))
     if is_torch(out):
         return out.index_add_(0, ids, values)
     if isinstance(out, np.ndarray):
-        np.add.at(out, ids, values)
+        np.add.at(out, np.asarray(ids), np.asarray(values))
         return out
     return out.at[ids].add(values)
 
 
-def put_rows(array: Array, ids: Array, rows: Array) -> Array:
+def put_rows(array: Any, ids: Array, rows: Array) -> Array:
     """`array` [n, d] with the rows that `ids` [m] names replaced by `rows` [m, d]; in place if possible."""
-    if array_api_compat.is_jax_array(array):
+    if is_jax(array):
         return array.at[ids].set(rows)
     array[ids] = rows
     return array

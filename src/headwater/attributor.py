@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from headwater.influence import ComposableInfluence, in_own_precision
 from headwater.loaders.places import located
@@ -35,7 +35,7 @@ class Attributor(ComposableInfluence[TensorType]):
     @in_own_precision
     def fit(
         self,
-        loader: Iterable[Any],
+        loader: Iterable[object],
         *,
         progress: bool = False,
         runner: Runner | None = None,
@@ -82,7 +82,7 @@ class Attributor(ComposableInfluence[TensorType]):
         write_folder(path, *self._taken_apart())
 
     @in_own_precision
-    def load(self, path: str | os.PathLike[str], loader: Iterable[Any] | None = None) -> Self:
+    def load(self, path: str | os.PathLike[str], loader: Iterable[object] | None = None) -> Self:
         """What `save` kept, in place of `fit`: for the same model, weights, blocks and method; damping is free.
 
         loader: the train rows that were fitted, for methods that read them at every solve (hw.Cg, hw.BlockKrylov,
@@ -100,8 +100,8 @@ class Attributor(ComposableInfluence[TensorType]):
     @in_own_precision
     def attribute(
         self,
-        train_loader: Iterable[Any],
-        query_loader: Iterable[Any],
+        train_loader: Iterable[object],
+        query_loader: Iterable[object],
         *,
         unit: str = "influence",
         by_block: bool = False,
@@ -128,8 +128,8 @@ class Attributor(ComposableInfluence[TensorType]):
     @in_own_precision
     def top(
         self,
-        train_loader: Iterable[Any],
-        query_loader: Iterable[Any],
+        train_loader: Iterable[object],
+        query_loader: Iterable[object],
         k: int,
         *,
         unit: str = "influence",
@@ -143,7 +143,7 @@ class Attributor(ComposableInfluence[TensorType]):
             return top(self, train, query, k, unit=unit, progress=progress)
 
     @in_own_precision
-    def self_influence(self, train_loader: Iterable[Any], *, progress: bool = False) -> np.ndarray:
+    def self_influence(self, train_loader: Iterable[object], *, progress: bool = False) -> np.ndarray:
         """<Op g_n, g_n> for each row, without the N x N matrix: [n]."""
         from headwater.run.attribute import self_influence
 
@@ -153,9 +153,9 @@ class Attributor(ComposableInfluence[TensorType]):
     @in_own_precision
     def removal(
         self,
-        train_loader: Iterable[Any],
-        query_loader: Iterable[Any],
-        groups: Iterable[Any] | None = None,
+        train_loader: Iterable[object],
+        query_loader: Iterable[object],
+        groups: Iterable[object] | None = None,
         *,
         progress: bool = False,
     ) -> np.ndarray:
@@ -173,8 +173,8 @@ class Attributor(ComposableInfluence[TensorType]):
     @in_own_precision
     def calibrate(
         self,
-        train_loader: Iterable[Any],
-        query_loader: Iterable[Any] | None = None,
+        train_loader: Iterable[object],
+        query_loader: Iterable[object] | None = None,
         bank: Retrained | None = None,
         *,
         dampings: Sequence[Damping] | None = None,
@@ -219,8 +219,8 @@ class Attributor(ComposableInfluence[TensorType]):
     @in_own_precision
     def verify(
         self,
-        train_loader: Iterable[Any],
-        query_loader: Iterable[Any],
+        train_loader: Iterable[object],
+        query_loader: Iterable[object],
         *,
         rows: int = 8,
         queries: int = 4,
@@ -244,8 +244,8 @@ class Attributor(ComposableInfluence[TensorType]):
     @in_own_precision
     def audit(
         self,
-        train_loader: Iterable[Any],
-        query_loader: Iterable[Any],
+        train_loader: Iterable[object],
+        query_loader: Iterable[object],
         *,
         queries: int = 20,
         k: int = 10,
@@ -278,7 +278,7 @@ class Attributor(ComposableInfluence[TensorType]):
             )
 
     @in_own_precision
-    def diagnose(self, train_loader: Iterable[Any], *, progress: bool = False) -> Diagnosis:
+    def diagnose(self, train_loader: Iterable[object], *, progress: bool = False) -> Diagnosis:
         """What gives reason to doubt the scores: weights that are no minimum, negative curvature, missed solves, ...
 
         What `attribute` tells on the way (`scores.diagnosis`), and what costs more: a pass over the train rows,

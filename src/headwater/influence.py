@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
-from headwater.arrays import Array, namespace
+from headwater.arrays import Array, namespace, summed
 from headwater.curvature.saved import TakenApart, moved, put_together, take_apart
 from headwater.errors import (
     BatchMismatch,
@@ -45,7 +45,7 @@ from headwater.operators.kronecker import SeparableOperator
 from headwater.operators.released import ReleasedOperator, penalised
 from headwater.operators.structured import BlockDiagonalOperator
 from headwater.rows import Rows, Runner, first_batch
-from headwater.types import InfluenceMode, TensorType
+from headwater.types import Batch, InfluenceMode, TensorType
 
 if TYPE_CHECKING:
     import numpy as np
@@ -115,7 +115,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
     # Fitting ------------------------------------------------------------------------------------------------------
 
     @in_own_precision
-    def fit(self, loader: Iterable[Any], *, progress: bool = False, runner: Runner | None = None) -> Self:
+    def fit(self, loader: Iterable[object], *, progress: bool = False, runner: Runner | None = None) -> Self:
         """Learn the curvature of the mean loss over the loader's rows; it gives (x, y) or batches, repeatably.
 
         runner: who visits which rows, and where (`headwater.rows`); None for this process, one batch after the other.
@@ -142,11 +142,11 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         self._mapper = self._make_mapper(fitted)
         self._fitted = fitted
 
-    def as_loader(self, loader: Iterable[Any]) -> Iterable[Any]:
+    def as_loader(self, loader: Iterable[object]) -> Iterable[Any]:
         """What is read of a collection of rows: itself; a framework's subclass may take other things than batches."""
         return loader
 
-    def _read_as(self, loader: Iterable[Any], role: str) -> Iterable[Any]:
+    def _read_as(self, loader: Iterable[object], role: str) -> Iterable[Any]:
         """A user's loader, as it is read: its items unpacked, and in the framework's way. Errors: InvalidInput."""
         if isinstance(loader, Rows):
             return self.as_loader(loader)
@@ -155,13 +155,13 @@ class ComposableInfluence(ABC, Generic[TensorType]):
             loader = Unpacked(loader, self._unpack)
         return self.as_loader(loader)
 
-    def train_rows(self, loader: Iterable[Any]) -> Rows:
+    def train_rows(self, loader: Iterable[object]) -> Rows:
         """A loader of train rows for a run; the same object gives the same rows as when it was last read."""
         if isinstance(loader, Rows):
             return loader
         return Rows(self.source, self._read_as(loader, "train"), "train", self._loaders.memory(loader))
 
-    def query_rows(self, loader: Iterable[Any]) -> Rows:
+    def query_rows(self, loader: Iterable[object]) -> Rows:
         """A loader of query rows for a run."""
         return loader if isinstance(loader, Rows) else Rows(self.source, self._read_as(loader, "query"), "query")
 
@@ -418,7 +418,12 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
     @in_own_precision
     def influences(
-        self, x_test: Any, y_test: Any, x: Any = None, y: Any = None, mode: InfluenceMode | str = InfluenceMode.Up
+        self,
+        x_test: object,
+        y_test: object,
+        x: object = None,
+        y: object = None,
+        mode: InfluenceMode | str = InfluenceMode.Up,
     ) -> TensorType:
         """Scores of train rows (x, y), or of the test rows themselves, on test rows.
 
@@ -429,16 +434,16 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         with self._recorded():
             if mode is InfluenceMode.Perturbation and not mapper.own_forms:
                 return mapper.perturbation(mapper.transformed_grads(test), train)
-            return _sum(mapper.interactions(test, train, mode))
+            return summed(mapper.interactions(test, train, mode).values())
 
     @in_own_precision
     def damping_path(
         self,
         dampings: Sequence[Damping | Mapping[str, Damping]],
-        x_test: Any,
-        y_test: Any,
-        x: Any = None,
-        y: Any = None,
+        x_test: object,
+        y_test: object,
+        x: object = None,
+        y: object = None,
         mode: InfluenceMode | str = InfluenceMode.Up,
     ) -> list[TensorType]:
         """`influences` at each of several dampings; hw.BlockKrylov() has them all from one space.
@@ -448,7 +453,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         _, mode, test, train = self._asked(x_test, y_test, x, y, mode)
         others = [self.with_damping(damping).ready() for damping in dampings]
         if any(mapper.own_forms for mapper in others):  # factors are no help to a form that is not <Op left, right>
-            return [_sum(mapper.interactions(test, train, mode)) for mapper in others]
+            return [summed(mapper.interactions(test, train, mode).values()) for mapper in others]
         grads = self.provider.grads(test, query=True) if others else {}
         factors: list[dict[str, Array]] = [{} for _ in others]
         with self._recorded():
@@ -459,13 +464,18 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         if mode is InfluenceMode.Perturbation:
             return [mapper.perturbation(f, train) for mapper, f in zip(others, factors, strict=True)]
         return [
-            _sum(mapper.interactions_from_transformed_grads(f, train, mode))
+            summed(mapper.interactions_from_transformed_grads(f, train, mode).values())
             for mapper, f in zip(others, factors, strict=True)
         ]
 
     @in_own_precision
     def influences_by_block(
-        self, x_test: Any, y_test: Any, x: Any = None, y: Any = None, mode: InfluenceMode | str = InfluenceMode.Up
+        self,
+        x_test: object,
+        y_test: object,
+        x: object = None,
+        y: object = None,
+        mode: InfluenceMode | str = InfluenceMode.Up,
     ) -> OrderedDict[str, TensorType]:
         """`influences`, one summand for each block."""
         mapper, mode, test, train = self._asked(x_test, y_test, x, y, mode)
@@ -473,13 +483,13 @@ class ComposableInfluence(ABC, Generic[TensorType]):
             return mapper.interactions(test, train, mode)
 
     @in_own_precision
-    def influence_factors(self, x: Any, y: Any) -> TensorType:
+    def influence_factors(self, x: object, y: object) -> TensorType:
         """Op(gradient) of each row, all blocks side by side: (N, D)."""
         factors = self.influence_factors_by_block(x, y)
         return namespace(*factors.values()).concat(list(factors.values()), axis=1)
 
     @in_own_precision
-    def influence_factors_by_block(self, x: Any, y: Any) -> OrderedDict[str, TensorType]:
+    def influence_factors_by_block(self, x: object, y: object) -> OrderedDict[str, TensorType]:
         """Op(gradient) of each row: (N, D_block) by block."""
         mapper, batch = self.ready(), self._batch(x, y, "x and y")
         with self._recorded():
@@ -489,22 +499,22 @@ class ComposableInfluence(ABC, Generic[TensorType]):
     def influences_from_factors(
         self,
         z_test_factors: TensorType | Mapping[str, TensorType],
-        x: Any,
-        y: Any,
+        x: object,
+        y: object,
         mode: InfluenceMode | str = InfluenceMode.Up,
     ) -> TensorType:
         """`influences` from factors computed before: one tensor (N, D), or a dict by block."""
         mode, mapper, train = InfluenceMode(mode), self.ready(), self._batch(x, y, "x and y")
         if mode is InfluenceMode.Perturbation:
             return mapper.perturbation(z_test_factors, train)
-        return _sum(mapper.interactions_from_transformed_grads(z_test_factors, train, mode))
+        return summed(mapper.interactions_from_transformed_grads(z_test_factors, train, mode).values())
 
     @in_own_precision
     def influences_from_factors_by_block(
         self,
         z_test_factors: TensorType | Mapping[str, TensorType],
-        x: Any,
-        y: Any,
+        x: object,
+        y: object,
         mode: InfluenceMode | str = InfluenceMode.Up,
     ) -> OrderedDict[str, TensorType]:
         """`influences_from_factors`, one summand for each block."""
@@ -512,7 +522,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         return mapper.interactions_from_transformed_grads(z_test_factors, train, mode)
 
     def _asked(
-        self, x_test: Any, y_test: Any, x: Any, y: Any, mode: InfluenceMode | str
+        self, x_test: object, y_test: object, x: object, y: object, mode: InfluenceMode | str
     ) -> tuple[InfluenceMapper, InfluenceMode, Any, Any]:
         mode = InfluenceMode(mode)
         if (x is None) != (y is None):
@@ -520,17 +530,17 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         mapper, test = self.ready(), self._batch(x_test, y_test, "x_test and y_test")
         return mapper, mode, test, test if x is None else self._batch(x, y, "x and y")
 
-    def _batch(self, x: Any, y: Any, what: str) -> Any:
+    def _batch(self, x: object, y: object, what: str) -> Any:
         try:
             return paired(self.provider, x, y) or self.provider.as_batch(x, y)
         except (BatchMismatch, InvalidInput) as error:
             raise type(error)(f"{what}: {error}") from error
 
-    def batch_self_influence(self, batch: Any) -> Array:
+    def batch_self_influence(self, batch: Batch) -> Array:
         """<Op g_n, g_n> of a batch's rows: [n]."""
         operators = self.block_mapper.operators
         grads = self.provider.self_grads(batch)
-        return sum(operators[name].quadratic(operators[name].seen(value)) for name, value in grads.items())
+        return summed(operators[name].quadratic(operators[name].seen(value)) for name, value in grads.items())
 
 
 def _parts(operator: LinearOperator) -> Iterable[LinearOperator]:
@@ -539,16 +549,8 @@ def _parts(operator: LinearOperator) -> Iterable[LinearOperator]:
     return operator.operators if isinstance(operator, BlockDiagonalOperator) else (operator,)
 
 
-def _listed(value: Any) -> Any:
+def _listed(value: object) -> Any:
     """Tuples as JSON gives them back; what JSON does not have in words."""
     if isinstance(value, (tuple, list)):
         return [_listed(item) for item in value]
     return value if value is None or isinstance(value, (bool, int, float, str)) else in_words(value)
-
-
-def _sum(by_block: Mapping[str, Array]) -> Any:
-    """The blocks' scores, added in order."""
-    total = None
-    for value in by_block.values():
-        total = value if total is None else total + value
-    return total

@@ -16,12 +16,12 @@ from headwater.errors import InvalidInput
 from headwater.gradients.block import BlockGradient, stack
 from headwater.gradients.provider import BlockGradients, BlockProvider, StructuredGradientProvider
 from headwater.operators.algebra import IdentityOperator, LinearOperator
-from headwater.types import BilinearForm, BlockMapper, InfluenceMode, OperatorGradientComposition
+from headwater.types import Batch, BilinearForm, BlockMapper, InfluenceMode, OperatorGradientComposition
 
 ByBlock = OrderedDict[str, Array]
 
 
-class InfluenceMapper(BlockMapper[Array, Any, OperatorGradientComposition]):
+class InfluenceMapper(BlockMapper[Any, Any, OperatorGradientComposition]):
     """The contract's block mapper over a structured provider: one pass through the model serves all blocks.
 
     A block whose operator has a bilinear form of its own is computed by that form, and the others the faster way.
@@ -41,7 +41,7 @@ class InfluenceMapper(BlockMapper[Array, Any, OperatorGradientComposition]):
         forms = {name: operator.as_bilinear_form() for name, operator in self.operators.items()}
         return {name: form for name, form in forms.items() if not form.is_default_of(self.operators[name])}
 
-    def generate_transformed_grads(self, batch: Any) -> Generator[Array, None, None]:
+    def generate_transformed_grads(self, batch: Batch) -> Generator[Array, None, None]:
         grads = self.provider.grads(batch, query=True)
         for name, operator in self.operators.items():
             yield operator.apply_block(operator.seen(grads[name])).flat()
@@ -63,7 +63,7 @@ class InfluenceMapper(BlockMapper[Array, Any, OperatorGradientComposition]):
         return OperatorGradientComposition(self.operators[name], provider).interactions(left_batch, right_batch, mode)
 
     def _shared_interactions(
-        self, names: Sequence[str], left_batch: Any, right_batch: Any, mode: InfluenceMode
+        self, names: Sequence[str], left_batch: Batch, right_batch: Batch, mode: InfluenceMode
     ) -> Iterator[Array]:
         """Of these blocks, from one pass over either batch."""
         if not names:
@@ -81,7 +81,7 @@ class InfluenceMapper(BlockMapper[Array, Any, OperatorGradientComposition]):
             yield queries.score(name, train[name])
 
     def generate_interactions_from_transformed_grads(
-        self, left_factors: Array | Mapping[str, Array], right_batch: Any, mode: InfluenceMode | str
+        self, left_factors: Array | Mapping[str, Array], right_batch: Batch, mode: InfluenceMode | str
     ) -> Generator[Array, None, None]:
         mode, factors = InfluenceMode(mode), self._factors_by_block(left_factors)
         if mode is InfluenceMode.Perturbation:
@@ -92,7 +92,7 @@ class InfluenceMapper(BlockMapper[Array, Any, OperatorGradientComposition]):
         for name, operator in self.operators.items():
             yield transpose(operator.seen(grads[name]).project(factors[name]))
 
-    def perturbation(self, factors: Array | Mapping[str, Array], batch: Any) -> Array:
+    def perturbation(self, factors: object, batch: Batch) -> Any:
         """All blocks together, in one differentiation: (N, M, *x_shape)."""
         return self.provider.mixed_prod(batch, self._factors_by_block(factors))
 

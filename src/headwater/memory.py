@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from headwater.errors import InvalidSetting
 
@@ -14,7 +13,7 @@ WORTH_A_LOOK = 2**28
 """Bytes up to which nobody asks what the machine has."""
 
 
-def refuse_too_large(what: str, shape: Sequence[int], size: float, remedy: str, place: Any = None) -> None:
+def refuse_too_large(what: str, shape: Sequence[int], size: float, remedy: str, place: object = None) -> None:
     """Before arrays are allocated that take `size` bytes in all, the largest of this shape.
 
     what: names the block. place: the arrays' device; only the host's memory is known here, and an accelerator's own
@@ -28,14 +27,14 @@ def refuse_too_large(what: str, shape: Sequence[int], size: float, remedy: str, 
         raise InvalidSetting(f"{what} of shape {list(map(int, shape))} would take {needed}, and {free}. {remedy}")
 
 
-def as_many_as_fit(count: int, size: float, place: Any = None) -> int:
+def as_many_as_fit(count: int, size: float, place: object = None) -> int:
     """How many of `count` things of `size` bytes have room in half of the memory; at least one."""
     if count * size <= WORTH_A_LOOK or not on_host(place):
         return count
     return max(1, min(count, int(available_memory() / 2 // size)))
 
 
-def on_host(place: Any) -> bool:
+def on_host(place: object) -> bool:
     """Whether a framework's device is the processor: "cpu", `torch.device("cpu")`, JAX's TFRT_CPU_0; None counts."""
     return place is None or "cpu" in str(place).lower()
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 
-def track(items: Iterable[Any], what: str, show: bool, total: int | None = None) -> Iterator[Any]:
+def track(items: Iterable[object], what: str, show: bool, total: int | None = None) -> Iterator[Any]:
     """The items, with a bar on the error stream that names what is being done."""
     if not show:
         yield from items

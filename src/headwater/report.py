@@ -29,6 +29,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from headwater.errors import InvalidInput, InvalidSetting, NonFiniteValue, ShapeMismatch
 from headwater.store.scores import SIGN_IN_WORDS, UNIT_IN_WORDS
+from headwater.tables import table
 
 
 class Figure(Protocol):
@@ -143,13 +144,8 @@ class Table:
 
     def text(self) -> str:
         """The same table in plain characters, for a terminal."""
-        lines = [[str(cell) for cell in row] for row in (self.columns, *self.rows)]
-        first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
-        rows = (
-            "  ".join([name.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, others, strict=True))])
-            for name, *cells in lines
-        )
-        return "\n".join([self.title, *(f"  {row}" for row in rows)])
+        lines = table([[str(cell) for cell in row] for row in (self.columns, *self.rows)])
+        return "\n".join([self.title, *(f"  {line}" for line in lines.split("\n"))])
 
     def html(self) -> str:
         head = "".join(f'<th scope="col">{_text(column)}</th>' for column in self.columns)

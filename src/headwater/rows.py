@@ -237,7 +237,7 @@ class Rows(Iterable[Any]):
         self.memory = RowMemory() if memory is None else memory
 
     @classmethod
-    def of(cls, provider: StructuredGradientProvider, loader: Iterable[Any], role: str = "train") -> Rows:
+    def of(cls, provider: StructuredGradientProvider, loader: Iterable[object], role: str = "train") -> Rows:
         """The loader, if it is one of these already, or as one."""
         if isinstance(loader, Rows):
             return loader
@@ -256,7 +256,7 @@ class Rows(Iterable[Any]):
         if found:
             self.memory.end(found, self.role)
 
-    def compared(self, provider: StructuredGradientProvider, batch: Any, place: Place) -> RowKeys:
+    def compared(self, provider: StructuredGradientProvider, batch: Batch, place: Place) -> RowKeys:
         """The keys of a batch's rows. Errors: BatchMismatch where they are not those of an earlier pass."""
         keys = RowKeys.of(provider, batch)
         self.memory.compare(keys, place)
@@ -276,7 +276,7 @@ class Rows(Iterable[Any]):
 
 def sweep(
     provider: StructuredGradientProvider,
-    loader: Iterable[Any],
+    loader: Iterable[object],
     visitor: Visitor[PlacedBatch, Part, Found],
     what: str,
     show: bool = False,
@@ -303,7 +303,7 @@ def sweep_kept(
     return visitor.finish(fold(visitor, _again(pieces, what, show)))
 
 
-def first_batch(provider: StructuredGradientProvider, loader: Iterable[Any]) -> Batch:
+def first_batch(provider: StructuredGradientProvider, loader: Iterable[object]) -> Batch:
     """A look at some rows, which is no pass. Errors: as `sweep`."""
     source = loader.source if isinstance(loader, Rows) else loader
     check_loader(source, "train")
@@ -311,7 +311,9 @@ def first_batch(provider: StructuredGradientProvider, loader: Iterable[Any]) -> 
     return next(_pieces(provider, batch))[1]
 
 
-def _read(provider: StructuredGradientProvider, loader: Iterable[Any], what: str, show: bool) -> Iterator[PlacedBatch]:
+def _read(
+    provider: StructuredGradientProvider, loader: Iterable[object], what: str, show: bool
+) -> Iterator[PlacedBatch]:
     known = loader if isinstance(loader, Rows) else None
     role = "train" if known is None else known.role
     source: Iterable[Any] = loader if known is None else known.source
@@ -343,7 +345,7 @@ def _again(pieces: Iterable[PlacedBatch], what: str, show: bool) -> Iterator[Pla
 
 
 def _whole_batches(
-    provider: StructuredGradientProvider, source: Iterable[Any], role: str
+    provider: StructuredGradientProvider, source: Iterable[object], role: str
 ) -> Iterator[tuple[Place, Batch]]:
     start = 0
     for number, item in enumerate(source):
@@ -355,7 +357,7 @@ def _whole_batches(
         raise BatchMismatch(f"The {role} loader has no rows. A loader gives batches: one batch is [(x, y)].")
 
 
-def _placed_batch(provider: StructuredGradientProvider, item: Any, place: Place) -> Batch | None:
+def _placed_batch(provider: StructuredGradientProvider, item: object, place: Place) -> Batch | None:
     """Errors: as `as_batch`, naming the place."""
     try:
         return as_batch(provider, item)
@@ -364,7 +366,7 @@ def _placed_batch(provider: StructuredGradientProvider, item: Any, place: Place)
         raise
 
 
-def _pieces(provider: StructuredGradientProvider, batch: Any) -> Iterator[tuple[slice, Any]]:
+def _pieces(provider: StructuredGradientProvider, batch: Batch) -> Iterator[tuple[slice, Any]]:
     """The batch, or nearly equal pieces of it that the provider takes at once; and which rows they are."""
     pieces = -(-len(batch) // max(1, provider.rows_at_once(batch)))
     if pieces == 1:

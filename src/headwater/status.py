@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from headwater.operators.approximated import ApproximatedOperator
 from headwater.operators.iterative import SolveReport
 from headwater.operators.projected import ProjectedOperator
 from headwater.operators.structured import EigenpairsOperator
+from headwater.tables import shown, table
 
 if TYPE_CHECKING:
     from headwater.influence import ComposableInfluence
@@ -128,20 +129,6 @@ def _cells(block: BlockStatus) -> list[str]:
         shown(block.truncation_error),
         residual,
     ]
-
-
-def shown(value: float | None) -> str:
-    """Three digits, or a dash."""
-    return "-" if value is None else f"{value:.3g}"
-
-
-def table(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
-    """Columns of equal width, numbers to the right; those in `left` to the left."""
-    columns = list(zip(*rows, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    sides = [str.ljust if k in left else str.rjust for k in range(len(columns))]
-    lines = ([side(cell, w) for side, cell, w in zip(sides, row, widths, strict=True)] for row in rows)
-    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def status_of(influence: ComposableInfluence) -> Status:

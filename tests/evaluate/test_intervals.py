@@ -10,7 +10,6 @@ from scipy.stats import rankdata
 import headwater.evaluate
 from headwater.errors import InvalidInput, InvalidSetting, NonFiniteValue, ShapeMismatch
 from headwater.evaluate.checks import (
-    check_whole,
     effective_runs,
     mean_over_runs,
     query_outputs,
@@ -20,6 +19,7 @@ from headwater.evaluate.checks import (
 )
 from headwater.evaluate.correlation import mean_correlation, mid_ranks
 from headwater.evaluate.intervals import Interval, about, percentiles, resampled
+from headwater.settings import check_whole
 
 DRAWS = np.arange(101.0) ** 2
 

@@ -17,7 +17,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -527,7 +526,7 @@ def _refuse_without_room(provider: StructuredGradientProvider, duals: OrderedDic
 
 def fit_dual(
     provider: StructuredGradientProvider,
-    loader: Iterable[Any],
+    loader: Iterable[object],
     kind: Curvature = "empirical_fisher",
     *,
     fisher: Fisher = "auto",

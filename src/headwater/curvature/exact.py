@@ -16,6 +16,7 @@ from headwater.memory import refuse_too_large
 from headwater.operators.finite import refuse_nonfinite
 from headwater.operators.structured import DenseOperator
 from headwater.rows import PlacedBatch, sweep
+from headwater.settings import check_word
 from headwater.types import Batch
 
 Curvature = Literal["hessian", "ggn", "fisher", "empirical_fisher"]
@@ -25,13 +26,12 @@ LARGEST_DENSE = 20_000
 
 
 def check_kind(kind: str) -> None:
-    if kind not in KINDS:
-        raise InvalidSetting(f"curvature is {kind!r}; expected one of {', '.join(map(repr, KINDS))}.")
+    check_word("curvature", kind, KINDS)
 
 
 def fit_dense(
     provider: StructuredGradientProvider,
-    loader: Iterable[Any],
+    loader: Iterable[object],
     kind: Curvature,
     *,
     fisher: Fisher = "auto",
@@ -109,7 +109,7 @@ def _by_gradients(
     sums: OrderedDict[str, Array] = OrderedDict()
     for draw in provider.fisher_grads(batch, fisher, seed=seed):
         for name, value in draw.items():
-            total = sums.get(name)
+            total: Any = sums.get(name)
             for flat, mine in _flat_pairs(value, weights):
                 total = add_product(total, flat, mine)
             sums[name] = total

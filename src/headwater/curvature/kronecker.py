@@ -39,7 +39,7 @@ LARGEST_SIDE = 40_000
 
 def fit_kfac(
     provider: StructuredGradientProvider,
-    loader: Iterable[Any],
+    loader: Iterable[object],
     *,
     fisher: Fisher = "auto",
     samples: int = 1,
@@ -110,7 +110,7 @@ class _Factors(Visitor[PlacedBatch, _Sums, _Sums]):
 
 def fit_ekfac(
     provider: StructuredGradientProvider,
-    loader: Iterable[Any],
+    loader: Iterable[object],
     *,
     fisher: Fisher = "auto",
     samples: int = 1,
@@ -255,7 +255,7 @@ def _part_moments(name: str, part: Gradient, weights: Array | None, again: bool,
 def _tied_basis(part: Sum, weights: Array | None) -> Moments:
     """For a table that is a linear map too: no turn on the vocabulary's side, and sum G^T G on the other."""
     xp, (o, i) = namespace(part.arrays[0]), part.shape
-    right = None
+    right: Any = None
     for rows, piece in part.chunks(2 * o * i):
         plain = piece.dense()
         mine = plain if weights is None else plain * weights[rows][:, None, None]
@@ -265,7 +265,8 @@ def _tied_basis(part: Sum, weights: Array | None) -> Moments:
 
 
 def _kronecker(place: Place, moments: Moments) -> KroneckerOperator:
-    left, right = accumulable(moments.left), accumulable(moments.right)
+    right: Any = moments.right
+    left, right = accumulable(moments.left), accumulable(right)
     count = moments.right_count
     right = right / count if float(count) > 0 else right
     return KroneckerOperator(_finite(place, left / moments.left_count), _finite(place, right), psd=True)

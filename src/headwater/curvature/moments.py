@@ -6,7 +6,6 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from headwater.arrays import Array, accumulable, add_product, device, itemsize, namespace
 from headwater.curvature.exact import LARGEST_DENSE
@@ -24,7 +23,7 @@ from headwater.types import Batch
 
 def fit_moments(
     provider: StructuredGradientProvider,
-    loader: Iterable[Any],
+    loader: Iterable[object],
     make: Make,
     *,
     fisher: Fisher = "empirical",

@@ -294,7 +294,7 @@ class _Product(Accumulator[DrawnRows, _Products, tuple[Array, float]]):
 
 def fit_products(
     provider: StructuredGradientProvider,
-    loader: Iterable[Any],
+    loader: Iterable[object],
     kind: Curvature,
     *,
     fisher: Fisher = "auto",
@@ -330,7 +330,7 @@ def _squares_of(blocks: Iterable[str]) -> Callable[[DrawnRows], np.ndarray]:
 
 def fit_steps(
     provider: StructuredGradientProvider,
-    loader: Iterable[Any],
+    loader: Iterable[object],
     kind: Curvature,
     *,
     steps: int,

@@ -73,7 +73,7 @@ def take_apart(curvature: Mapping[str, LinearOperator]) -> TakenApart:
 
 
 def put_together(
-    found: TakenApart, provider: StructuredGradientProvider, like: Array, loader: Iterable[Any] | None = None
+    found: TakenApart, provider: StructuredGradientProvider, like: Array, loader: Iterable[object] | None = None
 ) -> OrderedDict[str, LinearOperator]:
     """The operators, with arrays of the framework of `like`, on its device.
 
@@ -135,7 +135,7 @@ class _Packer:
             return {"shared": self._share(value)}
         return self._record(value)
 
-    def _record(self, value: Any) -> dict[str, Any]:
+    def _record(self, value: object) -> dict[str, Any]:
         if type(value) not in ARGUMENTS:
             raise InvalidSetting(
                 f"This method's fit cannot be saved: it holds train rows themselves ({type(value).__name__}). Fit "
@@ -167,7 +167,7 @@ class _Unpacker:
         assert isinstance(found, LinearOperator)
         return found
 
-    def unpack(self, value: Any) -> Any:
+    def unpack(self, value: object) -> Any:
         if isinstance(value, list):
             return tuple(self.unpack(item) for item in value)
         if not isinstance(value, dict):
@@ -195,7 +195,7 @@ class _Unpacker:
             raise InvalidInput(f"The saved fit has a {value['class']} of {sorted(value)}; expected {ARGUMENTS[kind]}.")
         return kind(**{name: self.unpack(item) for name, item in value.items() if name != "class"})
 
-    def _rows(self, entry: dict[str, Any], loader: Iterable[Any]) -> RowDraws:
+    def _rows(self, entry: dict[str, Any], loader: Iterable[object]) -> RowDraws:
         source = RowDraws(self.provider, loader, entry["kind"], entry["fisher"], entry["seed"], progress=False)
         source.weight, source.has_draws = entry["weight"], entry["has_draws"]
         return source

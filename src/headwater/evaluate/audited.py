@@ -22,9 +22,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from headwater.errors import InvalidInput, InvalidSetting, NonFiniteValue, ShapeMismatch
-from headwater.evaluate.checks import Floats, check_whole, score_matrix
+from headwater.evaluate.checks import Floats, score_matrix
 from headwater.evaluate.correlation import spearman
 from headwater.evaluate.retrieval import in_top
+from headwater.settings import check_whole
 
 
 @dataclass(frozen=True, eq=False)

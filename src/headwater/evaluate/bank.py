@@ -30,9 +30,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from headwater.errors import DamagedFile, InvalidInput, InvalidSetting, NotSaved, ShapeMismatch
-from headwater.evaluate.checks import Floats, check_whole, query_outputs
+from headwater.evaluate.checks import Floats, query_outputs
 from headwater.positions import row_groups
 from headwater.progress import track
+from headwater.settings import check_whole
 from headwater.store.draft import is_draft, remove_dead, told, write_new, write_whole
 from headwater.store.kinds import kind_of
 from headwater.store.seal import open_bytes, seal_bytes, sealed, unsealed
@@ -146,7 +147,7 @@ def retrain(
     *,
     rows: int,
     queries: int,
-    recipe: Mapping[str, Any],
+    recipe: Mapping[str, object],
     alpha: float = 0.5,
     subsets: int = 100,
     runs: int = 1,

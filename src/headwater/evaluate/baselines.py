@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from headwater.errors import BatchMismatch, InvalidInput, MissingExtra, NonFiniteValue, ShapeMismatch
-from headwater.evaluate.checks import Floats, check_whole
+from headwater.evaluate.checks import Floats
 from headwater.evaluate.intervals import Interval, percentiles
+from headwater.settings import check_whole
 
 
 def random_scores(q: int, n: int, seed: int = 0) -> Floats:

@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from headwater.errors import InvalidInput, InvalidSetting, NonFiniteValue, ShapeMismatch
+from headwater.errors import InvalidInput, NonFiniteValue, ShapeMismatch
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -129,11 +129,3 @@ def query_outputs(values: ArrayLike, queries: int, said: str) -> Floats:
         first = int(np.argmin(np.isfinite(found)))
         raise NonFiniteValue(f"The {said} are not finite, the first that of query {first}.")
     return found
-
-
-def check_whole(name: str, value: object, least: int, most: int | None = None) -> None:
-    """Errors: InvalidSetting for what is no whole number from `least` to `most`."""
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or value < least or (most is not None and value > most):  # type: ignore[operator]
-        wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise InvalidSetting(f"{name} is {value!r}; expected a whole number {wanted}.")

@@ -27,8 +27,9 @@ from numpy.typing import ArrayLike, NDArray
 from headwater.errors import InvalidSetting, ShapeMismatch
 from headwater.evaluate.bank import Plan
 from headwater.evaluate.baselines import Compared, against_random
-from headwater.evaluate.checks import Floats, check_whole, retrained_outputs
+from headwater.evaluate.checks import Floats, retrained_outputs
 from headwater.evaluate.retrieval import ranking
+from headwater.settings import check_whole
 
 Direction = Literal["removal", "addition"]
 FEW = 50

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from headwater.errors import BatchMismatch, InvalidInput, InvalidSetting, NonFiniteValue
-from headwater.evaluate.checks import check_whole
 from headwater.evaluate.correlation import mid_ranks
+from headwater.settings import check_whole
 
 
 def auc(scores: ArrayLike, positives: ArrayLike) -> float:

@@ -25,8 +25,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from headwater.errors import InvalidSetting
 from headwater.evaluate.bank import Measure
-from headwater.evaluate.checks import Floats, check_whole, query_outputs, score_matrix
+from headwater.evaluate.checks import Floats, query_outputs, score_matrix
 from headwater.evaluate.retrieval import ranking
+from headwater.settings import check_whole
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,9 +23,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from headwater.evaluate.baselines import against_random
-from headwater.evaluate.checks import Floats, check_whole, query_outputs, score_matrix
+from headwater.evaluate.checks import Floats, query_outputs, score_matrix
 from headwater.evaluate.intervals import Interval
 from headwater.evaluate.retrieval import ranking
+from headwater.settings import check_whole
 
 Patch = Callable[[NDArray[np.int64]], ArrayLike]
 """Rows [k] -> outputs [q] after a step on them; without rows, before any step."""

@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from headwater.errors import InvalidInput, ShapeMismatch
-from headwater.evaluate.checks import Flags, Floats, check_whole, score_matrix
+from headwater.evaluate.checks import Flags, Floats, score_matrix
 from headwater.evaluate.intervals import Interval, over_queries
 from headwater.positions import row_positions
+from headwater.settings import check_whole
 
 
 def mrr(

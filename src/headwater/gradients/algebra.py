@@ -25,6 +25,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from headwater.arrays import Array, accumulable, add_product, namespace, rows_within_memory, transpose, zeros_like
 
@@ -166,7 +167,8 @@ class Gradient(ABC):
         Without outer-product structure, Shampoo's factors: sum G G^T per row, and sum G^T G over its own trace. Exact
         where o or i is one. Source: Gupta et al. 2018, arXiv 1802.09568; George et al. 2018, arXiv 1806.03884.
         """
-        left = right = None
+        left: Any = None
+        right: Any = None
         count = norm = 0.0
         o, i = self.shape
         for rows, piece in self.chunks(2 * o * i):

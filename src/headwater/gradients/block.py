@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from headwater.arrays import Array, namespace, rows_within_memory
+from headwater.arrays import Array, namespace, rows_within_memory, summed
 from headwater.blocks import Layout
 from headwater.gradients.algebra import Dense, Gradient
 from headwater.gradients.outer import Outer, RowSparse
@@ -53,19 +53,11 @@ class BlockGradient:
 
     def inner(self, other: BlockGradient) -> Array:
         """All pairs of dot products: [n, m]."""
-        total = None
-        for mine, theirs in zip(self.parts, other.parts, strict=True):
-            product = mine.inner(theirs)
-            total = product if total is None else total + product
-        return total
+        return summed(mine.inner(theirs) for mine, theirs in zip(self.parts, other.parts, strict=True))
 
     def project(self, flat: Array) -> Array:
         """Dot products with flat vectors (K, D): [n, K]."""
-        total = None
-        for part, basis in zip(self.parts, self.layout.split(flat), strict=True):
-            product = part.project(basis)
-            total = product if total is None else total + product
-        return total
+        return summed(part.project(basis) for part, basis in zip(self.parts, self.layout.split(flat), strict=True))
 
     def combine(self, weights: Array) -> Array:
         """Weighted sums over rows, weights [k, n], as flat vectors: (k, D)."""
@@ -73,11 +65,7 @@ class BlockGradient:
 
     def squared_norms(self) -> Array:
         """[n]."""
-        total = None
-        for part in self.parts:
-            square = part.quadratic()
-            total = square if total is None else total + square
-        return total
+        return summed(part.quadratic() for part in self.parts)
 
     def flat_chunks(self) -> list[Array]:
         """`flat` in pieces that fit into the working memory."""

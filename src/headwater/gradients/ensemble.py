@@ -18,6 +18,7 @@ from headwater.blocks import Layout
 from headwater.errors import BlockMismatch, InvalidSetting
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
 from headwater.gradients.view import ProviderView
+from headwater.types import Batch
 
 
 class EnsembleProvider(ProviderView):
@@ -79,7 +80,7 @@ class EnsembleProvider(ProviderView):
         number, name = self._locate(block)
         return self.members[number].penalty(name, weight)
 
-    def by_member(self, values: Mapping[str, Any]) -> list[OrderedDict[str, Any]]:
+    def by_member(self, values: Mapping[str, object]) -> list[OrderedDict[str, Any]]:
         """What is named by the ensemble's blocks, for each member by its own blocks."""
         found: list[OrderedDict[str, Any]] = [OrderedDict() for _ in self.members]
         for block, value in values.items():
@@ -94,21 +95,21 @@ class EnsembleProvider(ProviderView):
             raise BlockMismatch(f"There is no block {block!r}; the blocks are {list(self.layouts)}.")
         return int(number), name
 
-    def _merge(self, values: Sequence[Mapping[str, Any]]) -> OrderedDict[str, Any]:
+    def _merge(self, values: Sequence[Mapping[str, object]]) -> OrderedDict[str, Any]:
         """What each member names by its own blocks, by the ensemble's."""
         return OrderedDict((f"{k}/{name}", v) for k, value in enumerate(values) for name, v in value.items())
 
     # Gradients ----------------------------------------------------------------------------------------------------
 
-    def grads(self, batch: Any, *, query: bool = False, weighted: bool = True) -> BlockGradients:
+    def grads(self, batch: Batch, *, query: bool = False, weighted: bool = True) -> BlockGradients:
         return self._merge([member.grads(batch, query=query, weighted=weighted) for member in self.members])
 
     def fisher_grads(
-        self, batch: Any, fisher: Fisher, *, draws: range = range(1), seed: int = 0
+        self, batch: Batch, fisher: Fisher, *, draws: range = range(1), seed: int = 0
     ) -> list[BlockGradients]:
         return self._draws([member.fisher_grads(batch, fisher, draws=draws, seed=seed) for member in self.members])
 
-    def ggn_grads(self, batch: Any) -> list[BlockGradients] | None:
+    def ggn_grads(self, batch: Batch) -> list[BlockGradients] | None:
         found = [draws for member in self.members if (draws := member.ggn_grads(batch)) is not None]
         return self._draws(found) if len(found) == len(self.members) else None
 
@@ -121,26 +122,26 @@ class EnsembleProvider(ProviderView):
             )
         return [self._merge(draw) for draw in zip(*found, strict=True)]
 
-    def curvature_product(self, batch: Any, block: str, vectors: Array, kind: Kind) -> Array:
+    def curvature_product(self, batch: Batch, block: str, vectors: Array, kind: Kind) -> Array:
         number, name = self._locate(block)
         return self.members[number].curvature_product(batch, name, vectors, kind)
 
-    def mixed_prod(self, batch: Any, factors: Mapping[str, Array]) -> Array:
+    def mixed_prod(self, batch: Batch, factors: Mapping[str, Array]) -> Array:
         pairs = zip(self.members, self.by_member(factors), strict=True)
         return _sum([member.mixed_prod(batch, mine) for member, mine in pairs if mine])
 
-    def flat_mixed_grads(self, batch: Any) -> Array:
+    def flat_mixed_grads(self, batch: Batch) -> Array:
         """(N, *x_shape, D), member after member."""
         found = [member.flat_mixed_grads(batch) for member in self.members]
         return namespace(*found).concat(found, axis=-1)
 
     # What the models say of the rows ------------------------------------------------------------------------------
 
-    def losses(self, batch: Any, *, query: bool = False) -> Array:
+    def losses(self, batch: Batch, *, query: bool = False) -> Array:
         """The mean over members: [n]."""
         return _sum([member.losses(batch, query=query) for member in self.members]) / len(self.members)
 
-    def doubt(self, batch: Any) -> Array:
+    def doubt(self, batch: Batch) -> Array:
         """The mean over members of the chance of another answer, where the losses are minus log p/(1-p): [n]."""
         margins = [member.losses(batch) for member in self.members]
         xp = namespace(*margins)
@@ -161,7 +162,7 @@ class EnsembleProvider(ProviderView):
         for member in self.members:
             member.begin_pass()
 
-    def rows_at_once(self, batch: Any) -> int:
+    def rows_at_once(self, batch: Batch) -> int:
         """All members' gradients are held together."""
         return max(1, min(member.rows_at_once(batch) for member in self.members) // len(self.members))
 

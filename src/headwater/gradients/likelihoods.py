@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from headwater.arrays import (
     Array,
@@ -37,23 +37,26 @@ Draw = Callable[[int, bool], Array]
 """(numbers per row, normal?) -> uniform or standard normal numbers [n, count], fixed by row, seed and draw."""
 
 
-class OutputLoss(ABC):
+T = TypeVar("T", bound=Array)
+
+
+class OutputLoss(ABC, Generic[T]):
     """The rows' losses as a function of the output, with its derivatives; a framework fills it."""
 
     name: str
     """Of the loss, for messages."""
 
     @abstractmethod
-    def slope(self, output: Array, target: Any) -> Array:
+    def slope(self, output: T, target: Any) -> T:
         """The gradient of the rows' losses with respect to the output: [n, ...]."""
 
-    def bend(self, output: Array, target: Any) -> Array:
+    def bend(self, output: T, target: object) -> T:
         """The gradient of the summed slope: the second derivatives, where outputs act for themselves: [n, ...]."""
         hessian = self.hessian(output, target)
         return namespace(hessian).sum(hessian, axis=2).reshape(output.shape)
 
     @abstractmethod
-    def hessian(self, output: Array, target: Any) -> Array:
+    def hessian(self, output: T, target: Any) -> T:
         """Of each row's loss by its flattened output: [n, K, K], symmetric."""
 
 
@@ -88,7 +91,7 @@ class Likelihood(ABC):
         return ""
 
 
-def cotangent(loss: OutputLoss, output: Array, target: Any) -> Array:
+def cotangent(loss: OutputLoss, output: Array, target: object) -> Array:
     """The gradient of the rows' losses with respect to the output: [n, ...]."""
     return loss.slope(output, target)
 
@@ -172,17 +175,18 @@ class CrossEntropy(Likelihood):
             mass = xp.where(target != self.ignore_index, mass, xp.zeros_like(mass))
         return p, xp.sqrt(mass), axis
 
-    def exact(self, loss: OutputLoss, output: Array, target: Any) -> list[Array] | None:
+    def exact(self, loss: OutputLoss, output: Array, target: object) -> list[Array] | None:
         p, root, axis = self._scaled(loss, output, target)
         if _size(root) != root.shape[0]:
             return None
-        xp, found = namespace(p), []
+        xp = namespace(p)
+        found: list[Array] = []
         for c, hit in enumerate(identity(int(p.shape[-1]), p)):
             residual = self._residual(p, hit)
             found.append(xp.moveaxis(residual * (root * xp.sqrt(p[..., c]))[..., None], -1, axis))
         return found
 
-    def sampled(self, loss: OutputLoss, output: Array, target: Any, draw: Draw) -> Array:
+    def sampled(self, loss: OutputLoss, output: Array, target: object, draw: Draw) -> Array:
         p, root, axis = self._scaled(loss, output, target)
         xp, fine = namespace(p), precise(p)
         u = draw(_per_row(root), False).reshape(root.shape)
@@ -258,7 +262,7 @@ class Bernoulli(Likelihood):
         xp = namespace(p)
         return xp.clip(p * (1 - p), min=float(xp.finfo(p.dtype).eps))
 
-    def _scaled(self, loss: OutputLoss, output: Array, target: Any) -> tuple[Array, Array]:
+    def _scaled(self, loss: OutputLoss, output: Array, target: object) -> tuple[Array, Array]:
         """Probabilities, and the root of the targets' masses; the output's shape."""
         xp = namespace(output)
         if self.logits:
@@ -277,14 +281,14 @@ class Bernoulli(Likelihood):
             check_scale("binary cross entropy", own, mass * inner - yes, mass)
         return p, xp.sqrt(xp.clip(mass, min=0))
 
-    def exact(self, loss: OutputLoss, output: Array, target: Any) -> list[Array] | None:
+    def exact(self, loss: OutputLoss, output: Array, target: object) -> list[Array] | None:
         p, root = self._scaled(loss, output, target)
         if output.ndim > 2:
             return None
         spread = namespace(p).sqrt(self._variance(p))
         return one_by_one(root * spread if self.logits else root / spread)
 
-    def sampled(self, loss: OutputLoss, output: Array, target: Any, draw: Draw) -> Array:
+    def sampled(self, loss: OutputLoss, output: Array, target: object, draw: Draw) -> Array:
         p, root = self._scaled(loss, output, target)
         u = draw(_per_row(output), False).reshape(output.shape)
         residual = p - namespace(p).astype(u < p, p.dtype)
@@ -305,13 +309,13 @@ class SquaredError(Likelihood):
     def has_margin(self) -> bool:
         return False
 
-    def _root_curvature(self, loss: OutputLoss, output: Array, target: Any) -> Array:
+    def _root_curvature(self, loss: OutputLoss, output: Array, target: object) -> Array:
         xp = namespace(output)
         bend = loss.bend(output, target)
         self._check(loss, output, target, bend)
         return xp.sqrt(xp.clip(bend, min=0))
 
-    def _check(self, loss: OutputLoss, output: Array, target: Any, bend: Array) -> None:
+    def _check(self, loss: OutputLoss, output: Array, target: object, bend: Array) -> None:
         """A sum of squares has one second derivative everywhere, and none across outputs.
 
         The step is as long as residuals are: shorter ones are lost in the rounding of these.
@@ -324,12 +328,12 @@ class SquaredError(Likelihood):
         change = loss.slope(output + step, target) - slope
         check_scale("squared error", change / size, bend * step / size, bend)
 
-    def exact(self, loss: OutputLoss, output: Array, target: Any) -> list[Array] | None:
+    def exact(self, loss: OutputLoss, output: Array, target: object) -> list[Array] | None:
         if output.ndim > 2:
             return None
         return one_by_one(self._root_curvature(loss, output, target))
 
-    def sampled(self, loss: OutputLoss, output: Array, target: Any, draw: Draw) -> Array:
+    def sampled(self, loss: OutputLoss, output: Array, target: object, draw: Draw) -> Array:
         noise = draw(_per_row(output), True).reshape(output.shape)
         return self._root_curvature(loss, output, target) * namespace(output).astype(noise, output.dtype)
 
@@ -344,7 +348,7 @@ class Elementwise(SquaredError):
     def __init__(self) -> None:
         self._asked = False
 
-    def _check(self, loss: OutputLoss, output: Array, target: Any, bend: Array) -> None:
+    def _check(self, loss: OutputLoss, output: Array, target: object, bend: Array) -> None:
         """Nothing: the loss is known."""
         self._asked = True
 
@@ -376,7 +380,7 @@ class OwnHessian(Likelihood):
         cut = f", its positive part ({self.negative_share:.1%} was negative)" if self.negative_share else ""
         return f"the loss's own output Hessian{cut}"
 
-    def _root(self, loss: OutputLoss, output: Array, target: Any) -> Array:
+    def _root(self, loss: OutputLoss, output: Array, target: object) -> Array:
         """[n, K, K]."""
         if _per_row(output) > MOST:
             raise UnsupportedLoss(
@@ -397,10 +401,10 @@ class OwnHessian(Likelihood):
         self._seen += float(xp.sum(xp.abs(values)))
         return vectors * xp.sqrt(xp.clip(values, min=0))[:, None, :]
 
-    def exact(self, loss: OutputLoss, output: Array, target: Any) -> list[Array] | None:
+    def exact(self, loss: OutputLoss, output: Array, target: object) -> list[Array] | None:
         return _columns(self._root(loss, output, target), output)
 
-    def sampled(self, loss: OutputLoss, output: Array, target: Any, draw: Draw) -> Array:
+    def sampled(self, loss: OutputLoss, output: Array, target: object, draw: Draw) -> Array:
         return _combined(self._root(loss, output, target), output, draw)
 
 
@@ -445,7 +449,7 @@ class OutputHessian(Likelihood):
     def __init__(self, hessian: Callable[[Array, Any], Array]):
         self.hessian = hessian
 
-    def _root(self, output: Array, target: Any) -> Array:
+    def _root(self, output: Array, target: object) -> Array:
         values, vectors = namespace(output).linalg.eigh(self.hessian(output, target))
         xp, rows, size = namespace(values), int(output.shape[0]), _per_row(output)
         if tuple(vectors.shape) != (rows, size, size):
@@ -454,10 +458,10 @@ class OutputHessian(Likelihood):
             raise InvalidSetting(f"The output Hessian has a negative eigenvalue, {float(xp.min(values)):g}.")
         return vectors * xp.sqrt(xp.clip(values, min=0))[:, None, :]
 
-    def exact(self, loss: OutputLoss, output: Array, target: Any) -> list[Array] | None:
+    def exact(self, loss: OutputLoss, output: Array, target: object) -> list[Array] | None:
         return _columns(self._root(output, target), output)
 
-    def sampled(self, loss: OutputLoss, output: Array, target: Any, draw: Draw) -> Array:
+    def sampled(self, loss: OutputLoss, output: Array, target: object, draw: Draw) -> Array:
         return _combined(self._root(output, target), output, draw)
 
 
@@ -470,10 +474,10 @@ class TargetSampler(Likelihood):
     def __init__(self, sample: Callable[[Array, Array], Any]):
         self.sample = sample
 
-    def exact(self, loss: OutputLoss, output: Array, target: Any) -> list[Array] | None:
+    def exact(self, loss: OutputLoss, output: Array, target: object) -> list[Array] | None:
         return None
 
-    def sampled(self, loss: OutputLoss, output: Array, target: Any, draw: Draw) -> Array:
+    def sampled(self, loss: OutputLoss, output: Array, target: object, draw: Draw) -> Array:
         return loss.slope(output, self.sample(output, draw(_per_row(output), False)))
 
 
@@ -498,7 +502,7 @@ def fisher_cotangents(
     target: Any,
     fisher: str,
     draws: Sequence[Draw],
-) -> Iterator[Array]:
+) -> Iterator[Any]:
     """Cotangents whose summed v v^T is (or estimates) each row's output Hessian; see `Likelihood`."""
     if fisher not in ("auto", "exact", "sampled", "empirical"):
         raise InvalidSetting(f"fisher is {fisher!r}; expected 'auto', 'exact', 'sampled' or 'empirical'.")
@@ -525,7 +529,7 @@ def fisher_cotangents(
         yield likelihood.sampled(loss, output, target, draw) / math.sqrt(len(draws))
 
 
-def ggn_cotangents(likelihood: Likelihood | None, loss: OutputLoss, output: Any, target: Any) -> list[Array] | None:
+def ggn_cotangents(likelihood: Likelihood | None, loss: OutputLoss, output: Any, target: Any) -> list[Any] | None:
     """Cotangents whose summed v v^T is exactly each row's output Hessian, for any loss of few outputs; else None.
 
     None also where the loss is not convex in the output: then the GGN has no such root.
@@ -547,7 +551,7 @@ def ggn_cotangents(likelihood: Likelihood | None, loss: OutputLoss, output: Any,
     return _columns(vectors * xp.sqrt(xp.clip(values, min=0))[:, None, :], output)
 
 
-def no_hessian(output: Array) -> Array:
+def no_hessian(output: Array) -> Any:
     """Of a loss that is linear in its output: zeros [n, K, K]."""
     size = _per_row(output)
     return zeros_like(output, (int(output.shape[0]), size, size))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from headwater.arrays import Array, namespace
 from headwater.errors import NonFiniteValue, UnsupportedModel
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
 from headwater.gradients.view import ProviderView
+from headwater.types import Batch
 
 REMEDY = "Give output='loss' to hw.Trak(), which takes any loss."
 
@@ -55,7 +55,7 @@ class MarginGradientProvider(ProviderView):
     def _for(self, query: bool) -> StructuredGradientProvider:
         return self.margin if query and self.plain.explained == "loss" else self.plain
 
-    def grads(self, batch: Any, *, query: bool = False, weighted: bool = True) -> BlockGradients:
+    def grads(self, batch: Batch, *, query: bool = False, weighted: bool = True) -> BlockGradients:
         if query and self.plain.explained != "loss":
             return self.plain.grads(batch, query=True, weighted=weighted)
         self._check(batch)
@@ -63,7 +63,7 @@ class MarginGradientProvider(ProviderView):
             return self._for(query).grads(batch, query=query, weighted=weighted)
         return _scaled(self.margin.grads(batch, weighted=weighted), self._shared_doubt(batch))
 
-    def self_grads(self, batch: Any) -> BlockGradients:
+    def self_grads(self, batch: Batch) -> BlockGradients:
         """Gradients whose length, in any metric, is the score of a row on itself: the margin's times sqrt(1 - p).
 
         With class weights: times the root of what the loss's gradient is of the margin's. Errors: UnsupportedModel
@@ -77,11 +77,11 @@ class MarginGradientProvider(ProviderView):
             return _scaled(margins, self.doubt(batch) ** 0.5)
         return _scaled(margins, _multiples(self.grads(batch), margins) ** 0.5)
 
-    def doubt(self, batch: Any) -> Array:
+    def doubt(self, batch: Batch) -> Array:
         """1 - p, the chance of another answer than the row's target: [n]."""
         return self.margin.doubt(batch)
 
-    def _shared_doubt(self, batch: Any) -> Array:
+    def _shared_doubt(self, batch: Batch) -> Array:
         """What several models' margin gradients are scaled by. Errors: UnsupportedModel where that says too little.
 
         A few rows of every batch are looked at: all of them would take one more pass through each model.
@@ -94,33 +94,33 @@ class MarginGradientProvider(ProviderView):
             )
         return self.doubt(batch) * sum(f or 0.0 for f in factors) / len(factors)
 
-    def losses(self, batch: Any, *, query: bool = False) -> Array:
+    def losses(self, batch: Batch, *, query: bool = False) -> Array:
         return self._for(True).losses(batch, query=True) if query else self.margin.losses(batch)
 
     def fisher_grads(
-        self, batch: Any, fisher: Fisher, *, draws: range = range(1), seed: int = 0
+        self, batch: Batch, fisher: Fisher, *, draws: range = range(1), seed: int = 0
     ) -> list[BlockGradients]:
         self._check(batch)
         if fisher == "empirical":
             return [self.margin.grads(batch, weighted=False)]
         return self.margin.fisher_grads(batch, fisher, draws=draws, seed=seed)
 
-    def ggn_grads(self, batch: Any) -> list[BlockGradients] | None:
+    def ggn_grads(self, batch: Batch) -> list[BlockGradients] | None:
         self._check(batch)
         return self.margin.ggn_grads(batch)
 
-    def curvature_product(self, batch: Any, block: str, vectors: Array, kind: Kind) -> Array:
+    def curvature_product(self, batch: Batch, block: str, vectors: Array, kind: Kind) -> Array:
         self._check(batch)
         return self.margin.curvature_product(batch, block, vectors, kind)
 
     def of_output(self, function: OutputFunction) -> StructuredGradientProvider:
         return self.plain.of_output(function)
 
-    def mixed_prod(self, batch: Any, factors: Mapping[str, Array]) -> Array:
+    def mixed_prod(self, batch: Batch, factors: Mapping[str, Array]) -> Array:
         self._need_one_model()
         return self.plain.mixed_prod(batch, factors)
 
-    def flat_mixed_grads(self, batch: Any) -> Array:
+    def flat_mixed_grads(self, batch: Batch) -> Array:
         self._need_one_model()
         return self.plain.flat_mixed_grads(batch)
 
@@ -131,7 +131,7 @@ class MarginGradientProvider(ProviderView):
                 f"mean of their doubts 1 - p. Use one model, or mode='up'. {REMEDY}"
             )
 
-    def _check(self, batch: Any) -> None:
+    def _check(self, batch: Batch) -> None:
         """On the first rows. Errors: UnsupportedModel for targets without a margin, and losses that know none."""
         if self._checked:
             return
@@ -159,7 +159,7 @@ class MarginGradientProvider(ProviderView):
         self.plain.begin_pass()
         self.margin.begin_pass()
 
-    def _factors(self, batch: Any) -> list[float | None]:
+    def _factors(self, batch: Batch) -> list[float | None]:
         """For each model what its losses are of log(1 + exp(-f)), whose gradient is 1 - p times that of -f; None if no
         multiple."""
         return [_factor(model.losses(batch), softplus(own.losses(batch))) for model, own in self._pairs()]

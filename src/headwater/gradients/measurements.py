@@ -12,7 +12,7 @@ from headwater.arrays import Array, as_like, is_array, namespace, shape_of
 from headwater.errors import UnsupportedModel
 
 
-def negative_margin(output: Array, target: Array) -> Array:
+def negative_margin(output: object, target: object) -> Any:
     """Minus log p/(1-p), p the probability of the target: [n]. The chance of another answer is its sigmoid."""
     classes, labels = _read(output, target, "margin")
     if classes.shape[1] == 1:
@@ -24,7 +24,7 @@ def negative_margin(output: Array, target: Array) -> Array:
     return among_others - _chosen(classes, hit)
 
 
-def negative_logit(output: Array, target: Array) -> Array:
+def negative_logit(output: object, target: object) -> Any:
     """Minus the target's logit; with one logit a row, its sign is that of the target: [n]."""
     classes, labels = _read(output, target, "logit")
     if classes.shape[1] == 1:

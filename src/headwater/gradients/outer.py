@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from headwater.arrays import (
     Array,
@@ -218,7 +219,7 @@ class Outer(Gradient):
         return Moments(left, right, rows, positions)
 
 
-def _counted(like: Array, kept: Array | None, weights: Array | None) -> tuple[Array | None, Array, Array]:
+def _counted(like: Array, kept: Array | None, weights: Array | None) -> tuple[Any, Any, Any]:
     """How much each position counts, [n, t or 1, 1] (None: one), and the total weights of rows and of positions."""
     xp, (n, t) = namespace(like), like.shape[:2]
     rows = n if weights is None else xp.sum(weights)
@@ -398,3 +399,12 @@ class RowSparse(Gradient):
         if again:
             return Moments(counts * 0.0, right, 0.0, 0.0)
         return Moments(counts, right, positions, total)
+
+
+def with_inputs(value: Gradient, first: Gradient) -> Gradient:
+    """The same layer inputs as the first draw's, so that what depends on them alone is computed once."""
+    if isinstance(value, Outer) and isinstance(first, Outer):
+        return replace(value, a=first.a)
+    if isinstance(value, RowSparse) and isinstance(first, RowSparse):
+        return replace(value, ids=first.ids)
+    return value

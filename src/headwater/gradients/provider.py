@@ -15,7 +15,7 @@ from zlib import crc32
 
 import numpy as np
 
-from headwater.arrays import Array, identity, is_array, namespace, sigmoid, to_numpy
+from headwater.arrays import Array, identity, is_array, namespace, sigmoid, summed, to_numpy
 from headwater.blocks import Layout
 from headwater.errors import ShapeMismatch, UnsupportedModel
 from headwater.gradients.block import BlockGradient
@@ -68,11 +68,11 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
         return None
 
     @abstractmethod
-    def curvature_product(self, batch: BatchType, block: str, vectors: Array, kind: Kind) -> Array:
+    def curvature_product(self, batch: BatchType, block: str, vectors: TensorType, kind: Kind) -> TensorType:
         """Weighted sum over the rows of the block's own square of the Hessian or GGN, times vectors: (K, D_block)."""
 
     @abstractmethod
-    def mixed_prod(self, batch: BatchType, factors: Mapping[str, Array]) -> Array:
+    def mixed_prod(self, batch: BatchType, factors: Mapping[str, TensorType]) -> TensorType:
         """`grad_x <factor_k, grad_w l(row)>`, summed over the blocks of the factors (K, D_block): (K, N, *x_shape).
 
         Equals the contraction of `flat_mixed_grads`, which is never built.
@@ -234,7 +234,8 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
     def flat_mixed_grads(self, batch: BatchType) -> TensorType:
         """(N, *x_shape, D): the mixed derivatives themselves, by `mixed_prod` with all unit vectors of each block."""
         like = next(iter(self.grads(batch).values())).like
-        found = [self.mixed_prod(batch, {name: identity(size, like)}) for name, size in self.sizes.items()]
+        units: dict[str, Any] = {name: identity(size, like) for name, size in self.sizes.items()}
+        found = [self.mixed_prod(batch, {name: unit}) for name, unit in units.items()]
         xp = namespace(*found)
         return xp.moveaxis(xp.concat(found, axis=0), 0, -1)
 
@@ -243,7 +244,7 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
         if g.ndim != 2 or g.shape[1] != self.n_parameters:  # type: ignore[attr-defined]
             raise ShapeMismatch(f"Expected g of shape (K, {self.n_parameters}), got {tuple(g.shape)}.")  # type: ignore[attr-defined]
         pieces = split(g, self.sizes)
-        return sum(value.project(pieces[name]) for name, value in self.grads(batch).items())
+        return summed(value.project(pieces[name]) for name, value in self.grads(batch).items())
 
     def block(self, name: str) -> BlockProvider:
         """This provider, seen through one block."""

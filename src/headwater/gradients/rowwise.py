@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import numpy as np
+
+from headwater.errors import HeadwaterError, InvalidInput
 
 Slopes = tuple[np.ndarray, np.ndarray]
 """Gradients by the output [n, k]: of the batch's loss, and of the rows' losses added up."""
@@ -44,3 +49,14 @@ def differing(keys: np.ndarray) -> np.ndarray:
     """The first row, and the next that is another by its key: positions [2], or [1] if all are alike."""
     others = np.flatnonzero(keys != keys[0])
     return np.array([0, *others[:1]])
+
+
+@contextmanager
+def explain_loss_failure(called_with: Callable[[], str]) -> Iterator[None]:
+    """Errors: InvalidInput that says what a loss was called with, for whatever it raises."""
+    try:
+        yield
+    except HeadwaterError:
+        raise
+    except Exception as error:
+        raise InvalidInput(f"The loss failed: {error} It was called with {called_with()}") from error

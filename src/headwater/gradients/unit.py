@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
 
-from headwater.arrays import Array, namespace
+from headwater.arrays import Array, namespace, summed
 from headwater.errors import InvalidSetting
 from headwater.gradients.provider import BlockGradients, Fisher, Kind
 from headwater.gradients.view import ProviderView
@@ -24,7 +23,7 @@ class UnitGradientProvider(ProviderView):
             inverse = inverse * weights
         return OrderedDict((name, value.weighted(inverse)) for name, value in values.items())
 
-    def mixed_prod(self, batch: Any, factors: Mapping[str, Array]) -> Array:
+    def mixed_prod(self, batch: Batch, factors: Mapping[str, Array]) -> Array:
         """grad_x <f, g/|g|> = (grad_x <f, g> - <f, u> grad_x <g0, g> |g|^-1 ) / |g|, u = g/|g|, g0 = g held fixed."""
         values = self.plain.grads(batch, weighted=False)
         inverse = _inverse_norms(values)
@@ -36,7 +35,7 @@ class UnitGradientProvider(ProviderView):
         cosine = namespace(turn).permute_dims(along, (1, 0)).reshape((*plain.shape[:2],) + (1,) * (turn.ndim - 1))
         return (plain - cosine * turn[None]) * inverse.reshape(shape)
 
-    def _turn(self, batch: Any, units: BlockGradients) -> Array:
+    def _turn(self, batch: Batch, units: BlockGradients) -> Array:
         """grad_x <u, g> of each row with its own unit gradient held fixed: [n, *x_shape]; one row at a time."""
         xp = namespace(next(iter(units.values())).like)
         rows = [
@@ -48,7 +47,7 @@ class UnitGradientProvider(ProviderView):
         ]
         return xp.concat(rows, axis=0)
 
-    def flat_mixed_grads(self, batch: Any) -> Array:
+    def flat_mixed_grads(self, batch: Batch) -> Array:
         """(N, *x_shape, D): d/dx (g / |g|) = (dg - u <u, dg>) / |g|."""
         values = self.plain.grads(batch, weighted=False)
         xp = namespace(next(iter(values.values())).like)
@@ -61,20 +60,20 @@ class UnitGradientProvider(ProviderView):
         return (mixed - along * unit) * inverse.reshape((-1, *middle, 1))
 
     def fisher_grads(
-        self, batch: Any, fisher: Fisher, *, draws: range = range(1), seed: int = 0
+        self, batch: Batch, fisher: Fisher, *, draws: range = range(1), seed: int = 0
     ) -> list[BlockGradients]:
         raise InvalidSetting("Unit gradients have no Fisher information; use hw.GradCos() by itself.")
 
-    def ggn_grads(self, batch: Any) -> list[BlockGradients] | None:
+    def ggn_grads(self, batch: Batch) -> list[BlockGradients] | None:
         raise InvalidSetting("Unit gradients have no curvature; use hw.GradCos() by itself.")
 
-    def curvature_product(self, batch: Any, block: str, vectors: Array, kind: Kind) -> Array:
+    def curvature_product(self, batch: Batch, block: str, vectors: Array, kind: Kind) -> Array:
         raise InvalidSetting("Unit gradients have no curvature; use hw.GradCos() by itself.")
 
 
 def _inverse_norms(values: BlockGradients) -> Array:
     """1 / |g| over all blocks, zero where the gradient is zero: [n]."""
-    square = sum(value.squared_norms() for value in values.values())
+    square = summed(value.squared_norms() for value in values.values())
     xp = namespace(square)
     safe = xp.where(square > 0, square, xp.ones_like(square))
     return xp.where(square > 0, 1.0 / xp.sqrt(safe), xp.zeros_like(square))

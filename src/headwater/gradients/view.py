@@ -18,6 +18,7 @@ from headwater.arrays import Array
 from headwater.blocks import Layout
 from headwater.gradients.likelihoods import Likelihood
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
+from headwater.types import Batch
 
 
 class ProviderView(StructuredGradientProvider[Any, Any]):
@@ -47,30 +48,30 @@ class ProviderView(StructuredGradientProvider[Any, Any]):
 
     # Gradients ----------------------------------------------------------------------------------------------------
 
-    def grads(self, batch: Any, *, query: bool = False, weighted: bool = True) -> BlockGradients:
+    def grads(self, batch: Batch, *, query: bool = False, weighted: bool = True) -> BlockGradients:
         return self.plain.grads(batch, query=query, weighted=weighted)
 
     def fisher_grads(
-        self, batch: Any, fisher: Fisher, *, draws: range = range(1), seed: int = 0
+        self, batch: Batch, fisher: Fisher, *, draws: range = range(1), seed: int = 0
     ) -> list[BlockGradients]:
         return self.plain.fisher_grads(batch, fisher, draws=draws, seed=seed)
 
-    def ggn_grads(self, batch: Any) -> list[BlockGradients] | None:
+    def ggn_grads(self, batch: Batch) -> list[BlockGradients] | None:
         return self.plain.ggn_grads(batch)
 
-    def curvature_product(self, batch: Any, block: str, vectors: Array, kind: Kind) -> Array:
+    def curvature_product(self, batch: Batch, block: str, vectors: Array, kind: Kind) -> Array:
         return self.plain.curvature_product(batch, block, vectors, kind)
 
-    def mixed_prod(self, batch: Any, factors: Mapping[str, Array]) -> Array:
+    def mixed_prod(self, batch: Batch, factors: Mapping[str, Array]) -> Array:
         return self.plain.mixed_prod(batch, factors)
 
-    def flat_mixed_grads(self, batch: Any) -> Array:
+    def flat_mixed_grads(self, batch: Batch) -> Array:
         return self.plain.flat_mixed_grads(batch)
 
-    def losses(self, batch: Any, *, query: bool = False) -> Array:
+    def losses(self, batch: Batch, *, query: bool = False) -> Array:
         return self.plain.losses(batch, query=query)
 
-    def doubt(self, batch: Any) -> Array:
+    def doubt(self, batch: Batch) -> Array:
         return self.plain.doubt(batch)
 
     # Other providers ----------------------------------------------------------------------------------------------
@@ -88,25 +89,25 @@ class ProviderView(StructuredGradientProvider[Any, Any]):
 
     # Rows ---------------------------------------------------------------------------------------------------------
 
-    def as_batch(self, x: Any, y: Any) -> Any:
+    def as_batch(self, x: object, y: object) -> Any:
         return self.plain.as_batch(x, y)
 
-    def row_weights(self, batch: Any) -> Array | None:
+    def row_weights(self, batch: Batch) -> Array | None:
         return self.plain.row_weights(batch)
 
-    def row_keys(self, batch: Any) -> np.ndarray:
+    def row_keys(self, batch: Batch) -> np.ndarray:
         return self.plain.row_keys(batch)
 
-    def content_keys(self, batch: Any) -> np.ndarray:
+    def content_keys(self, batch: Batch) -> np.ndarray:
         return self.plain.content_keys(batch)
 
-    def keys_by_content(self, batch: Any) -> np.ndarray:
+    def keys_by_content(self, batch: Batch) -> np.ndarray:
         return self.plain.keys_by_content(batch)
 
-    def host_arrays(self, batch: Any, weighted: bool = False) -> list[np.ndarray]:
+    def host_arrays(self, batch: Batch, weighted: bool = False) -> list[np.ndarray]:
         return self.plain.host_arrays(batch, weighted)
 
-    def rows_at_once(self, batch: Any) -> int:
+    def rows_at_once(self, batch: Batch) -> int:
         return self.plain.rows_at_once(batch)
 
     def begin_pass(self) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from headwater.arrays import is_array, to_numpy
 
 
-def in_words(value: Any) -> str:
+def in_words(value: object) -> str:
     """The same in every process for the same function, module or setting; another, as far as can be seen, for others.
 
     A function is its name, its code, and what it closes over; an object its class and its public attributes. What is
@@ -21,12 +21,12 @@ def in_words(value: Any) -> str:
     return _words(value, set())
 
 
-def name_of(function: Any, otherwise: str | None = None) -> str:
+def name_of(function: object, otherwise: str | None = None) -> str:
     """A function's own name; of a module or another object that can be called its class's, or `otherwise`."""
     return str(getattr(function, "__name__", type(function).__name__ if otherwise is None else otherwise))
 
 
-def module_of(value: Any) -> str:
+def module_of(value: object) -> str:
     """Where a function, or an object's class, was defined; "" for what Python itself brings."""
     return str(getattr(value, "__module__", ""))
 

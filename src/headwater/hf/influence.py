@@ -82,11 +82,11 @@ class HfComposableInfluence(TorchComposableInfluence):
     def model(self) -> nn.Module:
         return self._hf_provider.pretrained
 
-    def as_loader(self, loader: Iterable[Any]) -> Iterable[Any]:
+    def as_loader(self, loader: Iterable[object]) -> Iterable[Any]:
         """Rows or batches of any kind that the class takes, as batches."""
         return self._rows.batches(loader, self._hf_provider)
 
-    def token_scores(self, x_test: Any, y_test: Any, x: Any = None, y: Any = None) -> torch.Tensor:
+    def token_scores(self, x_test: object, y_test: object, x: object = None, y: object = None) -> torch.Tensor:
         """What each label of a train row adds to the row's score: (N_test, N_train, T), as `influences` otherwise.
 
         The sum over T is the row's score, to rounding. T is that of the train rows as given; a number stands at its
@@ -98,7 +98,7 @@ class HfComposableInfluence(TorchComposableInfluence):
         mapper, _, test, train = self._asked(x_test, y_test, x, y, "up")
         provider = self._hf_provider
         with self._recorded():
-            factors = mapper.transformed_grads(test)
+            factors: Any = mapper.transformed_grads(test)
         first = provider.grads(train.take(slice(0, 1)))
         seen_whole = all(mapper.operators[n].seen(g) is g for n, g in first.items())
         if self.provider is not provider or mapper.own_forms or not seen_whole:

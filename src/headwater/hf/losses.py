@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from headwater.arrays import Array
 from headwater.errors import InvalidSetting
 from headwater.gradients.likelihoods import CrossEntropy, Draw, Likelihood, OutputLoss
 
@@ -68,17 +69,17 @@ class NextToken(Likelihood):
     def __init__(self) -> None:
         self.beside = CrossEntropy(IGNORED, class_axis=-1)
 
-    def exact(self, loss: OutputLoss, output: torch.Tensor, target: Any) -> list[torch.Tensor] | None:
+    def exact(self, loss: OutputLoss, output: Array, target: Any) -> list[Array] | None:
         return self.beside.exact(_Behind(loss), output, _moved(target, -1))
 
-    def sampled(self, loss: OutputLoss, output: torch.Tensor, target: Any, draw: Draw) -> torch.Tensor:
+    def sampled(self, loss: OutputLoss, output: Array, target: Any, draw: Draw) -> Array:
         return self.beside.sampled(_Behind(loss), output, _moved(target, -1), draw)
 
 
-class _Behind(OutputLoss):
+class _Behind(OutputLoss[torch.Tensor]):
     """A loss as a function of targets that stand beside their outputs: they are put back where they belong."""
 
-    def __init__(self, loss: OutputLoss):
+    def __init__(self, loss: OutputLoss[torch.Tensor]):
         self.loss = loss
         self.name = loss.name
 

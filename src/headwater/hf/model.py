@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from headwater.errors import InvalidInput, InvalidSetting, UnsupportedModel
+from headwater.settings import check_word
 from headwater.torch.precision import wide
 
 TaskName = Literal["causal-lm", "sequence-classification", "token-classification"]
@@ -57,7 +58,7 @@ class Adapted(Protocol):
     def get_base_model(self) -> Any: ...
 
 
-def base_of(model: Any) -> PreTrainedModel:
+def base_of(model: object) -> PreTrainedModel:
     """The pretrained model, inside its adapters if it has any. Errors: InvalidInput; UnsupportedModel."""
     if isinstance(model, str):
         raise InvalidInput(
@@ -79,11 +80,11 @@ def base_of(model: Any) -> PreTrainedModel:
     return base
 
 
-def task_of(model: Any, name: str | None) -> Task:
+def task_of(model: object, name: str | None) -> Task:
     """What the model is for, by its class or as the user says. Errors: InvalidSetting if neither tells."""
     base = base_of(model)
-    if name is not None and name not in get_args(TaskName):
-        raise InvalidSetting(f"task is {name!r}; expected one of {', '.join(map(repr, get_args(TaskName)))}.")
+    if name is not None:
+        check_word("task", name, get_args(TaskName))
     kind = type(base).__name__
     found = name or next((task for ending, task in ENDINGS.items() if kind.endswith(ending)), None)
     if found is None:
@@ -101,7 +102,7 @@ def task_of(model: Any, name: str | None) -> Task:
     return Task(cast(TaskName, found), labels, problem, padding)
 
 
-def takes(model: Any) -> frozenset[str]:
+def takes(model: object) -> frozenset[str]:
     """The inputs that a model names."""
     return frozenset(inspect.signature(base_of(model).forward).parameters) - {"labels", "kwargs"}
 

@@ -34,6 +34,7 @@ from headwater.torch.precision import wide, wide_copy
 from headwater.torch.products import jacobian_product
 from headwater.torch.provider import TorchGradientProvider, undisturbed
 from headwater.torch.surroundings import autograd_on, twice_differentiable
+from headwater.types import Batch
 
 
 class HfGradientProvider(TorchGradientProvider):
@@ -137,7 +138,7 @@ class HfGradientProvider(TorchGradientProvider):
             batch = TorchBatch(x, self._labels(batch.y, tuple(x.shape[:2])), *_extras(batch))
         return super()._made_ready(batch)
 
-    def _columns(self, x: Any, y: Any) -> tuple[Columns, Any]:
+    def _columns(self, x: object, y: object) -> tuple[Columns, Any]:
         given = dict(x) if isinstance(x, Mapping) else {IDS: x}
         labels = given.pop("labels", None)
         if labels is not None and y is not None:
@@ -152,7 +153,7 @@ class HfGradientProvider(TorchGradientProvider):
         y = self._labels(labels if y is None else y, tuple(ids.shape[:2]), columns)
         return without_spare_padding(columns, y, self.task.padding, self.task.has_label_per_token)
 
-    def _column(self, name: str, values: Any) -> torch.Tensor:
+    def _column(self, name: str, values: object) -> torch.Tensor:
         """Errors: InvalidInput, naming a column that holds no numbers."""
         try:
             found = as_tensor(torch.as_tensor(values) if isinstance(values, (list, tuple)) else values, self.device)
@@ -171,7 +172,7 @@ class HfGradientProvider(TorchGradientProvider):
             raise InvalidInput(f"Row {row} has the id {int(found[wrong][0])}; the model's go from 0 to {size - 1}.")
         return found
 
-    def _labels(self, y: Any, shape: tuple[int, ...], x: Columns | None = None) -> torch.Tensor:
+    def _labels(self, y: object, shape: tuple[int, ...], x: Columns | None = None) -> torch.Tensor:
         """Labels in the form that the loss takes. Errors: InvalidInput, naming what does not fit."""
         task, x = self.task, x or {}
         labels = None if y is None else self._column("labels", y)
@@ -277,5 +278,5 @@ class HfGradientProvider(TorchGradientProvider):
         return tokens if weights is None else tokens * weights[:, None]
 
 
-def _extras(batch: Any) -> tuple[Any, Any]:
+def _extras(batch: Batch) -> tuple[Any, Any]:
     return getattr(batch, "weights", None), getattr(batch, "ids", None)

@@ -205,7 +205,7 @@ class Rows:
         return found
 
 
-def _has_columns(source: Any) -> bool:
+def _has_columns(source: object) -> bool:
     """Whether it is a Dataset of Hugging Face's, or a dict of them by split, whose rows are dicts."""
     return hasattr(source, "column_names")
 
@@ -228,14 +228,14 @@ class _Batches:
         while taken := list(islice(items, self.rows.size)):
             yield self.rows.collate(taken)
 
-    def _as_batch(self, columns: Mapping[str, Any]) -> Any:
+    def _as_batch(self, columns: Mapping[str, object]) -> Any:
         """A dict of columns, labels among them."""
         x = dict(columns)
         given = [x.pop(name) for name in LABELS if name in x]
         return self.provider.as_batch(x, given[0] if given else None)
 
 
-def _gives_rows(source: Iterable[Any] | Dataset[Any]) -> bool:
+def _gives_rows(source: Iterable[object] | Dataset[Any]) -> bool:
     """Whether it is a sequence of strings, or of dicts without a batch axis."""
     ordered = isinstance(source, Sequence) or (isinstance(source, Dataset) and not isinstance(source, IterableDataset))
     first = source[0] if ordered and len(source) else None  # type: ignore[arg-type, index]

@@ -59,7 +59,7 @@ def _repeat_last(array: Any, extra: int) -> Any:
     return xp.concatenate([array, xp.repeat(array[-1:], extra, axis=0)])
 
 
-def _as_array(value: Any) -> Any:
+def _as_array(value: object) -> Any:
     if isinstance(value, jax.Array):
         return value
     if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
@@ -74,7 +74,7 @@ def host_leaves(*parts: Any) -> list[np.ndarray]:
     return [_host(leaf) for part in parts for leaf in _leaves(part)]
 
 
-def _leaves(part: Any) -> Iterator[Any]:
+def _leaves(part: object) -> Iterator[Any]:
     if isinstance(part, Mapping):
         for value in part.values():
             yield from _leaves(value)
@@ -85,7 +85,7 @@ def _leaves(part: Any) -> Iterator[Any]:
         yield part
 
 
-def _host(value: Any) -> np.ndarray:
+def _host(value: object) -> np.ndarray:
     array = np.asarray(value)
     return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
 

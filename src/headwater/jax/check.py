@@ -16,7 +16,7 @@ from headwater.jax.losses import describe
 from headwater.jax.tree import Leaves
 
 
-def first_outputs(model: Model, leaves: Leaves, x: Any) -> Any:
+def first_outputs(model: Model, leaves: Leaves, x: object) -> Any:
     """The output of a batch. Errors: InvalidInput where the function fails, with what it was called with."""
     try:
         return outputs_together(model, leaves, x)
@@ -29,7 +29,7 @@ def first_outputs(model: Model, leaves: Leaves, x: Any) -> Any:
         ) from error
 
 
-def check_rows(output: Any, rows: int) -> None:
+def check_rows(output: object, rows: int) -> None:
     """Errors: UnsupportedModel for an output whose first axis is not that of the rows."""
     for leaf in jax.tree.leaves(output):
         if leaf.ndim == 0 or len(leaf) != rows:
@@ -39,7 +39,7 @@ def check_rows(output: Any, rows: int) -> None:
             )
 
 
-def check_independence(together: Any, alone: Any, row: int) -> None:
+def check_independence(together: object, alone: object, row: int) -> None:
     """Errors: RowsInteract if the output for `row` is another when the row is alone."""
     for one, both in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
         expected, got = np.asarray(one)[0], np.asarray(both)[row]
@@ -81,7 +81,7 @@ def check_finite_grads(blocks: BlockGradients) -> None:
                 raise NonFiniteValue(f"The gradients of block {name!r} are not finite for rows {bad}.", bad)
 
 
-def check_finite_factors(factors: Mapping[str, Any]) -> None:
+def check_finite_factors(factors: Mapping[str, object]) -> None:
     """Errors: NonFiniteValue naming the block and the queries."""
     for name, factor in factors.items():
         bad = np.flatnonzero(~np.isfinite(np.asarray(factor)).all(axis=1))[:5].tolist()

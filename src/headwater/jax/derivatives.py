@@ -38,47 +38,47 @@ class Model:
     tree: Tree
     loss: Loss
 
-    def __call__(self, leaves: Leaves, x: Any) -> Any:
+    def __call__(self, leaves: Leaves, x: object) -> Any:
         return self.apply(self.tree.build(leaves), x)
 
-    def program(self, leaves: Leaves, x: Any) -> Program:
+    def program(self, leaves: Leaves, x: object) -> Program:
         """The function on one row of the shape of x's."""
         row = jax.tree.map(lambda v: jax.ShapeDtypeStruct((1, *v.shape[1:]), v.dtype), x)
         return trace(self.apply, self.tree, leaves, row)
 
 
 @partial(jax.jit, static_argnums=0)
-def first(count: int, values: Any) -> Any:
+def first(count: int, values: object) -> Any:
     """The first rows of every array."""
     return jax.tree.map(lambda v: v[:count], values)
 
 
-def rows_alone(model: Model, leaves: Leaves, x: Any) -> Any:
+def rows_alone(model: Model, leaves: Leaves, x: object) -> Any:
     """The outputs [n, ...] of rows that each are a batch by themselves: what a model does with several has no part."""
     found = jax.vmap(lambda row: model(leaves, as_row(row)))(x)
     return jax.tree.map(lambda v: v.reshape((v.shape[0], *v.shape[2:])), found)
 
 
 @partial(jax.jit, static_argnums=0)
-def outputs_together(model: Model, leaves: Leaves, x: Any) -> Any:
+def outputs_together(model: Model, leaves: Leaves, x: object) -> Any:
     """Of a batch, as the model has it."""
     return model(leaves, x)
 
 
 @partial(jax.jit, static_argnums=0)
-def outputs(model: Model, leaves: Leaves, x: Any) -> Any:
+def outputs(model: Model, leaves: Leaves, x: object) -> Any:
     """Of the rows of a batch."""
     return rows_alone(model, leaves, x)
 
 
 @partial(jax.jit, static_argnums=0)
-def batch_loss(loss: Loss, output: Any, target: Any) -> tuple[Any, jax.Array]:
+def batch_loss(loss: Loss, output: object, target: object) -> tuple[Any, jax.Array]:
     """What the loss makes of a batch, and of its rows alone [n]."""
     return loss(output, target), row_losses(loss, output, target)
 
 
 @partial(jax.jit, static_argnums=0)
-def losses(model: Model, leaves: Leaves, x: Any, y: Any) -> jax.Array:
+def losses(model: Model, leaves: Leaves, x: object, y: object) -> jax.Array:
     """Of each row: [n]."""
     return row_losses(model.loss, rows_alone(model, leaves, x), y)
 
@@ -143,7 +143,7 @@ def curvature_products(
     def output(chosen: Any) -> Any:
         return rows_alone(model, {**leaves, **chosen}, x)
 
-    def total(output: Any) -> jax.Array:
+    def total(output: object) -> jax.Array:
         return jnp.sum(row_losses(model.loss, output, y) * weights)
 
     if kind == "ggn":
@@ -170,7 +170,7 @@ def _join(layout: Layout, pieces: Leaves) -> jax.Array:
     return wide(jnp.concatenate(flat, axis=1))
 
 
-def _ggn(function: Callable[[Any], Any], total: Callable[[Any], jax.Array], chosen: Any) -> Callable[[Any], Any]:
+def _ggn(function: Callable[[Any], Any], total: Callable[[Any], jax.Array], chosen: object) -> Callable[[Any], Any]:
     """J^T H J: J the output's Jacobian by the parameters, H the loss's Hessian by the output.
 
     J comes from the pull-back, which is linear, by transposing it: so functions whose derivative is given in reverse
@@ -178,7 +178,7 @@ def _ggn(function: Callable[[Any], Any], total: Callable[[Any], jax.Array], chos
     """
     moving, rest = split_floating(function(chosen))
 
-    def floating(chosen: Any) -> list[jax.Array]:
+    def floating(chosen: object) -> list[jax.Array]:
         return split_floating(function(chosen))[0]
 
     _, pull = jax.vjp(floating, chosen)
@@ -189,14 +189,14 @@ def _ggn(function: Callable[[Any], Any], total: Callable[[Any], jax.Array], chos
 
 @partial(jax.jit, static_argnums=(0, 1))
 def mixed_products(
-    model: Model, layouts: tuple[Layout, ...], factors: Sequence[jax.Array], leaves: Leaves, x: Any, y: Any
+    model: Model, layouts: tuple[Layout, ...], factors: Sequence[jax.Array], leaves: Leaves, x: object, y: object
 ) -> tuple[jax.Array, jax.Array]:
     """The rows' losses, and each row's derivative by its input of <factor, gradient>: [n, K, *x_shape]."""
     pieces = [_cut(layout, factor, leaves) for layout, factor in zip(layouts, factors, strict=True)]
     directions = {name: piece for cut in pieces for name, piece in cut.items()}
 
-    def one(x: Any, y: Any) -> tuple[jax.Array, jax.Array]:
-        def slopes(x: Any) -> tuple[Leaves, jax.Array]:
+    def one(x: object, y: object) -> tuple[jax.Array, jax.Array]:
+        def slopes(x: object) -> tuple[Leaves, jax.Array]:
             chosen = {name: leaves[name] for name in directions}
             value, grads = jax.value_and_grad(lambda chosen: _loss(model, {**leaves, **chosen}, x, y))(chosen)
             return grads, value
@@ -229,7 +229,8 @@ def mixed_gradients(
 @partial(jax.jit, static_argnums=0)
 def flattened(layouts: tuple[Layout, ...], values: Mapping[Place, Gradient]) -> jax.Array:
     """Gradient values of all blocks as flat vectors: (n, D)."""
-    return jnp.concatenate([block_gradient(layout, values).flat() for layout in layouts], axis=1)
+    flat: list[Any] = [block_gradient(layout, values).flat() for layout in layouts]
+    return jnp.concatenate(flat, axis=1)
 
 
 def block_gradient(layout: Layout, values: Mapping[Place, Gradient]) -> BlockGradient:
@@ -237,5 +238,5 @@ def block_gradient(layout: Layout, values: Mapping[Place, Gradient]) -> BlockGra
     return BlockGradient(layout, tuple(values[layout.block.name, k] for k in range(len(layout.parts))))
 
 
-def _loss(model: Model, leaves: Leaves, x: Any, y: Any) -> jax.Array:
+def _loss(model: Model, leaves: Leaves, x: object, y: object) -> jax.Array:
     return loss_of_row(model.loss, model(leaves, as_row(x)), as_row(y))

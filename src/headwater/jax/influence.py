@@ -70,7 +70,7 @@ class JaxComposableInfluence(Attributor[jax.Array]):
         return self._jax_provider.coverage
 
 
-def _load_all(provider: JaxGradientProvider, checkpoints: Sequence[Any]) -> list[JaxGradientProvider]:
+def _load_all(provider: JaxGradientProvider, checkpoints: Sequence[object]) -> list[JaxGradientProvider]:
     """The provider at each of the weights. Errors: InvalidSetting if there are none; InvalidInput for others."""
     if not isinstance(checkpoints, (list, tuple)):
         raise InvalidSetting(f"checkpoints is one {type(checkpoints).__name__}; expected a list of pytrees.")

@@ -5,8 +5,8 @@ The loss of a row is the loss function's value on that row alone; a loss that is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from headwater.arrays import dtype_of, is_array, kind_of, shape_of
-from headwater.errors import HeadwaterError, InvalidInput, NonFiniteValue, UnsupportedLoss
+from headwater.errors import InvalidInput, NonFiniteValue, UnsupportedLoss
 from headwater.gradients.likelihoods import (
     Bernoulli,
     CrossEntropy,
@@ -26,7 +26,7 @@ from headwater.gradients.likelihoods import (
     SquaredError,
     likelihood_named,
 )
-from headwater.gradients.rowwise import Slopes, is_weighted_sum
+from headwater.gradients.rowwise import Slopes, explain_loss_failure, is_weighted_sum
 from headwater.gradients.spreading import spread_in_words
 from headwater.gradients.words import module_of, name_of
 
@@ -63,7 +63,7 @@ def _same_shape(output: jax.Array, target: jax.Array) -> None:
         raise InvalidInput(said)
 
 
-def loss_of_row(loss: Loss, output: Any, target: Any) -> jax.Array:
+def loss_of_row(loss: Loss, output: object, target: object) -> jax.Array:
     """The loss on a batch of one row: a number. Errors: InvalidInput where the loss fails; UnsupportedLoss."""
     with explain_failure(output, target):
         value = loss(output, target)
@@ -72,38 +72,34 @@ def loss_of_row(loss: Loss, output: Any, target: Any) -> jax.Array:
     return jnp.sum(value)
 
 
-def row_losses(loss: Loss, output: Any, target: Any) -> jax.Array:
+def row_losses(loss: Loss, output: object, target: object) -> jax.Array:
     """The loss of each row on its own: [n]."""
     return jax.vmap(lambda o, t: loss_of_row(loss, as_row(o), as_row(t)))(output, target)
 
 
-def as_row(row: Any) -> Any:
+def as_row(row: object) -> Any:
     """A batch of one row."""
     return jax.tree.map(lambda v: v[None], row)
 
 
-@contextmanager
-def explain_failure(output: Any, target: Any) -> Iterator[None]:
+def explain_failure(output: object, target: object) -> AbstractContextManager[None]:
     """Errors: InvalidInput that says what the loss was called with, for whatever the loss raises."""
-    try:
-        yield
-    except HeadwaterError:
-        raise
-    except Exception as error:
-        raise InvalidInput(
-            f"The loss failed: {error} It was called with output {describe(output)} and target {describe(target)}; "
-            "a loss is called on batches and on rows alone, and has to be traceable by JAX."
-        ) from error
+    return explain_loss_failure(
+        lambda: (
+            f"output {describe(output)} and target {describe(target)}; a loss is called on batches and on rows alone, "
+            "and has to be traceable by JAX."
+        )
+    )
 
 
-def describe(value: Any) -> str:
+def describe(value: object) -> str:
     """Shapes and dtypes."""
     return ", ".join(
         f"{tuple(leaf.shape)} of {leaf.dtype}" for leaf in jax.tree.leaves(value) if shape_of(leaf) is not None
     )
 
 
-def check_finite(losses: Any, rows: int) -> None:
+def check_finite(losses: object, rows: int) -> None:
     """Of the first rows, those that are no padding. Errors: NonFiniteValue naming the rows."""
     values = np.atleast_1d(np.asarray(losses))[:rows]
     if not np.isfinite(values).all():
@@ -149,7 +145,7 @@ def normalisation(loss: Loss, output: Any, target: Any, whole: Any, rows: Any) -
     )
 
 
-def split_floating(output: Any) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Any]]:
+def split_floating(output: object) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Any]]:
     """The floating-point leaves of an output, and the output again from them."""
     leaves, structure = jax.tree.flatten(output)
     places = [k for k, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
@@ -161,30 +157,30 @@ def split_floating(output: Any) -> tuple[list[jax.Array], Callable[[list[jax.Arr
     return [leaves[k] for k in places], rest
 
 
-class JaxOutputLoss(OutputLoss):
+class JaxOutputLoss(OutputLoss[jax.Array]):
     """A loss of JAX as a function of the output."""
 
     def __init__(self, loss: Loss):
         self.loss = loss
         self.name = name_of(loss)
 
-    def slope(self, output: Any, target: Any) -> Any:
+    def slope(self, output: object, target: object) -> Any:
         return _slope(self.loss, output, target)
 
-    def bend(self, output: Any, target: Any) -> Any:
+    def bend(self, output: object, target: object) -> Any:
         return _bend(self.loss, output, target)
 
-    def hessian(self, output: Any, target: Any) -> Any:
+    def hessian(self, output: object, target: object) -> Any:
         return _hessian(self.loss, output, target)
 
 
 @partial(jax.jit, static_argnums=0)
-def _slope(loss: Loss, output: Any, target: Any) -> Any:
+def _slope(loss: Loss, output: object, target: object) -> Any:
     return jax.grad(lambda o: jnp.sum(row_losses(loss, o, target)))(output)
 
 
 @partial(jax.jit, static_argnums=0)
-def _bend(loss: Loss, output: Any, target: Any) -> Any:
+def _bend(loss: Loss, output: object, target: object) -> Any:
     return jax.grad(lambda o: jnp.sum(_slope(loss, o, target)))(output)
 
 

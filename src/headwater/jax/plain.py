@@ -51,7 +51,7 @@ def rows_of(batch: JaxBatch) -> list[JaxBatch]:
     return [batch.take(slice(k, k + 1)) for k in range(len(batch))]
 
 
-def doubled(batch: JaxBatch, ids: Any) -> JaxBatch:
+def doubled(batch: JaxBatch, ids: object) -> JaxBatch:
     """The batch in float64. ids: of its rows, by what they held before, so that random draws stay theirs."""
     return JaxBatch(jax.tree.map(double, batch.x), jax.tree.map(double, batch.y), batch.weights, ids)
 
@@ -60,13 +60,13 @@ MOST_OUTPUTS = 512
 """Numbers of output of a row up to which its Jacobian is written out."""
 
 
-def _numbers_of_output(model: Model, leaves: Leaves, x: Any) -> int:
+def _numbers_of_output(model: Model, leaves: Leaves, x: object) -> int:
     return sum(v.size for v in jax.tree.leaves(jax.eval_shape(model, leaves, x)))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _products_of_row(
-    model: Model, kind: Kind, vectors: jax.Array, chosen: Leaves, leaves: Leaves, x: Any, y: Any
+    model: Model, kind: Kind, vectors: jax.Array, chosen: Leaves, leaves: Leaves, x: object, y: object
 ) -> jax.Array:
     """One row's Hessian or GGN by the chosen parameters, in their order, times vectors: (K, D)."""
     sizes = [value.size for value in chosen.values()]

@@ -6,6 +6,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -197,7 +198,7 @@ def _value(part: Part, site: Site, k: int, first: jax.Array, second: jax.Array) 
 
 def _matrix(part: Part, grads: Mapping[str, jax.Array]) -> jax.Array:
     """A part's matrices [n, o, i] from its parameters' gradients."""
-    cuts = []
+    cuts: list[Any] = []
     for piece in part.pieces:
         flat = grads[piece.parameter].reshape(len(grads[piece.parameter]), -1)
         cuts.append(piece.read(flat[:, piece.start : piece.start + piece.size]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any, Self
 
@@ -21,7 +20,7 @@ from headwater.gradients.block import rows_in_blocks
 from headwater.gradients.coverage import Coverage
 from headwater.gradients.likelihoods import Likelihood, fisher_cotangents, ggn_cotangents
 from headwater.gradients.measurements import negative_logit, negative_margin
-from headwater.gradients.outer import Outer, RowSparse
+from headwater.gradients.outer import with_inputs
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
 from headwater.gradients.rowwise import differing
 from headwater.gradients.words import in_words, name_of
@@ -40,6 +39,7 @@ from headwater.jax.losses import JaxOutputLoss, Loss, check_finite, explain_fail
 from headwater.jax.plan import Place, make_plan
 from headwater.jax.tree import Leaves, checksums, take_tree, wide
 from headwater.random import row_keys, row_numbers
+from headwater.types import Batch
 
 Apply = Callable[[Any, Any], Any]
 
@@ -105,7 +105,7 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         """The parameters, as a pytree like the one that was given."""
         return self._model.tree.build(self._leaves)
 
-    def with_params(self, params: Any) -> Self:
+    def with_params(self, params: object) -> Self:
         """The same function, loss and blocks at other parameters. Errors: InvalidInput for another architecture."""
         tree, leaves = take_tree(params)
         if tree != self._model.tree:
@@ -170,7 +170,7 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
 
     # Batches ------------------------------------------------------------------------------------------------------
 
-    def as_batch(self, x: Any, y: Any) -> JaxBatch:
+    def as_batch(self, x: object, y: object) -> JaxBatch:
         return self._ready(JaxBatch(x, y))
 
     def _ready(self, batch: Any) -> JaxBatch:
@@ -232,7 +232,7 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         stacked = _padded_to(jnp.stack(cotangents), rounded(len(batch)), axis=1)
         found = _cut(derivatives.pulled_back(self._model, self._plan, self._leaves, batch.padded()[0], stacked), batch)
         return [
-            self._blocks({place: _with_inputs(value, found[0][place]) for place, value in values.items()}, None)
+            self._blocks({place: with_inputs(value, found[0][place]) for place, value in values.items()}, None)
             for values in found
         ]
 
@@ -272,7 +272,7 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
 
     # The first rows -----------------------------------------------------------------------------------------------
 
-    def _prepare(self, batch: Any, model: Model | None = None) -> JaxBatch:
+    def _prepare(self, batch: Batch, model: Model | None = None) -> JaxBatch:
         """The batch as the function takes it; its first rows are looked at.
 
         model: with the loss that is asked of these rows, the train loss unless it is said. A measurement is tried on
@@ -302,7 +302,7 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
             _, values = jax.eval_shape(gradients, self._leaves, row.x, row.y)  # shapes alone: nothing is compiled
             self._numbers_per_row = sum(a.size for value in values.values() for a in value.arrays)
 
-    def _learn(self, x: Any) -> None:
+    def _learn(self, x: object) -> None:
         """The parts that the parameters form, from some rows."""
         if not self._traced:
             program = self._model.program(self._leaves, x)
@@ -412,7 +412,7 @@ def _stacked(pieces: list[jax.Array]) -> jax.Array:
     return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)
 
 
-def _cut(values: Any, batch: JaxBatch) -> Any:
+def _cut(values: object, batch: JaxBatch) -> Any:
     """Without the rows that padded the batch."""
     return values if rounded(len(batch)) == len(batch) else derivatives.first(len(batch), values)
 
@@ -439,12 +439,3 @@ def _difference(names: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]) -> 
 def _numbers(keys: np.ndarray, number: int, seed: int, count: int, normal: bool) -> jax.Array:
     """Random numbers [n, count] for the rows of a batch: uniform, or standard normal."""
     return jnp.asarray(row_numbers(keys, number, seed, count, normal))
-
-
-def _with_inputs(value: Gradient, first: Gradient) -> Gradient:
-    """The same layer inputs as the first draw's, so that what depends on them alone is computed once."""
-    if isinstance(value, Outer) and isinstance(first, Outer):
-        return replace(value, a=first.a)
-    if isinstance(value, RowSparse) and isinstance(first, RowSparse):
-        return replace(value, ids=first.ids)
-    return value

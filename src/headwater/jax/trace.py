@@ -120,7 +120,7 @@ class Program:
         shapes = {number: self.steps[number].equation.outvars[0].aval for number in steps}
         return {number: jnp.zeros(aval.shape, aval.dtype) for number, aval in shapes.items()}
 
-    def run(self, leaves: Leaves, x: Any, nudges: Mapping[int, Any]) -> tuple[Any, dict[int, Any]]:
+    def run(self, leaves: Leaves, x: object, nudges: Mapping[int, Any]) -> tuple[Any, dict[int, Any]]:
         """The output, with `nudges` added to the outputs of some steps; and the other operand of those steps."""
         values: dict[Slot, Any] = {slot: leaves[name] for name, slot in self.parameters.items()}
         values |= dict(zip(self.arguments, jax.tree.leaves(x), strict=True))
@@ -139,7 +139,7 @@ class Program:
         return jax.tree.unflatten(self.structure, results), operands
 
 
-def trace(apply: Callable[[Any, Any], Any], tree: Tree, leaves: Leaves, row: Any) -> Program:
+def trace(apply: Callable[[Any, Any], Any], tree: Tree, leaves: Leaves, row: object) -> Program:
     """`apply` on a batch of one row, taken apart. leaves and row may be arrays or their shapes."""
     shapes = jax.eval_shape(lambda *given: given, dict(leaves), row)
     closed, output = jax.make_jaxpr(lambda given, x: apply(tree.build(given), x), return_shape=True)(*shapes)
@@ -186,7 +186,7 @@ class _Tracer:
         known = dict(zip(jaxpr.constvars, map(Constant, consts), strict=True))
         known |= dict(zip(jaxpr.invars, inputs, strict=True))
 
-        def look_up(atom: Any) -> Any:
+        def look_up(atom: object) -> Any:
             return Constant(atom.val) if isinstance(atom, jax_core.Literal) else known[atom]
 
         for equation in jaxpr.eqns:
@@ -244,7 +244,7 @@ class _Tracer:
         ((position, view),) = views.items()
         return _SITES[equation.primitive.name](len(self.found.steps) - 1, equation, position, view)
 
-    def _loosen(self, given: Any) -> None:
+    def _loosen(self, given: object) -> None:
         if _is_slot(given) and given in self.views:
             self.found.loose.add(self.views[given].parameter)
 
@@ -259,7 +259,7 @@ class _Tracer:
                 self.found.loose.add(name)
 
 
-def _is_slot(value: Any) -> bool:
+def _is_slot(value: object) -> bool:
     return not isinstance(value, Constant)
 
 

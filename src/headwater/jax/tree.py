@@ -40,7 +40,7 @@ class Tree:
         return jax.tree.unflatten(self.structure, [leaves[name] for name in self.names])
 
 
-def take_tree(params: Any) -> tuple[Tree, dict[str, jax.Array]]:
+def take_tree(params: object) -> tuple[Tree, dict[str, jax.Array]]:
     """The form of `params`, and its leaves by name; arrays of NumPy are copied, so that nobody can change them.
 
     Errors: InvalidSetting for a leaf that is no array, for two of one name, or where no leaf is floating point.

@@ -95,7 +95,7 @@ def described(value: Any) -> str:
     return f"{type(value).__name__} of shape {tuple(value.shape)}" if is_array(value) else type(value).__name__
 
 
-def as_batch(provider: StructuredGradientProvider, item: Any) -> Batch | None:
+def as_batch(provider: StructuredGradientProvider, item: object) -> Batch | None:
     """One item of a loader: a Batch, (x, y), or what `unpack` made of it. None if it has no rows."""
     if isinstance(item, Columns) or type(item) is Batch:
         batch = paired(provider, item.x, item.y)
@@ -115,7 +115,7 @@ def as_batch(provider: StructuredGradientProvider, item: Any) -> Batch | None:
     )
 
 
-def paired(provider: StructuredGradientProvider, x: Any, y: Any) -> Batch | None:
+def paired(provider: StructuredGradientProvider, x: object, y: object) -> Batch | None:
     """Inputs and targets as a batch; None without rows. Errors: InvalidInput, in plain words, for what makes none."""
     with plain_words(x, y):
         batch = provider.as_batch(x, y) if len(Batch(x, y)) else None
@@ -127,7 +127,7 @@ def paired(provider: StructuredGradientProvider, x: Any, y: Any) -> Batch | None
         return batch
 
 
-def _unpack_example(item: Any) -> str:
+def _unpack_example(item: object) -> str:
     if isinstance(item, Mapping) and len(item) > 1:
         names = list(item)
         return f"for example unpack=lambda batch: (batch[{names[0]!r}], batch[{names[-1]!r}])"
@@ -140,7 +140,7 @@ def _unpack_example(item: Any) -> str:
 
 
 @contextmanager
-def plain_words(x: Any, y: Any) -> Iterator[None]:
+def plain_words(x: object, y: object) -> Iterator[None]:
     """Where x and y make no batch because they are a single row, or no arrays, that is what is said."""
     try:
         yield
@@ -178,7 +178,7 @@ def _why_one_row(x: Any, y: Any) -> str | None:
     return None
 
 
-def _with_columns(provider: StructuredGradientProvider, batch: Batch, weights: Any, ids: Any) -> Batch:
+def _with_columns(provider: StructuredGradientProvider, batch: Batch, weights: object, ids: object) -> Batch:
     """A batch of the provider's kind with the weights and ids that were given.
 
     Errors: InvalidInput for weights that the provider knows nothing of.

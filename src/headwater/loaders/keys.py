@@ -46,7 +46,8 @@ class RowKeys:
         bare = replace(batch, **apart) if apart else batch
         content = weighted = provider.content_keys(bare)
         if weights is not None:
-            weighted = row_digests([content, np.asarray(to_numpy(provider.row_weights(batch)), dtype=np.float64)])
+            counted: Any = provider.row_weights(batch)
+            weighted = row_digests([content, np.asarray(to_numpy(counted), dtype=np.float64)])
         if ids is None:
             return cls(content, weighted, None, None)
         names = provider.row_keys(batch)
@@ -182,7 +183,7 @@ class LoadersSeen:
     def __init__(self) -> None:
         self._seen: list[tuple[weakref.ref[Any], RowMemory]] = []
 
-    def memory(self, loader: Any) -> RowMemory:
+    def memory(self, loader: object) -> RowMemory:
         """Of this very object. Lists and other built-in collections have a new one each time: they do not shuffle."""
         self._seen = [(there, memory) for there, memory in self._seen if there() is not None]
         for there, memory in self._seen:
@@ -190,7 +191,7 @@ class LoadersSeen:
                 return memory
         return self.keep(loader, RowMemory())
 
-    def keep(self, loader: Any, memory: RowMemory) -> RowMemory:
+    def keep(self, loader: object, memory: RowMemory) -> RowMemory:
         with suppress(TypeError):  # built-in collections cannot be referred to weakly
             self._seen.append((weakref.ref(loader), memory))
         return memory

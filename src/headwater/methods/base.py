@@ -8,11 +8,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeGuard, TypeVar, get_args
 
-from headwater.errors import InvalidInput, InvalidSetting
+from headwater.errors import InvalidInput
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
 from headwater.methods.damping import Damping, Relative
 from headwater.operators.algebra import LinearOperator
 from headwater.operators.spectrum import Spectrum
+from headwater.settings import check_word
 from headwater.types import field_values
 
 Curvatures = OrderedDict[str, LinearOperator]
@@ -107,5 +108,4 @@ class Method(ABC, Generic[C]):
 
 def check_fisher(fisher: str) -> None:
     """Errors: InvalidSetting for a word that names no way to choose labels."""
-    if fisher not in get_args(Fisher):
-        raise InvalidSetting(f"fisher is {fisher!r}; expected one of {', '.join(map(repr, get_args(Fisher)))}.")
+    check_word("fisher", fisher, get_args(Fisher))

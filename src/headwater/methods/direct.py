@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from headwater.curvature.exact import Curvature, check_kind, fit_dense
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
@@ -33,7 +33,7 @@ class Direct(Method[DenseOperator]):
         check_fisher(self.fisher)
 
     def fit(
-        self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
+        self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool
     ) -> tuple[OrderedDict[str, DenseOperator], float]:
         return fit_dense(provider, loader, self.curvature, fisher=self.fisher, seed=self.seed, progress=progress)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeGuard, get_args
+from typing import Literal, TypeGuard, get_args
 
 from headwater.arrays import namespace, to_numpy
 from headwater.curvature.dual import DualOperator, RowSumOperator, SwappedInverse, fit_dual
@@ -44,7 +44,7 @@ class Dual(Method[DualOperator]):
             )
 
     def fit(
-        self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
+        self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool
     ) -> tuple[OrderedDict[str, DualOperator], float]:
         return fit_dual(provider, loader, self.curvature, fisher=self.fisher, seed=self.seed, progress=progress)
 
@@ -89,7 +89,7 @@ class DataInf(Method[RowSumOperator]):
     """
 
     def fit(
-        self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
+        self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool
     ) -> tuple[OrderedDict[str, RowSumOperator], float]:
         operators, rows = fit_products(provider, loader, "empirical_fisher", progress=progress)
         return OrderedDict((name, RowSumOperator(operator, rows)) for name, operator in operators.items()), rows

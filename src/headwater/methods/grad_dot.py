@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from headwater.curvature.means import positive_weight, total_weight
 from headwater.gradients.provider import StructuredGradientProvider
@@ -21,7 +20,7 @@ class GradDot(Method[LinearOperator]):
     """<grad query, grad train>: one step of gradient descent on the train row. Damping has no meaning here."""
 
     def fit(
-        self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
+        self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool
     ) -> tuple[Curvatures, float]:
         weights = Total[PlacedBatch, float](lambda piece: total_weight(provider, piece.batch))
         rows = sweep(provider, loader, weights, "counting rows", progress)

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeGuard, TypeVar, get_args
+from typing import Literal, TypeGuard, TypeVar, get_args
 
 from headwater.curvature.dual import DualInverse, DualOperator
 from headwater.curvature.exact import Curvature, check_kind
@@ -54,7 +54,7 @@ class ProductMethod(Method[C]):
         return self.curvature
 
     def products(
-        self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
+        self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool
     ) -> tuple[OrderedDict[str, CurvatureOperator], float]:
         """Each block's curvature, matrix-free, and the rows' total weight."""
         return fit_products(provider, loader, self.curvature, fisher=self.fisher, seed=self.seed, progress=progress)
@@ -90,7 +90,7 @@ class PreconditionedMethod(ProductMethod[Preconditioned]):
         return self.solver
 
     def fit(
-        self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
+        self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool
     ) -> tuple[OrderedDict[str, Preconditioned], float]:
         operators, rows = self.products(provider, loader, progress)
         helpers = self._fit_preconditioner(provider, loader, operators, progress)
@@ -100,7 +100,7 @@ class PreconditionedMethod(ProductMethod[Preconditioned]):
     def _fit_preconditioner(
         self,
         provider: StructuredGradientProvider,
-        loader: Iterable[Any],
+        loader: Iterable[object],
         operators: OrderedDict[str, CurvatureOperator],
         progress: bool,
     ) -> dict[str, LinearOperator]:
@@ -150,7 +150,7 @@ HEAVIEST, MOST = 0.99, 4096
 
 def heaviest_rows(
     provider: StructuredGradientProvider,
-    loader: Iterable[Any],
+    loader: Iterable[object],
     operators: OrderedDict[str, CurvatureOperator],
     curvature: Curvature,
     progress: bool,

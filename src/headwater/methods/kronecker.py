@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeGuard, TypeVar, get_args
+from typing import Generic, Literal, TypeGuard, TypeVar, get_args
 
 from headwater.arrays import namespace
 from headwater.curvature.kronecker import fit_ekfac, fit_kfac
@@ -77,7 +77,7 @@ class Kfac(KroneckerMethod[KroneckerOperator]):
             raise InvalidSetting(f"damping_form is {self.damping_form!r}; expected 'exact' or 'factored'.")
 
     def fit(
-        self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
+        self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool
     ) -> tuple[OrderedDict[str, BlockDiagonalOperator[KroneckerOperator]], float]:
         return fit_kfac(provider, loader, fisher=self.fisher, samples=self.samples, seed=self.seed, progress=progress)
 
@@ -105,7 +105,7 @@ class Ekfac(KroneckerMethod[EigenKroneckerOperator]):
             raise InvalidSetting(f"rank is {self.rank}; expected at least 1, or None for the exact spectrum.")
 
     def fit(
-        self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
+        self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool
     ) -> tuple[OrderedDict[str, BlockDiagonalOperator[EigenKroneckerOperator]], float]:
         return fit_ekfac(provider, loader, fisher=self.fisher, samples=self.samples, seed=self.seed, progress=progress)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from headwater.arrays import namespace
 from headwater.curvature.products import CurvatureOperator
@@ -36,7 +36,7 @@ class LowRankMethod(ProductMethod[Leading]):
             raise InvalidSetting(f"rank is {self.rank!r}; expected a whole number of at least 1.")
 
     def fit(
-        self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
+        self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool
     ) -> tuple[OrderedDict[str, Leading], float]:
         operators, rows = self.products(provider, loader, progress)
         return OrderedDict((n, ApproximatedOperator(op, self._leading(op))) for n, op in operators.items()), rows
@@ -93,7 +93,7 @@ class Arnoldi(LowRankMethod):
         leading = curvature.approximation
         if curvature.psd:  # what is below zero is rounding
             leading = EigenpairsOperator(namespace(leading.values).clip(leading.values, 0.0, None), leading.vectors)
-        lowest = min(map(float, leading.values))
+        lowest = min(float(value) for value in leading.values)
         if lowest + damping < 0 and not self.allow_indefinite:
             raise IndefiniteCurvature(
                 f"At damping {damping:g} an eigenvalue is {lowest + damping:g}: not a minimum. A damping of "

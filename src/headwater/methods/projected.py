@@ -36,6 +36,7 @@ from headwater.operators.projection import (
 from headwater.operators.spectrum import Spectrum
 from headwater.operators.structured import LowRankPlusDiagonalOperator
 from headwater.random import PROJECTION_VERSION
+from headwater.settings import check_word
 
 Moments = TypeVar("Moments", bound=ProjectedOperator | DualOperator)
 """Of projected gradients; or through all pairs of rows, where nothing is projected."""
@@ -90,8 +91,8 @@ class Trak(ProjectedMethod[ProjectedOperator | DualOperator]):
     """"dense": a random sign for each parameter and number, as published; "mixed": shared, up to 16 times cheaper."""
 
     def __post_init__(self) -> None:
-        _check_word("output", self.output, Output)
-        _check_word("projection", self.projection, Projecting)
+        check_word("output", self.output, get_args(Output))
+        check_word("projection", self.projection, get_args(Projecting))
         if self.dimension is not None:
             _check_size("dimension", self.dimension)
 
@@ -108,7 +109,7 @@ class Trak(ProjectedMethod[ProjectedOperator | DualOperator]):
         return provider if self.output == "loss" else MarginGradientProvider(provider)
 
     def fit(
-        self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
+        self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool
     ) -> tuple[OrderedDict[str, ProjectedOperator | DualOperator], float]:
         dimension = self.dimension
         if dimension is None:
@@ -137,7 +138,7 @@ class SidedMethod(ProjectedMethod[ProjectedOperator]):
         return isinstance(curvature, ProjectedOperator)
 
     def fit(
-        self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
+        self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool
     ) -> tuple[OrderedDict[str, ProjectedOperator], float]:
         make, draws = self.projections(provider, loader, progress)
         moments, weight = fit_moments(
@@ -175,10 +176,10 @@ class TwoSides:
 
     def __post_init__(self) -> None:
         _check_sizes("dimension", self.dimension)
-        _check_word("init", self.init, Init)
+        check_word("init", self.init, get_args(Init))
 
     def projections(
-        self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool, project: Project
+        self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool, project: Project
     ) -> tuple[Make, range]:
         """As `SidedMethod.projections`."""
         if self.init == "random":
@@ -334,7 +335,7 @@ class FactGrass(SidedMethod):
             _check_sizes("mask", self.mask)
 
     def projections(
-        self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
+        self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool
     ) -> tuple[Make, range]:
         def make(name: str, value: BlockGradient) -> KroneckerProjection:
             return KroneckerProjection(value.layout, [self._sides(part, value.like) for part in value.layout.parts])
@@ -351,7 +352,7 @@ class FactGrass(SidedMethod):
         return _as_side(left, like), _as_side(right, like)
 
 
-def _as_side(side: Any, like: Array) -> Side:
+def _as_side(side: object, like: Array) -> Side:
     return None if side is None else as_like(side, like)
 
 
@@ -360,7 +361,7 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
-def _check_sizes(name: str, sizes: Any) -> None:
+def _check_sizes(name: str, sizes: object) -> None:
     if isinstance(sizes, tuple) and len(sizes) == 2:
         for size in sizes:
             _check_size(name, size)
@@ -368,11 +369,6 @@ def _check_sizes(name: str, sizes: Any) -> None:
         _check_size(name, sizes)
 
 
-def _check_size(name: str, size: Any) -> None:
+def _check_size(name: str, size: object) -> None:
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise InvalidSetting(f"{name} is {size!r}; expected a whole number of at least 1.")
-
-
-def _check_word(name: str, word: str, words: Any) -> None:
-    if word not in get_args(words):
-        raise InvalidSetting(f"{name} is {word!r}; expected one of {', '.join(map(repr, get_args(words)))}.")

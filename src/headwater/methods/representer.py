@@ -15,7 +15,6 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
 
 from headwater.arrays import Array, device, namespace
 from headwater.curvature.means import Means, MeansVisitor, no_means, rows_of, total_weight
@@ -28,6 +27,7 @@ from headwater.methods.base import Curvatures
 from headwater.methods.grad_dot import GradDot
 from headwater.operators.algebra import IdentityOperator, ScaledOperator
 from headwater.rows import PlacedBatch, sweep
+from headwater.types import Batch
 
 ByBlock = Mapping[str, Array]
 
@@ -59,7 +59,7 @@ class Representer(GradDot):
         return provider if provider.explained != "loss" else provider.each(LogitQueries)
 
     def fit(
-        self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
+        self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool
     ) -> tuple[Curvatures, float]:
         means = sweep(provider, loader, _MeanGradient(provider, self), "stationarity", progress)
         slopes = OrderedDict((name, mean.value) for name, mean in means.items())
@@ -80,7 +80,7 @@ class Representer(GradDot):
                     "is, or give the l2 of the training."
                 )
 
-    def check_linear(self, provider: StructuredGradientProvider, batch: Any) -> None:
+    def check_linear(self, provider: StructuredGradientProvider, batch: Batch) -> None:
         """For each model alone: <gradient, W> against the value itself, on the batch's rows."""
         for where, model, _ in _by_model(provider, {}):
             grads = model.grads(batch, query=True, weighted=False)
@@ -153,10 +153,10 @@ class LogitQueries(ProviderView):
     def explained(self) -> str:
         return "negative_logit"
 
-    def grads(self, batch: Any, *, query: bool = False, weighted: bool = True) -> BlockGradients:
+    def grads(self, batch: Batch, *, query: bool = False, weighted: bool = True) -> BlockGradients:
         return self._for(query).grads(batch, weighted=weighted)
 
-    def losses(self, batch: Any, *, query: bool = False) -> Array:
+    def losses(self, batch: Batch, *, query: bool = False) -> Array:
         return self._for(query).losses(batch)
 
     def of_output(self, function: OutputFunction) -> StructuredGradientProvider:

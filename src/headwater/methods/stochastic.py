@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from headwater.curvature.kronecker import fit_ekfac
 from headwater.curvature.products import CurvatureOperator, fit_steps
@@ -45,7 +45,7 @@ class SteppedMethod(ProductMethod[C]):
                 raise InvalidSetting(f"{name} is {value!r}; expected a whole number of at least 1.")
 
     def stepped(
-        self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
+        self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool
     ) -> tuple[OrderedDict[str, Steps], float]:
         """Each block's curvature, and that of each step's rows; and the rows' total weight."""
         whole, rows = self.products(provider, loader, progress)
@@ -70,7 +70,7 @@ class Lissa(SteppedMethod[Steps]):
             raise InvalidSetting(f"scale is {self.scale!r}; expected a positive number, or None.")
 
     def fit(
-        self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
+        self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool
     ) -> tuple[OrderedDict[str, Steps], float]:
         return self.stepped(provider, loader, progress)
 
@@ -107,7 +107,7 @@ class Astra(SteppedMethod[Helped]):
             raise InvalidSetting(f"momentum is {self.momentum!r}; expected a number from 0 to below 1.")
 
     def fit(
-        self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
+        self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool
     ) -> tuple[OrderedDict[str, Helped], float]:
         operators, rows = self.stepped(provider, loader, progress)
         helpers, _ = fit_ekfac(provider, loader, fisher=self.fisher, seed=self.seed, progress=progress)

@@ -59,7 +59,7 @@ class TracIn(GradDot):
         return provider
 
     def fit(
-        self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
+        self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool
     ) -> tuple[Curvatures, float]:
         operators, rows = super().fit(provider, loader, progress)
         if isinstance(provider, EnsembleProvider):

@@ -300,10 +300,10 @@ class ScaledForm(BilinearForm[Array, Any, Any]):
     def inner_prod(self, left: Array, right: Array | None) -> Array:
         return self.inner.inner_prod(left, right) * self.factor
 
-    def grads_inner_prod(self, left: Any, right: Any, gradient_provider: Any) -> Array:
+    def grads_inner_prod(self, left: object, right: object, gradient_provider: object) -> Array:
         return self.inner.grads_inner_prod(left, right, gradient_provider) * self.factor
 
-    def mixed_grads_inner_prod(self, left: Any, right: Any, gradient_provider: Any) -> Array:
+    def mixed_grads_inner_prod(self, left: object, right: object, gradient_provider: object) -> Array:
         return self.inner.mixed_grads_inner_prod(left, right, gradient_provider) * self.factor
 
     def with_inner_product(self, product: Callable[[Array, Array], Array]) -> ScaledForm:

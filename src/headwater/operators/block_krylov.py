@@ -67,28 +67,17 @@ class BlockKrylovSolver(Solver):
         label: str,
     ) -> list[Solution]:
         """One solution for each damping, all from the spaces that serve the first: no products for the others."""
-        step = self._group(sides)
-        groups = [
-            self._solve_group(curvature, dampings, sides[start : start + step], preconditioner, label)
-            for start in range(0, int(sides.shape[0]), step)
-        ]
+        step, groups = self._group(sides), []
+        for start in range(0, int(sides.shape[0]), step):
+            group = sides[start : start + step]
+            with GalerkinSpace(curvature, self.on_disk, group) as space:
+                groups.append(self._solve_in(space, dampings, group, preconditioner, label))
         return [_stack([group[k] for group in groups], label, sides) for k in range(len(dampings))]
 
     def _group(self, sides: Array) -> int:
         """Columns whose basis and images fit into memory, if they take four products each."""
         # Each product of a column leaves one basis vector and its image: four products, eight vectors.
         return max(1, self.memory // (8 * _bytes(sides)))
-
-    def _solve_group(
-        self,
-        curvature: LinearOperator,
-        dampings: Sequence[float],
-        sides: Array,
-        preconditioner: LinearOperator | None,
-        label: str,
-    ) -> list[Solution]:
-        with GalerkinSpace(curvature, self.on_disk, sides) as space:
-            return self._solve_in(space, dampings, sides, preconditioner, label)
 
     def _solve_in(
         self,

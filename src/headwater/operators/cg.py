@@ -122,6 +122,14 @@ class _Columns:
             self._left.append((self.live[leaving], take(x, np.flatnonzero(leaving))))
             self.live = self.live[~leaving]
 
+    def go_on(self, x: Array, stay: np.ndarray, *, last: bool) -> np.ndarray:
+        """Let go of columns that do not stay [live], after the last step of all; the places of the others."""
+        if last:
+            self.outcome[self.live[stay]] = UNFINISHED
+            stay = np.zeros_like(stay)
+        self.release(x, ~stay)
+        return np.flatnonzero(stay)
+
     def solution(self) -> Solution:
         xp = namespace(self.sides)
         order = np.concatenate([columns for columns, _ in self._left] or [np.zeros(0, dtype=np.int64)])
@@ -162,11 +170,7 @@ def _steps(settings: ConjugateGradient, operator: _Damped, inverse: LinearOperat
         x, r = x + _column(rate, x) * p, r - _column(rate, r) * product
         stay = state.judge(host(row_norms(r)), host(row_norms(x)), operator.norm, step) & ~broken
         state.outcome[state.live[broken]] = BROKEN
-        if step == settings.max_iterations:
-            state.outcome[state.live[stay]] = UNFINISHED
-            stay = np.zeros_like(stay)
-        kept = np.flatnonzero(stay)
-        state.release(x, ~stay)
+        kept = state.go_on(x, stay, last=step == settings.max_iterations)
         if not len(kept):
             break
         x, r, p, rz = take(x, kept), take(r, kept), take(p, kept), rz[kept]
@@ -199,11 +203,7 @@ def _block_steps(settings: ConjugateGradient, operator: _Damped, inverse: Linear
         rate = (r @ transpose(p)) @ core
         x, r = x + rate @ p, r - rate @ product
         stay = state.judge(host(row_norms(r)), host(row_norms(x)), operator.norm, step)
-        if step == settings.max_iterations:
-            state.outcome[state.live[stay]] = UNFINISHED
-            stay = np.zeros_like(stay)
-        kept = np.flatnonzero(stay)
-        state.release(x, ~stay)
+        kept = state.go_on(x, stay, last=step == settings.max_iterations)
         if not len(kept):
             break
         x, r = take(x, kept), take(r, kept)

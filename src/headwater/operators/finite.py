@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from headwater.arrays import Array, namespace
 from headwater.errors import NonFiniteValue
 
 REMEDY = "Rescale the inputs or the loss, or use float64; if that does not help, look for NaN among the rows."
 
 
-def refuse_nonfinite(array: Array, what: str) -> Array:
+T = TypeVar("T", bound=Array)
+
+
+def refuse_nonfinite(array: T, what: str) -> T:
     """The array. Errors: NonFiniteValue for NaN or infinity in it; `what` names the block."""
     xp = namespace(array)
     if not bool(xp.all(xp.isfinite(array))):

@@ -174,23 +174,26 @@ class IterativeInverse(LinearOperator):
 
 def apply_path(operators: Sequence[LinearOperator], tensor: Array) -> list[Array]:
     """One tensor through several operators; inverses of one curvature at several dampings share their work."""
-    first = operators[0]
-    if isinstance(first, IterativeInverse) and all(
-        isinstance(op, IterativeInverse) and op.curvature is first.curvature for op in operators
-    ):
-        order = sorted(range(len(operators)), key=lambda k: operators[k].damping)  # type: ignore[attr-defined]
-        hardest: IterativeInverse = operators[order[0]]  # type: ignore[assignment]
-        dampings = [operators[k].damping for k in order]  # type: ignore[attr-defined]
-        sides = tensor.reshape((-1, first.input_size))
-        _refuse_without_room(sides, first.label)
-        sides, scale = _scaled(sides, first.label)
-        solutions = hardest.solver.solve_path(first.curvature, dampings, sides, hardest.preconditioner, first.label)
-        found: list[Array] = [None] * len(operators)
-        for k, solution in zip(order, solutions, strict=True):
-            _note(solution.report)
-            found[k] = _unscaled(solution.x, scale, first.label).reshape(tensor.shape)
-        return found
+    inverses = [op for op in operators if isinstance(op, IterativeInverse)]
+    if len(inverses) == len(operators) and all(op.curvature is inverses[0].curvature for op in inverses):
+        return _solved_path(inverses, tensor)
     return [operator.apply(tensor) for operator in operators]
+
+
+def _solved_path(inverses: Sequence[IterativeInverse], tensor: Array) -> list[Array]:
+    """Of one curvature, in one call of its solver; the smallest damping comes first, as its solution is the hardest."""
+    order = sorted(range(len(inverses)), key=lambda k: inverses[k].damping)
+    hardest, label = inverses[order[0]], inverses[0].label
+    dampings = [inverses[k].damping for k in order]
+    sides = tensor.reshape((-1, hardest.input_size))
+    _refuse_without_room(sides, label)
+    sides, scale = _scaled(sides, label)
+    solutions = hardest.solver.solve_path(hardest.curvature, dampings, sides, hardest.preconditioner, label)
+    found: dict[int, Array] = {}
+    for k, solution in zip(order, solutions, strict=True):
+        _note(solution.report)
+        found[k] = _unscaled(solution.x, scale, label).reshape(tensor.shape)
+    return [found[k] for k in range(len(inverses))]
 
 
 def _refuse_without_room(sides: Array, label: str) -> None:

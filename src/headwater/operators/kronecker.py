@@ -186,7 +186,7 @@ class EigenKroneckerOperator(LinearOperator):
 
     @cached_property
     def rotation(self) -> RotationOperator:
-        return RotationOperator(self.left, self.right, tuple(self.spectrum.shape))
+        return RotationOperator(self.left, self.right, (self.spectrum.shape[0], self.spectrum.shape[1]))
 
     def with_spectrum(self, spectrum: Array) -> EigenKroneckerOperator:
         """Another spectrum in the same basis."""

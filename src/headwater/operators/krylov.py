@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -213,7 +213,8 @@ class KrylovSpace:
 
     def combine(self, coefficients: np.ndarray) -> Array:
         """Linear combinations of the basis, coefficients [k, m]: [k, D]."""
-        total, start = None, 0
+        total: Any = None
+        start = 0
         for block in self.blocks:
             stop = start + int(block.shape[0])
             piece = as_like(coefficients[:, start:stop], block) @ block

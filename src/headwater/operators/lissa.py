@@ -18,8 +18,8 @@ import numpy as np
 from headwater.arrays import Array, namespace
 from headwater.errors import Diverged
 from headwater.operators.algebra import IdentityOperator, LinearOperator, rowwise_inner
+from headwater.operators.forwarded import ForwardedOperator
 from headwater.operators.iterative import FINISHED, Solution, Solver, SolveReport, host, row_norms
-from headwater.operators.spectrum import Spectrum
 
 RUNAWAY = 1e4
 """Times its own size that a right-hand side's residual may grow before the iteration counts as diverged."""
@@ -29,36 +29,16 @@ Rows = TypeVar("Rows", bound=LinearOperator, covariant=True)
 """What a curvature of all rows, or of a step's, is."""
 
 
-class SteppedOperator(LinearOperator, Generic[Rows]):
+class SteppedOperator(ForwardedOperator, Generic[Rows]):
     """A curvature, and that of the rows of each step; taken from the beginning again when steps run out."""
-
-    symmetric = True
 
     def __init__(self, whole: Rows, parts: Sequence[Rows]):
         self.whole, self.parts = whole, tuple(parts)
         self.psd = whole.psd
 
     @property
-    def input_size(self) -> int:
-        return self.whole.input_size
-
-    def _apply(self, tensor: Array) -> Array:
-        return self.whole.apply(tensor)
-
-    def adjoint(self) -> LinearOperator:
-        return self
-
-    def trace(self) -> float:
-        return self.whole.trace()
-
-    def inner_operators(self) -> tuple[LinearOperator, ...]:
-        return (self.whole,)
-
-    def spectrum_bounds(self) -> tuple[float, float] | None:
-        return self.whole.spectrum_bounds()
-
-    def eigenvalues(self, at_most: int | None = None) -> Spectrum | None:
-        return self.whole.eigenvalues(at_most)
+    def acts_as(self) -> Rows:
+        return self.whole
 
     def at(self, step: int) -> Rows:
         """The curvature of the rows of a step."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from headwater.errors import InvalidSetting
+from headwater.settings import check_whole
 
 S = TypeVar("S")
 
 
-def settings_of(kind: type[S], given: S | None, fields: Mapping[str, Any]) -> S:
+def settings_of(kind: type[S], given: S | None, fields: Mapping[str, object]) -> S:
     """The settings that were given, or made of fields. Errors: InvalidSetting for both; those of the kind."""
     if given is None:
         return kind(**fields)
@@ -24,5 +25,4 @@ def settings_of(kind: type[S], given: S | None, fields: Mapping[str, Any]) -> S:
 def check_counts(**counts: object) -> None:
     """Errors: InvalidSetting for what is no whole number of at least one."""
     for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InvalidSetting(f"{name} is {value!r}; expected a whole number of at least 1.")
+        check_whole(name, value, 1)

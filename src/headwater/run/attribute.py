@@ -21,6 +21,7 @@ from headwater.run.runners.shared import check_worker
 from headwater.store.base import MemorySink, Sink, Tile
 from headwater.store.scores import UNIT_IN_WORDS, Extremes, Running, Scores
 from headwater.store.tiles import TileStore
+from headwater.types import Batch
 
 PROBE_ROWS, PROBE_QUERIES = 8, 64
 """Of the scores that a stored run is known by."""
@@ -28,8 +29,8 @@ PROBE_ROWS, PROBE_QUERIES = 8, 64
 
 def attribute(
     influence: ComposableInfluence,
-    train_loader: Iterable[Any],
-    query_loader: Iterable[Any],
+    train_loader: Iterable[object],
+    query_loader: Iterable[object],
     *,
     unit: str,
     by_block: bool,
@@ -80,8 +81,8 @@ def attribute(
 
 def top(
     influence: ComposableInfluence,
-    train_loader: Iterable[Any],
-    query_loader: Iterable[Any],
+    train_loader: Iterable[object],
+    query_loader: Iterable[object],
     k: int,
     *,
     unit: str,
@@ -96,7 +97,7 @@ def top(
 
 def _scored(
     influence: ComposableInfluence,
-    loader: Iterable[Any],
+    loader: Iterable[object],
     visitor: Visitor[PlacedBatch, Any, Any],
     asked: Asked,
     unit: str,
@@ -108,7 +109,7 @@ def _scored(
     return distinct(names, "train")
 
 
-def self_influence(influence: ComposableInfluence, train_loader: Iterable[Any], *, progress: bool) -> np.ndarray:
+def self_influence(influence: ComposableInfluence, train_loader: Iterable[object], *, progress: bool) -> np.ndarray:
     """See `ComposableInfluence.self_influence`."""
     influence.ready()
 
@@ -135,7 +136,7 @@ class Asked:
     """Whether all of them are among the rows that were fitted."""
 
 
-def _queries(influence: ComposableInfluence, query_loader: Iterable[Any], progress: bool) -> Asked:
+def _queries(influence: ComposableInfluence, query_loader: Iterable[object], progress: bool) -> Asked:
     """One pass: the rows are held until all are counted, since their number decides what they go through."""
     influence.ready()
     provider = influence.provider
@@ -193,7 +194,7 @@ def _tolerance(influence: ComposableInfluence, solved: bool) -> float:
     return max(rounding, 1e-3) if solved else rounding
 
 
-def _probe(influence: ComposableInfluence, queries: Queries, batch: Any) -> np.ndarray:
+def _probe(influence: ComposableInfluence, queries: Queries, batch: Batch) -> np.ndarray:
     """Scores of seeded queries on a batch's rows, each with the weight of one, so that none hides: [block, query, row].
 
     The first rows of the first batch: those that a call in smaller batches has in its first batch too.

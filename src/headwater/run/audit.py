@@ -20,7 +20,6 @@ import numpy as np
 from headwater.errors import InvalidInput, InvalidSetting, NotConverged
 from headwater.evaluate.audited import Audit as Audit
 from headwater.evaluate.audited import audited, check_level
-from headwater.evaluate.checks import check_whole
 from headwater.influence import ComposableInfluence
 from headwater.methods.base import Method
 from headwater.methods.iterative import Cg
@@ -30,6 +29,7 @@ from headwater.rows import PlacedBatch, Total, Visitor
 from headwater.run.attribute import attribute
 from headwater.run.rows import sweep_rows
 from headwater.run.verify import DENSE, exact_method
+from headwater.settings import check_whole
 from headwater.types import join
 
 TOLERANCES = {"float64": 1e-8, "float32": 1e-4}
@@ -40,8 +40,8 @@ AUDITED = 1 << 22
 
 def audit(
     influence: ComposableInfluence,
-    train_loader: Iterable[Any],
-    query_loader: Iterable[Any],
+    train_loader: Iterable[object],
+    query_loader: Iterable[object],
     *,
     queries: int,
     k: int,
@@ -113,7 +113,7 @@ def _exact(influence: ComposableInfluence, kind: str, tolerance: float) -> tuple
 
 
 def _chosen(
-    influence: ComposableInfluence, loader: Iterable[Any], queries: int, seed: int, progress: bool
+    influence: ComposableInfluence, loader: Iterable[object], queries: int, seed: int, progress: bool
 ) -> tuple[list[Any], np.ndarray, int]:
     """Queries drawn at random, in the loader's order: batches of them, their names, and how many there are in all."""
     visitor = Drawn(queries, seed) & Total[PlacedBatch, int](lambda piece: len(piece.batch))

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from headwater.arrays import Array, namespace, to_numpy, transpose
+from headwater.arrays import Array, device, namespace, to_numpy, transpose
 from headwater.errors import HeadwaterError, InvalidInput, InvalidSetting, NotConverged, SingularOperator
 from headwater.evaluate.bank import Bank, plan_subsets
 from headwater.evaluate.calibration import EVIDENCE, choose_damping
@@ -48,8 +48,8 @@ Retrained = Bank | tuple[Any, Any] | Measure
 
 def calibrate(
     influence: ComposableInfluence,
-    train_loader: Iterable[Any],
-    query_loader: Iterable[Any] | None,
+    train_loader: Iterable[object],
+    query_loader: Iterable[object] | None,
     bank: Retrained | None,
     *,
     dampings: Sequence[Damping] | None,
@@ -97,8 +97,8 @@ class PathForecasts:
 
 def path_forecasts(
     influence: ComposableInfluence,
-    train_loader: Iterable[Any],
-    query_loader: Iterable[Any],
+    train_loader: Iterable[object],
+    query_loader: Iterable[object],
     keep: np.ndarray,
     outputs: np.ndarray,
     *,
@@ -161,14 +161,14 @@ def _retrained(bank: Bank | tuple[Any, Any]) -> tuple[np.ndarray, np.ndarray]:
 # Forecasts ------------------------------------------------------------------------------------------------------------
 
 
-def _ids(influence: ComposableInfluence, loader: Iterable[Any], progress: bool) -> np.ndarray:
+def _ids(influence: ComposableInfluence, loader: Iterable[object], progress: bool) -> np.ndarray:
     """Of the train rows, in the loader's order."""
     names = sweep_rows(influence.provider, loader, FittedRows(influence, forecast=True), "train rows", progress)
     return distinct(names, "train")
 
 
 def _subset_sums(
-    influence: ComposableInfluence, loader: Iterable[Any], keep: np.ndarray, progress: bool
+    influence: ComposableInfluence, loader: Iterable[object], keep: np.ndarray, progress: bool
 ) -> dict[str, Array]:
     """Summed gradients of each subset, as the operators see them, by block: [m, D]; keep in the loader's order."""
     return sweep_rows(influence.provider, loader, SubsetSums(influence, keep), "sums over subsets", progress)
@@ -186,7 +186,7 @@ class SubsetSums(Visitor[PlacedBatch, dict[str, Array], dict[str, Array]]):
         operators, rows = self.influence.block_mapper.operators, slice(item.start, item.start + len(item.batch))
         for name, value in self.influence.provider.grads(item.batch).items():
             xp, like = namespace(value.like), value.like
-            mask = xp.asarray(self.keep[:, rows].astype(np.float64), device=like.device)
+            mask = xp.asarray(self.keep[:, rows].astype(np.float64), device=device(like))
             found[name] = operators[name].seen(value).combine(xp.astype(mask, like.dtype))
         return found
 
@@ -196,7 +196,7 @@ class SubsetSums(Visitor[PlacedBatch, dict[str, Array], dict[str, Array]]):
         return one
 
 
-def _queries(influence: ComposableInfluence, loader: Iterable[Any], progress: bool) -> dict[str, BlockGradient]:
+def _queries(influence: ComposableInfluence, loader: Iterable[object], progress: bool) -> dict[str, BlockGradient]:
     """Gradients of the queries by block, in the order of the data."""
     provider = influence.provider
     each = Each[PlacedBatch, tuple[np.ndarray, BlockGradients]](
@@ -208,7 +208,7 @@ def _queries(influence: ComposableInfluence, loader: Iterable[Any], progress: bo
 
 
 def _reordered(queries: BlockGradient, order: np.ndarray) -> BlockGradient:
-    return queries.take(namespace(queries.like).asarray(order, device=queries.like.device))
+    return queries.take(namespace(queries.like).asarray(order, device=device(queries.like)))
 
 
 def _forecasts(

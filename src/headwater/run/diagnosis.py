@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from headwater.arrays import Array, accumulable, add_product, as_like, device, namespace, to_numpy
+from headwater.arrays import Array, accumulable, add_product, as_like, device, namespace, summed, to_numpy
 from headwater.curvature.means import total_weight
 from headwater.errors import InvalidSetting, NotFittedError, UnsupportedModel
 from headwater.gradients.algebra import Gradient
@@ -35,6 +35,7 @@ from headwater.run.rows import FittedRows, sweep_rows
 from headwater.status import BlockStatus, status_of
 from headwater.store.diagnosis import BlockDiagnosis, Diagnosis, Stationarity
 from headwater.store.tiles import TileStore, Where, place_of
+from headwater.types import Batch
 
 AT_ONCE = 512
 """The largest matrix that is diagonalised for a diagnosis which nobody asked for."""
@@ -57,13 +58,13 @@ class GradientSums:
         self._totals: dict[str, list[_PartSum]] = {}
         self._squares: dict[str, float] = {}
 
-    def add(self, batch: Any, grads: BlockGradients) -> None:
+    def add(self, batch: Batch, grads: BlockGradients) -> None:
         """A batch, and its weighted gradients."""
         weights = self.provider.row_weights(batch)
         self.weight += total_weight(self.provider, batch)
         for name, value in grads.items():
             totals = self._totals.setdefault(name, [_PartSum() for _ in value.parts])
-            squares = sum(total.add(part) for total, part in zip(totals, value.parts, strict=True))
+            squares = summed(total.add(part) for total, part in zip(totals, value.parts, strict=True))
             self._squares[name] = self._squares.get(name, 0.0) + _unweighted(squares, weights)
 
     def total(self, block: str) -> Array:
@@ -96,7 +97,7 @@ class _PartSum:
     """The sum over rows of one part's gradients, a matrix [o, i]; the column of a bias is kept beside it."""
 
     def __init__(self) -> None:
-        self._matrix: Array | None = None
+        self._matrix: Any = None
         self._column: Array | None = None
 
     def add(self, part: Gradient) -> Array:
@@ -215,7 +216,7 @@ class RunSums(Visitor[PlacedBatch, None, None]):
         self._kept_at = monotonic()
         self._pause = max(PAUSE, 100 * (self._kept_at - begun))  # so that it costs one per cent of a run at most
 
-    def finished(self, influence: ComposableInfluence, loader: Iterable[Any], progress: bool) -> GradientSums | None:
+    def finished(self, influence: ComposableInfluence, loader: Iterable[object], progress: bool) -> GradientSums | None:
         """Of all rows of the run; None if there are none.
 
         A pass more is needed where sums in the store turned out to be no use, after tiles had been met that they hold.
@@ -357,7 +358,7 @@ def _released(influence: ComposableInfluence, block: str, damping: float, shift:
 # The whole ------------------------------------------------------------------------------------------------------------
 
 
-def diagnose(influence: ComposableInfluence, train_loader: Iterable[Any], *, progress: bool) -> Diagnosis:
+def diagnose(influence: ComposableInfluence, train_loader: Iterable[object], *, progress: bool) -> Diagnosis:
     """See `ComposableInfluence.diagnose`."""
     influence.ready()
     visitor = FittedRows(influence) & Sums(influence.source)

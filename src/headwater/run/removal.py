@@ -51,6 +51,7 @@ from headwater.operators.algebra import LinearOperator, ScaledOperator
 from headwater.operators.structured import BlockDiagonalOperator
 from headwater.rows import Each, PlacedBatch
 from headwater.run.rows import FittedRows, check_scores, distinct, sweep_rows
+from headwater.types import Batch
 
 ENOUGH = 0.25
 """Share of the curvature, in the direction that loses most, below which a removal is forecast with a warning.
@@ -89,9 +90,9 @@ class Rows:
 
 def removal(
     influence: ComposableInfluence,
-    train_loader: Iterable[Any],
-    query_loader: Iterable[Any],
-    groups: Iterable[Any] | None,
+    train_loader: Iterable[object],
+    query_loader: Iterable[object],
+    groups: Iterable[object] | None,
     *,
     progress: bool,
 ) -> np.ndarray:
@@ -137,7 +138,7 @@ def _alone(shape: tuple[int, int]) -> Layout:
 
 
 def _queries(
-    influence: ComposableInfluence, regions: Sequence[Region], loader: Iterable[Any], progress: bool
+    influence: ComposableInfluence, regions: Sequence[Region], loader: Iterable[object], progress: bool
 ) -> list[BlockGradient]:
     """A^-1 of all query gradients, region by region."""
 
@@ -152,7 +153,7 @@ def _queries(
     return [stack(own) for own in zip(*pieces, strict=True)]
 
 
-def _train_rows(influence: ComposableInfluence, regions: Sequence[Region], batch: Any) -> list[Rows]:
+def _train_rows(influence: ComposableInfluence, regions: Sequence[Region], batch: Batch) -> list[Rows]:
     """A batch's gradients, region by region, and what its rows put into the method's kind of curvature.
 
     Errors: UnsupportedModel for rows whose GGN has no gradients.
@@ -183,7 +184,7 @@ def _each_row(
     influence: ComposableInfluence,
     regions: Sequence[Region],
     queries: Sequence[BlockGradient],
-    loader: Iterable[Any],
+    loader: Iterable[object],
     progress: bool,
 ) -> np.ndarray:
     def columns(piece: PlacedBatch) -> tuple[np.ndarray, np.ndarray]:
@@ -281,7 +282,7 @@ class Group:
         )
 
 
-def _named_groups(groups: Iterable[Any]) -> list[Group]:
+def _named_groups(groups: Iterable[object]) -> list[Group]:
     listed = [sorted(names) if isinstance(names, (set, frozenset)) else names for names in groups]
     found = [Group(number, np.atleast_1d(np.asarray(names))) for number, names in enumerate(listed)]
     for group in found:
@@ -300,7 +301,7 @@ def _each_group(
     influence: ComposableInfluence,
     regions: Sequence[Region],
     queries: Sequence[BlockGradient],
-    loader: Iterable[Any],
+    loader: Iterable[object],
     groups: Sequence[Group],
     progress: bool,
 ) -> np.ndarray:

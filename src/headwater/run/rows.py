@@ -90,7 +90,7 @@ WHICH_ROWS = (
 
 def sweep_rows(
     provider: StructuredGradientProvider,
-    loader: Iterable[Any],
+    loader: Iterable[object],
     visitor: Visitor[PlacedBatch, Part, Found],
     what: str,
     show: bool,

@@ -16,7 +16,7 @@ import numpy as np
 
 from headwater.evaluate.audited import upper_bound
 from headwater.evaluate.correlation import spearman
-from headwater.status import shown, table
+from headwater.tables import shown, table
 
 GRADIENTS, PLAIN, REFIT = "plain gradients", "plain gradients, own operator", "fit and gradients in float64"
 SIZES, ORDER = "batch sizes", "row order of the fit"

@@ -51,6 +51,7 @@ from headwater.run.verification import (
     Check,
     Verification,
 )
+from headwater.settings import check_whole
 from headwater.status import status_of
 from headwater.types import join
 
@@ -105,7 +106,7 @@ class Sample:
 
 def _sample(
     provider: StructuredGradientProvider,
-    loader: Iterable[Any],
+    loader: Iterable[object],
     size: int,
     seed: int,
     draw: int,
@@ -156,7 +157,7 @@ def cut(rows: Sequence[Any], size: int) -> list[Any]:
 
 
 def _scores(
-    mapper: InfluenceMapper, queries: Sequence[Any], train: Sequence[Any], train_per_query: float
+    mapper: InfluenceMapper, queries: Sequence[object], train: Sequence[object], train_per_query: float
 ) -> np.ndarray:
     """As a run computes them: both sides chosen once, queries through theirs, then the train batches: [q, n]."""
     grads = [mapper.provider.grads(batch, query=True) for batch in queries]
@@ -165,7 +166,7 @@ def _scores(
     return np.concatenate([_total(ready.scores(mapper.provider.grads(batch))) for batch in train], axis=1)
 
 
-def _scores_from_factors(mapper: InfluenceMapper, queries: Sequence[Any], train: Sequence[Any]) -> np.ndarray:
+def _scores_from_factors(mapper: InfluenceMapper, queries: Sequence[object], train: Sequence[object]) -> np.ndarray:
     """As `influences_from_factors` computes them: [q, n]."""
     found = []
     for batch in queries:
@@ -190,7 +191,7 @@ def _total(by_block: Mapping[str, Array]) -> np.ndarray:
     return np.sum([to_numpy(block).astype(np.float64) for block in by_block.values()], axis=0)
 
 
-def _flat(provider: StructuredGradientProvider, rows: Sequence[Any], query: bool) -> OrderedDict[str, Array]:
+def _flat(provider: StructuredGradientProvider, rows: Sequence[object], query: bool) -> OrderedDict[str, Array]:
     """Gradients of batches as flat vectors, by block: [n, D_block]."""
     pieces = [provider.grads(row, query=query) for row in rows]
     xp = namespace(next(iter(pieces[0].values())).like)
@@ -208,8 +209,8 @@ def _off(got: np.ndarray, expected: np.ndarray) -> float:
 
 def verify(
     influence: ComposableInfluence,
-    train_loader: Iterable[Any],
-    query_loader: Iterable[Any],
+    train_loader: Iterable[object],
+    query_loader: Iterable[object],
     *,
     rows: int = 8,
     queries: int = 4,
@@ -223,8 +224,7 @@ def verify(
     """
     influence.ready()
     for name, value in (("rows", rows), ("queries", queries)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InvalidSetting(f"{name} is {value!r}; expected a whole number of at least 1.")
+        check_whole(name, value, 1)
     if tolerance is not None and not 0 < tolerance < math.inf:
         raise InvalidSetting(f"tolerance is {tolerance!r}; expected a positive number, or None.")
     provider = influence.provider
@@ -319,7 +319,7 @@ class _Verifier:
     def _sides(self) -> tuple[tuple[list[Any], bool], tuple[list[Any], bool]]:
         return (self.joined_queries, True), (self.joined_train, False)
 
-    def _lengths(self, rows: Sequence[Any], block: str, query: bool) -> np.ndarray:
+    def _lengths(self, rows: Sequence[object], block: str, query: bool) -> np.ndarray:
         values = [self.mapper.provider.grads(batch, query=query)[block].squared_norms() for batch in rows]
         return np.sqrt(np.concatenate([to_numpy(value) for value in values]))
 

@@ -47,7 +47,7 @@ def _rowwise(value: Any) -> Any:
     return value.tocsr() if issparse(value) else np.asarray(value)
 
 
-def column_names(x: Any) -> Any:
+def column_names(x: object) -> Any:
     """Of a data frame of any library; None for what has none."""
     return getattr(x, "columns", None)
 

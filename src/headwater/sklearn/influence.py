@@ -52,12 +52,12 @@ class SklearnComposableInfluence(Attributor[Array]):
     def estimator(self) -> Any:
         return self._estimator
 
-    def as_loader(self, loader: Iterable[Any]) -> Iterable[Any]:
+    def as_loader(self, loader: Iterable[object]) -> Iterable[Any]:
         """A `SklearnBatch` goes through the steps of a pipeline once; pairs (x, y) do in every pass."""
         check_loader(loader.source if isinstance(loader, Rows) else loader, "given")
         return [self._prepared(number, item) for number, item in enumerate(loader)]
 
-    def _prepared(self, number: int, item: Any) -> Any:
+    def _prepared(self, number: int, item: object) -> Any:
         """Errors: as `SklearnGradientProvider.prepared`, naming the batch."""
         try:
             return self._prepare(item) if isinstance(item, SklearnBatch) and len(item) else item

@@ -94,7 +94,7 @@ class LinearModel:
         z = x @ self.coef.T
         return z if self.intercept is None else z + self.intercept
 
-    def encode(self, y: Any) -> Array:
+    def encode(self, y: object) -> Array:
         """Targets as numbers: of classes (integers [n]), or values ([n], or [n, o]). Errors: InvalidInput."""
         given = np.asarray(y)
         return self._values(given) if self.classes is None else self._numbers(given, self.classes)
@@ -171,12 +171,12 @@ class Search(Protocol):
     refit: Any
 
 
-def attribute_of(estimator: Any, name: str, default: Any = None) -> Any:
+def attribute_of(estimator: object, name: str, default: object = None) -> Any:
     """An option that not every estimator, or every version of it, has; or what `fit` leaves, once it has."""
     return getattr(estimator, name, default)
 
 
-def last_step(estimator: Any) -> tuple[Any, Any]:
+def last_step(estimator: object) -> tuple[Any, Any]:
     """The linear model at the end of a pipeline or a finished search, and the steps before it (None if there are none).
 
     Errors: EstimatorNotFittedError.
@@ -194,11 +194,11 @@ def last_step(estimator: Any) -> tuple[Any, Any]:
     return estimator, None
 
 
-def _called(estimator: Any) -> str:
+def _called(estimator: object) -> str:
     return type(estimator).__name__
 
 
-def read(estimator: Any) -> LinearModel:
+def read(estimator: object) -> LinearModel:
     """A fitted estimator's last step as a linear model, as it is now.
 
     Errors: EstimatorNotFittedError; UnsupportedModel for an estimator, a loss or a penalty that is not supported.
@@ -233,7 +233,7 @@ def _no_penalty(outputs: int) -> Penalty:
     return Penalty(np.zeros(outputs), per_row=False)
 
 
-def _least_squares(estimator: Any, outputs: int) -> tuple[Family, Penalty]:
+def _least_squares(estimator: object, outputs: int) -> tuple[Family, Penalty]:
     _refuse_positive(estimator)
     return families.SquaredError(), _no_penalty(outputs)
 
@@ -272,7 +272,7 @@ def _logistic(estimator: Any, outputs: int) -> tuple[Family, Penalty]:
     return family, Penalty(np.full(outputs, inverse), per_row=False, intercept=intercept)
 
 
-def _not_smooth(estimator: Any, kind: Any) -> UnsupportedModel:
+def _not_smooth(estimator: object, kind: object) -> UnsupportedModel:
     return UnsupportedModel(
         f"{_called(estimator)} has the penalty {kind!r}, which has no curvature where a coefficient is zero. Only 'l2' "
         "and no penalty are supported; you can fit the features that were kept again, with 'l2'."

@@ -143,7 +143,7 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
 
     # Batches ------------------------------------------------------------------------------------------------------
 
-    def as_batch(self, x: Any, y: Any) -> FeatureBatch:
+    def as_batch(self, x: object, y: object) -> FeatureBatch:
         return self.prepared(SklearnBatch(x, y))
 
     def prepared(self, batch: SklearnBatch) -> FeatureBatch:
@@ -295,7 +295,7 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
             raise ShapeMismatch(f"Expected vectors (K, {layout.size}), got {tuple(vectors.shape)}.")
         family, held, z = self._family(model), self._held(block), model.output(batch.x)
         weights = self.row_weights(batch)
-        found = []
+        found: list[Any] = []
         for piece in _pieces(vectors, 3 * len(batch) * model.outputs):
             bent = family.bend(z, batch.y, self._forward(batch.x, layout.split(piece)[0], held))
             bent = bent if weights is None else bent * weights[:, None]
@@ -317,14 +317,15 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
         for block, factor in factors.items():
             if not np.isfinite(factor).all():
                 raise NonFiniteValue(f"The factors of block {block!r} are not finite.")
-            matrices, held = self._layout(block).split(factor)[0], self._held(block)
+            held = self._held(block)
+            matrices: Any = self._layout(block).split(factor)[0]
             pushed += self._forward(batch.x, matrices, held)
             if "coef" in held:
                 found += slope @ matrices[:, :, : model.features]
         found += family.bend(z, batch.y, pushed) @ model.coef
         return found if weights is None else found * weights[:, None]
 
-    def _forward(self, x: Array, matrices: Array, held: tuple[str, ...]) -> Array:
+    def _forward(self, x: Array, matrices: Any, held: tuple[str, ...]) -> Array:
         """Outputs of linear models [K, o, i] of this block's parameters: [K, n, o]."""
         if held == ("intercept",):
             return np.broadcast_to(np.swapaxes(matrices, 1, 2), (len(matrices), len(x), matrices.shape[1]))
@@ -353,7 +354,7 @@ def _numerical_slope(family: Family, z: Array, y: Array) -> Array:
     return np.array(found)
 
 
-def check_names(estimator: Any, x: Any) -> None:
+def check_names(estimator: object, x: object) -> None:
     """Columns that have names must be those of the fit, in that order. Errors: InvalidInput."""
     known, given = attribute_of(estimator, "feature_names_in_"), column_names(x)
     if known is None or given is None:

@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
+
+from headwater.tables import shown, table
 
 FAR_FROM_MINIMUM = 9.0
 """N |mean gradient|^2 / tr Cov, beyond a weight decay's share, that is too much for chance: three standard errors."""
@@ -175,7 +177,7 @@ class Diagnosis:
         rows = [[name, *_cells(block)] for name, block in self.blocks.items()]
         if len(rows) > 1:
             rows.append(["all", *_cells(self._whole())])
-        lines = [self.method, "", _table([HEADINGS, *rows]), ""]
+        lines = [self.method, "", table([HEADINGS, *rows]), ""]
         if self.stationarity is not None:
             lines.append(
                 f"{self.rows_seen:g} rows seen, {self.rows:g} fitted: the mean gradient is {self.stationarity}."
@@ -230,7 +232,7 @@ def _about_block(block: BlockDiagnosis) -> list[str]:
             else f"the damping leaves {block.lowest_damped:.3g}"
         )
         found.append(
-            f"negative curvature: the smallest eigenvalue is {block.lowest:.3g} (largest {_shown(block.highest)}), and "
+            f"negative curvature: the smallest eigenvalue is {block.lowest:.3g} (largest {shown(block.highest)}), and "
             f"{left}. The weights are no minimum; curvature='ggn' is never negative."
         )
     if block.missed:
@@ -251,32 +253,17 @@ HEADINGS = ["block", "size", "damping", "gradient", "decay", "lowest", "dof", "k
 
 def _cells(block: BlockDiagnosis) -> list[str]:
     slope = block.stationarity
-    dof = _shown(block.effective_dof) + (f" +- {block.effective_dof_error:.1g}" if block.effective_dof_error else "")
+    dof = shown(block.effective_dof) + (f" +- {block.effective_dof_error:.1g}" if block.effective_dof_error else "")
     kept = "all" if block.kept_rank is None else str(block.kept_rank)
     return [
         str(block.size),
-        "-" if math.isnan(block.damping) else _shown(block.damping),
-        "-" if slope is None else _shown(slope.ratio),
+        "-" if math.isnan(block.damping) else shown(block.damping),
+        "-" if slope is None else shown(slope.ratio),
         "-" if slope is None or slope.explained is None else f"{slope.explained:.0%}",
-        ">= 0" if block.nonnegative and block.lowest is None else _shown(block.lowest),
+        ">= 0" if block.nonnegative and block.lowest is None else shown(block.lowest),
         dof,
         kept + ("" if block.kept_mass is None else f" ({block.kept_mass:.1%})"),
-        _shown(block.truncation_error or None),
-        _shown(block.residual),
+        shown(block.truncation_error or None),
+        shown(block.residual),
         "-" if not block.solves else f"{block.missed} of {block.solves}",
     ]
-
-
-def _shown(value: float | None) -> str:
-    """Three digits, or a dash."""
-    return "-" if value is None else f"{value:.3g}"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width: names to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join(cell.rjust(w) if k else cell.ljust(w) for k, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)

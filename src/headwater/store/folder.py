@@ -21,7 +21,7 @@ DESCRIPTION, ARRAYS = "fit.json", "arrays.safetensors"
 
 
 def write_folder(
-    path: str | os.PathLike[str], description: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+    path: str | os.PathLike[str], description: Mapping[str, object], arrays: Mapping[str, np.ndarray]
 ) -> None:
     """Whole or not at all. Errors: AlreadySaved if there is one; NotWritten, of a full disk for example."""
     with draft(path) as folder:

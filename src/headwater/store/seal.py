@@ -71,7 +71,7 @@ def unsealed(file: Path, inside: str | None = None, remedy: str = SAVE_AGAIN) ->
     return values, {**entry, "digest": claimed}
 
 
-def _canonical(values: Mapping[str, Any]) -> bytes:
+def _canonical(values: Mapping[str, object]) -> bytes:
     """As JSON gives it back, whatever the order and the spaces."""
     return json.dumps(json.loads(json.dumps(values)), sort_keys=True).encode()
 

@@ -236,7 +236,7 @@ def _line(text: bytes, bound: str) -> dict[str, Any] | None:
     return line if whole else None
 
 
-def _line_digest(line: Mapping[str, Any], bound: str) -> str:
+def _line_digest(line: Mapping[str, object], bound: str) -> str:
     return digest(bound.encode(), json.dumps(line, sort_keys=True).encode())
 
 
@@ -281,6 +281,6 @@ def _ends_line(file: Any) -> bool:
     return bool(file.read(1) == b"\n")
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -38,7 +38,7 @@ class TorchBatch(Batch[torch.Tensor]):
         return TorchBatch(x, y, weights, self.ids)
 
 
-def as_tensor(value: Any, device: torch.device) -> torch.Tensor | None:
+def as_tensor(value: object, device: torch.device) -> torch.Tensor | None:
     if value is None:
         return None
     if isinstance(value, torch.Tensor):
@@ -49,7 +49,7 @@ def as_tensor(value: Any, device: torch.device) -> torch.Tensor | None:
     raise InvalidInput(f"A batch holds tensors or NumPy arrays, not {type(value).__name__}: {value!r:.80}")
 
 
-def call(function: Callable[..., Any], x: Any) -> Any:
+def call(function: Callable[..., Any], x: object) -> Any:
     """The model on inputs x: a dict is keywords, a tuple positional arguments."""
     if isinstance(x, Mapping):
         return function(**x)
@@ -58,7 +58,7 @@ def call(function: Callable[..., Any], x: Any) -> Any:
     return function(x)
 
 
-def differentiable_input(x: Any) -> torch.Tensor:
+def differentiable_input(x: object) -> torch.Tensor:
     """The one floating-point tensor that a perturbation acts on. Errors: UnsupportedModel if x is not one."""
     if isinstance(x, torch.Tensor) and x.is_floating_point():
         return x

@@ -100,7 +100,7 @@ def own_leaves(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, torch.
     return state, leaves
 
 
-def run(model: nn.Module, state: Mapping[str, torch.Tensor], x: Any) -> Any:
+def run(model: nn.Module, state: Mapping[str, torch.Tensor], x: object) -> Any:
     """The model's output with these parameters and buffers instead of its own; others stay.
 
     Under the caller's autocast the model computes in its precision; half-precision outputs then become float32, so that
@@ -134,7 +134,7 @@ def record(
     model: nn.Module,
     state: Mapping[str, torch.Tensor],
     layers: Mapping[str, nn.Module],
-    x: Any,
+    x: object,
     shared: Collection[str] = (),
 ) -> Recording:
     """One forward pass with the layers watched.
@@ -194,7 +194,7 @@ def _record(
     return Recording(output, tuple(uses), rows, tuple(hidden))
 
 
-def _is_recordable(value: Any) -> bool:
+def _is_recordable(value: object) -> bool:
     return isinstance(value, torch.Tensor) and value.ndim > 0
 
 

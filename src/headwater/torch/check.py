@@ -79,7 +79,7 @@ def check_model(model: nn.Module) -> None:
         )
 
 
-def check_rows(output: Any, rows: int) -> None:
+def check_rows(output: object, rows: int) -> None:
     """Errors: UnsupportedModel for an output whose first axis is not that of the rows, or that holds no numbers."""
     tensors = tensors_in(output)
     for tensor in tensors:
@@ -92,7 +92,7 @@ def check_rows(output: Any, rows: int) -> None:
         raise UnsupportedModel(f"The model's output holds no tensor: it is {type(output).__name__}, {output!r:.80}.")
 
 
-def check_independence(together: Any, alone: Any, rows: np.ndarray | list[int], kind: torch.dtype) -> None:
+def check_independence(together: object, alone: object, rows: np.ndarray | list[int], kind: torch.dtype) -> None:
     """Errors: RowsInteract if the output for `rows` is another than in other company, beyond the rounding of `kind`.
 
     together: of the batch that the rows are numbered in; alone: of these rows only.
@@ -112,7 +112,7 @@ def check_independence(together: Any, alone: Any, rows: np.ndarray | list[int], 
 
 
 def check_loss_reads_outputs(
-    loss: Loss, output: Any, target: Any, parameters: Mapping[str, torch.Tensor], what: str = "loss"
+    loss: Loss, output: object, target: object, parameters: Mapping[str, torch.Tensor], what: str = "loss"
 ) -> None:
     """Errors: UnsupportedLoss for a loss that depends on the model's parameters otherwise than through its output."""
     with explain_failure(output, target):
@@ -151,12 +151,14 @@ def rounding_of(kind: torch.dtype) -> float:
 
 def check_finite_grads(blocks: BlockGradients) -> None:
     """Errors: NonFiniteValue naming the block and the rows. A sum is finite only if all of it is: one look for all."""
-    sums = [array.sum().double() for value in blocks.values() for part in value.parts for array in part.arrays]
+    arrays: list[Any] = [array for value in blocks.values() for part in value.parts for array in part.arrays]
+    sums = [array.sum().double() for array in arrays]
     if bool(torch.isfinite(torch.stack(sums).sum())):
         return
     for name, value in blocks.items():
         for part in value.parts:
-            bad = {int(k) for a in part.arrays for k in (~torch.isfinite(a.reshape(len(a), -1)).all(1)).nonzero()[:, 0]}
+            held: Any = part.arrays
+            bad = {int(k) for a in held for k in (~torch.isfinite(a.reshape(len(a), -1)).all(1)).nonzero()[:, 0]}
             if bad:
                 rows = sorted(bad)[:5]
                 raise NonFiniteValue(f"The gradients of block {name!r} are not finite for rows {rows}.", rows)

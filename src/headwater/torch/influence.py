@@ -78,7 +78,7 @@ class TorchComposableInfluence(Attributor[torch.Tensor]):
             provider = EnsembleProvider([provide(loaded) for loaded in _load_all(model, checkpoints)])
         Attributor.__init__(self, provider, method, damping=damping, unpack=unpack)
 
-    def as_loader(self, loader: Iterable[Any]) -> Iterable[Any]:
+    def as_loader(self, loader: Iterable[object]) -> Iterable[Any]:
         """Errors: InvalidInput for a Dataset, which gives single rows."""
         source = loader.source if isinstance(loader, Unpacked) else loader
         if isinstance(source, Dataset) and not isinstance(source, IterableDataset):
@@ -126,7 +126,7 @@ def _load(model: nn.Module, checkpoint: Checkpoint, name: str) -> nn.Module:
     return loaded
 
 
-def _state(checkpoint: Any, name: str) -> Mapping[str, torch.Tensor]:
+def _state(checkpoint: object, name: str) -> Mapping[str, torch.Tensor]:
     """Its state dict, whatever form it came in."""
     if isinstance(checkpoint, nn.Module):
         return checkpoint.state_dict()

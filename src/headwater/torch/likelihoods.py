@@ -29,23 +29,23 @@ from headwater.gradients.words import name_of
 from headwater.torch.losses import Loss, option, row_losses
 
 
-class TorchOutputLoss(neutral.OutputLoss):
+class TorchOutputLoss(neutral.OutputLoss[torch.Tensor]):
     """A loss of torch as a function of the output."""
 
     def __init__(self, loss: Loss):
         self.loss = loss
         self.name = name_of(loss)
 
-    def slope(self, output: torch.Tensor, target: Any) -> torch.Tensor:
+    def slope(self, output: torch.Tensor, target: object) -> torch.Tensor:
         return torch.autograd.grad(*self._total(output, target))[0]
 
-    def bend(self, output: torch.Tensor, target: Any) -> torch.Tensor:
+    def bend(self, output: torch.Tensor, target: object) -> torch.Tensor:
         with self._twice():
             total, leaf = self._total(output, target)
             slope = torch.autograd.grad(total, leaf, create_graph=True)[0]
             return torch.autograd.grad(slope.sum(), leaf)[0] if slope.requires_grad else torch.zeros_like(output)
 
-    def hessian(self, output: torch.Tensor, target: Any) -> torch.Tensor:
+    def hessian(self, output: torch.Tensor, target: object) -> torch.Tensor:
         with self._twice():
             total, leaf = self._total(output, target)
             slope = torch.autograd.grad(total, leaf, create_graph=True)[0].reshape(len(output), -1)
@@ -67,7 +67,7 @@ class TorchOutputLoss(neutral.OutputLoss):
                 "fisher='empirical', hw.Dual() or hw.DataInf(), which need gradients alone."
             ) from error
 
-    def _total(self, output: torch.Tensor, target: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def _total(self, output: torch.Tensor, target: object) -> tuple[torch.Tensor, torch.Tensor]:
         leaf = output.detach().requires_grad_()
         return row_losses(self.loss, leaf, target).sum(), leaf
 
@@ -113,12 +113,14 @@ def find_likelihood(loss: Loss, given: Likelihood | str | None) -> Likelihood:
 
 
 def fisher_cotangents(
-    likelihood: Likelihood | None, loss: Loss, output: Any, target: Any, fisher: str, draws: Sequence[Draw]
+    likelihood: Likelihood | None, loss: Loss, output: object, target: object, fisher: str, draws: Sequence[Draw]
 ) -> Iterator[torch.Tensor]:
     """Cotangents whose summed v v^T is (or estimates) each row's output Hessian; see `Likelihood`."""
     return neutral.fisher_cotangents(likelihood, TorchOutputLoss(loss), output, target, fisher, draws)
 
 
-def ggn_cotangents(likelihood: Likelihood | None, loss: Loss, output: Any, target: Any) -> list[torch.Tensor] | None:
+def ggn_cotangents(
+    likelihood: Likelihood | None, loss: Loss, output: object, target: object
+) -> list[torch.Tensor] | None:
     """Cotangents whose summed v v^T is exactly each row's output Hessian; see `gradients.likelihoods`."""
     return neutral.ggn_cotangents(likelihood, TorchOutputLoss(loss), output, target)

@@ -8,8 +8,8 @@ the user's own reduction over them is kept.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,8 +18,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from headwater.errors import HeadwaterError, InvalidInput, NonFiniteValue, UnsupportedLoss
-from headwater.gradients.rowwise import Slopes, is_weighted_sum
+from headwater.errors import InvalidInput, NonFiniteValue, UnsupportedLoss
+from headwater.gradients.rowwise import Slopes, explain_loss_failure, is_weighted_sum
 from headwater.gradients.spreading import spread_in_words
 from headwater.gradients.words import name_of
 from headwater.torch.surroundings import quiet
@@ -32,10 +32,10 @@ Loss = Callable[[Any, Any], torch.Tensor]
 class RowLosses(Protocol):
     """A loss that gives the rows' own losses itself: [n]."""
 
-    def row_losses(self, output: Any, target: Any, /) -> torch.Tensor: ...
+    def row_losses(self, output: object, target: object, /) -> torch.Tensor: ...
 
 
-def row_losses(loss: Loss, output: Any, target: Any) -> torch.Tensor:
+def row_losses(loss: Loss, output: object, target: object) -> torch.Tensor:
     """The loss of each row on its own: [n]. One vectorised call where the loss allows it, else row by row.
 
     A loss may say so itself, with a method `row_losses(output, target)`.
@@ -63,10 +63,10 @@ def _refuse_spreading(loss: Loss, output: torch.Tensor, target: torch.Tensor) ->
             raise InvalidInput(said)
 
 
-def _any_row_losses(loss: Loss, output: Any, target: Any) -> torch.Tensor:
+def _any_row_losses(loss: Loss, output: object, target: object) -> torch.Tensor:
     outputs = tensors_in(output)
 
-    def one(o: list[torch.Tensor], t: Any) -> torch.Tensor:
+    def one(o: list[torch.Tensor], t: object) -> torch.Tensor:
         alone = with_tensors(output, (v.unsqueeze(0) for v in o))  # None, numbers and words stay as they are
         return _scalar(loss(alone, tree_map(lambda v: v.unsqueeze(0), t)))
 
@@ -78,7 +78,7 @@ def _any_row_losses(loss: Loss, output: Any, target: Any) -> torch.Tensor:
         return torch.stack([one(o, t) for o, t in pick])
 
 
-def slopes_at(loss: Loss, output: Any, target: Any) -> list[torch.Tensor]:
+def slopes_at(loss: Loss, output: object, target: object) -> list[torch.Tensor]:
     """The gradient of the rows' losses by each floating tensor of the output: [n, ...] each."""
     with torch.enable_grad():
         everything = [tensor.detach() for tensor in tensors_in(output)]
@@ -89,18 +89,14 @@ def slopes_at(loss: Loss, output: Any, target: Any) -> list[torch.Tensor]:
         return list(torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True))
 
 
-@contextmanager
-def explain_failure(output: Any, target: Any) -> Iterator[None]:
+def explain_failure(output: object, target: object) -> AbstractContextManager[None]:
     """Errors: InvalidInput that says what the loss was called with, for whatever the loss raises."""
-    try:
-        yield
-    except HeadwaterError:
-        raise
-    except Exception as error:
-        raise InvalidInput(
-            f"The loss failed: {error} It was called with output {_describe(output)} and target {_describe(target)}; "
-            f"a loss is called on batches and on rows alone.{_spread(output, target)}"
-        ) from error
+    return explain_loss_failure(
+        lambda: (
+            f"output {_describe(output)} and target {_describe(target)}; a loss is called on batches and on rows "
+            f"alone.{_spread(output, target)}"
+        )
+    )
 
 
 def _spread(output: Any, target: Any) -> str:
@@ -110,7 +106,7 @@ def _spread(output: Any, target: Any) -> str:
     return "" if said is None else f" {said}"
 
 
-def _describe(value: Any) -> str:
+def _describe(value: object) -> str:
     return ", ".join(f"{tuple(t.shape)} of {t.dtype}" for t in tensors_in(value)) or repr(value)[:60]
 
 
@@ -150,7 +146,7 @@ def _torch_row_losses(loss: Loss, output: torch.Tensor, target: torch.Tensor) ->
     return terms.sum(1) / (target.reshape(len(target), -1) != ignored).sum(1)
 
 
-def _scalar(value: Any) -> torch.Tensor:
+def _scalar(value: object) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise UnsupportedLoss(f"The loss returned {type(value).__name__}; expected a tensor.")
     return value.sum()
@@ -184,7 +180,7 @@ def check_loss(loss: Loss) -> None:
         _refuse_weighted_mean(loss, plain)
 
 
-def _check_weights(loss: Loss, plain: Any, output: torch.Tensor, target: torch.Tensor) -> None:
+def _check_weights(loss: Loss, plain: object, output: torch.Tensor, target: torch.Tensor) -> None:
     """Errors: UnsupportedLoss for weights that a row loses, or that it cannot tell its own of, when it is alone."""
     if isinstance(plain, nn.CrossEntropyLoss) or plain is F.cross_entropy:
         if not target.is_floating_point():  # a mean over probabilities is one over rows
@@ -200,7 +196,7 @@ def _check_weights(loss: Loss, plain: Any, output: torch.Tensor, target: torch.T
                 )
 
 
-def _refuse_weighted_mean(loss: Loss, plain: Any) -> None:
+def _refuse_weighted_mean(loss: Loss, plain: object) -> None:
     if option(loss, "weight") is not None and option(loss, "reduction", "mean") == "mean":
         raise UnsupportedLoss(
             f"{name_of(plain)}(weight=..., reduction='mean') divides by the batch's total class weight, so a row on "
@@ -247,7 +243,7 @@ def normalisation(loss: Loss, output: Any, target: Any, what: str = "loss") -> s
     )
 
 
-def _refuse_more_terms(loss: Loss, output: Any, target: Any, terms: int) -> None:
+def _refuse_more_terms(loss: Loss, output: object, target: object, terms: int) -> None:
     """Errors: InvalidInput for an unreduced loss of a batch that has other terms than its rows alone: (N, N), say."""
     if not (isinstance(output, torch.Tensor) and isinstance(target, torch.Tensor)):
         return
@@ -259,6 +255,6 @@ def _refuse_more_terms(loss: Loss, output: Any, target: Any, terms: int) -> None
         raise InvalidInput(said)
 
 
-def option(loss: Loss, name: str, default: Any = None) -> Any:
+def option(loss: Loss, name: str, default: object = None) -> Any:
     """What a loss was told: an attribute of a module, a keyword of a functools.partial, the default of a function."""
     return loss.keywords.get(name, default) if isinstance(loss, partial) else getattr(loss, name, default)

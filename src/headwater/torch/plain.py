@@ -65,7 +65,7 @@ class PlainRows:
                 found.append([_by_name(slopes, leaves) for slopes in flat])
         return [[row[k] for row in found] for k in range(len(found[0]))]
 
-    def ggn_cotangents(self, row: TorchBatch, output: Any) -> Sequence[torch.Tensor] | None:
+    def ggn_cotangents(self, row: TorchBatch, output: object) -> Sequence[torch.Tensor] | None:
         """From the eigenvectors of the row's output Hessian; None where it is large, or has a negative eigenvalue."""
         if not isinstance(output, torch.Tensor) or output.numel() > MOST:
             return None
@@ -82,7 +82,7 @@ class PlainRows:
             compute = self._ggn if kind == "ggn" else self._hessian
             return compute(row, output, list(leaves.values()), vectors)
 
-    def _ggn(self, row: TorchBatch, output: Any, leaves: list[torch.Tensor], vectors: torch.Tensor) -> torch.Tensor:
+    def _ggn(self, row: TorchBatch, output: object, leaves: list[torch.Tensor], vectors: torch.Tensor) -> torch.Tensor:
         """J^T H J v, J written out: one backward pass for each number of output; for many, v by v through backward."""
         outputs = floating(output)
         if sum(t.numel() for t in outputs) > MOST_OUTPUTS:
@@ -93,7 +93,7 @@ class PlainRows:
         return vectors @ jacobian.T @ self._output_hessian(row, output) @ jacobian
 
     def _ggn_along(
-        self, row: TorchBatch, output: Any, outputs: list[torch.Tensor], leaves: list[torch.Tensor], v: torch.Tensor
+        self, row: TorchBatch, output: object, outputs: list[torch.Tensor], leaves: list[torch.Tensor], v: torch.Tensor
     ) -> torch.Tensor:
         """J v as the slope of <J^T d, v> by d; then H; then J^T."""
         d = [torch.zeros_like(t, requires_grad=True) for t in outputs]
@@ -106,12 +106,14 @@ class PlainRows:
         pieces = zip(bent.split([t.numel() for t in outputs]), outputs, strict=True)
         return _slopes(_dot(outputs, [piece.reshape(t.shape) for piece, t in pieces]), leaves, again=True)
 
-    def _hessian(self, row: TorchBatch, output: Any, leaves: list[torch.Tensor], vectors: torch.Tensor) -> torch.Tensor:
+    def _hessian(
+        self, row: TorchBatch, output: object, leaves: list[torch.Tensor], vectors: torch.Tensor
+    ) -> torch.Tensor:
         """Each vector's product from the slope along it."""
         slope = _slopes(row_losses(self.loss, output, row.y).sum(), leaves, create_graph=True)
         return torch.stack([_slopes((slope * v).sum(), leaves, again=True) for v in vectors])
 
-    def _output_hessian(self, row: TorchBatch, output: Any) -> torch.Tensor:
+    def _output_hessian(self, row: TorchBatch, output: object) -> torch.Tensor:
         """Of the row's loss by the numbers of its output: [c, c]."""
         with autograd_on():
             everything = [t.detach() for t in tensors_in(output)]
@@ -132,7 +134,8 @@ def rows_of(batch: TorchBatch) -> list[TorchBatch]:
 
 def is_the_same(plain: BlockGradients, layered: BlockGradients, rows: slice) -> bool:
     """Whether layers' inputs and output-gradients, which Kronecker factors need, give the plain numbers."""
-    return all(close(layered[name].take(rows).flat(), value.flat()) for name, value in plain.items())
+    pairs: Iterable[Any] = ((layered[name].take(rows).flat(), value.flat()) for name, value in plain.items())
+    return all(close(got, expected) for got, expected in pairs)
 
 
 def _dot(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> torch.Tensor:

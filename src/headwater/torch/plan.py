@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -248,6 +249,8 @@ def without_padding(value: Gradient, kept: torch.Tensor | None) -> Gradient:
     """
     if kept is None or not isinstance(value, (Outer, RowSparse)):
         return value
+    inputs: Any
+    b: Any
     inputs, b = (value.a, value.b) if isinstance(value, Outer) else (value.ids, value.values)
     if inputs.shape[:2] != kept.shape:
         return value

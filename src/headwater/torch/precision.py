@@ -20,7 +20,7 @@ def wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def wide_copy(value: Any, what: str) -> Any:
+def wide_copy(value: object, what: str) -> Any:
     """A model or loss in float64, as a copy. Errors: UnsupportedModel where torch cannot copy it."""
     if isinstance(value, nn.Module):
         try:
@@ -38,5 +38,5 @@ def doubled(batch: TorchBatch) -> TorchBatch:
     return replace(batch, x=tree_map(_double, batch.x), y=tree_map(_double, batch.y))
 
 
-def _double(value: Any) -> Any:
+def _double(value: object) -> Any:
     return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 import weakref
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial, wraps
 from typing import Any, Self, TypeVar
 
@@ -32,7 +33,7 @@ from headwater.errors import (
 from headwater.gradients.algebra import Dense, Gradient
 from headwater.gradients.block import BlockGradient, rows_in_blocks
 from headwater.gradients.coverage import Coverage
-from headwater.gradients.outer import Outer, RowSparse
+from headwater.gradients.outer import Outer, with_inputs
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
 from headwater.gradients.rowwise import differing
 from headwater.gradients.words import in_words, name_of
@@ -252,7 +253,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
 
     # Batches ------------------------------------------------------------------------------------------------------
 
-    def as_batch(self, x: Any, y: Any) -> TorchBatch:
+    def as_batch(self, x: object, y: object) -> TorchBatch:
         return self._ready(TorchBatch(x, y))
 
     def _ready(self, batch: TorchBatch) -> TorchBatch:
@@ -307,7 +308,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
 
     def _count(self, values: Mapping[Place, Gradient], rows: int) -> int:
         """Keep what gradients of a row cost. Returns the numbers that they hold."""
-        self._numbers_per_row = sum(a.numel() for v in values.values() for a in v.arrays) // rows
+        self._numbers_per_row = sum(math.prod(a.shape) for v in values.values() for a in v.arrays) // rows
         self._work_per_row = sum(_positions(v) * v.shape[0] * v.shape[1] for v in values.values())
         return self._numbers_per_row
 
@@ -338,7 +339,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             found = self._trusted(batch, lambda: self._of_loss(batch, self.loss))
             return [self._blocks(found.values[0], len(batch), None)]
 
-        def choose(rows: TorchBatch, output: Any) -> list[torch.Tensor]:
+        def choose(rows: TorchBatch, output: object) -> list[torch.Tensor]:
             numbers = [partial(self._numbers, self.row_keys(rows), number, seed) for number in draws]
             return list(fisher_cotangents(self.likelihood, self.loss, output, rows.y, fisher, numbers))
 
@@ -420,7 +421,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             failed: list[str] = []
             for k, v in enumerate(cotangents):
                 values, failed = self._filled(recording, [g[k] for g in grads], batch)
-                values = {place: _with_inputs(value, first.setdefault(place, value)) for place, value in values.items()}
+                values = {place: with_inputs(value, first.setdefault(place, value)) for place, value in values.items()}
                 found.append(values | self._plain_grads(batch, state, partial(_only, v)))
         along = cotangents[0]
         return Attempt(
@@ -526,7 +527,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         there.
         """
 
-        def one(chosen: dict[str, torch.Tensor], x: Any, along: list[torch.Tensor]) -> torch.Tensor:
+        def one(chosen: dict[str, torch.Tensor], x: object, along: list[torch.Tensor]) -> torch.Tensor:
             output = run(self.model, {**state, **chosen}, tree_map(lambda t: t.unsqueeze(0), x))
             return summed_products(floating(output), [v.unsqueeze(0) for v in along])
 
@@ -757,7 +758,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
                 chosen = {p.name: t for p, t in zip(parameters, given, strict=True)}
                 return run(self.model, {**state, **chosen}, batch.x)
 
-            def loss_of(output: Any) -> torch.Tensor:
+            def loss_of(output: object) -> torch.Tensor:
                 losses = row_losses(self.loss, output, batch.y)
                 check_finite(losses)
                 return (losses if weights is None else losses * weights).sum()
@@ -821,11 +822,11 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         state = detached_state(self.model)
         names = [p.name for layout in self.layouts.values() for p in layout.block.parameters]
 
-        def loss(chosen: dict[str, torch.Tensor], x: torch.Tensor, y: Any) -> torch.Tensor:
+        def loss(chosen: dict[str, torch.Tensor], x: torch.Tensor, y: object) -> torch.Tensor:
             output = run(self.model, {**state, **chosen}, x.unsqueeze(0))
             return self.loss(output, tree_map(lambda t: t.unsqueeze(0), y)).sum()
 
-        def mixed(chosen: dict[str, torch.Tensor], x: torch.Tensor, y: Any) -> dict[str, torch.Tensor]:
+        def mixed(chosen: dict[str, torch.Tensor], x: torch.Tensor, y: object) -> dict[str, torch.Tensor]:
             return torch.func.jacrev(torch.func.grad(loss, argnums=1))(chosen, x, y)
 
         with autograd_on(), twice_differentiable():
@@ -856,12 +857,3 @@ def _host(tensor: torch.Tensor | np.ndarray) -> np.ndarray:
         return tensor
     tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
-
-
-def _with_inputs(value: Gradient, first: Gradient) -> Gradient:
-    """The same layer inputs as the first draw's, so that what depends on them alone is computed once."""
-    if isinstance(value, Outer) and isinstance(first, Outer):
-        return replace(value, a=first.a)
-    if isinstance(value, RowSparse) and isinstance(first, RowSparse):
-        return replace(value, ids=first.ids)
-    return value

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from headwater.arrays import summed
 from headwater.gradients.block import BlockGradient
 from headwater.torch.batch import TorchBatch
 from headwater.torch.capture import own_leaves, run
@@ -55,7 +56,7 @@ class RowSampler:
     def begin_pass(self) -> None:
         self._seen.clear()
 
-    def choose(self, rows: int, work: int, what: Any) -> np.ndarray | None:
+    def choose(self, rows: int, work: int, what: object) -> np.ndarray | None:
         """Numbers of rows in random order, or None for a batch that is left alone.
 
         work: multiply-adds for one row. what: is differentiated; the first batch for each is looked at.
@@ -72,7 +73,7 @@ class RowSampler:
 
 def random_weights(values: Iterable[BlockGradient], seed: int) -> torch.Tensor:
     """Random signs and sizes [n], larger for rows with small gradients, so that these are seen beside others."""
-    norms = sum(value.squared_norms() for value in values).sqrt()
+    norms: torch.Tensor = summed(value.squared_norms() for value in values).sqrt()
     largest = norms.max().clamp(min=torch.finfo(norms.dtype).tiny)
     random = np.random.default_rng(seed)
     drawn = torch.as_tensor(random.uniform(0.5, 1.5, len(norms)) * random.choice([-1.0, 1.0], len(norms)))
@@ -97,7 +98,7 @@ def autograd_sums(
     rows: np.ndarray,
     weights: torch.Tensor,
     score: Score,
-    output: Any,
+    output: object,
     kind: torch.dtype,
 ) -> dict[str, torch.Tensor]:
     """sum_i w_i grad l_i by autograd on the model's own parameters, flat; `rows` [s] in their order, weights [s].

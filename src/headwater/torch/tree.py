@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from headwater.types import field_values
 
 
-def tensors_in(value: Any) -> list[torch.Tensor]:
+def tensors_in(value: object) -> list[torch.Tensor]:
     """All tensors of a nested value, in order; what else is in it is left out."""
     found: list[torch.Tensor] = []
     for leaf in tree_leaves(value):
@@ -24,25 +24,25 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
     return found
 
 
-def floating(value: Any) -> list[torch.Tensor]:
+def floating(value: object) -> list[torch.Tensor]:
     """The tensors of a nested value that can have gradients."""
     return [tensor for tensor in tensors_in(value) if tensor.is_floating_point()]
 
 
-def with_tensors(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
+def with_tensors(value: object, tensors: Iterator[torch.Tensor]) -> Any:
     """A copy of a nested value with other tensors, in the order of `tensors_in`."""
     leaves, structure = tree_flatten(value)
     return tree_unflatten([_replaced(leaf, tensors) for leaf in leaves], structure)
 
 
-def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: object) -> Any:
     """A copy of a nested value with `function` of each tensor."""
     if isinstance(value, torch.Tensor):
         return function(value)
     return with_tensors(value, map(function, tensors_in(value)))
 
 
-def _replaced(leaf: Any, tensors: Iterator[torch.Tensor]) -> Any:
+def _replaced(leaf: object, tensors: Iterator[torch.Tensor]) -> Any:
     if isinstance(leaf, torch.Tensor):
         return next(tensors)
     if not _is_record(leaf):
@@ -53,11 +53,11 @@ def _replaced(leaf: Any, tensors: Iterator[torch.Tensor]) -> Any:
     return changed
 
 
-def _is_record(value: Any) -> bool:
+def _is_record(value: object) -> bool:
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
-def _fields(record: Any) -> dict[str, Any]:
+def _fields(record: object) -> dict[str, Any]:
     return {declared.name: value for declared, value in field_values(record)}
 
 

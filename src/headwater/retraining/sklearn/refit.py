@@ -138,7 +138,7 @@ def _half_squares(fitted: Any, x: Any, y: Any) -> NDArray[np.float64]:
     return ((given.reshape(wanted.shape) - wanted) ** 2 / 2).reshape(len(wanted), -1).sum(axis=1)
 
 
-def _weight_name(estimator: Any) -> str:
+def _weight_name(estimator: object) -> str:
     return f"{estimator.steps[-1][0]}__sample_weight" if isinstance(estimator, Pipeline) else "sample_weight"
 
 

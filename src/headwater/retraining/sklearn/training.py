@@ -64,7 +64,7 @@ class TrainingInfluence(MetaEstimatorMixin, BaseEstimator):
         self.damping = damping
         self.prefit = prefit
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
+    def fit(self, X: object, y: object, sample_weight: object = None) -> Self:
         """The rows that the estimator was fitted to, or is to be.
 
         Errors: EstimatorNotFittedError; InvalidInput for rows that cannot be those of the fit (other features, names or
@@ -107,7 +107,7 @@ class TrainingInfluence(MetaEstimatorMixin, BaseEstimator):
         self.influence_ = influence.fit([train])
         return self
 
-    def _fitted_clone(self, X: Any, y: Any, sample_weight: Any) -> Any:
+    def _fitted_clone(self, X: object, y: object, sample_weight: object) -> Any:
         options: dict[str, Any] = {}
         if sample_weight is not None:
             before = last_step(self.estimator)[1] is not None
@@ -116,14 +116,14 @@ class TrainingInfluence(MetaEstimatorMixin, BaseEstimator):
 
     # Forecasts ----------------------------------------------------------------------------------------------------
 
-    def scores(self, X: Any, y: Any, *, unit: str = "removal") -> Any:
+    def scores(self, X: object, y: object, *, unit: str = "removal") -> Any:
         """How much each training row helps each query row: hw.Scores, labelled values [q, n].
 
         unit: "removal", the forecast rise of the query's loss without the row, to first order; or "influence".
         """
         return self._ready().attribute([self._train], [self._queries(X, y)], unit=unit)
 
-    def forecast(self, X: Any, y: Any, groups: Iterable[Any] | None = None) -> Array:
+    def forecast(self, X: object, y: object, groups: Iterable[object] | None = None) -> Array:
         """The rise of each query's loss without a row, or a group of rows, by one Newton step: [q, n] or [q, groups].
 
         Better than `scores` for rows of high leverage, and for groups. See `headwater.run.removal`.
@@ -136,7 +136,7 @@ class TrainingInfluence(MetaEstimatorMixin, BaseEstimator):
 
     # Exactly ------------------------------------------------------------------------------------------------------
 
-    def leave_one_out(self, X: Any, y: Any) -> Array:
+    def leave_one_out(self, X: object, y: object) -> Array:
         """The rise of each query's loss without each training row, exactly: [q, n].
 
         In closed form for least squares; refitted to rounding for every other loss (see
@@ -144,13 +144,13 @@ class TrainingInfluence(MetaEstimatorMixin, BaseEstimator):
         """
         return self.remove(None, X, y)
 
-    def remove(self, groups: Iterable[Any] | None, X: Any, y: Any) -> Array:
+    def remove(self, groups: Iterable[object] | None, X: object, y: object) -> Array:
         """The rise of each query's loss without each group of training rows, exactly: [q, groups]."""
         self._ready()
         queries = self._queries(X, y)
         return self._exact.without(groups).losses(queries) - self._exact.with_all.losses(queries)
 
-    def refits(self, groups: Iterable[Any] | None = None) -> Refits:
+    def refits(self, groups: Iterable[object] | None = None) -> Refits:
         """The coefficients without each training row, or group of them, exactly."""
         self._ready()
         return self._exact.without(groups)
@@ -163,7 +163,7 @@ class TrainingInfluence(MetaEstimatorMixin, BaseEstimator):
         self.influence_.check_weights()
         return self.influence_
 
-    def _queries(self, X: Any, y: Any) -> FeatureBatch:
+    def _queries(self, X: object, y: object) -> FeatureBatch:
         self._ready()
         check_names(self, X)
         return self._provider.as_batch(X, y)
@@ -179,7 +179,7 @@ class TrainingInfluence(MetaEstimatorMixin, BaseEstimator):
         return tags
 
 
-def _check_classes(model: LinearModel, y: Any) -> None:
+def _check_classes(model: LinearModel, y: object) -> None:
     """Errors: InvalidInput for labels that the model does not know, or a class of it without any row."""
     numbers = model.encode(y)
     if model.classes is None:
@@ -192,7 +192,7 @@ def _check_classes(model: LinearModel, y: Any) -> None:
         )
 
 
-def _class_weight(model: LinearModel, y: Any, weights: Array | None) -> Mapping[Any, float] | None:
+def _class_weight(model: LinearModel, y: object, weights: Array | None) -> Mapping[Any, float] | None:
     """The weights of classes that the estimator used, "balanced" ones worked out as it does."""
     if not isinstance(model.class_weight, str):
         return model.class_weight

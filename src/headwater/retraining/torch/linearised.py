@@ -42,8 +42,8 @@ NEARLY = 0.05
 def half_weight_optimum(
     model: nn.Module,
     loss: Loss,
-    x: Any,
-    y: Any,
+    x: object,
+    y: object,
     *,
     damping: float,
     share: float = 0.5,

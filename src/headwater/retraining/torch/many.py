@@ -78,7 +78,7 @@ def train_many(
     make: Callable[[], nn.Module] | nn.Module,
     x: Tensor,
     y: Tensor,
-    keep: Any,
+    keep: object,
     seeds: Sequence[int],
     *,
     loss: RowLosses,

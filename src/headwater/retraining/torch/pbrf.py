@@ -101,10 +101,10 @@ class ProximalFields(TypedDict, total=False):
 def pbrf(
     model: nn.Module,
     loss: Loss,
-    x: Any,
-    y: Any,
-    x_query: Any,
-    y_query: Any,
+    x: object,
+    y: object,
+    x_query: object,
+    y_query: object,
     groups: Iterable[ArrayLike] | None = None,
     *,
     settings: ProximalSettings | None = None,
@@ -431,7 +431,7 @@ def warn_not_converged(what: str, steps: int, slope: float, settings: ProximalSe
 
 
 def _wide(batch: TorchBatch) -> TorchBatch:
-    def double(value: Any) -> Any:
+    def double(value: object) -> Any:
         return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
     return TorchBatch(tree_map(double, batch.x), tree_map(double, batch.y))

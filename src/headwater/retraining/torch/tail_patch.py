@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +23,10 @@ State = dict[str, torch.Tensor]
 def gradient_step(
     model: nn.Module,
     loss: Loss,
-    x: Any,
-    y: Any,
-    x_query: Any,
-    y_query: Any,
+    x: object,
+    y: object,
+    x_query: object,
+    y_query: object,
     *,
     lr: float,
     steps: int = 1,

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -44,16 +44,16 @@ class StackedMlps:
     def __len__(self) -> int:
         return len(self.weights[0])
 
-    def features(self, x: Any) -> Tensor:
+    def features(self, x: object) -> Tensor:
         """The last hidden layer, [m, n, width]: what the final linear layer sees. x: [n, i], tensor or NumPy."""
         rows = torch.as_tensor(x).to(self.weights[0])
         return _hidden(self.weights, self.biases, rows.expand(len(self), *rows.shape))
 
-    def logits(self, x: Any) -> Tensor:
+    def logits(self, x: object) -> Tensor:
         """What every model says of every row, [m, n, classes]. x: [n, i], tensor or NumPy."""
         return _linear(self.features(x), self.weights[-1], self.biases[-1])
 
-    def losses(self, x: Any, y: Any) -> Tensor:
+    def losses(self, x: object, y: object) -> Tensor:
         """The cross-entropy of every model at every row, [m, n], in nats. x: [n, i]; y: [n] class indices."""
         logits = self.logits(x)
         labels = torch.as_tensor(y, device=logits.device).long().expand(logits.shape[:2])
@@ -79,9 +79,9 @@ class TrainingCheckpoint:
 
 
 def train_mlps(
-    x: Any,
-    y: Any,
-    keep: Any,
+    x: object,
+    y: object,
+    keep: object,
     seeds: Sequence[int],
     *,
     widths: Sequence[int],
@@ -128,7 +128,7 @@ def _stacked(groups: Sequence[Sequence[Tensor]]) -> StackedMlps:
     return StackedMlps(weights=tuple(parameters[0::2]), biases=tuple(parameters[1::2]))
 
 
-def refit_heads(models: StackedMlps, x: Any, y: Any, *, l2: float) -> StackedMlps:
+def refit_heads(models: StackedMlps, x: object, y: object, *, l2: float) -> StackedMlps:
     """The same models, with last layers at the minimum of their regularised loss on these rows; features stay.
 
     Each minimises mean cross-entropy plus l2 / 2 times the squared norm of its last weight and bias: convex, solved in
@@ -156,7 +156,7 @@ def refit_heads(models: StackedMlps, x: Any, y: Any, *, l2: float) -> StackedMlp
     return StackedMlps((*models.weights[:-1], weight), (*models.biases[:-1], bias))
 
 
-def batches(x: Any, y: Any, batch_size: int = 256) -> list[tuple[Tensor, Tensor]]:
+def batches(x: object, y: object, batch_size: int = 256) -> list[tuple[Tensor, Tensor]]:
     """Rows in order as (x, y) batches of tensors: a list, so it can be read again. x: [n, ...]; y: [n]."""
     x, y = torch.as_tensor(x), torch.as_tensor(y)
     return list(zip(x.split(batch_size), y.split(batch_size), strict=True))
