@@ -24,7 +24,7 @@ from headwater.mapper import InfluenceMapper
 from headwater.methods.direct import Direct
 from headwater.operators.algebra import IdentityOperator, ScaledOperator
 from headwater.operators.kronecker import KroneckerOperator
-from headwater.operators.released import ReleasedOperator
+from headwater.operators.partial_penalty import PartialPenaltyInverse
 from headwater.operators.structured import BlockDiagonalOperator
 from headwater.random import row_keys, row_normals
 from headwater.testing import BlockMapperContract, InfluenceContract, StructuredProviderContract
@@ -337,13 +337,13 @@ def test_rows_on_the_left_of_a_form_are_explained_by_the_measurement():
         np.testing.assert_allclose(got["second"], 10**3 * expected["second"], rtol=1e-12)
 
 
-def test_a_form_of_its_own_is_not_released_from_a_penalty():
+def test_a_form_of_its_own_refuses_a_penalty_on_some_parameters():
     inverse = ScaledOperator(2.0, IdentityOperator(4))
-    released = ReleasedOperator(inverse, np.array([1.0, 0, 0, 0]))
-    assert released.as_bilinear_form().is_default_of(released)
+    partial = PartialPenaltyInverse(inverse, np.array([1.0, 0, 0, 0]))
+    assert partial.as_bilinear_form().is_default_of(partial)
     inverse.as_bilinear_form = Cubed
     with pytest.raises(InvalidSetting, match="ScaledOperator has a bilinear form of its own"):
-        released.as_bilinear_form()
+        partial.as_bilinear_form()
 
 
 EXACT = {

@@ -1,5 +1,6 @@
 """headwater: which training examples made the model do this, and by how much?"""
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     from headwater.methods.stochastic import Astra as Astra
     from headwater.methods.stochastic import Lissa as Lissa
     from headwater.methods.tracin import TracIn as TracIn
-    from headwater.store.scores import Extremes as Extremes
     from headwater.store.scores import Scores as Scores
+    from headwater.store.scores import TopK as TopK
     from headwater.types import Batch as Batch
     from headwater.types import InfluenceMode as InfluenceMode
 
@@ -49,7 +50,6 @@ _HOMES = {
     "Direct": "methods.direct",
     "Dual": "methods.dual",
     "Ekfac": "methods.kronecker",
-    "Extremes": "store.scores",
     "FactGrass": "methods.projected",
     "GradCos": "methods.grad_dot",
     "GradDot": "methods.grad_dot",
@@ -63,6 +63,7 @@ _HOMES = {
     "Relative": "methods.damping",
     "Representer": "methods.representer",
     "Scores": "store.scores",
+    "TopK": "store.scores",
     "TracIn": "methods.tracin",
     "Trak": "methods.projected",
     "errors": "",
@@ -70,10 +71,15 @@ _HOMES = {
     "working_memory": "arrays",
 }
 __all__ = ["__version__", *_HOMES]
+_RENAMED = {"Extremes": "TopK"}
 
 
 def __getattr__(name: str) -> Any:
     """Names are looked up when they are first used, so that importing headwater imports next to nothing."""
+    if name in _RENAMED:
+        said = f"headwater.{name} is now headwater.{_RENAMED[name]}; the old name ends in 0.2."
+        warnings.warn(said, DeprecationWarning, stacklevel=2)
+        name = _RENAMED[name]
     if name not in _HOMES:
         raise AttributeError(f"headwater has no {name!r}; it has {', '.join(__all__)}.")
     home = _HOMES[name]

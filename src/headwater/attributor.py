@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from headwater.run.verification import Verification
     from headwater.status import Status
     from headwater.store.diagnosis import Diagnosis
-    from headwater.store.scores import Extremes, Scores
+    from headwater.store.scores import Scores, TopK
 
 
 class Attributor(ComposableInfluence[TensorType]):
@@ -101,7 +101,7 @@ class Attributor(ComposableInfluence[TensorType]):
         *,
         unit: str = "influence",
         progress: bool = False,
-    ) -> Extremes:
+    ) -> TopK:
         """The k most helpful and the k most harmful train rows of each query, without keeping the matrix of scores."""
         from headwater.run.attribute import top
 

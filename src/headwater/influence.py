@@ -31,8 +31,8 @@ from headwater.errors import (
     SingularOperator,
     StaleFit,
 )
+from headwater.gradients.identity import identity_of
 from headwater.gradients.provider import StructuredGradientProvider
-from headwater.gradients.words import in_words
 from headwater.loaders.batches import Unpack, Unpacked, check_loader, paired
 from headwater.loaders.keys import LoadersSeen, RowMemory
 from headwater.loaders.places import located
@@ -42,7 +42,7 @@ from headwater.methods.damping import Damping, Relative, damping_by_block, in_un
 from headwater.operators.algebra import IdentityOperator, LinearOperator, ScaledOperator
 from headwater.operators.iterative import LastSolves, SolveReport, apply_path, joined, recorded_solves
 from headwater.operators.kronecker import SeparableOperator
-from headwater.operators.released import ReleasedOperator, penalised
+from headwater.operators.partial_penalty import PartialPenaltyInverse, penalised
 from headwater.operators.structured import BlockDiagonalOperator
 from headwater.rows import Rows, first_batch
 from headwater.types import InfluenceMode, TensorType
@@ -533,7 +533,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
 
 def _parts(operator: LinearOperator) -> Iterable[LinearOperator]:
-    if isinstance(operator, (ScaledOperator, ReleasedOperator)):
+    if isinstance(operator, (ScaledOperator, PartialPenaltyInverse)):
         return _parts(operator.inner)
     return operator.operators if isinstance(operator, BlockDiagonalOperator) else (operator,)
 
@@ -542,7 +542,7 @@ def _listed(value: Any) -> Any:
     """Tuples as JSON gives them back; what JSON does not have in words."""
     if isinstance(value, (tuple, list)):
         return [_listed(item) for item in value]
-    return value if value is None or isinstance(value, (bool, int, float, str)) else in_words(value)
+    return value if value is None or isinstance(value, (bool, int, float, str)) else identity_of(value)
 
 
 def _sum(by_block: Mapping[str, Array]) -> Any:

@@ -128,7 +128,7 @@ class Sides:
 
     def queries(self, grads: BlockGradients) -> Queries:
         """Query gradients, ready to meet train rows."""
-        left = OrderedDict((name, _pass(self.left[name], v).settled(v)) for name, v in grads.items())
+        left = OrderedDict((name, _pass(self.left[name], v).cheapest_form(v)) for name, v in grads.items())
         return Queries(left, self.right, self.forms)
 
 

@@ -429,7 +429,7 @@ def test_losses_and_doubt_are_means_over_models() -> None:
     assert_close(ensemble.losses(batch), sum(-v.log() for v in p) / 3)
     margins = ensemble.of_output("margin")
     assert margins.weights == ensemble.weights
-    assert_close(margins.doubt(batch), sum(1 - v for v in p) / 3)
+    assert_close(margins.one_minus_p(batch), sum(1 - v for v in p) / 3)
     assert ensemble.parameters("1/second").tolist() == ensemble.members[1].parameters("second").tolist()
 
 

@@ -69,7 +69,7 @@ def test_a_plain_view_answers_what_it_looks_at() -> None:
     assert type(wide) is ProviderView and wide.plain is not plain
     assert_close(wide.flat_grads(batch), plain.flat_grads(batch))
     margins = view.of_output("margin")
-    assert_close(margins.doubt(batch), 1 - (-plain.losses(batch)).exp())
+    assert_close(margins.one_minus_p(batch), 1 - (-plain.losses(batch)).exp())
 
 
 def test_unit_gradients_of_an_ensemble_keep_its_weights() -> None:

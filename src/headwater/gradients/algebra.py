@@ -85,7 +85,7 @@ class Gradient(ABC):
             rows = slice(start, min(start + step, self.rows))
             yield rows, self if step >= self.rows else self.take(rows)
 
-    def settled(self, positions: int) -> Gradient:
+    def cheapest_form(self, positions: int) -> Gradient:
         """In the form that meets many gradients of that many positions at the least cost: dense, if each would be."""
         return self
 
@@ -248,8 +248,8 @@ class Sum(Gradient):
     def combine(self, weights: Array) -> Array:
         return _total([term.combine(weights) for term in self.terms])
 
-    def settled(self, positions: int) -> Gradient:
-        terms = tuple(term.settled(positions) for term in self.terms)
+    def cheapest_form(self, positions: int) -> Gradient:
+        terms = tuple(term.cheapest_form(positions) for term in self.terms)
         return Dense(self.dense()) if any(isinstance(term, Dense) for term in terms) else Sum(terms)
 
     @property

@@ -8,6 +8,7 @@ Hessian of the row's loss with respect to the row's output. What it needs of the
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -43,12 +44,19 @@ class OutputLoss(ABC):
     name: str
     """Of the loss, for messages."""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "slope" in cls.__dict__ and "gradient" not in cls.__dict__:  # the name until 0.1
+            said = f"{cls.__name__}: OutputLoss.slope is now gradient; the old name ends in 0.2."
+            warnings.warn(said, DeprecationWarning, stacklevel=2)
+            setattr(cls, "gradient", cls.__dict__["slope"])  # noqa: B010  # a method, by name: mypy refuses the plain form
+
     @abstractmethod
-    def slope(self, output: Array, target: Any) -> Array:
+    def gradient(self, output: Array, target: Any) -> Array:
         """The gradient of the rows' losses with respect to the output: [n, ...]."""
 
-    def bend(self, output: Array, target: Any) -> Array:
-        """The gradient of the summed slope: the second derivatives, where outputs act for themselves: [n, ...]."""
+    def hessian_row_sums(self, output: Array, target: Any) -> Array:
+        """The Hessian times ones: its diagonal, where each output's loss depends on that output alone: [n, ...]."""
         hessian = self.hessian(output, target)
         return namespace(hessian).sum(hessian, axis=2).reshape(output.shape)
 
@@ -90,7 +98,7 @@ class Likelihood(ABC):
 
 def cotangent(loss: OutputLoss, output: Array, target: Any) -> Array:
     """The gradient of the rows' losses with respect to the output: [n, ...]."""
-    return loss.slope(output, target)
+    return loss.gradient(output, target)
 
 
 def loss_scale(change: Array, residual: Array, axes: tuple[int, ...] = ()) -> Array:
@@ -155,10 +163,10 @@ class CrossEntropy(Likelihood):
     def _scaled(self, loss: OutputLoss, output: Array, target: Any) -> tuple[Array, Array, int]:
         """Probabilities [..., C], the root of the targets' masses [...], and the axis of the classes."""
         axis, xp = _class_axis(output, target, self.class_axis), namespace(output)
-        z, slope = xp.moveaxis(output, axis, -1), xp.moveaxis(loss.slope(output, target), axis, -1)
+        z, slope = xp.moveaxis(output, axis, -1), xp.moveaxis(loss.gradient(output, target), axis, -1)
         p = xp.exp(z) if self.log_probabilities else _softmax(z)
         elsewhere = z - 1.0 if self.log_probabilities else _far(z)
-        change = xp.moveaxis(loss.slope(xp.moveaxis(elsewhere, -1, axis), target), axis, -1) - slope
+        change = xp.moveaxis(loss.gradient(xp.moveaxis(elsewhere, -1, axis), target), axis, -1) - slope
         if self.log_probabilities:
             mass = -xp.sum(slope, axis=-1)
             check_scale("cross entropy", change, 0.0 * change, mass)
@@ -264,16 +272,16 @@ class Bernoulli(Likelihood):
         if self.logits:
             elsewhere = xp.where(output < 0, xp.full_like(output, 2.0), xp.full_like(output, -2.0))
             p, moved = sigmoid(output), sigmoid(elsewhere) - sigmoid(output)
-            change = loss.slope(elsewhere, target) - loss.slope(output, target)
+            change = loss.gradient(elsewhere, target) - loss.gradient(output, target)
             mass = loss_scale(change, moved)
             check_scale("binary cross entropy", change, moved * mass, mass)
         else:
             p, half, quarter = output, xp.full_like(output, 0.5), xp.full_like(output, 0.25)
-            at_half, at_quarter = loss.slope(half, target), loss.slope(quarter, target)
+            at_half, at_quarter = loss.gradient(half, target), loss.gradient(quarter, target)
             yes = at_half / 4 - at_quarter * 3 / 8  # of 2 (t_0 - t_1) and 4 t_0 / 3 - 4 t_1
             mass = 2 * yes + at_half / 2
             inner = xp.clip(output, min=0.01, max=0.99)  # at 0 and 1 frameworks cut the loss off
-            own = loss.slope(inner, target) * inner * (1 - inner)
+            own = loss.gradient(inner, target) * inner * (1 - inner)
             check_scale("binary cross entropy", own, mass * inner - yes, mass)
         return p, xp.sqrt(xp.clip(mass, min=0))
 
@@ -307,22 +315,22 @@ class SquaredError(Likelihood):
 
     def _root_curvature(self, loss: OutputLoss, output: Array, target: Any) -> Array:
         xp = namespace(output)
-        bend = loss.bend(output, target)
-        self._check(loss, output, target, bend)
-        return xp.sqrt(xp.clip(bend, min=0))
+        second = loss.hessian_row_sums(output, target)
+        self._check(loss, output, target, second)
+        return xp.sqrt(xp.clip(second, min=0))
 
-    def _check(self, loss: OutputLoss, output: Array, target: Any, bend: Array) -> None:
+    def _check(self, loss: OutputLoss, output: Array, target: Any, second: Array) -> None:
         """A sum of squares has one second derivative everywhere, and none across outputs.
 
         The step is as long as residuals are: shorter ones are lost in the rounding of these.
         """
-        xp, slope = namespace(output), loss.slope(output, target)
-        most = xp.max(xp.abs(bend))
-        size = xp.max(xp.abs(output)) + 1.0 + xp.max(xp.abs(slope)) / xp.where(most > 0, most, xp.ones_like(most))
+        xp, first = namespace(output), loss.gradient(output, target)
+        most = xp.max(xp.abs(second))
+        size = xp.max(xp.abs(output)) + 1.0 + xp.max(xp.abs(first)) / xp.where(most > 0, most, xp.ones_like(most))
         step = xp.where(xp.cumulative_sum(xp.ones_like(_flat(output)), axis=1) % 2 < 1, size, -size)
         step = step.reshape(output.shape)
-        change = loss.slope(output + step, target) - slope
-        check_scale("squared error", change / size, bend * step / size, bend)
+        change = loss.gradient(output + step, target) - first
+        check_scale("squared error", change / size, second * step / size, second)
 
     def exact(self, loss: OutputLoss, output: Array, target: Any) -> list[Array] | None:
         if output.ndim > 2:
@@ -338,13 +346,13 @@ class Elementwise(SquaredError):
     """Outputs that meet a target each, for any number of them: the loss's own second derivative by each.
 
     Huber, Poisson and the like. A Gaussian with that curvature stands for the distribution. It is the GGN; where the
-    loss bends down, zero is taken.
+    loss is concave, zero is taken.
     """
 
     def __init__(self) -> None:
         self._asked = False
 
-    def _check(self, loss: OutputLoss, output: Array, target: Any, bend: Array) -> None:
+    def _check(self, loss: OutputLoss, output: Array, target: Any, second: Array) -> None:
         """Nothing: the loss is known."""
         self._asked = True
 
@@ -474,7 +482,7 @@ class TargetSampler(Likelihood):
         return None
 
     def sampled(self, loss: OutputLoss, output: Array, target: Any, draw: Draw) -> Array:
-        return loss.slope(output, self.sample(output, draw(_per_row(output), False)))
+        return loss.gradient(output, self.sample(output, draw(_per_row(output), False)))
 
 
 NAMES: dict[str, Callable[[], Likelihood]] = {
@@ -503,7 +511,7 @@ def fisher_cotangents(
     if fisher not in ("auto", "exact", "sampled", "empirical"):
         raise InvalidSetting(f"fisher is {fisher!r}; expected 'auto', 'exact', 'sampled' or 'empirical'.")
     if fisher == "empirical":
-        yield loss.slope(output, target)
+        yield loss.gradient(output, target)
         return
     if not is_array(output):
         raise UnsupportedLoss(

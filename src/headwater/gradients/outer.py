@@ -95,7 +95,7 @@ class Outer(Gradient):
         scores = large.project(small.dense())
         return scores if large is self else transpose(scores)
 
-    def settled(self, positions: int) -> Gradient:
+    def cheapest_form(self, positions: int) -> Gradient:
         (o, i), t = self.shape, self.positions
         return self if t * positions * (o + i) <= o * i or t == positions == 1 else Dense(self.dense())
 

@@ -84,7 +84,7 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
         """Gradients of train rows whose length, in any metric, is the score of a row on itself."""
         return self.grads(batch)
 
-    def doubt(self, batch: BatchType) -> Array:
+    def one_minus_p(self, batch: BatchType) -> Array:
         """1 - p, the chance of another answer, where the losses are minus the margin (`of_output("margin")`): [n]."""
         return sigmoid(self.losses(batch))
 

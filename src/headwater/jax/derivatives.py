@@ -182,9 +182,9 @@ def _ggn(function: Callable[[Any], Any], total: Callable[[Any], jax.Array], chos
         return split_floating(function(chosen))[0]
 
     _, pull = jax.vjp(floating, chosen)
-    _, bend = jax.vjp(jax.grad(lambda moving: total(rest(moving))), moving)
+    _, hessian_product = jax.vjp(jax.grad(lambda moving: total(rest(moving))), moving)
     _, push = jax.vjp(lambda v: pull(v)[0], jax.tree.map(jnp.zeros_like, moving))
-    return lambda vector: pull(bend(push(vector)[0])[0])
+    return lambda vector: pull(hessian_product(push(vector)[0])[0])
 
 
 @partial(jax.jit, static_argnums=(0, 1))

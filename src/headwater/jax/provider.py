@@ -19,12 +19,12 @@ from headwater.errors import BlockMismatch, InvalidInput, InvalidSetting, ShapeM
 from headwater.gradients.algebra import Gradient
 from headwater.gradients.block import rows_in_blocks
 from headwater.gradients.coverage import Coverage
+from headwater.gradients.identity import identity_of, name_of
 from headwater.gradients.likelihoods import Likelihood, fisher_cotangents, ggn_cotangents
 from headwater.gradients.measurements import negative_logit, negative_margin
 from headwater.gradients.outer import Outer, RowSparse
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
 from headwater.gradients.rowwise import differing
-from headwater.gradients.words import in_words, name_of
 from headwater.jax import derivatives, plain
 from headwater.jax.batch import JaxBatch, differentiable_input, host_leaves, rounded
 from headwater.jax.check import (
@@ -158,7 +158,7 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
 
     def settings(self) -> tuple[str, ...]:
         model = self._model
-        return tuple(in_words(value) for value in (model.apply, model.loss, self._measured.loss, self.likelihood))
+        return tuple(identity_of(value) for value in (model.apply, model.loss, self._measured.loss, self.likelihood))
 
     def fingerprint(self) -> tuple[int, ...]:
         """Checksums of the parameters' bytes; arrays of JAX cannot change, so they are read once."""

@@ -84,7 +84,7 @@ class Bounds:
 
 
 def extreme_eigenvalues(operator: LinearOperator, start: Array, steps: int = 60, tolerance: float = 1e-2) -> Bounds:
-    """Both ends of the spectrum by Lanczos from one vector [1, D]; stops when both have settled."""
+    """Both ends of the spectrum by Lanczos from one vector [1, D]; stops when both have converged."""
     space = KrylovSpace(operator, start)
     for _ in range(steps):
         space.extend()
@@ -252,13 +252,13 @@ def leading_eigenpairs(
     """The `rank` eigenpairs that are largest in magnitude, by block Lanczos with full reorthogonalisation.
 
     start [b, D], normal random numbers. Settled: |A u - theta u| of all pairs is at most tolerance times the largest
-    magnitude. After max_products a warning (`NotConverged`) says what has not settled, or may have been missed.
+    magnitude. After max_products a warning (`NotConverged`) says what has not converged, or may have been missed.
 
     1. The space of b start vectors holds b copies of an eigenvalue at most, however often it occurs. So when all pairs
-       have settled and none of them comes b times, no copy is missing, and nothing more is done.
+       have converged and none of them comes b times, no copy is missing, and nothing more is done.
     2. Else one more vector looks beside the space: Lanczos on A, projected off the space, until it meets an eigenvalue
        that belongs to the leading ones, or has all but surely no such eigenvalue before it (`_overlooked`).
-    3. Where it meets one, it goes on together with b more vectors, until all pairs have settled again; then step 2.
+    3. Where it meets one, it goes on together with b more vectors, until all pairs have converged again; then step 2.
     """
     space = KrylovSpace(operator, start)
     coordinates = host(start @ transpose(space.next))
@@ -267,7 +267,7 @@ def leading_eigenpairs(
     while search.goes_on:
         space.extend()
         search.look()
-        if not search.settled:
+        if not search.converged:
             continue
         if not chains and not search.may_lack_copies(coordinates):
             search.complete = True
@@ -309,11 +309,11 @@ class _Search:
         self.values, self.vectors, self.errors = self.space.ritz()
         self.kept = _leading(self.values, self.rank)
         self.scale = float(np.abs(self.values).max())
-        self.unsettled = int((self.errors[self.kept] > self.tolerance * self.scale).sum())
+        self.unconverged = int((self.errors[self.kept] > self.tolerance * self.scale).sum())
         whole = self.space.size >= self.size
         invariant = self.errors.max() <= 1e3 * self.eps * self.scale  # but for rounding
-        enough = len(self.values) >= self.rank and not self.unsettled
-        self.settled = whole or bool(invariant) or enough
+        enough = len(self.values) >= self.rank and not self.unconverged
+        self.converged = whole or bool(invariant) or enough
         self.complete = whole
 
     @property
@@ -362,11 +362,11 @@ class _Search:
         return False
 
     def warn(self, label: str) -> None:
-        if self.settled and self.complete:
+        if self.converged and self.complete:
             return
         what = (
-            f"{self.unsettled} of {self.rank} leading eigenpairs have not settled"
-            if not self.settled
+            f"{self.unconverged} of {self.rank} leading eigenpairs have not converged"
+            if not self.converged
             else "some of the leading eigenvalues come several times, and copies may be missing"
         )
         warnings.warn(

@@ -82,15 +82,15 @@ class Descent(Solver):
         self, curvature: LinearOperator, damping: float, sides: Array, preconditioner: LinearOperator | None, label: str
     ) -> Solution:
         assert isinstance(curvature, SteppedOperator)
-        helper = preconditioner or IdentityOperator(curvature.input_size)
+        approximate = preconditioner or IdentityOperator(curvature.input_size)
         sizes = host(row_norms(sides))
-        x = helper.apply(sides)
+        x = approximate.apply(sides)
         x = x if self.warm_start else x * self.step_size
         move = x * 0
         for step in range(self.steps):
             rest = sides - curvature.at(step).apply(x) - x * damping
             self._check(curvature.at(step), damping, x, host(row_norms(rest)), sizes, step, preconditioner is None)
-            move = move * self.momentum + helper.apply(rest) * self.step_size
+            move = move * self.momentum + approximate.apply(rest) * self.step_size
             x = x + move
         rest = host(row_norms(sides - curvature.apply(x) - x * damping))
         residual = rest / np.where(sizes > 0, sizes, 1.0)

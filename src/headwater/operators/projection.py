@@ -32,7 +32,7 @@ HELD = 256 * 2**20
 class ProjectedGradient(BlockGradient):
     """Projected rows of a block: small, and already in the form in which they meet."""
 
-    def settled(self, partner: BlockGradient) -> BlockGradient:
+    def cheapest_form(self, partner: BlockGradient) -> BlockGradient:
         return self
 
     def take(self, index: slice | Array) -> ProjectedGradient:

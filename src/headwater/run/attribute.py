@@ -18,7 +18,7 @@ from headwater.rows import Each, PlacedBatch, Visitor, sweep_kept
 from headwater.run.diagnosis import RunSums, diagnosis_of, meets_the_loss
 from headwater.run.rows import FittedRows, check_scores, distinct, sweep_rows
 from headwater.store.base import MemorySink, Sink, Tile
-from headwater.store.scores import UNIT_IN_WORDS, Extremes, Running, Scores
+from headwater.store.scores import UNIT_IN_WORDS, Scores, TopK, TopKSink
 from headwater.store.tiles import TileStore
 
 PROBE_ROWS, PROBE_QUERIES = 8, 64
@@ -76,12 +76,12 @@ def top(
     *,
     unit: str,
     progress: bool,
-) -> Extremes:
+) -> TopK:
     """See `ComposableInfluence.top`."""
     asked = _queries(influence, query_loader, progress)
-    running = Running(k, asked.ids)
-    _scored(influence, train_loader, Score(influence, asked, unit, False, [running]), asked, unit, progress)
-    return running.extremes()
+    sink = TopKSink(k, asked.ids)
+    _scored(influence, train_loader, Score(influence, asked, unit, False, [sink]), asked, unit, progress)
+    return sink.top()
 
 
 def _scored(

@@ -27,7 +27,7 @@ from headwater.influence import ComposableInfluence
 from headwater.methods.damping import Damping, in_units
 from headwater.operators.algebra import LinearOperator, ScaledOperator
 from headwater.operators.iterative import SolveReport
-from headwater.operators.released import ReleasedOperator
+from headwater.operators.partial_penalty import PartialPenaltyInverse
 from headwater.operators.sketch import estimate_spectra
 from headwater.operators.spectrum import Spectrum
 from headwater.rows import Accumulator, Each, PlacedBatch, Visitor
@@ -340,18 +340,18 @@ def _dof(
     shifts = [damping + most for damping in dampings]
     values = np.stack([spectrum.effective_dof(shifts) for spectrum in spectra])
     error = values.std(axis=0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.zeros(len(shifts))
-    released = [_released(influence, block, damping, damping + most) for damping in dampings] if most else 0.0
-    return EffectiveDof(values.mean(axis=0) + released, error)
+    added = [_unpenalised_dof(influence, block, damping, damping + most) for damping in dampings] if most else 0.0
+    return EffectiveDof(values.mean(axis=0) + added, error)
 
 
-def _released(influence: ComposableInfluence, block: str, damping: float, shift: float) -> float:
-    """What parameters add that the penalty does not hold."""
+def _unpenalised_dof(influence: ComposableInfluence, block: str, damping: float, shift: float) -> float:
+    """What parameters add that the penalty spares."""
     if damping != influence.absolute_damping[block]:
         influence = influence.with_damping({**influence.absolute_damping, block: damping})
     operator: LinearOperator = influence.block_mapper.operators[block]
     while isinstance(operator, ScaledOperator):
         operator = operator.inner
-    return operator.released_dof(shift) if isinstance(operator, ReleasedOperator) else 0.0
+    return operator.unpenalised_dof(shift) if isinstance(operator, PartialPenaltyInverse) else 0.0
 
 
 # The whole ------------------------------------------------------------------------------------------------------------

@@ -144,7 +144,8 @@ def _queries(
     def factors(piece: PlacedBatch) -> tuple[np.ndarray, list[BlockGradient]]:
         grads = influence.provider.grads(piece.batch, query=True)
         mine = [region.of(grads) for region in regions]
-        return piece.names, [r.inverse.apply_block(own).settled(own) for r, own in zip(regions, mine, strict=True)]
+        solved = [region.inverse.apply_block(own) for region, own in zip(regions, mine, strict=True)]
+        return piece.names, [one.cheapest_form(own) for one, own in zip(solved, mine, strict=True)]
 
     found = sweep_rows(influence.provider, loader, Each(factors), "query factors", progress, "query")
     names, pieces = zip(*found, strict=True)

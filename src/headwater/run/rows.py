@@ -48,11 +48,11 @@ class FittedRows(Visitor[PlacedBatch, "_Fitted", np.ndarray]):
         names = item.names
         if self.known is None or item.keys is None:
             return _Fitted([names])
-        strange = np.flatnonzero(~item.keys.among(self.known))
-        if self.forecast and len(strange):
-            said = f"Train row {names[strange[0]]} is not among the rows that were fitted, so that its removal"
-            raise RowsNotFitted(f"{said} changes nothing.{self._swapped(len(strange), len(names))} {WHICH_ROWS}")
-        return _Fitted([names], len(strange), len(names))
+        not_fitted = np.flatnonzero(~item.keys.among(self.known))
+        if self.forecast and len(not_fitted):
+            said = f"Train row {names[not_fitted[0]]} is not among the rows that were fitted, so that its removal"
+            raise RowsNotFitted(f"{said} changes nothing.{self._swapped(len(not_fitted), len(names))} {WHICH_ROWS}")
+        return _Fitted([names], len(not_fitted), len(names))
 
     def merge(self, one: _Fitted, other: _Fitted) -> _Fitted:
         one.names.extend(other.names)

@@ -48,11 +48,11 @@ class Family(ABC):
         """[..., n]."""
 
     @abstractmethod
-    def slope(self, z: Array, y: Array) -> Array:
+    def gradient(self, z: Array, y: Array) -> Array:
         """The gradient by the output: [..., n, o]."""
 
     @abstractmethod
-    def bend(self, z: Array, y: Array, t: Array) -> Array:
+    def hessian_product(self, z: Array, y: Array, t: Array) -> Array:
         """The Hessian by the output, times tangents: [..., n, o]."""
 
     @abstractmethod
@@ -104,10 +104,10 @@ class Elementwise(Family):
     def losses(self, z: Array, y: Array) -> Array:
         return self.value(z, self.targets(y, z.shape[-1])).sum(axis=-1)
 
-    def slope(self, z: Array, y: Array) -> Array:
+    def gradient(self, z: Array, y: Array) -> Array:
         return self.first(z, self.targets(y, z.shape[-1]))
 
-    def bend(self, z: Array, y: Array, t: Array) -> Array:
+    def hessian_product(self, z: Array, y: Array, t: Array) -> Array:
         return self.second(z, self.targets(y, z.shape[-1])) * t
 
     def roots(self, z: Array, y: Array) -> list[Array] | None:
@@ -293,10 +293,10 @@ class Softmax(Family):
     def losses(self, z: Array, y: Array) -> Array:
         return logsumexp(z) - z[..., np.arange(len(y)), y]
 
-    def slope(self, z: Array, y: Array) -> Array:
+    def gradient(self, z: Array, y: Array) -> Array:
         return softmax(z) - np.eye(z.shape[-1])[y]
 
-    def bend(self, z: Array, y: Array, t: Array) -> Array:
+    def hessian_product(self, z: Array, y: Array, t: Array) -> Array:
         p = softmax(z)
         return p * (t - (p * t).sum(axis=-1, keepdims=True))
 
@@ -322,10 +322,10 @@ class NegativeMargin(Family):
     def losses(self, z: Array, y: Array) -> Array:
         return logsumexp(self._others(z, y)) - z[..., np.arange(len(y)), y]
 
-    def slope(self, z: Array, y: Array) -> Array:
+    def gradient(self, z: Array, y: Array) -> Array:
         return softmax(self._others(z, y)) - np.eye(z.shape[-1])[y]
 
-    def bend(self, z: Array, y: Array, t: Array) -> Array:
+    def hessian_product(self, z: Array, y: Array, t: Array) -> Array:
         p = softmax(self._others(z, y))
         return p * (t - (p * t).sum(axis=-1, keepdims=True))
 
@@ -346,10 +346,10 @@ class NegativeOutput(Family):
     def losses(self, z: Array, y: Array) -> Array:
         return -z[..., np.arange(len(y)), y]
 
-    def slope(self, z: Array, y: Array) -> Array:
+    def gradient(self, z: Array, y: Array) -> Array:
         return np.zeros_like(z) - np.eye(z.shape[-1])[y]
 
-    def bend(self, z: Array, y: Array, t: Array) -> Array:
+    def hessian_product(self, z: Array, y: Array, t: Array) -> Array:
         return np.zeros_like(t)
 
     def roots(self, z: Array, y: Array) -> list[Array] | None:

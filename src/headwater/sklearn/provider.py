@@ -214,16 +214,16 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
         model, batch = self.model, self.prepared(batch)
         if self._plain:
             return self._as_asked(model, batch, self._plain_grads(model, batch, query), query, weighted)
-        slopes = self._family(model, query).slope(model.output(batch.x), batch.y)
-        return self._as_asked(model, batch, self._pulled_back(batch, [slopes])[0], query, weighted)
+        gradients = self._family(model, query).gradient(model.output(batch.x), batch.y)
+        return self._as_asked(model, batch, self._pulled_back(batch, [gradients])[0], query, weighted)
 
     def _plain_grads(self, model: LinearModel, batch: FeatureBatch, query: bool) -> BlockGradients:
         """One row's loss at a time, differentiated numerically by its output."""
         family, rows = self._family(model, query), []
         for k in range(len(batch)):
             inputs = [*batch.x[k], *([] if model.intercept is None else [1.0])]
-            slope = _numerical_slope(family, model.output(batch.x[k : k + 1]), batch.y[k : k + 1])
-            rows.append([[s * entry for entry in inputs] for s in slope])
+            gradient = _numerical_gradient(family, model.output(batch.x[k : k + 1]), batch.y[k : k + 1])
+            rows.append([[s * entry for entry in inputs] for s in gradient])
         matrices = np.array(rows)
         found: BlockGradients = OrderedDict()
         for name, layout in self.layouts.items():
@@ -243,16 +243,16 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
 
     def _pulled_back(self, batch: FeatureBatch, cotangents: list[Array]) -> list[BlockGradients]:
         """Gradients of the output along cotangents [n, o]; all share their inputs."""
-        for slope in cotangents:
-            if not np.isfinite(slope).all():
-                raise NonFiniteValue("A row's gradient is not finite.", bad_rows(slope))
+        for one in cotangents:
+            if not np.isfinite(one).all():
+                raise NonFiniteValue("A row's gradient is not finite.", bad_rows(one))
         found: list[BlockGradients] = [OrderedDict() for _ in cotangents]
         ones = np.ones((len(batch), 1, 1))
         for name, layout in self.layouts.items():
             held = self._held(name)
             inputs = batch.x[:, None, :] if "coef" in held else ones
-            for blocks, slope in zip(found, cotangents, strict=True):
-                value: Gradient = Outer(inputs, slope[:, None, :], ones=len(held) == 2)
+            for blocks, one in zip(found, cotangents, strict=True):
+                value: Gradient = Outer(inputs, one[:, None, :], ones=len(held) == 2)
                 blocks[name] = BlockGradient(layout, (value,))
         return found
 
@@ -306,10 +306,10 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
         weights = self.row_weights(batch)
         found = []
         for piece in _pieces(vectors, 3 * len(batch) * model.outputs):
-            bent = family.bend(z, batch.y, self._forward(batch.x, layout.split(piece)[0], held))
-            bent = bent if weights is None else bent * weights[:, None]
-            columns = [np.swapaxes(bent, 1, 2) @ batch.x] if "coef" in held else []
-            columns += [bent.sum(axis=1)[:, :, None]] if "intercept" in held else []
+            change = family.hessian_product(z, batch.y, self._forward(batch.x, layout.split(piece)[0], held))
+            change = change if weights is None else change * weights[:, None]
+            columns = [np.swapaxes(change, 1, 2) @ batch.x] if "coef" in held else []
+            columns += [change.sum(axis=1)[:, :, None]] if "intercept" in held else []
             found.append(layout.merge([np.concatenate(columns, axis=2)]))
         product = np.concatenate(found) if found else vectors.copy()
         if not np.isfinite(product).all():
@@ -319,7 +319,7 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
     def mixed_prod(self, batch: SklearnBatch, factors: Mapping[str, Array]) -> Array:
         model, batch = self.model, self.prepared(batch)
         family, z, weights = self._family(model), model.output(batch.x), self.row_weights(batch)
-        slope = family.slope(z, batch.y)
+        gradient = family.gradient(z, batch.y)
         count = len(next(iter(factors.values())))
         pushed = np.zeros((count, len(batch), model.outputs))
         found = np.zeros((count, len(batch), model.features))
@@ -329,8 +329,8 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
             matrices, held = self._layout(block).split(factor)[0], self._held(block)
             pushed += self._forward(batch.x, matrices, held)
             if "coef" in held:
-                found += slope @ matrices[:, :, : model.features]
-        found += family.bend(z, batch.y, pushed) @ model.coef
+                found += gradient @ matrices[:, :, : model.features]
+        found += family.hessian_product(z, batch.y, pushed) @ model.coef
         return found if weights is None else found * weights[:, None]
 
     def flat_mixed_grads(self, batch: SklearnBatch) -> Array:
@@ -356,7 +356,7 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
         return tuple(own for own, name in zip(NAMES, self._names, strict=True) if name in names)
 
 
-def _numerical_slope(family: Family, z: Array, y: Array) -> Array:
+def _numerical_gradient(family: Family, z: Array, y: Array) -> Array:
     """The loss's derivatives by the outputs of one row [1, o], by central differences of fourth order: [o]."""
     found = []
     for unit in np.eye(z.shape[1]):

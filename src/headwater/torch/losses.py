@@ -19,9 +19,9 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from headwater.errors import HeadwaterError, InvalidInput, NonFiniteValue, UnsupportedLoss
+from headwater.gradients.identity import name_of
 from headwater.gradients.rowwise import Slopes, is_weighted_sum
 from headwater.gradients.spreading import spread_in_words
-from headwater.gradients.words import name_of
 from headwater.torch.surroundings import quiet
 from headwater.torch.tree import tensors_in, with_tensors
 

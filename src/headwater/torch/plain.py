@@ -102,8 +102,8 @@ class PlainRows:
         everything = [t.detach() for t in tensors_in(output)]
         points = [t.requires_grad_() for t in everything if t.is_floating_point()]
         loss = row_losses(self.loss, with_tensors(output, iter(everything)), row.y).sum()
-        bent = _slopes((_slopes(loss, points, create_graph=True) * along).sum(), points)
-        pieces = zip(bent.split([t.numel() for t in outputs]), outputs, strict=True)
+        product = _slopes((_slopes(loss, points, create_graph=True) * along).sum(), points)
+        pieces = zip(product.split([t.numel() for t in outputs]), outputs, strict=True)
         return _slopes(_dot(outputs, [piece.reshape(t.shape) for piece, t in pieces]), leaves, again=True)
 
     def _hessian(self, row: TorchBatch, output: Any, leaves: list[torch.Tensor], vectors: torch.Tensor) -> torch.Tensor:

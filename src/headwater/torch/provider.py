@@ -32,10 +32,10 @@ from headwater.errors import (
 from headwater.gradients.algebra import Dense, Gradient
 from headwater.gradients.block import BlockGradient, rows_in_blocks
 from headwater.gradients.coverage import Coverage
+from headwater.gradients.identity import identity_of, name_of
 from headwater.gradients.outer import Outer, RowSparse
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
 from headwater.gradients.rowwise import differing
-from headwater.gradients.words import in_words, name_of
 from headwater.random import name_keys, row_digests, row_keys, row_numbers
 from headwater.torch.batch import TorchBatch, as_tensor, differentiable_input
 from headwater.torch.capture import Recording, detached_state, own_leaves, record, run, summed_products
@@ -212,13 +212,13 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         return name_of(self.measurement)
 
     def settings(self) -> tuple[str, ...]:
-        return tuple(in_words(value) for value in (self.loss, self.measurement, self.likelihood))
+        return tuple(identity_of(value) for value in (self.loss, self.measurement, self.likelihood))
 
     @property
     def architecture(self) -> str:
         """A checksum of what the model prints as, and of its modules' forward passes where they are not torch's."""
         kinds = {type(m): None for m in self.model.modules() if not type(m).__module__.startswith("torch.")}
-        said = re.sub("0x[0-9a-f]+", "", repr(self.model)) + "".join(in_words(kind.forward) for kind in kinds)
+        said = re.sub("0x[0-9a-f]+", "", repr(self.model)) + "".join(identity_of(kind.forward) for kind in kinds)
         return f"{type(self.model).__name__} #{zlib.crc32(said.encode())}"
 
     @property

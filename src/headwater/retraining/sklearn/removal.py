@@ -164,11 +164,11 @@ class ExactRemoval:
         if self._inverse is None:
             o, i = at.shape
             z, eye = self._z @ at.T, np.eye(o)
-            bends = [self.model.family.bend(z, self.y, np.broadcast_to(unit, z.shape)) for unit in eye]
+            products = [self.model.family.hessian_product(z, self.y, np.broadcast_to(unit, z.shape)) for unit in eye]
             hessian = np.zeros((o, i, o, i))
-            for k, bend in enumerate(bends):
+            for k, product in enumerate(products):
                 for m in range(o):
-                    hessian[k, :, m, :] = (self._z * (bend[:, m] * self.row_weights)[:, None]).T @ self._z
+                    hessian[k, :, m, :] = (self._z * (product[:, m] * self.row_weights)[:, None]).T @ self._z
             matrix = hessian.reshape((o * i, o * i))
             matrix[np.diag_indices(o * i)] += self.held(self.row_weights.sum(keepdims=True))[0].reshape(-1)
             self._inverse = _pseudo_inverse(matrix)
@@ -258,10 +258,10 @@ class _Newton:
         return (losses * self.row_weights).sum(axis=1) + (self.held * weights**2).sum(axis=(1, 2)) / 2
 
     def gradient(self, output: Array, weights: Array) -> Array:
-        return self._pull(self.family.slope(output, self.y)) + self.held * weights
+        return self._pull(self.family.gradient(output, self.y)) + self.held * weights
 
     def product(self, output: Array, v: Array) -> Array:
-        return self._pull(self.family.bend(output, self.y, self._output(v))) + self.held * v
+        return self._pull(self.family.hessian_product(output, self.y, self._output(v))) + self.held * v
 
     def precondition(self, v: Array) -> Array:
         return (v.reshape((len(v), -1)) @ self.inverse).reshape(v.shape)

@@ -16,8 +16,8 @@ losses from w0 to w*. It is deterministic: no seed, no noise.
    slope is -g_G / N, g_G the group's summed gradient: to first order the rise is <(GGN + lambda)^-1 g_G, g_q> / N.
 3. For a model that is linear in its weights, at the minimum of mean loss + lambda/2 |w|^2, it is the exact retraining.
 
-What is not linear in the group (its own curvature, the losses' bend) is part of it, as it is of `removal`; what is not
-linear in the weights too.
+What is not linear in the group (its own curvature, the losses' curvature) is part of it, as it is of `removal`; what is
+not linear in the weights too.
 
 Source: Bae, Ng, Lo, Ghassemi and Grosse 2022, arXiv 2209.05364.
 """
