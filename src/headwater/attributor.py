@@ -1,4 +1,4 @@
-"""The door for users: influence, and the verbs over loaders; each calls the function of its name in `run/`.
+"""What users call: influence, and the verbs over loaders; each calls the function of its name in `run/`.
 
 Tensors in and tensors out is `ComposableInfluence`, the contract, which knows nothing of runs, files and reports. What
 a verb needs is imported when it is called, so that `import headwater.torch` brings no storage and no figures.

@@ -57,9 +57,7 @@ def test_a_module_that_moved_works_under_its_old_name_and_says_so_where_it_is_im
 
 
 def test_a_class_of_another_name_works_under_the_old_one_and_says_so():
-    with pytest.warns(
-        DeprecationWarning, match=r"\.Extremes is now headwater\.TopK; the old name ends in 0\.2"
-    ):
+    with pytest.warns(DeprecationWarning, match=r"\.Extremes is now headwater\.TopK; the old name ends in 0\.2"):
         assert headwater.Extremes is headwater.TopK
     assert "Extremes" not in headwater.__all__
 

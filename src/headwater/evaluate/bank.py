@@ -33,7 +33,7 @@ from headwater.errors import DamagedFile, InvalidInput, InvalidSetting, NotSaved
 from headwater.evaluate.checks import Floats, check_whole, query_outputs
 from headwater.positions import row_groups
 from headwater.progress import track
-from headwater.store.draft import is_draft, remove_dead, told, write_new, write_whole
+from headwater.store.draft import explained_errors, is_draft, remove_dead, write_new, write_whole
 from headwater.store.kinds import kind_of
 from headwater.store.seal import open_bytes, seal_bytes, sealed, unsealed
 
@@ -233,7 +233,7 @@ class Bank:
             found = self.path.iterdir() if self.path.exists() else ()
             if any(each.name != PLAN and not is_draft(each.name) for each in found):
                 raise InvalidInput(f"{self.path} is not empty and holds no bank; choose another folder.")
-            with told(self.path):
+            with explained_errors(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
             write_new(file, json.dumps(sealed(asked), indent=1).encode())
         known, seal = unsealed(file, remedy=RECIPE_LOST)
@@ -287,7 +287,7 @@ class Bank:
         self._done[place] = True
 
     def _keep(self, place: Place, outputs: Floats) -> None:
-        with told(self.path):
+        with explained_errors(self.path):
             self._file(place).parent.mkdir(exist_ok=True)
         content = io.BytesIO()
         np.save(content, outputs, allow_pickle=False)

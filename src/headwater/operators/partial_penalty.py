@@ -66,8 +66,8 @@ class PartialPenaltyInverse(LinearOperator):
         """Errors: InvalidSetting where the inverse has a form of its own: it would keep the whole penalty."""
         if not self.inner.as_bilinear_form().is_default_of(self.inner):
             raise InvalidSetting(
-                f"{type(self.inner).__name__} has a bilinear form of its own, which counts the penalty on parameters that "
-                "it spares (an intercept), too. Use its matrix: <Op left, right>."
+                f"{type(self.inner).__name__} has a bilinear form of its own, which counts the penalty on parameters "
+                "that it spares (an intercept), too. Use its matrix: <Op left, right>."
             )
         return super().as_bilinear_form()
 

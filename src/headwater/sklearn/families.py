@@ -19,7 +19,7 @@ Draw = Callable[[int, bool], Array]
 """(numbers per row, normal?) -> uniform or standard normal numbers [n, count], fixed by row, seed and draw."""
 
 FEW = 16
-"""Outputs up to which targets are enumerated under fisher="auto", as in the torch room."""
+"""Outputs up to which targets are enumerated under fisher="auto", as for PyTorch."""
 MOST = 64
 """Outputs up to which a row's GGN is kept as one gradient for each."""
 

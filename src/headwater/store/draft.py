@@ -31,7 +31,7 @@ def draft(path: str | os.PathLike[str]) -> Iterator[Path]:
     Errors: AlreadySaved if there is something of that name already; NotWritten, of a full disk for example.
     """
     wanted = Path(path)
-    with told(wanted):
+    with explained_errors(wanted):
         if wanted.exists():
             raise _there(wanted)
         wanted.parent.mkdir(parents=True, exist_ok=True)
@@ -53,13 +53,13 @@ def draft(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 def write_whole(file: Path, content: bytes) -> None:
     """In place of what was there. Errors: NotWritten."""
-    with told(file), _drafted(file, content) as written:
+    with explained_errors(file), _drafted(file, content) as written:
         os.replace(written, file)
 
 
 def write_new(file: Path, content: bytes) -> bool:
     """Whether this call made the file: of several at once, in any processes, one does. Errors: NotWritten."""
-    with told(file), _drafted(file, content) as written:
+    with explained_errors(file), _drafted(file, content) as written:
         try:
             os.link(written, file)
         except FileExistsError:
@@ -88,7 +88,7 @@ def _drafted(file: Path, content: bytes) -> Iterator[Path]:
 
 
 @contextmanager
-def told(path: Path) -> Iterator[None]:
+def explained_errors(path: Path) -> Iterator[None]:
     """Errors: NotWritten in place of what the system says, with the path and what to do."""
     try:
         yield

@@ -26,7 +26,7 @@ import numpy as np
 
 from headwater.errors import DamagedFile, InvalidInput
 from headwater.store.base import Sink, Tile
-from headwater.store.draft import draft_of, is_draft, remove_dead, told, write_new, write_whole
+from headwater.store.draft import draft_of, explained_errors, is_draft, remove_dead, write_new, write_whole
 from headwater.store.seal import digest, file_digests, open_bytes, seal_bytes, sealed, unsealed
 
 Where = tuple[int, int, int]
@@ -59,7 +59,7 @@ class TileStore(Sink):
                     f"{self.path} is not empty and holds no run of headwater: there is no {file.name} in it. "
                     "Choose another folder."
                 )
-            with told(self.path):
+            with explained_errors(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
             write_new(file, json.dumps(sealed(identity), indent=1).encode())
         found, seal = unsealed(file, remedy=OTHER_FOLDER)
@@ -159,7 +159,7 @@ class TileStore(Sink):
         digests = self._write_tile(start, stop, tile.scores)
         line = {"start": start, "stop": stop, "rows": rows_digest(tile.keys), "tile": digests}
         text = json.dumps({**line, "line": _line_digest(line, self._belonging)}).encode()
-        with told(self.path), open(self.path / "ledger.jsonl", "a+b") as ledger:
+        with explained_errors(self.path), open(self.path / "ledger.jsonl", "a+b") as ledger:
             torn = ledger.seek(0, os.SEEK_END) > 0 and not _ends_line(ledger)
             ledger.write((b"\n" if torn else b"") + text + b"\n")
             ledger.flush()
@@ -172,7 +172,7 @@ class TileStore(Sink):
 
         folder = self._tiles / f"{start}-{stop}"
         written = draft_of(folder)
-        with told(folder):
+        with explained_errors(folder):
             try:
                 self._tiles.mkdir(exist_ok=True)
                 if not (self._tiles / "zarr.json").exists():
