@@ -106,6 +106,11 @@ def home(module: str) -> str:
     return f"{first}/{rest[0]}" if first == "retraining" and rest else first
 
 
+def importing(sources: set[str], targets: set[str]) -> list[str]:
+    """The imports from packages of the first set of those of the second."""
+    return [str(i) for i in INSIDE if package_of(i.source) in sources and package_of(i.target) in targets]
+
+
 def test_each_library_is_known_only_in_its_packages():
     misplaced = []
     for found in IMPORTS:

@@ -99,21 +99,25 @@ class BlockKrylovSolver(Solver):
         label: str,
     ) -> list[Solution]:
         columns = _Columns(sides, default_tolerance(sides) if self.tolerance is None else self.tolerance)
+        # The first directions are M b: with x = 0 the residual is b itself.
         room, missed = self.memory // _bytes(sides), sides
         while len(columns.live) and columns.steps < self.max_products:
             rows = take(missed, columns.live)
             rows = rows if preconditioner is None else preconditioner.apply(rows)
             if not space.extend(rows, sides):
                 break
+            # Only the first damping steers the growth; the others are read off the same space afterwards.
             y = self._coefficients(space, dampings[0], sides)
             missed = space.residual(sides, y, dampings[0])
             columns.judge(host(row_norms(missed)), space.rounding(y, dampings[0], sides))
+            # Two vectors for each direction: the basis's and its image's.
             if columns.stuck or 2 * (space.size + len(columns.live)) > room:
                 break
         found = []
         for number, damping in enumerate(dampings):
             y = self._coefficients(space, damping, sides)
             residuals = host(row_norms(space.residual(sides, y, damping))) if space.size else columns.norms * 0
+            # Products count once, for the damping for which the space was grown.
             report = columns.report(residuals, 0 if number else space.size, label, grown=number == 0)
             found.append(Solution(space.combine(space.basis, y, sides), report))
         return found
@@ -122,8 +126,11 @@ class BlockKrylovSolver(Solver):
         """y [k, m] with (T + damping) y = V b."""
         damped = space.projected() + damping * np.eye(space.size)
         try:
+            # Cholesky is also the test: it fails just where the projected system is not positive definite.
             half = np.linalg.cholesky(damped)
         except np.linalg.LinAlgError:
+            # A Ritz value bounds the smallest eigenvalue from above, so that a negative one is proof of negative
+            # curvature.
             lowest = float(np.linalg.eigvalsh(damped)[0])
             if not self.allow_indefinite and lowest < 0:
                 bounds = extreme_eigenvalues(space.operator, sides[:1])
@@ -133,6 +140,8 @@ class BlockKrylovSolver(Solver):
                     f"minimum. A damping of {1.01 * needed:.3g} would do; so would curvature='ggn', which is never "
                     "negative."
                 ) from None
+            # Singular or indefinite, and allowed: the smallest y that meets the equations, in place of a division by
+            # about 0.
             return np.linalg.lstsq(damped, space.along.T, rcond=None)[0].T
         return np.linalg.solve(half.T, np.linalg.solve(half, space.along.T)).T
 
@@ -167,12 +176,14 @@ class GalerkinSpace:
 
     def extend(self, rows: Array, sides: Array) -> bool:
         """Directions more; False if rows hold none that is new."""
+        # Against all earlier blocks: a preconditioned space has no three-term recurrence to rely on.
         block = orthonormal(rows, self.basis)
         if not int(block.shape[0]):
             return False
         image = self.operator.apply(block)
         self.basis.append(block)
         self.images.append(image)
+        # One block row of T for each step; symmetry gives the rest (`mirrored`).
         row = np.concatenate([host(image @ transpose(b)) for b in self.basis], axis=1)
         self._rows.append(refuse_nonfinite(row, "A product of the curvature"))
         self.along = np.concatenate([self.along, host(sides @ transpose(block))], axis=1)
@@ -188,6 +199,7 @@ class GalerkinSpace:
 
     def rounding(self, y: np.ndarray, damping: float, sides: Array) -> np.ndarray:
         """About what rounding does to a residual: eps |C + damping| |y|, with a lower bound of the norm."""
+        # The largest row norm is at most the spectral norm of T, which is at most that of C.
         norm = float(np.linalg.norm(self.projected(), axis=1).max(initial=0.0))
         return float(namespace(sides).finfo(sides.dtype).eps) * (norm + abs(damping)) * np.linalg.norm(y, axis=1)
 
@@ -217,6 +229,7 @@ class _Columns:
         self.taken[self.live] += 1
         relative = residuals / np.where(self.norms > 0, self.norms, 1.0)
         self.live = np.flatnonzero(relative > self.tolerance)
+        # Ten times: `rounding` is a lower bound, for one product, and many were added up.
         self.hidden = bool((residuals <= 10 * rounding)[self.live].all())
         better = relative < 0.99 * self.best
         self.since = np.where(better, 0, self.since + 1)
@@ -230,6 +243,7 @@ class _Columns:
     def report(self, residuals: np.ndarray, products: int, label: str, *, grown: bool) -> SolveReport:
         """grown: the space was grown for the damping that these residuals belong to."""
         relative = residuals / np.where(self.norms > 0, self.norms, 1.0)
+        # For a damping the space was not grown for, more steps are no remedy: ELSEWHERE says to solve for it itself.
         missed = (STAGNATED if self.stuck else UNFINISHED) if grown else ELSEWHERE
         outcome = np.where(relative <= self.tolerance, CONVERGED, missed).astype(str)
         return SolveReport(label, relative, self.taken.copy(), outcome, products)

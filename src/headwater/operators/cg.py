@@ -64,6 +64,7 @@ class _Damped:
     def __init__(self, curvature: LinearOperator, damping: float):
         self.curvature, self.damping = curvature, damping
         self.products = 0
+        # The largest Rayleigh quotient so far: a lower bound of |C + damping|, which rises as CG goes on.
         self.norm = abs(damping)
 
     def __call__(self, rows: Array) -> Array:
@@ -72,6 +73,7 @@ class _Damped:
 
     def refuse(self, sides: Array, lowest: float) -> None:
         """Errors: IndefiniteCurvature, naming a damping that would do."""
+        # CG saw one negative direction, not the lowest; Lanczos finds how much damping the whole spectrum needs.
         bounds = extreme_eigenvalues(self.curvature, sides[:1])
         needed = max(self.damping - lowest, bounds.lowest_error - bounds.lowest)
         raise IndefiniteCurvature(
@@ -89,6 +91,7 @@ class _Columns:
         self.eps = float(namespace(sides).finfo(sides.dtype).eps)
         count = int(sides.shape[0])
         self.norms = host(row_norms(sides))
+        # b = 0 has the solution x = 0; in the loop its relative residual would be 0 / 0.
         self.live = np.flatnonzero(self.norms > 0)
         self.residual = np.zeros(count)
         self.iterations = np.zeros(count, dtype=np.int64)
@@ -107,10 +110,12 @@ class _Columns:
         floor = self.eps * norm * sizes / self.norms[live]
         self.residual[live] = np.maximum(relative, floor)
         self.iterations[live] = step
+        # A hundredth at least: in float32 a stagnated residual still jitters in its last digits.
         better = relative < 0.99 * self.best[live]
         self.since[live] = np.where(better, 0, self.since[live] + 1)
         self.best[live] = np.minimum(self.best[live], relative)
         done = self.residual[live] <= self.tolerance
+        # Stagnated is not failed: below the floor another step would only add rounding.
         stuck = ~done & ((relative <= floor) | (self.since[live] >= PATIENCE))
         self.outcome[live[done]] = CONVERGED
         self.outcome[live[stuck]] = STAGNATED
@@ -124,7 +129,9 @@ class _Columns:
 
     def solution(self) -> Solution:
         xp = namespace(self.sides)
+        # Columns left in the order in which they converged; argsort puts them back where they came from.
         order = np.concatenate([columns for columns, _ in self._left] or [np.zeros(0, dtype=np.int64)])
+        # Those that never took part: their right-hand side was zero.
         zero = np.setdiff1d(np.arange(len(self.norms)), order)
         rows = [x for _, x in self._left] + ([take(self.sides, zero) * 0] if len(zero) else [])
         x = take(xp.concat(rows, axis=0), np.argsort(np.concatenate([order, zero]))) if rows else self.sides
@@ -134,6 +141,7 @@ class _Columns:
 
 def take(rows: Array, index: np.ndarray) -> Array:
     """Some rows, by host indices."""
+    # Mostly nobody leaves; then no copy of [k, D] is made.
     if len(index) == int(rows.shape[0]) and np.array_equal(index, np.arange(len(index))):
         return rows
     xp = namespace(rows)
@@ -151,17 +159,20 @@ def _steps(settings: ConjugateGradient, operator: _Damped, inverse: LinearOperat
     p, rz = z, host(rowwise_inner(r, z))
     for step in range(1, settings.max_iterations + 1):
         product = operator(p)
+        # Hestenes and Stiefel 1952, section 3: the step length is r^T z / p^T A p, for each column by itself.
         curve, length = host(rowwise_inner(p, product)), host(rowwise_inner(p, p))
         operator.norm = max(operator.norm, float(np.max(np.abs(curve) / np.where(length > 0, length, 1.0))))
         # A product is off by eps |C| |p|; only what lies well below that is curvature which is really negative.
         negative = curve < -4 * state.eps * operator.norm * length
         if negative.any():
             operator.refuse(r, float((curve / np.where(length > 0, length, 1.0)).min()))
+        # p^T A p = 0 within rounding: no step length there; dividing by it would make the whole block infinite.
         broken = np.abs(curve) <= state.eps**2 * operator.norm * length
         rate = np.where(broken, 0.0, rz / np.where(broken, 1.0, curve))
         x, r = x + _column(rate, x) * p, r - _column(rate, r) * product
         stay = state.judge(host(row_norms(r)), host(row_norms(x)), operator.norm, step) & ~broken
         state.outcome[state.live[broken]] = BROKEN
+        # The last step's columns leave with what they have, so that all have a solution and an outcome.
         if step == settings.max_iterations:
             state.outcome[state.live[stay]] = UNFINISHED
             stay = np.zeros_like(stay)
@@ -172,6 +183,7 @@ def _steps(settings: ConjugateGradient, operator: _Damped, inverse: LinearOperat
         x, r, p, rz = take(x, kept), take(r, kept), take(p, kept), rz[kept]
         z = inverse.apply(r)
         following = host(rowwise_inner(r, z))
+        # beta = r_new^T z_new / r^T z (Fletcher and Reeves' form), which needs a symmetric preconditioner.
         p, rz = z + _column(following / rz, z) * p, following
     state.products = operator.products
 
@@ -186,6 +198,7 @@ def _block_steps(settings: ConjugateGradient, operator: _Damped, inverse: Linear
     p = orthonormal(inverse.apply(r))
     for step in range(1, settings.max_iterations + 1):
         product = operator(p)
+        # k x k in the best precision there is: its smallest eigenvalues decide whether the curvature is negative.
         small = precise(p @ transpose(product))
         values, vectors = xp.linalg.eigh((small + transpose(small)) / 2)
         operator.norm = max(operator.norm, float(xp.max(xp.abs(values))))
@@ -210,6 +223,7 @@ def _block_steps(settings: ConjugateGradient, operator: _Damped, inverse: Linear
         z = inverse.apply(r)
         # A-orthogonal to the last directions; to all earlier ones by the recurrence, but for rounding.
         p = orthonormal(z - ((z @ transpose(product)) @ core) @ p)
+        # No direction is left although columns have not converged: the space is invariant within rounding.
         if not int(p.shape[0]):
             state.outcome[state.live] = BROKEN
             state.release(x, np.ones(len(kept), dtype=bool))

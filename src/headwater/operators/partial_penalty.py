@@ -35,6 +35,7 @@ def penalised(invert: Callable[[float], LinearOperator], damping: float, penalty
     """
     if penalty is None:
         return invert(damping)
+    # The largest entry goes in as damping, which every method can invert; the rest of the diagonal is corrected.
     most = namespace(penalty).max(penalty)
     inverse = invert(damping + float(most))
     missing = most - penalty
@@ -77,17 +78,21 @@ class PartialPenaltyInverse(LinearOperator):
 
         Errors: IndefiniteCurvature.
         """
+        # Solves for E are the library's own: a user's report is of the queries' solves.
         with unrecorded_solves():
             columns = self.inner.apply(identity(self.input_size, self._missing)[self._index])
+        # R^-1 of step 2; the index picks only entries above zero, so that no division is by zero.
         room = 1.0 / self._missing[self._index]
         xp = namespace(columns)
         core = identity(len(self._index), columns) * room - columns[:, self._index]
         values, vectors = xp.linalg.eigh((core + transpose(core)) / 2)
         eps, most = float(xp.finfo(core.dtype).eps), float(xp.max(room))
+        # The root of eps: the columns are solves, which are as exact as the inverse is, not as the dtype.
         if float(xp.min(values)) < -(eps**0.5) * most:
             raise IndefiniteCurvature(
                 "On what the penalty spares (an intercept), the damped curvature is negative. Use more damping."
             )
+        # Zero within rounding: no curvature and no penalty along that direction, so the inverse is left out there.
         empty = np.flatnonzero(to_numpy(xp.abs(values) <= NOTHING * eps * most))
         full = np.setdiff1d(np.arange(len(self._index)), empty)
         kept = vectors[:, full]
@@ -97,7 +102,9 @@ class PartialPenaltyInverse(LinearOperator):
         core, empty, columns = self._correction
         found = self.inner.apply(tensor)
         along = found[..., self._index]
+        # A pseudo-inverse is right only for gradients without a share in the null space: softmax shifts have none.
         self._refuse_unpenalised(along, along @ empty)
+        # Woodbury, step 2: A^-1 g + A^-1 E core E^T A^-1 g.
         return found + (along @ core) @ columns
 
     def _refuse_unpenalised(self, along: Array, unpenalised: Array) -> None:
