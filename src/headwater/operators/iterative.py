@@ -87,7 +87,9 @@ _LOG: ContextVar[list[SolveReport] | None] = ContextVar("headwater_solves", defa
 def recorded_solves() -> Iterator[list[SolveReport]]:
     """A list that fills with the report of every solve in this context, in order."""
     log: list[SolveReport] = []
+    # Contexts nest: an inner record is part of what the outer one was asked to see.
     outer = _LOG.get()
+    # A context variable: other threads and tasks keep their own.
     token = _LOG.set(log)
     try:
         yield log
@@ -160,6 +162,7 @@ class IterativeInverse(LinearOperator):
     def _apply(self, tensor: Array) -> Array:
         sides = tensor.reshape((-1, self.input_size))
         _refuse_without_room(sides, self.label)
+        # C x = b is linear in b: scaling by rows, and back, changes no digit that counts.
         sides, scale = _scaled(sides, self.label)
         solution = self.solver.solve(self.curvature, self.damping, sides, self.preconditioner, self.label)
         _note(solution.report)
@@ -178,6 +181,7 @@ def apply_path(operators: Sequence[LinearOperator], tensor: Array) -> list[Array
     if isinstance(first, IterativeInverse) and all(
         isinstance(op, IterativeInverse) and op.curvature is first.curvature for op in operators
     ):
+        # The smallest damping has the worst condition: a space that serves it serves the others.
         order = sorted(range(len(operators)), key=lambda k: operators[k].damping)  # type: ignore[attr-defined]
         hardest: IterativeInverse = operators[order[0]]  # type: ignore[assignment]
         dampings = [operators[k].damping for k in order]  # type: ignore[attr-defined]
@@ -222,6 +226,7 @@ def _scaled(sides: Array, label: str) -> tuple[Array, Array | None]:
     largest = xp.max(xp.abs(sides), axis=1)
     used = host(largest)
     used = used[used > 0]
+    # As nearly always: then the numbers stay as they are, bit by bit.
     if used.size == 0 or (used.max() <= SAFE and used.min() >= 1.0 / SAFE):
         return sides, None
     scale = xp.where(largest > 0, largest, xp.ones_like(largest))[:, None]
@@ -257,6 +262,7 @@ def row_norms(rows: Array) -> Array:
     """Euclidean norms of [k, D]: [k]; also where the squares are too large, or too small, for the dtype."""
     xp = namespace(rows)
     norms = xp.sqrt(rowwise_inner(rows, rows))
+    # The plain formula where it serves; the scaled one costs another pass over [k, D].
     if bool(xp.all(xp.isfinite(norms) & (norms > 0))) or not math.prod(rows.shape):
         return norms
     largest = xp.max(xp.abs(rows), axis=1)

@@ -77,7 +77,7 @@ def unsealed(file: Path, inside: str | None = None, remedy: str = SAVE_AGAIN) ->
 
 def _canonical(values: Mapping[str, Any]) -> bytes:
     """As JSON gives it back, whatever the order and the spaces."""
-    # Through JSON and back: tuples become lists and numbers their shortest form before the digest, as after reading.
+    # Through JSON and back: tuples become lists and keys text before the digest, as after reading.
     return json.dumps(json.loads(json.dumps(values)), sort_keys=True).encode()
 
 
