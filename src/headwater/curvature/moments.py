@@ -73,6 +73,7 @@ class _Moments(Accumulator[PlacedBatch, Means, Means]):
 
     def _projection(self, name: str, value: BlockGradient) -> Projection:
         if name not in self.projections:
+            # When first met: a projection's sides may depend on the first gradients.
             self.projections[name] = _checked(name, self.make(name, value))
             _refuse_without_room(name, self.projections, value)
             _refuse_rounding(name, self.projections[name], value)
@@ -80,6 +81,7 @@ class _Moments(Accumulator[PlacedBatch, Means, Means]):
 
 
 def _product(total: Array | None, projection: Projection, value: BlockGradient, weights: Array | None) -> Array:
+    # As rows are kept (LoRIF cuts their rank): the moment is of what scores are made of.
     small = accumulable(projection.stored(value).flat())
     return add_product(total, small, small if weights is None else small * weights[:, None])
 

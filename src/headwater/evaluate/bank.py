@@ -120,6 +120,7 @@ def plan_subsets(
     seeds = np.full((subsets, 2 if repeated else runs), -1)
     wanted = np.zeros(seeds.shape, dtype=bool)
     wanted[:, :runs], wanted[:repeated] = True, True
+    # Without repetition: two runs of one subset with one seed would be one run.
     seeds[wanted] = rng.permutation(2**31 - 1 if wanted.sum() > 2**20 else 2**20)[: wanted.sum()]
     return Plan(keep, seeds)
 
@@ -226,6 +227,7 @@ class Bank:
             "subsets": len(self.plan.keep),
             "queries": self.queries,
             "alpha": self.plan.alpha,
+            # The masks themselves are in another file: a bank is refused for another plan without reading it.
             "plan": zlib.crc32(self.plan.keep.tobytes() + self.plan.seeds.astype(np.int64).tobytes()),
         }
         file = self.path / RECIPE
@@ -317,9 +319,11 @@ class Bank:
         check_whole("workers", workers, 1)
         self._read_packed()
         # Another process may have run some since.
+        # A generator: looked up only when a worker is free, as runs of other processes come in meanwhile.
         jobs = ((place, self._job(measure, place)) for place in self.missing if not self._read(place))
         pool: Executor = _Here() if workers == 1 else ThreadPoolExecutor(workers)
         if processes and workers > 1:
+            # Not fork: threads of torch and JAX do not survive it.
             pool = ProcessPoolExecutor(workers, get_context("spawn"))
         with pool:
             found = _as_they_come(pool, workers, jobs)
@@ -353,6 +357,7 @@ class Bank:
             self._read(place)
         self._write(PACKED, outputs=self.outputs, done=self._done)
         for place in self.plan.places:
+            # Only after the packed file is whole and on disk.
             self._file(place).unlink(missing_ok=True)
         remove_dead(self.path / "runs")
         with suppress(OSError):  # another process may be writing
@@ -374,6 +379,7 @@ def _run(measure: Measure, rows: NDArray[np.int64], seed: int, queries: int, nam
     try:
         found = measure(rows, seed)
     except Exception as error:
+        # A note, not another error: the training's own traceback is what the user needs.
         error.add_note(f"Raised by {name} of the bank; other runs are kept.")
         raise
     return query_outputs(found, queries, f"outputs of {name}")
@@ -386,6 +392,7 @@ def _as_they_come(
     running: dict[Future[Floats], Place] = {}
     failed: list[BaseException] = []
     while True:
+        # As many as there are workers: a queue of all jobs would hold all their rows.
         for place, job in islice(jobs, workers - len(running) if len(failed) < FAILURES else 0):
             running[pool.submit(job)] = place
         if not running:
@@ -447,4 +454,5 @@ def adopt(path: str | os.PathLike[str]) -> None:
     closed = sealed(asked)
     for name, content in contents.items():
         write_whole(folder / name, seal_bytes(content, f"{closed['seal']['digest']}/{name}"))
+    # Last: until then the folder is an unsealed bank, and can be adopted again.
     write_whole(recipe, json.dumps(closed, indent=1).encode())

@@ -78,6 +78,7 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
             if not callable(function):
                 raise InvalidSetting(f"{name} is {function!r:.60}; expected a function.")
         tree, self._leaves = take_tree(params)
+        # Static arguments of jit: compiled code is found again by their hash.
         self._model = Model(_hashable(apply), tree, _hashable(loss))
         self._measured = self._model if measurement is None else Model(self._model.apply, tree, _hashable(measurement))
         self.likelihood = find_likelihood(loss, likelihood)
@@ -111,10 +112,12 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
                 f"The parameters are of another architecture: {_difference(tree.names, tree.shapes)} in place of "
                 f"{_difference(self._model.tree.names, self._model.tree.shapes)}."
             )
+        # The plan stays: it depends on the function and the shapes, not on the numbers.
         return self._changed(_leaves=leaves, _fingerprint=None, _checked=0)
 
     def _changed(self, **changes: Any) -> Self:
         other = copy.copy(self)
+        # A copy with changes: what JAX has compiled for the model serves it, too.
         vars(other).update(changes)
         return other
 
@@ -205,7 +208,9 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
             names = [p.name for layout in self._plan.layouts for p in layout.block.parameters]
             rows = plain.gradients(model, self._chosen(names), self._leaves, plain.rows_of(batch))
             return rows_in_blocks(self.layouts, rows, self.row_weights(batch) if weighted else None)
+        # Padded to a few sizes: each number of rows would compile anew.
         found = derivatives.gradients(model, self._plan, self._leaves, *batch.padded())
+        # Padding's rows are cut off before anything is summed.
         losses, values = _cut(found, batch)
         check_finite(losses, len(batch))
         return self._blocks(values, self.row_weights(batch) if weighted else None)
@@ -249,10 +254,12 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
     def of_output(self, function: OutputFunction) -> Self:
         chosen = {"margin": negative_margin, "logit": negative_logit}[function]
         model = Model(self._model.apply, self._model.tree, chosen)
+        # Another loss: what the first rows showed of the old one is forgotten.
         return self._changed(_model=model, _measured=model, likelihood=None, _checked=0, _normalisation=None)
 
     def in_float64(self) -> Self | None:
         """None unless JAX has float64 enabled."""
+        # Without jax_enable_x64 JAX makes float64 arrays float32.
         if jnp.zeros(()).dtype != jnp.float64:
             return None
         leaves = {name: plain.double(leaf) for name, leaf in self._leaves.items()}
@@ -296,6 +303,7 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         last = len(rows) - 1
         together = first_outputs(self._model, self._leaves, rows.x)
         check_rows(together, len(rows))
+        # First and last: what a model does with one of them it need not do with the other.
         for k in {0, last} if last else set():
             alone = derivatives.outputs(self._model, self._leaves, rows.take(slice(k, k + 1)).x)
             check_independence(together, alone, k)
@@ -306,6 +314,7 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         wrong = self._disagreeing(rows.take(slice(last, last + 1)))
         if wrong:
             program = self._model.program(self._leaves, rows.x)
+            # Plain gradients for these parameters from now on.
             self._plan = make_plan(self._model.tree, self._structure, program, wrong)
 
     def _disagreeing(self, row: JaxBatch) -> list[str]:

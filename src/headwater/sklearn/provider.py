@@ -100,7 +100,9 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
         model = self.model
         arrays = [model.coef, model.penalty.strength, model.intercept, model.class_weights(self._class_weight)]
         penalty = (model.penalty.per_row, model.penalty.intercept)
+        # repr of sorted fields: the same text in every process, as a hash of an object is not.
         loss = repr((model.family.name, sorted((f.name, value) for f, value in field_values(model.family)), penalty))
+        # A scaler that was fitted again changes what the linear model meets.
         steps = joblib.hash(last_step(self.estimator)[1])
         numbers = [b"" if a is None else np.ascontiguousarray(a).tobytes() for a in arrays]
         return tuple(zlib.crc32(given) for given in [*numbers, loss.encode(), str(steps).encode()])
@@ -135,6 +137,7 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
     def penalty(self, block: str, weight: float) -> Array | None:
         """[D_block]: strength / weight, or strength where the objective is a mean; None where it is zero."""
         model, held = self.model, self._held(block)
+        # The margin or the logit is another function than the objective, which the penalty belongs to.
         if self._function is not None:
             return None
         own = model.penalty.beside_mean(weight)
@@ -182,6 +185,7 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
 
     def row_weights(self, batch: SklearnBatch) -> Array | None:
         batch = self.prepared(batch)
+        # Of the targets as numbers: class c's weight is entry c.
         of_classes = self.model.class_weights(self._class_weight)
         own = None if of_classes is None else of_classes[batch.y]
         if batch.weights is None:
@@ -221,6 +225,7 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
         """One row's loss at a time, differentiated numerically by its output."""
         family, rows = self._family(model, query), []
         for k in range(len(batch)):
+            # No array code of the fast path: this is what it is compared with.
             inputs = [*batch.x[k], *([] if model.intercept is None else [1.0])]
             gradient = _numerical_gradient(family, model.output(batch.x[k : k + 1]), batch.y[k : k + 1])
             rows.append([[s * entry for entry in inputs] for s in gradient])
@@ -252,6 +257,7 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
             held = self._held(name)
             inputs = batch.x[:, None, :] if "coef" in held else ones
             for blocks, one in zip(found, cotangents, strict=True):
+                # A linear model's gradient is one outer product: one position a row, the intercept as a column of ones.
                 value: Gradient = Outer(inputs, one[:, None, :], ones=len(held) == 2)
                 blocks[name] = BlockGradient(layout, (value,))
         return found
@@ -260,6 +266,7 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
         """Besides, each row's share of a penalty that goes with the rows."""
         if not model.penalty.per_row or model.penalty.is_zero:
             return grads
+        # Dense, one for all rows: sums of losses with a penalty each, as SGD and the generalised models have it.
         pull = model.penalty.diagonal(model.features, model.intercept is not None) * model.weights
         return OrderedDict(
             (
@@ -280,6 +287,7 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
             return [self.grads(batch, weighted=False)]
         model, batch = self.model, self.prepared(batch)
         family, z = self._family(model), model.output(batch.x)
+        # Up to FEW outputs enumerating costs no more than a few draws, and has no noise.
         if fisher == "exact" or (fisher == "auto" and model.outputs <= FEW):
             return self._pulled_back(batch, family.exact(z, batch.y))
         keys, scale = self.row_keys(batch), 1.0 / np.sqrt(len(draws))
@@ -309,6 +317,7 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
             change = family.hessian_product(z, batch.y, self._forward(batch.x, layout.split(piece)[0], held))
             change = change if weights is None else change * weights[:, None]
             columns = [np.swapaxes(change, 1, 2) @ batch.x] if "coef" in held else []
+            # J^T on the ones' column is a sum over rows.
             columns += [change.sum(axis=1)[:, :, None]] if "intercept" in held else []
             found.append(layout.merge([np.concatenate(columns, axis=2)]))
         product = np.concatenate(found) if found else vectors.copy()
@@ -329,7 +338,9 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
             matrices, held = self._layout(block).split(factor)[0], self._held(block)
             pushed += self._forward(batch.x, matrices, held)
             if "coef" in held:
+                # d/dx of <v, gradient b x^T>: through x itself ...
                 found += gradient @ matrices[:, :, : model.features]
+        # ... and through the output z = W x, by which the loss's gradient changes with H.
         found += family.hessian_product(z, batch.y, pushed) @ model.coef
         return found if weights is None else found * weights[:, None]
 
@@ -363,6 +374,7 @@ def _numerical_gradient(family: Family, z: Array, y: Array) -> Array:
         size = 1e-3 * max(1.0, float(np.abs(z @ unit)[0]))
         step = size * unit
         near, far = (family.losses(z + k * step, y)[0] - family.losses(z - k * step, y)[0] for k in (1, 2))
+        # (8 (f(+h) - f(-h)) - (f(+2h) - f(-2h))) / 12 h: off by order h^4.
         found.append((8 * near - far) / (12 * size))
     return np.array(found)
 

@@ -106,6 +106,7 @@ class ExactRemoval:
         if self.closed_form:
             start = np.stack([s.coef for s in self._squares], axis=0)
             return Refits(self.model, start[None], True, np.zeros(1, dtype=int))
+        # The estimator stopped at its own tolerance: a difference of two refits must not have that in it.
         return self._refitted([np.array([], dtype=int)], self.model.weights)
 
     def without(self, groups: Iterable[Any] | None = None) -> Refits:
@@ -129,6 +130,7 @@ class ExactRemoval:
         targets = model.family.targets(self.y, model.outputs)  # type: ignore[attr-defined]
         factors: dict[float, tuple[Array, Array]] = {}
         for strength, diagonal in zip(penalty.strength, held, strict=True):
+            # Outputs differ in their targets only: one QR serves all of one strength.
             if strength not in factors:
                 factors[strength] = _factorise(self._z, self.row_weights, diagonal)
         return [
@@ -146,7 +148,9 @@ class ExactRemoval:
             piece = groups[first : first + at_once]
             kept = np.ones((len(piece), rows))
             for mask, group in zip(kept, piece, strict=True):
+                # A weight of zero, not fewer rows: all groups then have arrays of one shape.
                 mask[group] = 0.0
+            # The Hessian of all rows is near to that of nearly all rows, and is inverted once for all groups.
             newton = _Newton(self, kept * self.row_weights, self._preconditioner(start))
             weights, taken = newton.minimise(np.broadcast_to(start, (len(piece), *start.shape)).copy())
             found.append(weights)
@@ -182,8 +186,10 @@ class ExactRemoval:
 
 def _pseudo_inverse(matrix: Array) -> Array:
     """Of a symmetric positive semi-definite matrix, after its diagonal has been scaled to ones."""
+    # Features of different units would else hide small eigenvalues (Jacobi scaling).
     scale = 1.0 / np.sqrt(np.where(np.diag(matrix) > 0, np.diag(matrix), 1.0))
     values, vectors = np.linalg.eigh(matrix * scale[:, None] * scale)
+    # A softmax without penalty has a null space (one number added to all outputs): left alone, not divided by.
     kept = values > len(values) * EPS * values.max(initial=0.0)
     turned = vectors[:, kept] * scale[:, None]
     return (turned / values[kept]) @ turned.T
@@ -191,6 +197,7 @@ def _pseudo_inverse(matrix: Array) -> Array:
 
 def _factorise(z: Array, weights: Array, held: Array) -> tuple[Array, Array]:
     """Q_n [n, i] and R^-1 with the columns' scales [i, i]. Errors: SingularOperator for dependent columns."""
+    # The penalty as further rows: QR of the stack never squares the condition, as normal equations would.
     stacked = np.concatenate([z * np.sqrt(weights)[:, None], np.diag(np.sqrt(held))])
     scale = np.linalg.norm(stacked, axis=0)
     if not scale.all():
@@ -204,6 +211,7 @@ def _factorise(z: Array, weights: Array, held: Array) -> tuple[Array, Array]:
             "The inputs have dependent columns, so that the coefficients of least squares are not determined. Leave "
             "some columns out, or use Ridge."
         )
+    # Rows' own part of Q: its products with itself are their leverages.
     return q[: len(z)], np.linalg.inv(r) / scale[:, None]
 
 
@@ -222,6 +230,7 @@ class _LeastSquares:
 
     def _without(self, group: Array) -> Array:
         q = self._q[group]
+        # I - H for the group, H its leverage: exact leave-out of least squares (Cook 1977).
         left = np.eye(len(group)) - q @ q.T
         lowest = float(np.linalg.eigvalsh(left)[0])
         if lowest <= 1e4 * EPS:
@@ -242,6 +251,7 @@ class _Newton:
         self.inverse = inverse
 
     def _select(self, index: Array) -> _Newton:
+        # Groups that have converged leave; all else is shared, not copied.
         other = object.__new__(_Newton)
         other.__dict__.update(self.__dict__)
         other.row_weights, other.held = self.row_weights[index], self.held[index]
@@ -291,10 +301,12 @@ class _Newton:
         gradient = self.gradient(output, weights)
         step = self._solve(output, gradient)
         before = self.objective(weights)
+        # Newton's decrement: about how far the objective still is above its minimum.
         size = np.sqrt(np.maximum(_inner(gradient, step), 0.0) / (1 + np.abs(before)))
         length = np.ones(len(weights))
         for _ in range(30):
             after = self.objective(weights - length[:, None, None] * step)
+            # Within rounding a step may seem to go up; that is no reason to halve it.
             worse = ~(after <= before + 1e3 * EPS * (1 + np.abs(before)))
             if not worse.any():
                 break
@@ -312,6 +324,7 @@ class _Newton:
                 break
             product = self.product(output, direction)
             curvature = _inner(direction, product)
+            # A null direction of one group must not stop the others.
             active &= curvature > 0
             alpha = np.where(active, rho / np.where(active, curvature, 1.0), 0.0)[:, None, None]
             x, residual = x + alpha * direction, residual - alpha * product
