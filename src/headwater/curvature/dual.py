@@ -154,6 +154,7 @@ class InverseThroughRows(LinearOperator, ABC):
         return self
 
     def trace(self) -> float:
+        """Errors: NotImplementedError; use `dense`."""
         raise NotImplementedError("The trace of an inverse through the rows needs its matrix: use dense().")
 
 

@@ -25,6 +25,7 @@ LARGEST_DENSE = 20_000
 
 
 def check_kind(kind: str) -> None:
+    """Errors: InvalidSetting for a kind of curvature that there is not."""
     if kind not in KINDS:
         raise InvalidSetting(f"curvature is {kind!r}; expected one of {', '.join(map(repr, KINDS))}.")
 

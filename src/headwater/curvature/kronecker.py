@@ -104,6 +104,7 @@ def fit_ekfac(
 
     Sampled labels of the second pass are independent of those that gave the basis: with the same draws the spectrum
     overfits the basis, and the scores are markedly worse.
+    Errors: as `fit_kfac`; InvalidSetting if the second pass has rows of another total weight.
     """
     kfac, weight = fit_kfac(
         provider, loader, fisher=fisher, samples=samples, seed=seed, progress=progress, basis_only=True

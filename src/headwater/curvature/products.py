@@ -229,6 +229,7 @@ class CurvatureOperator(LinearOperator):
         return self.known_trace
 
     def set_trace(self, trace: float, error: float = 0.0) -> None:
+        """Errors: NonFiniteValue."""
         if not np.isfinite(trace):
             what = f"The trace of the {self.source.label} of block {self.block!r}"
             raise NonFiniteValue(f"{what} is not finite: there are numbers too large for its dtype. {REMEDY}")

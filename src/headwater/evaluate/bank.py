@@ -336,7 +336,10 @@ class Bank:
         return partial(_run, measure, rows, seed, self.queries, self._name(place))
 
     def fill_many(self, measure: MeasureMany, *, at_once: int = 32, progress: bool = False) -> Self:
-        """The same with models that are trained side by side, `at_once` of them."""
+        """The same with models that are trained side by side, `at_once` of them.
+
+        Errors: ShapeMismatch; NonFiniteValue naming the subset and the seed, after the others were kept.
+        """
         check_whole("at_once", at_once, 1)
         missing = self.missing
         for start in track(range(0, len(missing), at_once), "retraining", progress):

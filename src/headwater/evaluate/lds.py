@@ -162,6 +162,7 @@ def ceiling(outputs: ArrayLike, *, runs: float | None = None, splits: int = 20, 
        unequal numbers of runs, R is their harmonic mean: the noise of all of them together is that of R runs each.
 
     Where queries differ in their noise it is a little high: the root of a mean is above the mean of roots.
+    Errors: ShapeMismatch unless outputs are [m, runs, q].
     """
     measured = np.asarray(outputs, dtype=np.float64)
     if measured.ndim != 3:

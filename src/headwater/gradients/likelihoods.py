@@ -524,7 +524,11 @@ def fisher_cotangents(
     fisher: str,
     draws: Sequence[Draw],
 ) -> Iterator[Array]:
-    """Cotangents whose summed v v^T is (or estimates) each row's output Hessian; see `Likelihood`."""
+    """Cotangents whose summed v v^T is (or estimates) each row's output Hessian; see `Likelihood`.
+
+    Errors: InvalidSetting; UnsupportedLoss for outputs that are no single array, or targets that cannot be
+    enumerated.
+    """
     if fisher not in ("auto", "exact", "sampled", "empirical"):
         raise InvalidSetting(f"fisher is {fisher!r}; expected 'auto', 'exact', 'sampled' or 'empirical'.")
     if fisher == "empirical":

@@ -63,12 +63,15 @@ class UnitGradientProvider(ProviderView):
     def fisher_grads(
         self, batch: Any, fisher: Fisher, *, draws: range = range(1), seed: int = 0
     ) -> list[BlockGradients]:
+        """Errors: InvalidSetting."""
         raise InvalidSetting("Unit gradients have no Fisher information; use hw.GradCos() by itself.")
 
     def ggn_grads(self, batch: Any) -> list[BlockGradients] | None:
+        """Errors: InvalidSetting."""
         raise InvalidSetting("Unit gradients have no curvature; use hw.GradCos() by itself.")
 
     def curvature_product(self, batch: Any, block: str, vectors: Array, kind: Kind) -> Array:
+        """Errors: InvalidSetting."""
         raise InvalidSetting("Unit gradients have no curvature; use hw.GradCos() by itself.")
 
 

@@ -335,6 +335,7 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
     # Second order -------------------------------------------------------------------------------------------------
 
     def curvature_product(self, batch: JaxBatch, block: str, vectors: jax.Array, kind: Kind) -> jax.Array:
+        """vectors (K, D_block). Errors: ShapeMismatch."""
         batch = self._prepare(batch)
         size = self._block(block).size
         if vectors.ndim != 2 or vectors.shape[1] != size:

@@ -172,6 +172,7 @@ class IterativeInverse(LinearOperator):
         return self
 
     def trace(self) -> float:
+        """Errors: NotImplementedError; use `dense`."""
         raise NotImplementedError("The trace of an inverse that is solved for needs its matrix: use dense().")
 
 

@@ -78,6 +78,7 @@ class KroneckerOperator(LinearOperator):
 
         Not the inverse of left (x) right + damping I, but close to it, and it keeps outer products outer products.
         Source: Martens and Grosse 2015, arXiv 1503.05671, section 6.3.
+        Errors: InvalidSetting for negative damping; NotImplementedError unless symmetric.
         """
         mean_left = _side_trace(self.left) / _side_size(self.left)
         mean_right = _side_trace(self.right) / _side_size(self.right)

@@ -58,7 +58,10 @@ def calibrate(
     seed: int,
     progress: bool,
 ) -> Calibration:
-    """See `ComposableInfluence.calibrate`."""
+    """See `ComposableInfluence.calibrate`.
+
+    Errors: InvalidSetting; InvalidInput for outputs of other rows or queries than the loaders have.
+    """
     influence.ready()
     if not influence.method.predicts_removal:
         raise InvalidSetting(f"{influence.method.describe()} has no damping to calibrate.")

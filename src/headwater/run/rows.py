@@ -45,6 +45,7 @@ class FittedRows(Visitor[PlacedBatch, "_Fitted", np.ndarray]):
         self.known, self.forecast, self.queries_fitted = influence.fitted_keys, forecast, queries_fitted
 
     def of(self, item: PlacedBatch) -> _Fitted:
+        """Errors: RowsNotFitted, where a forecast is asked for."""
         names = item.names
         if self.known is None or item.keys is None:
             return _Fitted([names])
@@ -106,6 +107,7 @@ def sweep_rows(
 
 
 def distinct(ids: np.ndarray, what: str) -> np.ndarray:
+    """Errors: BatchMismatch, naming a row that came twice."""
     found, counts = np.unique(ids, return_counts=True)
     if (counts > 1).any():
         raise BatchMismatch(f"The {what} rows have the ids {found[counts > 1][:5].tolist()} more than once.")

@@ -214,6 +214,7 @@ class Tweedie(Elementwise):
         return self._mean(z) ** (2 * self.log_link - self.power)
 
     def check(self, y: Array) -> None:
+        """Errors: InvalidInput for targets outside of the deviance's domain."""
         lowest = float(y.min())
         if (self.power >= 2 and lowest <= 0) or (1 <= self.power < 2 and lowest < 0):
             sign = "> 0" if self.power >= 2 else ">= 0"

@@ -281,6 +281,7 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
     def fisher_grads(
         self, batch: SklearnBatch, fisher: Fisher, *, draws: range = range(1), seed: int = 0
     ) -> list[BlockGradients]:
+        """Errors: InvalidSetting; NonFiniteValue naming the rows."""
         if fisher not in FISHERS:
             raise InvalidSetting(f"fisher is {fisher!r}; expected one of {', '.join(map(repr, FISHERS))}.")
         if fisher == "empirical":
@@ -306,7 +307,10 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
     # Second order -------------------------------------------------------------------------------------------------
 
     def curvature_product(self, batch: SklearnBatch, block: str, vectors: Array, kind: Kind) -> Array:
-        """The model is linear in its parameters, so that the GGN and the Hessian are one."""
+        """The model is linear in its parameters, so that the GGN and the Hessian are one.
+
+        vectors (K, D_block). Errors: ShapeMismatch; NonFiniteValue.
+        """
         model, batch, layout = self.model, self.prepared(batch), self._layout(block)
         if vectors.ndim != 2 or vectors.shape[1] != layout.size:
             raise ShapeMismatch(f"Expected vectors (K, {layout.size}), got {tuple(vectors.shape)}.")
@@ -326,6 +330,7 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
         return product
 
     def mixed_prod(self, batch: SklearnBatch, factors: Mapping[str, Array]) -> Array:
+        """factors (K, D_block) by block; (K, N, features). Errors: NonFiniteValue."""
         model, batch = self.model, self.prepared(batch)
         family, z, weights = self._family(model), model.output(batch.x), self.row_weights(batch)
         gradient = family.gradient(z, batch.y)

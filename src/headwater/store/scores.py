@@ -251,7 +251,10 @@ class TopKSink(Sink):
         return np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1)
 
     def top(self) -> TopK:
-        """What has been seen so far; fewer than k columns if there were fewer rows."""
+        """What has been seen so far; fewer than k columns if there were fewer rows.
+
+        Errors: InvalidInput before any tile.
+        """
         if self._ends is None:
             raise InvalidInput("There is no tile of scores yet.")
         (helpful, helpful_ids), (harmful, harmful_ids) = self._ends

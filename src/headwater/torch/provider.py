@@ -774,6 +774,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
 
     @undisturbed
     def curvature_product(self, batch: TorchBatch, block: str, vectors: torch.Tensor, kind: Kind) -> torch.Tensor:
+        """vectors (K, D_block). Errors: ShapeMismatch; BlockMismatch; UnsupportedModel without second derivatives."""
         batch = self._prepare(batch)
         parameters = self._block_parameters(block)
         vectors = vectors.to(self._like.dtype)

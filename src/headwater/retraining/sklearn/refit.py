@@ -102,7 +102,7 @@ class Refit:
         return self._checked(found, seed)
 
     def fit(self, rows: NDArray[np.int64], seed: int) -> Any:
-        """A clone of the estimator, fitted to these rows."""
+        """A clone of the estimator, fitted to these rows. Errors: InvalidInput."""
         own = clone(self.estimator)
         states = [name for name in own.get_params() if name.split("__")[-1] == "random_state"]
         own.set_params(**dict.fromkeys(states, int(seed)))
