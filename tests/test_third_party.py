@@ -17,9 +17,9 @@ from headwater.attributor import Attributor
 from headwater.blocks import Block, Layout, Parameter, Part, Piece
 from headwater.errors import InvalidInput, InvalidSetting, StaleFit
 from headwater.gradients.block import BlockGradient
+from headwater.gradients.normalised import NormalisedGradientProvider
 from headwater.gradients.outer import Outer
 from headwater.gradients.provider import StructuredGradientProvider
-from headwater.gradients.unit import UnitGradientProvider
 from headwater.mapper import InfluenceMapper
 from headwater.methods.direct import Direct
 from headwater.operators.algebra import IdentityOperator, ScaledOperator
@@ -202,7 +202,7 @@ class TestUnitProvider(TestWeightedProvider):
     fishers = kinds = ()
 
     def provider(self):
-        return UnitGradientProvider(LinearProvider())
+        return NormalisedGradientProvider(LinearProvider())
 
     def slow_grads(self):
         return np.array([weight * slow_unit(*row) for weight, *row in zip(self.each, X, Y, strict=True)])

@@ -549,10 +549,10 @@ def train_gradients_are_weighted_too() -> Iterator[None]:
 
 @contextmanager
 def unit_gradients_are_of_all_models_together() -> Iterator[None]:
-    from headwater.gradients.unit import UnitGradientProvider
+    from headwater.gradients.normalised import NormalisedGradientProvider
 
     def wrong(self: Any, provider: Any) -> Any:
-        return UnitGradientProvider(provider)
+        return NormalisedGradientProvider(provider)
 
     with patch.object(hw.GradCos, "view", wrong):
         yield

@@ -108,8 +108,8 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
         return tuple(zlib.crc32(given) for given in [*numbers, loss.encode(), str(steps).encode()])
 
     def parameters(self, block: str) -> Array:
-        model, held = self.model, self._held(block)
-        matrix = model.weights[:, _columns(model, held)]
+        model, kinds = self.model, self._kinds(block)
+        matrix = model.weights[:, _columns(model, kinds)]
         return self.layouts[block].merge([matrix[None]])[0]
 
     def in_float64(self) -> SklearnGradientProvider:
@@ -136,12 +136,12 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
 
     def penalty(self, block: str, weight: float) -> Array | None:
         """[D_block]: strength / weight, or strength where the objective is a mean; None where it is zero."""
-        model, held = self.model, self._held(block)
+        model, kinds = self.model, self._kinds(block)
         # The margin or the logit is another function than the objective, which the penalty belongs to.
         if self._function is not None:
             return None
         own = model.penalty.beside_mean(weight)
-        matrix = own.diagonal(model.features, model.intercept is not None)[:, _columns(model, held)]
+        matrix = own.diagonal(model.features, model.intercept is not None)[:, _columns(model, kinds)]
         return self.layouts[block].merge([matrix[None]])[0] if matrix.any() else None
 
     # Batches ------------------------------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
         matrices = np.array(rows)
         found: BlockGradients = OrderedDict()
         for name, layout in self.layouts.items():
-            found[name] = BlockGradient(layout, (Dense(matrices[:, :, _columns(model, self._held(name))]),))
+            found[name] = BlockGradient(layout, (Dense(matrices[:, :, _columns(model, self._kinds(name))]),))
         return found
 
     def _as_asked(
@@ -254,11 +254,11 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
         found: list[BlockGradients] = [OrderedDict() for _ in cotangents]
         ones = np.ones((len(batch), 1, 1))
         for name, layout in self.layouts.items():
-            held = self._held(name)
-            inputs = batch.x[:, None, :] if "coef" in held else ones
+            kinds = self._kinds(name)
+            inputs = batch.x[:, None, :] if "coef" in kinds else ones
             for blocks, one in zip(found, cotangents, strict=True):
                 # A linear model's gradient is one outer product: one position a row, the intercept as a column of ones.
-                value: Gradient = Outer(inputs, one[:, None, :], ones=len(held) == 2)
+                value: Gradient = Outer(inputs, one[:, None, :], ones=len(kinds) == 2)
                 blocks[name] = BlockGradient(layout, (value,))
         return found
 
@@ -272,7 +272,7 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
             (
                 name,
                 BlockGradient(
-                    value.layout, (Dense(value.parts[0].dense() + pull[:, _columns(model, self._held(name))]),)
+                    value.layout, (Dense(value.parts[0].dense() + pull[:, _columns(model, self._kinds(name))]),)
                 ),
             )
             for name, value in grads.items()
@@ -314,15 +314,15 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
         model, batch, layout = self.model, self.prepared(batch), self._layout(block)
         if vectors.ndim != 2 or vectors.shape[1] != layout.size:
             raise ShapeMismatch(f"Expected vectors (K, {layout.size}), got {tuple(vectors.shape)}.")
-        family, held, z = self._family(model), self._held(block), model.output(batch.x)
+        family, kinds, z = self._family(model), self._kinds(block), model.output(batch.x)
         weights = self.row_weights(batch)
         found = []
         for piece in _pieces(vectors, 3 * len(batch) * model.outputs):
-            change = family.hessian_product(z, batch.y, self._forward(batch.x, layout.split(piece)[0], held))
+            change = family.hessian_product(z, batch.y, self._forward(batch.x, layout.split(piece)[0], kinds))
             change = change if weights is None else change * weights[:, None]
-            columns = [np.swapaxes(change, 1, 2) @ batch.x] if "coef" in held else []
+            columns = [np.swapaxes(change, 1, 2) @ batch.x] if "coef" in kinds else []
             # J^T on the ones' column is a sum over rows.
-            columns += [change.sum(axis=1)[:, :, None]] if "intercept" in held else []
+            columns += [change.sum(axis=1)[:, :, None]] if "intercept" in kinds else []
             found.append(layout.merge([np.concatenate(columns, axis=2)]))
         product = np.concatenate(found) if found else vectors.copy()
         if not np.isfinite(product).all():
@@ -340,9 +340,9 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
         for block, factor in factors.items():
             if not np.isfinite(factor).all():
                 raise NonFiniteValue(f"The factors of block {block!r} are not finite.")
-            matrices, held = self._layout(block).split(factor)[0], self._held(block)
-            pushed += self._forward(batch.x, matrices, held)
-            if "coef" in held:
+            matrices, kinds = self._layout(block).split(factor)[0], self._kinds(block)
+            pushed += self._forward(batch.x, matrices, kinds)
+            if "coef" in kinds:
                 # d/dx of <v, gradient b x^T>: through x itself ...
                 found += gradient @ matrices[:, :, : model.features]
         # ... and through the output z = W x, by which the loss's gradient changes with H.
@@ -354,19 +354,19 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
         found = [np.moveaxis(self.mixed_prod(batch, {name: np.eye(size)}), 0, -1) for name, size in self.sizes.items()]
         return np.concatenate(found, axis=-1)
 
-    def _forward(self, x: Array, matrices: Array, held: tuple[str, ...]) -> Array:
+    def _forward(self, x: Array, matrices: Array, kinds: tuple[str, ...]) -> Array:
         """Outputs of linear models [K, o, i] of this block's parameters: [K, n, o]."""
-        if held == ("intercept",):
+        if kinds == ("intercept",):
             return np.broadcast_to(np.swapaxes(matrices, 1, 2), (len(matrices), len(x), matrices.shape[1]))
         z = x @ np.swapaxes(matrices[:, :, : x.shape[1]], 1, 2)
-        return z + matrices[:, None, :, -1] if len(held) == 2 else z
+        return z + matrices[:, None, :, -1] if len(kinds) == 2 else z
 
     def _layout(self, block: str) -> Layout:
         if block not in self.layouts:
             raise BlockMismatch(f"There is no block {block!r}; the blocks are {list(self.layouts)}.")
         return self.layouts[block]
 
-    def _held(self, block: str) -> tuple[str, ...]:
+    def _kinds(self, block: str) -> tuple[str, ...]:
         """Which of "coef" and "intercept" the block has."""
         names = [p.name for p in self._layout(block).block.parameters]
         return tuple(own for own, name in zip(NAMES, self._names, strict=True) if name in names)
@@ -399,9 +399,9 @@ def check_names(estimator: Any, x: Any) -> None:
     raise InvalidInput(f"x has the features of the fit in another order: {found}; expected {expected}.")
 
 
-def _columns(model: LinearModel, held: tuple[str, ...]) -> slice:
+def _columns(model: LinearModel, kinds: tuple[str, ...]) -> slice:
     """Where these are in `LinearModel.weights`."""
-    return slice(0 if "coef" in held else model.features, None if "intercept" in held else model.features)
+    return slice(0 if "coef" in kinds else model.features, None if "intercept" in kinds else model.features)
 
 
 def _pieces(vectors: Array, numbers_each: int) -> Iterator[Array]:

@@ -126,10 +126,10 @@ class ExactRemoval:
     def _squares(self) -> list[_LeastSquares]:
         """One for each output; outputs of one strength share the factorisation."""
         penalty, model = self.model.penalty, self.model
-        held = penalty.diagonal(model.features, model.intercept is not None)
+        penalty_diagonal = penalty.diagonal(model.features, model.intercept is not None)
         targets = model.family.targets(self.y, model.outputs)  # type: ignore[attr-defined]
         factors: dict[float, tuple[Array, Array]] = {}
-        for strength, diagonal in zip(penalty.strength, held, strict=True):
+        for strength, diagonal in zip(penalty.strength, penalty_diagonal, strict=True):
             # Outputs differ in their targets only: one QR serves all of one strength.
             if strength not in factors:
                 factors[strength] = _factorise(self._z, self.row_weights, diagonal)
@@ -157,7 +157,7 @@ class ExactRemoval:
             steps.append(taken)
         return Refits(self.model, np.concatenate(found), False, np.concatenate(steps))
 
-    def held(self, weight: Array) -> Array:
+    def penalty_diagonal(self, weight: Array) -> Array:
         """The penalty's diagonal beside the sum over rows of these total weights [groups]: [groups, o, i]."""
         penalty, model = self.model.penalty, self.model
         diagonal = penalty.diagonal(model.features, model.intercept is not None)
@@ -174,7 +174,7 @@ class ExactRemoval:
                 for m in range(o):
                     hessian[k, :, m, :] = (self._z * (product[:, m] * self.row_weights)[:, None]).T @ self._z
             matrix = hessian.reshape((o * i, o * i))
-            matrix[np.diag_indices(o * i)] += self.held(self.row_weights.sum(keepdims=True))[0].reshape(-1)
+            matrix[np.diag_indices(o * i)] += self.penalty_diagonal(self.row_weights.sum(keepdims=True))[0].reshape(-1)
             self._inverse = _pseudo_inverse(matrix)
         return self._inverse
 
@@ -195,10 +195,10 @@ def _pseudo_inverse(matrix: Array) -> Array:
     return (turned / values[kept]) @ turned.T
 
 
-def _factorise(z: Array, weights: Array, held: Array) -> tuple[Array, Array]:
+def _factorise(z: Array, weights: Array, penalty_diagonal: Array) -> tuple[Array, Array]:
     """Q_n [n, i] and R^-1 with the columns' scales [i, i]. Errors: SingularOperator for dependent columns."""
     # The penalty as further rows: QR of the stack never squares the condition, as normal equations would.
-    stacked = np.concatenate([z * np.sqrt(weights)[:, None], np.diag(np.sqrt(held))])
+    stacked = np.concatenate([z * np.sqrt(weights)[:, None], np.diag(np.sqrt(penalty_diagonal))])
     scale = np.linalg.norm(stacked, axis=0)
     if not scale.all():
         raise SingularOperator(
@@ -247,14 +247,14 @@ class _Newton:
     def __init__(self, problem: ExactRemoval, row_weights: Array, inverse: Array):
         self.family, self.z, self.y = problem.model.family, problem.inputs, problem.y
         self.row_weights = row_weights
-        self.held = problem.held(row_weights.sum(axis=1))
+        self.penalty_diagonal = problem.penalty_diagonal(row_weights.sum(axis=1))
         self.inverse = inverse
 
     def _select(self, index: Array) -> _Newton:
         # Groups that have converged leave; all else is shared, not copied.
         other = object.__new__(_Newton)
         other.__dict__.update(self.__dict__)
-        other.row_weights, other.held = self.row_weights[index], self.held[index]
+        other.row_weights, other.penalty_diagonal = self.row_weights[index], self.penalty_diagonal[index]
         return other
 
     def _output(self, weights: Array) -> Array:
@@ -265,13 +265,13 @@ class _Newton:
 
     def objective(self, weights: Array) -> Array:
         losses = self.family.losses(self._output(weights), self.y)
-        return (losses * self.row_weights).sum(axis=1) + (self.held * weights**2).sum(axis=(1, 2)) / 2
+        return (losses * self.row_weights).sum(axis=1) + (self.penalty_diagonal * weights**2).sum(axis=(1, 2)) / 2
 
     def gradient(self, output: Array, weights: Array) -> Array:
-        return self._pull(self.family.gradient(output, self.y)) + self.held * weights
+        return self._pull(self.family.gradient(output, self.y)) + self.penalty_diagonal * weights
 
     def product(self, output: Array, v: Array) -> Array:
-        return self._pull(self.family.hessian_product(output, self.y, self._output(v))) + self.held * v
+        return self._pull(self.family.hessian_product(output, self.y, self._output(v))) + self.penalty_diagonal * v
 
     def precondition(self, v: Array) -> Array:
         return (v.reshape((len(v), -1)) @ self.inverse).reshape(v.shape)

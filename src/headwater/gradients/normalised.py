@@ -13,7 +13,7 @@ from headwater.gradients.view import ProviderView
 from headwater.types import Batch
 
 
-class UnitGradientProvider(ProviderView):
+class NormalisedGradientProvider(ProviderView):
     """g / |g| for every row; a row whose gradient is zero stays zero. Mixed gradients are those of g / |g|."""
 
     def grads(self, batch: Batch, *, query: bool = False, weighted: bool = True) -> BlockGradients:
