@@ -49,9 +49,9 @@ class ConjugateGradient(Solver):
     """One space for all columns: fewer steps, and k x k systems in each."""
 
     def solve(
-        self, curvature: LinearOperator, damping: float, sides: Array, preconditioner: LinearOperator | None, label: str
+        self, curvature: LinearOperator, damping: float, rhs: Array, preconditioner: LinearOperator | None, label: str
     ) -> Solution:
-        state = _Columns(sides, self.tolerance, label)
+        state = _Columns(rhs, self.tolerance, label)
         run = _block_steps if self.block else _steps
         if state.live.size:
             run(self, _Damped(curvature, damping), preconditioner or IdentityOperator(curvature.input_size), state)
@@ -71,10 +71,10 @@ class _Damped:
         self.products += int(rows.shape[0])
         return self.curvature.apply(rows) + rows * self.damping
 
-    def refuse(self, sides: Array, lowest: float) -> None:
+    def refuse(self, rhs: Array, lowest: float) -> None:
         """Errors: IndefiniteCurvature, naming a damping that would do."""
         # CG saw one negative direction, not the lowest; Lanczos finds how much damping the whole spectrum needs.
-        bounds = extreme_eigenvalues(self.curvature, sides[:1])
+        bounds = extreme_eigenvalues(self.curvature, rhs[:1])
         needed = max(self.damping - lowest, bounds.lowest_error - bounds.lowest)
         raise IndefiniteCurvature(
             f"At damping {self.damping:g} there are directions of negative curvature ({lowest:g}): not a minimum. A "
@@ -85,12 +85,12 @@ class _Damped:
 class _Columns:
     """The state of all columns: who is still at work, and what those that left brought home."""
 
-    def __init__(self, sides: Array, tolerance: float | None, label: str):
-        self.sides, self.label = sides, label
-        self.tolerance = default_tolerance(sides) if tolerance is None else tolerance
-        self.eps = float(namespace(sides).finfo(sides.dtype).eps)
-        count = int(sides.shape[0])
-        self.norms = host(row_norms(sides))
+    def __init__(self, rhs: Array, tolerance: float | None, label: str):
+        self.rhs, self.label = rhs, label
+        self.tolerance = default_tolerance(rhs) if tolerance is None else tolerance
+        self.eps = float(namespace(rhs).finfo(rhs.dtype).eps)
+        count = int(rhs.shape[0])
+        self.norms = host(row_norms(rhs))
         # b = 0 has the solution x = 0; in the loop its relative residual would be 0 / 0.
         self.live = np.flatnonzero(self.norms > 0)
         self.residual = np.zeros(count)
@@ -128,13 +128,13 @@ class _Columns:
             self.live = self.live[~leaving]
 
     def solution(self) -> Solution:
-        xp = namespace(self.sides)
+        xp = namespace(self.rhs)
         # Columns left in the order in which they converged; argsort puts them back where they came from.
         order = np.concatenate([columns for columns, _ in self._left] or [np.zeros(0, dtype=np.int64)])
         # Those that never took part: their right-hand side was zero.
         zero = np.setdiff1d(np.arange(len(self.norms)), order)
-        rows = [x for _, x in self._left] + ([take(self.sides, zero) * 0] if len(zero) else [])
-        x = take(xp.concat(rows, axis=0), np.argsort(np.concatenate([order, zero]))) if rows else self.sides
+        rows = [x for _, x in self._left] + ([take(self.rhs, zero) * 0] if len(zero) else [])
+        x = take(xp.concat(rows, axis=0), np.argsort(np.concatenate([order, zero]))) if rows else self.rhs
         outcome = self.outcome.astype(str)
         return Solution(x, SolveReport(self.label, self.residual, self.iterations, outcome, self.products))
 
@@ -154,7 +154,7 @@ def _column(values: np.ndarray, like: Array) -> Array:
 
 def _steps(settings: ConjugateGradient, operator: _Damped, inverse: LinearOperator, state: _Columns) -> None:
     """Each column by itself."""
-    r = take(state.sides, state.live)
+    r = take(state.rhs, state.live)
     x, z = r * 0, inverse.apply(r)
     p, rz = z, host(rowwise_inner(r, z))
     for step in range(1, settings.max_iterations + 1):
@@ -190,8 +190,8 @@ def _steps(settings: ConjugateGradient, operator: _Damped, inverse: LinearOperat
 
 def _block_steps(settings: ConjugateGradient, operator: _Damped, inverse: LinearOperator, state: _Columns) -> None:
     """All columns in one space; directions that others already span are dropped."""
-    xp = namespace(state.sides)
-    r = take(state.sides, state.live)
+    xp = namespace(state.rhs)
+    r = take(state.rhs, state.live)
     x = r * 0
     # The directions are orthonormalised afresh at every step, so that columns which have become dependent, as near the
     # end, leave the space in place of making P A P^T singular (Ji and Li 2017, breakdown-free block CG).
