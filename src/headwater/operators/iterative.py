@@ -199,7 +199,7 @@ def apply_path(operators: Sequence[LinearOperator], tensor: Array) -> list[Array
 
 
 def _refuse_without_room(rhs: Array, label: str) -> None:
-    """Every solver holds the solutions, the residuals and what the curvature makes of them, beside the right-hand sides."""
+    """Every solver holds solutions, residuals and what the curvature makes of them, beside the right-hand sides."""
     shape = tuple(map(int, rhs.shape))
     refuse_too_large(
         f"Block {label!r}: solving for right-hand sides",
