@@ -246,7 +246,7 @@ class Margin:
         chosen = z[np.arange(len(y)), y]
         return (np.log(self._others(z, y).sum(axis=1)) if self.function == "margin" else 0.0) - chosen
 
-    def slope(self, z: np.ndarray, y: np.ndarray) -> np.ndarray:
+    def gradient(self, z: np.ndarray, y: np.ndarray) -> np.ndarray:
         others = self._others(z, y)
         p = others / others.sum(axis=1, keepdims=True) if self.function == "margin" else np.zeros_like(z)
         return p - np.eye(z.shape[1])[y]

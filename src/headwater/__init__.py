@@ -1,5 +1,6 @@
 """headwater: which training examples made the model do this, and by how much?"""
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
     from headwater.methods.damping import Relative as Relative
     from headwater.methods.damping import relative as relative
     from headwater.methods.registry import *  # noqa: F403
-    from headwater.store.scores import Extremes as Extremes
     from headwater.store.scores import Scores as Scores
+    from headwater.store.scores import TopK as TopK
     from headwater.types import Batch as Batch
     from headwater.types import InfluenceMode as InfluenceMode
 
@@ -25,21 +26,26 @@ _HOMES = {entry.class_name: f"methods.{entry.module}" for entry in METHODS} | {
     "Attributor": "attributor",
     "Batch": "types",
     "ComposableInfluence": "influence",
-    "Extremes": "store.scores",
     "InfluenceMode": "types",
     "MethodEntry": "methods.registry",
     "NotConverged": "errors",
     "Relative": "methods.damping",
     "Scores": "store.scores",
+    "TopK": "store.scores",
     "errors": "",
     "relative": "methods.damping",
     "working_memory": "arrays",
 }
 __all__ = ["METHODS", "__version__", *_HOMES]
+_RENAMED = {"Extremes": "TopK"}
 
 
 def __getattr__(name: str) -> Any:
     """Names are looked up when they are first used, so that importing headwater imports next to nothing."""
+    if name in _RENAMED:
+        said = f"headwater.{name} is now headwater.{_RENAMED[name]}; the old name ends in 0.2."
+        warnings.warn(said, DeprecationWarning, stacklevel=2)
+        name = _RENAMED[name]
     if name not in _HOMES:
         raise AttributeError(f"headwater has no {name!r}; it has {', '.join(__all__)}.")
     home = _HOMES[name]

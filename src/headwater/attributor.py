@@ -1,4 +1,4 @@
-"""The door for users: influence, and the verbs over loaders; each calls the function of its name in `run/`.
+"""What users call: influence, and the verbs over loaders; each calls the function of its name in `run/`.
 
 Tensors in and tensors out is `ComposableInfluence`, the contract, which knows nothing of runs, files and reports. What
 a verb needs is imported when it is called, so that `import headwater.torch` brings no storage and no figures.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from headwater.run.verification import Verification
     from headwater.status import Status
     from headwater.store.diagnosis import Diagnosis
-    from headwater.store.scores import Extremes, Scores
+    from headwater.store.scores import Scores, TopK
 
 
 class Attributor(ComposableInfluence[TensorType]):
@@ -134,7 +134,7 @@ class Attributor(ComposableInfluence[TensorType]):
         *,
         unit: str = "influence",
         progress: bool = False,
-    ) -> Extremes:
+    ) -> TopK:
         """The k most helpful and the k most harmful train rows of each query, without keeping the matrix of scores."""
         from headwater.run.attribute import top
 

@@ -54,6 +54,7 @@ class PlacedBatch:
 
     def grads(self, provider: StructuredGradientProvider) -> BlockGradients:
         """The rows' weighted gradients: of several visitors that ask, the first computes them."""
+        # One entry: visitors of one pass ask for one provider's gradients, and these are large.
         if not self._grads or self._grads[0][0] is not provider:
             self._grads[:] = [(provider, provider.grads(self.batch))]
         return self._grads[0][1]
@@ -208,6 +209,7 @@ def fold(visitor: Visitor[Item, Part, Found], items: Iterable[Item]) -> Part:
     """The part of all items, one after the other. Errors: BatchMismatch for none."""
     whole: list[Part] = []
     for item in items:
+        # A list, as a part may itself be None or False.
         whole = [visitor.add(whole[0], item) if whole else visitor.of(item)]
     if not whole:
         raise BatchMismatch("A pass met no rows.")
@@ -269,6 +271,7 @@ class Rows(Iterable[Any]):
         """
         check_loader(self.source, self.role)
         if self.memory.is_empty and not isinstance(self.source, (list, tuple)):
+            # One batch suffices: a loader that shuffles rarely gives the same first batch twice.
             first = next(_whole_batches(self.provider, self.source, self.role), None)
             if first is not None and (keys := RowKeys.of(self.provider, first[1])).ids is None:
                 self.memory.expect(keys)
@@ -287,6 +290,7 @@ def sweep(
     Errors: InvalidInput for what is no loader, can be read only once, or gives an item that is no batch; BatchMismatch
     for a loader without rows, and for `Rows` that are others than in an earlier pass; the visitor's own.
     """
+    # The runner belongs to the rows: whoever made them decides where all passes over them run.
     runner: Runner = serial
     number = 0
     if isinstance(loader, Rows):
@@ -307,6 +311,7 @@ def first_batch(provider: StructuredGradientProvider, loader: Iterable[object]) 
     """A look at some rows, which is no pass. Errors: as `sweep`."""
     source = loader.source if isinstance(loader, Rows) else loader
     check_loader(source, "train")
+    # Not compared and not remembered: a look must not use up what a pass will check.
     _, batch = next(_whole_batches(provider, source, "train"))
     return next(_pieces(provider, batch))[1]
 
@@ -319,10 +324,12 @@ def _read(
     source: Iterable[Any] = loader if known is None else known.source
     check_loader(source, role)
     outer, found = here(), []
+    # Layer rules are checked again on the first batch of every pass.
     provider.begin_pass()
     move_to(None)  # the loader's own errors are its own
     for place, batch in _whole_batches(provider, track(source, what, show), role):
         move_to(place)  # what is asked of the provider now is about this batch
+        # Before the visitor sees the batch: wrong rows must not reach a sum.
         keys = None if known is None else known.compared(provider, batch, place)
         if keys is not None:
             found.append(keys)
@@ -330,8 +337,10 @@ def _read(
             part = replace(place, offset=rows.start) if rows.start else place
             move_to(part)
             yield PlacedBatch(piece, part, None if keys is None else keys.take(rows))
+        # Between batches the loader works, and its errors are not about the last batch.
         move_to(None)
     if known is not None and found:
+        # Only at the end of a whole pass: one that was broken off says nothing of how many rows there are.
         known.memory.end(found, role)
     move_to(outer)
 
@@ -362,6 +371,7 @@ def _placed_batch(provider: StructuredGradientProvider, item: object, place: Pla
     try:
         return as_batch(provider, item)
     except Exception as error:
+        # Adds the batch's place to the message and raises; the bare raise below is for errors that it leaves alone.
         raise_at(error, place)
         raise
 
@@ -372,6 +382,7 @@ def _pieces(provider: StructuredGradientProvider, batch: Batch) -> Iterator[tupl
     if pieces == 1:
         yield slice(0, len(batch)), batch
         return
+    # Nearly equal pieces, without a last one of a few rows.
     step = -(-len(batch) // pieces)
     for start in range(0, len(batch), step):
         rows = slice(start, min(start + step, len(batch)))

@@ -450,7 +450,7 @@ def test_losses_and_doubt_are_means_over_models() -> None:
     assert_close(ensemble.losses(batch), sum(-v.log() for v in p) / 3)
     margins = ensemble.of_output("margin")
     assert margins.weights == ensemble.weights
-    assert_close(margins.doubt(batch), sum(1 - v for v in p) / 3)
+    assert_close(margins.one_minus_p(batch), sum(1 - v for v in p) / 3)
     assert ensemble.parameters("1/second").tolist() == ensemble.members[1].parameters("second").tolist()
 
 
@@ -571,10 +571,10 @@ def train_gradients_are_weighted_too() -> Iterator[None]:
 
 @contextmanager
 def unit_gradients_are_of_all_models_together() -> Iterator[None]:
-    from headwater.gradients.unit import UnitGradientProvider
+    from headwater.gradients.normalised import NormalisedGradientProvider
 
     def wrong(self: Any, provider: Any) -> Any:
-        return UnitGradientProvider(provider)
+        return NormalisedGradientProvider(provider)
 
     with patch.object(hw.GradCos, "view", wrong):
         yield

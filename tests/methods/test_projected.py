@@ -139,10 +139,9 @@ def test_exchanging_the_roles_transposes_traks_scores_up_to_the_doubt_of_the_tra
     influence = fitted(found, Trak(7), "full", damping=hw.relative(0.1))
     there = influence.influences(found.x_query, found.y_query, found.x, found.y)
     back = influence.influences(found.x, found.y, found.x_query, found.y_query)
-    doubts = [
-        influence.provider.doubt(TorchBatch(*rows)) for rows in ((found.x, found.y), (found.x_query, found.y_query))
-    ]
-    assert_close((back / doubts[1]).T, there / doubts[0], 1e4)
+    rows = (found.x, found.y), (found.x_query, found.y_query)
+    others = [influence.provider.one_minus_p(TorchBatch(*pair)) for pair in rows]
+    assert_close((back / others[1]).T, there / others[0], 1e4)
 
 
 @pytest.mark.parametrize(("case", "method"), in_turn("mlp", "sentences"))
@@ -288,7 +287,7 @@ def test_a_measurement_takes_the_margins_place_for_queries() -> None:
     assert_close(got, sum(expected.values()), condition)
 
 
-def test_several_models_share_the_mean_of_their_doubts() -> None:
+def test_several_models_share_the_mean_of_their_one_minus_p() -> None:
     truth, method = truth_of("mlp"), Trak(7)
     found, other = truth.case, copy.deepcopy(truth.case.model)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Fits at rest: what is loaded gives the same numbers, and what does not belong together is refused."""
+"""Saved fits: what is loaded gives the same numbers, and what does not belong together is refused."""
 
 import copy
 import json

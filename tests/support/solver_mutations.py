@@ -196,7 +196,7 @@ def _in_the_order_of_leaving(solution: Any) -> Any:
     def wrong(self: Any) -> Solution:
         found = solution(self)
         rows = [x for _, x in self._left]
-        return Solution(namespace(self.sides).concat(rows, axis=0), found.report)
+        return Solution(namespace(self.rhs).concat(rows, axis=0), found.report)
 
     return wrong
 

@@ -26,6 +26,7 @@ LARGEST_DENSE = 20_000
 
 
 def check_kind(kind: str) -> None:
+    """Errors: InvalidSetting for a kind of curvature that there is not."""
     check_word("curvature", kind, KINDS)
 
 
@@ -68,6 +69,7 @@ class _DenseMeans(MeansVisitor):
 
     def add(self, whole: Means, item: PlacedBatch) -> Means:
         weight = total_weight(self.provider, item.batch)
+        # Columns as products with unit vectors; a Fisher is summed from gradients, which costs one pass for all of it.
         if self.kind in ("hessian", "ggn"):
             for name in self.provider.layouts:
                 whole[name].add(_by_products(self.provider, item.batch, name, self.kind), weight)
@@ -94,6 +96,7 @@ def _refuse_without_room(provider: StructuredGradientProvider) -> None:
 
 def _operator(name: str, matrix: Array, kind: str) -> DenseOperator:
     refuse_nonfinite(matrix, f"The {kind} of block {name!r}")
+    # Symmetric by definition, and by rounding not quite.
     return DenseOperator((matrix + transpose(matrix)) / 2, symmetric=True, psd=kind != "hessian")
 
 

@@ -79,6 +79,7 @@ class _Factors(Visitor[PlacedBatch, _Sums, _Sums]):
 
     def of(self, item: PlacedBatch) -> _Sums:
         draws = self.provider.fisher_grads(item.batch, self.fisher, draws=self.draws, seed=self.seed)
+        # Before the first batch's sums are made: they would already take that memory.
         if item.start == 0:
             _refuse_large_factors(draws[0])
         moments = _batch_moments(draws, self.provider.row_weights(item.batch), self.basis_only)
@@ -121,18 +122,22 @@ def fit_ekfac(
 
     Sampled labels of the second pass are independent of those that gave the basis: with the same draws the spectrum
     overfits the basis, and the scores are markedly worse.
+    Errors: as `fit_kfac`; InvalidSetting if the second pass has rows of another total weight.
     """
     kfac, weight = fit_kfac(
         provider, loader, fisher=fisher, samples=samples, seed=seed, progress=progress, basis_only=True
     )
+    # Only the eigenvectors of KFAC's factors are used; the second pass measures the spectrum itself.
     bases = {(name, k): part.eigen for name, block in kfac.items() for k, part in enumerate(block.operators)}
     spectra = sweep(
         provider,
         loader,
+        # Draw numbers after those of the first pass: independent labels for the same rows.
         _Spectra(provider, bases, fisher, range(samples, 2 * samples), seed),
         "EKFAC spectrum",
         progress,
     )
+    # Rows are compared by `Rows` where there is one; here only their weight is known.
     if any(abs(mean.weight - weight) > 1e-6 * weight for mean in spectra.values()):
         raise InvalidSetting("The loader gave other rows in the second pass than in the first.")
     parts = {
@@ -163,6 +168,7 @@ class _Spectra(Accumulator[PlacedBatch, Spectra, Spectra]):
         weights, rows = self.provider.row_weights(item.batch), total_weight(self.provider, item.batch)
         for (name, k), basis in self.bases.items():
             values = [draw[name].parts[k] for draw in draws]
+            # Lambda_oi = mean of (L^T G R)_oi^2: the best diagonal in this basis (George et al. 2018).
             whole[name, k].add(draws_second_moment(values, weights, *basis.rotation.turns()), rows)
         return whole
 
@@ -194,6 +200,7 @@ def _level_null_space(basis: EigenKroneckerOperator, spectrum: Array) -> Array:
         if turned is None:
             continue
         sizes = xp.max(basis.spectrum, axis=axis)
+        # What an eigendecomposition in the gradients' dtype may take for zero.
         null = sizes <= float(xp.max(sizes)) * max(spectrum.shape) * 8 * float(xp.finfo(basis.like.dtype).eps)
         count = int(xp.count_nonzero(null))
         if count > 1:
@@ -211,6 +218,7 @@ def _batch_moments(draws: list[BlockGradients], weights: Array | None, basis_onl
         for name, block in draw.items():
             for k, part in enumerate(block.parts):
                 mine = found.get((name, k))
+                # From the second draw on: the rows and their layer inputs were counted with the first.
                 moments = _part_moments(name, part, weights, mine is not None, basis_only)
                 found[name, k] = moments if mine is None else mine + moments
     return found
@@ -268,6 +276,7 @@ def _kronecker(place: Place, moments: Moments) -> KroneckerOperator:
     right: Any = moments.right
     left, right = accumulable(moments.left), accumulable(right)
     count = moments.right_count
+    # No gradient at all: the factor is zero, not 0 / 0.
     right = right / count if float(count) > 0 else right
     return KroneckerOperator(_finite(place, left / moments.left_count), _finite(place, right), psd=True)
 

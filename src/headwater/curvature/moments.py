@@ -77,6 +77,7 @@ class _Moments(MeansVisitor):
 
     def _projection(self, name: str, value: BlockGradient) -> Projection:
         if name not in self.projections:
+            # When first met: a projection's sides may depend on the first gradients.
             self.projections[name] = _checked(name, self.make(name, value))
             _refuse_without_room(name, self.projections, value)
             _refuse_rounding(name, self.projections[name], value)
@@ -84,6 +85,7 @@ class _Moments(MeansVisitor):
 
 
 def _product(total: Array | None, projection: Projection, value: BlockGradient, weights: Array | None) -> Array:
+    # As rows are kept (LoRIF cuts their rank): the moment is of what scores are made of.
     small = accumulable(projection.stored(value).flat())
     return add_product(total, small, small if weights is None else small * weights[:, None])
 

@@ -79,14 +79,17 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
         """
 
     def losses(self, batch: BatchType, *, query: bool = False) -> Array:
-        """The rows' losses, unweighted, or their measurements for query rows: [n]."""
+        """The rows' losses, unweighted, or their measurements for query rows: [n].
+
+        Errors: UnsupportedModel where a provider does not give them.
+        """
         raise UnsupportedModel(f"{type(self).__name__} does not give its rows' losses.")
 
     def self_grads(self, batch: BatchType) -> BlockGradients:
         """Gradients of train rows whose length, in any metric, is the score of a row on itself."""
         return self.grads(batch)
 
-    def doubt(self, batch: BatchType) -> Array:
+    def one_minus_p(self, batch: BatchType) -> Array:
         """1 - p, the chance of another answer, where the losses are minus the margin (`of_output("margin")`): [n]."""
         return sigmoid(self.losses(batch))
 
@@ -99,7 +102,10 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
         raise UnsupportedModel(f"{type(self).__name__} knows no other functions of its output, such as the {function}.")
 
     def parameters(self, block: str) -> Array:
-        """The block's weights as a flat vector: (D_block,)."""
+        """The block's weights as a flat vector: (D_block,).
+
+        Errors: UnsupportedModel where a provider does not give them.
+        """
         raise UnsupportedModel(f"{type(self).__name__} does not give its weights.")
 
     def in_float64(self) -> StructuredGradientProvider | None:
@@ -240,7 +246,10 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
         return xp.moveaxis(xp.concat(found, axis=0), 0, -1)
 
     def jacobian_prod(self, batch: BatchType, g: TensorType) -> TensorType:
-        """(N, K) for g (K, D): `grads` projected on g, never made dense where that costs more."""
+        """(N, K) for g (K, D): `grads` projected on g, never made dense where that costs more.
+
+        Errors: ShapeMismatch.
+        """
         if g.ndim != 2 or g.shape[1] != self.n_parameters:  # type: ignore[attr-defined]
             raise ShapeMismatch(f"Expected g of shape (K, {self.n_parameters}), got {tuple(g.shape)}.")  # type: ignore[attr-defined]
         pieces = split(g, self.sizes)

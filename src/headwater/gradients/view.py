@@ -71,8 +71,8 @@ class ProviderView(StructuredGradientProvider[Any, Any]):
     def losses(self, batch: Batch, *, query: bool = False) -> Array:
         return self.plain.losses(batch, query=query)
 
-    def doubt(self, batch: Batch) -> Array:
-        return self.plain.doubt(batch)
+    def one_minus_p(self, batch: Batch) -> Array:
+        return self.plain.one_minus_p(batch)
 
     # Other providers ----------------------------------------------------------------------------------------------
 

@@ -100,6 +100,7 @@ class HfGradientProvider(TorchGradientProvider):
         return f"{self.per_token} per token" if isinstance(self.loss, TokenLoss) else super().normalisation
 
     def of_output(self, function: OutputFunction) -> HfGradientProvider:
+        """Errors: UnsupportedModel for rows of several labels."""
         chosen: Loss = {"margin": negative_margin, "logit": negative_logit}[function]
         if self.task.has_label_per_token:
             raise UnsupportedModel(

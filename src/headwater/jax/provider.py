@@ -18,12 +18,12 @@ from headwater.errors import BlockMismatch, InvalidInput, InvalidSetting, ShapeM
 from headwater.gradients.algebra import Gradient
 from headwater.gradients.block import rows_in_blocks
 from headwater.gradients.coverage import Coverage
+from headwater.gradients.identity import identity_of, name_of
 from headwater.gradients.likelihoods import Likelihood, fisher_cotangents, ggn_cotangents
 from headwater.gradients.measurements import negative_logit, negative_margin
 from headwater.gradients.outer import with_inputs
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
 from headwater.gradients.rowwise import differing
-from headwater.gradients.words import in_words, name_of
 from headwater.jax import derivatives, plain
 from headwater.jax.batch import JaxBatch, differentiable_input, host_leaves, rounded
 from headwater.jax.check import (
@@ -78,6 +78,7 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
             if not callable(function):
                 raise InvalidSetting(f"{name} is {function!r:.60}; expected a function.")
         tree, self._leaves = take_tree(params)
+        # Static arguments of jit: compiled code is found again by their hash.
         self._model = Model(_hashable(apply), tree, _hashable(loss))
         self._measured = self._model if measurement is None else Model(self._model.apply, tree, _hashable(measurement))
         self.likelihood = find_likelihood(loss, likelihood)
@@ -113,10 +114,12 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
                 f"The parameters are of another architecture: {_difference(tree.names, tree.shapes)} in place of "
                 f"{_difference(self._model.tree.names, self._model.tree.shapes)}."
             )
+        # The plan stays: it depends on the function and the shapes, not on the numbers.
         return self._changed(_leaves=leaves, _fingerprint=None, _checked=0, _measured_rows=0)
 
     def _changed(self, **changes: Any) -> Self:
         other = copy.copy(self)
+        # A copy with changes: what JAX has compiled for the model serves it, too.
         vars(other).update(changes)
         return other
 
@@ -160,7 +163,7 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
 
     def settings(self) -> tuple[str, ...]:
         model = self._model
-        return tuple(in_words(value) for value in (model.apply, model.loss, self._measured.loss, self.likelihood))
+        return tuple(identity_of(value) for value in (model.apply, model.loss, self._measured.loss, self.likelihood))
 
     def fingerprint(self) -> tuple[int, ...]:
         """Checksums of the parameters' bytes; arrays of JAX cannot change, so they are read once."""
@@ -200,7 +203,9 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
             names = [p.name for layout in self._plan.layouts for p in layout.block.parameters]
             rows = plain.gradients(model, self._chosen(names), self._leaves, plain.rows_of(batch))
             return rows_in_blocks(self.layouts, rows, self.row_weights(batch) if weighted else None)
+        # Padded to a few sizes: each number of rows would compile anew.
         found = derivatives.gradients(model, self._plan, self._leaves, *batch.padded())
+        # Padding's rows are cut off before anything is summed.
         losses, values = _cut(found, batch)
         check_finite(losses, len(batch))
         return self._blocks(values, self.row_weights(batch) if weighted else None)
@@ -244,12 +249,14 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
     def of_output(self, function: OutputFunction) -> Self:
         chosen = {"margin": negative_margin, "logit": negative_logit}[function]
         model = Model(self._model.apply, self._model.tree, chosen)
+        # Another loss: what the first rows showed of the old one is forgotten.
         return self._changed(
             _model=model, _measured=model, likelihood=None, _checked=0, _measured_rows=0, _normalisation=None
         )
 
     def in_float64(self) -> Self | None:
         """None unless JAX has float64 enabled."""
+        # Without jax_enable_x64 JAX makes float64 arrays float32.
         if jnp.zeros(()).dtype != jnp.float64:
             return None
         leaves = {name: plain.double(leaf) for name, leaf in self._leaves.items()}
@@ -314,6 +321,7 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         last = len(rows) - 1
         together = first_outputs(self._model, self._leaves, rows.x)
         check_rows(together, len(rows))
+        # First and last: what a model does with one of them it need not do with the other.
         for k in {0, last} if last else set():
             alone = derivatives.outputs(self._model, self._leaves, rows.take(slice(k, k + 1)).x)
             check_independence(together, alone, k)
@@ -326,6 +334,7 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         if wrong:
             self._distrusted |= set(wrong)
             program = self._model.program(self._leaves, rows.x)
+            # Plain gradients for these parameters from now on.
             self._plan = make_plan(self._model.tree, self._structure, program, sorted(self._distrusted))
 
     def _disagreeing(self, row: JaxBatch, model: Model) -> list[str]:
@@ -346,6 +355,7 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
     # Second order -------------------------------------------------------------------------------------------------
 
     def curvature_product(self, batch: JaxBatch, block: str, vectors: jax.Array, kind: Kind) -> jax.Array:
+        """vectors (K, D_block). Errors: ShapeMismatch."""
         batch = self._prepare(batch)
         size = self._block(block).size
         if vectors.ndim != 2 or vectors.shape[1] != size:

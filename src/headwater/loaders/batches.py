@@ -96,7 +96,10 @@ def described(value: Any) -> str:
 
 
 def as_batch(provider: StructuredGradientProvider, item: object) -> Batch | None:
-    """One item of a loader: a Batch, (x, y), or what `unpack` made of it. None if it has no rows."""
+    """One item of a loader: a Batch, (x, y), or what `unpack` made of it. None if it has no rows.
+
+    Errors: InvalidInput for what is no batch.
+    """
     if isinstance(item, Columns) or type(item) is Batch:
         batch = paired(provider, item.x, item.y)
         return None if batch is None else _with_columns(provider, batch, item.weights, item.ids)
@@ -141,7 +144,10 @@ def _unpack_example(item: object) -> str:
 
 @contextmanager
 def plain_words(x: object, y: object) -> Iterator[None]:
-    """Where x and y make no batch because they are a single row, or no arrays, that is what is said."""
+    """Where x and y make no batch because they are a single row, or no arrays, that is what is said.
+
+    Errors: InvalidInput, or BatchMismatch, in words about x and y.
+    """
     try:
         yield
     except (InvalidInput, TypeError, ValueError, RuntimeError) as error:

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from headwater.curvature.means import positive_weight, total_weight
+from headwater.gradients.normalised import NormalisedGradientProvider
 from headwater.gradients.provider import StructuredGradientProvider
-from headwater.gradients.unit import UnitGradientProvider
 from headwater.methods.base import Curvatures, Method
 from headwater.methods.damping import Damping
 from headwater.operators.algebra import IdentityOperator, LinearOperator
@@ -44,4 +44,4 @@ class GradCos(GradDot):
     """The cosine between the two gradients, over all blocks of a model together. Damping has no meaning here."""
 
     def view(self, provider: StructuredGradientProvider) -> StructuredGradientProvider:
-        return provider.each(UnitGradientProvider)
+        return provider.each(NormalisedGradientProvider)

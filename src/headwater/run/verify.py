@@ -144,6 +144,7 @@ class _Sampling(Visitor[PlacedBatch, _Sampled, _Sampled]):
         return _Sampled(chosen, len(batch), total_weight(self.provider, batch))
 
     def merge(self, one: _Sampled, other: _Sampled) -> _Sampled:
+        # The smallest random numbers of all rows: a uniform sample, whatever the batches.
         chosen = sorted([*one.chosen, *other.chosen], key=lambda row: row[0])[: self.size]
         return _Sampled(chosen, one.count + other.count, one.weight + other.weight)
 
@@ -162,6 +163,7 @@ def _scores(
     """As a run computes them: both sides chosen once, queries through theirs, then the train batches: [q, n]."""
     grads = [mapper.provider.grads(batch, query=True) for batch in queries]
     sides = mapper.sides(grads[0], train_per_query)
+    # Sides are chosen by the first batch and kept: as in a run.
     ready = stack_queries([sides.queries(values) for values in grads])
     return np.concatenate([_total(ready.scores(mapper.provider.grads(batch))) for batch in train], axis=1)
 
@@ -183,6 +185,7 @@ def _scores_of_plain(
     for name, operator in operators.items():
         layout = mapper.provider.layouts[name]
         left, right = (operator.seen(BlockGradient.from_flat(layout, g[name])).flat() for g in (q, n))
+        # Plain vectors and one dot product: none of the shortcuts that a run takes.
         found.append(to_numpy(precise(operator.apply(left)) @ transpose(precise(right))))
     return np.sum(found, axis=0)
 
@@ -255,6 +258,7 @@ class _Verifier:
         self.mapper = influence.block_mapper
         self.joined_queries, self.joined_train = join(queries.rows), join(train.rows)
         self.ratio = train.count / queries.count
+        # Once, before all checks: each compares with these scores.
         with recorded_solves() as log:
             self.scores = _scores(self.mapper, self.joined_queries, self.joined_train, self.ratio)
         self.solves = joined(log)
@@ -302,6 +306,7 @@ class _Verifier:
                 return self.tolerance + SOLVED
             q, n = (self._lengths(batch, name, query) for batch, query in self._sides)
             scale = self.influence.provider.block_scale(name)
+            # Cauchy and Schwarz: |<r, A^-1 g>| <= |r| |g| / lowest; a bound, so that SOLVED caps it.
             total += 2 * scale * float((report.residual[: len(q)] * q).max() * n.max()) / status.lowest_damped
         largest = float(np.abs(self.scores).max())
         return self.tolerance + min(SOLVED, total / largest if largest else 0.0)
@@ -312,6 +317,7 @@ class _Verifier:
         if self.influence.source.dtype not in TOLERANCES:
             return 0.0
         conditions = [block.condition for block in status_of(self.influence).blocks.values()]
+        # A perturbation of eps in A changes A^-1 g by condition times eps.
         worst = max((c for c in conditions if c is not None), default=1.0)
         return 10 * float(np.finfo(self.influence.source.dtype).eps) * worst
 
@@ -407,6 +413,7 @@ class _Verifier:
         if isinstance(self.plain, str):
             return [Check(REFIT, note=self.plain)]
         copied, q, n = self.plain
+        # One by one no batch can hide anything; for more rows that would take too long.
         size = 1 if self.train.whole and self.train.count <= ONE_BY_ONE else 16
 
         def compute() -> np.ndarray:
@@ -428,6 +435,7 @@ class _Verifier:
                 _scores(self.mapper, self.joined_queries, cut(n, 7), 1e9),
             ]
             gaps = (scores - self.scores[: scores.shape[0], : scores.shape[1]] for scores in found)
+            # The worst of all routes, as scores: some were computed for a part of the pairs only.
             return self.scores + max(gaps, key=lambda gap: np.abs(gap).max())
 
         return [self._compare(SIZES, compute, self.scores)]

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from headwater.errors import DamagedFile, InvalidInput
-from headwater.store.draft import HOST, TOKEN, is_alive, remove_dead, told, write_new, write_whole
+from headwater.store.draft import HOST, TOKEN, explained_errors, is_alive, remove_dead, write_new, write_whole
 from headwater.store.seal import digest, open_bytes, seal_bytes, sealed, unsealed
 
 Values = Mapping[str, Any]
@@ -38,7 +38,7 @@ class PartStore:
     def __init__(self, path: str | os.PathLike[str], identity: Mapping[str, Any]):
         self.path = Path(path)
         identity = json.loads(json.dumps(identity))
-        with told(self.path):
+        with explained_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / "identity.json"
         write_new(file, json.dumps(sealed(identity), indent=1).encode())
@@ -86,7 +86,7 @@ class PartStore:
     def claim(self, name: str) -> bool:
         """Whether this process is to compute the part."""
         file = self._claim(name)
-        with told(file):
+        with explained_errors(file):
             file.parent.mkdir(exist_ok=True)
         remove_dead(file.parent)
         mine = json.dumps({"host": HOST, "process": os.getpid(), "token": TOKEN, "time": time.time()}).encode()
