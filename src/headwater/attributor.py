@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Self
 
+from headwater.errors import InvalidSetting
 from headwater.influence import ComposableInfluence, in_own_precision
 from headwater.loaders.places import located
 from headwater.methods.damping import Damping
@@ -48,15 +49,22 @@ class Attributor(ComposableInfluence[TensorType]):
         processes on any machines that see the folder share the work. worker: (number from 0, how many); each makes the
         same call and gets the same fit, to the last bit. Methods that keep sums over rows share them (hw.Direct,
         hw.Kfac, hw.Ekfac, hw.Trak, hw.LoGra, ...); those that read rows at every solve (hw.Cg, hw.Dual, ...) fit
-        little, and each worker does. See `headwater.run.runners.shared`. Errors: InvalidInput for a folder of another
-        fit.
+        little, and each worker does. The loader gives its rows in one order. See `headwater.run.runners.shared`.
+        Errors: InvalidInput for a folder of another fit; InvalidSetting for workers without a folder.
         """
         if store is not None:
             from headwater.run.runners.shared import SharedFolder
 
+            if runner is not None:
+                raise InvalidSetting("store= has a runner of its own: give one of the two, store= or runner=.")
+            self._look(loader)
             known = self.identity()
             belongs = {name: known[name] for name in ("method", "loss", "architecture", "fingerprint")}
-            runner = SharedFolder(store, belongs | {"dtype": self.source.dtype}, self._like(), worker)
+            blocks = {name: block["parameters"] for name, block in known["blocks"].items()}
+            belongs |= {"blocks": blocks, "dtype": self.source.dtype}
+            runner = SharedFolder(store, belongs, self._like(), worker)
+        elif tuple(worker) != (0, 1):
+            raise InvalidSetting(f"worker is {worker}, and workers meet in a folder: give store=.")
         return super().fit(loader, progress=progress, runner=runner)
 
     @property

@@ -13,7 +13,7 @@ import copy
 from abc import ABC
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
@@ -23,6 +23,7 @@ from headwater.curvature.saved import TakenApart, moved, put_together, take_apar
 from headwater.errors import (
     BatchMismatch,
     BlockMismatch,
+    HeadwaterError,
     IndefiniteCurvature,
     InvalidInput,
     InvalidSetting,
@@ -35,7 +36,7 @@ from headwater.gradients.identity import identity_of
 from headwater.gradients.provider import StructuredGradientProvider
 from headwater.loaders.batches import Unpack, Unpacked, check_loader, paired
 from headwater.loaders.keys import LoadersSeen, RowMemory
-from headwater.loaders.places import located
+from headwater.loaders.places import RAW, located
 from headwater.mapper import InfluenceMapper
 from headwater.methods.base import Curvatures, Method
 from headwater.methods.damping import Damping, Relative, damping_by_block, in_units
@@ -140,6 +141,11 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         self._loaders.keep(loader, rows.memory)
         self._calibration = None
         return self
+
+    def _look(self, loader: Iterable[object]) -> None:
+        """At the first rows, which show the blocks' parts; what is wrong with them is said where they are used."""
+        with suppress(HeadwaterError, *RAW):
+            self.source.grads(first_batch(self.provider, self._read_as(loader, "train")))
 
     def _keep(self, fitted: Fitted) -> None:
         self._mapper = self._make_mapper(fitted)

@@ -1,7 +1,8 @@
 """The rows of a data set, and the one loop over them.
 
 A pass takes a visitor: what it makes of some rows, how two such parts become one, and what the whole means. `sweep`
-reads the loader and is the only place that does; a runner decides in which order, and where, the pieces are visited.
+reads the loader, and is the only loop over one that computes anything; a runner decides which batches are visited
+where.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
+from zlib import crc32
 
 import numpy as np
 
@@ -196,7 +198,8 @@ Read = Callable[[], Iterator[PlacedBatch]]
 Runner = Callable[[Visitor[Any, Any, Any], Read, str], Any]
 """Visits rows: (visitor, read, label) -> the part of all of them.
 
-label: the number of the pass over these rows, from 0, and of the provider's form; the same in every process.
+`sweep` makes of that part what the visitor finds (`finish`). label: a name of the pass, the same in every process: its
+number over these rows, from 0, and the form of the provider's gradients.
 """
 
 
@@ -292,12 +295,18 @@ def sweep(
     """
     # The runner belongs to the rows: whoever made them decides where all passes over them run.
     runner: Runner = serial
-    number = 0
-    if isinstance(loader, Rows):
-        runner, number = loader.runner or serial, loader.passes
+    label = ""
+    if isinstance(loader, Rows) and loader.runner is not None:
+        runner, label = loader.runner, f"{loader.passes}-{_form_of(provider)}"
         loader.passes += 1
-    whole: Part = runner(visitor, lambda: _read(provider, loader, what, show), f"{number}-{provider.form}")
+    whole: Part = runner(visitor, lambda: _read(provider, loader, what, show), label)
     return visitor.finish(whole)
+
+
+def _form_of(provider: StructuredGradientProvider) -> str:
+    """Another one where gradients have other parts: sums of both cannot be added."""
+    parts = [(name, [part.shape for part in layout.parts]) for name, layout in provider.layouts.items()]
+    return f"{crc32(repr((provider.form, parts)).encode()):08x}"
 
 
 def sweep_kept(

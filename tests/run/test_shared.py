@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,9 @@ from torch import nn
 
 import headwater as hw
 from headwater.errors import BatchMismatch, InvalidInput, InvalidSetting
+from headwater.rows import serial
 from headwater.run.runners import shared
+from headwater.store.draft import HOST
 from headwater.torch import TorchBatch, TorchComposableInfluence
 
 torch.manual_seed(0)
@@ -41,12 +44,12 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(shared.SharedFolder.__init__, "__defaults__", ((0, 1), 8))
 
 
-def influence(method, scale=1.0):
+def influence(method, scale=1.0, **options):
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
     with torch.no_grad():
         model[0].weight *= scale
-    return TorchComposableInfluence(model, nn.CrossEntropyLoss(), method, damping=hw.relative(0.3))
+    return TorchComposableInfluence(model, nn.CrossEntropyLoss(), method, damping=hw.relative(0.3), **options)
 
 
 def scores(fitted):
@@ -94,6 +97,18 @@ def test_another_fit_is_refused(tmp_path):
         influence(hw.Kfac(), scale=2.0).fit(TRAIN, store=tmp_path / "fit")
     with pytest.raises(InvalidInput, match="method differ"):
         influence(hw.Ekfac()).fit(TRAIN, store=tmp_path / "fit")
+    with pytest.raises(InvalidInput, match="blocks differ"):  # of one shape, and other layers
+        influence(hw.Kfac(), blocks={"0": ["0.bias"]}).fit(TRAIN, store=tmp_path / "of one layer")
+        influence(hw.Kfac(), blocks={"0": ["2.bias"]}).fit(TRAIN, store=tmp_path / "of one layer")
+    with pytest.raises(InvalidInput, match="another run"):
+        influence(hw.Kfac()).fit(TRAIN).attribute(TRAIN, QUERIES, store=tmp_path / "fit")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(InvalidInput, match="not empty"):
+        influence(hw.Kfac()).fit(TRAIN, store=tmp_path / "mine")
+    for options in ({"worker": (0, 2)}, {"store": tmp_path / "new", "runner": serial}):
+        with pytest.raises(InvalidSetting, match="store="):
+            influence(hw.Kfac()).fit(TRAIN, **options)
     with pytest.raises(InvalidSetting, match=r"\(3, 3\)"):
         influence(hw.Kfac()).fit(TRAIN, store=tmp_path / "fit", worker=(3, 3))
 
@@ -103,6 +118,63 @@ def test_workers_that_read_other_rows_do_not_go_on_for_ever(tmp_path, monkeypatc
     monkeypatch.setattr(shared.PartStore, "read", lambda self, name, rows: None)
     with pytest.raises(BatchMismatch, match="other rows"):
         fitted.fit(TRAIN, store=tmp_path / "fit")
+
+
+class Odd(nn.Linear):
+    """A layer whose rule does not hold: it doubles what it computes, and so its gradients."""
+
+    def forward(self, x):
+        return super().forward(x) * 2 + self.bias
+
+
+def odd(method, **options):
+    torch.manual_seed(1)
+    model = nn.Sequential(Odd(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    return TorchComposableInfluence(model, nn.CrossEntropyLoss(), method, damping=hw.relative(0.3), **options)
+
+
+@pytest.mark.parametrize("method", [hw.Kfac(), hw.Ekfac(), hw.Direct()], ids=lambda method: method.describe())
+def test_workers_that_compute_nothing_know_which_rules_do_not_hold(method, tmp_path):
+    first = scores(odd(method).fit(TRAIN, store=tmp_path / "fit"))
+    for worker in ((0, 1), (1, 2)):
+        np.testing.assert_array_equal(scores(odd(method).fit(TRAIN, store=tmp_path / "fit", worker=worker)), first)
+    np.testing.assert_allclose(first, scores(odd(method).fit(TRAIN)), rtol=2e-3, atol=1e-4 * abs(first).max())
+
+
+class Shuffling:
+    """Batches with ids, in another order each time."""
+
+    reads = 0  # of all of them
+
+    def __iter__(self):
+        Shuffling.reads += 1
+        named = [TorchBatch(b.x, b.y, weights=b.weights, ids=torch.arange(4) + 4 * k) for k, b in enumerate(TRAIN)]
+        return iter(named[self.reads % 3 :] + named[: self.reads % 3])
+
+
+def test_rows_in_another_order_are_refused_where_that_matters(tmp_path):
+    influence(hw.Kfac()).fit(Shuffling(), store=tmp_path / "fit")  # one pass, one order
+    with pytest.raises(BatchMismatch, match="another order each time"):
+        influence(hw.Kfac()).fit(Shuffling(), store=tmp_path / "fit", worker=(1, 2))
+
+
+def test_a_claim_of_the_living_is_theirs_and_one_of_the_dead_is_not(tmp_path, monkeypatch):
+    store = shared.PartStore(tmp_path / "fit", {})
+    assert store.claim("0-a/1") and not store.claim("0-a/1")
+    monkeypatch.setattr("headwater.store.parts.TOKEN", "0" * 8)  # another process
+    store.release("0-a/1")
+    assert not store.claim("0-a/1")
+    claim = tmp_path / "fit" / "0-a" / "1.claim"
+    for content in (
+        {"host": "elsewhere", "process": 1, "token": "x"},
+        {"host": HOST, "process": 2**22 + 1, "token": "x"},
+    ):
+        claim.write_text(json.dumps(content))
+        assert store.is_free("0-a/1") == (content["host"] != "elsewhere")
+    claim.write_text(json.dumps({"host": "elsewhere", "process": 1, "token": "x"}))
+    assert not store.is_free("0-a/1")
+    monkeypatch.setattr("headwater.store.parts.PATIENCE", -1.0)
+    assert store.is_free("0-a/1")
 
 
 def test_an_error_leaves_no_claim(tmp_path):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from headwater.arrays import Array, accumulable, add_product, device, itemsize, namespace
@@ -76,12 +76,15 @@ class _Factors(Visitor[PlacedBatch, _Sums, _Sums]):
     draws: range
     seed: int
     basis_only: bool
+    looked: list[bool] = field(default_factory=list)
+    """Whether the first gradients that are met here were looked at."""
 
     def of(self, item: PlacedBatch) -> _Sums:
         draws = self.provider.fisher_grads(item.batch, self.fisher, draws=self.draws, seed=self.seed)
         # Before the first batch's sums are made: they would already take that memory.
-        if item.start == 0:
+        if not self.looked:
             _refuse_large_factors(draws[0])
+            self.looked.append(True)
         moments = _batch_moments(draws, self.provider.row_weights(item.batch), self.basis_only)
         return _Sums(moments, total_weight(self.provider, item.batch))
 

@@ -1,4 +1,4 @@
-"""Serial runs: query factors once, one pass over the train rows, a tile of scores for each train batch."""
+"""Runs: query factors once, one pass over the train rows, a tile of scores for each train batch."""
 
 from __future__ import annotations
 
@@ -39,17 +39,18 @@ def attribute(
     worker: tuple[int, int] = (0, 1),
 ) -> Scores:
     """See `ComposableInfluence.attribute`."""
+    _scale(influence, unit)
+    check_worker(worker)
+    shared = worker[1] > 1
+    if shared and store is None:
+        raise InvalidSetting(f"worker is {worker}, and workers meet in a folder: give store=.")
     with recorded_solves() as log:
         asked = _queries(influence, query_loader, progress)
     kept, memory = None, MemorySink()
     if store is not None:
         identity = _identity(influence, unit, by_block, asked.ids, asked.keys)
         kept = TileStore(store, identity, _tolerance(influence, solved=bool(joined(log))))
-    check_worker(worker)
-    shared = worker[1] > 1
-    if shared:
-        if kept is None:
-            raise InvalidSetting(f"worker is {worker}, and workers meet in a folder: give store=.")
+    if shared and kept is not None:
         share = OwnShare(Score(influence, asked, unit, by_block, [kept]), worker)
         sweep_rows(influence.provider, train_loader, share, "own share of the scores", progress)
     score = Score(influence, asked, unit, by_block, [memory] if kept is None else [kept, memory])
@@ -211,7 +212,7 @@ def _probe(influence: ComposableInfluence, queries: Queries, batch: Batch) -> np
 
 
 class OwnShare(Visitor[PlacedBatch, int, int]):
-    """Another visitor, on every `count`-th batch from `number` on; the number of batches that were met."""
+    """Another visitor, on every `count`-th batch, or piece of one, from `number` on; how many there were."""
 
     def __init__(self, inner: Visitor[PlacedBatch, None, None], worker: tuple[int, int]) -> None:
         self.inner, self.worker, self.met = inner, worker, 0

@@ -1,8 +1,8 @@
 """Sums over tiles of rows in a folder, so that a pass that was stopped goes on, and several workers share one.
 
     identity.json          what is fitted
-    0-0-Factors/3.npz      the sums over the fourth tile of rows, of the first pass
-    0-0-Factors/3.claim    who is at it: host, process, time
+    0-5d8e...-Factors/3.npz      the sums over the fourth tile of rows, of the first pass
+    0-5d8e...-Factors/3.claim    who is at it: host, process
 
 A part is written whole or not at all, and sealed with the identity, its name and the keys of its rows: what is damaged,
 or of other rows, is computed again. Claims save double work, no more: parts are the same whoever computes them.
@@ -22,14 +22,15 @@ from typing import Any
 import numpy as np
 
 from headwater.errors import DamagedFile, InvalidInput
-from headwater.store.draft import HOST, TOKEN, explained_errors, is_alive, remove_dead, write_new, write_whole
+from headwater.store.draft import HOST, TOKEN, explained_errors, is_alive, is_draft, remove_dead, write_new, write_whole
 from headwater.store.seal import digest, open_bytes, seal_bytes, sealed, unsealed
 
 Values = Mapping[str, Any]
 """Arrays of the host, and numbers."""
 NUMBERS = "__numbers__"
-PATIENCE = 60.0
-"""Seconds after which a claim from another machine is taken over, at least."""
+PATIENCE = 300.0
+"""Seconds without a sign of life after which a claim from another machine is taken over."""
+OTHER_FOLDER = "Choose another folder, or remove this one."
 
 
 class PartStore:
@@ -37,20 +38,23 @@ class PartStore:
 
     def __init__(self, path: str | os.PathLike[str], identity: Mapping[str, Any]):
         self.path = Path(path)
-        identity = json.loads(json.dumps(identity))
+        identity = json.loads(json.dumps({"kind": "sums over tiles of rows", **identity}))
+        file = self.path / "identity.json"
+        if self.path.exists() and not file.exists() and not all(is_draft(each.name) for each in self.path.iterdir()):
+            raise InvalidInput(f"{self.path} is not empty and holds no fit of headwater. {OTHER_FOLDER}")
         with explained_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        file = self.path / "identity.json"
         write_new(file, json.dumps(sealed(identity), indent=1).encode())
-        found, seal = unsealed(file, remedy="Choose another folder, or remove this one.")
+        found, seal = unsealed(file, remedy=OTHER_FOLDER)
         different = sorted(name for name in {**found, **identity} if found.get(name) != identity.get(name))
         if different:
-            raise InvalidInput(
-                f"{self.path} holds the parts of another fit: {', '.join(different)} differ. Choose another folder, or "
-                "remove this one."
-            )
+            what = "the parts of another fit" if found.get("kind") == identity["kind"] else "something else than a fit"
+            raise InvalidInput(f"{self.path} holds {what}: {', '.join(different)} differ. {OTHER_FOLDER}")
         self._bound = str(seal["digest"])
-        self._longest = 0.0
+        self._tidied: set[Path] = set()
+        self._touched = 0.0
+        self._seen: dict[str, tuple[float, float]] = {}
+        """Of others' claims: when the file was touched last, and when that was seen first by this process's clock."""
 
     def read(self, name: str, rows: str) -> dict[str, Any] | None:
         """The part of this name over the rows with this digest; None if there is none that is whole."""
@@ -71,46 +75,53 @@ class PartStore:
         np.savez(packed, allow_pickle=False, **{NUMBERS: np.array(json.dumps(numbers))}, **arrays)
         write_whole(self._file(name), seal_bytes(packed.getvalue(), self._place(name, rows)))
 
-    def release(self, name: str) -> None:
-        """This process is no longer at the part."""
-        with suppress(OSError):
-            self._claim(name).unlink()
-
     def has(self, name: str) -> bool:
+        """Whether there is a file of that name, whole or not."""
         return self._file(name).is_file()
-
-    def is_free(self, name: str) -> bool:
-        """Whether nobody is at the part, or who was is dead, or far too slow."""
-        return not self._is_held(self._claim(name))
 
     def claim(self, name: str) -> bool:
         """Whether this process is to compute the part."""
         file = self._claim(name)
         with explained_errors(file):
             file.parent.mkdir(exist_ok=True)
-        remove_dead(file.parent)
-        mine = json.dumps({"host": HOST, "process": os.getpid(), "token": TOKEN, "time": time.time()}).encode()
+        if file.parent not in self._tidied:
+            remove_dead(file.parent)
+            self._tidied.add(file.parent)
+        mine = json.dumps({"host": HOST, "process": os.getpid(), "token": TOKEN}).encode()
         if write_new(file, mine):
             return True
-        if self._is_held(file):
+        if not self.is_free(name):
             return False
         write_whole(file, mine)
         return True
 
-    def took(self, seconds: float) -> None:
-        """How long a part took here: others are given ten times as long."""
-        self._longest = max(self._longest, seconds)
-
-    def _is_held(self, file: Path) -> bool:
+    def is_free(self, name: str) -> bool:
+        """Whether nobody is at the part, or who was is dead, or gave no sign of life for long."""
+        file = self._claim(name)
         try:
-            held = json.loads(file.read_bytes())
-            if held["host"] == HOST and not is_alive(int(held["process"]), str(held["token"])):
-                return False
-            return abs(time.time() - float(held["time"])) < max(PATIENCE, 10 * self._longest)
-        except FileNotFoundError:  # it has been written, or given up
-            return False
+            held, touched = json.loads(file.read_bytes()), file.stat().st_mtime
+            if held["host"] == HOST:
+                return not is_alive(int(held["process"]), str(held["token"]))
         except (OSError, ValueError, KeyError, TypeError):
-            return False
+            return True
+        now = time.monotonic()
+        if self._seen.get(name, (None,))[0] != touched:  # by one clock: those of two machines may differ
+            self._seen[name] = (touched, now)
+        return now - self._seen[name][1] > PATIENCE
+
+    def touch(self, name: str) -> None:
+        """A sign of life from who is at the part."""
+        if time.monotonic() - self._touched > PATIENCE / 10:
+            self._touched = time.monotonic()
+            with suppress(OSError):
+                os.utime(self._claim(name))
+
+    def release(self, name: str) -> None:
+        """This process is no longer at the part."""
+        file = self._claim(name)
+        with suppress(OSError, ValueError):
+            if json.loads(file.read_bytes()).get("token") == TOKEN:
+                file.unlink()
 
     def _file(self, name: str) -> Path:
         return self.path / f"{name}.npz"

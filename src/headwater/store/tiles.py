@@ -186,6 +186,8 @@ class TileStore(Sink):
             ledger.flush()
             # "It counts once this returns" has to hold after a power cut, too.
             os.fsync(ledger.fileno())
+            if ledger.tell() == self._seen + len(text) + 1 + torn:  # nobody else wrote: there is nothing to look for
+                self._seen = ledger.tell()
         self._ledger[start, stop] = line
 
     def _write_tile(self, start: int, stop: int, tile: np.ndarray) -> dict[str, str]:

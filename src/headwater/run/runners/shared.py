@@ -29,6 +29,8 @@ ROWS = 4096
 """Of a tile, about: a tile ends with the batch that fills it."""
 POLL = 0.2
 """Seconds between two looks for what others compute."""
+TRIES = 3
+"""Times that a worker computes a tile again which another one overwrites."""
 
 
 def check_worker(worker: tuple[int, int]) -> None:
@@ -71,54 +73,66 @@ class SharedFolder:
         if label.startswith("0-"):
             self._before = ""
         label = f"{label}-{type(visitor).__name__.strip('_')}"
-        tiles = self._visit(visitor, read, label, self._is_mine)
-        computed: Counter[int] = Counter()
-        while missing := {k for k, tile in enumerate(tiles) if self.store.read(tile.name, tile.rows) is None}:
-            if self._are_disputed(computed):
+        tiles, computed = self._visit(visitor, read, label, self._is_own)
+        tries, found = Counter(computed), set[int]()
+        while missing := self._missing(tiles, found):
+            if max(tries.values(), default=0) > TRIES:
                 raise BatchMismatch(f"{self.store.path}: another worker reads other rows than this one. {REMEDY}")
-            if any(self.store.is_free(tiles[k].name) for k in missing):
-                self._visit(visitor, read, label, lambda tile, name: tile in missing)
-                computed.update(missing)
-            else:
+            if not any(self.store.is_free(tiles[k].name) for k in missing):
                 time.sleep(POLL)
+                continue
+            again, computed = self._visit(visitor, read, label, lambda k, name: k in self._missing(tiles, found))
+            if again != tiles:  # rows with ids may come in any order
+                raise BatchMismatch(f"The loader gives its rows in another order each time: tiles need one. {REMEDY}")
+            tries.update(computed)
         # What a later pass computes depends on what this one found, and that on all of its rows.
         self._before = digest(self._before.encode(), *(tile.rows.encode() for tile in tiles))
         return merge_in_order(visitor.merge, (self._part(visitor, tile) for tile in tiles))
 
-    def _is_mine(self, tile: int, name: str) -> bool:
+    def _is_own(self, tile: int, name: str) -> bool:
         """Whether it is of this worker's share, and not there."""
         return tile % self.worker[1] == self.worker[0] and not self.store.has(name)
 
-    def _are_disputed(self, computed: Counter[int]) -> bool:
-        """Whether a part was overwritten again and again."""
-        return max(computed.values(), default=0) > 3
+    def _missing(self, tiles: list[Tile], found: set[int]) -> set[int]:
+        """Those without a part of these rows; `found` remembers the others, so that each is read once for that."""
+        left = [(k, tile) for k, tile in enumerate(tiles) if k not in found]
+        found.update(
+            k for k, tile in left if self.store.has(tile.name) and self.store.read(tile.name, tile.rows) is not None
+        )
+        return {k for k, _ in left} - found
 
     def _visit(
-        self, visitor: Visitor[Any, Any, Any], read: Read, label: str, mine: Callable[[int, str], bool]
-    ) -> list[Tile]:
-        """One pass; the tiles that are `mine`, and that nobody else is at, are computed."""
-        found = []
-        for k, (tile, group) in enumerate(groupby(read(), key=lambda batch: batch.start // self.rows)):
-            name, keys = f"{label}/{tile}", list[bytes]()
-            batches = _noted(group, keys)
-            claimed = mine(k, name) and self.store.claim(name)
+        self, visitor: Visitor[Any, Any, Any], read: Read, label: str, wanted: Callable[[int, str], bool]
+    ) -> tuple[list[Tile], list[int]]:
+        """One pass: all tiles, and which were computed: those that are wanted and that nobody else is at."""
+        found, computed = [], []
+        # A whole item of the loader at a time, however many pieces the provider takes it in.
+        for k, (tile, group) in enumerate(groupby(read(), key=lambda batch: batch.place.start // self.rows)):
+            name, keys = f"{label}/{tile}", bytearray()
+            batches = self._noted(group, name, keys)
+            claimed = wanted(k, name) and self.store.claim(name)
             try:
-                part = self._computed(visitor, batches) if claimed else None
+                part = visitor.pack(fold(visitor, batches)) if claimed else None
                 for _ in batches:  # read to the end, for the keys
                     pass
-                found.append(Tile(name, digest(self._before.encode(), *keys)))
+                found.append(Tile(name, digest(self._before.encode(), bytes(keys))))
                 if part is not None:
-                    self.store.write(name, found[-1].rows, part)
+                    self.store.write(name, found[-1].rows, {each: _on_host(value) for each, value in part.items()})
+                    computed.append(k)
             finally:
                 if claimed:
                     self.store.release(name)
-        return found
+        return found, computed
 
-    def _computed(self, visitor: Visitor[Any, Any, Any], batches: Iterator[PlacedBatch]) -> dict[str, Any]:
-        begun = time.monotonic()
-        values = {each: _on_host(value) for each, value in visitor.pack(fold(visitor, batches)).items()}
-        self.store.took(time.monotonic() - begun)
-        return values
+    def _noted(self, batches: Iterable[PlacedBatch], name: str, keys: bytearray) -> Iterator[PlacedBatch]:
+        """The batches; what their rows are known by is noted, and that this worker is alive."""
+        for batch in batches:
+            if batch.keys is not None:
+                keys += batch.keys.weighted.tobytes()
+                # Labels are drawn by id: the same rows under other ids have other parts.
+                keys += b"" if batch.keys.ids is None else batch.keys.ids.tobytes()
+            yield batch
+            self.store.touch(name)
 
     def _part(self, visitor: Visitor[Any, Any, Any], tile: Tile) -> Any:
         values = self.store.read(tile.name, tile.rows)
@@ -146,12 +160,6 @@ def merge_in_order(merge: Callable[[Any, Any], Any], parts: Iterable[Any]) -> An
         (_, later), (level, earlier) = held.pop(), held.pop()
         held.append((level, merge(earlier, later)))
     return held[0][1]
-
-
-def _noted(batches: Iterable[PlacedBatch], keys: list[bytes]) -> Iterator[PlacedBatch]:
-    for batch in batches:
-        keys.append(b"" if batch.keys is None else batch.keys.weighted.tobytes())
-        yield batch
 
 
 def _on_host(value: Any) -> Any:
