@@ -151,7 +151,7 @@ class Total(Visitor[Item, Found, Found]):
 
 # Runners --------------------------------------------------------------------------------------------------------------
 
-Runner = Callable[[Visitor[Any, Any, Any], Iterable[Any]], Any]
+Runner = Callable[[Visitor[Any, Any, Any], Iterable[object]], Any]
 """Visits the items of a pass: (visitor, items) -> the part of all of them."""
 
 
@@ -178,7 +178,7 @@ class Rows(Iterable[Any]):
     def __init__(
         self,
         provider: StructuredGradientProvider,
-        source: Iterable[Any],
+        source: Iterable[object],
         role: str = "train",
         memory: RowMemory | None = None,
         runner: Runner | None = None,
@@ -262,7 +262,7 @@ def _read(
 ) -> Iterator[PlacedBatch]:
     known = loader if isinstance(loader, Rows) else None
     role = "train" if known is None else known.role
-    source: Iterable[Any] = loader if known is None else known.source
+    source: Iterable[object] = loader if known is None else known.source
     check_loader(source, role)
     outer, found = here(), []
     provider.begin_pass()

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from headwater.arrays import Array, namespace, sigmoid, summed
+from headwater.arrays import Array, namespace, shape_of, sigmoid, summed
 from headwater.blocks import Layout
 from headwater.errors import ShapeMismatch, UnsupportedModel
 from headwater.gradients.block import BlockGradient
@@ -148,7 +148,7 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
         return self.row_keys(batch)
 
     @abstractmethod
-    def fingerprint(self) -> tuple[Any, ...]:
+    def fingerprint(self) -> tuple[object, ...]:
         """Changes when the weights do."""
 
     @property
@@ -160,7 +160,7 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
         """Told before the first batch of each pass over rows; a provider may look at that batch more closely."""
         return None
 
-    def own_precision(self) -> AbstractContextManager[Any]:
+    def own_precision(self) -> AbstractContextManager[object]:
         """Around the maths on this provider's gradients: without what the caller changed of the numbers' precision.
 
         The caller's automatic mixed precision, say, reaches the model's own call and nothing else.
@@ -221,8 +221,9 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
 
     def jacobian_prod(self, batch: BatchType, g: TensorType) -> TensorType:
         """(N, K) for g (K, D): `grads` projected on g, never made dense where that costs more."""
-        if g.ndim != 2 or g.shape[1] != self.n_parameters:  # type: ignore[attr-defined]
-            raise ShapeMismatch(f"Expected g of shape (K, {self.n_parameters}), got {tuple(g.shape)}.")  # type: ignore[attr-defined]
+        given = shape_of(g) or ()
+        if len(given) != 2 or given[1] != self.n_parameters:
+            raise ShapeMismatch(f"Expected g of shape (K, {self.n_parameters}), got {tuple(given)}.")
         pieces = split(g, self.sizes)
         return summed(value.project(pieces[name]) for name, value in self.grads(batch).items())
 

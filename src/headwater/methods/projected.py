@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeGuard, TypeVar, get_args
+from typing import Literal, TypeGuard, TypeVar, get_args
 
 from headwater.arrays import Array, as_like, device, identity, namespace, transpose
 from headwater.blocks import Layout, Part
@@ -148,7 +148,7 @@ class SidedMethod(ProjectedMethod[ProjectedOperator]):
 
     @abstractmethod
     def projections(
-        self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
+        self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool
     ) -> tuple[Make, range]:
         """How a block's projection is made, and which label draws the second moment takes."""
 

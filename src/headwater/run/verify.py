@@ -52,7 +52,7 @@ from headwater.run.verification import (
 )
 from headwater.settings import check_whole
 from headwater.status import status_of
-from headwater.types import join
+from headwater.types import Batch, join
 
 ONE_BY_ONE, REFITTED = 300, 2000
 """Train rows up to which a fit is repeated with batches of one row, and at all."""
@@ -77,13 +77,13 @@ Grads = Mapping[str, Array]
 class Sample:
     """Rows of a loader chosen at random, each a batch of its own; and what else one pass over the loader shows."""
 
-    rows: list[Any]
+    rows: list[Batch]
     labels: np.ndarray
     """[rows]: another uniform number of each."""
     count: int
     """Rows in the loader."""
     weight: float
-    every: list[Any] | None
+    every: list[Batch] | None
     """All rows, each a batch of its own; None where they are more than REFITTED."""
 
 
@@ -106,8 +106,8 @@ def _sample(
 class _Sampled:
     """chosen: a row's two numbers, and the row as a batch of its own. every: none, once there are too many."""
 
-    chosen: list[tuple[float, float, Any]]
-    every: list[Any]
+    chosen: list[tuple[float, float, Batch]]
+    every: list[Batch]
     count: int
     weight: float
 
@@ -134,7 +134,7 @@ class _Sampling(Visitor[PlacedBatch, _Sampled, _Sampled]):
         return _Sampled(chosen, one.every, one.count + other.count, one.weight + other.weight)
 
 
-def cut(rows: Sequence[Any], size: int) -> list[Any]:
+def cut(rows: Sequence[Batch], size: int) -> list[Batch]:
     """Rows in batches of `size`, the last one smaller; or as they are, where they do not fit together."""
     return [batch for start in range(0, len(rows), size) for batch in join(rows[start : start + size])]
 
@@ -228,7 +228,7 @@ class _Verifier:
     def __init__(
         self,
         influence: ComposableInfluence,
-        loader: Iterable[Any],
+        loader: Iterable[object],
         queries: Sample,
         train: Sample,
         tolerance: float,
@@ -297,7 +297,7 @@ class _Verifier:
         return 10 * float(np.finfo(self.influence.source.dtype).eps) * worst
 
     @property
-    def _sides(self) -> tuple[tuple[list[Any], bool], tuple[list[Any], bool]]:
+    def _sides(self) -> tuple[tuple[list[Batch], bool], tuple[list[Batch], bool]]:
         return (self.joined_queries, True), (self.joined_train, False)
 
     def _lengths(self, rows: Sequence[object], block: str, query: bool) -> np.ndarray:
