@@ -406,9 +406,9 @@ def arguments() -> argparse.Namespace:
     if unknown:
         parser.error(f"unknown workload {unknown[0]}: choose from {', '.join(PLAN)}")
     known = families(given.workloads)
-    strange = [family for family in given.family or () if family not in known]
-    if strange:
-        parser.error(f"unknown family {strange[0]}: choose from {', '.join(known)}")
+    unknown = [family for family in given.family or () if family not in known]
+    if unknown:
+        parser.error(f"unknown family {unknown[0]}: choose from {', '.join(known)}")
     return given
 
 

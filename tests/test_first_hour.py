@@ -48,7 +48,7 @@ LOADERS = {
     "one batch of ours": (TorchBatch(X, Y), r"is one TorchBatch: pass \[batch\]"),
     "a dict": ({"x": X, "y": Y}, r"one dict of 'x', 'y'"),
     "dicts": ([{"x": X, "y": Y}], r"unpack= makes.*unpack=lambda batch: \(batch\['x'\], batch\['y'\]\)"),
-    "three entries": ([(X, Y, Y)], r"not a tuple of 3 entries.*of \(x, y, ids\), or .*of \(ids, x, y\)"),
+    "three entries": ([(X, Y, Y)], r"not a tuple of 3 entries.*of \(x, y, ids\), .*of \(ids, x, y\)"),
     "inputs without targets": ([X, Y], r"Train rows, batch 0: .*not Tensor of shape \(6, 4\)"),
 }
 
@@ -138,7 +138,15 @@ def test_no_sentence_praises():
     assert not found
 
 
-@pytest.mark.parametrize("method", [hw.Kfac(), hw.Ekfac(), hw.Direct()])
+def test_a_list_of_inputs_and_targets_is_told_to_be_a_batch_and_a_triple_which_entry_is_which():
+    made = TorchComposableInfluence(nn.Linear(4, 3), CE, hw.GradDot())
+    with pytest.raises(InvalidInput, match=r"one batch, \[x, y\]\? Pass a list of batches, \[\(x, y\)\]\.$"):
+        made.fit([X, Y])
+    with pytest.raises(InvalidInput, match=r"\(batch\[0\], batch\[2\], batch\[1\]\) of \(x, ids, y\)"):
+        made.fit([(X, torch.arange(6), Y)])
+
+
+@pytest.mark.parametrize("method", [hw.Kfac(), hw.Ekfac(), hw.Direct(), hw.GradDot(), hw.GradCos(), hw.TracIn(0.1)])
 def test_weights_that_are_all_zero_are_called_so(method):
     made = TorchComposableInfluence(nn.Linear(4, 3), CE, method)
     with pytest.raises(InvalidInput, match="weights sum to 0"):

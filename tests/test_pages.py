@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from test_house import INSIDE, MODULES, room
+from test_architecture import MODULES, inside, package_of
 
 import headwater
 
@@ -25,7 +25,7 @@ def test_the_picture_is_drawn_from_its_text():
 
 
 def test_the_picture_has_every_package():
-    packages = {room(module) for module in MODULES} - {""}
+    packages = {package_of(module) for module in MODULES} - {""}
     drawn = [name for layer in DRAWN.layers for name in layer]
     assert sorted(drawn) == sorted(packages)
 
@@ -34,8 +34,10 @@ def test_imports_run_as_the_picture_shows():
     height = {name: -k for k, layer in enumerate(DRAWN.layers) for name in layer}
     upward = [
         found
-        for found in INSIDE
-        if room(found.source) and room(found.target) and height[room(found.target)] > height[room(found.source)]
+        for found in inside()
+        if package_of(found.source)
+        and package_of(found.target)
+        and height[package_of(found.target)] > height[package_of(found.source)]
     ]
     assert not [str(f) for f in upward]
 

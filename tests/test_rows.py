@@ -9,7 +9,7 @@ from torch import nn
 
 import headwater as hw
 from headwater.errors import BatchMismatch
-from headwater.rows import Each, Rows, Total, serial, sweep
+from headwater.rows import Each, Rows, Total, fold, serial, sweep
 from headwater.torch import TorchBatch, TorchComposableInfluence
 
 torch.manual_seed(0)
@@ -37,8 +37,12 @@ METHODS = [
 ]
 
 
-def pairwise(visitor, items):
+def pairwise(visitor, read, label):
     """Every batch by itself, and parts merged two by two: how several workers would."""
+    return pairs_of(visitor, read())
+
+
+def pairs_of(visitor, items):
     parts = [visitor.of(item) for item in items]
     while len(parts) > 1:
         pairs = [parts[k : k + 2] for k in range(0, len(parts), 2)]
@@ -50,7 +54,7 @@ def pairwise(visitor, items):
 def merged(monkeypatch):
     """Passes are made by `pairwise` from here on."""
     monkeypatch.setattr("headwater.rows.serial", pairwise)
-    monkeypatch.setattr("headwater.curvature.products.serial", pairwise)
+    monkeypatch.setattr("headwater.curvature.products.fold", pairs_of)
 
 
 def influence(method, damping=0.3):
@@ -108,13 +112,13 @@ def test_a_gram_matrix_in_groups_is_that_of_one(monkeypatch):
 def test_a_runner_meets_every_pass_over_its_rows():
     met, provider = [], influence(hw.GradDot()).provider
 
-    def runner(visitor, items):
-        met.append(type(visitor).__name__)
-        return serial(visitor, items)
+    def runner(visitor, read, label):
+        met.append((label, type(visitor).__name__))
+        return serial(visitor, read, label)
 
     rows = Rows(provider, TRAIN, runner=runner)
     hw.Ekfac().fit(provider, rows, False)
-    assert met == ["_Factors", "_Spectra"]
+    assert met == [("0-0", "_Factors"), ("1-0", "_Spectra")]
 
 
 def test_two_visitors_of_a_pass_share_its_gradients():
@@ -130,4 +134,4 @@ def test_two_visitors_of_a_pass_share_its_gradients():
 
 def test_a_pass_without_rows_is_refused():
     with pytest.raises(BatchMismatch, match="no rows"):
-        serial(Total(len), [])
+        fold(Total(len), [])

@@ -17,14 +17,14 @@ from headwater.attributor import Attributor
 from headwater.blocks import Block, Layout, Parameter, Part, Piece
 from headwater.errors import InvalidInput, InvalidSetting, StaleFit
 from headwater.gradients.block import BlockGradient
+from headwater.gradients.normalised import NormalisedGradientProvider
 from headwater.gradients.outer import Outer
 from headwater.gradients.provider import StructuredGradientProvider
-from headwater.gradients.unit import UnitGradientProvider
 from headwater.mapper import InfluenceMapper
 from headwater.methods.direct import Direct
 from headwater.operators.algebra import IdentityOperator, ScaledOperator
 from headwater.operators.kronecker import KroneckerOperator
-from headwater.operators.released import ReleasedOperator
+from headwater.operators.partial_penalty import PartialPenaltyInverse
 from headwater.operators.structured import BlockDiagonalOperator
 from headwater.random import row_keys, row_normals
 from headwater.testing import BlockMapperContract, InfluenceContract, StructuredProviderContract
@@ -202,7 +202,7 @@ class TestUnitProvider(TestWeightedProvider):
     fishers = kinds = ()
 
     def provider(self):
-        return UnitGradientProvider(LinearProvider())
+        return NormalisedGradientProvider(LinearProvider())
 
     def slow_grads(self):
         return np.array([weight * slow_unit(*row) for weight, *row in zip(self.each, X, Y, strict=True)])
@@ -337,13 +337,13 @@ def test_rows_on_the_left_of_a_form_are_explained_by_the_measurement():
         np.testing.assert_allclose(got["second"], 10**3 * expected["second"], rtol=1e-12)
 
 
-def test_a_form_of_its_own_is_not_released_from_a_penalty():
+def test_a_form_of_its_own_refuses_a_penalty_on_some_parameters():
     inverse = ScaledOperator(2.0, IdentityOperator(4))
-    released = ReleasedOperator(inverse, np.array([1.0, 0, 0, 0]))
-    assert released.as_bilinear_form().is_default_of(released)
+    partial = PartialPenaltyInverse(inverse, np.array([1.0, 0, 0, 0]))
+    assert partial.as_bilinear_form().is_default_of(partial)
     inverse.as_bilinear_form = Cubed
     with pytest.raises(InvalidSetting, match="ScaledOperator has a bilinear form of its own"):
-        released.as_bilinear_form()
+        partial.as_bilinear_form()
 
 
 EXACT = {

@@ -182,6 +182,7 @@ def precise(array: Array) -> Array:
 def sigmoid(x: Array) -> Array:
     """1 / (1 + exp(-x)) without overflow."""
     xp = namespace(x)
+    # exp of a negative number only: for large |x| the other form is inf / inf.
     e = xp.exp(-xp.abs(x))
     return xp.where(x < 0, e, xp.ones_like(e)) / (1 + e)
 
@@ -205,8 +206,10 @@ def add_product(total: Array | None, left: Array, right: Array) -> Array:
     A product of an array with itself is symmetric, and only its lower half is computed (NumPy does that by itself).
     """
     if not is_torch(left):
+        # NumPy (BLAS syrk) sees that both are one array; JAX compiles what it is given.
         product = transpose(left) @ right
         return product if total is None else total + product
+    # By identity: the caller says that the product is symmetric. Small ones are not worth four calls.
     held: Any = total
     if right is left and left.shape[1] >= PANELS * 32:
         product = _gram(left)
@@ -225,6 +228,7 @@ def _gram(rows: Array) -> Array:
     step = -(-size // PANELS)
     for start in range(0, size, step):
         stop = min(start + step, size)
+        # Only up to the diagonal; what is right of it is the transpose of what is below.
         panel = rows[:, start:stop].T @ rows[:, :stop]
         full[start:stop, :stop] = panel
         full[:start, start:stop] = panel[:, :start].T
@@ -237,6 +241,7 @@ def scatter_rows(values: Array, ids: Array, rows: int) -> Array:
     if is_torch(out):
         return out.index_add_(0, ids, values)
     if isinstance(out, np.ndarray):
+        # Unbuffered: `out[ids] += values` would count an id once that occurs twice.
         np.add.at(out, np.asarray(ids), np.asarray(values))
         return out
     return out.at[ids].add(values)

@@ -1,4 +1,4 @@
-"""The door for users: influence, and the verbs over loaders; each calls the function of its name in `run/`.
+"""What users call: influence, and the verbs over loaders; each calls the function of its name in `run/`.
 
 Tensors in and tensors out is `ComposableInfluence`, the contract, which knows nothing of runs, files and reports. What
 a verb needs is imported when it is called, so that `import headwater.torch` brings no storage and no figures.
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Self
 from headwater.influence import ComposableInfluence, in_own_precision
 from headwater.loaders.places import located
 from headwater.methods.damping import Damping
+from headwater.rows import Runner
 from headwater.types import TensorType
 
 if TYPE_CHECKING:
@@ -25,11 +26,38 @@ if TYPE_CHECKING:
     from headwater.run.verification import Verification
     from headwater.status import Status
     from headwater.store.diagnosis import Diagnosis
-    from headwater.store.scores import Extremes, Scores
+    from headwater.store.scores import Scores, TopK
 
 
 class Attributor(ComposableInfluence[TensorType]):
     """Influence of all train rows on all query rows: loaders in, labelled scores out."""
+
+    @in_own_precision
+    def fit(
+        self,
+        loader: Iterable[object],
+        *,
+        progress: bool = False,
+        runner: Runner | None = None,
+        store: str | os.PathLike[str] | None = None,
+        worker: tuple[int, int] = (0, 1),
+    ) -> Self:
+        """As `ComposableInfluence.fit`; and in a folder, by several workers.
+
+        store: a folder for the sums over tiles of rows, so that the same call goes on where a stopped one ended, and
+        processes on any machines that see the folder share the work. worker: (number from 0, how many); each makes the
+        same call and gets the same fit, to the last bit. Methods that keep sums over rows share them (hw.Direct,
+        hw.Kfac, hw.Ekfac, hw.Trak, hw.LoGra, ...); those that read rows at every solve (hw.Cg, hw.Dual, ...) fit
+        little, and each worker does. See `headwater.run.runners.shared`. Errors: InvalidInput for a folder of another
+        fit.
+        """
+        if store is not None:
+            from headwater.run.runners.shared import SharedFolder
+
+            known = self.identity()
+            belongs = {name: known[name] for name in ("method", "loss", "architecture", "fingerprint")}
+            runner = SharedFolder(store, belongs | {"dtype": self.source.dtype}, self._like(), worker)
+        return super().fit(loader, progress=progress, runner=runner)
 
     @property
     def calibration(self) -> Calibration | None:
@@ -79,18 +107,23 @@ class Attributor(ComposableInfluence[TensorType]):
         by_block: bool = False,
         store: str | os.PathLike[str] | None = None,
         progress: bool = False,
+        worker: tuple[int, int] = (0, 1),
     ) -> Scores:
         """Scores of all train rows on all query rows, labelled: every row goes through the model once.
 
         unit: "influence" (what `influences` gives), or "removal" (that over n_train: the predicted increase of the
         query's loss when the row is removed). by_block: keep each block's share. store: a folder where finished tiles
-        are kept, so that the same call goes on where a stopped one ended.
+        are kept, so that the same call goes on where a stopped one ended. worker: (number from 0, how many), of
+        processes that make the same call with the same store: each computes its share of the batches, then what the
+        others have not done, and returns all scores; their `diagnosis` does not say whether the weights are a minimum.
         """
         from headwater.run.attribute import attribute
 
         with self._recorded():
             train, query = self.train_rows(train_loader), self.query_rows(query_loader)
-            return attribute(self, train, query, unit=unit, by_block=by_block, store=store, progress=progress)
+            return attribute(
+                self, train, query, unit=unit, by_block=by_block, store=store, progress=progress, worker=worker
+            )
 
     @in_own_precision
     def top(
@@ -101,7 +134,7 @@ class Attributor(ComposableInfluence[TensorType]):
         *,
         unit: str = "influence",
         progress: bool = False,
-    ) -> Extremes:
+    ) -> TopK:
         """The k most helpful and the k most harmful train rows of each query, without keeping the matrix of scores."""
         from headwater.run.attribute import top
 

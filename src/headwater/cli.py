@@ -8,7 +8,7 @@ import sys
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -21,27 +21,10 @@ app = App(
     version=headwater.__version__,
 )
 
-Method = Literal[
-    "ekfac",
-    "kfac",
-    "direct",
-    "cg",
-    "block-krylov",
-    "lissa",
-    "astra",
-    "arnoldi",
-    "nystroem",
-    "datainf",
-    "dual",
-    "trak",
-    "logra",
-    "lorif",
-    "factgrass",
-    "tracin",
-    "representer",
-    "grad-dot",
-    "grad-cos",
-]
+if TYPE_CHECKING:
+    Method = str
+else:
+    Method = Literal[tuple(entry.name for entry in headwater.METHODS)]
 
 
 @app.command

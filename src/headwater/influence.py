@@ -31,8 +31,8 @@ from headwater.errors import (
     SingularOperator,
     StaleFit,
 )
+from headwater.gradients.identity import identity_of
 from headwater.gradients.provider import StructuredGradientProvider
-from headwater.gradients.words import in_words
 from headwater.loaders.batches import Unpack, Unpacked, check_loader, paired
 from headwater.loaders.keys import LoadersSeen, RowMemory
 from headwater.loaders.places import located
@@ -42,9 +42,9 @@ from headwater.methods.damping import Damping, Relative, damping_by_block, in_un
 from headwater.operators.algebra import IdentityOperator, LinearOperator, ScaledOperator
 from headwater.operators.iterative import LastSolves, SolveReport, apply_path, joined, recorded_solves
 from headwater.operators.kronecker import SeparableOperator
-from headwater.operators.released import ReleasedOperator, penalised
+from headwater.operators.partial_penalty import PartialPenaltyInverse, penalised
 from headwater.operators.structured import BlockDiagonalOperator
-from headwater.rows import Rows, first_batch
+from headwater.rows import Rows, Runner, first_batch
 from headwater.types import Batch, InfluenceMode, TensorType
 
 if TYPE_CHECKING:
@@ -115,23 +115,27 @@ class ComposableInfluence(ABC, Generic[TensorType]):
     # Fitting ------------------------------------------------------------------------------------------------------
 
     @in_own_precision
-    def fit(self, loader: Iterable[object], *, progress: bool = False) -> Self:
+    def fit(self, loader: Iterable[object], *, progress: bool = False, runner: Runner | None = None) -> Self:
         """Learn the curvature of the mean loss over the loader's rows; it gives (x, y) or batches, repeatably.
 
+        runner: who visits which rows, and where (`headwater.rows`); None for this process, one batch after the other.
         Errors: BatchMismatch, naming batch and row, if a later pass over the loader gives other rows than the first.
         """
+        # Layer rules may turn out not to hold in the middle of a pass: what was summed so far has another form.
         while True:
-            rows = Rows(self.source, self._read_as(loader, "train"))
+            rows = Rows(self.source, self._read_as(loader, "train"), runner=runner)
             try:
                 with located():
                     curvature, weight = self.method.fit(self.provider, rows, progress)
                 break
             except RulesChanged:  # fewer layers are left whose rules are trusted, so that this ends
                 continue
+        # What the rows are known by, for later: `removal` refuses others.
         known = rows.memory.fitted
         self._keep(
             Fitted(curvature, weight, self.provider.fingerprint(), self.provider.form, self.source.device, known)
         )
+        # Anew: what earlier loaders gave was about another fit.
         self._loaders = LoadersSeen()
         self._loaders.keep(loader, rows.memory)
         self._calibration = None
@@ -201,6 +205,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
     def with_damping(self, damping: Damping | Mapping[str, Damping]) -> Self:
         """The same influence at another damping; everything that was fitted is used again."""
         amounts = damping_by_block(damping, self.method.default_damping, self.provider.layouts)
+        # Curvature is kept undamped: another damping costs an inverse, and no pass over rows.
         other = self._changed(damping=amounts, _last_solves=LastSolves(), _calibration=None)
         return other if self._fitted is None else other._changed(_mapper=other._make_mapper(self._fitted))
 
@@ -294,6 +299,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
     def _invert(self, name: str, curvature: LinearOperator, rows: float) -> LinearOperator:
         """A block without any curvature and with relative damping has no scale, and no train row reaches it: zero."""
         damping, mean = self.damping[name], curvature.mean_eigenvalue()
+        # A trace of zero: no curvature at all, or (of a Hessian) positive and negative curvature that cancel.
         if isinstance(damping, Relative) and mean == 0.0:
             bounds = None if curvature.psd else curvature.spectrum_bounds()
             if bounds is not None and bounds[1] > 0:
@@ -302,6 +308,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
                     "relative to it would be none. Give an absolute damping, or use curvature='ggn'."
                 )
             return ScaledOperator(0.0, IdentityOperator(curvature.input_size))
+        # A method that predicts no removal inverts nothing that a penalty would belong to.
         penalty = self.provider.penalty(name, rows) if self.method.predicts_removal else None
         try:
             return penalised(lambda d: self.method.invert(curvature, d), in_units(damping, mean), penalty)
@@ -329,6 +336,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         """
         self.check_weights()
         fitted = self._need_fit()
+        # The user may have moved the model; a fit on another device would fail at the first product.
         if self.source.device != fitted.device:
             curvature = moved(fitted.curvature, self.provider, self._like())
             self._keep(replace(fitted, curvature=curvature, device=self.source.device))
@@ -543,7 +551,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
 
 def _parts(operator: LinearOperator) -> Iterable[LinearOperator]:
-    if isinstance(operator, (ScaledOperator, ReleasedOperator)):
+    if isinstance(operator, (ScaledOperator, PartialPenaltyInverse)):
         return _parts(operator.inner)
     return operator.operators if isinstance(operator, BlockDiagonalOperator) else (operator,)
 
@@ -552,4 +560,4 @@ def _listed(value: object) -> Any:
     """Tuples as JSON gives them back; what JSON does not have in words."""
     if isinstance(value, (tuple, list)):
         return [_listed(item) for item in value]
-    return value if value is None or isinstance(value, (bool, int, float, str)) else in_words(value)
+    return value if value is None or isinstance(value, (bool, int, float, str)) else identity_of(value)

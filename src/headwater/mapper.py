@@ -44,12 +44,14 @@ class InfluenceMapper(BlockMapper[Any, Any, OperatorGradientComposition]):
     def generate_transformed_grads(self, batch: Batch) -> Generator[Array, None, None]:
         grads = self.provider.grads(batch, query=True)
         for name, operator in self.operators.items():
+            # Flat, as the contract has it: factors leave this library, and have no structure of ours.
             yield operator.apply_block(operator.seen(grads[name])).flat()
 
     def generate_interactions(
         self, left_batch: Any, right_batch: Any, mode: InfluenceMode | str
     ) -> Generator[Array, None, None]:
         mode, own = InfluenceMode(mode), self.own_forms
+        # None: rows on themselves, as the contract says.
         right_batch = left_batch if right_batch is None else right_batch
         plain = [name for name in self.operators if name not in own]
         shared = self._shared_interactions(plain, left_batch, right_batch, mode)
@@ -75,6 +77,7 @@ class InfluenceMapper(BlockMapper[Any, Any, OperatorGradientComposition]):
                 operator = self.operators[name]
                 yield self.provider.mixed_prod(right_batch, {name: operator.apply_block(operator.seen(value)).flat()})
             return
+        # For these two batches alone; a run chooses sides once, for all its rows.
         queries = self.sides(grads, len(right_batch) / len(left_batch)).queries(grads)
         train = self.provider.grads(right_batch)
         for name in names:
@@ -90,6 +93,7 @@ class InfluenceMapper(BlockMapper[Any, Any, OperatorGradientComposition]):
             return
         grads = self.provider.grads(right_batch)
         for name, operator in self.operators.items():
+            # Factors have been through the whole operator: train rows meet them as they are.
             yield transpose(operator.seen(grads[name]).project(factors[name]))
 
     def perturbation(self, factors: object, batch: Batch) -> Any:
@@ -128,7 +132,8 @@ class Sides:
 
     def queries(self, grads: BlockGradients) -> Queries:
         """Query gradients, ready to meet train rows."""
-        left = OrderedDict((name, _pass(self.left[name], v).settled(v)) for name, v in grads.items())
+        # Train rows are taken to have as many positions as queries: the form is chosen once, for all of them.
+        left = OrderedDict((name, _pass(self.left[name], v).cheapest_form(v)) for name, v in grads.items())
         return Queries(left, self.right, self.forms)
 
 
@@ -148,6 +153,7 @@ class Queries:
         """Of one block: [q, n]."""
         if name in self.forms:
             return self.forms[name].inner_prod(self.left[name].flat(), train.flat())
+        # <L g, R h> = <Op g, h>, by whichever form of the product is cheaper.
         return self.left[name].inner(_pass(self.right[name], train))
 
 
@@ -158,6 +164,7 @@ def _pass(side: LinearOperator, value: BlockGradient) -> BlockGradient:
 
 def stack_queries(pieces: list[Queries]) -> Queries:
     """Queries of several batches under one another. Errors: InvalidInput if they went through different sides."""
+    # By identity: equal sides would do, but only one choice is ever meant.
     if any(piece.right is not pieces[0].right for piece in pieces):
         raise InvalidInput("Queries that went through different sides cannot be stacked.")
     left = OrderedDict((name, stack([piece.left[name] for piece in pieces])) for name in pieces[0].left)

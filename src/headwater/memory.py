@@ -1,4 +1,4 @@
-"""What the machine has room for. Arrays that surely do not fit are refused, in words, before anything is allocated."""
+"""How much memory is free. Arrays that surely do not fit are refused before anything is allocated."""
 
 from __future__ import annotations
 

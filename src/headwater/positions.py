@@ -1,4 +1,4 @@
-"""Rows, and groups of rows, as a user names them by their positions: checked once, for every room."""
+"""Rows, and groups of rows, as a user names them by their positions: checked once, for all that take them."""
 
 from __future__ import annotations
 

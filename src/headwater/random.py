@@ -20,6 +20,7 @@ def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
     """Ten rounds of Philox-4x32. Shapes: counter [..., 4], 32-bit words in any integer type; the result is uint32."""
     c0, c1, c2, c3 = (np.asarray(counter[..., k], dtype=np.uint64) & _LOW for k in range(4))
     k0, k1 = key
+    # Salmon et al. 2011: multiply, cross over, and change the key by a Weyl sequence.
     for _ in range(10):
         first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = (
@@ -39,6 +40,7 @@ def row_uniforms(rows: np.ndarray, count: int, *, draw: int, seed: int) -> np.nd
     low, high = np.broadcast_to(rows & _LOW, position.shape), np.broadcast_to(rows >> _HALF, position.shape)
     counter = np.stack([low, high, np.full_like(position, draw), position], axis=-1)
     words = philox(counter, (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)).astype(np.uint64)
+    # 52 of 64 bits, plus one half: never 0 or 1, whose logarithm Box and Muller take.
     bits = ((words[..., 0::2] << _HALF) | words[..., 1::2]) >> np.uint64(12)
     return (bits.astype(np.float64) + 0.5) * 2.0**-52
 
@@ -64,7 +66,9 @@ def row_keys(columns: list[Any]) -> np.ndarray:
     total = np.zeros(len(columns[0]), dtype=np.uint64)
     for number, column in enumerate(columns):
         raw = np.ascontiguousarray(column).reshape(len(column), -1).view(np.uint8)
+        # Bytes, not values: -0.0 and 0.0, and the same number in another dtype, are other rows.
         words = np.pad(raw, ((0, 0), (0, -raw.shape[1] % 8))).view(np.uint64)
+        # Each word's place counts, and the column's: the same bytes elsewhere are another row.
         index = np.arange(words.shape[1], dtype=np.uint64) + np.uint64(number << 40)
         total += (words * (_mix(index) | np.uint64(1))).sum(axis=1, dtype=np.uint64) + _mix(words + index).sum(
             axis=1, dtype=np.uint64
@@ -86,6 +90,7 @@ def row_digests(columns: list[Any]) -> np.ndarray:
             raw = np.pad(raw, ((0, 0), (0, -raw.shape[1] % 4)))
         words = raw.view(np.uint32)
         factors = _mix(np.arange(words.shape[1], dtype=np.uint64) + np.uint64(number << 40)) | np.uint64(1)
+        # Modulo 2^64 on purpose: overflow is the arithmetic of the hash.
         total += np.einsum("nw,w->n", words, factors, dtype=np.uint64, casting="unsafe")
     return _mix(total)
 
@@ -148,11 +153,13 @@ def words(name: str, rows: range, *, seed: int) -> np.ndarray:
 
 def _words(name: str, rows: range, blocks: range, kind: int, seed: int) -> np.ndarray:
     """One Philox block for each row and column block: uint32 [rows, blocks, 4]."""
+    # The name is in the key and the place in the counter: streams of two names never meet.
     key, wide = _stream(name, seed), len(blocks)
     found = np.empty((len(rows) * wide, 4), dtype=np.uint32)
     for start in range(0, len(found), _BLOCKS_AT_ONCE):
         place = np.arange(start, min(start + _BLOCKS_AT_ONCE, len(found)), dtype=np.uint64)
         row, block = place // np.uint64(wide) + np.uint64(rows.start), place % np.uint64(wide) + np.uint64(blocks.start)
+        # The last word says the kind: signs and normals of one matrix are independent.
         counter = np.stack([block & _LOW, block >> _HALF, row, np.full_like(row, kind)], axis=-1)
         found[start : start + len(place)] = philox(counter, key)
     return found.reshape(len(rows), wide, 4)

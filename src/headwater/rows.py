@@ -7,7 +7,7 @@ reads the loader and is the only place that does; a runner decides in which orde
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
@@ -54,6 +54,7 @@ class PlacedBatch:
 
     def grads(self, provider: StructuredGradientProvider) -> BlockGradients:
         """The rows' weighted gradients: of several visitors that ask, the first computes them."""
+        # One entry: visitors of one pass ask for one provider's gradients, and these are large.
         if not self._grads or self._grads[0][0] is not provider:
             self._grads[:] = [(provider, provider.grads(self.batch))]
         return self._grads[0][1]
@@ -80,6 +81,19 @@ class Visitor(ABC, Generic[Item, Part, Found]):
     def finish(self, whole: Part) -> Found:
         """What the part of all rows means."""
         return whole  # type: ignore[return-value]
+
+    @property
+    def is_shareable(self) -> bool:
+        """Whether parts can be kept in files: `pack` and `unpack` are there."""
+        return False
+
+    def pack(self, part: Part) -> Mapping[str, Any]:
+        """A part as named arrays and numbers."""
+        raise NotImplementedError(f"Parts of {type(self).__name__} cannot be kept in files.")
+
+    def unpack(self, values: Mapping[str, Any]) -> Part:
+        """What `pack` gave, arrays in the model's framework."""
+        raise NotImplementedError(f"Parts of {type(self).__name__} cannot be kept in files.")
 
     def __and__(
         self, other: Visitor[Item, OtherPart, OtherFound]
@@ -121,6 +135,21 @@ class Both(Visitor[Item, tuple[Part, OtherPart], tuple[Found, OtherFound]]):
     def finish(self, whole: tuple[Part, OtherPart]) -> tuple[Found, OtherFound]:
         return self.first.finish(whole[0]), self.second.finish(whole[1])
 
+    @property
+    def is_shareable(self) -> bool:
+        return self.first.is_shareable and self.second.is_shareable
+
+    def pack(self, part: tuple[Part, OtherPart]) -> dict[str, Any]:
+        pairs = zip("12", (self.first.pack(part[0]), self.second.pack(part[1])), strict=True)
+        return {f"{side}/{name}": value for side, values in pairs for name, value in values.items()}
+
+    def unpack(self, values: Mapping[str, Any]) -> tuple[Part, OtherPart]:
+        own, others = (
+            {name.removeprefix(f"{side}/"): v for name, v in values.items() if name.startswith(f"{side}/")}
+            for side in "12"
+        )
+        return self.first.unpack(own), self.second.unpack(others)
+
 
 @dataclass(frozen=True, eq=False)
 class Each(Visitor[Item, list[Found], list[Found]]):
@@ -148,17 +177,39 @@ class Total(Visitor[Item, Found, Found]):
     def merge(self, one: Found, other: Found) -> Found:
         return one + other  # type: ignore[operator]
 
+    @property
+    def is_shareable(self) -> bool:
+        return True
+
+    def pack(self, part: Found) -> dict[str, Any]:
+        return {"total": part}
+
+    def unpack(self, values: Mapping[str, Any]) -> Found:
+        found: Found = values["total"]
+        return found
+
 
 # Runners --------------------------------------------------------------------------------------------------------------
 
-Runner = Callable[[Visitor[Any, Any, Any], Iterable[object]], Any]
-"""Visits the items of a pass: (visitor, items) -> the part of all of them."""
+Read = Callable[[], Iterator[PlacedBatch]]
+"""Begins a pass over the rows."""
+Runner = Callable[[Visitor[Any, Any, Any], Read, str], Any]
+"""Visits rows: (visitor, read, label) -> the part of all of them.
+
+label: the number of the pass over these rows, from 0, and of the provider's form; the same in every process.
+"""
 
 
-def serial(visitor: Visitor[Item, Part, Found], items: Iterable[Item]) -> Part:
-    """One item after the other. Errors: BatchMismatch for none."""
+def serial(visitor: Visitor[PlacedBatch, Part, Found], read: Read, label: str) -> Part:
+    """A runner: one batch after the other, in this process."""
+    return fold(visitor, read())
+
+
+def fold(visitor: Visitor[Item, Part, Found], items: Iterable[Item]) -> Part:
+    """The part of all items, one after the other. Errors: BatchMismatch for none."""
     whole: list[Part] = []
     for item in items:
+        # A list, as a part may itself be None or False.
         whole = [visitor.add(whole[0], item) if whole else visitor.of(item)]
     if not whole:
         raise BatchMismatch("A pass met no rows.")
@@ -184,6 +235,7 @@ class Rows(Iterable[Any]):
         runner: Runner | None = None,
     ):
         self.provider, self.source, self.role, self.runner = provider, source, role, runner
+        self.passes = 0
         self.memory = RowMemory() if memory is None else memory
 
     @classmethod
@@ -219,6 +271,7 @@ class Rows(Iterable[Any]):
         """
         check_loader(self.source, self.role)
         if self.memory.is_empty and not isinstance(self.source, (list, tuple)):
+            # One batch suffices: a loader that shuffles rarely gives the same first batch twice.
             first = next(_whole_batches(self.provider, self.source, self.role), None)
             if first is not None and (keys := RowKeys.of(self.provider, first[1])).ids is None:
                 self.memory.expect(keys)
@@ -237,8 +290,13 @@ def sweep(
     Errors: InvalidInput for what is no loader, can be read only once, or gives an item that is no batch; BatchMismatch
     for a loader without rows, and for `Rows` that are others than in an earlier pass; the visitor's own.
     """
-    runner = loader.runner if isinstance(loader, Rows) else None
-    whole: Part = (runner or serial)(visitor, _read(provider, loader, what, show))
+    # The runner belongs to the rows: whoever made them decides where all passes over them run.
+    runner: Runner = serial
+    number = 0
+    if isinstance(loader, Rows):
+        runner, number = loader.runner or serial, loader.passes
+        loader.passes += 1
+    whole: Part = runner(visitor, lambda: _read(provider, loader, what, show), f"{number}-{provider.form}")
     return visitor.finish(whole)
 
 
@@ -246,13 +304,14 @@ def sweep_kept(
     pieces: Iterable[PlacedBatch], visitor: Visitor[PlacedBatch, Part, Found], what: str, show: bool = False
 ) -> Found:
     """Visit pieces that were kept from a pass; errors name their places as in a pass."""
-    return visitor.finish(serial(visitor, _again(pieces, what, show)))
+    return visitor.finish(fold(visitor, _again(pieces, what, show)))
 
 
 def first_batch(provider: StructuredGradientProvider, loader: Iterable[object]) -> Batch:
     """A look at some rows, which is no pass. Errors: as `sweep`."""
     source = loader.source if isinstance(loader, Rows) else loader
     check_loader(source, "train")
+    # Not compared and not remembered: a look must not use up what a pass will check.
     _, batch = next(_whole_batches(provider, source, "train"))
     return next(_pieces(provider, batch))[1]
 
@@ -265,10 +324,12 @@ def _read(
     source: Iterable[object] = loader if known is None else known.source
     check_loader(source, role)
     outer, found = here(), []
+    # Layer rules are checked again on the first batch of every pass.
     provider.begin_pass()
     move_to(None)  # the loader's own errors are its own
     for place, batch in _whole_batches(provider, track(source, what, show), role):
         move_to(place)  # what is asked of the provider now is about this batch
+        # Before the visitor sees the batch: wrong rows must not reach a sum.
         keys = None if known is None else known.compared(provider, batch, place)
         if keys is not None:
             found.append(keys)
@@ -276,8 +337,10 @@ def _read(
             part = replace(place, offset=rows.start) if rows.start else place
             move_to(part)
             yield PlacedBatch(piece, part, None if keys is None else keys.take(rows))
+        # Between batches the loader works, and its errors are not about the last batch.
         move_to(None)
     if known is not None and found:
+        # Only at the end of a whole pass: one that was broken off says nothing of how many rows there are.
         known.memory.end(found, role)
     move_to(outer)
 
@@ -308,6 +371,7 @@ def _placed_batch(provider: StructuredGradientProvider, item: object, place: Pla
     try:
         return as_batch(provider, item)
     except Exception as error:
+        # Adds the batch's place to the message and raises; the bare raise below is for errors that it leaves alone.
         raise_at(error, place)
         raise
 
@@ -318,6 +382,7 @@ def _pieces(provider: StructuredGradientProvider, batch: Batch) -> Iterator[tupl
     if pieces == 1:
         yield slice(0, len(batch)), batch
         return
+    # Nearly equal pieces, without a last one of a few rows.
     step = -(-len(batch) // pieces)
     for start in range(0, len(batch), step):
         rows = slice(start, min(start + step, len(batch)))

@@ -4,6 +4,8 @@ import re
 import subprocess
 import sys
 from functools import cache
+from importlib import import_module
+from inspect import isabstract
 from pathlib import Path
 from typing import get_args
 
@@ -16,7 +18,9 @@ from headwater.demo import METHODS, Settings, explore, report, tell
 from headwater.demo import experiment as demo
 from headwater.demo.story import suspects
 from headwater.errors import InvalidSetting, MissingExtra
+from headwater.methods import registry
 from headwater.methods.base import Method
+from headwater.methods.registry import costs_table
 
 pytestmark = pytest.mark.filterwarnings("ignore::headwater.errors.NotConverged")  # LiSSA's steps are far too few
 
@@ -169,21 +173,58 @@ def test_the_command_line_names_every_method():
     assert get_args(cli.Method) == tuple(METHODS)
 
 
-def test_every_method_class_has_a_name_in_the_demo():
-    used = {type(recipe.method(0, (1.0,))).__name__ for recipe in METHODS.values()}
-    assert used == set(public_methods())
-
-
 def test_the_page_on_methods_has_a_row_for_every_method():
     page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
-    rows = re.findall(r"^\| `hw\.(\w+)\(", page, re.M)
-    assert sorted(rows) == sorted(public_methods())
+    assert costs_table() in page
 
 
-def public_methods():
-    """Names of all method classes that headwater shows."""
-    shown = {name: getattr(headwater, name) for name in headwater.__all__}
-    return [name for name, what in shown.items() if isinstance(what, type) and issubclass(what, Method)]
+def test_every_method_class_is_in_the_registry():
+    """In the package's files, abstract ones aside: each has a line, and a type checker knows it by its name."""
+    classes = {
+        found
+        for path in Path(registry.__file__).parent.glob("[a-z]*.py")
+        for found in vars(import_module(f"headwater.methods.{path.stem}")).values()
+        if isinstance(found, type) and issubclass(found, Method) and not isabstract(found)
+    }
+    assert {entry.cls for entry in headwater.METHODS} == classes
+    seen = Path(registry.__file__).read_text()
+    assert all(f"import {entry.class_name} as {entry.class_name}" in seen for entry in headwater.METHODS)
+
+
+def test_one_line_in_the_registry_is_all_that_a_method_needs():
+    """A method from elsewhere, registered: the demo, the command line and the docs' table know it."""
+    code = f"""
+import sys, types
+from dataclasses import dataclass
+from headwater.methods import registry
+from headwater.methods.grad_dot import GradDot
+
+@dataclass(frozen=True)
+class Half(GradDot):
+    seed: int = 0
+    def invert(self, curvature, damping):
+        return super().invert(curvature, damping) * 0.5
+
+there = types.ModuleType("headwater.methods.half")
+there.Half = Half
+sys.modules[there.__name__] = there
+costs = registry.Costs("none", "nothing", "nothing", "o i", "none")
+registry.METHODS += (registry.MethodEntry("half", "Half", "half", "half of it", costs),)
+for name in [name for name in sys.modules if name == "headwater"]:
+    del sys.modules[name]
+import headwater as hw
+assert hw.Half is Half and "Half" in hw.__all__ and "`hw.Half()`" in registry.costs_table()
+from headwater.demo import METHODS, Settings, explore
+from headwater.cli import app
+assert METHODS["half"].title == "half of it" and METHODS["half"].method(3).seed == 3
+tiny = {TINY!r}
+one, half = (explore(Settings(**tiny, method=name)).scores for name in ("grad-dot", "half"))
+assert abs(half * 2 - one).max() <= 1e-6 * abs(one).max() > 0
+app(["demo", "--help"])
+"""
+    shown = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert "half" in shown.stdout
 
 
 @pytest.mark.slow

@@ -14,8 +14,8 @@ from truth import assert_close
 import headwater as hw
 from headwater.gradients.ensemble import EnsembleProvider
 from headwater.gradients.margin import MarginGradientProvider
+from headwater.gradients.normalised import NormalisedGradientProvider
 from headwater.gradients.provider import StructuredGradientProvider
-from headwater.gradients.unit import UnitGradientProvider
 from headwater.gradients.view import ProviderView
 from headwater.methods.representer import LogitQueries
 from headwater.sklearn import SklearnComposableInfluence, SklearnGradientProvider
@@ -24,9 +24,9 @@ from headwater.torch import TorchBatch, TorchGradientProvider
 FOLLOWS = {"flat_grads", "jacobian_prod", "block", "sizes", "n_parameters", "self_grads"}
 """What the base class makes of other answers, which are the view's own."""
 SHARED = {"as_batch", "row_weights", "row_keys", "content_keys", "explained", "settings", "normalisation", "dtype"}
-SHARED |= {"device", "coverage_fraction", "likelihood", "own_precision"}
+SHARED |= {"device", "coverage_fraction", "likelihood", "own_precision", "keys_by_content", "host_arrays"}
 """What all models of an ensemble answer alike, so that the first may answer for them."""
-VIEWS = (ProviderView, UnitGradientProvider, MarginGradientProvider, LogitQueries, EnsembleProvider)
+VIEWS = (ProviderView, NormalisedGradientProvider, MarginGradientProvider, LogitQueries, EnsembleProvider)
 
 
 def questions() -> set[str]:
@@ -69,12 +69,12 @@ def test_a_plain_view_answers_what_it_looks_at() -> None:
     assert type(wide) is ProviderView and wide.plain is not plain
     assert_close(wide.flat_grads(batch), plain.flat_grads(batch))
     margins = view.of_output("margin")
-    assert_close(margins.doubt(batch), 1 - (-plain.losses(batch)).exp())
+    assert_close(margins.one_minus_p(batch), 1 - (-plain.losses(batch)).exp())
 
 
 def test_unit_gradients_of_an_ensemble_keep_its_weights() -> None:
     members = EnsembleProvider([provider(), provider()], (0.25, 0.5))
-    view = UnitGradientProvider(members)
+    view = NormalisedGradientProvider(members)
     assert [view.block_scale(name) for name in view.layouts] == [0.25, 0.25, 0.5, 0.5]
     assert view.dtype == "float64"
 

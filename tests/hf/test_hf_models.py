@@ -65,7 +65,12 @@ class ProviderOf(StructuredProviderContract):
 
 
 class TestProviderOfGpt2(ProviderOf):
-    name = "gpt2"
+    name, kinds = "gpt2", ("ggn",)
+
+
+@pytest.mark.slow
+class TestHessianOfGpt2(ProviderOf):
+    name, kinds = "gpt2", ("hessian",)
 
 
 class TestProviderOfLlama(ProviderOf):
@@ -130,8 +135,17 @@ def test_scores_equal_the_dense_formula(name):
     assert is_close(got, damped_scores(case.curvature("ggn"), grads[ROWS:], grads[:ROWS], 0.3), 1e-8)
 
 
-@each_case
-@pytest.mark.parametrize("method", [hw.Ekfac(), hw.LoGra(dimension=3), hw.GradCos()], ids=lambda m: type(m).__name__)
+def in_turn():
+    """All; the fast ones: each method with GPT-2, and each other model with one method."""
+    for k, name in enumerate(MAKERS):
+        for turn, method in enumerate((hw.Ekfac(), hw.LoGra(dimension=3), hw.GradCos())):
+            fast = k == 0 or (k + turn) % 3 == 0
+            yield pytest.param(
+                name, method, id=f"{type(method).__name__}-{name}", marks=() if fast else pytest.mark.slow
+            )
+
+
+@pytest.mark.parametrize(("name", "method"), list(in_turn()))
 def test_scores_do_not_depend_on_padding(name, method):
     case = case_of(name)
     train, query = case.rows(range(ROWS)), case.rows(range(ROWS, ROWS + QUERIES))
@@ -210,10 +224,10 @@ def mean_loss(output, target):
     [
         (hw.Direct(), True),
         (hw.Ekfac(), True),
-        (hw.Cg(preconditioner=None, tolerance=1e-12), True),
+        pytest.param(hw.Cg(preconditioner=None, tolerance=1e-12), True, marks=pytest.mark.slow),
         (hw.Kfac(), False),
-        (hw.Kfac(samples=2), False),
-        (hw.Ekfac(samples=2), False),
+        pytest.param(hw.Kfac(samples=2), False, marks=pytest.mark.slow),
+        pytest.param(hw.Ekfac(samples=2), False, marks=pytest.mark.slow),
         (hw.Ekfac(fisher="empirical"), True),
     ],
     ids=str,
@@ -387,6 +401,7 @@ def test_checkpoints_are_averaged():
 def test_verify_passes_on_rows_of_unequal_length():
     case = case_of("gpt2")
     train, query = case.rows(range(ROWS)), case.rows(range(ROWS, ROWS + QUERIES))
-    influence = HfComposableInfluence(gpt2().float(), hw.Ekfac(), blocks="layer").fit([train])
+    blocks = {"mlp": ["transformer.h.0.mlp"], "norm": ["transformer.ln_f"]}
+    influence = HfComposableInfluence(gpt2().float(), hw.Ekfac(), blocks=blocks).fit([train])
     found = influence.verify([train], [query], rows=3, queries=2)
     assert found.passed, str(found)

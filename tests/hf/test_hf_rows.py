@@ -380,9 +380,9 @@ def test_several_labels_follow_the_models_configuration():
 
 def test_importing_the_room_needs_transformers_alone():
     assert importlib.util.find_spec("headwater.hf") is not None
-    import headwater.hf as room
+    import headwater.hf as package
 
-    assert set(room.__all__) == {name for name in vars(room) if name in room.__all__}
+    assert set(package.__all__) == {name for name in vars(package) if name in package.__all__}
 
 
 def test_what_stands_at_padding_has_no_part_in_a_classifier_that_looks_for_it():

@@ -4,9 +4,10 @@ from functools import cache
 
 import numpy as np
 import pytest
-from jax_models import CASES, jax
+from jax_models import CASES, jax, jnp
 
 import headwater as hw
+from headwater.errors import HeadwaterError
 from headwater.jax import JaxComposableInfluence
 from headwater.testing import InfluenceContract
 from headwater.torch import TorchComposableInfluence
@@ -151,3 +152,48 @@ def test_what_it_knows_about_itself_is_right():
     case = case_of("kernels")
     influence = fitted(case, hw.Ekfac(), blocks="full")
     assert influence.verify(case.loader(), [(case.x_query, case.y_query)], rows=3, queries=2).passed
+
+
+def test_a_measurement_may_read_targets_that_train_rows_do_not_have_and_the_loss_those_of_queries():
+    """Each is tried on rows of its own kind, whichever come first, and counts what a row costs without either."""
+    key = jax.random.PRNGKey(0)
+    params = {"w": jax.random.normal(key, (4, 3)), "b": jnp.zeros(3)}
+    x = jax.random.normal(jax.random.PRNGKey(1), (12, 4))
+    train, query = [(x, {"label": jnp.arange(12) % 3})], [(x[:3], {"weights": jnp.ones((3, 3))})]
+
+    def apply(params, x):
+        return x @ params["w"] + params["b"]
+
+    def loss(output, target):
+        picked = jnp.take_along_axis(jax.nn.log_softmax(output), target["label"][:, None], axis=1)
+        return -picked[:, 0].mean()
+
+    def measurement(output, target):
+        return (output * target["weights"]).sum(axis=1).mean()
+
+    def made():
+        return JaxComposableInfluence(apply, params, loss, hw.GradDot(), measurement=measurement)
+
+    influence = made().fit(train)
+    scores = influence.attribute(train, query).values
+    provider = made().source
+    assert provider.rows_at_once(provider.as_batch(*query[0])) >= 1  # a query batch comes first
+    assert provider.grads(provider.as_batch(*query[0]), query=True).keys() == influence.provider.layouts.keys()
+    residual = jax.nn.softmax(apply(params, x)) - jax.nn.one_hot(jnp.arange(12) % 3, 3)
+    g = jnp.concatenate([(x[:, :, None] * residual[:, None, :]).reshape(12, -1), residual], axis=1)
+    ones = jnp.ones((3, 3))
+    q = jnp.concatenate([(x[:3, :, None] * ones[:, None, :]).reshape(3, -1), ones], axis=1)
+    np.testing.assert_allclose(scores, np.asarray(q @ g.T), rtol=1e-4, atol=1e-5)
+
+
+def test_a_measurement_that_mixes_rows_is_refused_at_the_first_queries():
+    params, x = {"w": jnp.ones((4, 3))}, jax.random.normal(jax.random.PRNGKey(1), (12, 4))
+    influence = JaxComposableInfluence(
+        lambda params, x: x @ params["w"],
+        params,
+        lambda output, target: ((output - target) ** 2).mean(),
+        hw.GradDot(),
+        measurement=lambda output, target: ((output - output.mean(0)) ** 2).mean(),
+    ).fit([(x, x[:, :3])])
+    with pytest.raises(HeadwaterError):
+        influence.attribute([(x, x[:, :3])], [(x[:5], x[:5, :3])])

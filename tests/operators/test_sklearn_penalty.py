@@ -6,7 +6,7 @@ import torch
 
 from headwater.errors import IndefiniteCurvature, SingularOperator
 from headwater.operators.kronecker import KroneckerOperator
-from headwater.operators.released import ReleasedOperator, penalised
+from headwater.operators.partial_penalty import PartialPenaltyInverse, penalised
 from headwater.operators.structured import DenseOperator
 from headwater.testing import OperatorContract
 
@@ -16,7 +16,7 @@ CURVATURE = ROOT.T @ ROOT / 9
 PENALTY = np.array([0.5, 0.5, 0.0, 0.5, 0.2, 0.0])
 
 
-class ReleasedContract(OperatorContract):
+class PartialPenaltyContract(OperatorContract):
     rounding = 1e5
 
     def operator(self):
@@ -27,7 +27,7 @@ class ReleasedContract(OperatorContract):
         return np.linalg.inv(CURVATURE + np.diag(PENALTY) + 0.1 * np.eye(6))
 
 
-class TestReleasedOperator(ReleasedContract):
+class TestPartialPenaltyInverse(PartialPenaltyContract):
     def test_the_trace_is_that_of_the_matrix(self):
         self.assert_same(self.operator().trace(), np.trace(self.matrix()))
 
@@ -36,7 +36,7 @@ class TestReleasedOperator(ReleasedContract):
         assert operator.adjoint() is operator
 
 
-class TestReleasedOperatorInTorch(ReleasedContract):
+class TestPartialPenaltyInverseInTorch(PartialPenaltyContract):
     def array(self, values):
         return torch.as_tensor(values)
 
@@ -69,7 +69,7 @@ def test_a_direction_that_nothing_holds_is_left_alone_where_no_gradient_points()
     direction = np.array([0.0, 0.0, 1.0, 0.0, 0.0, 1.0])
     matrix = flat_in(direction)
     operator = penalised(DenseOperator(matrix, symmetric=True, psd=True).inverse, 0.0, PENALTY)
-    assert isinstance(operator, ReleasedOperator)
+    assert isinstance(operator, PartialPenaltyInverse)
     vectors = RNG.standard_normal((4, 6))
     vectors -= np.outer(vectors @ direction, direction) / 2
     expected = vectors @ np.linalg.pinv(matrix + np.diag(PENALTY))

@@ -5,12 +5,14 @@ import sys
 import warnings
 from importlib import import_module
 
+import numpy as np
 import pytest
 
 import headwater.retraining.sklearn
 import headwater.retraining.torch
 import headwater.sklearn
 import headwater.torch
+from headwater.gradients.likelihoods import OutputLoss
 
 MOVED = {
     "headwater.torch.trainer": ("headwater.retraining.torch.trainer", "train_mlps"),
@@ -52,3 +54,24 @@ def test_a_module_that_moved_works_under_its_old_name_and_says_so_where_it_is_im
     assert [(str(w.message), w.category, w.filename) for w in said] == [
         (f"{old} is now {new}; the old name ends in 0.2.", DeprecationWarning, "user.py")
     ]
+
+
+def test_a_class_of_another_name_works_under_the_old_one_and_says_so():
+    with pytest.warns(DeprecationWarning, match=r"\.Extremes is now headwater\.TopK; the old name ends in 0\.2"):
+        assert headwater.Extremes is headwater.TopK
+    assert "Extremes" not in headwater.__all__
+
+
+def test_an_output_loss_that_was_written_with_slope_works_and_says_so():
+    with pytest.warns(DeprecationWarning, match=r"Half: OutputLoss\.slope is now gradient; the old name ends in 0\.2"):
+
+        class Half(OutputLoss):
+            name = "half"
+
+            def slope(self, output, target):
+                return output - target
+
+            def hessian(self, output, target):
+                return np.ones((len(output), 1, 1))
+
+    assert Half().gradient(np.ones((2, 1)), 0.0).sum() == 2

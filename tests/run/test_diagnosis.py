@@ -446,7 +446,7 @@ def test_what_was_cut_off_is_said():
     assert not any("truncated" in said for said in fitted(hw.Ekfac()).attribute(TRAIN, QUERY).diagnosis.worries)
 
 
-# At rest --------------------------------------------------------------------------------------------------------------
+# Saved ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", [hw.Ekfac(), hw.Cg(), hw.GradCos()], ids=lambda m: type(m).__name__)

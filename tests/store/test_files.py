@@ -31,7 +31,7 @@ from headwater.errors import (
     NotWritten,
 )
 from headwater.evaluate import Bank, plan_subsets
-from headwater.gradients.words import in_words
+from headwater.gradients.identity import identity_of
 from headwater.jax import JaxComposableInfluence
 from headwater.sklearn import SklearnComposableInfluence
 from headwater.store import draft
@@ -303,14 +303,14 @@ def test_a_fit_of_another_architecture_is_not_loaded(tmp_path):
             by_torch(activation=other).load(tmp_path / "fit")
 
 
-def test_functions_that_differ_in_what_they_call_have_other_words():
+def test_functions_that_differ_in_what_they_call_have_another_identity():
     pairs = [
         (lambda x: torch.tanh(x), lambda x: torch.relu(x)),
         (lambda x, p=1: x, lambda x, p=2: x),
         (lambda x: [torch.exp(v) for v in x], lambda x: [torch.log(v) for v in x]),
     ]
     for one, two in pairs:
-        assert in_words(one) == in_words(one) != in_words(two)
+        assert identity_of(one) == identity_of(one) != identity_of(two)
 
 
 # Drafts, full disks, and what cannot be written -----------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Fits at rest: what is loaded gives the same numbers, and what does not belong together is refused."""
+"""Saved fits: what is loaded gives the same numbers, and what does not belong together is refused."""
 
 import copy
 import json
@@ -80,8 +80,15 @@ def influence(model: nn.Module, method: Method, **options) -> TorchComposableInf
     return TorchComposableInfluence(model, nn.CrossEntropyLoss(), method, **{"damping": 0.3, **options})
 
 
-@pytest.mark.parametrize("method", [*METHODS, *READ_ROWS], ids=words)
-@pytest.mark.parametrize("blocks", ["layer", "full"])
+def in_turn():
+    """All; the fast ones have each method with one structure."""
+    for k, method in enumerate([*METHODS, *READ_ROWS]):
+        for turn, blocks in enumerate(("layer", "full")):
+            marks = () if (k + turn) % 2 == 0 else pytest.mark.slow
+            yield pytest.param(method, blocks, id=f"{blocks}-{words(method)}", marks=marks)
+
+
+@pytest.mark.parametrize(("method", "blocks"), list(in_turn()))
 def test_a_loaded_fit_gives_the_same_scores(model, method, blocks, tmp_path):
     fitted = influence(model, method, blocks=blocks).fit(LOADER)
     fitted.save(tmp_path / "fit")

@@ -1,4 +1,4 @@
-"""Claims about scores at rest: labelled, in a unit, and their extremes found tile by tile."""
+"""Scores are labelled and have a unit; the top k of each query are found tile by tile."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from headwater.errors import InvalidInput, InvalidSetting, NotSaved, ShapeMismatch
 from headwater.evaluate import Bank
 from headwater.store.folder import read_folder, write_folder
-from headwater.store.scores import Running, Scores
+from headwater.store.scores import Scores, TopKSink
 
 VALUES = np.array([[3.0, -1.0, 2.0, 0.0, 2.0], [0.5, 0.5, -4.0, 9.0, -4.0]])
 QUERIES, TRAIN = np.array([70, 71]), np.array([10, 20, 30, 40, 50])
@@ -102,10 +102,10 @@ def test_tiles_merged_are_the_whole_ties_and_empty_tiles_included(q, n, k, level
     rng = np.random.default_rng(seed)
     values = rng.integers(-levels, levels + 1, size=(q, n)).astype(float)
     ids = rng.permutation(1000)[:n]
-    running = Running(k, np.arange(q))
+    sink = TopKSink(k, np.arange(q))
     for tile in np.split(np.arange(n), np.sort(np.minimum(cuts, n)).astype(int)):
-        running.add(values[:, tile], ids[tile])
-    ends = running.extremes()
+        sink.add(values[:, tile], ids[tile])
+    ends = sink.top()
     for sign, got_ids, got in (
         (-1, ends.helpful_ids, ends.helpful_scores),
         (1, ends.harmful_ids, ends.harmful_scores),
@@ -117,16 +117,16 @@ def test_tiles_merged_are_the_whole_ties_and_empty_tiles_included(q, n, k, level
 
 
 def test_ids_may_be_strings():
-    running = Running(2, np.array(["q"]))
-    running.add(np.array([[1.0, 3.0]]), np.array(["a", "b"]))
-    running.add(np.array([[2.0]]), np.array(["a longer one"]))
-    assert [*running.extremes().helpful_ids[0]] == ["b", "a longer one"]
+    sink = TopKSink(2, np.array(["q"]))
+    sink.add(np.array([[1.0, 3.0]]), np.array(["a", "b"]))
+    sink.add(np.array([[2.0]]), np.array(["a longer one"]))
+    assert [*sink.top().helpful_ids[0]] == ["b", "a longer one"]
 
 
 @pytest.mark.parametrize("shape, ids", [((2, 3), 1), ((2, 3), 4), ((1, 3), 3), ((3, 3), 3)])
 def test_a_tile_that_does_not_fit_its_labels_is_refused(shape, ids):
     with pytest.raises(ShapeMismatch, match=rf"\({shape[0]}, {shape[1]}\)"):
-        Running(2, QUERIES).add(np.zeros(shape), np.arange(ids))
+        TopKSink(2, QUERIES).add(np.zeros(shape), np.arange(ids))
 
 
 @pytest.mark.parametrize("k", [0, -1, 1.5, "3", None])
@@ -135,9 +135,9 @@ def test_a_k_that_counts_nothing_is_refused(k):
         scores().top(k)
 
 
-def test_extremes_of_nothing_are_refused():
+def test_the_top_of_nothing_are_refused():
     with pytest.raises(InvalidInput, match="tile"):
-        Running(2, QUERIES).extremes()
+        TopKSink(2, QUERIES).top()
 
 
 def test_a_folder_of_another_kind_is_called_what_it_is(tmp_path):

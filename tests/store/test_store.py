@@ -1,4 +1,4 @@
-"""Runs at rest: a stopped run goes on, another run is refused, saved scores come back."""
+"""Runs in a folder: a stopped run goes on, another run is refused, saved scores come back."""
 
 import json
 import os

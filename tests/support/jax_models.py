@@ -1,13 +1,9 @@
 """The models of `models.py` once more as JAX functions with the same weights, and functions that only JAX has.
 
-JAX has float64 here only because of the setting below; compiling is most of what these tests do, so it is kept short.
+JAX has float64 here only because of the setting below.
 """
 
 from __future__ import annotations
-
-import os
-
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +18,6 @@ import torch
 from headwater.jax import cross_entropy, squared_error
 
 jax.config.update("jax_enable_x64", True)
-jax.config.update("jax_disable_most_optimizations", True)
 
 
 class Affine(NamedTuple):

@@ -107,5 +107,5 @@ def _over_all(found: torch.Tensor | None, target: torch.Tensor) -> torch.Tensor 
 
 
 def _doubted(view: MarginGradientProvider, batch: Any, weighted: bool) -> Any:
-    values, doubt = view.margin.grads(batch, weighted=weighted), view.doubt(batch)
+    values, doubt = view.margin.grads(batch, weighted=weighted), view.one_minus_p(batch)
     return type(values)((name, value.weighted(doubt)) for name, value in values.items())

@@ -71,7 +71,7 @@ MUTANTS: dict[str, Mutant] = {
         "block_sides",
         lambda f: lambda self, queries, count: (ProjectionSide(self.projection, self.core),) * 2,
     ),
-    "train rows are not scaled by their doubt": _replaced(
+    "train rows are not scaled by 1 - p": _replaced(
         MarginGradientProvider,
         "grads",
         lambda f: lambda self, batch, *, query=False, weighted=True: self.margin.grads(batch, weighted=weighted),

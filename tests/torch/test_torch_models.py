@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -233,24 +233,34 @@ def odd(name: str, loss: Any = None) -> Case:
     return Case(name, model, loss or nn.CrossEntropyLoss(), x, classes(43, 3, 7), x_query, classes(44, 3, 3))
 
 
-def check_gradients(case: Case, structure: Any) -> None:
-    """All three verbs of the provider against autograd, one row at a time."""
+def slow_gradients(case: Case, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray | None]:
+    """Of the loss, and mixed with the inputs, one row at a time."""
+    given = case.model, case.loss, case.x, case.y, names
+    return oracle.per_sample_grads(*given), oracle.mixed_grads(*given) if case.perturbs else None
+
+
+@cache
+def slow_gradients_of_odd(name: str, names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray | None]:
+    return slow_gradients(odd(name), names)
+
+
+def check_gradients(case: Case, structure: Any, slow: Callable[..., Any] = slow_gradients) -> None:
+    """All three verbs of the provider against autograd."""
     provider = TorchGradientProvider(case.model, case.loss, blocks=structure, likelihood=case.likelihood)
     names = [n for group in oracle.block_names(case.model, structure).values() for n in group]
     batch = TorchBatch(case.x, case.y)
-    expected = oracle.per_sample_grads(case.model, case.loss, case.x, case.y, names)
+    expected, mixed = slow(case, names)
     assert_close(provider.flat_grads(batch), expected)
     directions = normal(45, 4, expected.shape[1])
     assert_close(provider.jacobian_prod(batch, directions), expected @ directions.numpy().T)
     if case.perturbs:
-        mixed = oracle.mixed_grads(case.model, case.loss, case.x, case.y, names)
         assert_close(provider.flat_mixed_grads(batch), mixed)
 
 
 @pytest.mark.parametrize("structure", ["full", "layer", "parameter"])
 @pytest.mark.parametrize("name", ODD)
 def test_gradients_of_odd_models_are_those_of_autograd(name: str, structure: str) -> None:
-    check_gradients(odd(name), structure)
+    check_gradients(odd(name), structure, lambda case, names: slow_gradients_of_odd(case.name, tuple(names)))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -268,7 +278,12 @@ def odd_fits() -> list[Any]:
     methods = (hw.Direct("ggn"), hw.Direct("fisher"), hw.Ekfac(), hw.Kfac())
     names = [n for n in ODD if n not in ("transposed", "deeper", "normalised", "tied")]
     pairs = [(n, m) for n in names for m in methods if n not in SHAMPOO or isinstance(m, hw.Direct)]
-    return [pytest.param(n, m, id=f"{n}-{m!r}") for n, m in pairs]
+    return [
+        pytest.param(
+            n, m, id=f"{n}-{m!r}", marks=() if (names.index(n) + methods.index(m)) % 2 == 0 else pytest.mark.slow
+        )
+        for n, m in pairs
+    ]
 
 
 @pytest.mark.parametrize(("name", "method"), odd_fits())
@@ -884,9 +899,15 @@ def test_an_unknown_likelihood_is_refused() -> None:
 # Weights and ids ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
+@cache
+def weighted_truth(make: Callable[[], Case]) -> Truth:
+    case = make()
+    return Truth(case, np.array([2.0, 1.0, 0.0, 0.5] * 3)[: len(case.y)])
+
+
+def weighted_fits() -> Iterator[Any]:
+    """All; the fast ones: every method on the MLP, and each once more on one of the larger models."""
+    methods = (
         hw.GradDot(),
         hw.Direct("hessian", allow_indefinite=True),
         hw.Direct("ggn"),
@@ -895,21 +916,24 @@ def test_an_unknown_likelihood_is_refused() -> None:
         hw.Kfac(),
         hw.Kfac("factored", fisher="empirical"),
         hw.Ekfac(),
-    ],
-    ids=repr,
-)
-@pytest.mark.parametrize("make", [mlp, sentences, signals])
+    )
+    for turn, make in enumerate((sentences, signals, mlp)):
+        for k, method in enumerate(methods):
+            marks = () if make is mlp or k % 2 == turn else pytest.mark.slow
+            yield pytest.param(make, method, id=f"{make.__name__}-{method!r}", marks=marks)
+
+
+@pytest.mark.parametrize(("make", "method"), list(weighted_fits()))
 def test_a_weight_of_two_means_the_row_twice(make: Callable[[], Case], method: Any) -> None:
-    case = make()
+    truth = weighted_truth(make)
+    case, weights = truth.case, torch.as_tensor(truth.weights)
     rows, n = (case.x_query, case.y_query), len(case.y)
-    weights = torch.tensor([2.0, 1.0, 0.0, 0.5] * 3, dtype=torch.float64)[:n]
     loader = [
         TorchBatch(x, y, weights=w, ids=torch.arange(n)[start : start + 4])
         for (x, y), w, start in zip(case.loader(4), weights.split(4), range(0, n, 4), strict=True)
     ]
     influence = TorchComposableInfluence(case.model, case.loss, method, damping=0.1).fit(loader)
     assert influence.n_train == pytest.approx(float(weights.sum()))
-    truth = Truth(case, weights.numpy())
     damping = {block: 0.1 for block in influence.block_names}
     expected, condition = truth.scores(method, "layer", damping)
     assert_close(influence.influences(*rows, case.x, case.y), sum(expected.values()), condition)

@@ -108,6 +108,7 @@ class RowSumOperator(LinearOperator):
 
     def along(self, value: BlockGradient) -> Array:
         """Dot products of a block's gradients with Phi, every draw times the root of its row's weight: [n, m]."""
+        # Roots of the weights on Phi alone: Phi^T Phi then has the weights, and Phi Phi^T stays symmetric.
         found = self.each(lambda rows: value.inner(stack([_rooted(draw, rows) for draw in self.draws(rows)])))
         return namespace(*found).concat(found, axis=1)
 
@@ -132,12 +133,14 @@ class InverseThroughRows(LinearOperator, ABC):
 
     def _meets_along_rows(self, value: BlockGradient) -> bool:
         """Whether a gradient is cheaper to meet along the rows than as D numbers: ghost products, rows at hand."""
+        # With several positions a ghost product costs their square; and without rows in memory each meeting is a pass.
         return self.curvature.is_kept and all(isinstance(p, Outer) and p.positions == 1 for p in value.parts)
 
     def block_sides(self, queries: BlockGradient, train_per_query: float) -> tuple[LinearOperator, LinearOperator]:
         """Gradients that are one outer product meet as they are, and along the m fitted ones; nothing has D numbers."""
         if not self._meets_along_rows(queries):
             return super().block_sides(queries, train_per_query)
+        # <(C + d)^-1 g, h> = (<g, h> - (Phi g)^T S (Phi h)) / d: two small products, S on one side only.
         return AlongRows(self, solved=True), AlongRows(self, solved=False)
 
     def quadratic(self, value: BlockGradient) -> Array:
@@ -150,6 +153,7 @@ class InverseThroughRows(LinearOperator, ABC):
         return self
 
     def trace(self) -> float:
+        """Errors: NotImplementedError; use `dense`."""
         raise NotImplementedError("The trace of an inverse through the rows needs its matrix: use dense().")
 
 
@@ -167,7 +171,9 @@ class AlongRows(IdentityOperator):
         along = self.through.curvature.along(value)
         parts = value.parts
         if self.solved:
+            # The minus of Woodbury's correction rides on the query's extra part.
             along = self.through.solve(along) * (-1.0 / self.through.damping)
+            # Weighted row by row, so that the parts stay outer products.
             each = namespace(along).ones_like(along[:, 0]) * (1.0 / self.through.damping)
             parts = value.weighted(each).parts
         return BlockGradient(value.layout, (*parts, Dense(along[:, None, :])))
@@ -181,6 +187,7 @@ class SwappedInverse(InverseThroughRows):
 
     @cached_property
     def _shares(self) -> Array:
+        # Sherman and Morrison for one row: (d I + g g^T)^-1 = (I - g g^T / (d + |g|^2)) / d (Kwon et al. 2024).
         found = self.curvature.each(lambda rows: 1.0 / (self.damping + squared_norms(self.curvature.draws(rows))))
         shares = namespace(*found).concat(found, axis=0) / self.curvature.rows
         return refuse_nonfinite(shares, f"Block {self.curvature.label!r}: what the rows' gradients count")
@@ -280,9 +287,11 @@ class DualOperator(RowSumOperator):
             each = [host(_rooted(draw, rows).squared_norms()) for draw in self.draws(rows)]
             return provider.content_keys(rows.batch), np.stack(each, axis=1)
 
+        # Norms alone in this pass: which gradients are kept is known only after the last row.
         keys, norms = zip(*self.each(seen), strict=True)
         flat = np.concatenate(norms)
         kept = np.sort(_heaviest(flat.reshape(-1), heaviest, most))
+        # Before the Gram matrix is made: this costs one pass, that would cost hours.
         if len(kept) > LARGEST_GRAM:
             raise InvalidSetting(
                 f"Block {self.label!r}: {len(kept)} gradients (rows times draws) make too large a Gram matrix; at "
@@ -300,7 +309,10 @@ class DualOperator(RowSumOperator):
     def held_piece(self, rows: DrawnRows) -> HeldPiece:
         """Some rows, and which of their gradients are kept. Errors: as `sweep_held`."""
         keys, each = self.curvature.source.provider.content_keys(rows.batch), self.draws_per_row
+        # S belongs to positions in the loader: in another order it would be paired with other gradients, and no shape
+        # shows it.
         self.check_rows(np.array_equal(keys, self._held.keys[rows.start : rows.start + len(keys)]))
+        # `kept` is sorted over all rows, so that a batch's are one run of it.
         first, last = np.searchsorted(self.kept, [rows.start * each, (rows.start + len(keys)) * each])
         return HeldPiece(rows, self.kept[first:last] - rows.start * each, int(first))
 
@@ -317,15 +329,19 @@ class DualOperator(RowSumOperator):
         """Phi Phi^T [m, m] of the kept gradients, in the best precision there is."""
         if self._held.gram is not None:
             return self._held.gram
+        # Gradients are not kept all at once: m x D numbers are what the dual form avoids.
         tiles = self.sweep_held(_GramTiles(self, KEPT_SHARE * working_memory_limit()))
         numbers = sorted({number for _, number in tiles})
         xp = namespace(next(iter(tiles.values())))
+        # The lower triangle is the upper one transposed: half the ghost products.
         whole = [[tiles[a, b] if a <= b else transpose(tiles[b, a]) for b in numbers] for a in numbers]
         gram = precise(xp.concat([xp.concat(row, axis=1) for row in whole], axis=0))
         return refuse_nonfinite(gram, f"Block {self.label!r}: the Gram matrix of the rows' gradients")
 
     def gradients(self, piece: HeldPiece) -> BlockGradient:
         """The kept gradients of a batch as rows of one value, each times the root of its row's weight."""
+        # Positions count row by row and within a row draw by draw; draws come one after another, so that they are
+        # sorted back.
         row, draw = np.divmod(piece.kept, self.draws_per_row)
         pieces = [_rooted(value, piece.rows).take(row[draw == k]) for k, value in enumerate(self.draws(piece.rows))]
         back = np.argsort(np.concatenate([np.flatnonzero(draw == k) for k in range(self.draws_per_row)]))
@@ -367,6 +383,7 @@ class _Holding(Visitor[DrawnRows, tuple[Part, int], Found]):
         return self.inner.merge(one[0], other[0]), one[1] + other[1]
 
     def finish(self, whole: tuple[Part, int]) -> Found:
+        # Each batch was right as far as it went; a loader that stops early shows only here.
         self.dual.check_rows(whole[1] == self.dual.row_count)
         return self.inner.finish(whole[0])
 
@@ -396,6 +413,7 @@ class _GramTiles(Accumulator[HeldPiece, _Group, Tiles]):
 
     def add(self, whole: _Group, item: HeldPiece) -> _Group:
         size = size_of(item.rows.draws)
+        # One batch at least, however large: a group of none would never end.
         if whole.gradients and whole.size + size > self.limit:
             whole = _Group(self._with_tiles(whole))
         whole.gradients[item.rows.start] = self.dual.gradients(item)
@@ -414,6 +432,7 @@ class _GramTiles(Accumulator[HeldPiece, _Group, Tiles]):
         return group.tiles | {places: tile for tiles in found for places, tile in tiles.items()}
 
     def _against(self, group: _Group, piece: HeldPiece) -> Tiles:
+        # Only batches up to this one, itself included: the upper triangle.
         before = {start: mine for start, mine in group.gradients.items() if start <= piece.rows.start and mine.rows}
         if not before or not len(piece.kept):
             return {}
@@ -430,8 +449,10 @@ class DualInverse(InverseThroughRows):
     def factor(self) -> Array:
         """The lower Cholesky factor of W damping I + Phi Phi^T. Errors: SingularOperator where rounding hides it."""
         gram = self.curvature.gram
+        # W damping, not damping: Phi is not divided by the root of W.
         xp, shift = namespace(gram), self.curvature.rows * self.damping
         largest = float(xp.max(xp.sum(xp.abs(gram), axis=1)))  # no eigenvalue is larger
+        # Of the gradients' dtype, not the Gram matrix's: its entries were rounded before they came to float64.
         rounding = float(xp.finfo(self.curvature.curvature.like.dtype).eps) * largest
         if not shift > rounding:
             raise SingularOperator(
@@ -439,6 +460,7 @@ class DualInverse(InverseThroughRows):
                 f"{largest / self.curvature.rows:g}). Use more damping, {10 * rounding / self.curvature.rows:.2g} for "
                 "example, or float64."
             )
+        # Once for each damping: every query after it costs two triangular solves.
         return xp.linalg.cholesky(gram + shift * identity(int(gram.shape[0]), gram))
 
     def _apply(self, tensor: Array) -> Array:
@@ -446,9 +468,11 @@ class DualInverse(InverseThroughRows):
         product, xp, q = self.curvature.product(vectors), namespace(vectors), int(vectors.shape[0])
 
         def along(piece: HeldPiece) -> Array:
+            # [n, q, draws]; as q rows of n draws numbers, in the order of `kept`.
             products = _weighted(product.project(self.curvature.draws(piece.rows)), piece.rows)
             return xp.take(xp.permute_dims(products, (1, 0, 2)).reshape((q, -1)), _index(piece.kept, vectors), axis=1)
 
+        # Two passes: Phi v has to be whole before S can be applied, and Phi^T comes after S.
         solved = self.solve(xp.concat(self.curvature.sweep_held(Each(along)), axis=1))
         total = self.curvature.sweep_held(_Combination(self.curvature, vectors, solved))
         return ((vectors - total) / self.damping).reshape(tensor.shape)
@@ -472,6 +496,7 @@ class _Combination(_RowProduct[HeldPiece]):
     def add(self, whole: DrawsProduct, item: HeldPiece) -> DrawsProduct:
         rows, each, q = item.rows, self.curvature.draws_per_row, int(self.vectors.shape[0])
         mine = transpose(self.solved[:, item.first : item.first + len(item.kept)])
+        # Gradients that were not kept count nothing in the sum.
         full = zeros_like(self.vectors, (len(rows.batch) * each, q))
         full = put_rows(full, _index(item.kept, self.vectors), mine).reshape((len(rows.batch), each, q))
         by_query = namespace(full).permute_dims(full, (0, 2, 1))
@@ -484,6 +509,7 @@ def _heaviest(norms: np.ndarray, share: float, most: int | None) -> np.ndarray:
     if share == 1.0 and most is None:
         return np.arange(len(norms))
     order = np.argsort(-norms, kind="stable")
+    # The trace is the sum of squared norms: the heaviest rows hold most of it where norms are uneven.
     held = np.cumsum(norms[order])
     count = int(np.searchsorted(held, share * held[-1])) + 1
     return order[: min(count, most or count)]
@@ -508,6 +534,7 @@ def _cholesky_solve(lower: Array, sides: Array) -> Array:
     if is_torch(sides):
         return sides.cholesky_solve(lower)
     solve = namespace(lower).linalg.solve
+    # The array-API standard has no triangular solve.
     return solve(transpose(lower), solve(lower, sides))
 
 
@@ -518,6 +545,7 @@ def _refuse_without_room(provider: StructuredGradientProvider, duals: OrderedDic
     refuse_too_large(
         f"The Gram matrices of {len(sizes)} blocks, the largest that of block {largest!r},",
         (sizes[largest], sizes[largest]),
+        # Two float64 matrices [m, m] a block: the Gram matrix and its factor.
         16.0 * sum(size**2 for size in sizes.values()),
         "Use fewer blocks (blocks='full' has one), fewer rows, or hw.Cg() or hw.Ekfac().",
         provider.device,

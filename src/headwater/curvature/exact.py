@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from headwater.arrays import Array, add_product, identity, rows_within_memory, transpose
-from headwater.curvature.means import Means, merged, no_means, rows_of, total_weight
+from headwater.curvature.means import Means, MeansVisitor, no_means, rows_of, total_weight
 from headwater.errors import InvalidSetting
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
 from headwater.memory import refuse_too_large
 from headwater.operators.finite import refuse_nonfinite
 from headwater.operators.structured import DenseOperator
-from headwater.rows import Accumulator, PlacedBatch, sweep
+from headwater.rows import PlacedBatch, sweep
 from headwater.settings import check_word
 from headwater.types import Batch
 
@@ -26,6 +26,7 @@ LARGEST_DENSE = 20_000
 
 
 def check_kind(kind: str) -> None:
+    """Errors: InvalidSetting for a kind of curvature that there is not."""
     check_word("curvature", kind, KINDS)
 
 
@@ -55,7 +56,7 @@ def fit_dense(
 
 
 @dataclass(frozen=True, eq=False)
-class _DenseMeans(Accumulator[PlacedBatch, Means, Means]):
+class _DenseMeans(MeansVisitor):
     """Each block's matrix."""
 
     provider: StructuredGradientProvider
@@ -68,6 +69,7 @@ class _DenseMeans(Accumulator[PlacedBatch, Means, Means]):
 
     def add(self, whole: Means, item: PlacedBatch) -> Means:
         weight = total_weight(self.provider, item.batch)
+        # Columns as products with unit vectors; a Fisher is summed from gradients, which costs one pass for all of it.
         if self.kind in ("hessian", "ggn"):
             for name in self.provider.layouts:
                 whole[name].add(_by_products(self.provider, item.batch, name, self.kind), weight)
@@ -76,9 +78,6 @@ class _DenseMeans(Accumulator[PlacedBatch, Means, Means]):
         for name, matrix in _by_gradients(self.provider, item.batch, fisher, self.seed).items():
             whole[name].add(matrix, weight)
         return whole
-
-    def merge(self, one: Means, other: Means) -> Means:
-        return merged(one, other)
 
 
 def _refuse_without_room(provider: StructuredGradientProvider) -> None:
@@ -97,6 +96,7 @@ def _refuse_without_room(provider: StructuredGradientProvider) -> None:
 
 def _operator(name: str, matrix: Array, kind: str) -> DenseOperator:
     refuse_nonfinite(matrix, f"The {kind} of block {name!r}")
+    # Symmetric by definition, and by rounding not quite.
     return DenseOperator((matrix + transpose(matrix)) / 2, symmetric=True, psd=kind != "hessian")
 
 

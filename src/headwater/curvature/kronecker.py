@@ -12,12 +12,12 @@ arXiv 2308.03296.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from headwater.arrays import Array, accumulable, add_product, device, itemsize, namespace
-from headwater.curvature.means import WeightedMean, positive_weight, total_weight
+from headwater.curvature.means import WeightedMean, pack_means, positive_weight, total_weight, unpack_means
 from headwater.errors import InvalidSetting
 from headwater.gradients.algebra import Gradient, Moments, Sum, draws_second_moment
 from headwater.gradients.provider import BlockGradients, Fisher, StructuredGradientProvider
@@ -79,6 +79,7 @@ class _Factors(Visitor[PlacedBatch, _Sums, _Sums]):
 
     def of(self, item: PlacedBatch) -> _Sums:
         draws = self.provider.fisher_grads(item.batch, self.fisher, draws=self.draws, seed=self.seed)
+        # Before the first batch's sums are made: they would already take that memory.
         if item.start == 0:
             _refuse_large_factors(draws[0])
         moments = _batch_moments(draws, self.provider.row_weights(item.batch), self.basis_only)
@@ -88,6 +89,24 @@ class _Factors(Visitor[PlacedBatch, _Sums, _Sums]):
         for place, moments in other.moments.items():
             one.moments[place] = one.moments[place] + moments
         return _Sums(one.moments, one.weight + other.weight)
+
+    @property
+    def is_shareable(self) -> bool:
+        return True
+
+    def pack(self, part: _Sums) -> dict[str, Any]:
+        found: dict[str, Any] = {"weight": part.weight}
+        for (name, k), moments in part.moments.items():
+            found |= {f"{name}/{k}/{each}": value for each, value in moments.named().items()}
+        return found
+
+    def unpack(self, values: Mapping[str, Any]) -> _Sums:
+        found: dict[Place, dict[str, Any]] = {}
+        for key, value in values.items():
+            if key != "weight":
+                name, k, each = key.rsplit("/", 2)
+                found.setdefault((name, int(k)), {})[each] = value
+        return _Sums({place: Moments(**{"right": None} | sums) for place, sums in found.items()}, values["weight"])
 
 
 def fit_ekfac(
@@ -103,18 +122,22 @@ def fit_ekfac(
 
     Sampled labels of the second pass are independent of those that gave the basis: with the same draws the spectrum
     overfits the basis, and the scores are markedly worse.
+    Errors: as `fit_kfac`; InvalidSetting if the second pass has rows of another total weight.
     """
     kfac, weight = fit_kfac(
         provider, loader, fisher=fisher, samples=samples, seed=seed, progress=progress, basis_only=True
     )
+    # Only the eigenvectors of KFAC's factors are used; the second pass measures the spectrum itself.
     bases = {(name, k): part.eigen for name, block in kfac.items() for k, part in enumerate(block.operators)}
     spectra = sweep(
         provider,
         loader,
+        # Draw numbers after those of the first pass: independent labels for the same rows.
         _Spectra(provider, bases, fisher, range(samples, 2 * samples), seed),
         "EKFAC spectrum",
         progress,
     )
+    # Rows are compared by `Rows` where there is one; here only their weight is known.
     if any(abs(mean.weight - weight) > 1e-6 * weight for mean in spectra.values()):
         raise InvalidSetting("The loader gave other rows in the second pass than in the first.")
     parts = {
@@ -145,6 +168,7 @@ class _Spectra(Accumulator[PlacedBatch, Spectra, Spectra]):
         weights, rows = self.provider.row_weights(item.batch), total_weight(self.provider, item.batch)
         for (name, k), basis in self.bases.items():
             values = [draw[name].parts[k] for draw in draws]
+            # Lambda_oi = mean of (L^T G R)_oi^2: the best diagonal in this basis (George et al. 2018).
             whole[name, k].add(draws_second_moment(values, weights, *basis.rotation.turns()), rows)
         return whole
 
@@ -152,6 +176,17 @@ class _Spectra(Accumulator[PlacedBatch, Spectra, Spectra]):
         for place, mean in other.items():
             one[place].merge(mean)
         return one
+
+    @property
+    def is_shareable(self) -> bool:
+        return True
+
+    def pack(self, part: Spectra) -> dict[str, Any]:
+        return pack_means({f"{name}/{k}": mean for (name, k), mean in part.items()})
+
+    def unpack(self, values: Mapping[str, Any]) -> Spectra:
+        means = unpack_means(values)
+        return {(name.rpartition("/")[0], int(name.rpartition("/")[2])): mean for name, mean in means.items()}
 
 
 def _level_null_space(basis: EigenKroneckerOperator, spectrum: Array) -> Array:
@@ -165,6 +200,7 @@ def _level_null_space(basis: EigenKroneckerOperator, spectrum: Array) -> Array:
         if turned is None:
             continue
         sizes = xp.max(basis.spectrum, axis=axis)
+        # What an eigendecomposition in the gradients' dtype may take for zero.
         null = sizes <= float(xp.max(sizes)) * max(spectrum.shape) * 8 * float(xp.finfo(basis.like.dtype).eps)
         count = int(xp.count_nonzero(null))
         if count > 1:
@@ -182,6 +218,7 @@ def _batch_moments(draws: list[BlockGradients], weights: Array | None, basis_onl
         for name, block in draw.items():
             for k, part in enumerate(block.parts):
                 mine = found.get((name, k))
+                # From the second draw on: the rows and their layer inputs were counted with the first.
                 moments = _part_moments(name, part, weights, mine is not None, basis_only)
                 found[name, k] = moments if mine is None else mine + moments
     return found
@@ -239,6 +276,7 @@ def _kronecker(place: Place, moments: Moments) -> KroneckerOperator:
     right: Any = moments.right
     left, right = accumulable(moments.left), accumulable(right)
     count = moments.right_count
+    # No gradient at all: the factor is zero, not 0 / 0.
     right = right / count if float(count) > 0 else right
     return KroneckerOperator(_finite(place, left / moments.left_count), _finite(place, right), psd=True)
 

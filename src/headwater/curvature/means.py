@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Generic, TypeVar
 
 from headwater.arrays import Array, namespace, precise
 from headwater.errors import InvalidInput
 from headwater.gradients.provider import StructuredGradientProvider
+from headwater.rows import Accumulator, PlacedBatch
 from headwater.types import Batch
 
 Value = TypeVar("Value")
@@ -36,6 +37,17 @@ class WeightedMean(Generic[Value]):
         """The rows of another mean, too."""
         self.add(other._total, other.weight)
 
+    def pack(self) -> dict[str, Any]:
+        """As named values, for `of`."""
+        return {"total": self._total, "weight": self.weight}
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> WeightedMean[Value]:
+        """What `pack` gave."""
+        found = cls()
+        found.add(values["total"], values["weight"])
+        return found
+
     @property
     def value(self) -> Value:
         return self._total / positive_weight(self.weight)
@@ -50,11 +62,38 @@ def no_means(blocks: Iterable[str]) -> Means:
     return OrderedDict((name, WeightedMean[Array]()) for name in blocks)
 
 
-def merged(one: Means, other: Means) -> Means:
-    """Of the rows of both; `one` is changed."""
-    for name, mean in other.items():
-        one[name].merge(mean)
-    return one
+def pack_means(means: Mapping[str, WeightedMean[Array]]) -> dict[str, Any]:
+    """As named values, for `unpack_means`."""
+    return {f"{name}/{each}": value for name, mean in means.items() for each, value in mean.pack().items()}
+
+
+def unpack_means(values: Mapping[str, Any]) -> Means:
+    """What `pack_means` gave, in the same order."""
+    found: OrderedDict[str, dict[str, Any]] = OrderedDict()
+    for key, value in values.items():
+        name, _, each = key.rpartition("/")
+        found.setdefault(name, {})[each] = value
+    return OrderedDict((name, WeightedMean.of(mean)) for name, mean in found.items())
+
+
+class MeansVisitor(Accumulator[PlacedBatch, Means, Means]):
+    """A visitor whose parts are means by block: a subclass has `start` and `add`."""
+
+    def merge(self, one: Means, other: Means) -> Means:
+        """Of the rows of both; `one` is changed."""
+        for name, mean in other.items():
+            one[name].merge(mean)
+        return one
+
+    @property
+    def is_shareable(self) -> bool:
+        return True
+
+    def pack(self, part: Means) -> dict[str, Any]:
+        return pack_means(part)
+
+    def unpack(self, values: Mapping[str, Any]) -> Means:
+        return unpack_means(values)
 
 
 def rows_of(means: Means) -> float:

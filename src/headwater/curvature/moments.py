@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from headwater.arrays import Array, accumulable, add_product, device, itemsize, namespace
 from headwater.curvature.exact import LARGEST_DENSE
-from headwater.curvature.means import Means, WeightedMean, merged, rows_of, total_weight
+from headwater.curvature.means import Means, MeansVisitor, WeightedMean, rows_of, total_weight
 from headwater.errors import InvalidSetting
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
@@ -17,7 +17,8 @@ from headwater.memory import refuse_too_large
 from headwater.operators.finite import refuse_nonfinite
 from headwater.operators.projected import MomentOperator, ProjectedOperator
 from headwater.operators.projection import Make, Projection
-from headwater.rows import Accumulator, PlacedBatch, Total, sweep
+from headwater.rows import PlacedBatch, Total, first_batch, sweep
+from headwater.types import Batch
 
 
 def fit_moments(
@@ -39,12 +40,14 @@ def fit_moments(
     means, rows = sweep(
         provider, loader, moments & Total(lambda piece: len(piece.batch)), "projected gradients", progress
     )
+    if not moments.projections:  # all parts were there
+        moments.look(first_batch(provider, loader))
     operators = ((name, _operator(name, moments.projections[name], mean, rows)) for name, mean in means.items())
     return OrderedDict(operators), rows_of(means)
 
 
 @dataclass(frozen=True, eq=False)
-class _Moments(Accumulator[PlacedBatch, Means, Means]):
+class _Moments(MeansVisitor):
     """Each block's second moment of projected gradients."""
 
     provider: StructuredGradientProvider
@@ -67,11 +70,14 @@ class _Moments(Accumulator[PlacedBatch, Means, Means]):
             whole.setdefault(name, WeightedMean()).add(matrix, total_weight(self.provider, item.batch))
         return whole
 
-    def merge(self, one: Means, other: Means) -> Means:
-        return merged(one, other)
+    def look(self, batch: Batch) -> None:
+        """Make the projections, whose gradients some rows show."""
+        for name, value in self.provider.grads(batch).items():
+            self._projection(name, value)
 
     def _projection(self, name: str, value: BlockGradient) -> Projection:
         if name not in self.projections:
+            # When first met: a projection's sides may depend on the first gradients.
             self.projections[name] = _checked(name, self.make(name, value))
             _refuse_without_room(name, self.projections, value)
             _refuse_rounding(name, self.projections[name], value)
@@ -79,6 +85,7 @@ class _Moments(Accumulator[PlacedBatch, Means, Means]):
 
 
 def _product(total: Array | None, projection: Projection, value: BlockGradient, weights: Array | None) -> Array:
+    # As rows are kept (LoRIF cuts their rank): the moment is of what scores are made of.
     small = accumulable(projection.stored(value).flat())
     return add_product(total, small, small if weights is None else small * weights[:, None])
 

@@ -30,7 +30,7 @@ from headwater.operators.iterative import host
 from headwater.operators.krylov import Bounds, extreme_eigenvalues
 from headwater.operators.sketch import normal_vectors, sign_vectors
 from headwater.random import row_uniforms
-from headwater.rows import Accumulator, Each, Found, Part, PlacedBatch, Rows, Total, Visitor, first_batch, serial, sweep
+from headwater.rows import Accumulator, Each, Found, Part, PlacedBatch, Rows, Total, Visitor, first_batch, fold, sweep
 from headwater.types import Batch, join
 
 EXACT_TRACE = 256
@@ -74,6 +74,7 @@ class RowDraws:
         """Whether all rows turned out to have draws, at the last full pass that asked for them."""
         self.weight = 0.0
         """The rows' total weight, at the last full pass."""
+        # A Hessian is no sum of g g^T, so that there is nothing to keep.
         self._fits = keep and kind != "hessian"
 
     @property
@@ -83,10 +84,12 @@ class RowDraws:
     def sweep(self, visitor: Visitor[DrawnRows, Part, Found], with_draws: bool) -> Found:
         """Visit every batch, once. Without draws where they would cost more than they save."""
         if self._kept is not None:
-            return visitor.finish(serial(visitor, self._kept))
+            return visitor.finish(fold(visitor, self._kept))
+        # After one pass in which they did not fit, none tries again: it would fill memory for nothing.
         room = KEPT_SHARE * working_memory_limit() if with_draws and self._fits else -1.0
         keeping = _Keeping(visitor, partial(self.drawn, with_draws=with_draws), room)
         met = sweep(self.provider, self.loader, keeping, self.label, self.progress)
+        # A later pass without draws keeps what is known of draws, and still has to know the weight.
         self.weight = met.weight
         if with_draws:
             self.has_draws, self._kept, self._fits = met.has_draws, met.kept, met.kept is not None
@@ -137,6 +140,7 @@ class _Keeping(Visitor[PlacedBatch, _Met[Part], _Met[Part]]):
     """Bytes; negative where nothing is kept."""
 
     def of(self, item: PlacedBatch) -> _Met[Part]:
+        # The visitor sees the rows with draws that were made once, here; keeping them costs no second pass.
         return self._met(rows := self.drawn(item), self.inner.of(rows))
 
     def add(self, whole: _Met[Part], item: PlacedBatch) -> _Met[Part]:
@@ -154,6 +158,7 @@ class _Keeping(Visitor[PlacedBatch, _Met[Part], _Met[Part]]):
     def _joined(self, one: _Met[Part], other: _Met[Part]) -> _Met[Part]:
         """All but the part, which the later one has of both."""
         size, kept = one.size + other.size, one.kept
+        # All or none: a part in memory would be out of order with what a pass reads.
         if kept is None or other.kept is None or size > self.room:
             kept = None
         else:
@@ -170,6 +175,7 @@ KEPT_SHARE = 4
 def size_of(draws: list[BlockGradients] | None) -> int:
     """Bytes; arrays that draws share are counted once."""
     arrays = {
+        # By identity: draws of one row share their inputs a, and differ in b alone.
         id(array): int(np.prod(array.shape)) * itemsize(array)
         for draw in draws or ()
         for block in draw.values()
@@ -207,6 +213,8 @@ class CurvatureOperator(LinearOperator):
 
     def _want_draws(self, vectors: int) -> bool:
         kind = self.source.kind
+        # Gradients of all outputs cost a backward pass each, once for all vectors; two derivative passes cost that for
+        # each vector.
         return kind != "hessian" and (kind != "ggn" or self.source.is_kept or vectors > FEW_VECTORS)
 
     def adjoint(self) -> CurvatureOperator:
@@ -215,11 +223,13 @@ class CurvatureOperator(LinearOperator):
     def trace(self) -> float:
         """Exact where gradients or few products give it, else Hutchinson's estimate (`trace_error`)."""
         if self.known_trace is None:
+            # Not when fitting: a Hessian's trace costs products, and not every damping needs it.
             self.set_trace(*_trace_by_products(self))
         assert self.known_trace is not None
         return self.known_trace
 
     def set_trace(self, trace: float, error: float = 0.0) -> None:
+        """Errors: NonFiniteValue."""
         if not np.isfinite(trace):
             what = f"The trace of the {self.source.label} of block {self.block!r}"
             raise NonFiniteValue(f"{what} is not finite: there are numbers too large for its dtype. {REMEDY}")
@@ -272,6 +282,7 @@ class _Product(Accumulator[DrawnRows, _Products, tuple[Array, float]]):
     def add(self, whole: _Products, item: DrawnRows) -> _Products:
         whole.weight += item.total
         source, block = self.operator.source, self.operator.block
+        # A batch may have draws and the next one none (a GGN that is no short sum there): sums of both kinds add up.
         if item.draws is not None:
             whole.by_draws.add([draw[block] for draw in item.draws], item.weights)
             return whole
@@ -305,6 +316,7 @@ def fit_products(
     check_kind(kind)
     source = RowDraws(provider, loader, kind, fisher, seed, progress)
     operators = OrderedDict((name, CurvatureOperator(source, name)) for name in provider.layouts)
+    # tr(sum g g^T) = sum |g|^2: the pass that counts rows gives every block's trace, too.
     traces = source.sweep(Total(_squares_of(operators)), with_draws=kind != "hessian")
     weight = positive_weight(source.weight)
     if source.has_draws:
@@ -320,6 +332,7 @@ def _squares_of(blocks: Iterable[str]) -> Callable[[DrawnRows], np.ndarray]:
     def squares(rows: DrawnRows) -> np.ndarray:
         found = np.zeros(len(names))
         for number, name in enumerate(names if rows.draws is not None else ()):
+            # On outer products: |b a^T|^2 = |b|^2 |a|^2 for one position, no D numbers.
             norms = squared_norms([draw[name] for draw in rows.draws or ()])
             weighted = norms if rows.weights is None else norms * rows.weights
             found[number] = float(namespace(norms).sum(weighted))
@@ -348,14 +361,17 @@ def fit_steps(
     keys = np.concatenate(sweep(provider, loader, every, "rows of the steps"))
     rows = min(rows, len(keys))
     step_of = np.full((steps * rows, 2), -1)  # (row, step), in any order
+    # Steps in an epoch; a rest smaller than a step is left, so that every step has the same number of rows.
     each = len(keys) // rows
     for epoch in range(-(-steps // each)):
+        # By keys of the rows' content: another order of the loader, or other batches, gives the same steps.
         order = np.argsort(row_uniforms(keys, 1, draw=STEP_DRAWS + epoch, seed=seed)[:, 0, 0], kind="stable")
         first = epoch * each
         taken = order[: min(each, steps - first) * rows]
         step_of[first * rows : first * rows + len(taken)] = np.stack(
             [taken, first + np.arange(len(taken)) // rows], axis=1
         )
+    # The rows of all steps stay in memory: steps times rows of them, as batches, not gradients.
     pieces: list[list[Batch]] = [[] for _ in range(steps)]
     for step, batch in chain(*sweep(provider, loader, Each(_by_step(provider, keys, step_of)), "rows of the steps")):
         pieces[step].append(batch)
@@ -374,6 +390,7 @@ def _by_step(
             raise BatchMismatch("The loader gives other rows, or another order, than at first; pass shuffle=False.")
         inside = step_of[(step_of[:, 0] >= start) & (step_of[:, 0] < stop)]
         return [
+            # In the loader's order: a step is a sum, and its rounding should not depend on the draw.
             (int(step), batch.take(np.sort(inside[inside[:, 1] == step, 0]) - start))
             for step in np.unique(inside[:, 1])
         ]
@@ -384,11 +401,13 @@ def _by_step(
 def _trace_by_products(operator: CurvatureOperator) -> tuple[float, float]:
     """The trace, and its standard error. Source: Hutchinson 1990."""
     size, like = operator.input_size, operator.like
+    # As many products as Hutchinson would take, and exact.
     if size <= EXACT_TRACE:
         return float(namespace(like).linalg.trace(operator.apply(identity(size, like)))), 0.0
     step, found = as_many_as_fit(PROBES, 3.0 * size * itemsize(like), device(like)), np.zeros(0)
     for start in range(0, PROBES, step):
         count = min(step, PROBES - start)
+        # Signs, not normal numbers: z_i^2 = 1 takes the diagonal out of the variance.
         probes = sign_vectors(count, size, like, seed=operator.source.seed, stream=0, first=start)
         found = np.append(found, host(rowwise_inner(operator.apply(probes), probes)))
     return float(found.mean()), float(found.std(ddof=1) / PROBES**0.5)

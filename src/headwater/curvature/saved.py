@@ -168,6 +168,7 @@ class _Unpacker:
         return found
 
     def unpack(self, value: object) -> Any:
+        """Errors: InvalidInput for an entry that is not known, or an array that is not there."""
         if isinstance(value, list):
             return tuple(self.unpack(item) for item in value)
         if not isinstance(value, dict):

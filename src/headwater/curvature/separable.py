@@ -25,13 +25,16 @@ def separate(target: Array, weights: Array, rank: int) -> tuple[Array, Array, fl
     rank = min(int(rank), *target.shape)
     square = weights**2
     square = square / xp.max(square)
+    # No weight is zero: the least-squares systems below stay regular.
     square = square + 1e-12
+    # A rank-one stand-in for the weights: with it the weighted problem is an ordinary SVD.
     rows = xp.sqrt(xp.mean(square, axis=1))
     columns = xp.sqrt(xp.mean(square, axis=0))
     left, values, right = xp.linalg.svd(target * rows[:, None] * columns[None, :], full_matrices=False)
     u = transpose(left[:, :rank]) / rows[None, :]
     v = (values[:rank, None] * right[:rank]) / columns[None, :]
     for _ in range(SWEEPS):
+        # Alternating least squares: with one side fixed, each row of the other is a small linear problem.
         u = _solve(v, target, square)
         v = _solve(u, transpose(target), transpose(square))
     residual = xp.sum(square * (target - transpose(u) @ v) ** 2) / xp.sum(square * target**2)
@@ -44,6 +47,7 @@ def _solve(fixed: Array, target: Array, square: Array) -> Array:
     pairs = (fixed[:, None, :] * fixed[None, :, :]).reshape((rank * rank, -1))
     grams = (square @ transpose(pairs)).reshape((-1, rank, rank))
     trace = xp.sum(xp.linalg.diagonal(grams), axis=1)
+    # Two terms may become parallel; a ridge at rounding level keeps the system solvable.
     ridge = (1e-12 * trace / rank)[:, None, None] * as_like(xp.eye(rank, dtype=target.dtype), target)
     sides = (square * target) @ transpose(fixed)
     return transpose(xp.linalg.solve(grams + ridge, sides[:, :, None])[:, :, 0])

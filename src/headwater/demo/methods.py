@@ -1,12 +1,9 @@
-"""What the demo makes of each method: one table, for the experiment, the story, the command line and `verify --demo`.
-
-name on the command line -> Recipe(title, how it is made, its blocks, what it needs of the training, what to know)
-"""
+"""What the demo makes of each method of the registry; what a method wants beside its seed is in OWN."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal
 
 import headwater as hw
@@ -28,7 +25,6 @@ CHECKPOINTS = 5
 class Recipe:
     """How the demo uses a method."""
 
-    title: str
     make: Callable[[int, Rates], Method]
     """From the seed, and the learning rates at the checkpoints (empty without them)."""
     blocks: Blocks = "layer"
@@ -41,6 +37,8 @@ class Recipe:
     """The method that gives self-influence in its place, where that of all rows would take this one too long."""
     note: str = ""
     """What a reader of its results should know."""
+    title: str = ""
+    """The registry's."""
 
     def method(self, seed: int, rates: Rates = ()) -> Method:
         return self.make(seed, rates)
@@ -61,52 +59,40 @@ EMPIRICAL = (
 )
 LIKENESS = "{title} knows no curvature: read its scores as a ranking by likeness of gradients, not as a forecast."
 
-METHODS: dict[str, Recipe] = {
-    "ekfac": Recipe("EKFAC", lambda seed, rates: hw.Ekfac(seed=seed)),
-    "kfac": Recipe("KFAC", lambda seed, rates: hw.Kfac(seed=seed)),
-    "direct": Recipe("exact GGN", lambda seed, rates: hw.Direct(curvature="ggn")),
-    "cg": Recipe("conjugate gradients", lambda seed, rates: hw.Cg(seed=seed)),
-    "block-krylov": Recipe("block Krylov", lambda seed, rates: hw.BlockKrylov(seed=seed)),
+OWN: dict[str, Recipe] = {
+    "direct": Recipe(lambda seed, rates: hw.Direct(curvature="ggn")),
     "lissa": Recipe(
-        "LiSSA",
         lambda seed, rates: hw.Lissa(seed=seed),
         itself="cg",
         note=f"Every step sees 64 rows, so that the answer keeps some noise. {BY_CG}",
     ),
     "astra": Recipe(
-        "ASTRA",
         lambda seed, rates: hw.Astra(seed=seed, rows=None),
         itself="cg",
         note=f"Every step sees all rows: with steps of a few hundred of these it would not settle. {BY_CG}",
     ),
-    "arnoldi": Recipe("Arnoldi", lambda seed, rates: hw.Arnoldi(seed=seed)),
-    "nystroem": Recipe("Nystroem", lambda seed, rates: hw.Nystroem(seed=seed)),
-    "datainf": Recipe("DataInf", lambda seed, rates: hw.DataInf(), note=EMPIRICAL),
-    "dual": Recipe("dual form", lambda seed, rates: hw.Dual(seed=seed), "full", note=f"{WHOLE} {EMPIRICAL}"),
+    "datainf": Recipe(lambda seed, rates: hw.DataInf(), note=EMPIRICAL),
+    "dual": Recipe(lambda seed, rates: hw.Dual(seed=seed), "full", note=f"{WHOLE} {EMPIRICAL}"),
     "trak": Recipe(
-        "TRAK",
         lambda seed, rates: hw.Trak(seed=seed),
         "full",
         note="One network, where the paper averages many. What is explained is the negative margin, "
         "log (1 - p)/p of the true label, not the loss: scores are in its unit.",
     ),
-    "logra": Recipe("LoGra", lambda seed, rates: hw.LoGra(seed=seed), note=EMPIRICAL),
+    "logra": Recipe(lambda seed, rates: hw.LoGra(seed=seed), note=EMPIRICAL),
     "lorif": Recipe(
-        "LoRIF",
         lambda seed, rates: hw.LoRif(seed=seed, kept=32),
         note=f"{EMPIRICAL} A row of one position has a gradient of rank 1 already, so all that LoRIF leaves out here "
         "are the eigenvalues after the 32nd of each layer.",
     ),
-    "factgrass": Recipe("FactGraSS", lambda seed, rates: hw.FactGrass(seed=seed), note=EMPIRICAL),
+    "factgrass": Recipe(lambda seed, rates: hw.FactGrass(seed=seed), note=EMPIRICAL),
     "tracin": Recipe(
-        "TracIn",
         lambda seed, rates: hw.TracIn(learning_rates=rates),
         checkpoints=True,
         note=f"TracIn adds up likeness of gradients over {CHECKPOINTS} checkpoints of the training, times their "
         "learning rates. It looks back on what training did; its scores are no forecast of a removal.",
     ),
     "representer": Recipe(
-        "representer points",
         lambda seed, rates: hw.Representer(l2=L2),
         "head",
         refitted=True,
@@ -114,9 +100,23 @@ METHODS: dict[str, Recipe] = {
         "layer at the minimum of its regularised loss, so it was trained on, to the end, after the rest had stopped. "
         "They see that layer only, and their scores are no forecast of a removal.",
     ),
-    "grad-dot": Recipe("grad-dot", lambda seed, rates: hw.GradDot(), note=LIKENESS.format(title="grad-dot")),
-    "grad-cos": Recipe("grad-cos", lambda seed, rates: hw.GradCos(), note=LIKENESS.format(title="grad-cos")),
+    "grad-dot": Recipe(lambda seed, rates: hw.GradDot(), note=LIKENESS.format(title="grad-dot")),
+    "grad-cos": Recipe(lambda seed, rates: hw.GradCos(), note=LIKENESS.format(title="grad-cos")),
 }
+"""Of methods that want another thing than a seed, or have something to be said of them."""
+
+
+def _of_seed(entry: hw.MethodEntry) -> Recipe:
+    """A method with its defaults; its seed, if it draws anything, is the demo's."""
+
+    def make(seed: int, rates: Rates) -> Method:
+        drawn = {"seed": seed} if "seed" in {each.name for each in fields(entry.cls)} else {}
+        return entry.cls(**drawn)
+
+    return Recipe(make)
+
+
+METHODS = {entry.name: replace(OWN.get(entry.name) or _of_seed(entry), title=entry.title) for entry in hw.METHODS}
 """By the name that `--method` takes."""
 
 

@@ -34,7 +34,7 @@ from headwater.evaluate.checks import Floats, query_outputs
 from headwater.positions import row_groups
 from headwater.progress import track
 from headwater.settings import check_whole
-from headwater.store.draft import is_draft, remove_dead, told, write_new, write_whole
+from headwater.store.draft import explained_errors, is_draft, remove_dead, write_new, write_whole
 from headwater.store.kinds import kind_of
 from headwater.store.seal import open_bytes, seal_bytes, sealed, unsealed
 
@@ -121,6 +121,7 @@ def plan_subsets(
     seeds = np.full((subsets, 2 if repeated else runs), -1)
     wanted = np.zeros(seeds.shape, dtype=bool)
     wanted[:, :runs], wanted[:repeated] = True, True
+    # Without repetition: two runs of one subset with one seed would be one run.
     seeds[wanted] = rng.permutation(2**31 - 1 if wanted.sum() > 2**20 else 2**20)[: wanted.sum()]
     return Plan(keep, seeds)
 
@@ -227,6 +228,7 @@ class Bank:
             "subsets": len(self.plan.keep),
             "queries": self.queries,
             "alpha": self.plan.alpha,
+            # The masks themselves are in another file: a bank is refused for another plan without reading it.
             "plan": zlib.crc32(self.plan.keep.tobytes() + self.plan.seeds.astype(np.int64).tobytes()),
         }
         file = self.path / RECIPE
@@ -234,7 +236,7 @@ class Bank:
             found = self.path.iterdir() if self.path.exists() else ()
             if any(each.name != PLAN and not is_draft(each.name) for each in found):
                 raise InvalidInput(f"{self.path} is not empty and holds no bank; choose another folder.")
-            with told(self.path):
+            with explained_errors(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
             write_new(file, json.dumps(sealed(asked), indent=1).encode())
         known, seal = unsealed(file, remedy=RECIPE_LOST)
@@ -288,7 +290,7 @@ class Bank:
         self._done[place] = True
 
     def _keep(self, place: Place, outputs: Floats) -> None:
-        with told(self.path):
+        with explained_errors(self.path):
             self._file(place).parent.mkdir(exist_ok=True)
         content = io.BytesIO()
         np.save(content, outputs, allow_pickle=False)
@@ -318,9 +320,11 @@ class Bank:
         check_whole("workers", workers, 1)
         self._read_packed()
         # Another process may have run some since.
+        # A generator: looked up only when a worker is free, as runs of other processes come in meanwhile.
         jobs = ((place, self._job(measure, place)) for place in self.missing if not self._read(place))
         pool: Executor = _Here() if workers == 1 else ThreadPoolExecutor(workers)
         if processes and workers > 1:
+            # Not fork: threads of torch and JAX do not survive it.
             pool = ProcessPoolExecutor(workers, get_context("spawn"))
         with pool:
             found = _as_they_come(pool, workers, jobs)
@@ -333,7 +337,10 @@ class Bank:
         return partial(_run, measure, rows, seed, self.queries, self._name(place))
 
     def fill_many(self, measure: MeasureMany, *, at_once: int = 32, progress: bool = False) -> Self:
-        """The same with models that are trained side by side, `at_once` of them."""
+        """The same with models that are trained side by side, `at_once` of them.
+
+        Errors: ShapeMismatch; NonFiniteValue naming the subset and the seed, after the others were kept.
+        """
         check_whole("at_once", at_once, 1)
         missing = self.missing
         for start in track(range(0, len(missing), at_once), "retraining", progress):
@@ -354,6 +361,7 @@ class Bank:
             self._read(place)
         self._write(PACKED, outputs=self.outputs, done=self._done)
         for place in self.plan.places:
+            # Only after the packed file is whole and on disk.
             self._file(place).unlink(missing_ok=True)
         remove_dead(self.path / "runs")
         with suppress(OSError):  # another process may be writing
@@ -375,6 +383,7 @@ def _run(measure: Measure, rows: NDArray[np.int64], seed: int, queries: int, nam
     try:
         found = measure(rows, seed)
     except Exception as error:
+        # A note, not another error: the training's own traceback is what the user needs.
         error.add_note(f"Raised by {name} of the bank; other runs are kept.")
         raise
     return query_outputs(found, queries, f"outputs of {name}")
@@ -387,6 +396,7 @@ def _as_they_come(
     running: dict[Future[Floats], Place] = {}
     failed: list[BaseException] = []
     while True:
+        # As many as there are workers: a queue of all jobs would hold all their rows.
         for place, job in islice(jobs, workers - len(running) if len(failed) < FAILURES else 0):
             running[pool.submit(job)] = place
         if not running:
@@ -448,4 +458,5 @@ def adopt(path: str | os.PathLike[str]) -> None:
     closed = sealed(asked)
     for name, content in contents.items():
         write_whole(folder / name, seal_bytes(content, f"{closed['seal']['digest']}/{name}"))
+    # Last: until then the folder is an unsealed bank, and can be adopted again.
     write_whole(recipe, json.dumps(closed, indent=1).encode())

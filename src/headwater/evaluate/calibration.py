@@ -126,20 +126,25 @@ def choose_damping(
     constant = int((np.ptp(measured, axis=0) == 0).sum())
     if constant == measured.shape[1]:
         raise InvalidInput(f"All {constant} queries have the same output on every subset: no damping forecasts that.")
+    # Forecasts of blocks add up: scores are sums over blocks.
     total = np.sum(list(shares.values()), axis=0)
     tried = np.isfinite(total).all(axis=(1, 2))
     every = np.arange(len(measured))
     best = _best(total, measured, every)
     rng = np.random.default_rng(seed)
+    # Which damping another draw of subsets would have chosen: the spread of the choice, not of the LDS.
     draws = [_best(total, measured, rng.integers(len(every), size=len(every))) for _ in range(resamples)]
+    # Places on the path are whole numbers: nothing lies between two dampings that were tried.
     low, high = np.quantile(draws, [0.05, 0.95], method="nearest") if draws else (best, best)
     along = np.full(len(path), np.nan)
     along[tried] = [_lds(total[k], measured, every) for k in np.flatnonzero(tried)]
     halves = _halves(len(every), rng)
+    # An LDS on the subsets that chose it is too high; half of them choose, the other half judges.
     common = _held_out(halves, lambda half: dict.fromkeys(shares, _best(total, measured, half)), shares, measured)
     chosen, held_out, beaten = dict.fromkeys(shares, best), common, None
     if by_block and len(shares) > 1:
         apart = _held_out(halves, lambda half: _best_by_block(shares, measured, half), shares, measured)
+        # Several dampings have more freedom to fit noise: they must win where they were not chosen.
         if common is not None and apart is not None and apart > common:
             chosen, held_out, beaten = _best_by_block(shares, measured, every), apart, common
     notes = []
@@ -193,7 +198,9 @@ def _best(total: Floats, measured: Floats, chosen: NDArray[np.int64]) -> int:
 def _best_by_block(shares: Mapping[str, Floats], measured: Floats, chosen: NDArray[np.int64]) -> dict[str, int]:
     """Coordinate ascent, each block against the others as they are, from the best common damping."""
     start = _best(np.sum(list(shares.values()), axis=0), measured, chosen)
+    # From the best common one: a path of k dampings has k^blocks combinations, which nobody can try.
     places = dict.fromkeys(shares, start)
+    # Coordinate ascent may go round among equals: five rounds at most.
     for _ in range(5):
         before = dict(places)
         for name in shares:
@@ -206,6 +213,7 @@ def _best_by_block(shares: Mapping[str, Floats], measured: Floats, chosen: NDArr
 
 def _halves(subsets: int, rng: np.random.Generator, count: int = 20) -> list[tuple[NDArray[np.int64], ...]]:
     """Random halves of three subsets or more; none where there are too few."""
+    # A correlation needs three.
     if subsets < 6:
         return []
     orders = (rng.permutation(subsets) for _ in range(count))

@@ -105,6 +105,7 @@ def brittleness(
     models = _Models(measure, q, n, [int(s) for s in seeds])
     wrong = models.margins(np.array([], dtype=np.int64)) < 0
     rng = np.random.default_rng((seed, 1))
+    # One random order for all queries: their sets are then the same, and trained once.
     orders = [ranking(given, seed), *(np.tile(rng.permutation(n), (q, 1)) for _ in range(random))]
     found = np.full((1 + random, q), np.nan)
     for place, order in enumerate(orders):
@@ -126,6 +127,7 @@ def _search(models: _Models, order: NDArray[np.int64], query: int, grid: tuple[i
         standing = size
     else:
         return float("nan")
+    # Bisection between a size that did not flip and one that did; see `refine` for what that takes.
     while refine and size - standing > 1:
         middle = (standing + size) // 2
         if flips(middle):
@@ -150,6 +152,7 @@ class _Models:
         """[q]."""
         keep = np.ones(self._rows, dtype=bool)
         keep[removed] = False
+        # By the set: queries with the same top rows share a training.
         key = np.packbits(keep).tobytes()
         if key not in self._known:
             kept = np.flatnonzero(keep)

@@ -32,6 +32,7 @@ class Interval:
     def __str__(self) -> str:
         """Three decimals, or as many as three digits of the largest take."""
         largest = max((abs(v) for v in (self.value, self.low, self.high) if isfinite(v) and v), default=1.0)
+        # A figure of 1e-5 with three decimals would read 0.000.
         places = max(3, 2 - floor(log10(largest)))
         return f"{self.value:.{places}f} ({self.low:.{places}f} to {self.high:.{places}f})"
 
@@ -57,6 +58,7 @@ def about(value: float, draws: ArrayLike, level: float) -> Interval:
     Errors: InvalidSetting for a level that is no probability.
     """
     low, middle, high = _quantiles(draws, level)
+    # Shifted, not reflected: a resample's median is biased, its spread is not.
     return Interval(value, value + low - middle, value + high - middle, level)
 
 
@@ -71,6 +73,7 @@ def over_queries(values: ArrayLike, *, resamples: int = 2000, level: float = 0.9
     if not np.isfinite(figures).all():
         bad = ~np.isfinite(figures)
         raise NonFiniteValue(f"{int(bad.sum())} figures are not finite, the first that of query {int(bad.argmax())}.")
+    # Queries are what was drawn at random: the mean speaks of other queries like these.
     draws = [figures[chosen].mean() for chosen in resampled(len(figures), resamples, seed)]
     return percentiles(float(figures.mean()), draws, level)
 

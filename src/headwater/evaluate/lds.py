@@ -61,6 +61,7 @@ class Lds:
         if self.ceiling is None or not self.ceiling > 0:
             return None
         raw, share = self.raw, self.ceiling
+        # The ceiling is taken as known: its own uncertainty is not in this interval.
         return Interval(raw.value / share, raw.low / share, raw.high / share, raw.level)
 
     @property
@@ -85,6 +86,7 @@ def forecast(scores: ArrayLike, keep: ArrayLike) -> Floats:
     given, kept = score_matrix(scores), subset_mask(keep)
     if given.shape[1] != kept.shape[1]:
         raise ShapeMismatch(f"The scores are {given.shape}, the subsets {kept.shape}; expected (q, n) and (m, n).")
+    # A score is how much a row lowers the loss: a subset's summed scores, with a minus, forecast its loss.
     return -(kept.astype(np.float64) @ given.T)
 
 
@@ -106,6 +108,7 @@ def lds(
     predicted = _forecast(scores, kept, measured)
     by_query = spearman(predicted, measured)
     chosen = resampled(len(kept), resamples, seed)
+    # Subsets are resampled, queries stay: what is random is which subsets were trained.
     draws = [mean_correlation(spearman(predicted[some], measured[some])) for some in chosen]
     return Lds(
         about(mean_correlation(by_query), draws, level),
@@ -131,6 +134,7 @@ def difference(
     kept, _, measured = retrained_outputs(keep, outputs)
     first, second = (_forecast(given, kept, measured) for given in (scores, others))
 
+    # Paired: both scores see the same subsets, so that luck with these cancels.
     def gap(chosen: NDArray[np.int64] | slice) -> float:
         truth = measured[chosen]
         return mean_correlation(spearman(first[chosen], truth)) - mean_correlation(spearman(second[chosen], truth))
@@ -158,6 +162,7 @@ def ceiling(outputs: ArrayLike, *, runs: float | None = None, splits: int = 20, 
        unequal numbers of runs, R is their harmonic mean: the noise of all of them together is that of R runs each.
 
     Where queries differ in their noise it is a little high: the root of a mean is above the mean of roots.
+    Errors: ShapeMismatch unless outputs are [m, runs, q].
     """
     measured = np.asarray(outputs, dtype=np.float64)
     if measured.ndim != 3:
@@ -167,15 +172,19 @@ def ceiling(outputs: ArrayLike, *, runs: float | None = None, splits: int = 20, 
     twice = np.flatnonzero(counts >= 2)
     if len(twice) < 3:
         return None
+    # Halves of one size for all subsets: reliability is that of a mean of so many runs.
     half = int(counts[twice].min()) // 2
     rng, found = np.random.default_rng(seed), []
     for _ in range(splits):
         halves = np.empty((2, len(twice), measured.shape[2]))
         shuffled = rng.permutation(measured.shape[1])
         for place, subset in enumerate(twice):
+            # In one order for all subsets: see step 1.
             order = shuffled[done[subset, shuffled]]
             halves[0, place] = measured[subset, order[:half]].mean(0)
+            # An odd run is left out: halves of different sizes would have different reliabilities.
             halves[1, place] = measured[subset, order[half : 2 * half]].mean(0)
         found.append(mean_correlation(spearman(halves[0], halves[1])))
     r, longer = float(np.mean(found)), (effective_runs(measured) if runs is None else runs) / half
+    # Spearman and Brown 1910. The root: a perfect forecast correlates with a noisy measurement by sqrt(reliability).
     return float(np.sqrt(max(0.0, longer * r / (1.0 + (longer - 1.0) * r))))

@@ -115,6 +115,7 @@ def leave_one_out(
         )
     half = ceiling(rises)
     return _agreement(
+        # A forecast of a group is its rows' summed scores: positive, the loss rises without them.
         given @ (~kept[1:]).T.astype(np.float64),
         mean_over_runs(rises).T,
         usual_runs(rises),
@@ -171,11 +172,13 @@ def _agreement(
         return (
             mean_correlation(pearson(f, t)),
             mean_correlation(spearman(f, t)),
+            # All queries together: a slope of each query would weigh those with hardly any effect as much.
             float(_slopes(f.reshape(-1, 1), t.reshape(-1, 1))[0]),
         )
 
     draws = [figures(chosen) for chosen in resampled(len(forecasts), resamples, seed)]
     values = figures(slice(None))
+    # A resample may have nothing but groups with a forecast of zero.
     slopes = [draw[2] for draw in draws if np.isfinite(draw[2])]
     return Agreement(
         about(values[0], [draw[0] for draw in draws], level),

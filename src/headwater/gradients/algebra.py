@@ -44,6 +44,11 @@ class Moments:
     left_count: Array | float
     right_count: Array | float
 
+    def named(self) -> dict[str, Array | float]:
+        """The sums by name; without `right` where it was counted before."""
+        found = {"left": self.left, "left_count": self.left_count, "right_count": self.right_count}
+        return found if self.right is None else {**found, "right": self.right}
+
     def __add__(self, other: Moments) -> Moments:
         right = self.right if other.right is None else other.right if self.right is None else self.right + other.right
         return Moments(
@@ -88,12 +93,13 @@ class Gradient(ABC):
 
     def chunks(self, numbers_per_row: int) -> Iterator[tuple[slice, Self]]:
         """The rows in pieces, so that `numbers_per_row` numbers for each fit into the working memory."""
+        # At least one row, whatever it takes: less cannot be computed.
         step = rows_within_memory(numbers_per_row, self.arrays[0])
         for start in range(0, self.rows, step):
             rows = slice(start, min(start + step, self.rows))
             yield rows, self if step >= self.rows else self.take(rows)
 
-    def settled(self, positions: int) -> Gradient:
+    def cheapest_form(self, positions: int) -> Gradient:
         """In the form that meets many gradients of that many positions at the least cost: dense, if each would be."""
         return self
 
@@ -178,10 +184,13 @@ class Gradient(ABC):
             mine = plain if weights is None else plain * weights[rows][:, None, None]
             xp = namespace(plain)
             swap = xp.permute_dims
+            # sum_n w_n G_n G_n^T as one product: columns of all rows one below the other.
             left = add_product(left, swap(plain, (0, 2, 1)).reshape((-1, o)), swap(mine, (0, 2, 1)).reshape((-1, o)))
             right = add_product(right, plain.reshape((-1, i)), mine.reshape((-1, i)))
             count = count + (piece.rows if weights is None else xp.sum(weights[rows]))
+            # tr(sum w G G^T): dividing the right factor by it makes the product's trace that of the curvature.
             norm = norm + xp.sum(plain * mine)
+        # Not `norm`: each draw has one of its own, and they add up.
         return Moments(left, right, 0.0 if again else count, norm)
 
 
@@ -249,6 +258,7 @@ class Sum(Gradient):
 
     def inner(self, other: Gradient) -> Array:
         others = other.terms if isinstance(other, Sum) else (other,)
+        # Cross terms count: a tied weight's gradient is the sum of its uses, not the uses side by side.
         return _total([mine.inner(theirs) for mine in self.terms for theirs in others])
 
     def project(self, basis: Array) -> Array:
@@ -257,13 +267,15 @@ class Sum(Gradient):
     def combine(self, weights: Array) -> Array:
         return _total([term.combine(weights) for term in self.terms])
 
-    def settled(self, positions: int) -> Gradient:
-        terms = tuple(term.settled(positions) for term in self.terms)
+    def cheapest_form(self, positions: int) -> Gradient:
+        terms = tuple(term.cheapest_form(positions) for term in self.terms)
+        # One dense term already takes up o i numbers a row: the whole sum takes no more.
         return Dense(self.dense()) if any(isinstance(term, Dense) for term in terms) else Sum(terms)
 
     @property
     def moment_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         o, i = self.shape
+        # Of the sparse term, a table's; see `RowSparse.moments`.
         return (o,), (i, i)
 
     def sandwich(self, left: Array | None, right: Array | None) -> Sum:

@@ -44,13 +44,13 @@ class BlockGradient:
     def weighted(self, weights: Array) -> BlockGradient:
         return BlockGradient(self.layout, tuple(part.weighted(weights) for part in self.parts))
 
-    def settled(self, partner: BlockGradient) -> BlockGradient:
+    def cheapest_form(self, partner: BlockGradient) -> BlockGradient:
         """In the form that meets many gradients like `partner` at the least cost."""
         positions = [1 if part.positions is None else part.positions for part in partner.parts]
         if len(self.parts) < len(positions):  # only what stands beside the gradient, not the gradient itself
             positions = []
         positions += [1] * (len(self.parts) - len(positions))  # what stands beside the gradient itself
-        return BlockGradient(self.layout, tuple(p.settled(t) for p, t in zip(self.parts, positions, strict=True)))
+        return BlockGradient(self.layout, tuple(p.cheapest_form(t) for p, t in zip(self.parts, positions, strict=True)))
 
     def inner(self, other: BlockGradient) -> Array:
         """All pairs of dot products: [n, m]."""

@@ -27,6 +27,7 @@ class DrawsProduct:
 
     def add(self, draws: Draws, weights: Array | None = None) -> None:
         """More rows, each counted with its weight [n]."""
+        # g <g, v>: first the dot product, then the sum, without a matrix g g^T.
         along = self.project(draws)
         self.combine(draws, along if weights is None else along * weights[:, None, None])
 
@@ -65,7 +66,7 @@ class _PartProduct:
         self._sum: Array | None = None
         self._column: Array | None = None
         self._dense: Array | None = None
-        self._turned: dict[bool, Array] = {}
+        self._transposed: dict[bool, Array] = {}
 
     def project(self, parts: Sequence[Gradient]) -> Array:
         first = _shared(parts, int(self.basis.shape[0]))
@@ -73,6 +74,7 @@ class _PartProduct:
         if first is None:
             return xp.stack([part.project(self.basis) for part in parts], axis=2)
         q, o, _ = self.basis.shape
+        # U a for all outputs and vectors at once, then one small product with each draw's b.
         flat, out, t = self._inputs_first(first.ones), [], first.positions
         for rows in _pieces(first, q, len(parts)):
             a, b = first.a[rows], _stacked(parts, rows)
@@ -80,6 +82,7 @@ class _PartProduct:
             along = (a.reshape((n * t, -1)) @ flat).reshape((n, t, q, o)) @ transpose(b)
             found = along[:, 0] if t == 1 else xp.sum(along, axis=1)
             if first.ones:
+                # The bias column meets the ones: sum over t of b_t, without writing ones out.
                 shift = xp.tensordot(_over_positions(b), self.basis[:, :, -1], axes=([2], [1]))
                 found = found + transpose(shift)
             out.append(found)
@@ -96,9 +99,11 @@ class _PartProduct:
         xp, t = namespace(weights), first.positions
         for rows in _pieces(first, q, len(parts)):
             mine, b = weights[rows], _stacked(parts, rows)
+            # Draws are summed, with their weights, before they meet the inputs that they share.
             along = (mine[:, None] @ b).reshape((int(mine.shape[0]) * t, q * o))
             inputs = first.a[rows].reshape((-1, i - first.ones))
             if first.ones:
+                # Kept apart, as `_sum` has no column for ones that are not stored.
                 column = xp.tensordot(mine, _over_positions(b), axes=([0, 2], [0, 1]))
                 self._column = column if self._column is None else self._column + column
             self._sum = add_product(self._sum, along, inputs)
@@ -126,10 +131,11 @@ class _PartProduct:
 
     def _inputs_first(self, ones: bool) -> Array:
         """The basis as [i, q o], without the bias column."""
-        if ones not in self._turned:
+        # The same for every batch: transposed once, for products that read it by columns.
+        if ones not in self._transposed:
             basis = self.basis[:, :, :-1] if ones else self.basis
-            self._turned[ones] = transpose(basis.reshape((-1, int(basis.shape[2]))))
-        return self._turned[ones]
+            self._transposed[ones] = transpose(basis.reshape((-1, int(basis.shape[2]))))
+        return self._transposed[ones]
 
 
 def _pieces(first: Outer, vectors: int, draws: int) -> list[slice]:
@@ -154,6 +160,7 @@ def _shared(parts: Sequence[Gradient], vectors: int) -> Outer | None:
     if not isinstance(first, Outer) or not all(isinstance(p, Outer) and p.a is first.a for p in parts):
         return None
     (o, i), t, k = first.shape, first.positions, len(parts)
+    # Multiply-adds of a row; see the module's text.
     together = t * vectors * o * (i + k)
     one_by_one = k * o * i * (vectors + (t if t > 1 else 0))
     return first if together <= one_by_one else None

@@ -141,7 +141,7 @@ class EnsembleProvider(ProviderView):
         """The mean over members: [n]."""
         return _sum([member.losses(batch, query=query) for member in self.members]) / len(self.members)
 
-    def doubt(self, batch: Batch) -> Array:
+    def one_minus_p(self, batch: Batch) -> Array:
         """The mean over members of the chance of another answer, where the losses are minus log p/(1-p): [n]."""
         margins = [member.losses(batch) for member in self.members]
         xp = namespace(*margins)

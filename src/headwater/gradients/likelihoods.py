@@ -8,6 +8,7 @@ Hessian of the row's loss with respect to the row's output. What it needs of the
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
@@ -46,12 +47,19 @@ class OutputLoss(ABC, Generic[T]):
     name: str
     """Of the loss, for messages."""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "slope" in cls.__dict__ and "gradient" not in cls.__dict__:  # the name until 0.1
+            said = f"{cls.__name__}: OutputLoss.slope is now gradient; the old name ends in 0.2."
+            warnings.warn(said, DeprecationWarning, stacklevel=2)
+            setattr(cls, "gradient", cls.__dict__["slope"])  # noqa: B010  # a method, by name: mypy refuses the plain form
+
     @abstractmethod
-    def slope(self, output: T, target: Any) -> T:
+    def gradient(self, output: T, target: object) -> T:
         """The gradient of the rows' losses with respect to the output: [n, ...]."""
 
-    def bend(self, output: T, target: object) -> T:
-        """The gradient of the summed slope: the second derivatives, where outputs act for themselves: [n, ...]."""
+    def hessian_row_sums(self, output: T, target: object) -> T:
+        """The Hessian times ones: its diagonal, where each output's loss depends on that output alone: [n, ...]."""
         hessian = self.hessian(output, target)
         return namespace(hessian).sum(hessian, axis=2).reshape(output.shape)
 
@@ -93,14 +101,16 @@ class Likelihood(ABC):
 
 def cotangent(loss: OutputLoss, output: Array, target: object) -> Array:
     """The gradient of the rows' losses with respect to the output: [n, ...]."""
-    return loss.slope(output, target)
+    return loss.gradient(output, target)
 
 
 def loss_scale(change: Array, residual: Array, axes: tuple[int, ...] = ()) -> Array:
     """c, where the loss's gradient changes by c times `residual`; `axes`: those of one target."""
     xp, along, size = namespace(change), change * residual, residual**2
     if axes:
+        # Least squares: c = <change, residual> / |residual|^2, over the numbers of one target.
         along, size = xp.sum(along, axis=axes), xp.sum(size, axis=axes)
+    # Where the residual is zero the scale is unknown and counts for nothing: 0, not NaN.
     return along / xp.clip(size, min=float(xp.finfo(size.dtype).smallest_normal))
 
 
@@ -111,6 +121,7 @@ def check_scale(name: str, found: Array, expected: Array, scale: Array) -> None:
         return
     allowed = _tolerance(found) * float(xp.max(xp.abs(scale)))
     gap = float(xp.max(xp.abs(found - expected)))
+    # `not <=`: NaN is refused too.
     if not gap <= allowed or bool(xp.any(scale < -allowed)):
         raise UnsupportedLoss(
             f"The loss is no positive multiple of the {name} (its gradient is off by {gap:g}). Leave likelihood= out: "
@@ -158,11 +169,13 @@ class CrossEntropy(Likelihood):
     def _scaled(self, loss: OutputLoss, output: Array, target: Any) -> tuple[Array, Array, int]:
         """Probabilities [..., C], the root of the targets' masses [...], and the axis of the classes."""
         axis, xp = _class_axis(output, target, self.class_axis), namespace(output)
-        z, slope = xp.moveaxis(output, axis, -1), xp.moveaxis(loss.slope(output, target), axis, -1)
+        z, slope = xp.moveaxis(output, axis, -1), xp.moveaxis(loss.gradient(output, target), axis, -1)
         p = xp.exp(z) if self.log_probabilities else _softmax(z)
+        # Far from the output on purpose: near it, any smooth loss looks like this one.
         elsewhere = z - 1.0 if self.log_probabilities else _far(z)
-        change = xp.moveaxis(loss.slope(xp.moveaxis(elsewhere, -1, axis), target), axis, -1) - slope
+        change = xp.moveaxis(loss.gradient(xp.moveaxis(elsewhere, -1, axis), target), axis, -1) - slope
         if self.log_probabilities:
+            # The gradient of -sum t z is -t, whatever z: its sum is the mass, and it must not change elsewhere.
             mass = -xp.sum(slope, axis=-1)
             check_scale("cross entropy", change, 0.0 * change, mass)
             check_scale("cross entropy", xp.clip(-slope, max=0.0), 0.0 * slope, mass)
@@ -170,6 +183,7 @@ class CrossEntropy(Likelihood):
             moved = _softmax(elsewhere) - p
             mass = loss_scale(change, moved, (-1,))
             check_scale("cross entropy", change, moved * mass[..., None], mass)
+        # Below zero by rounding only: `check_scale` has refused the rest.
         mass = xp.clip(mass, min=0)
         if tuple(target.shape) == tuple(mass.shape):
             mass = xp.where(target != self.ignore_index, mass, xp.zeros_like(mass))
@@ -183,6 +197,7 @@ class CrossEntropy(Likelihood):
         found: list[Array] = []
         for c, hit in enumerate(identity(int(p.shape[-1]), p)):
             residual = self._residual(p, hit)
+            # sum_c p_c (p - e_c)(p - e_c)^T = diag p - p p^T: step 3, with every label enumerated.
             found.append(xp.moveaxis(residual * (root * xp.sqrt(p[..., c]))[..., None], -1, axis))
         return found
 
@@ -190,6 +205,7 @@ class CrossEntropy(Likelihood):
         p, root, axis = self._scaled(loss, output, target)
         xp, fine = namespace(p), precise(p)
         u = draw(_per_row(root), False).reshape(root.shape)
+        # Inverse distribution function; u times the sum, as p adds up to 1 only within rounding.
         below = xp.cumulative_sum(fine, axis=-1) < u[..., None] * xp.sum(fine, axis=-1, keepdims=True)
         labels = xp.sum(xp.astype(below, xp.argmin(p, axis=-1).dtype), axis=-1)
         hit = xp.astype(_is_class(labels, p), p.dtype)
@@ -200,6 +216,7 @@ def _far(logits: Array) -> Array:
     """Logits [..., C] at which most of the mass is on what was the least likely class."""
     xp = namespace(logits)
     least = _is_class(xp.argmin(logits, axis=-1), logits)
+    # Above the log of the sum of all the others, by 2: so it has most of the mass.
     return xp.where(least, xp.max(logits, axis=-1, keepdims=True) + math.log(logits.shape[-1]) + 2.0, logits)
 
 
@@ -212,6 +229,7 @@ def _is_class(labels: Array, p: Array) -> Array:
 
 def _softmax(logits: Array) -> Array:
     xp = namespace(logits)
+    # Without the shift exp of a large logit is infinite.
     e = xp.exp(logits - xp.max(logits, axis=-1, keepdims=True))
     return e / xp.sum(e, axis=-1, keepdims=True)
 
@@ -260,6 +278,7 @@ class Bernoulli(Likelihood):
 
     def _variance(self, p: Array) -> Array:
         xp = namespace(p)
+        # A saturated probability has variance 0, by which the residual would be divided.
         return xp.clip(p * (1 - p), min=float(xp.finfo(p.dtype).eps))
 
     def _scaled(self, loss: OutputLoss, output: Array, target: object) -> tuple[Array, Array]:
@@ -267,17 +286,19 @@ class Bernoulli(Likelihood):
         xp = namespace(output)
         if self.logits:
             elsewhere = xp.where(output < 0, xp.full_like(output, 2.0), xp.full_like(output, -2.0))
+            # To the other side of zero: a change that is large for every output.
             p, moved = sigmoid(output), sigmoid(elsewhere) - sigmoid(output)
-            change = loss.slope(elsewhere, target) - loss.slope(output, target)
+            change = loss.gradient(elsewhere, target) - loss.gradient(output, target)
             mass = loss_scale(change, moved)
             check_scale("binary cross entropy", change, moved * mass, mass)
         else:
             p, half, quarter = output, xp.full_like(output, 0.5), xp.full_like(output, 0.25)
-            at_half, at_quarter = loss.slope(half, target), loss.slope(quarter, target)
+            at_half, at_quarter = loss.gradient(half, target), loss.gradient(quarter, target)
+            # Two equations for t_0 and t_1, at p = 1/2 and p = 1/4: gradient t_0 / (1 - p) - t_1 / p.
             yes = at_half / 4 - at_quarter * 3 / 8  # of 2 (t_0 - t_1) and 4 t_0 / 3 - 4 t_1
             mass = 2 * yes + at_half / 2
             inner = xp.clip(output, min=0.01, max=0.99)  # at 0 and 1 frameworks cut the loss off
-            own = loss.slope(inner, target) * inner * (1 - inner)
+            own = loss.gradient(inner, target) * inner * (1 - inner)
             check_scale("binary cross entropy", own, mass * inner - yes, mass)
         return p, xp.sqrt(xp.clip(mass, min=0))
 
@@ -311,22 +332,22 @@ class SquaredError(Likelihood):
 
     def _root_curvature(self, loss: OutputLoss, output: Array, target: object) -> Array:
         xp = namespace(output)
-        bend = loss.bend(output, target)
-        self._check(loss, output, target, bend)
-        return xp.sqrt(xp.clip(bend, min=0))
+        second = loss.hessian_row_sums(output, target)
+        self._check(loss, output, target, second)
+        return xp.sqrt(xp.clip(second, min=0))
 
-    def _check(self, loss: OutputLoss, output: Array, target: object, bend: Array) -> None:
+    def _check(self, loss: OutputLoss, output: Array, target: object, second: Array) -> None:
         """A sum of squares has one second derivative everywhere, and none across outputs.
 
         The step is as long as residuals are: shorter ones are lost in the rounding of these.
         """
-        xp, slope = namespace(output), loss.slope(output, target)
-        most = xp.max(xp.abs(bend))
-        size = xp.max(xp.abs(output)) + 1.0 + xp.max(xp.abs(slope)) / xp.where(most > 0, most, xp.ones_like(most))
+        xp, first = namespace(output), loss.gradient(output, target)
+        most = xp.max(xp.abs(second))
+        size = xp.max(xp.abs(output)) + 1.0 + xp.max(xp.abs(first)) / xp.where(most > 0, most, xp.ones_like(most))
         step = xp.where(xp.cumulative_sum(xp.ones_like(_flat(output)), axis=1) % 2 < 1, size, -size)
         step = step.reshape(output.shape)
-        change = loss.slope(output + step, target) - slope
-        check_scale("squared error", change / size, bend * step / size, bend)
+        change = loss.gradient(output + step, target) - first
+        check_scale("squared error", change / size, second * step / size, second)
 
     def exact(self, loss: OutputLoss, output: Array, target: object) -> list[Array] | None:
         if output.ndim > 2:
@@ -342,13 +363,13 @@ class Elementwise(SquaredError):
     """Outputs that meet a target each, for any number of them: the loss's own second derivative by each.
 
     Huber, Poisson and the like. A Gaussian with that curvature stands for the distribution. It is the GGN; where the
-    loss bends down, zero is taken.
+    loss is concave, zero is taken.
     """
 
     def __init__(self) -> None:
         self._asked = False
 
-    def _check(self, loss: OutputLoss, output: Array, target: object, bend: Array) -> None:
+    def _check(self, loss: OutputLoss, output: Array, target: object, second: Array) -> None:
         """Nothing: the loss is known."""
         self._asked = True
 
@@ -397,8 +418,10 @@ class OwnHessian(Likelihood):
                 "and so are its GGN and every score by it. Use fisher='empirical', hw.Dual() or hw.DataInf()."
             )
         values, vectors = xp.linalg.eigh(hessian)
+        # Counted over all rows, for the fit's status: a large share says that the GGN is a poor stand-in.
         self._left_out += float(xp.sum(xp.where(values < -_rounding(values), -values, xp.zeros_like(values))))
         self._seen += float(xp.sum(xp.abs(values)))
+        # H = V diag(values) V^T: columns v sqrt(value) are cotangents whose sum of v v^T is H.
         return vectors * xp.sqrt(xp.clip(values, min=0))[:, None, :]
 
     def exact(self, loss: OutputLoss, output: Array, target: object) -> list[Array] | None:
@@ -414,6 +437,7 @@ def _is_piecewise_linear(loss: OutputLoss, output: Array, target: Any) -> bool:
     A batch of outliers has none of a Huber loss either, or one of safe rows of a squared hinge.
     """
     xp = namespace(output)
+    # A zero Hessian here may be chance; at all of these it is the loss's form.
     points = [0.0 * output, -output, 0.01 * output, 0.0 * output + 0.01]
     if is_array(target) and tuple(target.shape) == tuple(output.shape):
         near = xp.astype(target, output.dtype)
@@ -436,6 +460,7 @@ def _columns(root: Array, output: Array) -> list[Array]:
 def _combined(root: Array, output: Array, draw: Draw) -> Array:
     """The columns of a root [n, K, K], combined with normal numbers."""
     xp = namespace(root)
+    # E[noise noise^T] = I: one cotangent R noise has R R^T = H on average.
     noise = xp.astype(draw(int(root.shape[2]), True), root.dtype)
     return xp.astype((root @ noise[:, :, None]).reshape(output.shape), output.dtype)
 
@@ -478,7 +503,7 @@ class TargetSampler(Likelihood):
         return None
 
     def sampled(self, loss: OutputLoss, output: Array, target: object, draw: Draw) -> Array:
-        return loss.slope(output, self.sample(output, draw(_per_row(output), False)))
+        return loss.gradient(output, self.sample(output, draw(_per_row(output), False)))
 
 
 NAMES: dict[str, Callable[[], Likelihood]] = {
@@ -503,11 +528,15 @@ def fisher_cotangents(
     fisher: str,
     draws: Sequence[Draw],
 ) -> Iterator[Any]:
-    """Cotangents whose summed v v^T is (or estimates) each row's output Hessian; see `Likelihood`."""
+    """Cotangents whose summed v v^T is (or estimates) each row's output Hessian; see `Likelihood`.
+
+    Errors: InvalidSetting; UnsupportedLoss for outputs that are no single array, or targets that cannot be
+    enumerated.
+    """
     if fisher not in ("auto", "exact", "sampled", "empirical"):
         raise InvalidSetting(f"fisher is {fisher!r}; expected 'auto', 'exact', 'sampled' or 'empirical'.")
     if fisher == "empirical":
-        yield loss.slope(output, target)
+        yield loss.gradient(output, target)
         return
     if not is_array(output):
         raise UnsupportedLoss(
@@ -526,6 +555,7 @@ def fisher_cotangents(
             "can be enumerated. Use fisher='sampled'."
         )
     for draw in draws:
+        # A mean over draws: each v counts 1 / sqrt(K), so that v v^T counts 1 / K.
         yield likelihood.sampled(loss, output, target, draw) / math.sqrt(len(draws))
 
 
@@ -543,6 +573,7 @@ def ggn_cotangents(likelihood: Likelihood | None, loss: OutputLoss, output: Any,
             found = None
         if found is not None:
             return found
+    # The general way: K second derivatives a row, and no assumption about the loss.
     hessian = accumulable(loss.hessian(output, target))
     xp = namespace(hessian)
     values, vectors = xp.linalg.eigh(hessian)

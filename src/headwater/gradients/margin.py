@@ -1,4 +1,4 @@
-"""A provider whose function is the margin: train rows count as much as the model doubts them."""
+"""A provider whose function is the margin: train rows are scaled by 1 - p, the chance of another answer."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ LOOK = 8
 class MarginGradientProvider(ProviderView):
     """Query rows have the gradient of minus the margin f = log p/(1-p); train rows have that of their loss.
 
-    1. For cross entropy that is (1 - p) times the gradient of -f, as published: a row counts as the model doubts it.
+    1. For cross entropy that is (1 - p) times the gradient of -f, as published: rows that the model is unsure of count
+       more.
        Class weights, smoothed labels and a row's share of a penalty are in it too, as the training has them.
-    2. Several models share the mean of their doubts, so that there a train row's gradient is (1 - p) times that of -f.
+    2. Several models share the mean of their 1 - p, so that there a train row's gradient is (1 - p) times that of -f.
     3. Curvature is that of the margins' own gradients. A penalty stands beside it, as for every method.
 
     A measurement of the user's own takes the margin's place for query rows. In perturbation mode the loss's mixed
-    gradients are those of (1 - p) times the margin's gradient: the input moves the doubt too.
+    gradients are those of (1 - p) times the margin's gradient: the input changes 1 - p too.
 
     Errors: UnsupportedModel for a loss without a margin: it has to be a cross entropy with one label a row. A loss that
     is not known by name is compared with log(1 + exp(-f)) on the first rows.
@@ -61,7 +62,7 @@ class MarginGradientProvider(ProviderView):
         self._check(batch)
         if query or len(self._models) == 1:
             return self._for(query).grads(batch, query=query, weighted=weighted)
-        return _scaled(self.margin.grads(batch, weighted=weighted), self._shared_doubt(batch))
+        return _scaled(self.margin.grads(batch, weighted=weighted), self._shared_one_minus_p(batch))
 
     def self_grads(self, batch: Batch) -> BlockGradients:
         """Gradients whose length, in any metric, is the score of a row on itself: the margin's times sqrt(1 - p).
@@ -72,16 +73,16 @@ class MarginGradientProvider(ProviderView):
         self._check(batch)
         margins = self.margin.grads(batch)
         if len(self._models) > 1:
-            return _scaled(margins, self._shared_doubt(batch) ** 0.5)
+            return _scaled(margins, self._shared_one_minus_p(batch) ** 0.5)
         if self._factors(batch) == [1.0]:
-            return _scaled(margins, self.doubt(batch) ** 0.5)
+            return _scaled(margins, self.one_minus_p(batch) ** 0.5)
         return _scaled(margins, _multiples(self.grads(batch), margins) ** 0.5)
 
-    def doubt(self, batch: Batch) -> Array:
+    def one_minus_p(self, batch: Batch) -> Array:
         """1 - p, the chance of another answer than the row's target: [n]."""
-        return self.margin.doubt(batch)
+        return self.margin.one_minus_p(batch)
 
-    def _shared_doubt(self, batch: Batch) -> Array:
+    def _shared_one_minus_p(self, batch: Batch) -> Array:
         """What several models' margin gradients are scaled by. Errors: UnsupportedModel where that says too little.
 
         A few rows of every batch are looked at: all of them would take one more pass through each model.
@@ -89,10 +90,10 @@ class MarginGradientProvider(ProviderView):
         factors = self._factors(batch if len(batch) <= LOOK else batch.take(_spread(len(batch))))
         if None in factors:
             raise UnsupportedModel(
-                "Several models share the mean of their doubts 1 - p, which stands for the plain cross entropy; this "
+                "Several models share the mean of their 1 - p, which stands for the plain cross entropy; this "
                 f"loss has class weights or smoothed labels besides. {REMEDY}"
             )
-        return self.doubt(batch) * sum(f or 0.0 for f in factors) / len(factors)
+        return self.one_minus_p(batch) * sum(f or 0.0 for f in factors) / len(factors)
 
     def losses(self, batch: Batch, *, query: bool = False) -> Array:
         return self._for(True).losses(batch, query=True) if query else self.margin.losses(batch)
@@ -128,7 +129,7 @@ class MarginGradientProvider(ProviderView):
         if len(self._models) > 1:
             raise UnsupportedModel(
                 "mode='perturbation' differentiates (1 - p) times the margin's gradient, and several models share the "
-                f"mean of their doubts 1 - p. Use one model, or mode='up'. {REMEDY}"
+                f"mean of their 1 - p. Use one model, or mode='up'. {REMEDY}"
             )
 
     def _check(self, batch: Batch) -> None:

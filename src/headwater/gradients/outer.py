@@ -84,24 +84,30 @@ class Outer(Gradient):
     def dense(self) -> Array:
         full = self.bordered()
         if self.positions == 1:
+            # A broadcast, not n matrix products of one column with one row.
             return full.b[:, 0, :, None] * full.a[:, 0, None, :]
         return transpose(full.b) @ full.a
 
     def inner(self, other: Gradient) -> Array:
         if not isinstance(other, Outer):
+            # The other kinds know how to meet an outer product; <G, H> is symmetric.
             return transpose(other.inner(self))
         if self._ghost_is_cheaper(other):
             return self._ghost_inner(other)
+        # One of the two is made dense: the one with fewer rows. The other meets it chunk by chunk.
         small, large = (self, other) if self.rows <= other.rows else (other, self)
         scores = large.project(small.dense())
         return scores if large is self else transpose(scores)
 
-    def settled(self, positions: int) -> Gradient:
+    def cheapest_form(self, positions: int) -> Gradient:
         (o, i), t = self.shape, self.positions
+        # Each later meeting costs t t' (o + i) as outer products and o i once dense; at one position products are the
+        # fastest there is.
         return self if t * positions * (o + i) <= o * i or t == positions == 1 else Dense(self.dense())
 
     def _ghost_is_cheaper(self, other: Outer) -> bool:
         (o, i), n, m = self.shape, self.rows, other.rows
+        # Multiply-adds of each form, including what making the rows dense costs; see the module's text.
         ghost = n * m * self.positions * other.positions * (o + i)
         dense = (n * self.positions + m * other.positions) * o * i + n * m * o * i
         return ghost <= dense
@@ -110,9 +116,11 @@ class Outer(Gradient):
         """sum over t, t' of (a_nt . a_mt') (b_nt . b_mt'): Gram matrices over positions, never a gradient."""
         t, s, xp = self.positions, other.positions, namespace(self.a)
         a, b = transpose(other.a.reshape((other.rows * s, -1))), transpose(other.b.reshape((other.rows * s, -1)))
+        # Both end with a one that is not stored: its product is 1 in every entry of the Gram matrix.
         out, one = [], 1 if self.ones and other.ones else 0
         if self.ones != other.ones:
             return self.bordered()._ghost_inner(other.bordered())
+        # Two Gram matrices [n t, m s] at a time, of inputs and of output-gradients.
         step = rows_within_memory(2 * t * s * other.rows, self.a)
         for start in range(0, self.rows, step):
             mine = self.take(slice(start, start + step))
@@ -130,6 +138,7 @@ class Outer(Gradient):
             return super().project(basis)
         full = self.bordered()
         xp, a, b = namespace(self.a), transpose(full.a[:, 0]), transpose(full.b[:, 0])
+        # Large products keep the machine busy one by one; small ones are better done at once, at the cost of [k, o, n].
         if self.rows * k * i >= LARGE_PRODUCT:
             total = zeros_like(self.a, (k, self.rows))
             # Output by output: the product of all at once would hold [k, o, n].
@@ -145,6 +154,7 @@ class Outer(Gradient):
 
     def combine(self, weights: Array) -> Array:
         k = int(weights.shape[0])
+        # Dense rows are made once for all k; for a single sum, weights on b and one product are cheaper.
         if k > 1 and self.positions > 1:
             return super().combine(weights)
         full, (o, i) = self.bordered(), self.shape
@@ -158,6 +168,8 @@ class Outer(Gradient):
         t, (o, i) = self.positions, self.shape
         if t * (o + i) <= o * i or t == 1:
             return self._turn(left, right)
+        # Turning a factor costs t o^2 (or t i^2), turning the dense matrix i o^2 (o i^2): each side where it is
+        # smaller.
         first_left, first_right = t <= i, t <= o
         turned = self._turn(left if first_left else None, right if first_right else None)
         values = multiply_left(None if first_left else left, turned.dense())
@@ -169,8 +181,10 @@ class Outer(Gradient):
             return replace(self, b=b)
         if not self.ones:
             return Outer(multiply_right(self.a, right), b)
+        # A diagonal acts on the ones as well: they are no ones any more, and are written out.
         if right.ndim == 1:
             return Outer(multiply_right(self.bordered().a, right), b)
+        # [a, 1] R^T = a R'^T + r, with r the last column of R: nothing has to be written out.
         return Outer(multiply_right(self.a, right[:, :-1]) + right[:, -1], b)
 
     def quadratic(self, weights: Array | None = None) -> Array:
@@ -180,6 +194,7 @@ class Outer(Gradient):
         full = self.bordered() if weights is not None else self
         a, b = full.a[:, 0] ** 2, full.b[:, 0] ** 2
         if weights is None:
+            # |b a^T|^2 = |a|^2 |b|^2, and the stored inputs lack the one.
             return (xp.sum(a, axis=1) + (1 if self.ones else 0)) * xp.sum(b, axis=1)
         return xp.sum((b @ weights) * a, axis=1)
 
@@ -194,23 +209,29 @@ class Outer(Gradient):
         self, others: Sequence[Gradient], weights: Array | None, left: Array | None, right: Array | None
     ) -> Array | None:
         """At one position, draws that share their inputs need one product for all; None if these do not."""
+        # Identity, not equality: draws of one batch share the very array.
         draws = [self, *(d for d in others if isinstance(d, Outer) and d.a is self.a)]
         if self.positions > 1 or len(draws) <= len(others):
             return None
         turned = self._turn(left, right).bordered()
+        # sum_k (b_k a)^2 = (sum_k b_k^2) a^2: the inputs are squared and multiplied once.
         b = sum(multiply_right(draw.b, left)[:, 0] ** 2 for draw in draws)
         return transpose(b if weights is None else b * weights[:, None]) @ turned.a[:, 0] ** 2
 
     def moments(self, weights: Array | None = None, again: bool = False) -> Moments:
         """Sums over rows and positions of b b^T and a a^T; means over rows, and positions, follow by the counts."""
         o, xp = self.shape[0], namespace(self.a)
+        # Padding has b = 0 and adds nothing; but means need the count of rows, not of positions, here.
         left = _gram(None, self.b, None if weights is None else weights[:, None, None], o)
+        # Another draw of the same rows: their inputs, and the rows themselves, were counted with the first.
         if again:
             return Moments(left, None, 0.0, 0.0)
         weighted, rows, positions = _counted(self.a, self.kept, weights)
         right = _gram(None, self.a, weighted, int(self.a.shape[2]))
         if self.ones:
             a = self.a if weighted is None else self.a * weighted
+            # The ones' row and column of sum [a, 1][a, 1]^T: sums of inputs, and in the corner how many positions there
+            # are.
             column = xp.sum(a, axis=(0, 1))[:, None]
             corner = as_like(positions, self.a).reshape((1, 1))
             right = xp.concat(
@@ -288,10 +309,12 @@ class RowSparse(Gradient):
 
     def _coalesced(self) -> RowSparse:
         """Positions with the same id in one row added up at the first of them; the others become zero."""
+        # A square is not linear: (v_1 + v_2)^2 for an id that a row has twice, so that these are added up first.
         same = self.ids[:, :, None] == self.ids[:, None, :]
         xp, t = namespace(self.values), int(self.ids.shape[1])
         order = xp.arange(t, device=device(self.ids))
         earlier = order[:, None] > order[None, :]
+        # Shapes must not depend on data (JAX compiles them): doubles stay, as zeros.
         first = ~xp.any(same & earlier, axis=2)
         summed = xp.astype(same, self.values.dtype) @ self.values
         return replace(self, values=summed * xp.astype(first, self.values.dtype)[:, :, None])
@@ -299,6 +322,7 @@ class RowSparse(Gradient):
     def dense(self) -> Array:
         n, t = self.ids.shape
         xp = namespace(self.ids)
+        # One scatter for all rows: row n's table begins at n times its size.
         offset = xp.arange(n, dtype=self.ids.dtype, device=device(self.ids))[:, None] * self.size
         values = self.values.reshape((n * t, self.shape[1]))
         flat = scatter_rows(values, (self.ids + offset).reshape((-1,)), n * self.size)
@@ -313,11 +337,13 @@ class RowSparse(Gradient):
         if not isinstance(other, RowSparse):
             return transpose(other.inner(self))
         t, s = int(self.ids.shape[1]), int(other.ids.shape[1])
+        # As many pairs of positions as the table has rows: dense rows are cheaper then.
         if t * s > self.size:
             return super().inner(other)
         xp, flat, out = namespace(self.values), transpose(other.values.reshape((other.rows * s, -1))), []
         for _, mine in self.chunks(2 * t * s * other.rows):
             grams = (mine.values.reshape((mine.rows * t, -1)) @ flat).reshape((mine.rows, t, other.rows, s))
+            # Different ids are different rows of the table, which are orthogonal.
             same = mine.ids[:, :, None, None] == other.ids[None, None]
             out.append(xp.sum(grams * xp.astype(same, grams.dtype), axis=(1, 3)))
         return xp.concat(out, axis=0) if out else zeros_like(self.values, (0, other.rows))
@@ -329,6 +355,7 @@ class RowSparse(Gradient):
         a, b = transpose(other.a.reshape((m * s, -1))), other.b.reshape((m * s, -1))
         for _, mine in self.chunks(2 * t * s * m):
             ids = mine.ids.reshape((-1,))
+            # Row ids_nt of sum_s b_ms a_ms^T is sum_s b_ms[ids_nt] a_ms: the one-hot side is a look-up.
             grams = (mine.values.reshape((mine.rows * t, -1)) @ a) * transpose(xp.take(b, ids, axis=1))
             out.append(xp.sum(grams.reshape((mine.rows, t, m, s)), axis=(1, 3)))
         return xp.concat(out, axis=0) if out else zeros_like(self.values, (0, m))
@@ -350,6 +377,7 @@ class RowSparse(Gradient):
         return xp.stack(sums, axis=0) if sums else zeros_like(self.values, (0, *self.shape))
 
     def sandwich(self, left: Array | None, right: Array | None) -> Gradient:
+        # A full matrix mixes the table's rows: the result is no longer sparse.
         if left is not None and left.ndim == 2:
             return Dense(multiply_right(multiply_left(left, self.dense()), right))
         values = self.values if left is None else self.values * left[self.ids][:, :, None]
@@ -392,6 +420,7 @@ class RowSparse(Gradient):
         each = xp.ones_like(self.values[:, :, :1])
         counted, total, positions = _counted(each, self.kept, weights)
         counted = each if counted is None else each * counted
+        # One-hot inputs are orthogonal: their second moment is diagonal, with how often each id occurs.
         counts = scatter_rows(counted.reshape((-1, 1)), self.ids.reshape((-1,)), self.size)[:, 0]
         each = each if weights is None else each * weights[:, None, None]
         flat = self.values.reshape((n * t, -1))

@@ -11,14 +11,16 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
+from zlib import crc32
 
 import numpy as np
 
-from headwater.arrays import Array, namespace, shape_of, sigmoid, summed
+from headwater.arrays import Array, identity, is_array, namespace, shape_of, sigmoid, summed, to_numpy
 from headwater.blocks import Layout
 from headwater.errors import ShapeMismatch, UnsupportedModel
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.likelihoods import Likelihood
+from headwater.random import name_keys, row_digests, row_keys
 from headwater.types import Batch, BatchType, GradientProvider, TensorType, split
 
 BlockGradients = OrderedDict[str, BlockGradient]
@@ -77,14 +79,17 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
         """
 
     def losses(self, batch: BatchType, *, query: bool = False) -> Array:
-        """The rows' losses, unweighted, or their measurements for query rows: [n]."""
+        """The rows' losses, unweighted, or their measurements for query rows: [n].
+
+        Errors: UnsupportedModel where a provider does not give them.
+        """
         raise UnsupportedModel(f"{type(self).__name__} does not give its rows' losses.")
 
     def self_grads(self, batch: BatchType) -> BlockGradients:
         """Gradients of train rows whose length, in any metric, is the score of a row on itself."""
         return self.grads(batch)
 
-    def doubt(self, batch: BatchType) -> Array:
+    def one_minus_p(self, batch: BatchType) -> Array:
         """1 - p, the chance of another answer, where the losses are minus the margin (`of_output("margin")`): [n]."""
         return sigmoid(self.losses(batch))
 
@@ -97,7 +102,10 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
         raise UnsupportedModel(f"{type(self).__name__} knows no other functions of its output, such as the {function}.")
 
     def parameters(self, block: str) -> Array:
-        """The block's weights as a flat vector: (D_block,)."""
+        """The block's weights as a flat vector: (D_block,).
+
+        Errors: UnsupportedModel where a provider does not give them.
+        """
         raise UnsupportedModel(f"{type(self).__name__} does not give its weights.")
 
     def in_float64(self) -> StructuredGradientProvider | None:
@@ -125,31 +133,41 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
         """
         return None
 
-    @abstractmethod
     def as_batch(self, x: Any, y: Any) -> BatchType:
-        """Inputs and targets as this framework's batch, moved to where the model is."""
+        """Inputs and targets as this framework's batch, moved to where the model is; by default as they are."""
+        return Batch(x, y)  # type: ignore[return-value]
 
     def row_weights(self, batch: BatchType) -> Array | None:
         """The rows' weights [n], or None if all are one."""
         return None
 
-    @abstractmethod
     def row_keys(self, batch: BatchType) -> np.ndarray:
         """A 64-bit key for each row, from its id where the batch carries ids, else from its content: uint64 [n].
 
         Random draws depend on it. Padding is content: rows that are padded differently in another batch need ids.
         """
+        if batch.ids is None:
+            return self.keys_by_content(batch)
+        ids = np.asarray(to_numpy(batch.ids) if is_array(batch.ids) else batch.ids)
+        return ids.astype(np.uint64) if ids.dtype.kind in "iu" else name_keys(ids.tolist())
 
     def content_keys(self, batch: BatchType) -> np.ndarray:
-        """A 64-bit key for each row, from everything that the batch says of it, its weight included: uint64 [n].
+        """A 64-bit key for each row, from everything that the batch says of it, its weight included: uint64 [n]."""
+        leaves = self.host_arrays(batch, weighted=True)
+        return row_digests(leaves if batch.ids is None else [*leaves, self.row_keys(batch)])
 
-        By default `row_keys`; a provider whose batches carry ids or weights should say more.
-        """
-        return self.row_keys(batch)
+    def keys_by_content(self, batch: BatchType) -> np.ndarray:
+        """`row_keys` of rows without ids."""
+        return row_keys(self.host_arrays(batch))
 
-    @abstractmethod
+    def host_arrays(self, batch: BatchType, weighted: bool = False) -> list[np.ndarray]:
+        """The arrays of x and y in host memory, rows first; weighted: and the weights that the batch carries."""
+        given = [batch.x, batch.y, *([batch.weights] if weighted and batch.weights is not None else [])]
+        return [np.asarray(to_numpy(value)) for value in given]
+
     def fingerprint(self) -> tuple[object, ...]:
-        """Changes when the weights do."""
+        """Changes when the weights do; by default, when the attributed ones do."""
+        return tuple(crc32(np.asarray(to_numpy(self.parameters(name))).tobytes()) for name in self.layouts)
 
     @property
     def form(self) -> int:
@@ -219,8 +237,19 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
         flat = [value.flat() for value in self.grads(batch).values()]
         return namespace(*flat).concat(flat, axis=1)
 
+    def flat_mixed_grads(self, batch: BatchType) -> TensorType:
+        """(N, *x_shape, D): the mixed derivatives themselves, by `mixed_prod` with all unit vectors of each block."""
+        like = next(iter(self.grads(batch).values())).like
+        units: dict[str, Any] = {name: identity(size, like) for name, size in self.sizes.items()}
+        found = [self.mixed_prod(batch, {name: unit}) for name, unit in units.items()]
+        xp = namespace(*found)
+        return xp.moveaxis(xp.concat(found, axis=0), 0, -1)
+
     def jacobian_prod(self, batch: BatchType, g: TensorType) -> TensorType:
-        """(N, K) for g (K, D): `grads` projected on g, never made dense where that costs more."""
+        """(N, K) for g (K, D): `grads` projected on g, never made dense where that costs more.
+
+        Errors: ShapeMismatch.
+        """
         given = shape_of(g) or ()
         if len(given) != 2 or given[1] != self.n_parameters:
             raise ShapeMismatch(f"Expected g of shape (K, {self.n_parameters}), got {tuple(given)}.")

@@ -71,8 +71,8 @@ class ProviderView(StructuredGradientProvider[Any, Any]):
     def losses(self, batch: Batch, *, query: bool = False) -> Array:
         return self.plain.losses(batch, query=query)
 
-    def doubt(self, batch: Batch) -> Array:
-        return self.plain.doubt(batch)
+    def one_minus_p(self, batch: Batch) -> Array:
+        return self.plain.one_minus_p(batch)
 
     # Other providers ----------------------------------------------------------------------------------------------
 
@@ -100,6 +100,12 @@ class ProviderView(StructuredGradientProvider[Any, Any]):
 
     def content_keys(self, batch: Batch) -> np.ndarray:
         return self.plain.content_keys(batch)
+
+    def keys_by_content(self, batch: Batch) -> np.ndarray:
+        return self.plain.keys_by_content(batch)
+
+    def host_arrays(self, batch: Batch, weighted: bool = False) -> list[np.ndarray]:
+        return self.plain.host_arrays(batch, weighted)
 
     def rows_at_once(self, batch: Batch) -> int:
         return self.plain.rows_at_once(batch)

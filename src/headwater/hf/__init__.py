@@ -1,4 +1,4 @@
-"""Hugging Face: influence for pretrained language models and their classifiers, on top of the torch room."""
+"""Hugging Face: influence for pretrained language models and their classifiers, on top of `headwater.torch`."""
 
 try:
     import transformers as _transformers  # noqa: F401

@@ -83,11 +83,11 @@ class _Behind(OutputLoss[torch.Tensor]):
         self.loss = loss
         self.name = loss.name
 
-    def slope(self, output: torch.Tensor, target: Any) -> torch.Tensor:
-        return self.loss.slope(output, _moved(target, 1))
+    def gradient(self, output: torch.Tensor, target: Any) -> torch.Tensor:
+        return self.loss.gradient(output, _moved(target, 1))
 
-    def bend(self, output: torch.Tensor, target: Any) -> torch.Tensor:
-        return self.loss.bend(output, _moved(target, 1))
+    def hessian_row_sums(self, output: torch.Tensor, target: Any) -> torch.Tensor:
+        return self.loss.hessian_row_sums(output, _moved(target, 1))
 
     def hessian(self, output: torch.Tensor, target: Any) -> torch.Tensor:
         return self.loss.hessian(output, _moved(target, 1))

@@ -100,6 +100,7 @@ class HfGradientProvider(TorchGradientProvider):
         return f"{self.per_token} per token" if isinstance(self.loss, TokenLoss) else super().normalisation
 
     def of_output(self, function: OutputFunction) -> HfGradientProvider:
+        """Errors: UnsupportedModel for rows of several labels."""
         chosen: Loss = {"margin": negative_margin, "logit": negative_logit}[function]
         if self.task.has_label_per_token:
             raise UnsupportedModel(
@@ -225,15 +226,11 @@ class HfGradientProvider(TorchGradientProvider):
             return None
         return torch.arange(batch.x[MASK].shape[1], device=ends.device) < ends[:, None]
 
-    def row_keys(self, batch: TorchBatch) -> np.ndarray:
-        """By id, or by what the row holds; its padding does not count."""
-        if batch.ids is not None or not isinstance(batch.x, Mapping):
-            return super().row_keys(batch)
-        return self._keys_by_content(self._ready(batch))
-
-    def _keys_by_content(self, batch: TorchBatch) -> np.ndarray:
-        if not isinstance(batch.x, dict):
-            return super()._keys_by_content(batch)
+    def keys_by_content(self, batch: TorchBatch) -> np.ndarray:
+        """By what the rows hold; their padding does not count."""
+        if not isinstance(batch.x, Mapping):
+            return super().keys_by_content(batch)
+        batch = self._ready(batch)
         found = np.zeros(len(batch), dtype=np.uint64)
         for rows, columns in same_length_groups(batch.x, batch.y, self.task.has_label_per_token):
             found[rows] = row_keys([wide(column.detach()).cpu().numpy() for column in columns])
@@ -242,7 +239,7 @@ class HfGradientProvider(TorchGradientProvider):
     def content_keys(self, batch: TorchBatch) -> np.ndarray:
         if not isinstance(batch.x, Mapping):
             return super().content_keys(batch)
-        columns = [self._keys_by_content(self._ready(batch))]
+        columns = [self.keys_by_content(batch)]
         columns += [] if batch.weights is None else [np.asarray(torch.as_tensor(batch.weights).cpu())]
         return row_keys(columns if batch.ids is None else [*columns, self.row_keys(batch)])
 

@@ -34,6 +34,7 @@ def spans(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if not bool(held.any(1).all()):
         raise InvalidInput(f"Row {int(held.any(1).int().argmin())} has no token: its attention_mask is zero all over.")
     numbers = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    # The first token, and one past the last: a mask may have holes between.
     return held.int().argmax(1), (held * numbers).amax(1)
 
 
@@ -45,11 +46,13 @@ def without_spare_padding(x: Columns, y: Any, fill: int | None, labels_are_token
     if bool(mask.bool().all()):
         return x, y
     first, end = spans(mask)
+    # Canonical form: each row begins at its first token, and the longest fills the width.
     width, positions = int((end - first).max()), mask.shape[1]
     index = first[:, None] + torch.arange(width, device=mask.device)
     beyond = index >= end[:, None]
 
     def moved(column: torch.Tensor, filling: int) -> torch.Tensor:
+        # A column without an entry for each token (a label, an image) stays as it is.
         if column.ndim < 2 or column.shape[1] != positions:
             return column
         shape = (...,) + (None,) * (column.ndim - 2)
@@ -86,6 +89,7 @@ def put_back(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         return scores
     first, end = spans(mask)
     index = torch.arange(mask.shape[1], device=scores.device) - first.to(scores.device)[:, None]
+    # Padding has no score: zero, as it has no part in the loss.
     inside = (index >= 0) & (index < (end - first).to(scores.device)[:, None])
     places = index.clamp(0, scores.shape[2] - 1).expand(len(scores), -1, -1)
     return scores.gather(2, places).masked_fill(~inside, 0.0)
@@ -99,6 +103,7 @@ def same_length_groups(x: Columns, y: Any, labels_are_tokens: bool) -> Iterator[
         yield np.arange(count), [*(v for k, v in x.items() if k != MASK), y]
         return
     mask = x[MASK]
+    # Keys of rows must not depend on how far their batch was padded: rows of one length are cut to it.
     for length in ends.unique().tolist():
         rows = (ends == length).nonzero()[:, 0]
 
@@ -107,6 +112,7 @@ def same_length_groups(x: Columns, y: Any, labels_are_tokens: bool) -> Iterator[
             return column[rows, :length] if tokens else column[rows]
 
         held = cut(mask).bool()
+        # Masked tokens within a row are marked: whatever id stands there, the model does not read it.
         columns = [cut(v).masked_fill(~held, -1) if name == IDS else cut(v) for name, v in x.items() if name != MASK]
         yield rows.cpu().numpy(), [*columns, cut(y) if labels_are_tokens else y[rows]]
 
@@ -179,6 +185,7 @@ class Rows:
         found = {MASK: [1] * long, "token_type_ids": [0] * long, "position_ids": [*range(long)]} | row
         if self.reads_itself and IDS in row:
             own = torch.as_tensor(row[IDS])
+            # As a model labels a row by itself: padding predicts nothing.
             own = own.masked_fill(torch.as_tensor(found[MASK]) == 0, IGNORED)
             found |= {name: found.get(name, own) for name in names if name in LABELS}
         missing = [name for name in names if name not in found]
@@ -225,6 +232,7 @@ class _Batches:
 
     def _collated(self) -> Iterator[Mapping[str, Any]]:
         items = iter(self.source)
+        # In order, and the last one smaller: every pass has the same batches.
         while taken := list(islice(items, self.rows.size)):
             yield self.rows.collate(taken)
 

@@ -1,4 +1,4 @@
-"""What is checked on the first rows that a provider sees, and on every gradient: nothing is wrong without a word."""
+"""What is checked on the first rows that a provider sees, and on every gradient: what is wrong is an error."""
 
 from __future__ import annotations
 

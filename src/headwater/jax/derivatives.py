@@ -86,11 +86,13 @@ def losses(model: Model, leaves: Leaves, x: object, y: object) -> jax.Array:
 @partial(jax.jit, static_argnums=(0, 1))
 def gradients(model: Model, plan: Plan, leaves: Leaves, x: Any, y: Any) -> tuple[jax.Array, dict[Place, Gradient]]:
     """The rows' losses [n], and their gradient values."""
+    # While tracing: the plan and the shapes are static, and the compiled code has only arrays in it.
     filling = fill(plan, model.program(leaves, x))
     nudges, chosen = _points(filling, leaves)
 
     def one(x: Any, y: Any) -> Any:
         def loss(nudges: Any, chosen: Any) -> Any:
+            # The gradient by a zero added to a step's output is the output-gradient; the operand comes out beside it.
             output, operands = filling.program.run({**leaves, **chosen}, as_row(x), nudges)
             return loss_of_row(model.loss, output, as_row(y)), operands
 
@@ -113,6 +115,7 @@ def pulled_back(model: Model, plan: Plan, leaves: Leaves, x: Any, cotangents: ja
         _, pull, operands = jax.vjp(output, nudges, chosen, has_aux=True)
         return operands, *jax.vmap(lambda v: pull(as_row(v)))(cotangents)
 
+    # Operands once for each row, gradients for each cotangent: draws share their inputs.
     operands, slopes, grads = jax.vmap(one, in_axes=(0, 1), out_axes=(0, 1, 1))(x, cotangents)
     each = [jax.tree.map(lambda v, c=c: v[c], (slopes, grads)) for c in range(len(cotangents))]
     return [filling.values(operands, *mine) for mine in each]
@@ -149,6 +152,7 @@ def curvature_products(
     if kind == "ggn":
         product = _ggn(output, total, chosen)
     else:
+        # Reverse over reverse: the Hessian is symmetric, so that its vjp is its product.
         _, product = jax.vjp(jax.grad(lambda chosen: total(output(chosen))), chosen)
     found = jax.vmap(lambda v: product(v)[0])(_cut(layout, vectors, leaves))
     return row_losses(model.loss, output(chosen), y), _join(layout, found)
@@ -182,9 +186,10 @@ def _ggn(function: Callable[[Any], Any], total: Callable[[Any], jax.Array], chos
         return split_floating(function(chosen))[0]
 
     _, pull = jax.vjp(floating, chosen)
-    _, bend = jax.vjp(jax.grad(lambda moving: total(rest(moving))), moving)
+    _, hessian_product = jax.vjp(jax.grad(lambda moving: total(rest(moving))), moving)
+    # v to J^T v is linear: its vjp, at any point, is J.
     _, push = jax.vjp(lambda v: pull(v)[0], jax.tree.map(jnp.zeros_like, moving))
-    return lambda vector: pull(bend(push(vector)[0])[0])
+    return lambda vector: pull(hessian_product(push(vector)[0])[0])
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -201,6 +206,7 @@ def mixed_products(
             value, grads = jax.value_and_grad(lambda chosen: _loss(model, {**leaves, **chosen}, x, y))(chosen)
             return grads, value
 
+        # The input's derivative of the gradient, contracted with each factor in turn: [K, *x_shape] a row.
         _, pull, value = jax.vjp(slopes, x, has_aux=True)
         return value, jax.vmap(lambda direction: pull(direction)[0])(directions)
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from headwater.arrays import dtype_of, is_array, kind_of, shape_of
 from headwater.errors import InvalidInput, NonFiniteValue, UnsupportedLoss
+from headwater.gradients.identity import module_of, name_of
 from headwater.gradients.likelihoods import (
     Bernoulli,
     CrossEntropy,
@@ -28,7 +29,6 @@ from headwater.gradients.likelihoods import (
 )
 from headwater.gradients.rowwise import Slopes, explain_loss_failure, is_weighted_sum
 from headwater.gradients.spreading import spread_in_words
-from headwater.gradients.words import module_of, name_of
 
 Loss = Callable[[Any, Any], Any]
 
@@ -164,24 +164,24 @@ class JaxOutputLoss(OutputLoss[jax.Array]):
         self.loss = loss
         self.name = name_of(loss)
 
-    def slope(self, output: object, target: object) -> Any:
-        return _slope(self.loss, output, target)
+    def gradient(self, output: object, target: object) -> Any:
+        return _gradient(self.loss, output, target)
 
-    def bend(self, output: object, target: object) -> Any:
-        return _bend(self.loss, output, target)
+    def hessian_row_sums(self, output: object, target: object) -> Any:
+        return _hessian_row_sums(self.loss, output, target)
 
     def hessian(self, output: object, target: object) -> Any:
         return _hessian(self.loss, output, target)
 
 
 @partial(jax.jit, static_argnums=0)
-def _slope(loss: Loss, output: object, target: object) -> Any:
+def _gradient(loss: Loss, output: object, target: object) -> Any:
     return jax.grad(lambda o: jnp.sum(row_losses(loss, o, target)))(output)
 
 
 @partial(jax.jit, static_argnums=0)
-def _bend(loss: Loss, output: object, target: object) -> Any:
-    return jax.grad(lambda o: jnp.sum(_slope(loss, o, target)))(output)
+def _hessian_row_sums(loss: Loss, output: object, target: object) -> Any:
+    return jax.grad(lambda o: jnp.sum(_gradient(loss, o, target)))(output)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -52,12 +52,15 @@ def make_plan(
 def _weights(program: Program, distrusted: Collection[str]) -> dict[str, tuple[Piece, ...]]:
     """Parameters all of whose uses are sites, and the matrices that they are cut to."""
     pieces: dict[str, dict[int, Piece]] = {}
+    # Tied to a product, a table would else have to be read transposed, which row-sparse values cannot.
     for site in sorted(program.sites, key=lambda s: not s.is_table):  # a table decides which way it lies
         for piece in site.pieces:
             pieces.setdefault(site.parameter, {}).setdefault(piece.start, piece)
     found = {}
     for name, cuts in pieces.items():
+        # By their place in the parameter: a grouped convolution's weight is cut into one matrix a group.
         cut = tuple(cuts[start] for start in sorted(cuts))
+        # A use of a slice leaves numbers whose gradient would be missing.
         whole = sum(piece.size for piece in cut) == math.prod(program.shapes[name])
         if name in program.loose or name in distrusted or not whole:
             continue
@@ -69,10 +72,10 @@ def _weights(program: Program, distrusted: Collection[str]) -> dict[str, tuple[P
 def _matches(piece: Piece, cuts: Mapping[int, Piece]) -> bool:
     """Whether it is one of the matrices, or its transpose."""
     known = cuts.get(piece.start)
-    return known is not None and (piece == known or _turned(piece) == known)
+    return known is not None and (piece == known or _transposed(piece) == known)
 
 
-def _turned(piece: Piece) -> Piece:
+def _transposed(piece: Piece) -> Piece:
     return Piece(piece.parameter, piece.start, (piece.shape[1], piece.shape[0]), not piece.transposed)
 
 
@@ -81,9 +84,12 @@ def _biases(program: Program, weights: Mapping[str, Sequence[Piece]], distrusted
     found: dict[str, str] = {}
     for name, pieces in weights.items():
         sites = [site for site in program.sites if site.parameter == name]
+        # Where some uses add the bias and others do not, one column cannot stand for it.
         biases = {site.bias for site in sites}
         bias = biases.pop() if len(biases) == 1 else None
+        # A bias behind two weights would be a column of both, and counted twice.
         alone = all(site.parameter == name for site in program.sites if site.bias == bias)
+        # In a transposed use inputs and outputs change places, and the ones' column is on the wrong side.
         straight = all(site.pieces == tuple(pieces) for site in sites) and len(pieces) == 1
         if bias is not None and alone and straight and bias not in program.loose and bias not in distrusted:
             found[name] = bias
@@ -103,6 +109,7 @@ def _parts(block: Block, weights: Mapping[str, Sequence[Piece]], biases: Mapping
     columns: dict[tuple[str, int], list[Piece]] = {}
     for parameter in plain:
         if len(parameter.shape) == 1:
+            # Vectors of one module and size: a normalisation's scale and shift, if there are two.
             columns.setdefault((parameter.owner, parameter.size), []).append(
                 Piece(parameter.name, 0, (parameter.size, 1))
             )
@@ -117,6 +124,7 @@ def _stacked(pieces: Sequence[Piece]) -> list[Part]:
     """Scale and shift of a normalisation as one column vector, small enough for an exact block."""
     if len(pieces) != 2 or pieces[0].parameter.rpartition(".")[0] == "":
         return [Part(piece) for piece in pieces]
+    # The bias below, as in PyTorch: blocks of both frameworks then have the same order of numbers.
     low, high = sorted(pieces, key=lambda piece: "bias" not in piece.parameter.rpartition(".")[2])
     return [Part(high, low, below=True)]
 
@@ -151,6 +159,7 @@ class Filling:
     ) -> dict[Place, Gradient]:
         """From operands and output-gradients of sites [n, ...], by step, and plain gradients [n, *shape]."""
         sites = {site.step: site for _, uses in self.uses.values() for site, _ in uses}
+        # Once for each step: several pieces (groups, tied uses) share its operand.
         factors = {step: site.rule(wide(operands[step]), wide(slopes[step])) for step, site in sites.items()}
         found: dict[Place, Gradient] = {}
         for place, (part, uses) in self.uses.items():
@@ -173,6 +182,7 @@ def fill(plan: Plan, program: Program) -> Filling:
 
 def _uses(part: Part, program: Program) -> list[tuple[Site, int]] | None:
     """The sites that make up the part's gradient; None if there are others, or none."""
+    # Rows of another shape may take another branch: a plan's weight may be loose in this program.
     if part.weight.parameter in program.loose:
         return None
     sites = [site for site in program.sites if site.parameter == part.weight.parameter]
@@ -181,8 +191,9 @@ def _uses(part: Part, program: Program) -> list[tuple[Site, int]] | None:
         if part.bias is not None and site.bias != part.bias.parameter:
             return None
         for k, piece in enumerate(site.pieces):
-            if piece in (part.weight, _turned(part.weight)):
+            if piece in (part.weight, _transposed(part.weight)):
                 found.append((site, k))
+            # It overlaps the part otherwise than planned: its share of the gradient has another form.
             elif piece.start < part.weight.start + part.weight.size and part.weight.start < piece.start + piece.size:
                 return None
     return found or None
@@ -193,6 +204,7 @@ def _value(part: Part, site: Site, k: int, first: jax.Array, second: jax.Array) 
         return RowSparse(first, second, part.weight.shape[0])
     if site.pieces[k] == part.weight:
         return Outer(first, second, ones=part.bias is not None)
+    # The weight was used transposed: inputs and output-gradients change roles, (b a^T)^T = a b^T.
     return Outer(second, first)
 
 
@@ -211,6 +223,7 @@ def add(values: Sequence[Gradient]) -> Gradient:
     for value in values:
         for k, mine in enumerate(kinds):
             if type(mine) is type(value):
+                # More positions of the same matrix, which stays a sum of outer products.
                 kinds[k] = mine.join(value)  # type: ignore[attr-defined]
                 break
         else:

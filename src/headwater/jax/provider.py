@@ -18,12 +18,12 @@ from headwater.errors import BlockMismatch, InvalidInput, InvalidSetting, ShapeM
 from headwater.gradients.algebra import Gradient
 from headwater.gradients.block import rows_in_blocks
 from headwater.gradients.coverage import Coverage
+from headwater.gradients.identity import identity_of, name_of
 from headwater.gradients.likelihoods import Likelihood, fisher_cotangents, ggn_cotangents
 from headwater.gradients.measurements import negative_logit, negative_margin
 from headwater.gradients.outer import with_inputs
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
 from headwater.gradients.rowwise import differing
-from headwater.gradients.words import in_words, name_of
 from headwater.jax import derivatives, plain
 from headwater.jax.batch import JaxBatch, differentiable_input, host_leaves, rounded
 from headwater.jax.check import (
@@ -38,7 +38,7 @@ from headwater.jax.derivatives import Model
 from headwater.jax.losses import JaxOutputLoss, Loss, check_finite, explain_failure, find_likelihood, normalisation
 from headwater.jax.plan import Place, make_plan
 from headwater.jax.tree import Leaves, checksums, take_tree, wide
-from headwater.random import name_keys, row_digests, row_keys, row_numbers
+from headwater.random import row_keys, row_numbers
 from headwater.types import Batch
 
 Apply = Callable[[Any, Any], Any]
@@ -78,6 +78,7 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
             if not callable(function):
                 raise InvalidSetting(f"{name} is {function!r:.60}; expected a function.")
         tree, self._leaves = take_tree(params)
+        # Static arguments of jit: compiled code is found again by their hash.
         self._model = Model(_hashable(apply), tree, _hashable(loss))
         self._measured = self._model if measurement is None else Model(self._model.apply, tree, _hashable(measurement))
         self.likelihood = find_likelihood(loss, likelihood)
@@ -85,8 +86,10 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         self._plan = make_plan(tree, blocks)
         self._traced = False
         self._checked = 0
+        self._measured_rows = 0
+        self._distrusted: frozenset[str] = frozenset()
         self._normalisation: str | None = None
-        self._numbers_per_row = 1
+        self._numbers_per_row: int | None = None
         self._fingerprint: tuple[int, ...] | None = None
         self._plain = plain
         if plain and self._like.dtype != jnp.float64:
@@ -111,10 +114,12 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
                 f"The parameters are of another architecture: {_difference(tree.names, tree.shapes)} in place of "
                 f"{_difference(self._model.tree.names, self._model.tree.shapes)}."
             )
-        return self._changed(_leaves=leaves, _fingerprint=None, _checked=0)
+        # The plan stays: it depends on the function and the shapes, not on the numbers.
+        return self._changed(_leaves=leaves, _fingerprint=None, _checked=0, _measured_rows=0)
 
     def _changed(self, **changes: Any) -> Self:
         other = copy.copy(self)
+        # A copy with changes: what JAX has compiled for the model serves it, too.
         vars(other).update(changes)
         return other
 
@@ -158,7 +163,7 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
 
     def settings(self) -> tuple[str, ...]:
         model = self._model
-        return tuple(in_words(value) for value in (model.apply, model.loss, self._measured.loss, self.likelihood))
+        return tuple(identity_of(value) for value in (model.apply, model.loss, self._measured.loss, self.likelihood))
 
     def fingerprint(self) -> tuple[int, ...]:
         """Checksums of the parameters' bytes; arrays of JAX cannot change, so they are read once."""
@@ -176,36 +181,31 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         batch = (batch if own else JaxBatch(batch.x, batch.y, batch.weights, batch.ids)).ready()
         if not self._plain:
             return batch
-        return plain.doubled(batch, _keys_by_content(batch) if batch.ids is None else batch.ids)
+        return plain.doubled(batch, self.keys_by_content(batch) if batch.ids is None else batch.ids)
 
     def rows_at_once(self, batch: JaxBatch) -> int:
-        self._prepare(batch)
-        return rows_within_memory(self._numbers_per_row, self._like)
+        self._count(self._ready(batch))  # without a loss: nobody says whether these are train or query rows
+        return rows_within_memory(self._numbers_per_row or 1, self._like)
 
     def row_weights(self, batch: JaxBatch) -> jax.Array | None:
         return None if batch.weights is None else jnp.asarray(batch.weights, dtype=wide(self._like[:0]).dtype)
 
-    def row_keys(self, batch: JaxBatch) -> np.ndarray:
-        if batch.ids is not None:
-            ids = np.asarray(batch.ids)
-            return ids.astype(np.uint64) if ids.dtype.kind in "iu" else name_keys(ids.tolist())
-        return _keys_by_content(batch.ready())
-
-    def content_keys(self, batch: JaxBatch) -> np.ndarray:
+    def host_arrays(self, batch: JaxBatch, weighted: bool = False) -> list[np.ndarray]:
         batch = batch.ready()
-        leaves = host_leaves(batch.x, batch.y, batch.weights)
-        return row_digests(leaves if batch.ids is None else [*leaves, self.row_keys(batch)])
+        return host_leaves(batch.x, batch.y, *([batch.weights] if weighted else []))
 
     # Gradients ----------------------------------------------------------------------------------------------------
 
     def grads(self, batch: JaxBatch, *, query: bool = False, weighted: bool = True) -> BlockGradients:
-        batch = self._prepare(batch)
         model = self._measured if query else self._model
+        batch = self._prepare(batch, model)
         if self._plain:
             names = [p.name for layout in self._plan.layouts for p in layout.block.parameters]
             rows = plain.gradients(model, self._chosen(names), self._leaves, plain.rows_of(batch))
             return rows_in_blocks(self.layouts, rows, self.row_weights(batch) if weighted else None)
+        # Padded to a few sizes: each number of rows would compile anew.
         found = derivatives.gradients(model, self._plan, self._leaves, *batch.padded())
+        # Padding's rows are cut off before anything is summed.
         losses, values = _cut(found, batch)
         check_finite(losses, len(batch))
         return self._blocks(values, self.row_weights(batch) if weighted else None)
@@ -242,17 +242,21 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         ]
 
     def losses(self, batch: JaxBatch, *, query: bool = False) -> jax.Array:
-        batch = self._prepare(batch)
         model = self._measured if query else self._model
+        batch = self._prepare(batch, model)
         return _cut(derivatives.losses(model, self._leaves, *batch.padded()), batch)
 
     def of_output(self, function: OutputFunction) -> Self:
         chosen = {"margin": negative_margin, "logit": negative_logit}[function]
         model = Model(self._model.apply, self._model.tree, chosen)
-        return self._changed(_model=model, _measured=model, likelihood=None, _checked=0, _normalisation=None)
+        # Another loss: what the first rows showed of the old one is forgotten.
+        return self._changed(
+            _model=model, _measured=model, likelihood=None, _checked=0, _measured_rows=0, _normalisation=None
+        )
 
     def in_float64(self) -> Self | None:
         """None unless JAX has float64 enabled."""
+        # Without jax_enable_x64 JAX makes float64 arrays float32.
         if jnp.zeros(()).dtype != jnp.float64:
             return None
         leaves = {name: plain.double(leaf) for name, leaf in self._leaves.items()}
@@ -275,14 +279,35 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
 
     # The first rows -----------------------------------------------------------------------------------------------
 
-    def _prepare(self, batch: Batch) -> JaxBatch:
+    def _prepare(self, batch: Batch, model: Model | None = None) -> JaxBatch:
+        """The batch as the function takes it; its first rows are looked at.
+
+        model: with the loss that is asked of these rows, the train loss unless it is said. A measurement is tried on
+        query rows alone: it may read targets that train rows do not have.
+        """
         batch = self._ready(batch)
-        if self._checked < min(2, len(batch)):  # one row, or two alike, do not show whether rows act on each other
+        measured = model is not None and model is not self._model
+        checked = self._measured_rows if measured else self._checked
+        if checked < min(2, len(batch)):  # one row, or two alike, do not show whether rows act on each other
             chosen = differing(row_keys(host_leaves(batch.x)))
-            if self._checked < len(chosen):
-                self._check(batch.take(chosen))
-                self._checked = len(chosen)
+            if checked < len(chosen):
+                self._check(batch.take(chosen), self._measured if measured else self._model)
+                if measured:
+                    self._measured_rows = len(chosen)
+                else:
+                    self._checked = len(chosen)
         return batch
+
+    def _count(self, batch: JaxBatch) -> None:
+        """What gradients of a row cost, of the sum of its outputs."""
+        if self._numbers_per_row is None:
+            row = batch.take(slice(0, 1))
+            check_rows(jax.eval_shape(partial(first_outputs, self._model), self._leaves, row.x), 1)
+            self._learn(row.x)
+            summed = Model(self._model.apply, self._model.tree, _sum_of_outputs)
+            gradients = partial(derivatives.gradients, summed, self._plan)
+            _, values = jax.eval_shape(gradients, self._leaves, row.x, row.y)  # shapes alone: nothing is compiled
+            self._numbers_per_row = sum(a.size for value in values.values() for a in value.arrays)
 
     def _learn(self, x: object) -> None:
         """The parts that the parameters form, from some rows."""
@@ -291,29 +316,33 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
             self._plan = make_plan(self._model.tree, self._structure, program)
             self._traced = True
 
-    def _check(self, rows: JaxBatch) -> None:
-        """Compare with plain gradients, one row at a time; see the class."""
+    def _check(self, rows: JaxBatch, model: Model) -> None:
+        """Compare this loss's gradients with plain ones, one row at a time; see the class."""
         last = len(rows) - 1
         together = first_outputs(self._model, self._leaves, rows.x)
         check_rows(together, len(rows))
+        # First and last: what a model does with one of them it need not do with the other.
         for k in {0, last} if last else set():
             alone = derivatives.outputs(self._model, self._leaves, rows.take(slice(k, k + 1)).x)
             check_independence(together, alone, k)
         with explain_failure(together, rows.y):
-            value, alone = derivatives.batch_loss(self._model.loss, together, rows.y)
-        self._normalisation = normalisation(self._model.loss, together, rows.y, value, alone)
+            value, alone = derivatives.batch_loss(model.loss, together, rows.y)
+        treats_rows = normalisation(model.loss, together, rows.y, value, alone)
+        self._normalisation = treats_rows if model is self._model else self._normalisation
         self._learn(rows.x)
-        wrong = self._disagreeing(rows.take(slice(last, last + 1)))
+        wrong = self._disagreeing(rows.take(slice(last, last + 1)), model)
         if wrong:
+            self._distrusted |= set(wrong)
             program = self._model.program(self._leaves, rows.x)
-            self._plan = make_plan(self._model.tree, self._structure, program, wrong)
+            # Plain gradients for these parameters from now on.
+            self._plan = make_plan(self._model.tree, self._structure, program, sorted(self._distrusted))
 
-    def _disagreeing(self, row: JaxBatch) -> list[str]:
+    def _disagreeing(self, row: JaxBatch, model: Model) -> list[str]:
         """Parameters whose gradient for this row, from their uses, is not that of plain differentiation."""
         chosen = {p.name: self._leaves[p.name] for layout in self._plan.layouts for p in layout.block.parameters}
-        loss, expected = derivatives.plain_gradient(self._model, chosen, self._leaves, row.x, row.y)
+        loss, expected = derivatives.plain_gradient(model, chosen, self._leaves, row.x, row.y)
         check_finite(loss, 1)
-        _, values = derivatives.gradients(self._model, self._plan, self._leaves, row.x, row.y)
+        _, values = derivatives.gradients(model, self._plan, self._leaves, row.x, row.y)
         self._numbers_per_row = sum(a.size for value in values.values() for a in value.arrays)
         flat = np.asarray(derivatives.flattened(self._plan.layouts, values))[0]
         wrong, start = [], 0
@@ -326,6 +355,7 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
     # Second order -------------------------------------------------------------------------------------------------
 
     def curvature_product(self, batch: JaxBatch, block: str, vectors: jax.Array, kind: Kind) -> jax.Array:
+        """vectors (K, D_block). Errors: ShapeMismatch."""
         batch = self._prepare(batch)
         size = self._block(block).size
         if vectors.ndim != 2 or vectors.shape[1] != size:
@@ -382,8 +412,10 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         return flat if weights is None else flat * weights.reshape((-1,) + (1,) * (flat.ndim - 1))
 
 
-def _keys_by_content(batch: JaxBatch) -> np.ndarray:
-    return row_keys(host_leaves(batch.x, batch.y))
+def _sum_of_outputs(output: Any, target: Any) -> jax.Array:
+    return sum(
+        (jnp.sum(leaf) for leaf in jax.tree.leaves(output) if jnp.issubdtype(leaf.dtype, jnp.floating)), jnp.zeros(())
+    )
 
 
 def _stacked(pieces: list[jax.Array]) -> jax.Array:

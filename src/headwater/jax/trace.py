@@ -46,6 +46,7 @@ class View:
         o, i = ([array.shape[axis] for axis in axes] for axes in (outputs, inputs))
         shape = int(np.prod(o)), int(np.prod(i))
         start = _address(array) - _address(self.buffer)
+        # Contiguous in this order of axes: the numbers are a matrix [o, i] as they lie in the parameter.
         if array.transpose(*outputs, *inputs).flags.c_contiguous:
             return Piece(self.parameter, start, shape)
         if array.transpose(*inputs, *outputs).flags.c_contiguous:
@@ -122,6 +123,7 @@ class Program:
 
     def run(self, leaves: Leaves, x: object, nudges: Mapping[int, Any]) -> tuple[Any, dict[int, Any]]:
         """The output, with `nudges` added to the outputs of some steps; and the other operand of those steps."""
+        # An interpreter of the jaxpr: it is itself traced, so that jit, vmap and grad see ordinary operations.
         values: dict[Slot, Any] = {slot: leaves[name] for name, slot in self.parameters.items()}
         values |= dict(zip(self.arguments, jax.tree.leaves(x), strict=True))
         operands = {}
@@ -133,6 +135,7 @@ class Program:
             found = list(found) if primitive.multiple_results else [found]
             if number in wanted:
                 operands[number] = given[wanted[number].operand]
+                # A zero is added: the gradient by it is the gradient at the step's output, without one by the weight.
                 found = [found[0] + nudges[number]]
             values |= dict(zip(step.outputs, found, strict=True))
         results = [v.value if isinstance(v, Constant) else values[v] for v in self.results]
@@ -141,6 +144,7 @@ class Program:
 
 def trace(apply: Callable[[Any, Any], Any], tree: Tree, leaves: Leaves, row: object) -> Program:
     """`apply` on a batch of one row, taken apart. leaves and row may be arrays or their shapes."""
+    # Shapes alone: tracing reads no numbers, and costs no memory for them.
     shapes = jax.eval_shape(lambda *given: given, dict(leaves), row)
     closed, output = jax.make_jaxpr(lambda given, x: apply(tree.build(given), x), return_shape=True)(*shapes)
     return _Tracer(tree).program(closed, sorted(tree.names), jax.tree.structure(output))
@@ -163,14 +167,16 @@ class _Tracer:
         self.found.arguments = inputs[len(names) :]
         for name, slot in self.found.parameters.items():
             if name in self.found.shapes:
+                # One byte a number, never read: addresses and strides are all that is asked of it.
                 buffer = np.empty(self.found.shapes[name], dtype=np.int8)
                 self.views[slot] = View(name, buffer, buffer)
         self.found.results = tuple(self._open(closed.jaxpr, closed.consts, inputs))
         self.found.structure = structure
         for result in self.found.results:
             self._read(result)
+            # A parameter that is itself an output has no product to stand for it.
             self._loosen(result)
-        self._settle_biases()
+        self._assign_biases()
         return self.found
 
     def _slot(self) -> Slot:
@@ -192,6 +198,7 @@ class _Tracer:
         for equation in jaxpr.eqns:
             given = tuple(look_up(atom) for atom in equation.invars)
             inner = _called(equation)
+            # Calls without a parameter stay closed: jit keeps its compiled form, and the program stays short.
             if inner is not None and any(_is_slot(v) and v in self.views for v in given):
                 results = self._open(*inner, given)
             else:
@@ -215,6 +222,7 @@ class _Tracer:
         if len(given) == 1 and (views or aheads):
             moved = _moved(equation, views[0].array if views else aheads[0].features)
             if moved is not None and views:
+                # Still the same numbers of the parameter, seen otherwise: no use of it yet.
                 self.views[outputs[0]] = replace(views[0], array=moved)
                 return
             if moved is not None:
@@ -223,6 +231,7 @@ class _Tracer:
                 return
         if name in ("add", "add_any") and len(views) == len(aheads) == 1 and views.keys() != aheads.keys():
             (view,), (before,) = views.values(), aheads.values()
+            # Only noted: whether the product has other readers is known at the end.
             if _is_bias(view, before, equation.outvars[0].aval.shape):
                 self.biases.append((before, view.parameter))
                 return
@@ -233,6 +242,7 @@ class _Tracer:
                 return
         site = self._site(equation, views) if len(views) == 1 and name in _SITES else None
         if site is None:
+            # Anything that no rule knows: right by plain differentiation, at the cost of whole matrices.
             self.found.loose |= {view.parameter for view in views.values()}
             return
         found, features = site
@@ -248,7 +258,7 @@ class _Tracer:
         if _is_slot(given) and given in self.views:
             self.found.loose.add(self.views[given].parameter)
 
-    def _settle_biases(self) -> None:
+    def _assign_biases(self) -> None:
         """A bias belongs to a product if nothing else reads the product on its way to the addition."""
         # Only at the end: who else reads a product is not known while equations are still to come.
         for before, name in self.biases:
@@ -279,14 +289,17 @@ def _moved(equation: Any, array: np.ndarray) -> np.ndarray | None:
     shape = equation.outvars[0].aval.shape
     if name in ("copy", "copy_p", "convert_element_type", "sharding_constraint", "reduce_precision"):
         kinds = [atom.aval.dtype for atom in (*equation.invars, *equation.outvars)]
+        # A conversion to whole numbers has no gradient; what comes after is no view of the parameter.
         return array if all(jnp.issubdtype(kind, jnp.floating) for kind in kinds) else None
     if name == "transpose":
         return array.transpose(params["permutation"])
     if name in ("squeeze", "expand_dims") or (name == "reshape" and params.get("dimensions") is None):
         moved = array.reshape(shape)
+        # NumPy copies where strides cannot say the new shape: a copy has lost where its numbers are.
         return moved if np.may_share_memory(moved, array) else None
     if name == "broadcast_in_dim":
         kept = set(map(int, params["broadcast_dimensions"]))
+        # A broadcast has stride 0: the view then shows that many outputs share one number.
         spread = array[tuple(slice(None) if axis in kept else None for axis in range(len(shape)))]
         return np.broadcast_to(spread, shape)
     if name == "slice":
@@ -297,11 +310,13 @@ def _moved(equation: Any, array: np.ndarray) -> np.ndarray | None:
 
 def _is_bias(view: View, before: Ahead, shape: tuple[int, ...]) -> bool:
     """Whether the whole parameter is added, each number to the output of its own number."""
+    # Both from their first number: a slice of a bias, or of the outputs, is no bias of this product.
     starts = view.offset == 0 and _address(before.features) == _address(before.buffer)
     if view.buffer.size != before.buffer.size or before.features.shape != shape or not starts:
         return False
     added = np.broadcast_to(view.array, shape)
     pairs = zip(shape, added.strides, before.features.strides, strict=True)
+    # Equal strides along every axis: number k of the bias meets output k, wherever it is.
     return all(size == 1 or one == other for size, one, other in pairs)
 
 
@@ -316,9 +331,11 @@ _Found = tuple[Site, _Features | None] | None
 def _product(step: int, equation: Any, position: int, view: View) -> _Found:
     """A dot_general without batch axes: contracted axes are inputs, the weight's others outputs."""
     contracted, (left_batch, right_batch) = equation.params["dimension_numbers"]
+    # A weight with a batch axis is several matrices, a different one for each entry: no single outer product.
     if left_batch or right_batch:
         return None
     other = 1 - position
+    # In the order in which the weight's numbers lie, so that both operands are flattened alike.
     pairs = sorted(zip(contracted[position], contracted[other], strict=True), key=lambda p: -view.array.strides[p[0]])
     inputs, data_inputs = [p[0] for p in pairs], [p[1] for p in pairs]
     free = [axis for axis in range(view.array.ndim) if axis not in inputs]
@@ -329,6 +346,7 @@ def _product(step: int, equation: Any, position: int, view: View) -> _Found:
     rank = equation.invars[other].aval.ndim
     data_free = [axis for axis in range(rank) if axis not in data_inputs]
     first = 0 if position == 0 else len(data_free)
+    # dot_general puts the left operand's free axes before the right one's.
     places = [first + free.index(axis) for axis in outputs]
     passed = [axis for axis in range(len(data_free) + len(free)) if axis not in places]
 
@@ -349,6 +367,7 @@ def _matrices(array: jax.Array, positions: Sequence[int], numbers: Sequence[int]
 
 def _features(sizes: Sequence[int], places: Sequence[int], shape: tuple[int, ...]) -> _Features:
     """For outputs of these sizes at these axes of the product."""
+    # A byte for each output; the product's shape is a view of it, with stride 0 along positions.
     buffer = np.empty(int(np.prod(sizes)), dtype=np.int8)
     moved = buffer.reshape(tuple(sizes)).transpose(*np.argsort(places))
     moved = moved[tuple(slice(None) if k in places else None for k in range(len(shape)))]
@@ -359,10 +378,12 @@ def _convolution(step: int, equation: Any, position: int, view: View) -> _Found:
     """A convolution, or each of its groups, as a product of patches and the weight."""
     params = equation.params
     dims, groups = params["dimension_numbers"], params["feature_group_count"]
+    # As the other operand, or with batch groups, the parameter is data that is convolved, not a kernel.
     if position != 1 or params["batch_group_count"] != 1:
         return None
     weight = view.array.transpose(dims.rhs_spec)
     inputs = by_stride(weight, range(1, weight.ndim))
+    # Outputs of one group; lax keeps them side by side.
     each = weight.shape[0] // groups
     cuts = [weight[k * each : (k + 1) * each] for k in range(groups)]
     pieces = [view.piece((0,), inputs, cut) for cut in cuts]
@@ -372,6 +393,7 @@ def _convolution(step: int, equation: Any, position: int, view: View) -> _Found:
 
     def rule(operand: jax.Array, grad: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
         def patches(row: jax.Array) -> jax.Array:
+            # A convolution is a product of the kernel with the patches that it sees: the same sum as for a linear map.
             found = jax.lax.conv_general_dilated_patches(
                 row.transpose(dims.lhs_spec),
                 kernel,
@@ -379,6 +401,8 @@ def _convolution(step: int, equation: Any, position: int, view: View) -> _Found:
                 params["padding"],
                 params["lhs_dilation"],
                 params["rhs_dilation"],
+                # Patches are copies of inputs, taken by a convolution: lower precision on some devices would round
+                # them.
                 precision=jax.lax.Precision.HIGHEST,
             )
             found = found.reshape(found.shape[0], groups, weight.shape[1], *kernel, -1)
@@ -391,6 +415,7 @@ def _convolution(step: int, equation: Any, position: int, view: View) -> _Found:
         return [(a[:, k], b[:, :, k]) for k in range(groups)]
 
     shape = equation.outvars[0].aval.shape
+    # With groups a bias would be cut over several parts: it stays plain.
     features = _features([weight.shape[0]], [dims.out_spec[1]], shape) if groups == 1 else None
     return Site(step, view.parameter, 0, tuple(pieces), rule), features  # type: ignore[arg-type]
 
@@ -401,6 +426,7 @@ def _table(step: int, equation: Any, position: int, view: View) -> _Found:
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
     if position != 0 or numbers.operand_batching_dims or 0 not in numbers.start_index_map or table.ndim < 2:
         return None
+    # A gather of parts of rows, or of several rows at once, is no look-up by ids.
     whole = sizes[0] == 1 and tuple(sizes[1:]) == table.shape[1:]
     piece = view.piece((0,), range(1, table.ndim))
     if not whole or piece is None or piece.transposed:
@@ -412,6 +438,8 @@ def _table(step: int, equation: Any, position: int, view: View) -> _Found:
         ids = operand[..., column].reshape(operand.shape[0], -1)
         passed = [axis for axis in range(grad.ndim - 1) if axis not in numbers.offset_dims]
         values = _matrices(grad, passed, numbers.offset_dims)
+        # An id outside reads no row under "fill" and "drop", and so gives none a gradient; under "clip" it reads the
+        # last.
         inside = (ids >= 0) & (ids < rows)
         values = values if clips else jnp.where(inside[..., None], values, 0)
         return [(jnp.clip(ids, 0, rows - 1), values)]

@@ -96,7 +96,10 @@ def described(value: Any) -> str:
 
 
 def as_batch(provider: StructuredGradientProvider, item: object) -> Batch | None:
-    """One item of a loader: a Batch, (x, y), or what `unpack` made of it. None if it has no rows."""
+    """One item of a loader: a Batch, (x, y), or what `unpack` made of it. None if it has no rows.
+
+    Errors: InvalidInput for what is no batch.
+    """
     if isinstance(item, Columns) or type(item) is Batch:
         batch = paired(provider, item.x, item.y)
         return None if batch is None else _with_columns(provider, batch, item.weights, item.ids)
@@ -104,6 +107,11 @@ def as_batch(provider: StructuredGradientProvider, item: object) -> Batch | None
         return item if len(item) else None
     if isinstance(item, (tuple, list)) and len(item) == 2:
         return paired(provider, *item)
+    if is_array(item):
+        raise InvalidInput(
+            f"A loader gives (x, y) or a Batch, not {described(item)}. Are these inputs and targets of one batch, "
+            "[x, y]? Pass a list of batches, [(x, y)]."
+        )
     raise InvalidInput(
         f"A loader gives (x, y) or a Batch, not {described(item)}. One batch is [(x, y)]; of items of another form "
         f"unpack= makes (x, y[, ids, weights]), {_unpack_example(item)}."
@@ -128,15 +136,18 @@ def _unpack_example(item: object) -> str:
         return f"for example unpack=lambda batch: (batch[{names[0]!r}], batch[{names[-1]!r}])"
     if isinstance(item, (tuple, list)) and len(item) == 3:
         return (
-            "for example unpack=lambda batch: (batch[0], batch[1], batch[2]) of (x, y, ids), or "
-            "unpack=lambda batch: (batch[1], batch[2], batch[0]) of (ids, x, y)"
+            "for example unpack=lambda batch: (batch[0], batch[1], batch[2]) of (x, y, ids), "
+            "(batch[0], batch[2], batch[1]) of (x, ids, y), or (batch[1], batch[2], batch[0]) of (ids, x, y)"
         )
-    return "for example unpack=lambda batch: (batch[0], batch[1])"
+    return "a function of the item that says which entry is which"
 
 
 @contextmanager
 def plain_words(x: object, y: object) -> Iterator[None]:
-    """Where x and y make no batch because they are a single row, or no arrays, that is what is said."""
+    """Where x and y make no batch because they are a single row, or no arrays, that is what is said.
+
+    Errors: InvalidInput, or BatchMismatch, in words about x and y.
+    """
     try:
         yield
     except (InvalidInput, TypeError, ValueError, RuntimeError) as error:

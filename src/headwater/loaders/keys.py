@@ -42,6 +42,7 @@ class RowKeys:
     @classmethod
     def of(cls, provider: StructuredGradientProvider, batch: Batch) -> RowKeys:
         ids, weights = batch.ids, batch.weights
+        # Content without id and weight: a row that was fitted with another weight is still that row.
         apart = {name: None for name, column in (("ids", ids), ("weights", weights)) if column is not None}
         bare = replace(batch, **apart) if apart else batch
         content = weighted = provider.content_keys(bare)
@@ -52,6 +53,7 @@ class RowKeys:
             return cls(content, weighted, None, None)
         names = provider.row_keys(batch)
         shape = name_keys([_shapes(batch.x), _shapes(batch.y)])
+        # Id and shape together: an id counts only where padding may have changed the content.
         shaped = row_digests([names, *(np.broadcast_to(key, len(names)) for key in shape)])
         return cls(content, weighted, row_digests([names]), shaped)
 
@@ -75,6 +77,7 @@ class RowKeys:
     def among(self, known: np.ndarray) -> np.ndarray:
         """Whether each row is one of those whose `fitted` keys, sorted, are known: bool [n]."""
         found = is_among(self.content, known)
+        # Same id, same shape, other content: the row has changed, and its id is no excuse.
         return found if self.ids is None else found | (is_among(self.ids, known) & ~is_among(self.shaped, known))
 
 
@@ -83,6 +86,7 @@ def is_among(keys: np.ndarray | None, known: np.ndarray) -> np.ndarray:
     assert keys is not None
     if not len(known):
         return np.zeros(len(keys), dtype=bool)
+    # A key above all known ones would be looked up past the end.
     place = np.minimum(np.searchsorted(known, keys), len(known) - 1)
     return known[place] == keys
 
@@ -123,7 +127,9 @@ class RowMemory:
         """Errors: BatchMismatch, naming the first row that is not the one of an earlier pass."""
         if keys.ids is None:
             expected = self._names[place.start : place.start + len(keys)]
+            # In a first pass only the rows glanced at are expected; what comes after has nothing to be compared with.
             same = keys.names[: len(expected)] == expected
+            # More rows than the whole loader had.
             if self.is_complete and len(expected) < len(keys):
                 same = np.append(same, False)
         elif self.is_complete:
@@ -135,6 +141,7 @@ class RowMemory:
         if not same.all():
             row = int(np.argmin(same))
             error = BatchMismatch(f"{place.row(row)}: {self._why(keys, place, row)} {REMEDY}")
+            # The message names the place already; the pass must not add it again.
             error.placed = True
             raise error
 
@@ -156,6 +163,8 @@ class RowMemory:
         """A pass has come to its end. Errors: BatchMismatch for fewer rows than in an earlier one, or others."""
         names = np.concatenate([key.names for key in keys])
         if self.is_complete:
+            # A sum modulo 2^64, whatever the order: rows with ids may come twice in place of another, and the count
+            # stays.
             if len(names) != len(self._names) or names.sum(dtype=np.uint64) != self._names.sum(dtype=np.uint64):
                 raise BatchMismatch(
                     f"The {role} loader gives other rows each time it is read: it had {len(self._names)} before, and "
@@ -185,6 +194,7 @@ class LoadersSeen:
 
     def memory(self, loader: object) -> RowMemory:
         """Of this very object. Lists and other built-in collections have a new one each time: they do not shuffle."""
+        # Identity of an object is good as long as it lives: its address may be another loader's afterwards.
         self._seen = [(there, memory) for there, memory in self._seen if there() is not None]
         for there, memory in self._seen:
             if there() is loader:

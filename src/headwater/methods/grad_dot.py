@@ -6,9 +6,9 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from headwater.curvature.means import total_weight
+from headwater.curvature.means import positive_weight, total_weight
+from headwater.gradients.normalised import NormalisedGradientProvider
 from headwater.gradients.provider import StructuredGradientProvider
-from headwater.gradients.unit import UnitGradientProvider
 from headwater.methods.base import Curvatures, Method
 from headwater.methods.damping import Damping
 from headwater.operators.algebra import IdentityOperator, LinearOperator
@@ -24,7 +24,8 @@ class GradDot(Method[LinearOperator]):
     ) -> tuple[Curvatures, float]:
         weights = Total[PlacedBatch, float](lambda piece: total_weight(provider, piece.batch))
         rows = sweep(provider, loader, weights, "counting rows", progress)
-        return OrderedDict((name, IdentityOperator(size)) for name, size in provider.sizes.items()), rows
+        operators = ((name, IdentityOperator(size)) for name, size in provider.sizes.items())
+        return OrderedDict(operators), positive_weight(rows)
 
     def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:
         return curvature
@@ -43,4 +44,4 @@ class GradCos(GradDot):
     """The cosine between the two gradients, over all blocks of a model together. Damping has no meaning here."""
 
     def view(self, provider: StructuredGradientProvider) -> StructuredGradientProvider:
-        return provider.each(UnitGradientProvider)
+        return provider.each(NormalisedGradientProvider)

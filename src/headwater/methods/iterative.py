@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class ProductMethod(Method[C]):
 
 @dataclass(frozen=True, kw_only=True)
 class PreconditionedMethod(ProductMethod[Preconditioned]):
-    """A solver that is helped by an operator near to the curvature, which is easy to invert."""
+    """A solver with a preconditioner: an operator near to the curvature, which is easy to invert."""
 
     preconditioner: Preconditioner | None = "auto"
     """"dual" (the heaviest gradients of the outputs, inverted exactly through their Gram matrix), "ekfac", "kfac",
@@ -80,9 +81,9 @@ class PreconditionedMethod(ProductMethod[Preconditioned]):
             raise InvalidSetting(f"tolerance is {self.tolerance!r}; expected a number from 0 to 1, or None.")
 
     @property
+    @abstractmethod
     def solver(self) -> Solver:
         """The settings of the solver."""
-        raise NotImplementedError
 
     def solver_for(self, curvature: CurvatureOperator) -> Solver:
         """The settings that suit this curvature."""
@@ -92,8 +93,8 @@ class PreconditionedMethod(ProductMethod[Preconditioned]):
         self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool
     ) -> tuple[OrderedDict[str, Preconditioned], float]:
         operators, rows = self.products(provider, loader, progress)
-        helpers = self._fit_preconditioner(provider, loader, operators, progress)
-        found = ((n, ApproximatedOperator(op, helpers.get(n))) for n, op in operators.items())
+        preconditioners = self._fit_preconditioner(provider, loader, operators, progress)
+        found = ((n, ApproximatedOperator(op, preconditioners.get(n))) for n, op in operators.items())
         return OrderedDict(found), rows
 
     def _fit_preconditioner(
@@ -134,10 +135,10 @@ class PreconditionedMethod(ProductMethod[Preconditioned]):
         return isinstance(curvature, ApproximatedOperator) and isinstance(curvature.exact, CurvatureOperator)
 
     def invert(self, curvature: Preconditioned, damping: float) -> LinearOperator:
-        exact, helper = curvature.exact, curvature.approximation
+        exact, preconditioner = curvature.exact, curvature.approximation
         if not self.allow_indefinite:
             refuse_indefinite(exact, damping)
-        inverse = None if helper is None else near_inverse(helper, damping, exact.mean_eigenvalue())
+        inverse = None if preconditioner is None else near_inverse(preconditioner, damping, exact.mean_eigenvalue())
         return IterativeInverse(exact, damping, self.solver_for(exact), inverse, exact.block)
 
 
@@ -163,15 +164,15 @@ def heaviest_rows(
     return {n: DualOperator(op, rows, heaviest=HEAVIEST, most=MOST) for n, op in operators.items()}
 
 
-def near_inverse(helper: LinearOperator, damping: float, mean: float) -> LinearOperator:
-    """(helper + damping)^-1, with more damping where that is singular to rounding: a preconditioner may be off.
+def near_inverse(preconditioner: LinearOperator, damping: float, mean: float) -> LinearOperator:
+    """(preconditioner + damping)^-1, with more damping where that is singular to rounding: it need not be exact.
 
     mean: the mean eigenvalue of what it stands for. Errors: SingularOperator if no damping up to that will do.
     """
     shift = max(damping, 1e-6 * abs(mean))
     while True:
         try:
-            found = helper.inverse(shift)
+            found = preconditioner.inverse(shift)
             if isinstance(found, DualInverse):
                 found.factor  # noqa: B018  # found out when it is made
             return found

@@ -65,7 +65,7 @@ class Arnoldi(LowRankMethod):
     complement: bool = True
     """Count what the eigenpairs leave out as 1 / damping; without it low and middle curvature are lost."""
     tolerance: float = 1e-3
-    """How well the eigenpairs must have settled, relative to the largest."""
+    """How well the eigenpairs must have converged, relative to the largest."""
     max_products: int | None = None
     """None for ten times the rank."""
     block: int = 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeGuard, TypeVar, get_args
 
@@ -161,43 +161,39 @@ class SidedMethod(ProjectedMethod[ProjectedOperator]):
         return "empirical_fisher" if self.fisher == "empirical" else "ggn"
 
 
+Project = Callable[[Layout, Sides], KroneckerProjection]
+"""A block's projection, from the two sides of each of its parts."""
+
+
 @dataclass(frozen=True)
-class LoGra(SidedMethod):
-    """LoGra: the gradients of each layer projected before they are formed, (a R^T)(g L^T).
+class TwoSides:
+    """How LoGra's and LoRIF's projections are drawn; their settings are explained there."""
 
-    A side that is no larger than the dimension is left as it is, so that a large dimension gives the empirical Fisher
-    itself. Source: Choe et al. 2024, arXiv 2405.13954.
-    """
-
-    dimension: int | tuple[int, int] = 16
-    """Numbers for each side of a part, or (output side, input side)."""
-    init: Init = "random"
-    """"random": normal numbers, which keep lengths on average; "pca": the leading eigenvectors of KFAC's factors."""
+    dimension: int | tuple[int, int]
+    init: Init
+    fisher: Fisher
+    seed: int
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         _check_sizes("dimension", self.dimension)
         check_word("init", self.init, get_args(Init))
 
     def projections(
-        self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool
+        self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool, project: Project
     ) -> tuple[Make, range]:
+        """As `SidedMethod.projections`."""
         if self.init == "random":
-            return self._random, range(1)
+            return lambda name, value: project(value.layout, self._random(value)), range(1)
         kfac, _ = fit_kfac(provider, loader, fisher=self.fisher, seed=self.seed, progress=progress, basis_only=True)
 
         def make(name: str, value: BlockGradient) -> KroneckerProjection:
             factors = zip(kfac[name].operators, value.layout.parts, strict=True)
-            return self.projection(value.layout, [self._leading(op, part, value.like) for op, part in factors])
+            return project(value.layout, [self._leading(op, part, value.like) for op, part in factors])
 
         return make, range(1, 2)
 
-    def projection(self, layout: Layout, sides: Sides) -> KroneckerProjection:
-        """The projection of a block with these sides."""
-        return KroneckerProjection(layout, sides)
-
-    def _random(self, name: str, value: BlockGradient) -> KroneckerProjection:
-        return self.projection(value.layout, [self._random_sides(part, value.like) for part in value.layout.parts])
+    def _random(self, value: BlockGradient) -> Sides:
+        return [self._random_sides(part, value.like) for part in value.layout.parts]
 
     def _random_sides(self, part: Part, like: Array) -> tuple[Side, Side]:
         streams = row_streams(part), column_streams(part)
@@ -233,7 +229,34 @@ def _leading_side(side: Array, basis: Side, size: int, drawn: Array) -> Array:
 
 
 @dataclass(frozen=True)
-class LoRif(LoGra):
+class LoGra(SidedMethod):
+    """LoGra: the gradients of each layer projected before they are formed, (a R^T)(g L^T).
+
+    A side that is no larger than the dimension is left as it is, so that a large dimension gives the empirical Fisher
+    itself. Source: Choe et al. 2024, arXiv 2405.13954.
+    """
+
+    dimension: int | tuple[int, int] = 16
+    """Numbers for each side of a part, or (output side, input side)."""
+    init: Init = "random"
+    """"random": normal numbers, which keep lengths on average; "pca": the leading eigenvectors of KFAC's factors."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.sides  # noqa: B018  # which checks them
+
+    @property
+    def sides(self) -> TwoSides:
+        return TwoSides(self.dimension, self.init, self.fisher, self.seed)
+
+    def projections(
+        self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool
+    ) -> tuple[Make, range]:
+        return self.sides.projections(provider, loader, progress, KroneckerProjection)
+
+
+@dataclass(frozen=True)
+class LoRif(SidedMethod):
     """LoRIF: LoGra whose rows are kept at a low rank, and whose curvature keeps few eigenvalues.
 
     Every row's projected gradient of a part, [k_o, k_i], is replaced by its best approximation of rank `rank`: rank
@@ -246,6 +269,10 @@ class LoRif(LoGra):
     Source: LoRIF, 2026; no public implementation is known.
     """
 
+    dimension: int | tuple[int, int] = 16
+    """As LoGra's."""
+    init: Init = "random"
+    """As LoGra's."""
     rank: int = 1
     """The rank at which each row's projected gradient of a part is kept."""
     kept: int | None = None
@@ -253,12 +280,21 @@ class LoRif(LoGra):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.sides  # noqa: B018  # which checks them
         _check_size("rank", self.rank)
         if self.kept is not None:
             _check_size("kept", self.kept)
 
-    def projection(self, layout: Layout, sides: Sides) -> LowRankProjection:
-        return LowRankProjection(layout, sides, self.rank)
+    @property
+    def sides(self) -> TwoSides:
+        return TwoSides(self.dimension, self.init, self.fisher, self.seed)
+
+    def projections(
+        self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool
+    ) -> tuple[Make, range]:
+        return self.sides.projections(
+            provider, loader, progress, lambda layout, sides: LowRankProjection(layout, sides, self.rank)
+        )
 
     def reduce(self, moment: ProjectedOperator) -> ProjectedOperator:
         if self.kept is None or self.kept >= moment.core.input_size:

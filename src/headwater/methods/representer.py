@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from numbers import Real
 
 from headwater.arrays import Array, device, namespace
-from headwater.curvature.means import Means, merged, no_means, rows_of, total_weight
+from headwater.curvature.means import Means, MeansVisitor, no_means, rows_of, total_weight
 from headwater.errors import InvalidSetting, UnsupportedModel
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.ensemble import EnsembleProvider
@@ -26,7 +26,7 @@ from headwater.gradients.view import ProviderView
 from headwater.methods.base import Curvatures
 from headwater.methods.grad_dot import GradDot
 from headwater.operators.algebra import IdentityOperator, ScaledOperator
-from headwater.rows import Accumulator, PlacedBatch, sweep
+from headwater.rows import PlacedBatch, sweep
 from headwater.types import Batch
 
 ByBlock = Mapping[str, Array]
@@ -96,7 +96,7 @@ class Representer(GradDot):
 
 
 @dataclass(frozen=True, eq=False)
-class _MeanGradient(Accumulator[PlacedBatch, Means, Means]):
+class _MeanGradient(MeansVisitor):
     """By block; the first rows show whether what is explained is linear."""
 
     provider: StructuredGradientProvider
@@ -112,9 +112,6 @@ class _MeanGradient(Accumulator[PlacedBatch, Means, Means]):
         for name, value in self.provider.grads(item.batch).items():
             whole[name].add(_sum_of_rows(value), weight)
         return whole
-
-    def merge(self, one: Means, other: Means) -> Means:
-        return merged(one, other)
 
 
 def _by_model(

@@ -19,7 +19,7 @@ from headwater.operators.krylov import steepness
 from headwater.operators.lissa import Descent, SteppedOperator
 
 Steps = SteppedOperator[CurvatureOperator]
-Helped = ApproximatedOperator[Steps, LinearOperator]
+Preconditioned = ApproximatedOperator[Steps, LinearOperator]
 """Steps, and the preconditioner's curvature."""
 C = TypeVar("C", bound=LinearOperator)
 
@@ -84,7 +84,7 @@ class Lissa(SteppedMethod[Steps]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Astra(SteppedMethod[Helped]):
+class Astra(SteppedMethod[Preconditioned]):
     """x <- x + v, v <- momentum v + step_size (EKFAC + damping)^-1 (g - (C_t + damping) x), from EKFAC's answer.
 
     Source: Wang et al. 2025, "Better training data attribution via better inverse Hessian-vector products".
@@ -108,17 +108,18 @@ class Astra(SteppedMethod[Helped]):
 
     def fit(
         self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool
-    ) -> tuple[OrderedDict[str, Helped], float]:
+    ) -> tuple[OrderedDict[str, Preconditioned], float]:
         operators, rows = self.stepped(provider, loader, progress)
-        helpers, _ = fit_ekfac(provider, loader, fisher=self.fisher, seed=self.seed, progress=progress)
-        return OrderedDict((name, ApproximatedOperator(op, helpers[name])) for name, op in operators.items()), rows
+        preconditioners, _ = fit_ekfac(provider, loader, fisher=self.fisher, seed=self.seed, progress=progress)
+        found = ((name, ApproximatedOperator(op, preconditioners[name])) for name, op in operators.items())
+        return OrderedDict(found), rows
 
-    def invert(self, curvature: Helped, damping: float) -> LinearOperator:
+    def invert(self, curvature: Preconditioned, damping: float) -> LinearOperator:
         stepped, whole = curvature.exact, curvature.exact.whole
         refuse_indefinite(whole, damping, surely=True)
-        helper = near_inverse(curvature.approximation, damping, whole.mean_eigenvalue())
+        preconditioner = near_inverse(curvature.approximation, damping, whole.mean_eigenvalue())
         step = self.step_size or 1.0 / max(
-            steepness(part, damping, helper, whole.start) for part in (whole, *stepped.parts)
+            steepness(part, damping, preconditioner, whole.start) for part in (whole, *stepped.parts)
         )
         solver = Descent(self.steps, step, self.momentum, warm_start=True)
-        return IterativeInverse(stepped, damping, solver, helper, whole.block)
+        return IterativeInverse(stepped, damping, solver, preconditioner, whole.block)

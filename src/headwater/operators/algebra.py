@@ -136,6 +136,7 @@ class LinearOperator(Operator[Array, BilinearForm]):
         refuse_too_large(
             f"The matrix of a {type(self).__name__}", (size, size), 2 * size**2 * itemsize(like), remedy, device(like)
         )
+        # `apply` maps rows: row k of the result is A e_k, a column of A.
         return transpose(self.apply(identity(self.input_size, like)))
 
     def __add__(self, other: LinearOperator) -> LinearOperator:
@@ -276,6 +277,7 @@ class ScaledOperator(LinearOperator):
             if damping == 0.0:
                 raise SingularOperator("Zero times an operator has no inverse without damping.")
             return ScaledOperator(1.0 / damping, IdentityOperator(self.input_size))
+        # (c A + d I)^-1 = (A + d / c I)^-1 / c.
         return ScaledOperator(1.0 / self.factor, self.inner.inverse(damping / self.factor))
 
     def trace(self) -> float:
@@ -334,6 +336,7 @@ class SumOperator(LinearOperator):
         for term, other in ((self.first, self.second), (self.second, self.first)):
             shift = _multiple_of_identity(other)
             if shift is not None:
+                # A shift by the identity is damping by another name: no decomposition of the sum is needed.
                 return term.inverse(damping + shift)
         return super().inverse(damping)
 

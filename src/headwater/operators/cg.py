@@ -49,9 +49,9 @@ class ConjugateGradient(Solver):
     """One space for all columns: fewer steps, and k x k systems in each."""
 
     def solve(
-        self, curvature: LinearOperator, damping: float, sides: Array, preconditioner: LinearOperator | None, label: str
+        self, curvature: LinearOperator, damping: float, rhs: Array, preconditioner: LinearOperator | None, label: str
     ) -> Solution:
-        state = _Columns(sides, self.tolerance, label)
+        state = _Columns(rhs, self.tolerance, label)
         run = _block_steps if self.block else _steps
         if state.live.size:
             run(self, _Damped(curvature, damping), preconditioner or IdentityOperator(curvature.input_size), state)
@@ -64,15 +64,17 @@ class _Damped:
     def __init__(self, curvature: LinearOperator, damping: float):
         self.curvature, self.damping = curvature, damping
         self.products = 0
+        # The largest Rayleigh quotient so far: a lower bound of |C + damping|, which rises as CG goes on.
         self.norm = abs(damping)
 
     def __call__(self, rows: Array) -> Array:
         self.products += int(rows.shape[0])
         return self.curvature.apply(rows) + rows * self.damping
 
-    def refuse(self, sides: Array, lowest: float) -> None:
+    def refuse(self, rhs: Array, lowest: float) -> None:
         """Errors: IndefiniteCurvature, naming a damping that would do."""
-        bounds = extreme_eigenvalues(self.curvature, sides[:1])
+        # CG saw one negative direction, not the lowest; Lanczos finds how much damping the whole spectrum needs.
+        bounds = extreme_eigenvalues(self.curvature, rhs[:1])
         needed = max(self.damping - lowest, bounds.lowest_error - bounds.lowest)
         raise IndefiniteCurvature(
             f"At damping {self.damping:g} there are directions of negative curvature ({lowest:g}): not a minimum. A "
@@ -83,12 +85,13 @@ class _Damped:
 class _Columns:
     """The state of all columns: who is still at work, and what those that left brought home."""
 
-    def __init__(self, sides: Array, tolerance: float | None, label: str):
-        self.sides, self.label = sides, label
-        self.tolerance = default_tolerance(sides) if tolerance is None else tolerance
-        self.eps = float(namespace(sides).finfo(sides.dtype).eps)
-        count = int(sides.shape[0])
-        self.norms = host(row_norms(sides))
+    def __init__(self, rhs: Array, tolerance: float | None, label: str):
+        self.rhs, self.label = rhs, label
+        self.tolerance = default_tolerance(rhs) if tolerance is None else tolerance
+        self.eps = float(namespace(rhs).finfo(rhs.dtype).eps)
+        count = int(rhs.shape[0])
+        self.norms = host(row_norms(rhs))
+        # b = 0 has the solution x = 0; in the loop its relative residual would be 0 / 0.
         self.live = np.flatnonzero(self.norms > 0)
         self.residual = np.zeros(count)
         self.iterations = np.zeros(count, dtype=np.int64)
@@ -107,10 +110,12 @@ class _Columns:
         floor = self.eps * norm * sizes / self.norms[live]
         self.residual[live] = np.maximum(relative, floor)
         self.iterations[live] = step
+        # A hundredth at least: in float32 a stagnated residual still jitters in its last digits.
         better = relative < 0.99 * self.best[live]
         self.since[live] = np.where(better, 0, self.since[live] + 1)
         self.best[live] = np.minimum(self.best[live], relative)
         done = self.residual[live] <= self.tolerance
+        # Stagnated is not failed: below the floor another step would only add rounding.
         stuck = ~done & ((relative <= floor) | (self.since[live] >= PATIENCE))
         self.outcome[live[done]] = CONVERGED
         self.outcome[live[stuck]] = STAGNATED
@@ -131,17 +136,20 @@ class _Columns:
         return np.flatnonzero(stay)
 
     def solution(self) -> Solution:
-        xp = namespace(self.sides)
+        xp = namespace(self.rhs)
+        # Columns left in the order in which they converged; argsort puts them back where they came from.
         order = np.concatenate([columns for columns, _ in self._left] or [np.zeros(0, dtype=np.int64)])
+        # Those that never took part: their right-hand side was zero.
         zero = np.setdiff1d(np.arange(len(self.norms)), order)
-        rows = [x for _, x in self._left] + ([take(self.sides, zero) * 0] if len(zero) else [])
-        x = take(xp.concat(rows, axis=0), np.argsort(np.concatenate([order, zero]))) if rows else self.sides
+        rows = [x for _, x in self._left] + ([take(self.rhs, zero) * 0] if len(zero) else [])
+        x = take(xp.concat(rows, axis=0), np.argsort(np.concatenate([order, zero]))) if rows else self.rhs
         outcome = self.outcome.astype(str)
         return Solution(x, SolveReport(self.label, self.residual, self.iterations, outcome, self.products))
 
 
 def take(rows: Array, index: np.ndarray) -> Array:
     """Some rows, by host indices."""
+    # Mostly nobody leaves; then no copy of [k, D] is made.
     if len(index) == int(rows.shape[0]) and np.array_equal(index, np.arange(len(index))):
         return rows
     xp = namespace(rows)
@@ -154,42 +162,47 @@ def _column(values: np.ndarray, like: Array) -> Array:
 
 def _steps(settings: ConjugateGradient, operator: _Damped, inverse: LinearOperator, state: _Columns) -> None:
     """Each column by itself."""
-    r = take(state.sides, state.live)
+    r = take(state.rhs, state.live)
     x, z = r * 0, inverse.apply(r)
     p, rz = z, host(rowwise_inner(r, z))
     for step in range(1, settings.max_iterations + 1):
         product = operator(p)
+        # Hestenes and Stiefel 1952, section 3: the step length is r^T z / p^T A p, for each column by itself.
         curve, length = host(rowwise_inner(p, product)), host(rowwise_inner(p, p))
         operator.norm = max(operator.norm, float(np.max(np.abs(curve) / np.where(length > 0, length, 1.0))))
         # A product is off by eps |C| |p|; only what lies well below that is curvature which is really negative.
         negative = curve < -4 * state.eps * operator.norm * length
         if negative.any():
             operator.refuse(r, float((curve / np.where(length > 0, length, 1.0)).min()))
+        # p^T A p = 0 within rounding: no step length there; dividing by it would make the whole block infinite.
         broken = np.abs(curve) <= state.eps**2 * operator.norm * length
         rate = np.where(broken, 0.0, rz / np.where(broken, 1.0, curve))
         x, r = x + _column(rate, x) * p, r - _column(rate, r) * product
         stay = state.judge(host(row_norms(r)), host(row_norms(x)), operator.norm, step) & ~broken
         state.outcome[state.live[broken]] = BROKEN
+        # The last step's columns leave with what they have, so that all have a solution and an outcome.
         kept = state.go_on(x, stay, last=step == settings.max_iterations)
         if not len(kept):
             break
         x, r, p, rz = take(x, kept), take(r, kept), take(p, kept), rz[kept]
         z = inverse.apply(r)
         following = host(rowwise_inner(r, z))
+        # beta = r_new^T z_new / r^T z (Fletcher and Reeves' form), which needs a symmetric preconditioner.
         p, rz = z + _column(following / rz, z) * p, following
     state.products = operator.products
 
 
 def _block_steps(settings: ConjugateGradient, operator: _Damped, inverse: LinearOperator, state: _Columns) -> None:
     """All columns in one space; directions that others already span are dropped."""
-    xp = namespace(state.sides)
-    r = take(state.sides, state.live)
+    xp = namespace(state.rhs)
+    r = take(state.rhs, state.live)
     x = r * 0
     # The directions are orthonormalised afresh at every step, so that columns which have become dependent, as near the
     # end, leave the space in place of making P A P^T singular (Ji and Li 2017, breakdown-free block CG).
     p = orthonormal(inverse.apply(r))
     for step in range(1, settings.max_iterations + 1):
         product = operator(p)
+        # k x k in the best precision there is: its smallest eigenvalues decide whether the curvature is negative.
         small = precise(p @ transpose(product))
         values, vectors = xp.linalg.eigh((small + transpose(small)) / 2)
         operator.norm = max(operator.norm, float(xp.max(xp.abs(values))))
@@ -210,6 +223,7 @@ def _block_steps(settings: ConjugateGradient, operator: _Damped, inverse: Linear
         z = inverse.apply(r)
         # A-orthogonal to the last directions; to all earlier ones by the recurrence, but for rounding.
         p = orthonormal(z - ((z @ transpose(product)) @ core) @ p)
+        # No direction is left although columns have not converged: the space is invariant within rounding.
         if not int(p.shape[0]):
             state.outcome[state.live] = BROKEN
             state.release(x, np.ones(len(kept), dtype=bool))

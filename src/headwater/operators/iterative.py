@@ -64,20 +64,20 @@ class Solver(ABC):
 
     @abstractmethod
     def solve(
-        self, curvature: LinearOperator, damping: float, sides: Array, preconditioner: LinearOperator | None, label: str
+        self, curvature: LinearOperator, damping: float, rhs: Array, preconditioner: LinearOperator | None, label: str
     ) -> Solution:
-        """sides [k, D]. Errors: IndefiniteCurvature where negative curvature is met and not allowed."""
+        """rhs [k, D]. Errors: IndefiniteCurvature where negative curvature is met and not allowed."""
 
     def solve_path(
         self,
         curvature: LinearOperator,
         dampings: Sequence[float],
-        sides: Array,
+        rhs: Array,
         preconditioner: LinearOperator | None,
         label: str,
     ) -> list[Solution]:
         """A solution for each damping; a solver that can shares its work among them."""
-        return [self.solve(curvature, damping, sides, preconditioner, label) for damping in dampings]
+        return [self.solve(curvature, damping, rhs, preconditioner, label) for damping in dampings]
 
 
 _LOG: ContextVar[list[SolveReport] | None] = ContextVar("headwater_solves", default=None)
@@ -87,7 +87,9 @@ _LOG: ContextVar[list[SolveReport] | None] = ContextVar("headwater_solves", defa
 def recorded_solves() -> Iterator[list[SolveReport]]:
     """A list that fills with the report of every solve in this context, in order."""
     log: list[SolveReport] = []
+    # Contexts nest: an inner record is part of what the outer one was asked to see.
     outer = _LOG.get()
+    # A context variable: other threads and tasks keep their own.
     token = _LOG.set(log)
     try:
         yield log
@@ -158,10 +160,11 @@ class IterativeInverse(LinearOperator):
         return self.curvature.input_size
 
     def _apply(self, tensor: Array) -> Array:
-        sides = tensor.reshape((-1, self.input_size))
-        _refuse_without_room(sides, self.label)
-        sides, scale = _scaled(sides, self.label)
-        solution = self.solver.solve(self.curvature, self.damping, sides, self.preconditioner, self.label)
+        rhs = tensor.reshape((-1, self.input_size))
+        _refuse_without_room(rhs, self.label)
+        # C x = b is linear in b: scaling by rows, and back, changes no digit that counts.
+        rhs, scale = _scaled(rhs, self.label)
+        solution = self.solver.solve(self.curvature, self.damping, rhs, self.preconditioner, self.label)
         _note(solution.report)
         return _unscaled(solution.x, scale, self.label).reshape(tensor.shape)
 
@@ -169,6 +172,7 @@ class IterativeInverse(LinearOperator):
         return self
 
     def trace(self) -> float:
+        """Errors: NotImplementedError; use `dense`."""
         raise NotImplementedError("The trace of an inverse that is solved for needs its matrix: use dense().")
 
 
@@ -185,10 +189,10 @@ def _solved_path(inverses: Sequence[IterativeInverse], tensor: Array) -> list[Ar
     order = sorted(range(len(inverses)), key=lambda k: inverses[k].damping)
     hardest, label = inverses[order[0]], inverses[0].label
     dampings = [inverses[k].damping for k in order]
-    sides = tensor.reshape((-1, hardest.input_size))
-    _refuse_without_room(sides, label)
-    sides, scale = _scaled(sides, label)
-    solutions = hardest.solver.solve_path(hardest.curvature, dampings, sides, hardest.preconditioner, label)
+    rhs = tensor.reshape((-1, hardest.input_size))
+    _refuse_without_room(rhs, label)
+    rhs, scale = _scaled(rhs, label)
+    solutions = hardest.solver.solve_path(hardest.curvature, dampings, rhs, hardest.preconditioner, label)
     found: dict[int, Array] = {}
     for k, solution in zip(order, solutions, strict=True):
         _note(solution.report)
@@ -196,15 +200,15 @@ def _solved_path(inverses: Sequence[IterativeInverse], tensor: Array) -> list[Ar
     return [found[k] for k in range(len(inverses))]
 
 
-def _refuse_without_room(sides: Array, label: str) -> None:
-    """Every solver holds the solutions, the residuals and what the curvature makes of them, beside the sides."""
-    shape = tuple(map(int, sides.shape))
+def _refuse_without_room(rhs: Array, label: str) -> None:
+    """Every solver holds solutions, residuals and what the curvature makes of them, beside the right-hand sides."""
+    shape = tuple(map(int, rhs.shape))
     refuse_too_large(
         f"Block {label!r}: solving for right-hand sides",
         shape,
-        3.0 * shape[0] * shape[1] * itemsize(sides),
+        3.0 * shape[0] * shape[1] * itemsize(rhs),
         "Ask about fewer queries at once, in smaller batches.",
-        device(sides),
+        device(rhs),
     )
 
 
@@ -212,27 +216,28 @@ SAFE = 1e12
 """Largest entry, and one over the smallest largest entry, with which squares and products stay within float32."""
 
 
-def _scaled(sides: Array, label: str) -> tuple[Array, Array | None]:
+def _scaled(rhs: Array, label: str) -> tuple[Array, Array | None]:
     """Right-hand sides [k, D], and what their rows were divided by: [k, 1], or None where all are of sensible size.
 
     A system is linear in them; but squares beyond float32 make a norm infinite, or zero, and any residual a small one.
     Errors: NonFiniteValue.
     """
-    refuse_nonfinite(sides, f"Block {label!r}: what is to be solved for (queries' gradients)")
-    xp = namespace(sides)
-    if not math.prod(sides.shape):
-        return sides, None
-    largest = xp.max(xp.abs(sides), axis=1)
+    refuse_nonfinite(rhs, f"Block {label!r}: what is to be solved for (queries' gradients)")
+    xp = namespace(rhs)
+    if not math.prod(rhs.shape):
+        return rhs, None
+    largest = xp.max(xp.abs(rhs), axis=1)
     used = host(largest)
     used = used[used > 0]
+    # As nearly always: then the numbers stay as they are, bit by bit.
     if used.size == 0 or (used.max() <= SAFE and used.min() >= 1.0 / SAFE):
-        return sides, None
+        return rhs, None
     scale = xp.where(largest > 0, largest, xp.ones_like(largest))[:, None]
-    return sides / scale, scale
+    return rhs / scale, scale
 
 
 def _unscaled(x: Array, scale: Array | None, label: str) -> Array:
-    """The solutions of the sides as they were. Errors: NonFiniteValue."""
+    """The solutions, in the size of the right-hand sides as they were given. Errors: NonFiniteValue."""
     return refuse_nonfinite(x if scale is None else x * scale, f"Block {label!r}: what was solved for")
 
 
@@ -260,6 +265,7 @@ def row_norms(rows: Array) -> Array:
     """Euclidean norms of [k, D]: [k]; also where the squares are too large, or too small, for the dtype."""
     xp = namespace(rows)
     norms = xp.sqrt(rowwise_inner(rows, rows))
+    # The plain formula where it serves; the scaled one costs another pass over [k, D].
     if bool(xp.all(xp.isfinite(norms) & (norms > 0))) or not math.prod(rows.shape):
         return norms
     largest = xp.max(xp.abs(rows), axis=1)

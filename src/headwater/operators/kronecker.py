@@ -42,6 +42,8 @@ class KroneckerOperator(LinearOperator):
         return _side_size(self.left) * _side_size(self.right)
 
     def _apply(self, tensor: Array) -> Array:
+        # (left (x) right) vec(G) = vec(left G right^T) for vectors read row by row: two small products, no D x D
+        # matrix.
         values = tensor.reshape((-1, _side_size(self.left), _side_size(self.right)))
         return multiply_right(multiply_left(self.left, values), self.right).reshape(tensor.shape)
 
@@ -63,6 +65,7 @@ class KroneckerOperator(LinearOperator):
 
     def _diagonalised(self) -> EigenKroneckerOperator:
         (left_values, left_basis), (right_values, right_basis) = _diagonalise(self.left), _diagonalise(self.right)
+        # Eigenvalues of a Kronecker product are all products of the factors' eigenvalues.
         spectrum = left_values[:, None] * right_values[None, :]
         return EigenKroneckerOperator(left_basis, right_basis, spectrum, like=self.right)
 
@@ -75,6 +78,7 @@ class KroneckerOperator(LinearOperator):
 
         Not the inverse of left (x) right + damping I, but close to it, and it keeps outer products outer products.
         Source: Martens and Grosse 2015, arXiv 1503.05671, section 6.3.
+        Errors: InvalidSetting for negative damping; NotImplementedError unless symmetric.
         """
         mean_left = _side_trace(self.left) / _side_size(self.left)
         mean_right = _side_trace(self.right) / _side_size(self.right)
@@ -82,10 +86,13 @@ class KroneckerOperator(LinearOperator):
             raise InvalidSetting(f"Factored damping needs damping >= 0, got {damping:g}.")
         if not self.symmetric:
             raise NotImplementedError("A KroneckerOperator that is not symmetric has no inverse in factored form.")
+        # pi of section 6.3: factors are known up to a scale only, and damping must not depend on how it was split.
         balance = math.sqrt(mean_right / mean_left) if mean_left > 0 and mean_right > 0 else 1.0
         root = math.sqrt(damping)
         sides = [
-            _invert_side(side, shift) for side, shift in ((self.left, root / balance), (self.right, root * balance))
+            # The factors' shifts multiply to the damping: (s / p) (s p) = s^2.
+            _invert_side(side, shift)
+            for side, shift in ((self.left, root / balance), (self.right, root * balance))
         ]
         return KroneckerOperator(*sides, psd=self.psd)
 
@@ -98,10 +105,12 @@ class KroneckerOperator(LinearOperator):
     def eigenvalues(self, at_most: int | None = None) -> Spectrum | None:
         sizes = [_side_size(side) for side in (self.left, self.right)]
         matrices = [size for size, side in zip(sizes, (self.left, self.right), strict=True) if side.ndim == 2]
+        # The cost is the eigendecomposition of the factors, not the o x i products of their eigenvalues.
         costly = at_most is not None and max(matrices, default=0) > at_most and self._eigen is None
         if not self.symmetric or costly:
             return None
         values, eps = to_numpy(self.eigen.spectrum), float(namespace(self.right).finfo(self.right.dtype).eps)
+        # Each factor's eigenvalues are off by about its size times eps; relative errors add in the product.
         rounding = sum(sizes) * eps * float(abs(values).max())
         return Spectrum.of(values.clip(0.0) if self.psd else values, rounding=rounding)
 
@@ -119,6 +128,7 @@ def _invert_side(side: Array, shift: float) -> Array:
     if side.ndim == 2 and shift > 0:
         matrix = precise(side)
         inverse = xp.linalg.inv(matrix + shift * identity(int(side.shape[0]), matrix))
+        # A general inverse is symmetric only within rounding; the adjoint is taken to be the operator itself.
         return xp.astype((inverse + transpose(inverse)) / 2, side.dtype)
     values, basis = _diagonalise(side)
     inverse = invert_spectrum(values, shift, diagonalised=_side_size(side))
@@ -173,6 +183,7 @@ class EigenKroneckerOperator(LinearOperator):
     def __init__(self, left: Array | None, right: Array | None, spectrum: Array, *, like: Array):
         xp = namespace(spectrum)
         self.spectrum = spectrum
+        # Bases in the gradients' dtype: they turn gradients at every product, and float64 there would double the cost.
         self.left, self.right = (None if b is None else xp.astype(b, like.dtype) for b in (left, right))
         self.like = like
         self.psd = bool(xp.all(spectrum >= 0))
@@ -194,25 +205,30 @@ class EigenKroneckerOperator(LinearOperator):
         return EigenKroneckerOperator(self.left, self.right, spectrum, like=self.like)
 
     def _apply(self, tensor: Array) -> Array:
-        turned = self.rotation.apply(tensor) * self._weights.reshape((-1,))
-        return self.rotation.adjoint().apply(turned)
+        rotated = self.rotation.apply(tensor) * self._weights.reshape((-1,))
+        return self.rotation.adjoint().apply(rotated)
 
     def apply_gradient(self, value: Gradient) -> Gradient:
-        turned = self.rotation.apply_gradient(value).scale(self._weights)
-        return self.rotation.adjoint().apply_gradient(turned)
+        rotated = self.rotation.apply_gradient(value).scale(self._weights)
+        return self.rotation.adjoint().apply_gradient(rotated)
 
     def quadratic_gradient(self, value: Gradient) -> Array:
         """In the eigenbasis, without turning back."""
+        # |L^T G R|^2 weighted: turning back is orthogonal and would not change the sum.
         return self.rotation.apply_gradient(value).quadratic(self._weights)
 
     def sides(self, queries: Gradient, train_per_query: float) -> tuple[LinearOperator, LinearOperator]:
         """Rotate the train rows too, or the queries back: whichever costs less."""
         (o, i), positions = self.spectrum.shape, queries.positions
-        sides_turned = (o * o if self.left is not None else 0, i * i if self.right is not None else 0)
-        forth = min(positions or i, i) * sides_turned[0] + min(positions or o, o) * sides_turned[1]
-        back = i * sides_turned[0] + o * sides_turned[1]
+        rotation_costs = (o * o if self.left is not None else 0, i * i if self.right is not None else 0)
+        # Turning an outer product costs its positions only; a dense gradient, its full other side.
+        forth = min(positions or i, i) * rotation_costs[0] + min(positions or o, o) * rotation_costs[1]
+        # A query, once scaled, is dense: rotated back once, it then meets train rows as they are.
+        back = i * rotation_costs[0] + o * rotation_costs[1]
+        # Either the query is rotated back once, or every train row is rotated forth.
         if back < train_per_query * forth:
             return super().sides(queries, train_per_query)
+        # <L S (L^T g R) R^T, h> = <S (L^T g R), L^T h R>: the score is the same number in the eigenbasis.
         return ProductOperator(DiagonalOperator(self._weights), self.rotation), self.rotation
 
     def adjoint(self) -> EigenKroneckerOperator:
@@ -274,13 +290,14 @@ class SeparableOperator(LinearOperator):
         return self._exact.apply(tensor)
 
     def apply_gradient(self, value: Gradient) -> Gradient:
-        turned = self.basis.rotation.apply_gradient(value)
-        return self.basis.rotation.adjoint().apply_gradient(self._expansion.apply_gradient(turned))
+        rotated = self.basis.rotation.apply_gradient(value)
+        return self.basis.rotation.adjoint().apply_gradient(self._expansion.apply_gradient(rotated))
 
     def quadratic_gradient(self, value: Gradient) -> Array:
         return self._exact.quadratic_gradient(value)
 
     def sides(self, queries: Gradient, train_per_query: float) -> tuple[LinearOperator, LinearOperator]:
+        # Many positions times R terms may be more numbers than the dense matrix: then exact is cheaper, too.
         if not self._expansion.pays_for(queries):
             return self._exact.sides(queries, train_per_query)
         return ProductOperator(self._expansion, self.basis.rotation), self.basis.rotation
@@ -319,6 +336,7 @@ class SeparableScale(LinearOperator):
         if not isinstance(value, Outer) or not self.pays_for(value):
             return value.scale(transpose(self.u) @ self.v)
         full = value.bordered()
+        # (u_r b)(v_r a)^T summed over r is the elementwise product with sum_r u_r v_r^T: R positions for each.
         a = (full.a[:, None] * self.v[None, :, None, :]).reshape((value.rows, -1, int(self.v.shape[1])))
         b = (full.b[:, None] * self.u[None, :, None, :]).reshape((value.rows, -1, int(self.u.shape[1])))
         return Outer(a, b)

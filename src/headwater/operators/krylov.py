@@ -33,12 +33,14 @@ def orthonormal(rows: Array, against: Iterable[Array] = ()) -> Array:
     xp = namespace(rows)
     eps = float(xp.finfo(rows.dtype).eps)
     norms = row_norms(rows)
+    # Length one first, so that "100 eps of the rows' own size" is an absolute bound below.
     rows = rows / xp.where(norms > 0, norms, xp.ones_like(norms))[:, None]
     bases, smallest = False, 0.0
     # Values come from a Gram matrix, which squares the condition; after the first pass all that is kept is near 1, so
     # that the second loses nothing, and can be strict.
     for least in (1e2 * eps, 0.5):
         for basis in against:
+            # Block by block (modified Gram-Schmidt): it loses fewer digits than one projection on the whole basis.
             rows, bases = rows - (rows @ transpose(basis)) @ basis, True
         if not int(rows.shape[0]):
             break
@@ -50,6 +52,7 @@ def orthonormal(rows: Array, against: Iterable[Array] = ()) -> Array:
         smallest = float(host(values)[kept].min())
         turn = xp.take(vectors, index, axis=1) / xp.take(values, index, axis=0)
         rows = xp.astype(transpose(turn), rows.dtype) @ rows
+        # Well conditioned and nothing to be orthogonal to: the second pass would change no digit that counts.
         if smallest > 0.05 and not bases:
             break
     return rows
@@ -84,9 +87,10 @@ class Bounds:
 
 
 def extreme_eigenvalues(operator: LinearOperator, start: Array, steps: int = 60, tolerance: float = 1e-2) -> Bounds:
-    """Both ends of the spectrum by Lanczos from one vector [1, D]; stops when both have settled."""
+    """Both ends of the spectrum by Lanczos from one vector [1, D]; stops when both have converged."""
     space = KrylovSpace(operator, start)
     for _ in range(steps):
+        # One vector's chain: the ends of a spectrum converge first (Saad 2011, chapter 6), so a few dozen steps do.
         space.extend()
         values, _, errors = space.ritz()
         scale = max(abs(values[0]), abs(values[-1]))
@@ -135,9 +139,11 @@ def mirrored(rows: list[np.ndarray]) -> np.ndarray:
     full, start = np.zeros((size, size)), 0
     for row in rows:
         stop = start + row.shape[0]
+        # Row k holds products with all blocks up to k: the lower triangle. The upper one is its transpose.
         full[start:stop, : row.shape[1]] = row
         full[: row.shape[1], start:stop] = row.T
         start = stop
+    # The diagonal blocks come from one product each and are symmetric only within rounding.
     return (full + full.T) / 2
 
 
@@ -171,16 +177,19 @@ class KrylovSpace:
         if self.exhausted:
             return
         self.blocks.append(block)
+        # What a chain left outside may be taken up by later blocks; its error bound then shrinks.
         self._left = [left.without(block) for left in self._left]
         image = self.operator.apply(block)
         self.products += int(block.shape[0])
         row = np.concatenate([host(image @ transpose(b)) for b in self.blocks], axis=1)
         self._rows.append(refuse_nonfinite(row, "A product of the curvature"))
         self.next = orthonormal(image, self.blocks)
+        # How far A V reaches out of the space: the residuals of Ritz pairs follow from this alone, without a product.
         self._coupling = host(image @ transpose(self.next))
 
     def restart(self, start: Array) -> None:
         """Leave the chain as it is, and begin another: an eigenvalue shows once for each start vector."""
+        # An exhausted chain leaves no residue: its error stays zero.
         if not self.exhausted:
             size = self.size
             rows = slice(size - self._rows[-1].shape[0], size)
@@ -190,6 +199,7 @@ class KrylovSpace:
 
     def join(self, start: Array) -> None:
         """Go on with the chain, and with other vectors beside it."""
+        # The fresh vectors are no image of the last block, so that its coupling with them is zero.
         fresh = orthonormal(start, [*self.blocks, self.next])
         self._coupling = np.pad(self._coupling, ((0, 0), (0, int(fresh.shape[0]))))
         self.next = namespace(fresh).concat([self.next, fresh], axis=0)
@@ -206,7 +216,9 @@ class KrylovSpace:
         """
         values, vectors = np.linalg.eigh(self.projected()[first:, first:])
         last = self._rows[-1].shape[0]
+        # |A u - theta u| = |B^T s|, s the last block's part of the eigenvector of T (Saad 2011, chapter 6).
         errors = np.linalg.norm(self._coupling.T @ vectors[-last:], axis=0)
+        # Beside a projected-off part (first > 0) only the newest chain lives.
         for left in self._left if first == 0 else ():
             errors = errors + left.errors(vectors)
         return values, vectors, errors
@@ -253,33 +265,36 @@ def leading_eigenpairs(
     """The `rank` eigenpairs that are largest in magnitude, by block Lanczos with full reorthogonalisation.
 
     start [b, D], normal random numbers. Settled: |A u - theta u| of all pairs is at most tolerance times the largest
-    magnitude. After max_products a warning (`NotConverged`) says what has not settled, or may have been missed.
+    magnitude. After max_products a warning (`NotConverged`) says what has not converged, or may have been missed.
 
     1. The space of b start vectors holds b copies of an eigenvalue at most, however often it occurs. So when all pairs
-       have settled and none of them comes b times, no copy is missing, and nothing more is done.
+       have converged and none of them comes b times, no copy is missing, and nothing more is done.
     2. Else one more vector looks beside the space: Lanczos on A, projected off the space, until it meets an eigenvalue
        that belongs to the leading ones, or has all but surely no such eigenvalue before it (`_overlooked`).
-    3. Where it meets one, it goes on together with b more vectors, until all pairs have settled again; then step 2.
+    3. Where it meets one, it goes on together with b more vectors, until all pairs have converged again; then step 2.
     """
     space = KrylovSpace(operator, start)
+    # Before the first step, `next` is the start vectors' own basis: their coordinates in it count copies later.
     coordinates = host(start @ transpose(space.next))
     search = _Search(space, rank, tolerance, max(max_products, 1), float(namespace(start).finfo(start.dtype).eps))
     chains = 0
     while search.goes_on:
         space.extend()
         search.look()
-        if not search.settled:
+        if not search.converged:
             continue
         if not chains and not search.may_lack_copies(coordinates):
             search.complete = True
             break
         chains += 1
+        # One vector looks; the b others join only if it finds something, as each costs a product at every step.
         fresh = as_like(row_normals(np.arange(len(start) + 1), operator.input_size, draw=chains, seed=0), start)
         if not search.finds_more(fresh[:1]):
             break
         space.join(fresh[1:])
     search.warn(label)
     values, vectors, _ = space.ritz()
+    # Ascending, as eigh gives them; the rank largest in magnitude.
     chosen = np.sort(_leading(values, rank))
     basis = space.combine(vectors[:, chosen].T)
     return EigenpairsOperator(precise(as_like(values[chosen], basis)), basis)
@@ -310,11 +325,12 @@ class _Search:
         self.values, self.vectors, self.errors = self.space.ritz()
         self.kept = _leading(self.values, self.rank)
         self.scale = float(np.abs(self.values).max())
-        self.unsettled = int((self.errors[self.kept] > self.tolerance * self.scale).sum())
+        self.unconverged = int((self.errors[self.kept] > self.tolerance * self.scale).sum())
+        # A basis of the whole space: T is A in other coordinates, and nothing can be missing.
         whole = self.space.size >= self.size
         invariant = self.errors.max() <= 1e3 * self.eps * self.scale  # but for rounding
-        enough = len(self.values) >= self.rank and not self.unsettled
-        self.settled = whole or bool(invariant) or enough
+        enough = len(self.values) >= self.rank and not self.unconverged
+        self.converged = whole or bool(invariant) or enough
         self.complete = whole
 
     @property
@@ -331,13 +347,17 @@ class _Search:
         times the number found: they see the copies that the space lacks, too.
         """
         width = coordinates.shape[1]
+        # How much of the start vectors lies along each Ritz vector: about 1 for one copy, 2 for two, ...
         weights = np.sum((coordinates @ self.vectors[:width]) ** 2, axis=0) / len(coordinates)
         kept = np.sort(self.kept[np.abs(self.values[self.kept]) > self.floor])
         values, weights = self.values[kept], weights[kept]
         for k in range(len(values) - width + 1):
+            # b copies were found, as many as b vectors can show: there may be more.
             if values[k + width - 1] - values[k] <= ALIKE * np.abs(values[k : k + width]).max():
                 return True
+            # A cluster that the tolerance cannot resolve may hide copies between its members.
             near = np.flatnonzero((values >= values[k]) & (values <= values[k] + 2 * self.share * self.scale))
+            # Three standard deviations of a chi-squared sum: more weight than so many eigenvalues carry by chance.
             dense = weights[near].sum() - len(near) > 3 * (2 * len(near) / len(coordinates)) ** 0.5
             if len(near) >= width and dense:
                 return True
@@ -351,6 +371,7 @@ class _Search:
         while self.goes_on:
             space.extend()
             values, _, errors = space.ritz(first)
+            # Ritz values of A off the space only grow, so that the first above the floor settles it.
             top = int(np.abs(values).argmax())
             found = float(np.abs(values[top]))
             if found > floor:
@@ -363,11 +384,11 @@ class _Search:
         return False
 
     def warn(self, label: str) -> None:
-        if self.settled and self.complete:
+        if self.converged and self.complete:
             return
         what = (
-            f"{self.unsettled} of {self.rank} leading eigenpairs have not settled"
-            if not self.settled
+            f"{self.unconverged} of {self.rank} leading eigenpairs have not converged"
+            if not self.converged
             else "some of the leading eigenvalues come several times, and copies may be missing"
         )
         warnings.warn(
@@ -385,6 +406,7 @@ def _overlooked(found: float, floor: float, steps: int, size: int, psd: bool) ->
     off by more than the share e of itself after k steps; of the whole spread, for others.
     Source: Kuczynski and Wozniakowski 1992, theorem 4.2.
     """
+    # The theorem speaks of an error relative to the largest eigenvalue; an indefinite matrix is shifted by its spread.
     share = (1.0 - found / floor) / (1.0 if psd else 2.0)
     return float(1.648 * max(size, 1) ** 0.5 * np.exp(-(share**0.5) * (2 * steps - 1)))
 
@@ -395,8 +417,11 @@ def steepness(
     """A little above the largest eigenvalue of inverse (operator + damping), by power iteration from [1, D]."""
     x, found = start, 0.0
     for _ in range(steps):
+        # Power iteration on P (C + damping): not symmetric, but similar to a symmetric matrix, so that its spectrum is
+        # real.
         image = inverse.apply(operator.apply(x) + x * damping)
         size = host(row_norms(x))[0]
         found = max(found, float(host(row_norms(image))[0] / size)) if size else found
         x = image / row_norms(image)[:, None]
+    # A norm ratio approaches the largest eigenvalue from below; a tenth covers what ten steps leave.
     return 1.1 * found

@@ -59,20 +59,20 @@ class Descent(Solver):
     """Start from P b rather than from step_size P b."""
 
     def solve(
-        self, curvature: LinearOperator, damping: float, sides: Array, preconditioner: LinearOperator | None, label: str
+        self, curvature: LinearOperator, damping: float, rhs: Array, preconditioner: LinearOperator | None, label: str
     ) -> Solution:
         assert isinstance(curvature, SteppedOperator)
-        helper = preconditioner or IdentityOperator(curvature.input_size)
-        sizes = host(row_norms(sides))
-        x = helper.apply(sides)
+        approximate = preconditioner or IdentityOperator(curvature.input_size)
+        sizes = host(row_norms(rhs))
+        x = approximate.apply(rhs)
         x = x if self.warm_start else x * self.step_size
         move = x * 0
         for step in range(self.steps):
-            rest = sides - curvature.at(step).apply(x) - x * damping
+            rest = rhs - curvature.at(step).apply(x) - x * damping
             self._check(curvature.at(step), damping, x, host(row_norms(rest)), sizes, step, preconditioner is None)
-            move = move * self.momentum + helper.apply(rest) * self.step_size
+            move = move * self.momentum + approximate.apply(rest) * self.step_size
             x = x + move
-        rest = host(row_norms(sides - curvature.apply(x) - x * damping))
+        rest = host(row_norms(rhs - curvature.apply(x) - x * damping))
         residual = rest / np.where(sizes > 0, sizes, 1.0)
         outcome = np.full(len(sizes), FINISHED)
         products = (self.steps + 1) * len(sizes)

@@ -120,9 +120,11 @@ class ProjectionSide(LinearOperator):
         return ProjectedGradient(layout, BlockGradient.from_flat(layout, self.core.apply(small.flat())).parts)
 
     def adjoint(self) -> LinearOperator:
+        """Errors: NotImplementedError."""
         raise NotImplementedError("A side maps between two spaces; use the operator that it belongs to.")
 
     def trace(self) -> float:
+        """Errors: NotImplementedError."""
         raise NotImplementedError("A side maps between two spaces and has no trace.")
 
 
@@ -133,6 +135,7 @@ class MomentOperator(DenseOperator):
         super().__init__(matrix, symmetric=True, psd=True)
 
     def inverse(self, damping: float = 0.0, *, allow_indefinite: bool = True) -> DenseOperator:
+        """Errors: NonFiniteValue."""
         xp, size = namespace(self.matrix), self.input_size
         if not bool(xp.all(xp.isfinite(self.matrix))):
             raise NonFiniteValue(f"The operator is not finite, and has no inverse (damping {damping:g}).")

@@ -32,7 +32,7 @@ HELD = 256 * 2**20
 class ProjectedGradient(BlockGradient):
     """Projected rows of a block: small, and already in the form in which they meet."""
 
-    def settled(self, partner: BlockGradient) -> BlockGradient:
+    def cheapest_form(self, partner: BlockGradient) -> BlockGradient:
         return self
 
     def take(self, index: slice | Array) -> ProjectedGradient:
@@ -109,8 +109,11 @@ class RandomProjection(Projection):
         total = zeros_like(parts[0].arrays[0], (parts[0].rows, self.dimension))
         for k, part in enumerate(parts):
             for rows, numbers in self._pieces(k):
+                # Signs in memory: the gradient is taken as it is, without cutting its rows.
                 whole = rows == slice(0, part.shape[0])
+                # Repeats are rounded up to whole groups of m: what goes beyond K is cut off.
                 total += numbers.project(part if whole else _output_rows(part, rows))[:, : self.dimension]
+        # 1 / sqrt(K) makes <P g, P h> right on average (Johnson and Lindenstrauss 1984).
         return (Dense((total * self.dimension**-0.5)[:, None, :]),)
 
     def up(self, flat: Array) -> Array:
@@ -127,6 +130,7 @@ class RandomProjection(Projection):
             return
         o, i = self.layout.parts[part].shape
         step = rows_within_memory(self._repeats(part) * i, self.like)
+        # Parameters one below the other are rows of their own streams; a cut through them would need both.
         step = o if self.layout.parts[part].below else min(step, o)
         for start in range(0, o, step):
             rows = slice(start, min(start + step, o))
@@ -136,6 +140,7 @@ class RandomProjection(Projection):
     def _kept(self) -> dict[int, PartSigns]:
         """The signs of all parts, if there is room for them."""
         numbers = sum(self._repeats(k) * part.size for k, part in enumerate(self.layout.parts))
+        # All or none: a part that is drawn again for each batch costs as much as its product.
         if numbers * itemsize(self.like) > HELD:
             return {}
         return {k: self._draw(k, slice(0, part.shape[0])) for k, part in enumerate(self.layout.parts)}
@@ -152,6 +157,8 @@ class RandomProjection(Projection):
 
 def mixing(output_rows: int) -> int:
     """How many projected numbers share a sign: a power of two, a sixteenth of the output rows, at most 16."""
+    # A power of two, so that K's usual sizes divide; at most a sixteenth of the rows, so that variance stays near 1 /
+    # K.
     m = 1
     while m < 16 and 32 * m <= output_rows:
         m *= 2
@@ -161,6 +168,7 @@ def mixing(output_rows: int) -> int:
 def part_signs(part: Part, rows: slice, repeats: int, seed: int) -> np.ndarray:
     """Signs of some rows of a part, each parameter's from the stream of its name: int8 [repeats, rows, i]."""
 
+    # By the parameter's name and its own positions: any block structure, and any cut into pieces, draws the same signs.
     def cut(piece: Piece, start: int, stop: int) -> np.ndarray:
         i = piece.shape[1]
         columns = range(piece.start + start * i, piece.start + stop * i)
@@ -200,10 +208,12 @@ class PartSigns:
         if self.shared is None:
             return value.project(self.numbers)
         if isinstance(value, Sum):
+            # Linear in the gradient: a sum's projection is the sum of its terms', each in its own cheapest form.
             found = [self.project(term) for term in value.terms]
             return sum(found[1:], found[0])
         r, o, i = self.numbers.shape
         if isinstance(value, RowSparse):
+            # `width` is how many numbers a row needs on the way: rows are cut so that they fit into the working memory.
             along, width = self._along_sparse, r * int(value.ids.shape[1]) * i
         elif isinstance(value, Outer) and value.positions == 1:
             along, width = self._along_outer, r * o + i
@@ -218,17 +228,20 @@ class PartSigns:
         """b_o sum_i numbers_roi a_i, then mixed over o: one product of the inputs with all the signs."""
         full, (r, o, i) = value.bordered(), self.numbers.shape
         turned = (full.a[:, 0] @ transpose(self.numbers.reshape((r * o, i)))).reshape((-1, r, o))
+        # In place: [n, r, o] is the largest array here.
         turned *= full.b
         return self._mixed(turned)
 
     def _along_dense(self, value: Gradient) -> Array:
         xp = namespace(self.numbers)
+        # Output row by output row, as one batched product over o.
         rows = xp.permute_dims(value.dense(), (1, 0, 2)) @ xp.permute_dims(self.numbers, (1, 2, 0))
         return self._mixed(xp.permute_dims(rows, (1, 2, 0)))
 
     def _along_sparse(self, value: Any) -> Array:
         xp, (n, t), i = namespace(self.numbers), value.ids.shape, int(value.values.shape[2])
         ids = value.ids.reshape((-1,))
+        # Only rows of the embedding that occur: the signs of the others meet zeros.
         own = xp.take(self.numbers, ids, axis=1).reshape((-1, n, t, i))
         along = xp.permute_dims(xp.sum(own * value.values[None], axis=3), (1, 0, 2))
         return (along @ xp.take(self.shared, ids, axis=0).reshape((n, t, -1))).reshape((n, -1))
@@ -245,6 +258,7 @@ class PartSigns:
         if self.shared is None:
             return (small @ self.numbers.reshape((r, o * i))).reshape((n, o, i))
         m = int(self.shared.shape[1])
+        # K need not be a multiple of m; the numbers that are missing are zero.
         full = xp.concat([small, zeros_like(small, (n, r * m - int(small.shape[1])))], axis=1)
         turned = (full.reshape((n * r, m)) @ transpose(self.shared)).reshape((n, r, o))
         rows = xp.permute_dims(turned, (2, 0, 1)) @ xp.permute_dims(self.numbers, (1, 0, 2))
@@ -259,6 +273,7 @@ def _output_rows(value: Gradient, rows: slice) -> Gradient:
         return Outer(value.a, value.b[:, :, rows], value.ones)
     if isinstance(value, RowSparse):
         xp, inside = namespace(value.values), (value.ids >= rows.start) & (value.ids < rows.stop)
+        # A row outside keeps a valid index (0) and loses its values, as shapes must not depend on data.
         ids = xp.where(inside, value.ids - rows.start, xp.zeros_like(value.ids))
         values = value.values * xp.astype(inside, value.values.dtype)[:, :, None]
         return RowSparse(ids, values, rows.stop - rows.start)
@@ -295,7 +310,7 @@ class KroneckerProjection(Projection):
     def up(self, flat: Array) -> Array:
         small = self.small.split(flat.reshape((-1, self.small.size)))
         found = [
-            multiply_right(multiply_left(_turned(left), values), _turned(right))
+            multiply_right(multiply_left(_transposed(left), values), _transposed(right))
             for values, (left, right) in zip(small, self.sides, strict=True)
         ]
         return self.layout.merge(found).reshape((*flat.shape[:-1], self.layout.size))
@@ -305,7 +320,7 @@ def _height(side: Side, size: int) -> int:
     return size if side is None else int(side.shape[0])
 
 
-def _turned(side: Side) -> Side:
+def _transposed(side: Side) -> Side:
     return None if side is None else transpose(side)
 
 
@@ -317,10 +332,12 @@ def squeeze(value: Gradient, left: Side, right: Side) -> Gradient:
     if isinstance(value, Outer):
         if right is None:
             return Outer(value.a, multiply_right(value.b, left), value.ones)
+        # The column of ones is not kept in `a`: its share is the last column of R, added to every position.
         a = multiply_right(value.a, right[:, :-1] if value.ones else right)
         return Outer(a + right[:, -1] if value.ones else a, multiply_right(value.b, left))
     if isinstance(value, RowSparse) and left is not None:
         (n, t), columns = value.ids.shape, transpose(left)
+        # L times a one-hot column is a column of L: taken, not multiplied.
         b = namespace(columns).take(columns, value.ids.reshape((-1,)), axis=0).reshape((n, t, -1))
         return Outer(multiply_right(value.values, right), b)
     return value.sandwich(left, right)
@@ -362,6 +379,7 @@ class LowRankProjection(KroneckerProjection):
     def _cut(self, part: Gradient) -> Gradient:
         if self._is_short(part):
             return part
+        # Eckart and Young 1936: the leading singular triples are the best approximation of that rank.
         u, s, v = namespace(part.arrays[0]).linalg.svd(part.dense(), full_matrices=False)
         return Outer(v[:, : self.rank], transpose(u[:, :, : self.rank] * s[:, None, : self.rank]))
 
@@ -372,6 +390,7 @@ class LowRankProjection(KroneckerProjection):
     @cached_property
     def _lifts(self) -> list[tuple[Side, Side]]:
         """Right inverses of the sides: L L+ = I."""
+        # With L L+ = I, projecting what was lifted gives back what was kept.
         return [(_right_inverse(left), _right_inverse(right)) for left, right in self.sides]
 
 
@@ -404,6 +423,7 @@ def column_streams(part: Part) -> list[Stream]:
 
 def gaussian_side(streams: Sequence[Stream], size: int, *, seed: int) -> np.ndarray | None:
     """Normal numbers over sqrt(size), so that L^T L is the identity on average: [size, o]; None if it is no smaller."""
+    # No smaller than the side itself: the identity is exact and costs nothing.
     if size >= sum(len(rows) for _, rows in streams):
         return None
     drawn = [normals(name, rows, size, seed=seed) for name, rows in streams]
@@ -421,11 +441,13 @@ def sparse_side(streams: Sequence[Stream], size: int, mask: int | None, *, seed:
     kept = total if mask is None else min(mask, total)
     if min(kept, size) == total:
         return None
+    # A random order by 64-bit keys: the first `kept` are a sample without replacement, the same on every machine.
     order = np.argsort((drawn[:, 2] << np.uint64(32)) | drawn[:, 3], kind="stable")[:kept]
     side = np.zeros((min(size, kept), total))
     if size >= kept:
         side[np.arange(kept), np.sort(order)] = (total / kept) ** 0.5
         return side
+    # A uniform place in [0, size) by multiply and shift: unlike a modulo, without a bias towards small ones.
     places = (drawn[order, 0] * np.uint64(size)) >> np.uint64(32)
     side[places.astype(np.int64), order] = (2.0 * (drawn[order, 1] & np.uint64(1)) - 1.0) * (total / kept) ** 0.5
     return side

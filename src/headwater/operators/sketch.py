@@ -24,10 +24,12 @@ def sign_vectors(count: int, size: int, like: Array, *, seed: int, stream: int, 
     """Vectors of random signs [count, size], from a counter, which begins at `first`: any cut of them is the same."""
     blocks = -(-size // SIGNS_IN_BLOCK)
     counter = np.zeros((count, blocks, 4), dtype=np.uint64)
+    # Philox by position: column block, vector, stream. So vector k is the same however many are drawn at once.
     counter[..., 0] = np.arange(blocks, dtype=np.uint64)
     counter[..., 1] = np.arange(first, first + count, dtype=np.uint64)[:, None]
     counter[..., 2] = stream
     words = philox(counter, (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))
+    # One bit, one sign: little-endian both ways, so that machines agree.
     bits = np.unpackbits(words.view(np.uint8).reshape(count, -1), axis=1, count=size, bitorder="little")
     return as_like(bits.astype(np.int8) * 2 - 1, like)
 
@@ -54,6 +56,7 @@ def estimate_diagonal(operator: LinearOperator, like: Array, *, probes: int, see
     vectors = sign_vectors(probes, size, like, seed=seed, stream=1)
     xp = namespace(vectors)
     diagonal = xp.mean(vectors * operator.apply(vectors), axis=0)
+    # An estimate of a positive diagonal may come out negative; a preconditioner must not.
     return DiagonalOperator(xp.where(diagonal > 0, diagonal, xp.zeros_like(diagonal)))
 
 
@@ -75,25 +78,32 @@ def fit_nystroem(
     refuse_vectors("A Nystroem sketch", rank, size, 3, like, "Use a lower rank, or smaller blocks (blocks='layer').")
     xp = namespace(like)
     whole = rank == size
+    # Signs are orthonormalised: the range is the same, and the core then has the condition of A, not of S.
     basis = identity(size, like) if whole else orthonormal(sign_vectors(rank, size, like, seed=seed, stream=2))
     image = operator.apply(basis)
+    # In float64 where there is one: the step below divides by the root of small eigenvalues.
     core = refuse_nonfinite(precise(basis @ transpose(image)), "A product of the curvature")
     core = (core + transpose(core)) / 2
     met = _met(core, operator, float(xp.finfo(like.dtype).eps), shifted)
+    # In Y and W alike: a core of A + 2 s beside products of A would belong to no matrix.
     if met:
         image, core = image + 2 * met * basis, core + 2 * met * identity(int(core.shape[0]), core)
     norm = float(np.linalg.norm(host(row_norms(image))))
     if norm == 0.0:
         return EigenpairsOperator(xp.zeros_like(core[0]), basis)
+    # nu of algorithm 2.1: just above rounding of the products, so that Cholesky (here: eigh) is stable.
     shift = float(xp.finfo(like.dtype).eps) * size**0.5 * norm
     values, vectors = xp.linalg.eigh(core)
     values = xp.where(values > 0, values, xp.zeros_like(values)) + shift
+    # B = Y C^-1: then B B^T is the Nystroem approximation, and its singular values give the spectrum.
     half = xp.astype(transpose(vectors / xp.sqrt(values)), like.dtype) @ (image + shift * basis)
     singular, left = principal(half)
     singular, left = precise(singular), precise(left)
     turn = left / xp.where(singular > 0, singular, xp.ones_like(singular))
     right = xp.astype(transpose(turn), like.dtype) @ half
+    # The stabilising shift is taken off again; what was only shift becomes zero.
     spectrum = singular**2 - shift
+    # With 2 met taken off, no eigenvalue ends below -met: as low as the core itself was.
     spectrum = xp.where(spectrum > met, spectrum, xp.ones_like(spectrum) * met) - 2 * met
     return EigenpairsOperator(spectrum, right)
 
@@ -107,6 +117,7 @@ def _met(core: Array, operator: LinearOperator, eps: float, shifted: bool) -> fl
 
 
 def _refuse_indefinite(core: Array, eps: float, operator: LinearOperator) -> None:
+    # Rounding of a positive matrix leaves eigenvalues down to about -eps |A|; a hundred times that is curvature.
     values = namespace(core).linalg.eigvalsh(core)
     lowest, size = float(values[0]), float(namespace(values).max(namespace(values).abs(values)))
     if lowest < -1e2 * eps * size:
@@ -131,19 +142,23 @@ def estimate_spectra(operator: LinearOperator, like: Array, *, probes: int, step
     size, xp = operator.input_size, namespace(like)
     eps = float(xp.finfo(like.dtype).eps)
     if size <= WHOLE:
+        # No estimate where as many products give all of it.
         matrix = host(operator.apply(identity(size, like)))
         return [_as_spectrum(np.linalg.eigvalsh((matrix + matrix.T) / 2), np.ones(size), operator.psd, eps)]
     refuse_vectors("An estimate of the spectrum", probes * steps, size, 1, like, "Use fewer probes.")
     signs = sign_vectors(probes, size, like, seed=seed, stream=5)
     space = KrylovSpace(operator, signs)
+    # Taken before the first step, when `next` spans just the signs.
     coordinates = host(signs @ transpose(space.next))
     for _ in range(steps):
         space.extend()
     values, vectors, _ = space.ritz()
+    # Gauss weights: squared first components, times |z|^2 = D, which the coordinates have in them.
     weights = (coordinates @ vectors[: coordinates.shape[1]]) ** 2
     return [_as_spectrum(values, counts, operator.psd, eps) for counts in weights]
 
 
 def _as_spectrum(values: np.ndarray, counts: np.ndarray, psd: bool, eps: float) -> Spectrum:
+    # Below this a count of eigenvalues, or a rank, says nothing.
     rounding = len(values) * eps * float(np.abs(values).max())
     return Spectrum(values.clip(0.0) if psd else values, counts, rounding)

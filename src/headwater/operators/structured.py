@@ -41,6 +41,7 @@ def _refuse_singular(sizes: Array, damping: float, diagonalised: int) -> None:
     largest, smallest = float(xp.max(sizes)), float(xp.min(sizes))
     if not math.isfinite(largest):
         raise NonFiniteValue(f"The operator is not finite, and has no inverse (damping {damping:g}).")
+    # An eigendecomposition is off by about its size times eps of float64, in which it is computed.
     if smallest <= largest * max(float(xp.finfo(sizes.dtype).eps), diagonalised * 2.0**-52):
         raise SingularOperator(
             f"At damping {damping:g} the smallest eigenvalue is zero to rounding (largest {largest:g}). "
@@ -85,6 +86,7 @@ class DenseOperator(LinearOperator):
         if not self.symmetric:
             damped = self.matrix + damping * identity(self.input_size, self.matrix)
             linalg = namespace(damped).linalg
+            # Not symmetric: singular values say how near to singular it is, eigenvalues do not.
             _refuse_singular(linalg.svdvals(damped), damping, self.input_size)
             return DenseOperator(linalg.inv(damped))
         values, vectors = self.eigen
@@ -95,6 +97,7 @@ class DenseOperator(LinearOperator):
             values = xp.where(values > (self.input_size * rounding if hidden else 0.0), values, xp.zeros_like(values))
         inverse = invert_spectrum(values, damping, allow_indefinite, diagonalised=self.input_size)
         matrix = (vectors * inverse) @ transpose(vectors)
+        # Not `psd`: an indefinite matrix may be positive once damped.
         positive = bool(namespace(inverse).all(inverse > 0))
         return DenseOperator(namespace(matrix).astype(matrix, self.matrix.dtype), symmetric=True, psd=positive)
 
@@ -242,8 +245,10 @@ class LowRankPlusDiagonalOperator(LinearOperator):
         xp = namespace(self.factor)
         inverse = invert_spectrum(self.diagonal, damping)
         scaled = self.factor * inverse[:, None]
+        # (D + F C F^T)^-1 = D^-1 - D^-1 F (I + C F^T D^-1 F)^-1 C F^T D^-1: no inverse of the core.
         small = as_like(xp.eye(int(self.core.shape[0])), self.core) + self.core @ (transpose(self.factor) @ scaled)
         _refuse_singular(xp.linalg.svdvals(small), damping, int(small.shape[0]))
+        # Symmetric in exact arithmetic: (I + C K)^-1 C = C (I + K C)^-1.
         core = -xp.linalg.solve(small, self.core)
         return LowRankPlusDiagonalOperator(scaled, (core + transpose(core)) / 2, inverse, psd=self.psd and damping >= 0)
 
@@ -262,6 +267,7 @@ class LowRankPlusDiagonalOperator(LinearOperator):
         if low != high or (at_most is not None and int(self.core.shape[0]) > at_most):
             return None
         xp = namespace(self.factor)
+        # Q R C R^T Q^T has the eigenvalues of R C R^T: r x r in place of D x D.
         triangle = xp.linalg.qr(precise(self.factor), mode="reduced")[1]
         values = to_numpy(xp.linalg.eigvalsh(triangle @ precise(self.core) @ transpose(triangle)))
         eps = float(xp.finfo(self.factor.dtype).eps)
@@ -306,12 +312,14 @@ class EigenpairsOperator(LinearOperator):
             return EigenpairsPlusScaledOperator(EigenpairsOperator(values, self.vectors), 0.0)
         if damping == 0.0:
             raise SingularOperator("An operator of low rank has no inverse without damping. Use more damping.")
+        # 1 / damping everywhere, and on the span the difference to 1 / (value + damping).
         return EigenpairsPlusScaledOperator(EigenpairsOperator(values - 1.0 / damping, self.vectors), 1.0 / damping)
 
     def trace(self) -> float:
         return float(namespace(self.values).sum(self.values))
 
     def spectrum_bounds(self) -> tuple[float, float] | None:
+        # Off its span the operator is zero, which is an eigenvalue too.
         rest = () if int(self.vectors.shape[0]) >= self.input_size else (0.0,)
         return spread((*ends(self.values), *rest))
 
@@ -353,11 +361,13 @@ class EigenpairsPlusScaledOperator(LinearOperator):
         return None if found is None else found.shifted(self.scale)
 
     def quadratic(self, value: BlockGradient) -> Array:
+        # scale |g|^2 + sum_k w_k <u_k, g>^2: g stays in its own form.
         along = value.project(self.leading.vectors)
         return value.squared_norms() * self.scale + (along * along) @ self.leading._weights
 
     def block_sides(self, queries: BlockGradient, train_per_query: float) -> tuple[LinearOperator, LinearOperator]:
         """Train rows along k directions, where k is below the number of queries; else queries through the operator."""
+        # k coordinates for each train row cost k products; the queries, applied once, cost one for each query.
         if int(self.leading.vectors.shape[0]) >= queries.rows:
             return super().block_sides(queries, train_per_query)
         vectors, weights = self.leading.vectors, self.leading._weights

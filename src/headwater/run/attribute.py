@@ -17,8 +17,9 @@ from headwater.operators.iterative import joined, recorded_solves, unrecorded_so
 from headwater.rows import Each, PlacedBatch, Visitor, sweep_kept
 from headwater.run.diagnosis import RunSums, diagnosis_of, meets_the_loss
 from headwater.run.rows import FittedRows, check_scores, distinct, sweep_rows
+from headwater.run.runners.shared import check_worker
 from headwater.store.base import MemorySink, Sink, Tile
-from headwater.store.scores import UNIT_IN_WORDS, Extremes, Running, Scores
+from headwater.store.scores import UNIT_IN_WORDS, Scores, TopK, TopKSink
 from headwater.store.tiles import TileStore
 from headwater.types import Batch
 
@@ -35,6 +36,7 @@ def attribute(
     by_block: bool,
     store: str | os.PathLike[str] | None,
     progress: bool,
+    worker: tuple[int, int] = (0, 1),
 ) -> Scores:
     """See `ComposableInfluence.attribute`."""
     with recorded_solves() as log:
@@ -43,8 +45,16 @@ def attribute(
     if store is not None:
         identity = _identity(influence, unit, by_block, asked.ids, asked.keys)
         kept = TileStore(store, identity, _tolerance(influence, solved=bool(joined(log))))
+    check_worker(worker)
+    shared = worker[1] > 1
+    if shared:
+        if kept is None:
+            raise InvalidSetting(f"worker is {worker}, and workers meet in a folder: give store=.")
+        share = OwnShare(Score(influence, asked, unit, by_block, [kept]), worker)
+        sweep_rows(influence.provider, train_loader, share, "own share of the scores", progress)
     score = Score(influence, asked, unit, by_block, [memory] if kept is None else [kept, memory])
-    sums = RunSums(influence.provider, kept) if meets_the_loss(influence) else None
+    # The mean gradient takes every row's gradient, which workers are there to save.
+    sums = RunSums(influence.provider, kept) if meets_the_loss(influence) and not shared else None
     try:
         train_ids = _scored(influence, train_loader, score if sums is None else score & sums, asked, unit, progress)
     finally:
@@ -77,12 +87,12 @@ def top(
     *,
     unit: str,
     progress: bool,
-) -> Extremes:
+) -> TopK:
     """See `ComposableInfluence.top`."""
     asked = _queries(influence, query_loader, progress)
-    running = Running(k, asked.ids)
-    _scored(influence, train_loader, Score(influence, asked, unit, False, [running]), asked, unit, progress)
-    return running.extremes()
+    sink = TopKSink(k, asked.ids)
+    _scored(influence, train_loader, Score(influence, asked, unit, False, [sink]), asked, unit, progress)
+    return sink.top()
 
 
 def _scored(
@@ -95,6 +105,7 @@ def _scored(
 ) -> np.ndarray:
     """The train rows' names, once all were visited."""
     fitted = FittedRows(influence, forecast=unit == "removal", queries_fitted=asked.fitted)
+    # One pass for both: the rows' names are checked before their scores are computed.
     names, _ = sweep_rows(influence.provider, loader, fitted & visitor, "train scores", progress)
     return distinct(names, "train")
 
@@ -133,6 +144,7 @@ def _queries(influence: ComposableInfluence, query_loader: Iterable[object], pro
     pieces = sweep_rows(
         provider, query_loader, Each[PlacedBatch, PlacedBatch](lambda piece: piece), "query rows", False, "query"
     )
+    # Whether rows are rotated or queries turned back depends on how many train rows each query meets.
     factors = _Factors(influence, influence.n_train / sum(len(piece.batch) for piece in pieces))
     found = sweep_kept(pieces, factors, "query factors", progress)
     keys = np.concatenate([provider.content_keys(piece.batch) for piece in pieces])
@@ -180,7 +192,9 @@ def _identity(
 
 def _tolerance(influence: ComposableInfluence, solved: bool) -> float:
     """How far scores may be off, relative to the largest, when the same thing is fitted and solved again."""
+    # A few hundred eps: another batch size adds up in another order.
     rounding = {"bfloat16": 0.1, "float16": 0.02}.get(influence.provider.dtype, 1e-4)
+    # Solves stop at a tolerance, and where they stop depends on what else is solved with them.
     return max(rounding, 1e-3) if solved else rounding
 
 
@@ -189,10 +203,27 @@ def _probe(influence: ComposableInfluence, queries: Queries, batch: Batch) -> np
 
     The first rows of the first batch: those that a call in smaller batches has in its first batch too.
     """
+    # A probe is nobody's answer.
     with unrecorded_solves():
         by_block = queries.scores(influence.provider.grads(batch, weighted=False))
     found = np.stack([to_numpy(scores) for scores in by_block.values()])
     return found[:, np.random.default_rng(0).permutation(found.shape[1])[:PROBE_QUERIES]]
+
+
+class OwnShare(Visitor[PlacedBatch, int, int]):
+    """Another visitor, on every `count`-th batch from `number` on; the number of batches that were met."""
+
+    def __init__(self, inner: Visitor[PlacedBatch, None, None], worker: tuple[int, int]) -> None:
+        self.inner, self.worker, self.met = inner, worker, 0
+
+    def of(self, item: PlacedBatch) -> int:
+        if self.met % self.worker[1] == self.worker[0] or item.start == 0:  # the first one has the store's probe
+            self.inner.of(item)
+        self.met += 1
+        return 1
+
+    def merge(self, one: int, other: int) -> int:
+        return one + other
 
 
 class Score(Visitor[PlacedBatch, None, None]):
@@ -211,6 +242,7 @@ class Score(Visitor[PlacedBatch, None, None]):
         scores = self._computed(item) if scores is None else scores
         check_scores(scores, self.asked.ids, item.names, self.influence)
         for sink in self.sinks:
+            # A tile from one sink goes into the others: a resumed run still fills memory or the top k.
             if sink is not source:
                 sink.write(Tile(item.start, item.names, keys, scores))
 
@@ -220,6 +252,7 @@ class Score(Visitor[PlacedBatch, None, None]):
     def _kept(self, item: PlacedBatch, keys: np.ndarray) -> tuple[np.ndarray | None, Sink | None]:
         """The tile from an earlier call, and the sink that has it."""
         for sink in self.sinks:
+            # Before anything is read: a stored tile is trusted only if the run is the same.
             if item.start == 0 and isinstance(sink, TileStore):
                 few = slice(0, PROBE_ROWS)
                 sink.probe(keys[few], _probe(self.influence, self.asked.queries, item.batch.take(few)))
@@ -233,6 +266,7 @@ class Score(Visitor[PlacedBatch, None, None]):
         by_block = list(self.asked.queries.scores(item.grads(self.influence.provider)).values())
         blocks = by_block if self.by_block else [sum(by_block[1:], by_block[0])]
         found = np.stack([to_numpy(block) for block in blocks])
+        # In place: a tile may be large.
         found *= self.scale
         return found
 

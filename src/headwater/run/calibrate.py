@@ -58,7 +58,10 @@ def calibrate(
     seed: int,
     progress: bool,
 ) -> Calibration:
-    """See `ComposableInfluence.calibrate`."""
+    """See `ComposableInfluence.calibrate`.
+
+    Errors: InvalidSetting; InvalidInput for outputs of other rows or queries than the loaders have.
+    """
     influence.ready()
     if not influence.method.predicts_removal:
         raise InvalidSetting(f"{influence.method.describe()} has no damping to calibrate.")
@@ -145,6 +148,7 @@ def in_unit(amount: float, unit: str) -> Damping:
 def _retrain(measure: Measure, rows: int, queries: int, subsets: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """keep [m, n] and outputs [m, 1, q] of random halves of the rows. Errors: ShapeMismatch, NonFiniteValue."""
     plan = plan_subsets(rows, subsets=subsets, repeated=0, seed=seed)
+    # One run each: more subsets say more about a damping than more runs of fewer.
     outputs = np.empty((subsets, 1, queries))
     for subset, kept in enumerate(plan.keep):
         found = measure(np.flatnonzero(kept), int(plan.seeds[subset, 0]))
@@ -186,6 +190,7 @@ class SubsetSums(Visitor[PlacedBatch, dict[str, Array], dict[str, Array]]):
         operators, rows = self.influence.block_mapper.operators, slice(item.start, item.start + len(item.batch))
         for name, value in self.influence.provider.grads(item.batch).items():
             xp, like = namespace(value.like), value.like
+            # Sums over each subset in the same pass: [m, D] numbers, and no score of a single row.
             mask = xp.asarray(self.keep[:, rows].astype(np.float64), device=device(like))
             found[name] = operators[name].seen(value).combine(xp.astype(mask, like.dtype))
         return found
@@ -203,6 +208,7 @@ def _queries(influence: ComposableInfluence, loader: Iterable[object], progress:
         lambda p: (p.names, provider.grads(p.batch, query=True))
     )
     ids, grads = zip(*sweep_rows(provider, loader, each, "query gradients", progress, "query"), strict=True)
+    # The bank has outputs in the order of its data; a loader with ids may give another.
     order = np.argsort(places(distinct(np.concatenate(ids), "query")))
     return {name: _reordered(stack([piece[name] for piece in grads]), order) for name in grads[0]}
 
@@ -224,6 +230,7 @@ def _forecasts(
     found = {name: np.full((len(path), subsets, outputs.shape[2]), np.nan) for name in left}
     truth = mean_over_runs(outputs)
     best, worse, solved, missed = -1.0, 0, False, []
+    # From the largest damping down: solves grow dearer, and one may stop early.
     for k in reversed(range(len(path))):
         try:
             operators = influence.with_damping(in_unit(path[k], unit)).ready().operators
@@ -235,6 +242,7 @@ def _forecasts(
         except SingularOperator as error:
             for values in found.values():
                 values[k] = np.nan
+            # Singular at the largest damping of all: there is nothing to choose from.
             if k == len(path) - 1:
                 raise
             return found, [f"no damping of {path[k]:.2g} or less was tried: {_first(error)}"]
@@ -243,6 +251,7 @@ def _forecasts(
             missed.append(path[k])
         total = np.sum([values[k] for values in found.values()], axis=0)
         figure = mean_correlation(spearman(total[: len(truth)], truth))
+        # In a row: an LDS over few subsets goes up and down by chance.
         best, worse = max(best, figure), worse + 1 if figure < best - WORSE else 0
         if solved and worse >= IN_A_ROW and k:
             return found, [f"dampings below {path[k]:.2g} were not tried: their LDS falls, and they are dear to solve"]
@@ -251,6 +260,7 @@ def _forecasts(
 
 def _through(operator: Any, queries: BlockGradient, sums: Array) -> Array:
     """<Op g_q, summed gradients>: [m, q]."""
+    # Summed scores are scores of the sum: <A^-1 g_q, sum g_n>.
     return transpose(operator.apply_block(operator.seen(queries)).project(sums))
 
 
@@ -269,6 +279,7 @@ def _by_evidence(influence: ComposableInfluence, path: Sequence[float], unit: st
     chosen = {}
     for name, curvature in influence.curvature.items():
         weights = influence.provider.parameters(name)
+        # MacKay 1992: at the evidence's maximum, damping N |w|^2 equals the effective degrees of freedom.
         size = float(namespace(weights).sum(weights * weights)) * influence.n_train
         scale = curvature.mean_eigenvalue() if unit == "mean eigenvalues" else 1.0
         absolute = np.asarray(path) * scale
@@ -278,6 +289,7 @@ def _by_evidence(influence: ComposableInfluence, path: Sequence[float], unit: st
                 f"The spectrum of block {name!r} is not known ({influence.method.describe()}), so that the evidence is "
                 "not: give a bank of retrained models, or calibrate hw.Ekfac() or hw.Direct() and take its damping."
             )
+        # In logarithms: the path is geometric, and the gap falls nearly along a line.
         gap = np.log(np.maximum(dof, 1e-300) / max(size, 1e-300)) - np.log(np.maximum(absolute, 1e-300))
         chosen[name] = _crossing(path, gap)
     return Calibration(tuple(path), unit, chosen, EVIDENCE)

@@ -27,7 +27,7 @@ from headwater.influence import ComposableInfluence
 from headwater.methods.damping import Damping, in_units
 from headwater.operators.algebra import LinearOperator, ScaledOperator
 from headwater.operators.iterative import SolveReport
-from headwater.operators.released import ReleasedOperator
+from headwater.operators.partial_penalty import PartialPenaltyInverse
 from headwater.operators.sketch import estimate_spectra
 from headwater.operators.spectrum import Spectrum
 from headwater.rows import Accumulator, Each, PlacedBatch, Visitor
@@ -65,6 +65,7 @@ class GradientSums:
         for name, value in grads.items():
             totals = self._totals.setdefault(name, [_PartSum() for _ in value.parts])
             squares = summed(total.add(part) for total, part in zip(totals, value.parts, strict=True))
+            # The gradients carry their weight w, so that |w g|^2 / w is the weight times |g|^2.
             self._squares[name] = self._squares.get(name, 0.0) + _unweighted(squares, weights)
 
     def total(self, block: str) -> Array:
@@ -103,6 +104,7 @@ class _PartSum:
     def add(self, part: Gradient) -> Array:
         """Add a batch's rows. Returns their squared lengths: [n]."""
         if isinstance(part, Outer) and part.positions == 1:
+            # sum_n b_n a_n^T is one product: no row's matrix is made.
             a, b = accumulable(part.a[:, 0]), accumulable(part.b[:, 0])
             self._matrix = add_product(self._matrix, b, a)
             if part.ones:
@@ -194,6 +196,7 @@ class RunSums(Visitor[PlacedBatch, None, None]):
     def meet(self, where: Where, piece: PlacedBatch) -> None:
         """A tile of a run with a store."""
         self._met.add(where)
+        # Counted by an earlier call, rows and content alike; its sum is added at the end.
         if self._saved and where in self._saved[0]:
             return
         if self._saved and any(start < where[1] and where[0] < stop for start, stop, _ in self._saved[0]):
@@ -208,6 +211,7 @@ class RunSums(Visitor[PlacedBatch, None, None]):
         if self._store is None or not self._fresh:
             return
         begun = monotonic()
+        # Sums and the tiles that they cover go into one file: one without the other would count twice.
         tiles, arrays = set(self._fresh), self.sums.arrays()
         if self._saved:
             tiles |= self._saved[0]
@@ -221,6 +225,7 @@ class RunSums(Visitor[PlacedBatch, None, None]):
 
         A pass more is needed where sums in the store turned out to be no use, after tiles had been met that they hold.
         """
+        # All of the tiles that the saved sums hold were met again: then they are rows of this run.
         if self._saved and self._saved[0] <= self._met:
             self.sums.add_arrays(self._saved[1])
         elif self._met - self._fresh:
@@ -240,13 +245,13 @@ def stationarity(
     influence: ComposableInfluence, sums: GradientSums
 ) -> tuple[Stationarity, OrderedDict[str, Stationarity]]:
     """Of all blocks together, and of each."""
-    found = OrderedDict((name, _slope(influence, name, sums)) for name in influence.block_names)
-    return _Slope.joined(list(found.values())).summary(sums.weight), OrderedDict(
-        (name, slope.summary(sums.weight)) for name, slope in found.items()
+    found = OrderedDict((name, _mean_gradient(influence, name, sums)) for name in influence.block_names)
+    return _MeanGradient.joined(list(found.values())).summary(sums.weight), OrderedDict(
+        (name, gradient.summary(sums.weight)) for name, gradient in found.items()
     )
 
 
-class _Slope(NamedTuple):
+class _MeanGradient(NamedTuple):
     """A mean gradient g and the pull u of a unit weight decay, as sums that add up over blocks."""
 
     gradient: float
@@ -261,21 +266,25 @@ class _Slope(NamedTuple):
     """The largest weight decay in u: one, or the largest entry of a known penalty."""
 
     @classmethod
-    def joined(cls, slopes: Sequence[_Slope]) -> _Slope:
-        gradient, square, along, pull = (sum(column) for column in list(zip(*slopes, strict=True))[:4])
-        return cls(gradient, square, along, pull, max(slope.unit for slope in slopes))
+    def joined(cls, gradients: Sequence[_MeanGradient]) -> _MeanGradient:
+        gradient, square, along, pull = (sum(column) for column in list(zip(*gradients, strict=True))[:4])
+        return cls(gradient, square, along, pull, max(one.unit for one in gradients))
 
     def summary(self, weight: float) -> Stationarity:
+        # The variance of a row's gradient: E|g|^2 - |E g|^2, with Bessel's correction.
         spread = max(0.0, self.square - self.gradient) * weight / (weight - 1) if weight > 1 else float("nan")
         decay = explained = None
         if self.pull > 0 and np.isfinite(self.along):
+            # Least squares: the weight decay u times w that best balances the mean gradient.
             decay = -self.along / self.pull * self.unit
+            # The share of |g|^2 that this decay explains.
             cosine = self.along**2 / (self.pull * self.gradient) if self.gradient > 0 else 0.0
             explained = min(1.0, cosine) if decay > 0 else 0.0
+        # The noise: how long the mean of so many rows' gradients is by chance.
         return Stationarity(self.gradient**0.5, (spread / weight) ** 0.5, decay, explained)
 
 
-def _slope(influence: ComposableInfluence, block: str, sums: GradientSums) -> _Slope:
+def _mean_gradient(influence: ComposableInfluence, block: str, sums: GradientSums) -> _MeanGradient:
     """u is the weights, times the penalty's entries where the training objective is known to have some."""
     mean = sums.total(block) / sums.weight
     xp, along, pull, unit = namespace(mean), float("nan"), 0.0, 1.0
@@ -289,7 +298,7 @@ def _slope(influence: ComposableInfluence, block: str, sums: GradientSums) -> _S
             unit = float(xp.max(penalty))
             weights = weights * penalty
         along, pull = float(xp.sum(mean * weights)), float(xp.sum(weights * weights))
-    return _Slope(float(xp.sum(mean * mean)), sums.square(block) / sums.weight, along, pull, unit)
+    return _MeanGradient(float(xp.sum(mean * mean)), sums.square(block) / sums.weight, along, pull, unit)
 
 
 # Effective degrees of freedom -----------------------------------------------------------------------------------------
@@ -341,18 +350,19 @@ def _dof(
     shifts = [damping + most for damping in dampings]
     values = np.stack([spectrum.effective_dof(shifts) for spectrum in spectra])
     error = values.std(axis=0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.zeros(len(shifts))
-    released = [_released(influence, block, damping, damping + most) for damping in dampings] if most else 0.0
-    return EffectiveDof(values.mean(axis=0) + released, error)
+    added = [_unpenalised_dof(influence, block, damping, damping + most) for damping in dampings] if most else 0.0
+    return EffectiveDof(values.mean(axis=0) + added, error)
 
 
-def _released(influence: ComposableInfluence, block: str, damping: float, shift: float) -> float:
-    """What parameters add that the penalty does not hold."""
+def _unpenalised_dof(influence: ComposableInfluence, block: str, damping: float, shift: float) -> float:
+    """What parameters add that the penalty spares."""
     if damping != influence.absolute_damping[block]:
         influence = influence.with_damping({**influence.absolute_damping, block: damping})
     operator: LinearOperator = influence.block_mapper.operators[block]
+    # An ensemble's share around the inverse.
     while isinstance(operator, ScaledOperator):
         operator = operator.inner
-    return operator.released_dof(shift) if isinstance(operator, ReleasedOperator) else 0.0
+    return operator.unpenalised_dof(shift) if isinstance(operator, PartialPenaltyInverse) else 0.0
 
 
 # The whole ------------------------------------------------------------------------------------------------------------
@@ -379,13 +389,13 @@ def diagnosis_of(
     thorough: bool = False,
 ) -> Diagnosis:
     """What is at hand; thorough: and what costs products and decompositions."""
-    whole, slopes = (None, {}) if sums is None else stationarity(influence, sums)
+    whole, gradients = (None, {}) if sums is None else stationarity(influence, sums)
     return Diagnosis(
         method=influence.method.describe(),
         rows=float(influence.n_train),
         rows_seen=0.0 if sums is None else sums.weight,
         blocks=OrderedDict(
-            (name, _block(influence, name, status, slopes.get(name), solves.get(name), thorough))
+            (name, _block(influence, name, status, gradients.get(name), solves.get(name), thorough))
             for name, status in status_of(influence).blocks.items()
         ),
         stationarity=whole,
@@ -397,7 +407,7 @@ def _block(
     influence: ComposableInfluence,
     name: str,
     status: BlockStatus,
-    slope: Stationarity | None,
+    gradient: Stationarity | None,
     solve: SolveReport | None,
     thorough: bool,
 ) -> BlockDiagnosis:
@@ -407,7 +417,7 @@ def _block(
     return BlockDiagnosis(
         size=status.size,
         damping=status.damping,
-        stationarity=slope,
+        stationarity=gradient,
         nonnegative=inverts and curvature.psd,
         lowest=None if bounds is None else bounds[0],
         highest=None if bounds is None else bounds[1],

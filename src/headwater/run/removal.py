@@ -2,7 +2,7 @@
 
 1. At the weights w the mean loss has the curvature C. The operators hold A^-1 with A = C + damping I: what is at its
    minimum in w is taken to be (1/N) sum_n l_n + damping / 2 |.|^2, with N the rows' total weight.
-2. Take the rows S away, and leave N and the damping as they are. The slope in w is then -(1/N) g_S, with g_S the sum
+2. Take the rows S away, and leave N and the damping as they are. The gradient in w is then -(1/N) g_S, with g_S the sum
    of their gradients, and the curvature A - J^T J / N, with J the gradients whose summed g g^T are the rows' own GGN.
 3. One Newton step moves the weights by delta = (1/N) (A - J^T J / N)^-1 g_S, and raises a query's loss, to first order
    in delta, by <g_q, delta>.
@@ -120,11 +120,14 @@ def _regions(influence: ComposableInfluence) -> list[Region]:
     found = []
     for name, operator in influence.block_mapper.operators.items():
         scale = influence.provider.block_scale(name)
+        # The share of an ensemble is no curvature: it would be taken for more of it, and is multiplied in at the end.
         inverse = operator.inner if scale != 1.0 and isinstance(operator, ScaledOperator) else operator
         if not inverse.symmetric:
             raise InvalidSetting(f"The operator of block {name!r} is not symmetric: it is no inverse of a curvature.")
         if isinstance(inverse, BlockDiagonalOperator):
             parts = zip(inverse.layout.parts, inverse.operators, strict=True)
+            # An inverse part by part says that parts do not act on each other: each is solved without its rows by
+            # itself.
             alone = [BlockDiagonalOperator(_alone(part.shape), [own]) for part, own in parts]
             found += [Region(name, k, own, scale) for k, own in enumerate(alone)]
         else:
@@ -145,7 +148,8 @@ def _queries(
     def factors(piece: PlacedBatch) -> tuple[np.ndarray, list[BlockGradient]]:
         grads = influence.provider.grads(piece.batch, query=True)
         mine = [region.of(grads) for region in regions]
-        return piece.names, [r.inverse.apply_block(own).settled(own) for r, own in zip(regions, mine, strict=True)]
+        solved = [region.inverse.apply_block(own) for region, own in zip(regions, mine, strict=True)]
+        return piece.names, [one.cheapest_form(own) for one, own in zip(solved, mine, strict=True)]
 
     found = sweep_rows(influence.provider, loader, Each(factors), "query factors", progress, "query")
     names, pieces = zip(*found, strict=True)
@@ -169,6 +173,7 @@ def _train_rows(influence: ComposableInfluence, regions: Sequence[Region], batch
             "outputs, or a loss that is not convex in them. Use attribute(unit='removal'), which leaves it in."
         )
     weights, grads = provider.row_weights(batch), provider.grads(batch)
+    # The curvature is sum w g g^T: roots on its gradients, whole weights on the loss's.
     roots = None if weights is None else namespace(weights).sqrt(weights)
     return [Rows(r.of(grads), tuple(_weighted(r.of(draw), roots) for draw in outputs)) for r in regions]
 
@@ -205,7 +210,9 @@ def _rows_share(
     region: Region, queries: BlockGradient, rows: Rows, n_train: float, ids: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """What one region adds to the change of each query's loss, for each row's removal: [q, n]; what stays: [n]."""
+    # One solve for the loss's gradient and the outputs' together.
     gram = precise(_own_gram(region.inverse, rows)) / n_train
+    # Woodbury: without the row, (A - J^T J / n)^-1 g = A^-1 g + A^-1 J^T (I - J A^-1 J^T / n)^-1 J A^-1 g / n.
     shares, left = _solve_without(gram[:, 1:, 1:], gram[:, 1:, :1], rows.grads.like, [f"row {name}" for name in ids])
     change = precise(queries.inner(rows.grads))
     for k, output in enumerate(rows.outputs):
@@ -216,6 +223,7 @@ def _rows_share(
 def _own_gram(inverse: LinearOperator, rows: Rows) -> Array:
     """<A^-1 u, v> for u, v the loss's and the outputs' gradients of one row: [n, 1 + outputs, 1 + outputs]."""
     values, xp = (rows.grads, *rows.outputs), namespace(rows.grads.like)
+    # Flat vectors of some rows, their solves, and what the solve needs beside.
     step = rows_within_memory(3 * len(values) * inverse.input_size, rows.grads.like)
     found = []
     for start in range(0, rows.grads.rows, step):
@@ -231,8 +239,10 @@ def _solve_without(leverage: Array, right: Array, like: Array, names: Sequence[s
     Errors: SingularOperator, naming the first whose removal leaves a direction without curvature, or below zero.
     """
     xp = namespace(leverage)
+    # Symmetric but for rounding of the solves; eigvalsh reads one triangle only.
     left = identity(int(leverage.shape[1]), leverage) - (leverage + transpose(leverage)) / 2
     lowest = xp.linalg.eigvalsh(left)[:, 0]
+    # eps of the gradients' dtype: the leverages are sums of rounded products, also where they are kept in float64.
     enough = lowest > 1e4 * float(xp.finfo(like.dtype).eps)
     if not bool(xp.all(enough)):
         first = int(np.argmin(to_numpy(enough)))
@@ -283,11 +293,13 @@ class Group:
 
 
 def _named_groups(groups: Iterable[object]) -> list[Group]:
+    # NumPy takes a set for one object; the order within a group changes nothing.
     listed = [sorted(names) if isinstance(names, (set, frozenset)) else names for names in groups]
     found = [Group(number, np.atleast_1d(np.asarray(names))) for number, names in enumerate(listed)]
     for group in found:
         if group.names.ndim != 1 or not len(group.names):
             raise InvalidInput(f"Group {group.number} has shape {group.names.shape}; expected one or more rows' names.")
+        # True and False would be taken for the names 1 and 0.
         if group.names.dtype == np.bool_:
             raise InvalidInput(f"Group {group.number} is a mask; give the rows' positions: numpy.flatnonzero(mask).")
         if len(np.unique(group.names)) < len(group.names):
@@ -311,10 +323,12 @@ def _each_group(
     def meet(piece: PlacedBatch) -> None:
         inside = [(group, np.flatnonzero(np.isin(piece.names, group.names))) for group in groups]
         found = [(group, index) for group, index in inside if len(index)]
+        # A batch without rows of any group costs no gradients.
         rows = _train_rows(influence, regions, piece.batch) if found else []
         for group, index in found:
             if group.add(rows, index):
                 columns[group.number], left[group.number] = _group_column(group, regions, queries, influence.n_train)
+                # Gradients of complete groups are not needed again: memory holds unfinished ones only.
                 group.rows.clear()
 
     visitor = FittedRows(influence, forecast=True) & Each(meet)
@@ -344,11 +358,13 @@ def _group_share(
     grads = stack([piece.grads for piece in pieces])
     outputs = stack([output for piece in pieces for output in piece.outputs])
     xp, like = namespace(grads.like), grads.like
-    slope = grads.combine(xp.ones_like(grads.squared_norms())[None, :])
-    along = outputs.project(region.inverse.apply(slope))
+    # The group's summed gradient: one solve, however many rows it has.
+    total = grads.combine(xp.ones_like(grads.squared_norms())[None, :])
+    along = outputs.project(region.inverse.apply(total))
+    # [m, m] over all outputs of all rows: rows of one group act on each other's curvature.
     gram = xp.concat([outputs.project(region.inverse.apply(flat)) for flat in outputs.flat_chunks()], axis=1)
     shares, left = _solve_without(precise(gram)[None] / n, precise(along)[None] / n, like, [name])
-    change = precise(queries.project(slope)) + precise(queries.inner(outputs)) @ shares[0]
+    change = precise(queries.project(total)) + precise(queries.inner(outputs)) @ shares[0]
     return to_numpy(change)[:, 0] * (region.scale / n), float(left[0])
 
 

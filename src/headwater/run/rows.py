@@ -45,14 +45,15 @@ class FittedRows(Visitor[PlacedBatch, "_Fitted", np.ndarray]):
         self.known, self.forecast, self.queries_fitted = influence.fitted_keys, forecast, queries_fitted
 
     def of(self, item: PlacedBatch) -> _Fitted:
+        """Errors: RowsNotFitted, where a forecast is asked for."""
         names = item.names
         if self.known is None or item.keys is None:
             return _Fitted([names])
-        strange = np.flatnonzero(~item.keys.among(self.known))
-        if self.forecast and len(strange):
-            said = f"Train row {names[strange[0]]} is not among the rows that were fitted, so that its removal"
-            raise RowsNotFitted(f"{said} changes nothing.{self._swapped(len(strange), len(names))} {WHICH_ROWS}")
-        return _Fitted([names], len(strange), len(names))
+        not_fitted = np.flatnonzero(~item.keys.among(self.known))
+        if self.forecast and len(not_fitted):
+            said = f"Train row {names[not_fitted[0]]} is not among the rows that were fitted, so that its removal"
+            raise RowsNotFitted(f"{said} changes nothing.{self._swapped(len(not_fitted), len(names))} {WHICH_ROWS}")
+        return _Fitted([names], len(not_fitted), len(names))
 
     def merge(self, one: _Fitted, other: _Fitted) -> _Fitted:
         one.names.extend(other.names)
@@ -106,6 +107,7 @@ def sweep_rows(
 
 
 def distinct(ids: np.ndarray, what: str) -> np.ndarray:
+    """Errors: BatchMismatch, naming a row that came twice."""
     found, counts = np.unique(ids, return_counts=True)
     if (counts > 1).any():
         raise BatchMismatch(f"The {what} rows have the ids {found[counts > 1][:5].tolist()} more than once.")

@@ -37,6 +37,7 @@ from headwater.methods.direct import Direct
 from headwater.methods.iterative import Cg
 from headwater.operators.algebra import LinearOperator
 from headwater.operators.iterative import SolveReport, joined, recorded_solves
+from headwater.progress import track
 from headwater.random import row_uniforms
 from headwater.rows import PlacedBatch, Visitor, sweep
 from headwater.run.verification import (
@@ -54,12 +55,23 @@ from headwater.settings import check_whole
 from headwater.status import status_of
 from headwater.types import Batch, join
 
-ONE_BY_ONE, REFITTED = 300, 2000
-"""Train rows up to which a fit is repeated with batches of one row, and at all."""
+ONE_BY_ONE = 300
+"""Train rows up to which a fit is repeated with batches of one row."""
+REFITTED, LEAST_REFITTED = 2e7, 32
+"""Work up to which all train rows are fitted again, else a sample of them; and the smallest sample."""
+ROW = 20_000
+"""What a row costs by itself, computed plainly and alone, in parameters that are differentiated."""
+CONDITION = 1e3
+"""The largest eigenvalue over the damping, at most, of fits to a sample of rows."""
 DENSE = 1000
 """Parameters of a block up to which the exact inverse is a dense one."""
-EXACT_WORK = 2e9
-"""Train rows times parameters beyond which there is no exact inverse to compare with."""
+EXACT_WORK = 1e8
+"""Work beyond which there is no exact inverse to compare with: train rows times (parameters + ROW)."""
+EXACT_NUMBERS = 3e7
+"""Numbers of all rows' gradients of the outputs up to which it is found by conjugate gradients: 240 MB, which are kept
+between products (see `KEPT_SHARE`)."""
+EXACT_PRODUCTS = 2e6
+"""Work of one product up to which that is done without such gradients, which takes hundreds of plain products."""
 TOLERANCES = {"float64": 1e-8, "float32": 1e-3}
 """How far scores may be off, relative to the largest; 0.1 for any other dtype."""
 SOLVED = 0.05
@@ -83,8 +95,13 @@ class Sample:
     count: int
     """Rows in the loader."""
     weight: float
-    every: list[Batch] | None
-    """All rows, each a batch of its own; None where they are more than REFITTED."""
+    more: list[Batch]
+    """These rows and others, as many as are fitted again."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether all rows are fitted again."""
+        return len(self.more) == self.count
 
 
 def _sample(
@@ -95,19 +112,19 @@ def _sample(
     draw: int,
     what: str,
     show: bool,
+    more: int = 0,
 ) -> Sample:
     """The rows with the smallest random numbers, which depend on the seed and the row's position alone."""
-    found = sweep(provider, loader, _Sampling(provider, size, draw, seed), what, show)
-    rows, labels = [row for *_, row in found.chosen], np.array([label for _, label, _ in found.chosen])
-    return Sample(rows, labels, found.count, found.weight, found.every if found.count <= REFITTED else None)
+    found = sweep(provider, loader, _Sampling(provider, max(size, more), draw, seed), what, show)
+    rows, labels = [row for *_, row in found.chosen], np.array([label for _, label, _ in found.chosen[:size]])
+    return Sample(rows[:size], labels, found.count, found.weight, rows)
 
 
 @dataclass(frozen=True, eq=False)
 class _Sampled:
-    """chosen: a row's two numbers, and the row as a batch of its own. every: none, once there are too many."""
+    """chosen: a row's two numbers, and the row as a batch of its own."""
 
     chosen: list[tuple[float, float, Batch]]
-    every: list[Batch]
     count: int
     weight: float
 
@@ -124,14 +141,12 @@ class _Sampling(Visitor[PlacedBatch, _Sampled, _Sampled]):
         numbers = row_uniforms(positions, 1, draw=SAMPLING + self.draw, seed=self.seed)[:, 0]
         first = np.argsort(numbers[:, 0], kind="stable")[: self.size]
         chosen = [(float(numbers[k, 0]), float(numbers[k, 1]), batch.take(slice(int(k), int(k) + 1))) for k in first]
-        few = item.start + len(batch) <= REFITTED
-        every = [batch.take(slice(k, k + 1)) for k in range(len(batch))] if few else []
-        return _Sampled(chosen, every, len(batch), total_weight(self.provider, batch))
+        return _Sampled(chosen, len(batch), total_weight(self.provider, batch))
 
     def merge(self, one: _Sampled, other: _Sampled) -> _Sampled:
+        # The smallest random numbers of all rows: a uniform sample, whatever the batches.
         chosen = sorted([*one.chosen, *other.chosen], key=lambda row: row[0])[: self.size]
-        one.every.extend(other.every)
-        return _Sampled(chosen, one.every, one.count + other.count, one.weight + other.weight)
+        return _Sampled(chosen, one.count + other.count, one.weight + other.weight)
 
 
 def cut(rows: Sequence[Batch], size: int) -> list[Batch]:
@@ -148,6 +163,7 @@ def _scores(
     """As a run computes them: both sides chosen once, queries through theirs, then the train batches: [q, n]."""
     grads = [mapper.provider.grads(batch, query=True) for batch in queries]
     sides = mapper.sides(grads[0], train_per_query)
+    # Sides are chosen by the first batch and kept: as in a run.
     ready = stack_queries([sides.queries(values) for values in grads])
     return np.concatenate([_total(ready.scores(mapper.provider.grads(batch))) for batch in train], axis=1)
 
@@ -169,6 +185,7 @@ def _scores_of_plain(
     for name, operator in operators.items():
         layout = mapper.provider.layouts[name]
         left, right = (operator.seen(BlockGradient.from_flat(layout, g[name])).flat() for g in (q, n))
+        # Plain vectors and one dot product: none of the shortcuts that a run takes.
         found.append(to_numpy(precise(operator.apply(left)) @ transpose(precise(right))))
     return np.sum(found, axis=0)
 
@@ -215,7 +232,8 @@ def verify(
         raise InvalidSetting(f"tolerance is {tolerance!r}; expected a positive number, or None.")
     provider = influence.provider
     asked = _sample(provider, query_loader, queries, seed, 0, "queries", progress)
-    train = _sample(provider, train_loader, rows * len(asked.rows), seed, 1, "train rows", progress)
+    more = max(LEAST_REFITTED, int(REFITTED // (sum(provider.sizes.values()) + ROW)))
+    train = _sample(provider, train_loader, rows * len(asked.rows), seed, 1, "train rows", progress, more)
     allowed = TOLERANCES.get(influence.source.dtype, 0.1) if tolerance is None else float(tolerance)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotConverged)  # the table says so
@@ -240,32 +258,37 @@ class _Verifier:
         self.mapper = influence.block_mapper
         self.joined_queries, self.joined_train = join(queries.rows), join(train.rows)
         self.ratio = train.count / queries.count
+        # Once, before all checks: each compares with these scores.
         with recorded_solves() as log:
             self.scores = _scores(self.mapper, self.joined_queries, self.joined_train, self.ratio)
         self.solves = joined(log)
 
     def verification(self) -> Verification:
         approximation, why = self._approximation()
-        checks = (
-            *self._gradients(),
-            self._refit(),
-            self._batch_sizes(),
-            self._row_order(),
-            self._rows_fitted(),
-            self._finite(),
-            *self._solves(),
-            Check("coverage", self.influence.provider.coverage_fraction, note="share of the trainable parameters"),
-            *self._describe(approximation, why),
-        )
+        checks = [check for step in track(self._steps, "checks", self.progress) for check in step()]
         return Verification(
             method=self.influence.method.describe(),
             rows=len(self.train.rows),
             queries=len(self.queries.rows),
             seed=self.seed,
             tolerance=self.tolerance,
-            checks=checks,
+            checks=(*checks, *self._describe(approximation, why)),
             approximation=approximation,
         )
+
+    @property
+    def _steps(self) -> list[Callable[[], Iterable[Check]]]:
+        """What is checked, in the table's order."""
+        return [
+            self._gradients,
+            self._refit,
+            self._batch_sizes,
+            self._row_order,
+            lambda: [self._rows_fitted(), self._finite(), *self._solves(), self._coverage()],
+        ]
+
+    def _coverage(self) -> Check:
+        return Check("coverage", self.influence.provider.coverage_fraction, note="share of the trainable parameters")
 
     @cached_property
     def allowed(self) -> float:
@@ -283,6 +306,7 @@ class _Verifier:
                 return self.tolerance + SOLVED
             q, n = (self._lengths(batch, name, query) for batch, query in self._sides)
             scale = self.influence.provider.block_scale(name)
+            # Cauchy and Schwarz: |<r, A^-1 g>| <= |r| |g| / lowest; a bound, so that SOLVED caps it.
             total += 2 * scale * float((report.residual[: len(q)] * q).max() * n.max()) / status.lowest_damped
         largest = float(np.abs(self.scores).max())
         return self.tolerance + min(SOLVED, total / largest if largest else 0.0)
@@ -293,6 +317,7 @@ class _Verifier:
         if self.influence.source.dtype not in TOLERANCES:
             return 0.0
         conditions = [block.condition for block in status_of(self.influence).blocks.values()]
+        # A perturbation of eps in A changes A^-1 g by condition times eps.
         worst = max((c for c in conditions if c is not None), default=1.0)
         return 10 * float(np.finfo(self.influence.source.dtype).eps) * worst
 
@@ -342,22 +367,63 @@ class _Verifier:
             Check(PLAIN, _off(self.scores, scores), self.allowed),
         ]
 
-    def _refit(self) -> Check:
+    @cached_property
+    def reference(self) -> tuple[np.ndarray, dict[str, float] | None] | str:
+        """What a fit that is made again ought to give, and at which damping; or why it gives nothing.
+
+        The scores, where all rows are fitted again; else those of a fit to the sample of rows. Few rows leave most
+        directions without curvature: at the fit's own damping rounding in float32 would decide. So it is CONDITION at
+        least.
+        """
+        if self.train.whole:
+            return self.scores, None
+        try:
+            fitted = self.influence.unfitted().fit(cut(self.train.more, self._at_once), progress=self.progress)
+            damping = {
+                name: max([block.damping, *(abs(end) / CONDITION for end in block.bounds or ())])
+                for name, block in status_of(fitted).blocks.items()
+            }
+            return self._scores_of(fitted.with_damping(damping)), damping
+        except (HeadwaterError, RuntimeError) as error:
+            return _in_words(error)
+
+    def _fitted_again(self, influence: ComposableInfluence, batches: list[Any]) -> ComposableInfluence:
+        found = influence.unfitted().fit(batches, progress=self.progress)
+        damping = None if isinstance(self.reference, str) else self.reference[1]
+        return found if damping is None else found.with_damping(damping)
+
+    def _scores_of(self, fitted: ComposableInfluence) -> np.ndarray:
+        return _scores(fitted.block_mapper, self.joined_queries, self.joined_train, self.ratio)
+
+    @property
+    def _at_once(self) -> int:
+        """Rows of a batch of a fit that is made again: few, or an eighth of them all."""
+        return max(16, len(self.train.more) // 8)
+
+    @property
+    def _expected(self) -> np.ndarray | str:
+        return self.reference if isinstance(self.reference, str) else self.reference[0]
+
+    @property
+    def _which(self) -> str:
+        return "" if self.train.whole else f"both fits to {len(self.train.more)} rows at random, of {self.train.count}"
+
+    def _refit(self) -> list[Check]:
         """All again in float64: fit, gradients, operators, dot products."""
         if isinstance(self.plain, str):
-            return Check(REFIT, note=self.plain)
-        if self.train.every is None:
-            return Check(REFIT, note=self._too_many)
+            return [Check(REFIT, note=self.plain)]
         copied, q, n = self.plain
-        size = 1 if self.train.count <= ONE_BY_ONE else 16
+        # One by one no batch can hide anything; for more rows that would take too long.
+        size = 1 if self.train.whole and self.train.count <= ONE_BY_ONE else 16
 
         def compute() -> np.ndarray:
-            fitted = copied.unfitted().fit(cut(self.train.every or [], size), progress=self.progress)
+            fitted = self._fitted_again(copied, cut(self.train.more, size))
             return _scores_of_plain(fitted.block_mapper.operators, fitted.block_mapper, q, n)
 
-        return self._compare(REFIT, compute, "one row at a time" if size == 1 else f"{size} rows at a time")
+        said = "one row at a time" if size == 1 else f"{size} rows at a time"
+        return [self._compare(REFIT, compute, self._expected, "; ".join(filter(None, [said, self._which])))]
 
-    def _batch_sizes(self) -> Check:
+    def _batch_sizes(self) -> list[Check]:
         """Rows one at a time, all at once, and in uneven batches, by three routes."""
         q, n = self.queries.rows, self.train.rows
 
@@ -369,38 +435,39 @@ class _Verifier:
                 _scores(self.mapper, self.joined_queries, cut(n, 7), 1e9),
             ]
             gaps = (scores - self.scores[: scores.shape[0], : scores.shape[1]] for scores in found)
+            # The worst of all routes, as scores: some were computed for a part of the pairs only.
             return self.scores + max(gaps, key=lambda gap: np.abs(gap).max())
 
-        return self._compare(SIZES, compute)
+        return [self._compare(SIZES, compute, self.scores)]
 
-    def _row_order(self) -> Check:
+    def _row_order(self) -> list[Check]:
         """A fit to the same rows in another order and in other batches."""
-        if self.train.every is None:
-            return Check(ORDER, note=self._too_many)
-        every = self.train.every
-        numbers = row_uniforms(np.arange(len(every)), 1, draw=SAMPLING + 2, seed=self.seed)[:, 0, 0]
-        order = [every[k] for k in np.argsort(numbers, kind="stable")]
+        numbers = row_uniforms(np.arange(len(self.train.more)), 1, draw=SAMPLING + 2, seed=self.seed)[:, 0, 0]
+        order = [self.train.more[k] for k in np.argsort(numbers, kind="stable")]
+        batches = cut(order, self._at_once - 3)
+        return [
+            self._compare(
+                ORDER,
+                lambda: self._scores_of(self._fitted_again(self.influence, batches)),
+                self._expected,
+                self._which,
+            )
+        ]
 
-        def compute() -> np.ndarray:
-            fitted = self.influence.unfitted().fit(cut(order, 13), progress=self.progress)
-            return _scores(fitted.block_mapper, self.joined_queries, self.joined_train, self.ratio)
-
-        return self._compare(ORDER, compute)
-
-    def _compare(self, name: str, compute: Callable[[], np.ndarray], note: str = "") -> Check:
-        """What is computed against the scores; a note says where its solves missed their tolerance."""
+    def _compare(
+        self, name: str, compute: Callable[[], np.ndarray], expected: np.ndarray | str, note: str = ""
+    ) -> Check:
+        """What is computed against what is expected; a note says where its solves missed their tolerance."""
+        if isinstance(expected, str):
+            return Check(name, note=expected)
         try:
             with recorded_solves() as log:
-                figure = _off(compute(), self.scores)
+                figure = _off(compute(), expected)
         except (HeadwaterError, RuntimeError) as error:
             return Check(name, note=_in_words(error))
         missed = sum(int((~report.converged).sum()) for report in log)
         said = [note, f"{missed} solves missed their tolerance"] if missed else [note]
         return Check(name, figure, self.allowed, "; ".join(filter(None, said)))
-
-    @property
-    def _too_many(self) -> str:
-        return f"{self.train.count} train rows; at most {REFITTED} are fitted again"
 
     # Is anything missing?
 
@@ -430,10 +497,9 @@ class _Verifier:
         if isinstance(self.plain, str):
             return None, self.plain
         copied, q, n = self.plain
-        sizes, rows = copied.provider.sizes, self.train.count
-        if rows * sum(sizes.values()) > EXACT_WORK:
-            return None, f"{rows} rows times {sum(sizes.values())} parameters are too many"
-        dense = max(sizes.values()) <= DENSE
+        rows, dense = self.train.count, max(copied.provider.sizes.values()) <= DENSE
+        if self._is_too_much(copied, kind, dense):
+            return None, f"too dear plainly for {rows} rows; audit(train, query) measures it in batches"
         method = exact_method(self.influence.method, kind, dense)
         reference = copied.unfitted(method=method, damping=self.influence.absolute_damping)
         try:
@@ -449,6 +515,18 @@ class _Verifier:
             paired=(self.train.labels * len(self.queries.rows)).astype(np.int64),
             exhaustive=len(self.train.rows) == rows,
         ), ""
+
+    def _is_too_much(self, copied: ComposableInfluence, kind: str, dense: bool) -> bool:
+        """Whether the exact inverse takes more plain gradients and products than a verification is for."""
+        parameters, rows = sum(copied.provider.sizes.values()), self.train.count
+        work = rows * (parameters + ROW)
+        if dense or work > EXACT_WORK:
+            return work > EXACT_WORK
+        one, fisher = self.train.rows[0], copied.method.fisher
+        if kind == "hessian":
+            return work > EXACT_PRODUCTS
+        draws = copied.provider.ggn_grads(one) if kind == "ggn" else copied.provider.fisher_grads(one, fisher)
+        return work > EXACT_PRODUCTS if draws is None else rows * parameters * len(draws) > EXACT_NUMBERS
 
     def _describe(self, found: Approximation | None, why: str) -> list[Check]:
         names = ("distance from the exact inverse", "rank correlation with it", "error bound for other pairs")

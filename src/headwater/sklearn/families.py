@@ -19,7 +19,7 @@ Draw = Callable[[int, bool], Array]
 """(numbers per row, normal?) -> uniform or standard normal numbers [n, count], fixed by row, seed and draw."""
 
 FEW = 16
-"""Outputs up to which targets are enumerated under fisher="auto", as in the torch room."""
+"""Outputs up to which targets are enumerated under fisher="auto", as for PyTorch."""
 MOST = 64
 """Outputs up to which a row's GGN is kept as one gradient for each."""
 
@@ -48,11 +48,11 @@ class Family(ABC):
         """[..., n]."""
 
     @abstractmethod
-    def slope(self, z: Array, y: Array) -> Array:
+    def gradient(self, z: Array, y: Array) -> Array:
         """The gradient by the output: [..., n, o]."""
 
     @abstractmethod
-    def bend(self, z: Array, y: Array, t: Array) -> Array:
+    def hessian_product(self, z: Array, y: Array, t: Array) -> Array:
         """The Hessian by the output, times tangents: [..., n, o]."""
 
     @abstractmethod
@@ -104,14 +104,15 @@ class Elementwise(Family):
     def losses(self, z: Array, y: Array) -> Array:
         return self.value(z, self.targets(y, z.shape[-1])).sum(axis=-1)
 
-    def slope(self, z: Array, y: Array) -> Array:
+    def gradient(self, z: Array, y: Array) -> Array:
         return self.first(z, self.targets(y, z.shape[-1]))
 
-    def bend(self, z: Array, y: Array, t: Array) -> Array:
+    def hessian_product(self, z: Array, y: Array, t: Array) -> Array:
         return self.second(z, self.targets(y, z.shape[-1])) * t
 
     def roots(self, z: Array, y: Array) -> list[Array] | None:
         second = self.second(z, self.targets(y, z.shape[-1]))
+        # A negative second derivative has no real root: then a row's GGN is no sum of v v^T.
         return None if z.shape[-1] > MOST or bool((second < 0).any()) else one_by_one(np.sqrt(second))
 
     def exact(self, z: Array, y: Array) -> list[Array]:
@@ -188,15 +189,18 @@ class Tweedie(Elementwise):
         if p == 0:
             return (t - mean) ** 2 / 2
         if p == 1:
+            # t log t is 0 at t = 0: the log is taken of 1 there.
             own = np.where(t > 0, t, 1.0)
             return t * np.log(own / mean) - t + mean
         if p == 2:
             return np.log(mean / t) + t / mean - 1
+        # For negative powers targets may be negative; the deviance then counts max(t, 0).
         constant = np.maximum(t, 0.0) ** (2 - p) / ((1 - p) * (2 - p))
         return constant - t * mean ** (1 - p) / (1 - p) + mean ** (2 - p) / (2 - p)
 
     def first(self, z: Array, t: Array) -> Array:
         mean = self._mean(z)
+        # d/dz of the deviance is (mean - t) / mean^p times d mean / dz, which is mean for the log link, else 1.
         return (mean - t) * mean ** (self.log_link - self.power)
 
     def second(self, z: Array, t: Array) -> Array:
@@ -206,9 +210,11 @@ class Tweedie(Elementwise):
         return mean**-p - p * (mean - t) * mean ** (-p - 1)
 
     def expected(self, z: Array, t: Array) -> Array:
+        # (d mean / dz)^2 / mean^p: the second derivative where the target is its mean.
         return self._mean(z) ** (2 * self.log_link - self.power)
 
     def check(self, y: Array) -> None:
+        """Errors: InvalidInput for targets outside of the deviance's domain."""
         lowest = float(y.min())
         if (self.power >= 2 and lowest <= 0) or (1 <= self.power < 2 and lowest < 0):
             sign = "> 0" if self.power >= 2 else ">= 0"
@@ -232,6 +238,7 @@ class LogLoss(Classes, Elementwise):
     """log(1 + exp(-s z)), s = 1 or -1."""
 
     def value(self, z: Array, t: Array) -> Array:
+        # exp(-s z) overflows for a confident mistake.
         return np.logaddexp(0.0, -t * z)
 
     def first(self, z: Array, t: Array) -> Array:
@@ -241,6 +248,7 @@ class LogLoss(Classes, Elementwise):
         return self.expected(z, t)
 
     def expected(self, z: Array, t: Array) -> Array:
+        # p (1 - p), whatever the target; as a product of two sigmoids it keeps its digits near 0.
         return sigmoid(z) * sigmoid(-z) * np.ones_like(t)
 
     def sampled(self, z: Array, y: Array, draw: Draw) -> Array:
@@ -293,11 +301,12 @@ class Softmax(Family):
     def losses(self, z: Array, y: Array) -> Array:
         return logsumexp(z) - z[..., np.arange(len(y)), y]
 
-    def slope(self, z: Array, y: Array) -> Array:
+    def gradient(self, z: Array, y: Array) -> Array:
         return softmax(z) - np.eye(z.shape[-1])[y]
 
-    def bend(self, z: Array, y: Array, t: Array) -> Array:
+    def hessian_product(self, z: Array, y: Array, t: Array) -> Array:
         p = softmax(z)
+        # (diag p - p p^T) t without the matrix.
         return p * (t - (p * t).sum(axis=-1, keepdims=True))
 
     def roots(self, z: Array, y: Array) -> list[Array] | None:
@@ -305,6 +314,7 @@ class Softmax(Family):
 
     def exact(self, z: Array, y: Array) -> list[Array]:
         p = softmax(z)
+        # sum_c p_c (p - e_c)(p - e_c)^T = diag p - p p^T.
         return [(p - unit) * np.sqrt(p[:, c : c + 1]) for c, unit in enumerate(np.eye(z.shape[-1]))]
 
     def sampled(self, z: Array, y: Array, draw: Draw) -> Array:
@@ -316,16 +326,17 @@ class NegativeMargin(Family):
 
     def _others(self, z: Array, y: Array) -> Array:
         hidden = np.array(z, copy=True)
+        # exp(-inf) = 0: the target's own output has no share in the others' sum.
         hidden[..., np.arange(len(y)), y] = -np.inf
         return hidden
 
     def losses(self, z: Array, y: Array) -> Array:
         return logsumexp(self._others(z, y)) - z[..., np.arange(len(y)), y]
 
-    def slope(self, z: Array, y: Array) -> Array:
+    def gradient(self, z: Array, y: Array) -> Array:
         return softmax(self._others(z, y)) - np.eye(z.shape[-1])[y]
 
-    def bend(self, z: Array, y: Array, t: Array) -> Array:
+    def hessian_product(self, z: Array, y: Array, t: Array) -> Array:
         p = softmax(self._others(z, y))
         return p * (t - (p * t).sum(axis=-1, keepdims=True))
 
@@ -346,10 +357,10 @@ class NegativeOutput(Family):
     def losses(self, z: Array, y: Array) -> Array:
         return -z[..., np.arange(len(y)), y]
 
-    def slope(self, z: Array, y: Array) -> Array:
+    def gradient(self, z: Array, y: Array) -> Array:
         return np.zeros_like(z) - np.eye(z.shape[-1])[y]
 
-    def bend(self, z: Array, y: Array, t: Array) -> Array:
+    def hessian_product(self, z: Array, y: Array, t: Array) -> Array:
         return np.zeros_like(t)
 
     def roots(self, z: Array, y: Array) -> list[Array] | None:
@@ -365,6 +376,7 @@ class NegativeOutput(Family):
 def _drawn(p: Array, draw: Draw) -> Array:
     """p minus a label that is drawn from it: [n, o]."""
     below = np.cumsum(p, axis=-1) < draw(1, False) * p.sum(axis=-1, keepdims=True)
+    # At most the last class: the cumulative sum may end below u by rounding.
     return p - np.eye(p.shape[-1])[np.minimum(below.sum(axis=-1), p.shape[-1] - 1)]
 
 

@@ -113,12 +113,14 @@ class LinearModel:
             raise NonFiniteValue("y has NaN or infinity.", bad_rows(values))
         if len(values):
             self.family.check(values)
+        # One output: [n, 1] and [n] are the same targets, and must have the same row keys.
         return values[:, 0] if values.ndim == 2 and self.outputs == 1 else values
 
     def _numbers(self, y: Array, classes: Array) -> Array:
         numeric = [kind in "iufb" for kind in (y.dtype.kind, classes.dtype.kind)]
         if y.ndim != 1:
             raise InvalidInput(f"y has shape {y.shape}; expected one label for each row, of {classes.tolist()}.")
+        # NumPy would compare "1" with 1 as text, or not at all.
         if numeric[0] != numeric[1]:
             raise InvalidInput(
                 f"y has labels of dtype {y.dtype}, such as {_few(y)}; {self.name} was fitted with classes "
@@ -130,6 +132,7 @@ class LinearModel:
             raise InvalidInput(f"y has labels that cannot be compared with {classes.tolist()}: {error}.") from None
         if len(unknown):
             raise InvalidInput(f"y has labels {_few(unknown)} that {self.name} does not know: {classes.tolist()}.")
+        # scikit-learn keeps classes sorted.
         return np.searchsorted(classes, y).astype(np.int64)
 
     def class_weights(self, given: Mapping[Any, float] | None) -> Array | None:
@@ -217,6 +220,7 @@ def read(estimator: object) -> LinearModel:
     coef = np.atleast_2d(np.asarray(final.coef_, dtype=np.float64))
     intercept = None
     if final.fit_intercept:
+        # A model of several outputs may have one number for all of them.
         intercept = np.broadcast_to(np.asarray(final.intercept_, dtype=np.float64).reshape(-1), (len(coef),)).copy()
     family, penalty = rule(final, len(coef))
     classes = attribute_of(final, "classes_")
@@ -250,6 +254,7 @@ def _ridge(estimator: Any, outputs: int) -> tuple[Family, Penalty]:
     family = families.SquaredError() if classes is None else families.SquaredErrorOfSigns()
     if classes is not None and outputs == 1 and len(classes) > 2:
         raise UnsupportedModel(f"{_called(estimator)} of several labels a row is not supported.")
+    # A cross-validated model fitted with `alpha_`, the one that it chose.
     alpha = np.asarray(estimator.alpha if chosen is None else chosen, float)
     return family, Penalty(np.broadcast_to(alpha.reshape(-1), (outputs,)).copy(), per_row=False)
 
@@ -260,12 +265,15 @@ def _logistic(estimator: Any, outputs: int) -> tuple[Family, Penalty]:
         raise UnsupportedModel(f"LogisticRegression(multi_class={form!r}) of {len(estimator.classes_)} classes.")
     kind = attribute_of(estimator, "penalty", "deprecated")
     if kind == "deprecated":
+        # scikit-learn 1.8 says the penalty by l1_ratio, older versions by name.
         kind = {0: "l2", None: "l2", 1: "l1"}.get(estimator.l1_ratio, "elasticnet")
     if kind == "elasticnet" and estimator.l1_ratio == 0:
         kind = "l2"
     if kind not in ("l2", None):
         raise _not_smooth(estimator, kind)
+    # The objective is C times summed losses plus |w|^2 / 2: divided by C, the penalty is 1 / C beside the sum.
     inverse = 0.0 if kind is None or np.isinf(estimator.C) else 1.0 / estimator.C
+    # liblinear takes the intercept for one more coefficient, and penalises it.
     by_liblinear = estimator.solver == "liblinear" and estimator.fit_intercept
     intercept = inverse / estimator.intercept_scaling**2 if by_liblinear else 0.0
     family: Family = families.Binary() if binary else families.Softmax()
@@ -283,6 +291,7 @@ def _generalised(power: float | None) -> Rule:
     def rule(estimator: Any, outputs: int) -> tuple[Family, Penalty]:
         own = estimator.power if power is None else power
         link = "log" if power is not None else estimator.link
+        # As scikit-learn chooses: the identity for the normal distribution alone.
         log = link == "log" or (link == "auto" and own > 0)
         return families.Tweedie(float(own), bool(log)), Penalty(np.full(outputs, float(estimator.alpha)), per_row=True)
 

@@ -19,7 +19,7 @@ from headwater.gradients.algebra import Dense, Gradient
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.outer import Outer
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
-from headwater.random import name_keys, row_digests, row_keys, row_numbers
+from headwater.random import row_numbers
 from headwater.sklearn.batch import FeatureBatch, SklearnBatch, bad_rows, column_names
 from headwater.sklearn.families import FEW, Array, Family, of_output
 from headwater.sklearn.linear import LinearModel, attribute_of, last_step, read
@@ -100,14 +100,16 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
         model = self.model
         arrays = [model.coef, model.penalty.strength, model.intercept, model.class_weights(self._class_weight)]
         penalty = (model.penalty.per_row, model.penalty.intercept)
+        # repr of sorted fields: the same text in every process, as a hash of an object is not.
         loss = repr((model.family.name, sorted((f.name, value) for f, value in field_values(model.family)), penalty))
+        # A scaler that was fitted again changes what the linear model meets.
         steps = joblib.hash(last_step(self.estimator)[1])
         numbers = [b"" if a is None else np.ascontiguousarray(a).tobytes() for a in arrays]
         return tuple(zlib.crc32(given) for given in [*numbers, loss.encode(), str(steps).encode()])
 
     def parameters(self, block: str) -> Array:
-        model, held = self.model, self._held(block)
-        matrix = model.weights[:, _columns(model, held)]
+        model, kinds = self.model, self._kinds(block)
+        matrix = model.weights[:, _columns(model, kinds)]
         return self.layouts[block].merge([matrix[None]])[0]
 
     def in_float64(self) -> SklearnGradientProvider:
@@ -134,11 +136,12 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
 
     def penalty(self, block: str, weight: float) -> Array | None:
         """[D_block]: strength / weight, or strength where the objective is a mean; None where it is zero."""
-        model, held = self.model, self._held(block)
+        model, kinds = self.model, self._kinds(block)
+        # The margin or the logit is another function than the objective, which the penalty belongs to.
         if self._function is not None:
             return None
         own = model.penalty.beside_mean(weight)
-        matrix = own.diagonal(model.features, model.intercept is not None)[:, _columns(model, held)]
+        matrix = own.diagonal(model.features, model.intercept is not None)[:, _columns(model, kinds)]
         return self.layouts[block].merge([matrix[None]])[0] if matrix.any() else None
 
     # Batches ------------------------------------------------------------------------------------------------------
@@ -182,6 +185,7 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
 
     def row_weights(self, batch: SklearnBatch) -> Array | None:
         batch = self.prepared(batch)
+        # Of the targets as numbers: class c's weight is entry c.
         of_classes = self.model.class_weights(self._class_weight)
         own = None if of_classes is None else of_classes[batch.y]
         if batch.weights is None:
@@ -192,17 +196,8 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
         model = self.model
         return rows_within_memory(4 * (model.features + model.outputs), model.coef)
 
-    def row_keys(self, batch: SklearnBatch) -> np.ndarray:
-        if batch.ids is not None:
-            ids = np.asarray(batch.ids)
-            return ids.astype(np.uint64) if ids.dtype.kind in "iu" else name_keys(ids.tolist())
-        batch = self.prepared(batch)
-        return row_keys([batch.x, batch.y])
-
-    def content_keys(self, batch: SklearnBatch) -> np.ndarray:
-        batch = self.prepared(batch)
-        leaves = [batch.x, batch.y] + ([] if batch.weights is None else [batch.weights])
-        return row_digests(leaves if batch.ids is None else [*leaves, self.row_keys(batch)])
+    def host_arrays(self, batch: SklearnBatch, weighted: bool = False) -> list[np.ndarray]:
+        return super().host_arrays(self.prepared(batch), weighted)
 
     # Gradients ----------------------------------------------------------------------------------------------------
 
@@ -214,20 +209,21 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
         model, batch = self.model, self.prepared(batch)
         if self._plain:
             return self._as_asked(model, batch, self._plain_grads(model, batch, query), query, weighted)
-        slopes = self._family(model, query).slope(model.output(batch.x), batch.y)
-        return self._as_asked(model, batch, self._pulled_back(batch, [slopes])[0], query, weighted)
+        gradients = self._family(model, query).gradient(model.output(batch.x), batch.y)
+        return self._as_asked(model, batch, self._pulled_back(batch, [gradients])[0], query, weighted)
 
     def _plain_grads(self, model: LinearModel, batch: FeatureBatch, query: bool) -> BlockGradients:
         """One row's loss at a time, differentiated numerically by its output."""
         family, rows = self._family(model, query), []
         for k in range(len(batch)):
+            # No array code of the fast path: this is what it is compared with.
             inputs = [*batch.x[k], *([] if model.intercept is None else [1.0])]
-            slope = _numerical_slope(family, model.output(batch.x[k : k + 1]), batch.y[k : k + 1])
-            rows.append([[s * entry for entry in inputs] for s in slope])
+            gradient = _numerical_gradient(family, model.output(batch.x[k : k + 1]), batch.y[k : k + 1])
+            rows.append([[s * entry for entry in inputs] for s in gradient])
         matrices = np.array(rows)
         found: BlockGradients = OrderedDict()
         for name, layout in self.layouts.items():
-            found[name] = BlockGradient(layout, (Dense(matrices[:, :, _columns(model, self._held(name))]),))
+            found[name] = BlockGradient(layout, (Dense(matrices[:, :, _columns(model, self._kinds(name))]),))
         return found
 
     def _as_asked(
@@ -243,16 +239,17 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
 
     def _pulled_back(self, batch: FeatureBatch, cotangents: list[Array]) -> list[BlockGradients]:
         """Gradients of the output along cotangents [n, o]; all share their inputs."""
-        for slope in cotangents:
-            if not np.isfinite(slope).all():
-                raise NonFiniteValue("A row's gradient is not finite.", bad_rows(slope))
+        for one in cotangents:
+            if not np.isfinite(one).all():
+                raise NonFiniteValue("A row's gradient is not finite.", bad_rows(one))
         found: list[BlockGradients] = [OrderedDict() for _ in cotangents]
         ones = np.ones((len(batch), 1, 1))
         for name, layout in self.layouts.items():
-            held = self._held(name)
-            inputs = batch.x[:, None, :] if "coef" in held else ones
-            for blocks, slope in zip(found, cotangents, strict=True):
-                value: Gradient = Outer(inputs, slope[:, None, :], ones=len(held) == 2)
+            kinds = self._kinds(name)
+            inputs = batch.x[:, None, :] if "coef" in kinds else ones
+            for blocks, one in zip(found, cotangents, strict=True):
+                # A linear model's gradient is one outer product: one position a row, the intercept as a column of ones.
+                value: Gradient = Outer(inputs, one[:, None, :], ones=len(kinds) == 2)
                 blocks[name] = BlockGradient(layout, (value,))
         return found
 
@@ -260,12 +257,13 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
         """Besides, each row's share of a penalty that goes with the rows."""
         if not model.penalty.per_row or model.penalty.is_zero:
             return grads
+        # Dense, one for all rows: sums of losses with a penalty each, as SGD and the generalised models have it.
         pull = model.penalty.diagonal(model.features, model.intercept is not None) * model.weights
         return OrderedDict(
             (
                 name,
                 BlockGradient(
-                    value.layout, (Dense(value.parts[0].dense() + pull[:, _columns(model, self._held(name))]),)
+                    value.layout, (Dense(value.parts[0].dense() + pull[:, _columns(model, self._kinds(name))]),)
                 ),
             )
             for name, value in grads.items()
@@ -274,12 +272,14 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
     def fisher_grads(
         self, batch: SklearnBatch, fisher: Fisher, *, draws: range = range(1), seed: int = 0
     ) -> list[BlockGradients]:
+        """Errors: InvalidSetting; NonFiniteValue naming the rows."""
         if fisher not in FISHERS:
             raise InvalidSetting(f"fisher is {fisher!r}; expected one of {', '.join(map(repr, FISHERS))}.")
         if fisher == "empirical":
             return [self.grads(batch, weighted=False)]
         model, batch = self.model, self.prepared(batch)
         family, z = self._family(model), model.output(batch.x)
+        # Up to FEW outputs enumerating costs no more than a few draws, and has no noise.
         if fisher == "exact" or (fisher == "auto" and model.outputs <= FEW):
             return self._pulled_back(batch, family.exact(z, batch.y))
         keys, scale = self.row_keys(batch), 1.0 / np.sqrt(len(draws))
@@ -298,18 +298,22 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
     # Second order -------------------------------------------------------------------------------------------------
 
     def curvature_product(self, batch: SklearnBatch, block: str, vectors: Array, kind: Kind) -> Array:
-        """The model is linear in its parameters, so that the GGN and the Hessian are one."""
+        """The model is linear in its parameters, so that the GGN and the Hessian are one.
+
+        vectors (K, D_block). Errors: ShapeMismatch; NonFiniteValue.
+        """
         model, batch, layout = self.model, self.prepared(batch), self._layout(block)
         if vectors.ndim != 2 or vectors.shape[1] != layout.size:
             raise ShapeMismatch(f"Expected vectors (K, {layout.size}), got {tuple(vectors.shape)}.")
-        family, held, z = self._family(model), self._held(block), model.output(batch.x)
+        family, kinds, z = self._family(model), self._kinds(block), model.output(batch.x)
         weights = self.row_weights(batch)
         found: list[Any] = []
         for piece in _pieces(vectors, 3 * len(batch) * model.outputs):
-            bent = family.bend(z, batch.y, self._forward(batch.x, layout.split(piece)[0], held))
-            bent = bent if weights is None else bent * weights[:, None]
-            columns = [np.swapaxes(bent, 1, 2) @ batch.x] if "coef" in held else []
-            columns += [bent.sum(axis=1)[:, :, None]] if "intercept" in held else []
+            change = family.hessian_product(z, batch.y, self._forward(batch.x, layout.split(piece)[0], kinds))
+            change = change if weights is None else change * weights[:, None]
+            columns = [np.swapaxes(change, 1, 2) @ batch.x] if "coef" in kinds else []
+            # J^T on the ones' column is a sum over rows.
+            columns += [change.sum(axis=1)[:, :, None]] if "intercept" in kinds else []
             found.append(layout.merge([np.concatenate(columns, axis=2)]))
         product = np.concatenate(found) if found else vectors.copy()
         if not np.isfinite(product).all():
@@ -317,53 +321,52 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
         return product
 
     def mixed_prod(self, batch: SklearnBatch, factors: Mapping[str, Array]) -> Array:
+        """factors (K, D_block) by block; (K, N, features). Errors: NonFiniteValue."""
         model, batch = self.model, self.prepared(batch)
         family, z, weights = self._family(model), model.output(batch.x), self.row_weights(batch)
-        slope = family.slope(z, batch.y)
+        gradient = family.gradient(z, batch.y)
         count = len(next(iter(factors.values())))
         pushed = np.zeros((count, len(batch), model.outputs))
         found = np.zeros((count, len(batch), model.features))
         for block, factor in factors.items():
             if not np.isfinite(factor).all():
                 raise NonFiniteValue(f"The factors of block {block!r} are not finite.")
-            held = self._held(block)
+            kinds = self._kinds(block)
             matrices: Any = self._layout(block).split(factor)[0]
-            pushed += self._forward(batch.x, matrices, held)
-            if "coef" in held:
-                found += slope @ matrices[:, :, : model.features]
-        found += family.bend(z, batch.y, pushed) @ model.coef
+            pushed += self._forward(batch.x, matrices, kinds)
+            if "coef" in kinds:
+                # d/dx of <v, gradient b x^T>: through x itself ...
+                found += gradient @ matrices[:, :, : model.features]
+        # ... and through the output z = W x, by which the loss's gradient changes with H.
+        found += family.hessian_product(z, batch.y, pushed) @ model.coef
         return found if weights is None else found * weights[:, None]
 
-    def flat_mixed_grads(self, batch: SklearnBatch) -> Array:
-        """(N, features, D); of a pipeline, the transformed features."""
-        found = [np.moveaxis(self.mixed_prod(batch, {name: np.eye(size)}), 0, -1) for name, size in self.sizes.items()]
-        return np.concatenate(found, axis=-1)
-
-    def _forward(self, x: Array, matrices: Any, held: tuple[str, ...]) -> Array:
+    def _forward(self, x: Array, matrices: Any, kinds: tuple[str, ...]) -> Array:
         """Outputs of linear models [K, o, i] of this block's parameters: [K, n, o]."""
-        if held == ("intercept",):
+        if kinds == ("intercept",):
             return np.broadcast_to(np.swapaxes(matrices, 1, 2), (len(matrices), len(x), matrices.shape[1]))
         z = x @ np.swapaxes(matrices[:, :, : x.shape[1]], 1, 2)
-        return z + matrices[:, None, :, -1] if len(held) == 2 else z
+        return z + matrices[:, None, :, -1] if len(kinds) == 2 else z
 
     def _layout(self, block: str) -> Layout:
         if block not in self.layouts:
             raise BlockMismatch(f"There is no block {block!r}; the blocks are {list(self.layouts)}.")
         return self.layouts[block]
 
-    def _held(self, block: str) -> tuple[str, ...]:
+    def _kinds(self, block: str) -> tuple[str, ...]:
         """Which of "coef" and "intercept" the block has."""
         names = [p.name for p in self._layout(block).block.parameters]
         return tuple(own for own, name in zip(NAMES, self._names, strict=True) if name in names)
 
 
-def _numerical_slope(family: Family, z: Array, y: Array) -> Array:
+def _numerical_gradient(family: Family, z: Array, y: Array) -> Array:
     """The loss's derivatives by the outputs of one row [1, o], by central differences of fourth order: [o]."""
     found = []
     for unit in np.eye(z.shape[1]):
         size = 1e-3 * max(1.0, float(np.abs(z @ unit)[0]))
         step = size * unit
         near, far = (family.losses(z + k * step, y)[0] - family.losses(z - k * step, y)[0] for k in (1, 2))
+        # (8 (f(+h) - f(-h)) - (f(+2h) - f(-2h))) / 12 h: off by order h^4.
         found.append((8 * near - far) / (12 * size))
     return np.array(found)
 
@@ -383,9 +386,9 @@ def check_names(estimator: object, x: object) -> None:
     raise InvalidInput(f"x has the features of the fit in another order: {found}; expected {expected}.")
 
 
-def _columns(model: LinearModel, held: tuple[str, ...]) -> slice:
+def _columns(model: LinearModel, kinds: tuple[str, ...]) -> slice:
     """Where these are in `LinearModel.weights`."""
-    return slice(0 if "coef" in held else model.features, None if "intercept" in held else model.features)
+    return slice(0 if "coef" in kinds else model.features, None if "intercept" in kinds else model.features)
 
 
 def _pieces(vectors: Array, numbers_each: int) -> Iterator[Array]:

@@ -1,1 +1,1 @@
-"""Numbers at rest; knows no maths."""
+"""Scores, fits and runs in files and folders; knows no maths."""

@@ -31,21 +31,24 @@ def draft(path: str | os.PathLike[str]) -> Iterator[Path]:
     Errors: AlreadySaved if there is something of that name already; NotWritten, of a full disk for example.
     """
     wanted = Path(path)
-    with told(wanted):
+    with explained_errors(wanted):
         if wanted.exists():
             raise _there(wanted)
         wanted.parent.mkdir(parents=True, exist_ok=True)
+        # Here, since who is killed cannot clean up after itself.
         remove_dead(wanted.parent)
         folder = draft_of(wanted)
         try:
             folder.mkdir()
             yield folder
             try:
+                # A rename is atomic within a file system: others see all of the folder, or nothing.
                 folder.rename(wanted)
             except OSError:
                 if wanted.exists():  # another process was quicker
                     raise _there(wanted) from None
                 raise
+        # KeyboardInterrupt too: an interrupted save leaves nothing behind.
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -53,14 +56,16 @@ def draft(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 def write_whole(file: Path, content: bytes) -> None:
     """In place of what was there. Errors: NotWritten."""
-    with told(file), _drafted(file, content) as written:
+    with explained_errors(file), _drafted(file, content) as written:
+        # Atomic: a reader sees the old file or the new one, never half of it.
         os.replace(written, file)
 
 
 def write_new(file: Path, content: bytes) -> bool:
     """Whether this call made the file: of several at once, in any processes, one does. Errors: NotWritten."""
-    with told(file), _drafted(file, content) as written:
+    with explained_errors(file), _drafted(file, content) as written:
         try:
+            # A link fails if the name is taken, where a rename would overwrite: one of several processes wins.
             os.link(written, file)
         except FileExistsError:
             return False
@@ -80,6 +85,7 @@ def _drafted(file: Path, content: bytes) -> Iterator[Path]:
         with open(written, "xb") as opened:
             opened.write(content)
             opened.flush()
+            # Before the rename: after a power cut the name may else be there and the content not.
             os.fsync(opened.fileno())
         yield written
     finally:
@@ -88,7 +94,7 @@ def _drafted(file: Path, content: bytes) -> Iterator[Path]:
 
 
 @contextmanager
-def told(path: Path) -> Iterator[None]:
+def explained_errors(path: Path) -> Iterator[None]:
     """Errors: NotWritten in place of what the system says, with the path and what to do."""
     try:
         yield
@@ -99,12 +105,14 @@ def told(path: Path) -> Iterator[None]:
             f"{path} could not be written: {error}. Nothing of it was kept; make room, or choose a folder that can be "
             "written to, and call again."
         )
+        # Who catches OSError for ENOSPC still finds it.
         found.errno = error.errno
         raise found from error
 
 
 def draft_of(file: Path) -> Path:
     """A new name beside it for what becomes it."""
+    # Cut to 100: names end at 255 bytes in most file systems.
     return file.with_name(f".{file.name[:100]}.{HOST}-{os.getpid()}-{TOKEN}-{secrets.token_hex(4)}.draft")
 
 
@@ -114,7 +122,8 @@ def remove_dead(folder: Path) -> None:
         return
     for entry in list(folder.iterdir()):
         named = NAMED.fullmatch(entry.name)
-        if named and named[1] == HOST and not _lives(int(named[2]), named[3]):
+        # Of this machine only: on a shared disk another machine's processes cannot be asked.
+        if named and named[1] == HOST and not is_alive(int(named[2]), named[3]):
             if entry.is_dir():
                 shutil.rmtree(entry, ignore_errors=True)
             else:
@@ -126,10 +135,13 @@ def is_draft(name: str) -> bool:
     return NAMED.fullmatch(name) is not None
 
 
-def _lives(pid: int, token: str) -> bool:
+def is_alive(pid: int, token: str) -> bool:
+    """Whether a process of this machine, which gave itself that token, is there."""
     if pid == os.getpid():
+        # Our number, another token: a process before us had it, and is gone.
         return token == TOKEN
     try:
+        # Signal 0 sends nothing; it asks whether there is such a process.
         os.kill(pid, 0)
     except ProcessLookupError:
         return False

@@ -1,4 +1,4 @@
-"""Scores at rest: numbers with the names of their rows, their unit and sign, and how they came about."""
+"""Saved and unsaved scores: numbers with the names of their rows, their unit and sign, and how they came about."""
 
 from __future__ import annotations
 
@@ -109,11 +109,11 @@ class Scores:
             f"Scores({self.shape[0]} queries x {self.shape[1]} train rows, unit={self.unit!r}, {self.method}{partly})"
         )
 
-    def top(self, k: int) -> Extremes:
+    def top(self, k: int) -> TopK:
         """The k most helpful and the k most harmful train rows of each query."""
-        running = Running(k, self.query_ids)
-        running.add(self.values, self.train_ids)
-        return running.extremes()
+        sink = TopKSink(k, self.query_ids)
+        sink.add(self.values, self.train_ids)
+        return sink.top()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a zarr folder, whole or not at all, with checksums of all its files.
@@ -210,7 +210,7 @@ class Scores:
 
 
 @dataclass(frozen=True, eq=False)
-class Extremes:
+class TopK:
     """Both ends of every query's ranking; arrays [query, k], strongest first."""
 
     query_ids: np.ndarray
@@ -222,7 +222,7 @@ class Extremes:
     """Ascending: the most harmful first."""
 
 
-class Running(Sink):
+class TopKSink(Sink):
     """The k largest and smallest scores of each query so far; ties go to the row that came first."""
 
     def __init__(self, k: int, query_ids: np.ndarray):
@@ -250,9 +250,12 @@ class Running(Sink):
         order = np.argsort(sign * scores, axis=1, kind="stable")[:, : self.k]
         return np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1)
 
-    def extremes(self) -> Extremes:
-        """What has been seen so far; fewer than k columns if there were fewer rows."""
+    def top(self) -> TopK:
+        """What has been seen so far; fewer than k columns if there were fewer rows.
+
+        Errors: InvalidInput before any tile.
+        """
         if self._ends is None:
             raise InvalidInput("There is no tile of scores yet.")
         (helpful, helpful_ids), (harmful, harmful_ids) = self._ends
-        return Extremes(self.query_ids, helpful_ids, helpful, harmful_ids, harmful)
+        return TopK(self.query_ids, helpful_ids, helpful, harmful_ids, harmful)

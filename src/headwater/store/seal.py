@@ -29,6 +29,7 @@ def digest(*pieces: bytes) -> str:
     """Of the pieces in order; where one ends counts."""
     found = hashlib.blake2b(digest_size=SIZE)
     for piece in pieces:
+        # With lengths, so that ("ab", "c") and ("a", "bc") differ.
         found.update(len(piece).to_bytes(8, "little"))
         found.update(piece)
     return found.hexdigest()
@@ -42,6 +43,7 @@ def sealed(
 ) -> dict[str, Any]:
     """JSON values with their seal; files: the digests of those that belong to them. inside: the entry that takes it."""
     entry: dict[str, Any] = {"version": VERSION, "files": dict(files or {})}
+    # The seal's own fields are digested, too: nobody can drop a file from the list.
     entry["digest"] = digest(_canonical(values), _canonical(entry))
     holder = values if inside is None else values[inside]
     closed = {**holder, "seal": entry}
@@ -54,6 +56,7 @@ def unsealed(file: Path, inside: str | None = None, remedy: str = SAVE_AGAIN) ->
         values = json.loads(file.read_bytes())
     except FileNotFoundError:
         raise DamagedFile(f"{file} is missing. {remedy}") from None
+    # A damaged file may nest brackets deeper than Python recurses.
     except (OSError, ValueError, RecursionError) as error:
         raise DamagedFile(f"{file} cannot be read ({error}). {remedy}") from error
     holder = values if inside is None else values.get(inside) if isinstance(values, dict) else None
@@ -64,6 +67,7 @@ def unsealed(file: Path, inside: str | None = None, remedy: str = SAVE_AGAIN) ->
             f"damaged. {remedy}"
         )
     claimed = entry.pop("digest", None)
+    # Before the version is believed: it may be what was damaged.
     if claimed != digest(_canonical(values), _canonical(entry)):
         raise DamagedFile(f"{file} is damaged: it is not what was written. {remedy}")
     if entry["version"] != VERSION:
@@ -73,6 +77,7 @@ def unsealed(file: Path, inside: str | None = None, remedy: str = SAVE_AGAIN) ->
 
 def _canonical(values: Mapping[str, object]) -> bytes:
     """As JSON gives it back, whatever the order and the spaces."""
+    # Through JSON and back: tuples become lists and keys text before the digest, as after reading.
     return json.dumps(json.loads(json.dumps(values)), sort_keys=True).encode()
 
 
@@ -84,6 +89,7 @@ def file_digests(folder: Path, head: str | None = None) -> dict[str, str]:
     found = {}
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder)
+        # The head holds the digests and cannot hold its own.
         if file.is_file() and str(name) != head and not any(part.startswith(".") for part in name.parts):
             with open(file, "rb") as opened:
                 content = hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=SIZE))
@@ -109,6 +115,7 @@ def check_folder(folder: Path, head: str, inside: str | None = None) -> dict[str
             raise DamagedFile(f"{folder / name} is missing. {SAVE_AGAIN}")
         if found.pop(name) != expected:
             raise DamagedFile(f"{folder / name} is damaged: it is not what was written. {SAVE_AGAIN}")
+    # What was not listed is refused: a file added later could be read in place of a right one.
     for name in found:
         raise DamagedFile(f"{folder / name} was not written with the rest. Remove it, or save again.")
     return values
@@ -130,6 +137,7 @@ def open_bytes(file: Path, place: str, remedy: str) -> bytes:
         raise DamagedFile(f"{file} is missing. {remedy}") from None
     except OSError as error:
         raise DamagedFile(f"{file} cannot be read ({error}). {remedy}") from error
+    # From the right: the content may have the mark in it by chance.
     content, mark, claimed = whole.rpartition(MARK)
     if not mark or claimed.decode("ascii", "replace") != digest(place.encode(), content):
         raise DamagedFile(

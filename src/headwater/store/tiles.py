@@ -26,7 +26,7 @@ import numpy as np
 
 from headwater.errors import DamagedFile, InvalidInput
 from headwater.store.base import Sink, Tile
-from headwater.store.draft import draft_of, is_draft, remove_dead, told, write_new, write_whole
+from headwater.store.draft import draft_of, explained_errors, is_draft, remove_dead, write_new, write_whole
 from headwater.store.seal import digest, file_digests, open_bytes, seal_bytes, sealed, unsealed
 
 Where = tuple[int, int, int]
@@ -44,9 +44,13 @@ class TileStore(Sink):
 
     def __init__(self, path: str | os.PathLike[str], identity: Mapping[str, Any], tolerance: float = 1e-4):
         self.path, self.tolerance = Path(path), tolerance
+        # Through JSON: tuples would not equal the lists that are read back.
         self._run = self._check_identity(json.loads(json.dumps(identity)), tolerance / 10)
         self._bound: str | None = None
+        self._seen = 0
+        """Bytes of the ledger when it was read last."""
         self._lines: dict[tuple[int, int], dict[str, Any]] | None = None
+        # Tiles half-written by a killed run.
         for folder in (self.path, self._tiles):
             remove_dead(folder)
 
@@ -54,16 +58,18 @@ class TileStore(Sink):
         """The digest of the run's identity: that which came first."""
         file = self.path / "identity.json"
         if not file.exists():
+            # Never write into somebody's folder of other things.
             if self.path.exists() and not all(is_draft(each.name) for each in self.path.iterdir()):
                 raise InvalidInput(
                     f"{self.path} is not empty and holds no run of headwater: there is no {file.name} in it. "
                     "Choose another folder."
                 )
-            with told(self.path):
+            with explained_errors(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
             write_new(file, json.dumps(sealed(identity), indent=1).encode())
         found, seal = unsealed(file, remedy=OTHER_FOLDER)
         names = {**found, **identity}
+        # Fractions to a tolerance: a fit again, in other batches, gives another damping in its last digits.
         different = [name for name in names if not _same(found.get(name), identity.get(name), tolerance)]
         if different:
             changes = (f"{name} was {_short(found.get(name))}, now {_short(identity.get(name))}" for name in different)
@@ -79,13 +85,16 @@ class TileStore(Sink):
         scores or other rows; DamagedFile; NotWritten.
         """
         file, place = self.path / "probe.npz", f"{self._run}/probe"
+        # What tiles belong to depends on the probe, which may be written now.
         self._bound = self._lines = None
+        # Of several processes one writes it; the others compare with that one.
         if not file.exists() and write_new(file, seal_bytes(_packed({"keys": keys, "scores": scores}), place)):
             return
         found = _unpacked(open_bytes(file, place, "Remove it; the run's tiles are then computed again."))
         both = min(len(keys), len(found["keys"]))  # a call in smaller batches has fewer rows in its first
         if not np.array_equal(keys[:both], found["keys"][:both]):
             raise self._other_rows(0, both)
+        # In float64: gaps of half-precision scores would round to zero or to infinity.
         before = found["scores"][..., :both].astype(np.float64)
         now = scores[..., :both].astype(np.float64)
         if before.shape != now.shape:
@@ -123,9 +132,17 @@ class TileStore(Sink):
         """The lines that are whole and belong to this run, by tile."""
         if self._lines is None:
             file, bound = self.path / "ledger.jsonl", self._belonging
+            # A line that is torn or another run's counts as not there: its tile is computed again.
             read = (_line(text, bound) for text in (file.read_bytes().split(b"\n") if file.exists() else ()))
             self._lines = {(line["start"], line["stop"]): line for line in read if line is not None}
         return self._lines
+
+    def _look_again(self) -> None:
+        """Others may write into the same run at the same time."""
+        file = self.path / "ledger.jsonl"
+        size = file.stat().st_size if file.exists() else 0
+        if size != self._seen:
+            self._lines, self._seen = None, size
 
     def read(self, start: int, keys: np.ndarray) -> np.ndarray | None:
         """The tile of the train rows from `start` on, with these keys: [block, query, train].
@@ -133,6 +150,7 @@ class TileStore(Sink):
         None if it is not there, or not as it was written. Errors: InvalidInput if it was computed from other rows.
         """
         stop = start + len(keys)
+        self._look_again()
         line = self._ledger.get((start, stop))
         if line is None:
             return None
@@ -142,6 +160,7 @@ class TileStore(Sink):
 
         folder = self._tiles / f"{start}-{stop}"
         try:
+            # Digests of the very files: a tile that was changed after its line is not trusted.
             whole = folder.is_dir() and file_digests(folder) == line["tile"]
             return np.asarray(zarr.open_array(folder, mode="r")[:]) if whole else None
         except (OSError, KeyError, ValueError):  # another process is writing it again
@@ -156,13 +175,16 @@ class TileStore(Sink):
         if tile.keys is None:
             raise InvalidInput(f"The tile of train rows from {tile.start} on has no keys of its rows.")
         start, stop = tile.start, tile.start + len(tile.keys)
+        # Files first, then the line: a line promises that its files are whole.
         digests = self._write_tile(start, stop, tile.scores)
         line = {"start": start, "stop": stop, "rows": rows_digest(tile.keys), "tile": digests}
         text = json.dumps({**line, "line": _line_digest(line, self._belonging)}).encode()
-        with told(self.path), open(self.path / "ledger.jsonl", "a+b") as ledger:
+        with explained_errors(self.path), open(self.path / "ledger.jsonl", "a+b") as ledger:
+            # A killed process may have left half a line: ours would be glued to it, and lost.
             torn = ledger.seek(0, os.SEEK_END) > 0 and not _ends_line(ledger)
             ledger.write((b"\n" if torn else b"") + text + b"\n")
             ledger.flush()
+            # "It counts once this returns" has to hold after a power cut, too.
             os.fsync(ledger.fileno())
         self._ledger[start, stop] = line
 
@@ -172,7 +194,7 @@ class TileStore(Sink):
 
         folder = self._tiles / f"{start}-{stop}"
         written = draft_of(folder)
-        with told(folder):
+        with explained_errors(folder):
             try:
                 self._tiles.mkdir(exist_ok=True)
                 if not (self._tiles / "zarr.json").exists():
@@ -213,6 +235,7 @@ def rows_digest(keys: np.ndarray) -> str:
 
 def place_of(start: int, keys: np.ndarray) -> Where:
     """The tile of the rows from `start` on, with these keys."""
+    # 15 hex digits are 60 bits: they fit into the int64 array of `write_sums`.
     return start, start + len(keys), int(rows_digest(keys)[:15], 16)
 
 
@@ -232,6 +255,7 @@ def _line_digest(line: Mapping[str, object], bound: str) -> str:
 
 def _take_place(written: Path, folder: Path) -> None:
     for attempt in range(10):
+        # A folder cannot be replaced atomically; between removal and rename another process may be quicker.
         shutil.rmtree(folder, ignore_errors=True)
         if folder.is_file():
             folder.unlink()
@@ -261,6 +285,7 @@ def _same(a: Any, b: Any, tolerance: float) -> bool:
     if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(_same(x, y, tolerance) for x, y in zip(a, b, strict=True))
     numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (a, b))
+    # Whole numbers are counts and settings: they are the same or they are not.
     if numbers and (isinstance(a, float) or isinstance(b, float)):
         return a == b or (a != a and b != b) or abs(a - b) <= tolerance * max(abs(a), abs(b))
     return type(a) is type(b) and a == b

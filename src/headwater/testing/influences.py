@@ -217,7 +217,7 @@ class InfluenceContract(Contract):
             with self.refuses(ValueError, names[0]):
                 influence.with_damping(wrong)
 
-    # At rest ------------------------------------------------------------------------------------------------------
+    # Saved --------------------------------------------------------------------------------------------------------
 
     def test_a_saved_fit_gives_the_same_scores(self) -> None:
         """To rounding: what a fit knows only half of (eigenvectors, say) is found again."""

@@ -39,6 +39,7 @@ class TorchBatch(Batch[torch.Tensor]):
 
 
 def as_tensor(value: object, device: torch.device) -> torch.Tensor | None:
+    """Errors: InvalidInput."""
     if value is None:
         return None
     if isinstance(value, torch.Tensor):

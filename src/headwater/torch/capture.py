@@ -53,6 +53,7 @@ class Recording:
     def unbatched_layers(self) -> list[str]:
         """Layers that were called on another number of rows than the model: what they got does not belong to rows."""
         sizes = ((use.layer, {len(use.input), len(use.output)}) for use in self.uses)
+        # Positions, buffers or mixtures of experts: gradients of such calls cannot be assigned to rows.
         return list(dict.fromkeys([*self.hidden, *(layer for layer, found in sizes if found != {self.rows})]))
 
     @property
@@ -65,6 +66,7 @@ class Recording:
         """The coarsest numbers on the way: under autocast, or where the model itself converts, not its parameters'."""
         seen = chain(tensors_in(self.output), *((use.input, use.output) for use in self.uses))
         kinds = {t.dtype for t in seen if t.is_floating_point()}
+        # By eps, not by bits: bfloat16 and float16 are of one size, and the coarser one decides what agrees.
         return max(kinds, key=lambda kind: torch.finfo(kind).eps, default=torch.float32)
 
     def output_grads(self, total: torch.Tensor, *, again: bool = False) -> list[torch.Tensor]:
@@ -72,6 +74,7 @@ class Recording:
         watched = [use.output for use in self.uses]
         if not watched or not total.requires_grad:
             return [torch.zeros_like(output) for output in watched]
+        # All layers in one backward pass, by their outputs: no gradient of a weight is ever made.
         return list(torch.autograd.grad(total, watched, retain_graph=again, allow_unused=True, materialize_grads=True))
 
 
@@ -106,6 +109,7 @@ def run(model: nn.Module, state: Mapping[str, torch.Tensor], x: object) -> Any:
     Under the caller's autocast the model computes in its precision; half-precision outputs then become float32, so that
     losses are not reduced in less.
     """
+    # Swapped for this call alone: the user's parameters never require, or hold, a gradient of ours.
     slots = {slot: state[name] for slot, name in _slots(model).items() if name in state}
 
     def functional(*args: Any, **kwargs: Any) -> Any:
@@ -145,9 +149,11 @@ def record(
     """
     try:
         recording = _record(model, state, layers, x, shared, copies=False)
+        # Copies cost memory at every layer, and few models write in place: copy only once that was seen.
         if not any(use.is_spoilt for use in recording.uses):
             return recording
     except RuntimeError as error:
+        # Torch has no class of its own for it: an in-place change of a leaf or a view raises a plain RuntimeError.
         if "in-place" not in str(error):
             raise
     return _record(model, state, layers, x, shared, copies=True)
@@ -163,10 +169,12 @@ def _record(
 ) -> Recording:
     uses: list[Use] = []
     hidden: list[str] = []
+    # The model's rows; a layer called on another number is none of theirs.
     rows = next((len(leaf) for leaf in tree_leaves(x) if isinstance(leaf, torch.Tensor) and leaf.ndim), 1)
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            # By keyword the layer's input may have any name: the first one given is taken for it.
             given = args[0] if args else kwargs.get("input", next(iter(kwargs.values()), None))
             if not _is_recordable(given) or not _is_recordable(output) or not output.is_floating_point():
                 return None
@@ -174,19 +182,24 @@ def _record(
                 hidden.append(name)
                 return None
             if not output.requires_grad:
+                # Parameters are detached, so that the first watched layer's output is a leaf: the graph begins there.
                 output.requires_grad_()
+            # Detached: its own history would be kept alive for nothing.
             given = given.detach().clone() if copies else given.detach()
             for_all = name in shared and len(given) == len(output) == 1 < rows
             if for_all:
+                # A copy for each row, so that each gets its own gradient and not the sum over all rows.
                 given, output = (v.expand(rows, *v.shape[1:]).clone() for v in (given, output))
             uses.append(Use(name, given, output, given._version, output._version))
             if copies:
+                # What follows writes into the copy; the recorded output stays as the layer gave it.
                 return output.clone()
             return output if for_all else None
 
         return hook
 
     with ExitStack() as stack:
+        # Hooks are on the user's module: two threads would record each other's calls.
         stack.enter_context(lock_of(model))
         for name, module in layers.items():
             stack.callback(module.register_forward_hook(watch(name), with_kwargs=True).remove)

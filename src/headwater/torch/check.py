@@ -1,4 +1,4 @@
-"""What is checked on the first rows that a provider sees, and on every gradient: nothing is wrong without a word."""
+"""What is checked on the first rows that a provider sees, and on every gradient: what is wrong is an error."""
 
 from __future__ import annotations
 
@@ -63,6 +63,7 @@ def with_a_gradient(
         )
     while len(left) > 1:  # halves, one of which depends
         half = left[: len(left) // 2]
+        # About log2(n) forward passes, where looking at each row would take n.
         left = half if depends(half) else left[len(left) // 2 :]
     others = chosen[chosen != left[0]]
     return np.append(others[: len(chosen) - 1], left)
@@ -98,6 +99,7 @@ def check_independence(together: object, alone: object, rows: np.ndarray | list[
     together: of the batch that the rows are numbered in; alone: of these rows only.
     """
     for one, both in zip(tensors_in(alone), tensors_in(together), strict=True):
+        # Whole numbers (predicted classes, lengths) have no rounding to allow for, and no gradient.
         if not one.is_floating_point():
             continue
         one, both = one.detach(), both.detach()[torch.as_tensor(rows, device=both.device)]
@@ -134,9 +136,11 @@ def close(got: torch.Tensor, expected: torch.Tensor, floor: float = 0.0, kind: t
     kind: the dtype that was computed in, if it is coarser than the tensors'.
     """
     kind = kind or expected.dtype
+    # A wrong rule is off by the size of the gradient; rounding over thousands of positions, by far less than this.
     tolerance = max(1e-8, 1e4 * torch.finfo(kind).eps) if kind == torch.float64 else 2e-3
     tolerance = 0.1 if kind in (torch.float16, torch.bfloat16) else tolerance
     gap, scale = (got - expected).norm(), torch.maximum(got.norm(), expected.norm())
+    # In norm, not entry by entry: a small entry beside large ones has their rounding.
     allowed = tolerance * scale + rounding_of(kind) * floor + torch.finfo(expected.dtype).tiny
     return bool(gap <= allowed)
 

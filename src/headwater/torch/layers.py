@@ -50,6 +50,7 @@ def _outer(a: torch.Tensor, b: torch.Tensor, weight: bool, bias: bool) -> list[G
     """a [n, t, i], b [n, t, o]."""
     if weight:
         return [Outer(a, b, ones=bias)]
+    # A bias alone is [n, o] numbers: already as small as its factors.
     return [Dense(b.sum(1).unsqueeze(2))] if bias else []
 
 
@@ -58,8 +59,9 @@ def _positions(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(len(x), -1, x.shape[-1]) if x.ndim > 2 else x.unsqueeze(1)
 
 
-def _turned_parts(m: Any, weight: str | None, bias: str | None) -> list[Part]:
+def _transposed_parts(m: Any, weight: str | None, bias: str | None) -> list[Part]:
     """Those of a linear map whose weight is kept as [i, o]."""
+    # y = x W with W [i, o]: the same map as Linear, with the weight stored transposed.
     i, o = m.weight.shape
     parts = matrix_parts((o, i), weight, bias)
     return parts if weight is None else [replace(part, weight=replace(part.weight, transposed=True)) for part in parts]
@@ -71,7 +73,7 @@ LINEAR = Rule(
 )
 
 
-TURNED_LINEAR = replace(LINEAR, parts=_turned_parts)
+TRANSPOSED_LINEAR = replace(LINEAR, parts=_transposed_parts)
 """GPT-2's `Conv1D`, a linear map."""
 
 
@@ -80,16 +82,19 @@ def _conv_parts(m: Any, weight: str | None, bias: str | None) -> list[Part]:
     if m.groups == 1:
         return matrix_parts((channels, i), weight, bias)
     o = channels // m.groups
+    # Each group has inputs and outputs of its own; one matrix for all would be mostly structural zeros.
     groups = [] if weight is None else [Part(Piece(weight, k * o * i, (o, i))) for k in range(m.groups)]
     return groups + matrix_parts((channels, 1), None, bias)
 
 
 def _conv_values(m: Any, x: torch.Tensor, g: torch.Tensor, weight: bool, bias: bool) -> list[Gradient]:
+    # [n, o, *space] to [n, t, o]: every output position of the kernel is one position of the sum.
     b = g.flatten(2).transpose(1, 2)
     if m.groups == 1 or not weight:
         return _outer(patches(m, x).flatten(2) if weight else b, b, weight, bias)
     a = patches(m, x)
     groups: list[Gradient] = [
+        # Contiguous: chunks of one array would be read with strides at every ghost product.
         Outer(a_k.flatten(2).contiguous(), b_k.contiguous())
         for a_k, b_k in zip(a.chunk(m.groups, dim=2), b.chunk(m.groups, dim=2), strict=True)
     ]
@@ -99,9 +104,11 @@ def _conv_values(m: Any, x: torch.Tensor, g: torch.Tensor, weight: bool, bias: b
 def patches(m: Any, x: torch.Tensor) -> torch.Tensor:
     """What each output position of a convolution sees: [n, t, channels, kernel]."""
     dims = x.ndim - 2
+    # The layer's own padding, also "same" and circular: what an output sees includes it.
     mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
     x = F.pad(x, m._reversed_padding_repeated_twice, mode=mode)
     for k, size in enumerate(m.weight.shape[2:]):
+        # Unfold knows no dilation: windows of the whole span, of which every dilation-th number is taken.
         span = m.dilation[k] * (size - 1) + 1
         x = x.unfold(2 + k, span, m.stride[k])[..., :: m.dilation[k]]
     n, channels = x.shape[:2]
@@ -113,6 +120,7 @@ CONVOLUTION = Rule(parts=_conv_parts, values=_conv_values)
 
 
 def _embedding_parts(m: Any, weight: str | None, bias: str | None) -> list[Part]:
+    # Refused, not left to plain gradients: autograd's gradient is of another function than the forward pass, too.
     if m.max_norm is not None or m.scale_grad_by_freq:
         option = "max_norm" if m.max_norm is not None else "scale_grad_by_freq"
         raise UnsupportedModel(
@@ -126,6 +134,7 @@ def _embedding_values(m: Any, x: torch.Tensor, g: torch.Tensor, weight: bool, bi
     ids = x.reshape(len(x), -1).long()
     values = g.reshape(*ids.shape, -1)
     if m.padding_idx is not None:
+        # As torch has it: the padding row gets no gradient, though its output-gradient need not be zero.
         values = values * (ids != m.padding_idx).unsqueeze(-1)
     return [RowSparse(ids, values, len(m.weight))]
 
@@ -148,6 +157,7 @@ def _affine(normalise: Callable[[Any, torch.Tensor], torch.Tensor], channels_las
         shape, axis = ((n, -1, size), 1) if channels_last else ((n, size, -1), 2)
         parts = []
         if weight:
+            # y = scale * z + shift: the gradients are sums of g z and of g over positions, 2 c numbers a row.
             parts.append((g * normalise(m, x)).reshape(shape).sum(axis))
         if bias:
             parts.append(g.reshape(shape).sum(axis))
@@ -157,11 +167,13 @@ def _affine(normalise: Callable[[Any, torch.Tensor], torch.Tensor], channels_las
 
 
 LAYER_NORM = _affine(lambda m, x: F.layer_norm(x, m.normalized_shape, None, None, m.eps), channels_last=True)
+# f(1) - f(0) is what the weight multiplies, whatever else the class adds: it is affine in the weight.
 OWN_RMS_NORM = _affine(lambda m, x: _with_weight(m, 1.0, x) - _with_weight(m, 0.0, x), channels_last=True)
 """A model's own class, which may add to its weight or normalise in another precision; only affine in the weight."""
 RMS_NORM = _affine(lambda m, x: F.rms_norm(x, m.normalized_shape, None, m.eps), channels_last=True)
 GROUP_NORM = _affine(lambda m, x: F.group_norm(x, m.num_groups, None, None, m.eps), channels_last=False)
 BATCH_NORM = _affine(
+    # With running statistics (eval mode): batch statistics would let rows act on each other, and are refused.
     lambda m, x: F.batch_norm(x, wide(m.running_mean), wide(m.running_var), None, None, False, 0.0, m.eps),
     channels_last=False,
 )
@@ -197,12 +209,13 @@ RULES: dict[type[nn.Module], Rule] = {
 }
 
 
-RULES_BY_NAME: dict[str, Rule] = {"transformers.pytorch_utils.Conv1D": TURNED_LINEAR}
+RULES_BY_NAME: dict[str, Rule] = {"transformers.pytorch_utils.Conv1D": TRANSPOSED_LINEAR}
 """Layers of libraries that are not imported here."""
 
 
 def rule_for(module: nn.Module) -> Rule | None:
     """The rule of the nearest known base class; lazy and transposed layers have none."""
+    # A transposed convolution is a subclass of the convolutions' base and would take their rule.
     if isinstance(module, (nn.modules.lazy.LazyModuleMixin, nn.modules.conv._ConvTransposeNd)):
         return None
     found = (
@@ -213,4 +226,5 @@ def rule_for(module: nn.Module) -> Rule | None:
 
 def _is_own_rms_norm(module: nn.Module) -> bool:
     own = dict(module.named_parameters())
+    # By name and shape, as every model library has its own class; a wrong guess is found by the row checks.
     return [*own] == ["weight"] and own["weight"].ndim == 1 and type(module).__name__.endswith("RMSNorm")

@@ -13,6 +13,7 @@ from torch import nn
 
 from headwater.errors import UnsupportedLoss
 from headwater.gradients import likelihoods as neutral
+from headwater.gradients.identity import name_of
 from headwater.gradients.likelihoods import FEW as FEW
 from headwater.gradients.likelihoods import MOST as MOST
 from headwater.gradients.likelihoods import Bernoulli as Bernoulli
@@ -25,7 +26,6 @@ from headwater.gradients.likelihoods import OwnHessian as OwnHessian
 from headwater.gradients.likelihoods import SquaredError as SquaredError
 from headwater.gradients.likelihoods import TargetSampler as TargetSampler
 from headwater.gradients.likelihoods import cotangent as cotangent
-from headwater.gradients.words import name_of
 from headwater.torch.losses import Loss, option, row_losses
 
 
@@ -36,10 +36,10 @@ class TorchOutputLoss(neutral.OutputLoss[torch.Tensor]):
         self.loss = loss
         self.name = name_of(loss)
 
-    def slope(self, output: torch.Tensor, target: object) -> torch.Tensor:
+    def gradient(self, output: torch.Tensor, target: object) -> torch.Tensor:
         return torch.autograd.grad(*self._total(output, target))[0]
 
-    def bend(self, output: torch.Tensor, target: object) -> torch.Tensor:
+    def hessian_row_sums(self, output: torch.Tensor, target: object) -> torch.Tensor:
         with self._twice():
             total, leaf = self._total(output, target)
             slope = torch.autograd.grad(total, leaf, create_graph=True)[0]

@@ -19,9 +19,9 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from headwater.errors import InvalidInput, NonFiniteValue, UnsupportedLoss
+from headwater.gradients.identity import name_of
 from headwater.gradients.rowwise import Slopes, explain_loss_failure, is_weighted_sum
 from headwater.gradients.spreading import spread_in_words
-from headwater.gradients.words import name_of
 from headwater.torch.surroundings import quiet
 from headwater.torch.tree import tensors_in, with_tensors
 
@@ -67,6 +67,7 @@ def _any_row_losses(loss: Loss, output: object, target: object) -> torch.Tensor:
     outputs = tensors_in(output)
 
     def one(o: list[torch.Tensor], t: object) -> torch.Tensor:
+        # A row is a batch of one: a loss may look at the number of axes.
         alone = with_tensors(output, (v.unsqueeze(0) for v in o))  # None, numbers and words stay as they are
         return _scalar(loss(alone, tree_map(lambda v: v.unsqueeze(0), t)))
 
@@ -136,13 +137,16 @@ def _torch_row_losses(loss: Loss, output: torch.Tensor, target: torch.Tensor) ->
         return None
     else:
         reduction = options.get("reduction", "mean")
+        # Unreduced in one call; the row's own reduction follows, as the loss would do on that row alone.
         terms = plain(output, target, **{**options, "reduction": "none"})
     terms = terms.reshape(len(output), -1)
+    # "none", too: a row's loss is then the sum of its terms.
     if reduction != "mean":
         return terms.sum(1)
     if not of_classes or target.is_floating_point():
         return terms.mean(1)
     ignored = option(plain, "ignore_index", options.get("ignore_index", -100))
+    # Torch divides by the targets that are not ignored; a row with none gives NaN, as alone, and is named.
     return terms.sum(1) / (target.reshape(len(target), -1) != ignored).sum(1)
 
 
@@ -215,6 +219,7 @@ def normalisation(loss: Loss, output: Any, target: Any, what: str = "loss") -> s
     if value.numel() > 1:
         _refuse_more_terms(loss, output, target, value.numel())
         return "none" if value.numel() == len(rows) else "per token"
+    # Batch and rows add up in another order, and may be in half precision.
     eps = torch.finfo(value.dtype).eps
     for name, reduced in (("mean", rows.mean()), ("sum", rows.sum())):
         if torch.allclose(value.reshape(()), reduced.to(value.dtype), rtol=min(1e3 * eps, 0.03), atol=eps):
@@ -231,6 +236,8 @@ def normalisation(loss: Loss, output: Any, target: Any, what: str = "loss") -> s
             found.append(torch.cat([g.reshape(len(rows), -1) for g in grads], dim=1).double().cpu().numpy())
         return found[0], found[1]
 
+    # Weights of a weighted sum must not depend on the outputs: one row's output is moved, and the others' gradients
+    # stay.
     moved = [
         [torch.cat([(t[:1] + share * t[-1:]) / 2, t[1:]]) if k in moving else t for k, t in enumerate(leaves)]
         for share in (0.0, 1.0)

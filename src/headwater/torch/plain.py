@@ -61,6 +61,7 @@ class PlainRows:
                 cotangents = choose(row, output.detach() if isinstance(output, torch.Tensor) else output)
                 if cotangents is None or (found and len(cotangents) != len(found[0])):
                     return None
+                # A backward pass for each cotangent: nothing is vectorised that could hide a mistake.
                 flat = (_slopes((output * v).sum(), list(leaves.values()), again=True) for v in cotangents)
                 found.append([_by_name(slopes, leaves) for slopes in flat])
         return [[row[k] for row in found] for k in range(len(found[0]))]
@@ -70,6 +71,7 @@ class PlainRows:
         if not isinstance(output, torch.Tensor) or output.numel() > MOST:
             return None
         values, vectors = torch.linalg.eigh(self._output_hessian(row, output))
+        # As the fast path decides: both must have draws for the same rows.
         if bool((values < -1e-9 * values.abs().max()).any()):
             return None
         return [(v * c.clamp(min=0).sqrt()).reshape(output.shape) for v, c in zip(vectors.T, values, strict=True)]
@@ -96,20 +98,22 @@ class PlainRows:
         self, row: TorchBatch, output: object, outputs: list[torch.Tensor], leaves: list[torch.Tensor], v: torch.Tensor
     ) -> torch.Tensor:
         """J v as the slope of <J^T d, v> by d; then H; then J^T."""
+        # J^T d is linear in d: its derivative along v by d, at any d, is J v.
         d = [torch.zeros_like(t, requires_grad=True) for t in outputs]
         pulled = _slopes(_dot(outputs, d), leaves, create_graph=True)
         along = _slopes((pulled * v).sum(), d, again=True)
         everything = [t.detach() for t in tensors_in(output)]
         points = [t.requires_grad_() for t in everything if t.is_floating_point()]
         loss = row_losses(self.loss, with_tensors(output, iter(everything)), row.y).sum()
-        bent = _slopes((_slopes(loss, points, create_graph=True) * along).sum(), points)
-        pieces = zip(bent.split([t.numel() for t in outputs]), outputs, strict=True)
+        product = _slopes((_slopes(loss, points, create_graph=True) * along).sum(), points)
+        pieces = zip(product.split([t.numel() for t in outputs]), outputs, strict=True)
         return _slopes(_dot(outputs, [piece.reshape(t.shape) for piece, t in pieces]), leaves, again=True)
 
     def _hessian(
         self, row: TorchBatch, output: object, leaves: list[torch.Tensor], vectors: torch.Tensor
     ) -> torch.Tensor:
         """Each vector's product from the slope along it."""
+        # H v is the gradient of <gradient, v> (Pearlmutter 1994).
         slope = _slopes(row_losses(self.loss, output, row.y).sum(), leaves, create_graph=True)
         return torch.stack([_slopes((slope * v).sum(), leaves, again=True) for v in vectors])
 

@@ -120,6 +120,7 @@ def make_plan(model: nn.Module, structure: Structure, distrusted: Collection[str
     blocks = partition(trainable_parameters(model), structure)
     block_of = {p.name: block.name for block in blocks.values() for p in block.parameters}
     layers = _layers(model, {name for name in block_of if name not in distrusted})
+    # Counted over all layers first: whether a bias joins its weight depends on who else uses either.
     users = _count_uses(layers)
     layouts, sources, plain = OrderedDict(), [], []
     for block in blocks.values():
@@ -131,10 +132,12 @@ def make_plan(model: nn.Module, structure: Structure, distrusted: Collection[str
 
 
 def _layers(model: nn.Module, wanted: Collection[str]) -> list[Layer]:
+    # By identity: a tied parameter has one name, whichever layer holds it.
     canonical = {id(p): name for name, p in model.named_parameters()}
     found = []
     for name, module in model.named_modules():
         rule = rule_for(module)
+        # A parametrised weight is computed anew at each call: what the layer holds is no parameter of the model.
         if rule is None or _is_parametrised(module):
             continue
         weight, bias = (canonical.get(id(getattr(module, role, None))) for role in ("weight", "bias"))
@@ -164,6 +167,7 @@ def _fill(
     sources: list[Source] = []
     at: dict[str, int] = {}
     for layer in layers:
+        # By-parameter blocks may separate a weight from its bias; then each is a part of its own block.
         roles = [n if n is not None and block_of[n] == block.name else None for n in (layer.weight, layer.bias)]
         # A bias is a column of its weight only where both have this one use: uses of a tied weight must have one
         # form, or they could not be added up.
@@ -180,6 +184,7 @@ def _fill(
             elif _forms(new) != _forms(parts[at[name] : at[name] + len(new)]):
                 continue
             sources.append(Source(layer.name, weight is not None, bias is not None, block.name, at[name]))
+    # Parameters without a rule, of any shape: one plain matrix each, filled by autograd row by row.
     filled = {piece.parameter for part in parts for piece in part.pieces}
     plain = []
     for parameter in block.parameters:
@@ -216,6 +221,7 @@ def fill_parts(
     kept [n, t]: the positions that rows have, where some are padding; for layers that work on all t of them.
     Also the layers whose rule does not apply to what they were given: it raised, or its values are of another shape.
     """
+    # A layer may be called several times, and each call adds positions to the same parts.
     calls: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for use, grad in uses:
         calls.setdefault(use.layer, []).append((use.input, grad))
@@ -228,12 +234,15 @@ def fill_parts(
         parts = plan.layouts[source.block].parts[source.first :]
         for given, grad in calls.get(source.layer, []):
             try:
+                # In float32 at least: sums over positions in half precision would lose small terms.
                 values = rule.values(module, wide(given), wide(grad), source.weight, source.bias)
+            # Not a failed rule: falling back to plain gradients would need more memory still.
             except torch.OutOfMemoryError:
                 raise
             except Exception:  # a rule that raises, of whatever kind, is a rule that does not apply
                 failed.append(source.layer)
                 continue
+            # A subclass may put more through a layer than its type says; wrong shapes must not reach a sum over rows.
             if any(v.shape != part.shape or v.rows != len(given) for v, part in zip(values, parts, strict=False)):
                 failed.append(source.layer)
                 continue
@@ -252,8 +261,10 @@ def without_padding(value: Gradient, kept: torch.Tensor | None) -> Gradient:
     inputs: Any
     b: Any
     inputs, b = (value.a, value.b) if isinstance(value, Outer) else (value.ids, value.values)
+    # A layer that works on one position a row (a classifier's head) has no padding of its own.
     if inputs.shape[:2] != kept.shape:
         return value
+    # Filled, not multiplied: 0 x inf and 0 x nan of padding would spoil the row.
     b = b.masked_fill(~kept.unsqueeze(2), 0.0)
     if isinstance(value, RowSparse):
         return replace(value, values=b, kept=kept)
@@ -266,6 +277,7 @@ def add(values: list[Gradient]) -> Gradient:
     for value in values:
         for k, mine in enumerate(kinds):
             if isinstance(mine, (Outer, RowSparse)) and type(mine) is type(value):
+                # Positions are joined, not matrices summed: the gradient stays a sum of outer products.
                 kinds[k] = mine.join(value)  # type: ignore[arg-type]
                 break
             if isinstance(mine, Dense) and isinstance(value, Dense):

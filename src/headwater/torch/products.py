@@ -30,14 +30,17 @@ _forward_mode = threading.Lock()
 
 def batched_vjp(outputs: Tensors, inputs: Tensors, cotangents: Tensors) -> list[torch.Tensor]:
     """For each k, the gradient of sum outputs . cotangents[k] by the inputs: [K, *shape] each; zero where unused."""
+    # Outputs that no parameter moves would make autograd raise; their share is zero.
     live = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
     count = len(cotangents[0])
     if not live:
         return [i.new_zeros((count, *i.shape)) for i in inputs]
     outs, cots = [o for o, _ in live], [c for _, c in live]
     try:
+        # One backward for all K where every operation has a batching rule ...
         grads = _vectorised_vjp(outs, inputs, cots)
     except RuntimeError:
+        # ... else K of them, with the graph kept for the next.
         totals = [summed_products(outs, [c[k] for c in cots]) for k in range(count)]
         each = [torch.autograd.grad(total, inputs, retain_graph=True, allow_unused=True) for total in totals]
         grads = [None if column[0] is None else torch.stack(column) for column in zip(*each, strict=True)]
@@ -73,6 +76,7 @@ def hessian_product(loss: torch.Tensor, leaves: Tensors, tangents: Tensors) -> l
         return [torch.zeros_like(t) for t in tangents]
     try:
         slopes = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True, materialize_grads=True)
+        # `once_differentiable` gives no error where its output is not on the path: part of the Hessian would be zero.
         if _is_cut_off(slopes):
             raise RuntimeError("one of its functions is once_differentiable")
         return batched_vjp([dense(s) for s in slopes], leaves, tangents)
@@ -87,6 +91,7 @@ def hessian_product(loss: torch.Tensor, leaves: Tensors, tangents: Tensors) -> l
 
 def _is_cut_off(slopes: Tensors) -> bool:
     """Whether torch has put an error into the graph that a second derivative would pass by."""
+    # A walk through the graph, not a try: the error node raises only if a gradient flows into it.
     seen, open_ = set(), [s.grad_fn for s in slopes if s.grad_fn is not None]
     while open_:
         node = open_.pop()
@@ -117,29 +122,33 @@ def ggn_product(
     output = function(leaves)
     everything = tensors_in(output)
     outputs = floating(output)
+    # The loss on a detached output: H is by the output alone, and J stays a factor of its own.
     points = [o.detach().requires_grad_() if o.is_floating_point() else o for o in everything]
     moving = [p for p in points if p.requires_grad]
     slopes = torch.autograd.grad(
         loss(with_tensors(output, iter(points))), moving, create_graph=True, allow_unused=True, materialize_grads=True
     )
     asked = _with_probe(tangents) if probe else tangents
+    # Schraudolph 2002: forward through the model, H in the middle, backward through the model.
     pushed = push_forward(_floating(function), leaves, asked) if forward else None
     if pushed is not None:
-        along = _bent(slopes, moving, pushed)
+        along = _hessian_products(slopes, moving, pushed)
         products = batched_vjp(outputs, leaves, along)
+        # The probe's row is cut off again: it was along for the check.
         if _are_transposed(along, pushed, products, asked):
             return [p[: len(tangents[0])] for p in products], True
+    # In the order of their cost; the last one is right by construction, and is not checked.
     for push in (push_in_reverse, push_by_rows):
         pushed = push(outputs, leaves, asked)
         if pushed is not None:
-            along = _bent(slopes, moving, pushed)
+            along = _hessian_products(slopes, moving, pushed)
             products = batched_vjp(outputs, leaves, along)
             if push is push_by_rows or _are_transposed(along, pushed, products, asked):
                 break
     return [p[: len(tangents[0])] for p in products], False
 
 
-def _bent(slopes: Tensors, moving: Tensors, pushed: Tensors) -> list[torch.Tensor]:
+def _hessian_products(slopes: Tensors, moving: Tensors, pushed: Tensors) -> list[torch.Tensor]:
     """H J v. Errors: UnsupportedLoss for a loss that can be differentiated once only."""
     try:
         return batched_vjp(slopes, moving, pushed)
@@ -155,7 +164,9 @@ def _bent(slopes: Tensors, moving: Tensors, pushed: Tensors) -> list[torch.Tenso
 def _with_probe(tangents: Tensors) -> list[torch.Tensor]:
     """The tangents and a random one, of their size, with a part along every parameter."""
     size = torch.stack([t.square().sum() / len(t) for t in tangents]).sum().sqrt()
+    # On the host and seeded: the same probe on every device, and the user's generator is left alone.
     random = torch.Generator().manual_seed(0)
+    # As long as the tangents are on average, so that rounding is judged on their scale.
     drawn = [torch.randn((1, *t.shape[1:]), generator=random, dtype=torch.float64) for t in tangents]
     length = torch.stack([d.square().sum() for d in drawn]).sum().sqrt()
     return [torch.cat([t, (d / length).to(t) * size.to(t)]) for t, d in zip(tangents, drawn, strict=True)]
@@ -168,6 +179,7 @@ def _are_transposed(u: Tensors, j_v: Tensors, j_t_u: Tensors, v: Tensors) -> boo
         products = [(a * b).flatten(1).sum(1) if a.ndim > 1 else a * b for a, b in zip(left, right, strict=True)]
         return torch.stack([p.double() for p in products]).sum(0)
 
+    # In float64: the two sums run over different numbers of terms, and must not differ by that.
     one, other = dots(u, j_v), dots(v, j_t_u)
     eps = torch.finfo(v[0].dtype).eps
     share = {torch.float64: 1e-8, torch.float32: 2e-3}.get(v[0].dtype, 0.1)
@@ -185,10 +197,12 @@ def jacobian_product(
 ) -> list[torch.Tensor]:
     """J times each tangent, J as reverse mode has it: [K, *output shape] each; forward where that is the same."""
     outputs = function(*leaves)
+    # Any cotangent tests the transpose; ones see every output.
     ones = [torch.ones_like(o)[None] for o in outputs]
     pulled, asked = batched_vjp(outputs, leaves, ones), _with_probe(tangents)
     for pushed in (push_forward(function, leaves, asked), push_in_reverse(outputs, leaves, asked)):
         if pushed is not None and _are_transposed(ones, pushed, pulled, asked):
+            # The last one is the probe.
             return [p[:-1] for p in pushed]
     return push_by_rows(outputs, leaves, tangents)
 
@@ -203,6 +217,7 @@ def push_forward(
         return torch.func.jvp(function, plain, direction)[1]
 
     try:
+        # One thread at a time: see the lock.
         with _forward_mode, quiet():
             return list(torch.func.vmap(one)(*tangents))
     except Exception:  # of many kinds: missing formulas, functions without jvp, branches on data
@@ -219,6 +234,7 @@ def push_in_reverse(outputs: Tensors, leaves: Tensors, tangents: Tensors) -> lis
     if not live:
         return [o.new_zeros((len(tangents[0]), *o.shape)) for o in outputs]
     try:
+        # J^T d is linear in d: its derivative by d along v is J v, and d itself may be zero.
         pulled = torch.autograd.grad(
             summed_products([o for o, _ in live], [d for _, d in live]),
             leaves,
@@ -251,6 +267,7 @@ def _by_rows(output: torch.Tensor, leaves: Tensors, tangents: Tensors) -> torch.
     columns = []
     for number in output.reshape(-1).unbind():
         slopes = torch.autograd.grad(number, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
+        # One row of J against all tangents.
         along = [(t * dense(s)).reshape(len(t), -1).sum(1) for t, s in zip(tangents, slopes, strict=True)]
         columns.append(torch.stack(along).sum(0))
     return torch.stack(columns, dim=1).reshape(-1, *output.shape)
@@ -263,6 +280,7 @@ def rowwise_grads(function: Any, chosen: dict[str, torch.Tensor], x: Any, y: Any
     """
     try:
         with quiet():
+            # Plain per-sample gradients [n, *shape]: whole matrices, only for parameters without a rule.
             return torch.func.vmap(torch.func.grad(function), in_dims=(None, 0, 0))(chosen, x, y)
     except Exception:  # of many kinds, as in `push_forward`; what is really wrong is raised again below
         leaves = {name: t.detach().requires_grad_() for name, t in chosen.items()}

@@ -33,11 +33,11 @@ from headwater.errors import (
 from headwater.gradients.algebra import Dense, Gradient
 from headwater.gradients.block import BlockGradient, rows_in_blocks
 from headwater.gradients.coverage import Coverage
+from headwater.gradients.identity import identity_of, name_of
 from headwater.gradients.outer import Outer, with_inputs
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
 from headwater.gradients.rowwise import differing
-from headwater.gradients.words import in_words, name_of
-from headwater.random import name_keys, row_digests, row_keys, row_numbers
+from headwater.random import row_keys, row_numbers
 from headwater.torch.batch import TorchBatch, as_tensor, differentiable_input
 from headwater.torch.capture import Recording, detached_state, own_leaves, record, run, summed_products
 from headwater.torch.check import (
@@ -84,6 +84,7 @@ def undisturbed(method: Method) -> Method:
 
     @wraps(method)
     def wrapped(self: TorchGradientProvider, *args: Any, **kwargs: Any) -> Any:
+        # Parameters are swapped and hooks set while the model runs: two threads would see each other's.
         with lock_of(self.model), self.own_precision():
             return method(self, *args, **kwargs)
 
@@ -156,6 +157,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         with lock_of(model):
             self._modules = dict(model.named_modules())
             self._plan = make_plan(model, blocks)
+        # By place, not the tensor: `load_state_dict(assign=True)` puts another one there.
         owner, _, role = self._names[0].rpartition(".")
         self._first = (self._modules[owner], role)
         if plain and self._like.dtype != torch.float64:
@@ -213,13 +215,15 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         return name_of(self.measurement)
 
     def settings(self) -> tuple[str, ...]:
-        return tuple(in_words(value) for value in (self.loss, self.measurement, self.likelihood))
+        return tuple(identity_of(value) for value in (self.loss, self.measurement, self.likelihood))
 
     @property
     def architecture(self) -> str:
         """A checksum of what the model prints as, and of its modules' forward passes where they are not torch's."""
+        # A dict, not a set: the order of a set changes from process to process.
         kinds = {type(m): None for m in self.model.modules() if not type(m).__module__.startswith("torch.")}
-        said = re.sub("0x[0-9a-f]+", "", repr(self.model)) + "".join(in_words(kind.forward) for kind in kinds)
+        # Addresses in a repr are another each time.
+        said = re.sub("0x[0-9a-f]+", "", repr(self.model)) + "".join(identity_of(kind.forward) for kind in kinds)
         return f"{type(self.model).__name__} #{zlib.crc32(said.encode())}"
 
     @property
@@ -258,6 +262,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
 
     def _ready(self, batch: TorchBatch) -> TorchBatch:
         """The batch as the model takes it, on its device; a batch that this gave is taken as it is."""
+        # One pass asks for gradients, keys and weights of the same batch: it is moved to the device once.
         last, where = self._last_ready
         if last is not None and last() is batch and where == self.device:
             return batch
@@ -275,10 +280,12 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         batch = batch.to(self.device)
         if self._plain is not None:
             # Rows are named by what they hold before they become float64, so that random draws stay theirs.
-            ids = self._keys_by_content(batch) if batch.ids is None else batch.ids
+            ids = self.keys_by_content(batch) if batch.ids is None else batch.ids
             batch = doubled(TorchBatch(batch.x, batch.y, batch.weights, ids))
         kind = self._like.dtype
         for leaf in tree_leaves(batch.x):
+            # Other numbers than the parameters' may be right (a model that converts), so it is tried, and only on the
+            # first batch.
             if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.dtype != kind and not self._checked:
                 self._try_dtype(batch, leaf.dtype, kind)
         return batch
@@ -303,6 +310,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
                 recording, _ = self._record(one)
                 total = torch.stack([t.double().sum() for t in floating(recording.output)] or [torch.zeros(())]).sum()
                 numbers = self._count(self._filled(recording, recording.output_grads(total), one)[0], 1)
+            # A loader's batch may be larger than its gradients allow: it is cut by this.
             return rows_within_memory(numbers, self._like)
         return rows_within_memory(self._numbers_per_row, self._like)
 
@@ -347,6 +355,8 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         assert grads is not None
         if self._plain is None:
             return grads
+        # Kronecker factors need layer inputs, which plain rows lack: a part of the rows shows that the layers' values
+        # are right.
         few = slice(0, max(1, len(batch) // 4))  # each row costs a backward pass for every draw
         alone = self._by_row(rows_of(batch.take(few)), choose) or []
         if all(is_the_same(plain, layered, few) for plain, layered in zip(alone, grads, strict=True)):
@@ -375,6 +385,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
 
     def _trusted(self, batch: TorchBatch, attempt: Callable[[], AttemptType]) -> AttemptType:
         """An attempt whose layer rules hold for the rows that are looked at, after plain gradients replaced others."""
+        # At most once for each set of parameters: what is distrusted stays so.
         while True:
             found = attempt()
             if found is None:
@@ -391,6 +402,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             losses = row_losses(loss, recording.output, batch.y)
             check_finite(losses)
             values, failed = self._filled(recording, recording.output_grads(losses.sum()), batch)
+            # The graph is let go as soon as the gradients are there: it holds every activation.
             cold = map_tensors(torch.Tensor.detach, recording.output)
             slopes = cache(partial(slopes_at, loss, cold, batch.y))
             values |= self._plain_grads(batch, state, slopes)
@@ -415,12 +427,14 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             if cotangents is None:
                 return None
             watched = [use.output for use in recording.uses]
+            # All draws in one vectorised backward pass through the shared forward pass.
             grads = batched_vjp([output], watched, [torch.stack(cotangents)]) if watched else []
             first: dict[Place, Gradient] = {}
             found: list[dict[Place, Gradient]] = []
             failed: list[str] = []
             for k, v in enumerate(cotangents):
                 values, failed = self._filled(recording, [g[k] for g in grads], batch)
+                # Draws share the very arrays of their inputs: `gradients/draws.py` knows them by identity.
                 values = {place: with_inputs(value, first.setdefault(place, value)) for place, value in values.items()}
                 found.append(values | self._plain_grads(batch, state, partial(_only, v)))
         along = cotangents[0]
@@ -430,6 +444,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             output=cold,
             dtype=recording.dtype,
             failed=failed,
+            # One draw stands for all: a layer's rule is right or wrong whatever the cotangent.
             score=lambda output, rows: (output * along[rows]).reshape(len(rows), -1).sum(1),
             repeat=lambda other, rows: other._of_output(rows, lambda _: [along.to(other._like.dtype)]),
             slopes=lambda: [along],
@@ -451,6 +466,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
 
     def _wide(self, plain: bool) -> Self:
         """A provider for a copy of the model in float64. Errors: UnsupportedModel if there is none."""
+        # One copy where measurement and loss are the same: `explained` compares them by identity.
         loss = wide_copy(self.loss, "loss")
         found = type(self)(
             wide_copy(self.model, "model"),
@@ -478,19 +494,9 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         """Random numbers [n, count] for the rows of a batch: uniform, or standard normal."""
         return torch.as_tensor(row_numbers(keys, number, seed, count, normal), device=self.device)
 
-    def row_keys(self, batch: TorchBatch) -> np.ndarray:
-        if batch.ids is not None:
-            ids = np.asarray(batch.ids.cpu() if isinstance(batch.ids, torch.Tensor) else batch.ids)
-            return ids.astype(np.uint64) if ids.dtype.kind in "iu" else name_keys(ids.tolist())
-        return self._keys_by_content(batch)
-
-    def _keys_by_content(self, batch: TorchBatch) -> np.ndarray:
-        return row_keys([_host(t) for t in tree_leaves((batch.x, batch.y)) if isinstance(t, ARRAYS)])
-
-    def content_keys(self, batch: TorchBatch) -> np.ndarray:
+    def host_arrays(self, batch: TorchBatch, weighted: bool = False) -> list[np.ndarray]:
         leaves = [_host(t) for t in tree_leaves((batch.x, batch.y)) if isinstance(t, ARRAYS)]
-        leaves += [] if batch.weights is None else [_host(batch.weights)]
-        return row_digests(leaves if batch.ids is None else [*leaves, self.row_keys(batch)])
+        return [*leaves, _host(batch.weights)] if weighted and batch.weights is not None else leaves
 
     def _record(self, batch: TorchBatch) -> tuple[Recording, dict[str, torch.Tensor]]:
         state = detached_state(self.model)
@@ -504,6 +510,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         self, recording: Recording, grads: list[torch.Tensor], batch: TorchBatch
     ) -> tuple[dict[Place, Gradient], list[str]]:
         """Gradient values from gradients at the outputs of the recorded uses; and the layers that gave none."""
+        # What such layers got belongs to no row: their parameters are filled by plain gradients.
         unbatched = recording.unbatched_layers
         uses = [(use, grad) for use, grad in zip(recording.uses, grads, strict=True) if use.layer not in unbatched]
         values, failed = fill_parts(self._plan, self._modules, uses, self.positions(batch))
@@ -541,7 +548,9 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             output = run(self.model, {**state, **chosen}, tree_map(lambda t: t.unsqueeze(0), x))
             return summed_products(floating(output), [v.unsqueeze(0) for v in along])
 
+        # Only these get a batch axis; all others are shared by the rows of the vmap.
         chosen = {name: state[name] for name in names}
+        # A whole matrix for each row, and what vmap holds beside it.
         step = rows_within_memory(4 * sum(t.numel() for t in chosen.values()), self._like)
         found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
         with twice_differentiable():
@@ -581,6 +590,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         check_eval(self.model)
         measured = loss is not None and loss is not self.loss
         checked = self._measured if measured else self._checked
+        # A first batch of one row leaves the check open for the next.
         if checked < min(2, len(batch)):  # one row, or two alike, do not show whether rows act on each other
             chosen = differing(row_keys([_host(t) for t in tree_leaves(batch.x) if isinstance(t, ARRAYS)]))
             if checked < len(chosen):
@@ -597,6 +607,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         state, last = detached_state(self.model), len(chosen) - 1
         swapped, leaves = own_leaves(self.model, self._names)
         output, grads = one_row_alone(self.model, loss, batch.take(chosen[last:]), swapped, leaves)
+        # A row whose gradient is zero agrees with any rule: another one is looked for.
         if not any(bool(grad.any()) for grad in grads.values()):
             chosen = with_a_gradient(self.model, loss, batch, chosen, swapped)
             output, grads = one_row_alone(self.model, loss, batch.take(chosen[last:]), swapped, leaves)
@@ -605,6 +616,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         check_rows(recording.output, len(rows))
         losses = row_losses(loss, recording.output, rows.y)
         check_finite(losses)
+        # Alone and in company: batch statistics, or attention across rows, show in the output already.
         check_independence(recording.output, output, [last], recording.dtype)
         if last:
             with torch.no_grad():
@@ -628,6 +640,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
                 trial = record(self.model, state, self._watched, rows.x, shared)
                 check_rows(trial.output, len(rows))
                 pairs = zip(tensors_in(trial.output), tensors_in(recording.output), strict=True)
+                # Bit by bit: handing the output on once for each row must change nothing at all.
                 same = all(bool(torch.equal(one, other)) for one, other in pairs)
             except Exception:  # whatever a model does with rows that it did not ask for
                 continue
@@ -640,6 +653,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
 
         Errors: RulesChanged if values of another form have been handed out; UnsupportedModel if plain ones fail, too.
         """
+        # Plain gradients that disagree as well: no rule is at fault then.
         more = frozenset(names) - self._distrusted
         if not more:
             raise UnsupportedModel(
@@ -648,6 +662,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             )
         self._distrusted |= more
         self._plan = make_plan(self.model, self._structure, self._distrusted)
+        # A curvature of gradients in two forms would mix layouts of parts.
         if self._handed_out:
             self._handed_out = False
             self._form += 1
@@ -669,6 +684,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         weights = random_weights(blocks.values(), len(rows))
         got, kind = weighted_sums(blocks, weights), coarse(found.dtype)
         if not all(bool(torch.isfinite(sums).all()) for sums in (weights, *got.values())):
+            # NaN differs from everything: the sums would blame a rule.
             return []  # refused elsewhere, by the name of the rows
         with autograd_on():
             expected = autograd_sums(self.model, self._names, batch, rows, weights, found.score, found.output, kind)
@@ -733,6 +749,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
     ) -> list[str]:
         """Parameters whose gradient for this row, as the layer rules give it, is not autograd's."""
         plain = {name for _, _, name in self._plan.plain}
+        # Relative to the whole gradient: a parameter with hardly any has nothing but rounding.
         floor = float(torch.stack([grad.norm() for grad in expected.values()]).norm())
         wrong = []
         for layout in self.layouts.values():
@@ -748,6 +765,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
 
     @undisturbed
     def curvature_product(self, batch: TorchBatch, block: str, vectors: torch.Tensor, kind: Kind) -> torch.Tensor:
+        """vectors (K, D_block). Errors: ShapeMismatch; BlockMismatch; UnsupportedModel without second derivatives."""
         batch = self._prepare(batch)
         parameters = self._block_parameters(block)
         vectors = vectors.to(self._like.dtype)
@@ -774,10 +792,12 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
                 return (losses if weights is None else losses * weights).sum()
 
             found = []
+            # All vectors of a piece go through together: each needs tangents of parameters and of activations.
             step = rows_within_memory(8 * (self.layouts[block].size + len(batch) * 64), vectors)
             for start in range(0, len(vectors), step):
                 tangents = self._pieces(block, vectors[start : start + step])
                 if kind == "ggn":
+                    # The first time in each block, and whenever one more vector costs next to nothing.
                     probe = block not in self._probed or len(tangents[0]) >= MANY
                     products, self._forward_mode = ggn_product(
                         function, loss_of, leaves, tangents, forward=self._forward_mode, probe=probe
@@ -813,6 +833,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             check_finite(losses)
             weights = self.row_weights(batch)
             losses = losses if weights is None else losses * weights
+            # d/dx <grad_w loss, v> by a second backward pass: [n, *x_shape] for each factor, never [n, D, x].
             slopes = torch.autograd.grad(
                 losses.sum(), leaves, create_graph=True, allow_unused=True, materialize_grads=True
             )
@@ -857,6 +878,7 @@ def _positions(value: Gradient) -> int:
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """A copy: what has one element may have any stride, and count as contiguous all the same."""
     if tensor.is_sparse:
+        # Uncoalesced, the same numbers have many forms.
         tensor = tensor.detach().coalesce()
         return torch.cat([_as_bytes(tensor.indices()), _as_bytes(tensor.values())])
     return tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
@@ -866,4 +888,5 @@ def _host(tensor: torch.Tensor | np.ndarray) -> np.ndarray:
     if isinstance(tensor, np.ndarray):
         return tensor
     tensor = tensor.detach().cpu()
+    # NumPy has no bfloat16; float32 holds each of its numbers exactly.
     return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()

@@ -61,22 +61,28 @@ class RowSampler:
 
         work: multiply-adds for one row. what: is differentiated; the first batch for each is looked at.
         """
+        # The first batch always; later ones by chance, as a model may route rows differently further on.
         first = what not in self._seen
         self._seen.add(what)
         if not first and self._random.random() >= LATER:
             return None
+        # A check as dear as the gradients themselves would double every pass.
         count = min(rows, max(FEW, WORK // max(work, 1)))
         if not first:
             count = min(count, max(FEW, rows // 16))
+        # In random order: step 2 of the module's text needs other neighbours than the batch had.
         return self._random.permutation(rows)[:count]
 
 
 def random_weights(values: Iterable[BlockGradient], seed: int) -> torch.Tensor:
     """Random signs and sizes [n], larger for rows with small gradients, so that these are seen beside others."""
+    # Over all blocks of a row: the weight belongs to the row.
     norms: torch.Tensor = summed(value.squared_norms() for value in values).sqrt()
     largest = norms.max().clamp(min=torch.finfo(norms.dtype).tiny)
     random = np.random.default_rng(seed)
+    # Random sizes beside signs: with signs alone, two rows that were swapped cancel half of the time.
     drawn = torch.as_tensor(random.uniform(0.5, 1.5, len(norms)) * random.choice([-1.0, 1.0], len(norms)))
+    # At most a thousandfold, lest rounding of tiny rows look like a fault.
     return drawn.to(norms) / (norms / largest).clamp(min=1e-3)
 
 
@@ -106,15 +112,18 @@ def autograd_sums(
     output: of the whole batch, which must not differ. kind: the dtype that was computed in.
     Errors: RowsInteract where it does; UnsupportedModel for outputs that are not of rows.
     """
+    # The model's own parameters: a call with swapped ones is what is under suspicion.
     state, parameters = own_leaves(model, names)
     total: dict[str, torch.Tensor] = {}
     for part in _in_other_company(len(rows), len(batch)):
         chosen = batch.take(rows[part])
         found = run(model, state, chosen.x)
         check_rows(found, len(chosen))
+        # Outputs first: where they depend on the company, gradients do too, and the message is clearer.
         check_independence(output, found, rows[part], kind)
         value = score(found, rows[part])
         value = (value * weights[torch.as_tensor(part, device=weights.device)].to(value.dtype)).sum()
+        # A score may not depend on any parameter at all, as where a mask hides the row.
         if not value.requires_grad:
             continue
         grads = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
@@ -128,6 +137,7 @@ def autograd_sums(
 def _in_other_company(chosen: int, rows: int) -> list[np.ndarray]:
     """The chosen rows at once, if there are others; else in two halves."""
     every = np.arange(chosen)
+    # The whole batch again would be the same company: rows that act on each other would still agree.
     return [every] if chosen < rows or rows == 1 else [every[: chosen // 2], every[chosen // 2 :]]
 
 
@@ -135,6 +145,7 @@ def disagreeing(got: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Te
     """Parameters whose sums are not autograd's, beyond the rounding of `kind`."""
     truth = torch.cat(list(expected.values()))
     mine = torch.cat([got[name].to(truth.dtype) for name in expected])
+    # Absolute for each parameter: one with a gradient of zero has nothing of its own to be relative to.
     floor = float(truth.double().norm())
     if float((mine - truth).double().norm()) <= rounding_of(kind) * floor:  # all at once, as nearly always
         return []

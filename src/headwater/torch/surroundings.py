@@ -34,6 +34,7 @@ class SharedSwitch:
     @contextmanager
     def __call__(self) -> Iterator[None]:
         with self._lock:
+            # A switch of the whole process: the first thread to need it turns it on, the last turns it off.
             if self._holders == 0:
                 self._held.enter_context(self._change())
             self._holders += 1
@@ -87,6 +88,7 @@ quiet = SharedSwitch(_without_remarks)
 def own_precision(device: torch.device) -> Iterator[None]:
     """Without the caller's autocast, which the model's call alone gets back (see `as_the_caller_computes`)."""
     kind = device.type
+    # Already put aside by an outer call of this thread, or never on.
     if _thread.autocast is not None or not torch.is_autocast_enabled(kind):
         yield
         return
@@ -129,6 +131,7 @@ def _checkpointing_passed_by() -> Iterator[None]:
         return nothing_else() if _thread.without_checkpointing else generator(*args, **kwargs)
 
     with (
+        # On the class and the module: models have imported `checkpoint` itself long before.
         patch.object(torch.utils.checkpoint.CheckpointFunction, "apply", at_once),
         patch.object(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", chosen),
     ):
@@ -155,6 +158,7 @@ _locks_lock = threading.Lock()
 
 def lock_of(model: nn.Module) -> threading.RLock:
     """Held while parameters are swapped or hooks are on; the same for two wrappers of one model."""
+    # By the first child: two wrappers (ours for logits, say) around one model must share the lock.
     first = next(model.children(), model)
     with _locks_lock:
         return _locks.setdefault(first, threading.RLock())
@@ -174,6 +178,7 @@ def model_call(model: nn.Module) -> Iterator[None]:
         stack.enter_context(_attention_as_in_training())
         if "torch._dynamo" in sys.modules:  # else nothing is compiled
             stack.enter_context(_not_compiled())
+        # A count, not a flag: the model's call may be entered again from a hook.
         _thread.without_checkpointing += 1
         stack.callback(_leave_call)
         stack.enter_context(_as_the_caller_computes())

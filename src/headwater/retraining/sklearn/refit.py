@@ -86,9 +86,9 @@ class Refit:
             )
         if np.ndim(self.y) != 1 or np.ndim(self.y_query) != 1:
             raise InvalidSetting(f"The classes have shape {np.shape(self.y)}; of several outputs, give `measure`.")
-        strange = np.setdiff1d(np.asarray(self.y_query), np.asarray(self.y))
-        if len(strange):
-            raise InvalidInput(f"Queries have the classes {strange.tolist()[:5]}, which no train row has.")
+        unseen = np.setdiff1d(np.asarray(self.y_query), np.asarray(self.y))
+        if len(unseen):
+            raise InvalidInput(f"Queries have the classes {unseen.tolist()[:5]}, which no train row has.")
 
     def __call__(self, rows: ArrayLike, seed: int) -> NDArray[np.float64]:
         """The queries' losses [q] without the other rows; `seed` is every random_state that the estimator has."""
@@ -102,7 +102,7 @@ class Refit:
         return self._checked(found, seed)
 
     def fit(self, rows: NDArray[np.int64], seed: int) -> Any:
-        """A clone of the estimator, fitted to these rows."""
+        """A clone of the estimator, fitted to these rows. Errors: InvalidInput."""
         own = clone(self.estimator)
         states = [name for name in own.get_params() if name.split("__")[-1] == "random_state"]
         own.set_params(**dict.fromkeys(states, int(seed)))

@@ -106,6 +106,7 @@ class ExactRemoval:
         if self.closed_form:
             start = np.stack([s.coef for s in self._squares], axis=0)
             return Refits(self.model, start[None], True, np.zeros(1, dtype=int))
+        # The estimator stopped at its own tolerance: a difference of two refits must not have that in it.
         return self._refitted([np.array([], dtype=int)], self.model.weights)
 
     def without(self, groups: Iterable[ArrayLike] | None = None) -> Refits:
@@ -125,10 +126,11 @@ class ExactRemoval:
     def _squares(self) -> list[_LeastSquares]:
         """One for each output; outputs of one strength share the factorisation."""
         penalty, model = self.model.penalty, self.model
-        held = penalty.diagonal(model.features, model.intercept is not None)
+        penalty_diagonal = penalty.diagonal(model.features, model.intercept is not None)
         targets = model.family.targets(self.y, model.outputs)  # type: ignore[attr-defined]
         factors: dict[float, tuple[Array, Array]] = {}
-        for strength, diagonal in zip(penalty.strength, held, strict=True):
+        for strength, diagonal in zip(penalty.strength, penalty_diagonal, strict=True):
+            # Outputs differ in their targets only: one QR serves all of one strength.
             if strength not in factors:
                 factors[strength] = _factorise(self._z, self.row_weights, diagonal)
         return [
@@ -146,14 +148,16 @@ class ExactRemoval:
             piece = groups[first : first + at_once]
             kept = np.ones((len(piece), rows))
             for mask, group in zip(kept, piece, strict=True):
+                # A weight of zero, not fewer rows: all groups then have arrays of one shape.
                 mask[group] = 0.0
+            # The Hessian of all rows is near to that of nearly all rows, and is inverted once for all groups.
             newton = _Newton(self, kept * self.row_weights, self._preconditioner(start))
             weights, taken = newton.minimise(np.broadcast_to(start, (len(piece), *start.shape)).copy())
             found.append(weights)
             steps.append(taken)
         return Refits(self.model, np.concatenate(found), False, np.concatenate(steps))
 
-    def held(self, weight: Array) -> Array:
+    def penalty_diagonal(self, weight: Array) -> Array:
         """The penalty's diagonal beside the sum over rows of these total weights [groups]: [groups, o, i]."""
         penalty, model = self.model.penalty, self.model
         diagonal = penalty.diagonal(model.features, model.intercept is not None)
@@ -164,13 +168,13 @@ class ExactRemoval:
         if self._inverse is None:
             o, i = at.shape
             z, eye = self._z @ at.T, np.eye(o)
-            bends = [self.model.family.bend(z, self.y, np.broadcast_to(unit, z.shape)) for unit in eye]
+            products = [self.model.family.hessian_product(z, self.y, np.broadcast_to(unit, z.shape)) for unit in eye]
             hessian = np.zeros((o, i, o, i))
-            for k, bend in enumerate(bends):
+            for k, product in enumerate(products):
                 for m in range(o):
-                    hessian[k, :, m, :] = (self._z * (bend[:, m] * self.row_weights)[:, None]).T @ self._z
+                    hessian[k, :, m, :] = (self._z * (product[:, m] * self.row_weights)[:, None]).T @ self._z
             matrix = hessian.reshape((o * i, o * i))
-            matrix[np.diag_indices(o * i)] += self.held(self.row_weights.sum(keepdims=True))[0].reshape(-1)
+            matrix[np.diag_indices(o * i)] += self.penalty_diagonal(self.row_weights.sum(keepdims=True))[0].reshape(-1)
             self._inverse = _pseudo_inverse(matrix)
         return self._inverse
 
@@ -182,16 +186,19 @@ class ExactRemoval:
 
 def _pseudo_inverse(matrix: Array) -> Array:
     """Of a symmetric positive semi-definite matrix, after its diagonal has been scaled to ones."""
+    # Features of different units would else hide small eigenvalues (Jacobi scaling).
     scale = 1.0 / np.sqrt(np.where(np.diag(matrix) > 0, np.diag(matrix), 1.0))
     values, vectors = np.linalg.eigh(matrix * scale[:, None] * scale)
+    # A softmax without penalty has a null space (one number added to all outputs): left alone, not divided by.
     kept = values > len(values) * EPS * values.max(initial=0.0)
     turned = vectors[:, kept] * scale[:, None]
     return (turned / values[kept]) @ turned.T
 
 
-def _factorise(z: Array, weights: Array, held: Array) -> tuple[Array, Array]:
+def _factorise(z: Array, weights: Array, penalty_diagonal: Array) -> tuple[Array, Array]:
     """Q_n [n, i] and R^-1 with the columns' scales [i, i]. Errors: SingularOperator for dependent columns."""
-    stacked = np.concatenate([z * np.sqrt(weights)[:, None], np.diag(np.sqrt(held))])
+    # The penalty as further rows: QR of the stack never squares the condition, as normal equations would.
+    stacked = np.concatenate([z * np.sqrt(weights)[:, None], np.diag(np.sqrt(penalty_diagonal))])
     scale = np.linalg.norm(stacked, axis=0)
     if not scale.all():
         raise SingularOperator(
@@ -204,6 +211,7 @@ def _factorise(z: Array, weights: Array, held: Array) -> tuple[Array, Array]:
             "The inputs have dependent columns, so that the coefficients of least squares are not determined. Leave "
             "some columns out, or use Ridge."
         )
+    # Rows' own part of Q: its products with itself are their leverages.
     return q[: len(z)], np.linalg.inv(r) / scale[:, None]
 
 
@@ -222,6 +230,7 @@ class _LeastSquares:
 
     def _without(self, group: Array) -> Array:
         q = self._q[group]
+        # I - H for the group, H its leverage: exact leave-out of least squares (Cook 1977).
         left = np.eye(len(group)) - q @ q.T
         lowest = float(np.linalg.eigvalsh(left)[0])
         if lowest <= 1e4 * EPS:
@@ -238,13 +247,14 @@ class _Newton:
     def __init__(self, problem: ExactRemoval, row_weights: Array, inverse: Array):
         self.family, self.z, self.y = problem.model.family, problem.inputs, problem.y
         self.row_weights = row_weights
-        self.held = problem.held(row_weights.sum(axis=1))
+        self.penalty_diagonal = problem.penalty_diagonal(row_weights.sum(axis=1))
         self.inverse = inverse
 
     def _select(self, index: Array) -> _Newton:
+        # Groups that have converged leave; all else is shared, not copied.
         other = object.__new__(_Newton)
         other.__dict__.update(self.__dict__)
-        other.row_weights, other.held = self.row_weights[index], self.held[index]
+        other.row_weights, other.penalty_diagonal = self.row_weights[index], self.penalty_diagonal[index]
         return other
 
     def _output(self, weights: Array) -> Array:
@@ -255,13 +265,13 @@ class _Newton:
 
     def objective(self, weights: Array) -> Array:
         losses = self.family.losses(self._output(weights), self.y)
-        return (losses * self.row_weights).sum(axis=1) + (self.held * weights**2).sum(axis=(1, 2)) / 2
+        return (losses * self.row_weights).sum(axis=1) + (self.penalty_diagonal * weights**2).sum(axis=(1, 2)) / 2
 
     def gradient(self, output: Array, weights: Array) -> Array:
-        return self._pull(self.family.slope(output, self.y)) + self.held * weights
+        return self._pull(self.family.gradient(output, self.y)) + self.penalty_diagonal * weights
 
     def product(self, output: Array, v: Array) -> Array:
-        return self._pull(self.family.bend(output, self.y, self._output(v))) + self.held * v
+        return self._pull(self.family.hessian_product(output, self.y, self._output(v))) + self.penalty_diagonal * v
 
     def precondition(self, v: Array) -> Array:
         return (v.reshape((len(v), -1)) @ self.inverse).reshape(v.shape)
@@ -291,10 +301,12 @@ class _Newton:
         gradient = self.gradient(output, weights)
         step = self._solve(output, gradient)
         before = self.objective(weights)
+        # Newton's decrement: about how far the objective still is above its minimum.
         size = np.sqrt(np.maximum(_inner(gradient, step), 0.0) / (1 + np.abs(before)))
         length = np.ones(len(weights))
         for _ in range(30):
             after = self.objective(weights - length[:, None, None] * step)
+            # Within rounding a step may seem to go up; that is no reason to halve it.
             worse = ~(after <= before + 1e3 * EPS * (1 + np.abs(before)))
             if not worse.any():
                 break
@@ -312,6 +324,7 @@ class _Newton:
                 break
             product = self.product(output, direction)
             curvature = _inner(direction, product)
+            # A null direction of one group must not stop the others.
             active &= curvature > 0
             alpha = np.where(active, rho / np.where(active, curvature, 1.0), 0.0)[:, None, None]
             x, residual = x + alpha * direction, residual - alpha * product

@@ -226,7 +226,7 @@ def _slope(provider: SklearnGradientProvider, train: FeatureBatch) -> float:
     weights = provider.row_weights(train)
     total = float(len(train)) if weights is None else float(weights.sum())
     output = model.output(train.x)
-    slopes = model.family.slope(output, train.y)
+    slopes = model.family.gradient(output, train.y)
     weighted = slopes if weights is None else slopes * weights[:, None]
     inputs = train.x if model.intercept is None else np.concatenate([train.x, np.ones((len(train), 1))], axis=1)
     held = model.penalty.beside_mean(total).diagonal(model.features, model.intercept is not None)

@@ -16,8 +16,8 @@ losses from w0 to w*. It is deterministic: no seed, no noise.
    slope is -g_G / N, g_G the group's summed gradient: to first order the rise is <(GGN + lambda)^-1 g_G, g_q> / N.
 3. For a model that is linear in its weights, at the minimum of mean loss + lambda/2 |w|^2, it is the exact retraining.
 
-What is not linear in the group (its own curvature, the losses' bend) is part of it, as it is of `removal`; what is not
-linear in the weights too.
+What is not linear in the group (its own curvature, the losses' curvature) is part of it, as it is of `removal`; what is
+not linear in the weights too.
 
 Source: Bae, Ng, Lo, Ghassemi and Grosse 2022, arXiv 2209.05364.
 """
@@ -224,9 +224,11 @@ class ProximalBregman:
         own = copy.deepcopy(self._model)  # calls of a module swap its parameters: threads need one each
         share = torch.ones(self.rows, dtype=torch.float64, device=self.start.device)
         gone = torch.as_tensor(row_positions(removed, self.rows, "The rows removed"), device=share.device)
+        # c_n of step 1: zero for the rows of the group, or what their weight leaves.
         share[gone] -= self.settings.weight
         with autograd_on(), twice_differentiable():
             moved, steps, slope = self._minimise(_Objective(self, own, share))
+        # At the end, where it matters; a loss that is convex near the start may not be there.
         self._check_convex(own, moved)
         weights = self.start + moved
         return Response(weights, self._query_losses(own, weights), steps, slope, slope <= self.settings.tolerance)
@@ -255,6 +257,7 @@ class ProximalBregman:
             with torch.no_grad():
                 output = self.outputs(self._model, self.start, batch)
                 if not found:
+                    # Rows that act on each other have no losses of their own to take away.
                     alone = self.outputs(self._model, self.start, batch.take(slice(0, 1)))
                     check_independence(output, alone, [0], output.dtype)
             with autograd_on():
@@ -263,6 +266,7 @@ class ProximalBregman:
                 check_finite(losses)
                 if not found:
                     normalisation(self._loss, leaf, batch.y)
+                # Of each row's own loss, as losses do not depend on other rows' outputs.
                 found.append((output, losses.detach(), torch.autograd.grad(losses.sum(), leaf)[0]))
         return found
 
@@ -284,6 +288,7 @@ class ProximalBregman:
             leaf = self.start.clone().requires_grad_()
             for where, _, linear in self.rises(self._model, leaf):
                 if linear.requires_grad:
+                    # With random signs rows do not cancel, as they do at a minimum: this is how large the summands are.
                     total += torch.autograd.grad((signs[where] * linear).sum(), leaf)[0]
         return 100 * EPS * float(total.norm()) / self.rows
 
@@ -310,6 +315,7 @@ class ProximalBregman:
         """Errors: UnsupportedLoss if a row's divergence is below zero."""
         with torch.no_grad():
             for where, rise, linear in self.rises(model, self.start + moved):
+                # A Bregman divergence of a convex loss is never negative, but for rounding of the two terms.
                 below = (rise - linear) < -1e-7 * (rise.abs() + linear.abs()) - 1e-12
                 if bool(below.any()):
                     row = int(below.nonzero()[0, 0])
@@ -327,10 +333,12 @@ class ProximalBregman:
         first = float(gradient.norm())
         for step in range(self.settings.steps):
             size = float(gradient.norm())
+            # Nothing but rounding is left: a group without gradient would else divide by about zero.
             if size <= self._floor:
                 return at, step, 0.0
             if size <= self.settings.tolerance * first:
                 return at, step, size / first
+            # An inexact Newton step (Dembo, Eisenstat and Steihaug 1982): the nearer to the end, the more exact.
             direction = _conjugate_gradients(objective.product(at), -gradient, min(0.1, size / first))
             found = _line_search(objective, at, value, gradient, direction)
             if found is None:
@@ -364,6 +372,7 @@ class _Objective:
             for leaf, value in self._parts(at):
                 yield leaf, torch.autograd.grad(value, leaf, create_graph=True)[0]
 
+        # A graph holds every activation of its rows: several at once would not fit where rows are cut into pieces.
         kept = list(slopes()) if len(self._response._base) == 1 else None
 
         def apply(vector: torch.Tensor) -> torch.Tensor:
@@ -394,6 +403,7 @@ def _conjugate_gradients(
         image = product(direction)
         curvature = float(direction @ image)
         if not curvature > 0:
+            # Truncated Newton: before the first step, steepest descent.
             return x if step else right
         alpha = rho / curvature
         x, residual = x + alpha * direction, residual - alpha * image
@@ -412,7 +422,9 @@ def _line_search(
     for _ in range(HALVINGS):
         there = at + length * direction
         lower, slope = objective.value(there)
+        # Armijo's rule.
         enough = lower <= value + 1e-4 * length * falls
+        # The predicted fall is below what the objective can show: there the gradient decides.
         rounding = abs(length * falls) <= 1e4 * (objective.rounding + EPS * abs(value))
         if math.isfinite(lower) and (enough or (rounding and float(slope.norm()) < steepness)):
             return there, lower, slope

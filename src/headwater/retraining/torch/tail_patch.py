@@ -69,6 +69,7 @@ def gradient_step(
         return state | moved
 
     def patch(rows: ArrayLike) -> NDArray[np.float64]:
+        """Errors: NonFiniteValue."""
         chosen = row_positions(rows, len(train), "The rows", distinct=False)
         state = start
         for _ in range(steps if len(chosen) else 0):

@@ -113,6 +113,7 @@ def train_mlps(
     groups: list[list[list[Tensor]]] = []  # of each: the parameters at every checkpoint, and in the end
     for start in range(0, len(seeds), side_by_side):
         group = slice(start, start + side_by_side)
+        # Model by model, each from its own seed: the group that it is trained in changes nothing.
         draws = [_draws(rows, seed, widths, sgd) for rows, seed in zip(keep[group], seeds[group], strict=True)]
         parameters = [torch.stack(p).to(x).requires_grad_() for p in zip(*(start for start, _ in draws), strict=True)]
         order = torch.stack([rows for _, rows in draws]).to(x.device)
@@ -139,6 +140,7 @@ def refit_heads(models: StackedMlps, x: object, y: object, *, l2: float) -> Stac
     features = models.features(x).double()
     labels = torch.as_tensor(y, device=features.device).long().expand(features.shape[:2]).flatten()
     head = [part[-1].double().clone().requires_grad_() for part in (models.weights, models.biases)]
+    # One problem for all heads: it is a sum over models, and convex in each.
     solver = torch.optim.LBFGS(
         head, max_iter=500, history_size=50, tolerance_grad=1e-8, tolerance_change=0.0, line_search_fn="strong_wolfe"
     )
@@ -182,6 +184,7 @@ def _hidden(weights: Sequence[Tensor], biases: Sequence[Tensor], x: Tensor) -> T
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x [m, n, i], weight [m, o, i], bias [m, o] -> [m, n, o]."""
+    # All models in one batched product.
     return torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
 
 
@@ -196,6 +199,7 @@ def _draws(keep: Tensor, seed: int, widths: Sequence[int], sgd: Sgd) -> tuple[li
     for i, o in pairwise(widths):
         for shape in ((o, i), (o,)):
             uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
+            # In float64 and then rounded: float32 and float64 models start from the same numbers.
             parameters.append((2 * uniform - 1) / math.sqrt(i))
     return parameters, sgd.visited_rows(keep, generator)
 
@@ -228,6 +232,7 @@ def _descend(
             sgd.move(step, zip(parameters, velocities, slopes, strict=True))
         if progress is not None:
             progress(len(rows))
+    # Once at the end: NaN stays NaN, and a check in each step would wait for the device.
     if not math.isfinite(loss.item()):
         raise NonFiniteValue(f"Training diverged: the last batch's loss is {loss.item()}. Lower lr (it was {sgd.lr}).")
     return passed

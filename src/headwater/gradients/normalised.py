@@ -12,7 +12,7 @@ from headwater.gradients.view import ProviderView
 from headwater.types import Batch
 
 
-class UnitGradientProvider(ProviderView):
+class NormalisedGradientProvider(ProviderView):
     """g / |g| for every row; a row whose gradient is zero stays zero. Mixed gradients are those of g / |g|."""
 
     def grads(self, batch: Batch, *, query: bool = False, weighted: bool = True) -> BlockGradients:
@@ -62,12 +62,15 @@ class UnitGradientProvider(ProviderView):
     def fisher_grads(
         self, batch: Batch, fisher: Fisher, *, draws: range = range(1), seed: int = 0
     ) -> list[BlockGradients]:
+        """Errors: InvalidSetting."""
         raise InvalidSetting("Unit gradients have no Fisher information; use hw.GradCos() by itself.")
 
     def ggn_grads(self, batch: Batch) -> list[BlockGradients] | None:
+        """Errors: InvalidSetting."""
         raise InvalidSetting("Unit gradients have no curvature; use hw.GradCos() by itself.")
 
     def curvature_product(self, batch: Batch, block: str, vectors: Array, kind: Kind) -> Array:
+        """Errors: InvalidSetting."""
         raise InvalidSetting("Unit gradients have no curvature; use hw.GradCos() by itself.")
 
 

@@ -1,4 +1,4 @@
-"""Functions and settings in words that tell them apart: for saved fits, which must not be taken for others."""
+"""The identity of functions and settings, as text: for saved fits, which must not be taken for others."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy as np
 from headwater.arrays import is_array, to_numpy
 
 
-def in_words(value: object) -> str:
+def identity_of(value: object) -> str:
     """The same in every process for the same function, module or setting; another, as far as can be seen, for others.
 
     A function is its name, its code, and what it closes over; an object its class and its public attributes. What is
     met again, as where objects hold each other, is its name alone.
     """
-    return _words(value, set())
+    return _identity(value, set())
 
 
 def name_of(function: object, otherwise: str | None = None) -> str:
@@ -31,18 +31,18 @@ def module_of(value: object) -> str:
     return str(getattr(value, "__module__", ""))
 
 
-def _words(value: Any, seen: set[int]) -> str:
+def _identity(value: Any, seen: set[int]) -> str:
     if value is None or isinstance(value, (bool, int, float, str, bytes, type)):
         return repr(value)
     if is_array(value) or isinstance(value, np.generic):
         array = np.ascontiguousarray(to_numpy(value) if is_array(value) else value)
         return f"{array.dtype}{array.shape}#{crc32(array.tobytes())}"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_words(item, seen)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{key}: {_identity(item, seen)}" for key, item in value.items()) + "}"
     if isinstance(value, (tuple, list)):
-        return "(" + ", ".join(_words(item, seen) for item in value) + ")"
+        return "(" + ", ".join(_identity(item, seen) for item in value) + ")"
     if isinstance(value, partial):
-        return f"partial({', '.join(_words(part, seen) for part in (value.func, value.args, value.keywords))})"
+        return f"partial({', '.join(_identity(part, seen) for part in (value.func, value.args, value.keywords))})"
     name = f"{module_of(value)}.{getattr(value, '__qualname__', type(value).__qualname__)}"
     if id(value) in seen:
         return name
@@ -50,9 +50,9 @@ def _words(value: Any, seen: set[int]) -> str:
     function = value.__func__ if isinstance(value, MethodType) else value
     if not isinstance(function, FunctionType):
         found = {k: v for k, v in getattr(value, "__dict__", {}).items() if not k.startswith("_")}
-        return name + (_words(_plain(found), seen) if found else "")
+        return name + (_identity(_plain(found), seen) if found else "")
     cells = [cell.cell_contents for cell in function.__closure__ or ()]
-    given = _words(_plain(dict(enumerate(cells))), seen) + _words(function.__defaults__ or (), seen)
+    given = _identity(_plain(dict(enumerate(cells))), seen) + _identity(function.__defaults__ or (), seen)
     return f"{name}{_code(function.__code__)}{given}"
 
 
@@ -64,6 +64,6 @@ def _code(code: CodeType) -> str:
 
 
 def _plain(found: dict[Any, Any]) -> dict[Any, Any]:
-    """Without what has no words of its own."""
+    """Without what has no identity of its own."""
     kinds = (bool, int, float, str, tuple, list)
     return {k: v for k, v in found.items() if v is None or isinstance(v, kinds) or is_array(v) or callable(v)}

@@ -1,13 +1,14 @@
-"""Who may know what: the rooms of the house and the directions in which they import.
+"""Which packages may import which, and which libraries each may use.
 
-A room is a module or folder directly under `headwater`; the package's own `__init__` is the room "". The folders of
-`retraining`, one for each framework, are asked one by one where libraries are concerned.
+A package here is a module or folder directly under `headwater`; its own `__init__` is the package "". The folders of
+`retraining`, one for each framework, count one by one where libraries are concerned.
 """
 
 import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +32,7 @@ MATHS = {
 RESULTS = {"store", "evaluate", "report"}
 FACES = {"headwater.torch", "headwater.sklearn"}  # offer names of `retraining` without importing it: see `moved.py`
 
-# A library, or headwater's own room of that name -> the rooms that may import it.
+# A library, or headwater's own package of that name -> the packages that may import it.
 HOMES = {
     "torch": {"torch", "hf", "retraining/torch", "run", "demo"},
     "jax": {"jax"},
@@ -63,7 +64,7 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path): path for path in sorted((SOURCE / "headwater").rglob("*.py"))}
 
 
-def room(module: str) -> str:
+def package_of(module: str) -> str:
     return module.removeprefix("headwater").lstrip(".").partition(".")[0]
 
 
@@ -86,57 +87,71 @@ def targets(module: str, path: Path, node: ast.AST) -> Iterator[str]:
             yield f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base
 
 
-IMPORTS = [
-    Import(module, target, eager)
-    for module, path in MODULES.items()
-    for node, eager in statements(ast.parse(path.read_text()))
-    for target in targets(module, path, node)
-]
-INSIDE = [
-    found
-    for found in IMPORTS
-    if found.target.partition(".")[0] == "headwater"
-    and not (found.source in FACES and room(found.target) == "retraining" and not found.eager)
-]
+@cache
+def imports() -> list[Import]:
+    return [
+        Import(module, target, eager)
+        for module, path in MODULES.items()
+        for node, eager in statements(ast.parse(path.read_text()))
+        for target in targets(module, path, node)
+    ]
+
+
+def inside() -> list[Import]:
+    return [
+        found
+        for found in imports()
+        if found.target.partition(".")[0] == "headwater"
+        and not (found.source in FACES and package_of(found.target) == "retraining" and not found.eager)
+    ]
 
 
 def home(module: str) -> str:
-    """The room, or the folder within `retraining`."""
+    """The package, or the folder within `retraining`."""
     first, *rest = module.removeprefix("headwater.").split(".")
     return f"{first}/{rest[0]}" if first == "retraining" and rest else first
 
 
-def test_each_library_is_known_only_in_its_rooms():
-    strangers = []
-    for found in IMPORTS:
+def importing(sources: set[str], targets: set[str]) -> list[str]:
+    """The imports from packages of the first set of those of the second."""
+    return [str(i) for i in inside() if package_of(i.source) in sources and package_of(i.target) in targets]
+
+
+def test_each_library_is_known_only_in_its_packages():
+    misplaced = []
+    for found in imports():
         library = home(found.target).removeprefix("retraining/")
         if library in HOMES and home(found.source) not in HOMES[library] | {library}:
-            strangers.append(str(found))
-    assert not strangers
+            misplaced.append(str(found))
+    assert not misplaced
 
 
 def test_maths_imports_neither_results_nor_what_trains_again():
     above = RESULTS | {"run", "retraining"}
-    assert not [str(found) for found in INSIDE if room(found.source) in MATHS and room(found.target) in above]
+    assert not importing(MATHS, above)
 
 
 def test_what_trains_again_does_not_import_results():
     above = RESULTS | {"run"}
-    assert not [str(found) for found in INSIDE if room(found.source) == "retraining" and room(found.target) in above]
+    assert not [
+        str(found)
+        for found in inside()
+        if package_of(found.source) == "retraining" and package_of(found.target) in above
+    ]
 
 
 def test_results_do_not_import_maths():
     maths = MATHS | {"retraining"}
-    assert not [str(found) for found in INSIDE if room(found.source) in RESULTS and room(found.target) in maths]
+    assert not importing(RESULTS, maths)
 
 
 def test_imports_have_no_cycle():
     """Imports within functions, and those for type checkers alone, count as all others do."""
     graph = TopologicalSorter()
-    for found in INSIDE:
+    for found in inside():
         if MODULES[found.target].stem != "__init__" and MODULES[found.source].stem != "__init__":  # these gather names
             graph.add(found.source, found.target)
-    graph.prepare()  # raises CycleError, which names the circle
+    graph.prepare()  # raises CycleError, which names the cycle
 
 
 READERS = {
@@ -162,7 +177,7 @@ def test_a_loader_is_read_in_one_place():
     found = {
         module
         for module, path in MODULES.items()
-        if room(module) not in {"demo", "testing", "rows"}
+        if package_of(module) not in {"demo", "testing", "rows"}
         and any(ast.unparse(over) in GIVEN for over in loops(ast.parse(path.read_text())))
     }
     assert found == set(READERS)

@@ -1,0 +1,197 @@
+"""Claims about fits in a folder: any number of workers, killed or not, give the same bytes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import headwater as hw
+from headwater.errors import BatchMismatch, InvalidInput, InvalidSetting
+from headwater.run.runners import shared
+from headwater.torch import TorchBatch, TorchComposableInfluence
+
+torch.manual_seed(0)
+X, Y = torch.randn(40, 5), torch.arange(40) % 3
+CUTS = [slice(start, min(start + 4, 40)) for start in range(0, 40, 4)]
+TRAIN = [TorchBatch(X[cut], Y[cut], weights=1.0 + X[cut, 0] ** 2) for cut in CUTS]
+QUERIES = [(X[:3] + 0.1, Y[:3])]
+SHARED = [
+    hw.GradDot(),
+    hw.Direct(),
+    hw.Direct(curvature="empirical_fisher"),
+    hw.Kfac(),
+    hw.Ekfac(),
+    hw.LoGra(dimension=2),
+    hw.LoGra(dimension=2, init="pca"),
+    hw.Trak(dimension=8),
+]
+ALONE = [hw.Cg(), hw.Dual(), hw.Nystroem(rank=3)]
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(shared.SharedFolder.__init__, "__defaults__", ((0, 1), 8))
+
+
+def influence(method, scale=1.0):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    with torch.no_grad():
+        model[0].weight *= scale
+    return TorchComposableInfluence(model, nn.CrossEntropyLoss(), method, damping=hw.relative(0.3))
+
+
+def scores(fitted):
+    return fitted.attribute(TRAIN, QUERIES).values
+
+
+@pytest.mark.parametrize("method", SHARED + ALONE, ids=lambda method: method.describe())
+def test_any_number_of_workers_gives_the_same_bytes(method, tmp_path):
+    """Of the three, one does the work of all: the others come late."""
+    alone = scores(influence(method).fit(TRAIN, store=tmp_path / "alone"))
+    for worker in ((0, 3), (1, 3), (2, 3)):
+        found = scores(influence(method).fit(TRAIN, store=tmp_path / "three", worker=worker))
+        np.testing.assert_array_equal(found, alone)
+    np.testing.assert_allclose(alone, scores(influence(method).fit(TRAIN)), rtol=2e-3, atol=1e-4 * abs(alone).max())
+
+
+@pytest.mark.parametrize("method", SHARED, ids=lambda method: method.describe())
+def test_a_fit_that_is_there_computes_nothing(method, tmp_path, monkeypatch):
+    def curvature(fitted):
+        return [operator.trace() for operator in fitted.curvature.values()]
+
+    first = curvature(influence(method).fit(TRAIN, store=tmp_path / "fit"))
+    monkeypatch.setattr(shared, "fold", None)
+    assert curvature(influence(method).fit(TRAIN, store=tmp_path / "fit")) == first
+
+
+def test_what_is_damaged_or_of_other_rows_is_computed_again(tmp_path):
+    first = scores(influence(hw.Ekfac()).fit(TRAIN, store=tmp_path / "fit"))
+    parts = sorted((tmp_path / "fit").rglob("*.npz"))
+    assert len(parts) == 10  # five tiles in each of two passes
+    for part in (parts[0], parts[7]):
+        content = bytearray(part.read_bytes())
+        content[len(content) // 2] ^= 1
+        part.write_bytes(content)
+    np.testing.assert_array_equal(scores(influence(hw.Ekfac()).fit(TRAIN, store=tmp_path / "fit")), first)
+    others = [TorchBatch(batch.x + (k == 3), batch.y, weights=batch.weights) for k, batch in enumerate(TRAIN)]
+    found = influence(hw.Ekfac()).fit(others, store=tmp_path / "fit").curvature
+    expected = influence(hw.Ekfac()).fit(others, store=tmp_path / "new").curvature
+    assert [op.trace() for op in found.values()] == [op.trace() for op in expected.values()]
+
+
+def test_another_fit_is_refused(tmp_path):
+    influence(hw.Kfac()).fit(TRAIN, store=tmp_path / "fit")
+    with pytest.raises(InvalidInput, match="fingerprint differ"):
+        influence(hw.Kfac(), scale=2.0).fit(TRAIN, store=tmp_path / "fit")
+    with pytest.raises(InvalidInput, match="method differ"):
+        influence(hw.Ekfac()).fit(TRAIN, store=tmp_path / "fit")
+    with pytest.raises(InvalidSetting, match=r"\(3, 3\)"):
+        influence(hw.Kfac()).fit(TRAIN, store=tmp_path / "fit", worker=(3, 3))
+
+
+def test_workers_that_read_other_rows_do_not_go_on_for_ever(tmp_path, monkeypatch):
+    fitted = influence(hw.Kfac())
+    monkeypatch.setattr(shared.PartStore, "read", lambda self, name, rows: None)
+    with pytest.raises(BatchMismatch, match="other rows"):
+        fitted.fit(TRAIN, store=tmp_path / "fit")
+
+
+def test_an_error_leaves_no_claim(tmp_path):
+    bad = [*TRAIN[:3], TorchBatch(X[:4] * float("nan"), Y[:4])]
+    with pytest.raises(hw.errors.NonFiniteValue, match="batch 3, row 0"):
+        influence(hw.Kfac()).fit(bad, store=tmp_path / "fit")
+    assert not list((tmp_path / "fit").rglob("*.claim"))
+
+
+@pytest.mark.parametrize("count", range(1, 12))
+def test_parts_are_merged_in_order_whatever_their_number(count):
+    assert shared.merge_in_order(lambda one, other: one + other, ([k] for k in range(count))) == list(range(count))
+
+
+WORKER = """
+    import os, signal, sys, time
+    sys.path.insert(0, sys.argv[1])
+    import test_shared as here
+    from headwater.run.runners import shared
+    import headwater as hw
+    shared.SharedFolder.__init__.__defaults__ = ((0, 1), 8)
+    folder, number, count, dies = sys.argv[2], *map(int, sys.argv[3:])
+    written = shared.PartStore.write
+    def write(self, name, rows, values):
+        time.sleep(0.05)
+        write.count += 1
+        if write.count == dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        written(self, name, rows, values)
+    write.count = 0
+    shared.PartStore.write = write
+    found = here.scores(here.influence(hw.Ekfac()).fit(here.TRAIN, store=folder, worker=(number, count)))
+    sys.stdout.write(found.tobytes().hex())
+"""
+
+
+def test_workers_at_once_one_of_them_killed_give_the_same_bytes(tmp_path):
+    """The other takes over what the dead one had claimed; called again, that one only reads."""
+    expected = scores(influence(hw.Ekfac()).fit(TRAIN, store=tmp_path / "alone")).tobytes().hex()
+    code = textwrap.dedent(WORKER)
+
+    def start(number, dies=0):
+        command = [sys.executable, "-c", code, os.path.dirname(__file__), str(tmp_path / "fit"), str(number), "2"]
+        return subprocess.Popen([*command, str(dies)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    first, second = start(0, dies=2), start(1)
+    outputs = [process.communicate(timeout=120) for process in (first, second)]
+    assert first.returncode == -signal.SIGKILL, outputs[0][1]
+    assert second.returncode == 0, outputs[1][1]
+    assert outputs[1][0] == expected
+    assert start(0).communicate(timeout=120)[0] == expected
+    assert not list((tmp_path / "fit").rglob("*.claim"))
+
+
+SCORER = """
+    import os, signal, sys
+    sys.path.insert(0, sys.argv[1])
+    import test_shared as here
+    from headwater.store.tiles import TileStore
+    import headwater as hw
+    folder, number, count, dies = sys.argv[2], *map(int, sys.argv[3:])
+    written = TileStore.write
+    def write(self, tile):
+        write.count += 1
+        if write.count == dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        written(self, tile)
+    write.count = 0
+    TileStore.write = write
+    fitted = here.influence(hw.Ekfac()).fit(here.TRAIN)
+    found = fitted.attribute(here.TRAIN, here.QUERIES, store=folder, worker=(number, count))
+    sys.stdout.write(f"{write.count} " + found.values.tobytes().hex())
+"""
+
+
+def test_scores_are_shared_and_a_killed_worker_is_made_up_for(tmp_path):
+    fitted = influence(hw.Ekfac()).fit(TRAIN)
+    expected = fitted.attribute(TRAIN, QUERIES).values.tobytes().hex()
+
+    def start(number, dies=0):
+        given = [os.path.dirname(__file__), str(tmp_path / "run"), str(number), "2", str(dies)]
+        command = [sys.executable, "-c", textwrap.dedent(SCORER), *given]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    killed = start(0, dies=3)
+    said = killed.communicate(timeout=120)
+    assert killed.returncode == -signal.SIGKILL, said
+    outputs = [process.communicate(timeout=120) for process in (start(0), start(1))]
+    assert [found.split()[1] for found, _ in outputs] == [expected] * 2, outputs
+    assert start(0).communicate(timeout=120)[0].split() == ["0", expected]  # nothing is left to compute
+    with pytest.raises(InvalidSetting, match="give store="):
+        fitted.attribute(TRAIN, QUERIES, worker=(0, 2))
