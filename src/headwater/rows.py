@@ -91,7 +91,7 @@ class Visitor(ABC, Generic[Item, Part, Found]):
         """A part as named arrays and numbers."""
         raise NotImplementedError(f"Parts of {type(self).__name__} cannot be kept in files.")
 
-    def unpack(self, values: Mapping[str, Any]) -> Part:
+    def unpack(self, values: Mapping[str, object]) -> Part:
         """What `pack` gave, arrays in the model's framework."""
         raise NotImplementedError(f"Parts of {type(self).__name__} cannot be kept in files.")
 
@@ -143,7 +143,7 @@ class Both(Visitor[Item, tuple[Part, OtherPart], tuple[Found, OtherFound]]):
         pairs = zip("12", (self.first.pack(part[0]), self.second.pack(part[1])), strict=True)
         return {f"{side}/{name}": value for side, values in pairs for name, value in values.items()}
 
-    def unpack(self, values: Mapping[str, Any]) -> tuple[Part, OtherPart]:
+    def unpack(self, values: Mapping[str, object]) -> tuple[Part, OtherPart]:
         own, others = (
             {name.removeprefix(f"{side}/"): v for name, v in values.items() if name.startswith(f"{side}/")}
             for side in "12"
