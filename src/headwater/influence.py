@@ -151,11 +151,11 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         self._mapper = self._make_mapper(fitted)
         self._fitted = fitted
 
-    def as_loader(self, loader: Iterable[object]) -> Iterable[Any]:
+    def as_loader(self, loader: Iterable[object]) -> Iterable[object]:
         """What is read of a collection of rows: itself; a framework's subclass may take other things than batches."""
         return loader
 
-    def _read_as(self, loader: Iterable[object], role: str) -> Iterable[Any]:
+    def _read_as(self, loader: Iterable[object], role: str) -> Iterable[object]:
         """A user's loader, as it is read: its items unpacked, and in the framework's way. Errors: InvalidInput."""
         if isinstance(loader, Rows):
             return self.as_loader(loader)
@@ -367,7 +367,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         return {**self.identity(), "rows": self.n_train, **parts.description}, parts.arrays | keys
 
     def _put_together(
-        self, where: str, saved: Mapping[str, Any], arrays: Mapping[str, np.ndarray], loader: Iterable[Any] | None
+        self, where: str, saved: Mapping[str, Any], arrays: Mapping[str, np.ndarray], loader: Iterable[object] | None
     ) -> None:
         """Take what `_taken_apart` gave, in place of `fit`; `where` it was read is for messages. Errors: as `load`."""
         if loader is not None:  # a provider that has taken rows' gradients knows the parts of its blocks

@@ -93,7 +93,7 @@ class Visitor(ABC, Generic[Item, Part, Found]):
         """A part as named arrays and numbers."""
         raise NotImplementedError(f"Parts of {type(self).__name__} cannot be kept in files.")
 
-    def unpack(self, values: Mapping[str, Any]) -> Part:
+    def unpack(self, values: Mapping[str, object]) -> Part:
         """What `pack` gave, arrays in the model's framework."""
         raise NotImplementedError(f"Parts of {type(self).__name__} cannot be kept in files.")
 
@@ -145,7 +145,7 @@ class Both(Visitor[Item, tuple[Part, OtherPart], tuple[Found, OtherFound]]):
         pairs = zip("12", (self.first.pack(part[0]), self.second.pack(part[1])), strict=True)
         return {f"{side}/{name}": value for side, values in pairs for name, value in values.items()}
 
-    def unpack(self, values: Mapping[str, Any]) -> tuple[Part, OtherPart]:
+    def unpack(self, values: Mapping[str, object]) -> tuple[Part, OtherPart]:
         own, others = (
             {name.removeprefix(f"{side}/"): v for name, v in values.items() if name.startswith(f"{side}/")}
             for side in "12"
@@ -232,7 +232,7 @@ class Rows(Iterable[Any]):
     def __init__(
         self,
         provider: StructuredGradientProvider,
-        source: Iterable[Any],
+        source: Iterable[object],
         role: str = "train",
         memory: RowMemory | None = None,
         runner: Runner | None = None,
@@ -330,7 +330,7 @@ def _read(
 ) -> Iterator[PlacedBatch]:
     known = loader if isinstance(loader, Rows) else None
     role = "train" if known is None else known.role
-    source: Iterable[Any] = loader if known is None else known.source
+    source: Iterable[object] = loader if known is None else known.source
     check_loader(source, role)
     outer, found = here(), []
     # Layer rules are checked again on the first batch of every pass.

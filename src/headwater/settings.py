@@ -11,8 +11,8 @@ from headwater.errors import InvalidSetting
 
 def check_whole(name: str, value: object, least: int, most: int | None = None) -> None:
     """Errors: InvalidSetting for what is no whole number from `least` to `most`."""
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or value < least or (most is not None and value > most):  # type: ignore[operator]
+    whole = value if isinstance(value, int | np.integer) and not isinstance(value, bool) else None
+    if whole is None or whole < least or (most is not None and whole > most):
         wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise InvalidSetting(f"{name} is {value!r}; expected a whole number {wanted}.")
 

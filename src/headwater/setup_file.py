@@ -24,9 +24,9 @@ class Setup:
 
     influence: Attributor
     """Fitted or not."""
-    train: Iterable[Any]
+    train: Iterable[object]
     """The loader of the rows that were, or will be, fitted."""
-    query: Iterable[Any]
+    query: Iterable[object]
     """The loader of the queries."""
 
 

@@ -187,7 +187,7 @@ class _Spectra(Accumulator[PlacedBatch, Spectra, Spectra]):
     def pack(self, part: Spectra) -> dict[str, Any]:
         return pack_means({f"{name}/{k}": mean for (name, k), mean in part.items()})
 
-    def unpack(self, values: Mapping[str, Any]) -> Spectra:
+    def unpack(self, values: Mapping[str, object]) -> Spectra:
         means = unpack_means(values)
         return {(name.rpartition("/")[0], int(name.rpartition("/")[2])): mean for name, mean in means.items()}
 

@@ -67,7 +67,7 @@ def pack_means(means: Mapping[str, WeightedMean[Array]]) -> dict[str, Any]:
     return {f"{name}/{each}": value for name, mean in means.items() for each, value in mean.pack().items()}
 
 
-def unpack_means(values: Mapping[str, Any]) -> Means:
+def unpack_means(values: Mapping[str, object]) -> Means:
     """What `pack_means` gave, in the same order."""
     found: OrderedDict[str, dict[str, Any]] = OrderedDict()
     for key, value in values.items():
@@ -92,7 +92,7 @@ class MeansVisitor(Accumulator[PlacedBatch, Means, Means]):
     def pack(self, part: Means) -> dict[str, Any]:
         return pack_means(part)
 
-    def unpack(self, values: Mapping[str, Any]) -> Means:
+    def unpack(self, values: Mapping[str, object]) -> Means:
         return unpack_means(values)
 
 

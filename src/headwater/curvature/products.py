@@ -59,7 +59,7 @@ class RowDraws:
     def __init__(
         self,
         provider: StructuredGradientProvider,
-        loader: Iterable[Any],
+        loader: Iterable[object],
         kind: Curvature,
         fisher: Fisher,
         seed: int,

@@ -112,7 +112,7 @@ class _Packer:
         return TakenApart({"operators": description, "shared": self.shared}, self.arrays)
 
     @property
-    def loader(self) -> Iterable[Any] | None:
+    def loader(self) -> Iterable[object] | None:
         """Of the train rows that the operators read, if they do."""
         return self._sources[0].loader if self._sources else None
 
@@ -155,7 +155,7 @@ class _Packer:
 
 
 class _Unpacker:
-    def __init__(self, found: TakenApart, provider: StructuredGradientProvider, like: Array, loader: Iterable[Any]):
+    def __init__(self, found: TakenApart, provider: StructuredGradientProvider, like: Array, loader: Iterable[object]):
         self.found, self.provider, self.like = found, provider, like
         self.layout = next(iter(provider.layouts.values()))
         self.sources = [self._rows(entry, loader) for entry in found.description["shared"]]

@@ -8,7 +8,7 @@ from typing import Any
 from headwater.demo.experiment import Settings, check, load, make_influence, train_network
 
 
-def ready(settings: Settings) -> tuple[Any, Iterable[Any], Iterable[Any]]:
+def ready(settings: Settings) -> tuple[Any, Iterable[object], Iterable[object]]:
     """The influence, batches of the train rows, and batches of the queries.
 
     Errors: MissingExtra without scikit-learn or torch; InvalidSetting for an unknown method.

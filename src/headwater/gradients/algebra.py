@@ -25,7 +25,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from headwater.arrays import Array, accumulable, add_product, namespace, rows_within_memory, transpose, zeros_like
 
@@ -59,15 +59,22 @@ class Moments:
 class Gradient(ABC):
     """n per-sample gradients of one part, each a matrix [o, i]."""
 
-    rows: int
-    shape: tuple[int, int]
+    @property
+    @abstractmethod
+    def rows(self) -> int:
+        """n."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(o, i)."""
 
     @abstractmethod
     def dense(self) -> Array:
         """The matrices themselves: [n, o, i]."""
 
     @abstractmethod
-    def take(self, index: slice | Array) -> Gradient:
+    def take(self, index: slice | Array) -> Self:
         """Some rows, in the order of `index`."""
 
     @abstractmethod
@@ -84,7 +91,7 @@ class Gradient(ABC):
         """How many outer products of positions each row is a sum of; None where it is not kept as such."""
         return None
 
-    def chunks(self, numbers_per_row: int) -> Iterator[tuple[slice, Gradient]]:
+    def chunks(self, numbers_per_row: int) -> Iterator[tuple[slice, Self]]:
         """The rows in pieces, so that `numbers_per_row` numbers for each fit into the working memory."""
         # At least one row, whatever it takes: less cannot be computed.
         step = rows_within_memory(numbers_per_row, self.arrays[0])
@@ -194,11 +201,11 @@ class Dense(Gradient):
     values: Array
 
     @property
-    def rows(self) -> int:  # type: ignore[override]
+    def rows(self) -> int:
         return int(self.values.shape[0])
 
     @property
-    def shape(self) -> tuple[int, int]:  # type: ignore[override]
+    def shape(self) -> tuple[int, int]:
         return int(self.values.shape[1]), int(self.values.shape[2])
 
     @property
@@ -208,8 +215,8 @@ class Dense(Gradient):
     def dense(self) -> Array:
         return self.values
 
-    def take(self, index: slice | Array) -> Dense:
-        return Dense(self.values[index])
+    def take(self, index: slice | Array) -> Self:
+        return type(self)(self.values[index])
 
     def weighted(self, weights: Array) -> Dense:
         return Dense(self.values * weights[:, None, None])
@@ -229,11 +236,11 @@ class Sum(Gradient):
     terms: tuple[Gradient, ...]
 
     @property
-    def rows(self) -> int:  # type: ignore[override]
+    def rows(self) -> int:
         return self.terms[0].rows
 
     @property
-    def shape(self) -> tuple[int, int]:  # type: ignore[override]
+    def shape(self) -> tuple[int, int]:
         return self.terms[0].shape
 
     @property
@@ -243,8 +250,8 @@ class Sum(Gradient):
     def dense(self) -> Array:
         return _total([term.dense() for term in self.terms])
 
-    def take(self, index: slice | Array) -> Sum:
-        return Sum(tuple(term.take(index) for term in self.terms))
+    def take(self, index: slice | Array) -> Self:
+        return type(self)(tuple(term.take(index) for term in self.terms))
 
     def weighted(self, weights: Array) -> Sum:
         return Sum(tuple(term.weighted(weights) for term in self.terms))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from headwater.arrays import Array, namespace, rows_within_memory, summed
 from headwater.blocks import Layout
@@ -103,16 +104,20 @@ def _stack_parts(parts: Sequence[Gradient]) -> Gradient:
     def rows(arrays: Sequence[Array]) -> Array:
         return xp.concat(list(arrays), axis=0)
 
-    if isinstance(first, Outer) and all(_like_outer(first, part) for part in parts):
-        return Outer(rows([p.a for p in parts]), rows([p.b for p in parts]), first.ones)  # type: ignore[attr-defined]
-    if isinstance(first, RowSparse) and all(
-        isinstance(p, RowSparse) and p.ids.shape[1] == first.ids.shape[1] for p in parts
-    ):
-        return RowSparse(rows([p.ids for p in parts]), rows([p.values for p in parts]), first.size)  # type: ignore[attr-defined]
+    outers = [part for part in parts if _like_outer(part, first)]
+    if isinstance(first, Outer) and len(outers) == len(parts):
+        return Outer(rows([p.a for p in outers]), rows([p.b for p in outers]), first.ones)
+    tables = [part for part in parts if _like_table(part, first)]
+    if isinstance(first, RowSparse) and len(tables) == len(parts):
+        return RowSparse(rows([p.ids for p in tables]), rows([p.values for p in tables]), first.size)
     return Dense(rows([part.dense() for part in parts]))
 
 
-def _like_outer(first: Gradient, part: Gradient) -> bool:
+def _like_table(part: Gradient, first: Gradient) -> TypeGuard[RowSparse]:
+    return isinstance(first, RowSparse) and isinstance(part, RowSparse) and part.ids.shape[1] == first.ids.shape[1]
+
+
+def _like_outer(part: Gradient, first: Gradient) -> TypeGuard[Outer]:
     return (
         isinstance(first, Outer)
         and isinstance(part, Outer)

@@ -7,6 +7,7 @@ Draws of a row share the inputs of its layers. With K draws, Q vectors and T pos
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from headwater.arrays import Array, add_product, namespace, rows_within_memory, transpose
 from headwater.blocks import Layout
@@ -143,9 +144,9 @@ def _pieces(first: Outer, vectors: int, draws: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, first.rows, step)]
 
 
-def _stacked(parts: Sequence[Gradient], rows: slice) -> Array:
+def _stacked(parts: Sequence[Any], rows: slice) -> Array:
     """Output-gradients of some rows, all draws: [n, t, k, o]."""
-    return namespace(parts[0].arrays[0]).stack([part.b[rows] for part in parts], axis=2)  # type: ignore[attr-defined]
+    return namespace(parts[0].arrays[0]).stack([part.b[rows] for part in parts], axis=2)
 
 
 def _over_positions(b: Array) -> Array:

@@ -151,7 +151,7 @@ class EnsembleProvider(ProviderView):
         number, name = self._locate(block)
         return self.members[number].parameters(name)
 
-    def fingerprint(self) -> tuple[Any, ...]:
+    def fingerprint(self) -> tuple[object, ...]:
         return (self.weights, *(member.fingerprint() for member in self.members))
 
     @property

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 from headwater.arrays import (
     Array,
@@ -44,7 +44,7 @@ class Outer(Gradient):
     kept: Array | None = None
 
     @property
-    def rows(self) -> int:  # type: ignore[override]
+    def rows(self) -> int:
         return int(self.a.shape[0])
 
     @property
@@ -52,14 +52,14 @@ class Outer(Gradient):
         return int(self.a.shape[1])
 
     @property
-    def shape(self) -> tuple[int, int]:  # type: ignore[override]
+    def shape(self) -> tuple[int, int]:
         return int(self.b.shape[2]), int(self.a.shape[2]) + self.ones
 
     @property
     def arrays(self) -> tuple[Array, ...]:
         return self.a, self.b
 
-    def take(self, index: slice | Array) -> Outer:
+    def take(self, index: slice | Array) -> Self:
         return replace(self, a=self.a[index], b=self.b[index], kept=_taken(self.kept, index))
 
     def weighted(self, weights: Array) -> Outer:
@@ -283,18 +283,18 @@ class RowSparse(Gradient):
     kept: Array | None = None
 
     @property
-    def rows(self) -> int:  # type: ignore[override]
+    def rows(self) -> int:
         return int(self.ids.shape[0])
 
     @property
-    def shape(self) -> tuple[int, int]:  # type: ignore[override]
+    def shape(self) -> tuple[int, int]:
         return self.size, int(self.values.shape[2])
 
     @property
     def arrays(self) -> tuple[Array, ...]:
         return (self.values,)
 
-    def take(self, index: slice | Array) -> RowSparse:
+    def take(self, index: slice | Array) -> Self:
         return replace(self, ids=self.ids[index], values=self.values[index], kept=_taken(self.kept, index))
 
     def weighted(self, weights: Array) -> RowSparse:
@@ -342,9 +342,9 @@ class RowSparse(Gradient):
             return super().inner(other)
         xp, flat, out = namespace(self.values), transpose(other.values.reshape((other.rows * s, -1))), []
         for _, mine in self.chunks(2 * t * s * other.rows):
-            grams = (mine.values.reshape((mine.rows * t, -1)) @ flat).reshape((mine.rows, t, other.rows, s))  # type: ignore[attr-defined]
+            grams = (mine.values.reshape((mine.rows * t, -1)) @ flat).reshape((mine.rows, t, other.rows, s))
             # Different ids are different rows of the table, which are orthogonal.
-            same = mine.ids[:, :, None, None] == other.ids[None, None]  # type: ignore[attr-defined]
+            same = mine.ids[:, :, None, None] == other.ids[None, None]
             out.append(xp.sum(grams * xp.astype(same, grams.dtype), axis=(1, 3)))
         return xp.concat(out, axis=0) if out else zeros_like(self.values, (0, other.rows))
 
@@ -354,9 +354,9 @@ class RowSparse(Gradient):
         t, s, m = int(self.ids.shape[1]), other.positions, other.rows
         a, b = transpose(other.a.reshape((m * s, -1))), other.b.reshape((m * s, -1))
         for _, mine in self.chunks(2 * t * s * m):
-            ids = mine.ids.reshape((-1,))  # type: ignore[attr-defined]
+            ids = mine.ids.reshape((-1,))
             # Row ids_nt of sum_s b_ms a_ms^T is sum_s b_ms[ids_nt] a_ms: the one-hot side is a look-up.
-            grams = (mine.values.reshape((mine.rows * t, -1)) @ a) * transpose(xp.take(b, ids, axis=1))  # type: ignore[attr-defined]
+            grams = (mine.values.reshape((mine.rows * t, -1)) @ a) * transpose(xp.take(b, ids, axis=1))
             out.append(xp.sum(grams.reshape((mine.rows, t, m, s)), axis=(1, 3)))
         return xp.concat(out, axis=0) if out else zeros_like(self.values, (0, m))
 
@@ -364,9 +364,9 @@ class RowSparse(Gradient):
         xp, out = namespace(self.values), []
         t, d = self.ids.shape[1], self.values.shape[2]
         for _, mine in self.chunks(2 * int(basis.shape[0]) * int(t) * int(d)):
-            rows = xp.take(basis, mine.ids.reshape((-1,)), axis=1)  # type: ignore[attr-defined]
+            rows = xp.take(basis, mine.ids.reshape((-1,)), axis=1)
             rows = rows.reshape((int(basis.shape[0]), mine.rows, t * d))
-            out.append(transpose(xp.sum(rows * mine.values.reshape((1, mine.rows, t * d)), axis=2)))  # type: ignore[attr-defined]
+            out.append(transpose(xp.sum(rows * mine.values.reshape((1, mine.rows, t * d)), axis=2)))
         return xp.concat(out, axis=0) if out else zeros_like(self.values, (0, int(basis.shape[0])))
 
     def combine(self, weights: Array) -> Array:

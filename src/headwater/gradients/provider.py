@@ -15,7 +15,7 @@ from zlib import crc32
 
 import numpy as np
 
-from headwater.arrays import Array, identity, is_array, namespace, sigmoid, summed, to_numpy
+from headwater.arrays import Array, identity, is_array, namespace, shape_of, sigmoid, summed, to_numpy
 from headwater.blocks import Layout
 from headwater.errors import ShapeMismatch, UnsupportedModel
 from headwater.gradients.block import BlockGradient
@@ -165,7 +165,7 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
         given = [batch.x, batch.y, *([batch.weights] if weighted and batch.weights is not None else [])]
         return [np.asarray(to_numpy(value)) for value in given]
 
-    def fingerprint(self) -> tuple[Any, ...]:
+    def fingerprint(self) -> tuple[object, ...]:
         """Changes when the weights do; by default, when the attributed ones do."""
         return tuple(crc32(np.asarray(to_numpy(self.parameters(name))).tobytes()) for name in self.layouts)
 
@@ -178,7 +178,7 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
         """Told before the first batch of each pass over rows; a provider may look at that batch more closely."""
         return None
 
-    def own_precision(self) -> AbstractContextManager[Any]:
+    def own_precision(self) -> AbstractContextManager[object]:
         """Around the maths on this provider's gradients: without what the caller changed of the numbers' precision.
 
         The caller's automatic mixed precision, say, reaches the model's own call and nothing else.
@@ -250,8 +250,9 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
 
         Errors: ShapeMismatch.
         """
-        if g.ndim != 2 or g.shape[1] != self.n_parameters:  # type: ignore[attr-defined]
-            raise ShapeMismatch(f"Expected g of shape (K, {self.n_parameters}), got {tuple(g.shape)}.")  # type: ignore[attr-defined]
+        given = shape_of(g) or ()
+        if len(given) != 2 or given[1] != self.n_parameters:
+            raise ShapeMismatch(f"Expected g of shape (K, {self.n_parameters}), got {tuple(given)}.")
         pieces = split(g, self.sizes)
         return summed(value.project(pieces[name]) for name, value in self.grads(batch).items())
 

@@ -113,12 +113,12 @@ class ProviderView(StructuredGradientProvider[Any, Any]):
     def begin_pass(self) -> None:
         self.plain.begin_pass()
 
-    def own_precision(self) -> AbstractContextManager[Any]:
+    def own_precision(self) -> AbstractContextManager[object]:
         return self.plain.own_precision()
 
     # What is known ------------------------------------------------------------------------------------------------
 
-    def fingerprint(self) -> tuple[Any, ...]:
+    def fingerprint(self) -> tuple[object, ...]:
         return self.plain.fingerprint()
 
     def settings(self) -> tuple[str, ...]:

@@ -82,7 +82,7 @@ class HfComposableInfluence(TorchComposableInfluence):
     def model(self) -> nn.Module:
         return self._hf_provider.pretrained
 
-    def as_loader(self, loader: Iterable[object]) -> Iterable[Any]:
+    def as_loader(self, loader: Iterable[object]) -> Iterable[object]:
         """Rows or batches of any kind that the class takes, as batches."""
         return self._rows.batches(loader, self._hf_provider)
 

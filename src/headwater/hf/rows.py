@@ -136,7 +136,7 @@ class Rows:
     reads_itself: bool = False
     """Whether a row without labels is labelled by its own tokens, as a language model's is."""
 
-    def batches(self, source: Any, provider: Any) -> Iterable[Any]:
+    def batches(self, source: Any, provider: Any) -> Iterable[object]:
         """Rows or batches of any kind as the provider's batches, to be read again and again.
 
         What can be read only once, or is no collection at all, stays as it is. Errors: InvalidInput.

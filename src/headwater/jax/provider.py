@@ -412,7 +412,7 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         return flat if weights is None else flat * weights.reshape((-1,) + (1,) * (flat.ndim - 1))
 
 
-def _sum_of_outputs(output: Any, target: Any) -> jax.Array:
+def _sum_of_outputs(output: object, target: object) -> jax.Array:
     return sum(
         (jnp.sum(leaf) for leaf in jax.tree.leaves(output) if jnp.issubdtype(leaf.dtype, jnp.floating)), jnp.zeros(())
     )

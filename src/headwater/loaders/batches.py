@@ -29,7 +29,7 @@ class Columns:
 class Unpacked(Iterable[Any]):
     """A loader whose items are made (x, y[, ids, weights]) by a function of the user's, each time that it is read."""
 
-    def __init__(self, source: Iterable[Any], unpack: Unpack):
+    def __init__(self, source: Iterable[object], unpack: Unpack):
         self.source, self.unpack = source, unpack
 
     def __iter__(self) -> Iterator[Any]:

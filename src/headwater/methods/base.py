@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeGuard, TypeVar, get_args
+from typing import Generic, TypeGuard, TypeVar, get_args
 
 from headwater.errors import InvalidInput
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
@@ -30,7 +30,7 @@ class Method(ABC, Generic[C]):
 
     @abstractmethod
     def fit(
-        self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
+        self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool
     ) -> tuple[OrderedDict[str, C], float]:
         """The undamped curvature of each block, a mean over the rows, and the rows' total weight."""
 

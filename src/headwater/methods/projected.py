@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeGuard, TypeVar, get_args
+from typing import Literal, TypeGuard, TypeVar, get_args
 
 from headwater.arrays import Array, as_like, device, identity, namespace, transpose
 from headwater.blocks import Layout, Part
@@ -148,7 +148,7 @@ class SidedMethod(ProjectedMethod[ProjectedOperator]):
 
     @abstractmethod
     def projections(
-        self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
+        self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool
     ) -> tuple[Make, range]:
         """How a block's projection is made, and which label draws the second moment takes."""
 
@@ -250,7 +250,7 @@ class LoGra(SidedMethod):
         return TwoSides(self.dimension, self.init, self.fisher, self.seed)
 
     def projections(
-        self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
+        self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool
     ) -> tuple[Make, range]:
         return self.sides.projections(provider, loader, progress, KroneckerProjection)
 
@@ -290,7 +290,7 @@ class LoRif(SidedMethod):
         return TwoSides(self.dimension, self.init, self.fisher, self.seed)
 
     def projections(
-        self, provider: StructuredGradientProvider, loader: Iterable[Any], progress: bool
+        self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool
     ) -> tuple[Make, range]:
         return self.sides.projections(
             provider, loader, progress, lambda layout, sides: LowRankProjection(layout, sides, self.rank)

@@ -146,7 +146,8 @@ class RotationOperator(LinearOperator):
         return math.prod(self.shape)
 
     def turns(self) -> tuple[Array | None, Array | None]:
-        return tuple(None if basis is None else transpose(basis) for basis in (self.left, self.right))  # type: ignore[return-value]
+        left, right = (None if basis is None else transpose(basis) for basis in (self.left, self.right))
+        return left, right
 
     def _apply(self, tensor: Array) -> Array:
         left, right = self.turns()

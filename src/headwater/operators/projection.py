@@ -82,7 +82,8 @@ class Projection(ABC):
 def small_layout(name: str, shapes: Sequence[tuple[int, int]]) -> Layout:
     """A block with one plain matrix for each shape."""
     parameters = tuple(Parameter(f"{name}/projected.{k}", shape) for k, shape in enumerate(shapes))
-    return Layout(Block(name, parameters), tuple(Part(Piece(p.name, 0, p.shape)) for p in parameters))  # type: ignore[arg-type]
+    parts = tuple(Part(Piece(p.name, 0, shape)) for p, shape in zip(parameters, shapes, strict=True))
+    return Layout(Block(name, parameters), parts)
 
 
 # Random signs, over the whole block -----------------------------------------------------------------------------------
@@ -390,7 +391,11 @@ class LowRankProjection(KroneckerProjection):
     def _lifts(self) -> list[tuple[Side, Side]]:
         """Right inverses of the sides: L L+ = I."""
         # With L L+ = I, projecting what was lifted gives back what was kept.
-        return [tuple(None if s is None else namespace(s).linalg.pinv(s) for s in sides) for sides in self.sides]  # type: ignore[misc]
+        return [(_right_inverse(left), _right_inverse(right)) for left, right in self.sides]
+
+
+def _right_inverse(side: Side) -> Side:
+    return None if side is None else namespace(side).linalg.pinv(side)
 
 
 # The sides themselves -------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ from headwater.run.verification import (
 )
 from headwater.settings import check_whole
 from headwater.status import status_of
-from headwater.types import join
+from headwater.types import Batch, join
 
 ONE_BY_ONE = 300
 """Train rows up to which a fit is repeated with batches of one row."""
@@ -89,13 +89,13 @@ Grads = Mapping[str, Array]
 class Sample:
     """Rows of a loader chosen at random, each a batch of its own; and what else one pass over the loader shows."""
 
-    rows: list[Any]
+    rows: list[Batch]
     labels: np.ndarray
     """[rows]: another uniform number of each."""
     count: int
     """Rows in the loader."""
     weight: float
-    more: list[Any]
+    more: list[Batch]
     """These rows and others, as many as are fitted again."""
 
     @property
@@ -124,7 +124,7 @@ def _sample(
 class _Sampled:
     """chosen: a row's two numbers, and the row as a batch of its own."""
 
-    chosen: list[tuple[float, float, Any]]
+    chosen: list[tuple[float, float, Batch]]
     count: int
     weight: float
 
@@ -149,7 +149,7 @@ class _Sampling(Visitor[PlacedBatch, _Sampled, _Sampled]):
         return _Sampled(chosen, one.count + other.count, one.weight + other.weight)
 
 
-def cut(rows: Sequence[Any], size: int) -> list[Any]:
+def cut(rows: Sequence[Batch], size: int) -> list[Batch]:
     """Rows in batches of `size`, the last one smaller; or as they are, where they do not fit together."""
     return [batch for start in range(0, len(rows), size) for batch in join(rows[start : start + size])]
 
@@ -246,7 +246,7 @@ class _Verifier:
     def __init__(
         self,
         influence: ComposableInfluence,
-        loader: Iterable[Any],
+        loader: Iterable[object],
         queries: Sample,
         train: Sample,
         tolerance: float,
@@ -322,7 +322,7 @@ class _Verifier:
         return 10 * float(np.finfo(self.influence.source.dtype).eps) * worst
 
     @property
-    def _sides(self) -> tuple[tuple[list[Any], bool], tuple[list[Any], bool]]:
+    def _sides(self) -> tuple[tuple[list[Batch], bool], tuple[list[Batch], bool]]:
         return (self.joined_queries, True), (self.joined_train, False)
 
     def _lengths(self, rows: Sequence[object], block: str, query: bool) -> np.ndarray:

@@ -52,7 +52,7 @@ class SklearnComposableInfluence(Attributor[Array]):
     def estimator(self) -> Any:
         return self._estimator
 
-    def as_loader(self, loader: Iterable[object]) -> Iterable[Any]:
+    def as_loader(self, loader: Iterable[object]) -> Iterable[object]:
         """A `SklearnBatch` goes through the steps of a pipeline once; pairs (x, y) do in every pass."""
         check_loader(loader.source if isinstance(loader, Rows) else loader, "given")
         return [self._prepared(number, item) for number, item in enumerate(loader)]

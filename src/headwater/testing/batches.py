@@ -74,7 +74,7 @@ class BatchContract(Contract):
             self.batch(range(2)).x = None  # type: ignore[misc]
 
 
-def _leaves(value: Any) -> list[np.ndarray]:
+def _leaves(value: object) -> list[np.ndarray]:
     if value is None:
         return []
     if isinstance(value, Mapping):

@@ -36,7 +36,7 @@ class Contract:
             if name.startswith("test_"):
                 getattr(self, name)()
 
-    def assert_same(self, got: Any, expected: Any, *, scale: float | None = None) -> None:
+    def assert_same(self, got: object, expected: object, *, scale: float | None = None) -> None:
         """Equal shapes, and numbers equal within `rounding` times eps times `scale`, by default max |expected|."""
         found, wanted = host(got), host(expected)
         assert found.shape == wanted.shape, f"the shape is {found.shape}, expected {wanted.shape}"

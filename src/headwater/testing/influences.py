@@ -34,7 +34,7 @@ class InfluenceContract(Contract):
     dampings: tuple[float, ...] = (1e-3, 1e-1, 1.0)
     """In mean eigenvalues; () for a method without damping."""
 
-    def influence(self, damping: Any = None) -> Attributor[Any]:
+    def influence(self, damping: object = None) -> Attributor[Any]:
         """A hook: the implementation under test, not fitted, at this damping or (None) at its own choice."""
         raise NotImplementedError
 
@@ -59,7 +59,7 @@ class InfluenceContract(Contract):
         n = len(rows[1])
         return [self.take(rows, range(start, min(start + batch_size, n))) for start in range(0, n, batch_size)]
 
-    def fitted(self, damping: Any = None, batch_size: int = 3) -> Attributor[Any]:
+    def fitted(self, damping: object = None, batch_size: int = 3) -> Attributor[Any]:
         return self.influence(damping).fit(self.loader(self.train(), batch_size))
 
     # Shapes, and the truth ----------------------------------------------------------------------------------------

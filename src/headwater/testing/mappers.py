@@ -54,7 +54,7 @@ class BlockMapperContract(Contract):
             found[name] = np.einsum("nd,m...d->nm...", factors, host(_met(block, right, mode)))
         return found
 
-    def assert_same_blocks(self, got: Any, expected: dict[str, Any]) -> None:
+    def assert_same_blocks(self, got: object, expected: dict[str, Any]) -> None:
         """An ordered dict of the same names in the same order, with the same numbers."""
         assert isinstance(got, OrderedDict)
         assert [*got] == [*expected]
@@ -206,10 +206,10 @@ class _Broken(OperatorGradientComposition[Any, Any, Any, Any]):
     def __init__(self, whole: OperatorGradientComposition):
         super().__init__(whole.op, whole.gp)
 
-    def transformed_grads(self, batch: Any) -> Any:
+    def transformed_grads(self, batch: Batch) -> Any:
         raise AssertionError("a later block was computed before it was asked for")
 
-    def interactions_from_transformed_grads(self, left_factors: Any, right_batch: Any, mode: Any) -> Any:
+    def interactions_from_transformed_grads(self, left_factors: object, right_batch: Batch, mode: object) -> Any:
         raise AssertionError("a later block was computed before it was asked for")
 
 

@@ -82,7 +82,7 @@ class BilinearFormContract(Contract):
         form, met = self.form(), []
         inner_prod = form.inner_prod
 
-        def recorded(left: Any, right: Any) -> Any:
+        def recorded(left: object, right: object) -> Any:
             met.append((left, right))
             return inner_prod(left, right)
 
@@ -204,7 +204,7 @@ class OperatorContract(BilinearFormContract):
         mixed = np.einsum("n,mx->nmx", host(left.x)[:, 0], host(right.y)[:, :, 0])
         self.assert_same(block.interactions(left, right, "perturbation"), mixed)
 
-    def composition(self, provider: Any, operator: Any = None) -> OperatorGradientComposition[Any, Any, Any, Any]:
+    def composition(self, provider: object, operator: object = None) -> OperatorGradientComposition[Any, Any, Any, Any]:
         """A hook: the operator and a provider as one block; a framework's own composition where it has one."""
         return OperatorGradientComposition(self.operator() if operator is None else operator, provider)
 
@@ -212,7 +212,7 @@ class OperatorContract(BilinearFormContract):
 class FirstNumbers(BilinearForm[Any, Any, Any]):
     """The product of the first numbers of both sides, and no operator behind it; in NumPy."""
 
-    def inner_prod(self, left: Any, right: Any) -> Any:
+    def inner_prod(self, left: object, right: object) -> Any:
         return np.tensordot(host(left)[:, 0], host(left if right is None else right)[..., 0], axes=0)
 
 

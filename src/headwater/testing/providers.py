@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from headwater.gradients.provider import Kind, StructuredGradientProvider
+from headwater.gradients.provider import Fisher, Kind, StructuredGradientProvider
 from headwater.testing.contract import Contract, host
 from headwater.types import Batch, GradientProvider
 
@@ -82,7 +82,7 @@ class GradientProviderContract(Contract):
 class StructuredProviderContract(GradientProviderContract):
     """What every `StructuredGradientProvider` obeys besides. A subclass may also fill `slow_curvature`."""
 
-    fishers: tuple[str, ...] = ("exact", "sampled", "empirical")
+    fishers: tuple[Fisher, ...] = ("exact", "sampled", "empirical")
     """The Fisher informations that the provider under test has."""
     kinds: tuple[Kind, ...] = ("ggn", "hessian")
     """The curvatures whose products it has."""
@@ -155,8 +155,8 @@ class StructuredProviderContract(GradientProviderContract):
         provider = self.provider()
         for fisher in self.fishers:
             options: dict[str, Any] = {"draws": range(2, 4), "seed": 5}
-            together = provider.fisher_grads(self.all_rows(), fisher, **options)  # type: ignore[arg-type]
-            alone = provider.fisher_grads(self.batch([4]), fisher, **options)  # type: ignore[arg-type]
+            together = provider.fisher_grads(self.all_rows(), fisher, **options)
+            alone = provider.fisher_grads(self.batch([4]), fisher, **options)
             assert len(together) == len(alone)
             for whole, one in zip(together, alone, strict=True):
                 for name, value in whole.items():

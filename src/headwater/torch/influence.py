@@ -78,7 +78,7 @@ class TorchComposableInfluence(Attributor[torch.Tensor]):
             provider = EnsembleProvider([provide(loaded) for loaded in _load_all(model, checkpoints)])
         Attributor.__init__(self, provider, method, damping=damping, unpack=unpack)
 
-    def as_loader(self, loader: Iterable[object]) -> Iterable[Any]:
+    def as_loader(self, loader: Iterable[object]) -> Iterable[object]:
         """Errors: InvalidInput for a Dataset, which gives single rows."""
         source = loader.source if isinstance(loader, Unpacked) else loader
         if isinstance(source, Dataset) and not isinstance(source, IterableDataset):

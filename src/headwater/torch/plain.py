@@ -138,8 +138,12 @@ def rows_of(batch: TorchBatch) -> list[TorchBatch]:
 
 def is_the_same(plain: BlockGradients, layered: BlockGradients, rows: slice) -> bool:
     """Whether layers' inputs and output-gradients, which Kronecker factors need, give the plain numbers."""
-    pairs: Iterable[Any] = ((layered[name].take(rows).flat(), value.flat()) for name, value in plain.items())
-    return all(close(got, expected) for got, expected in pairs)
+    for name, value in plain.items():
+        got: Any = layered[name].take(rows).flat()
+        expected: Any = value.flat()
+        if not close(got, expected):
+            return False
+    return True
 
 
 def _dot(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> torch.Tensor:

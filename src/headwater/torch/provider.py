@@ -243,7 +243,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         """Whether rows are computed one at a time, by plain autograd."""
         return self._plain is not None
 
-    def own_precision(self) -> AbstractContextManager[Any]:
+    def own_precision(self) -> AbstractContextManager[object]:
         return own_precision(self.device)
 
     def begin_pass(self) -> None:

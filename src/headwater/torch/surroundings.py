@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 class SharedSwitch:
     """A process-wide setting that several threads may hold at once: set by the first, put back by the last."""
 
-    def __init__(self, change: Callable[[], AbstractContextManager[Any]]):
+    def __init__(self, change: Callable[[], AbstractContextManager[object]]):
         self._change = change
         self._lock = threading.Lock()
         self._holders = 0
@@ -105,7 +105,7 @@ def callers_dtype() -> torch.dtype | None:
     return None if _thread.autocast is None else _thread.autocast[1]
 
 
-def _as_the_caller_computes() -> AbstractContextManager[Any]:
+def _as_the_caller_computes() -> AbstractContextManager[object]:
     if _thread.autocast is None:
         return nullcontext()
     kind, dtype = _thread.autocast

@@ -18,9 +18,9 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from headwater.arrays import rows_within_memory
 from headwater.errors import NotConverged, SingularOperator
@@ -109,7 +109,7 @@ class ExactRemoval:
         # The estimator stopped at its own tolerance: a difference of two refits must not have that in it.
         return self._refitted([np.array([], dtype=int)], self.model.weights)
 
-    def without(self, groups: Iterable[Any] | None = None) -> Refits:
+    def without(self, groups: Iterable[ArrayLike] | None = None) -> Refits:
         """Without each of the groups of rows, named by position; None for every row by itself.
 
         Errors: InvalidInput for a group that is empty, or names rows that are not there; BatchMismatch for a row twice.

@@ -8,6 +8,7 @@ from inspect import signature
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, MetaEstimatorMixin, clone
 from sklearn.utils import get_tags
 from sklearn.utils.class_weight import compute_class_weight
@@ -123,7 +124,7 @@ class TrainingInfluence(MetaEstimatorMixin, BaseEstimator):
         """
         return self._ready().attribute([self._train], [self._queries(X, y)], unit=unit)
 
-    def forecast(self, X: object, y: object, groups: Iterable[object] | None = None) -> Array:
+    def forecast(self, X: object, y: object, groups: Iterable[ArrayLike] | None = None) -> Array:
         """The rise of each query's loss without a row, or a group of rows, by one Newton step: [q, n] or [q, groups].
 
         Better than `scores` for rows of high leverage, and for groups. See `headwater.run.removal`.
@@ -144,13 +145,13 @@ class TrainingInfluence(MetaEstimatorMixin, BaseEstimator):
         """
         return self.remove(None, X, y)
 
-    def remove(self, groups: Iterable[object] | None, X: object, y: object) -> Array:
+    def remove(self, groups: Iterable[ArrayLike] | None, X: object, y: object) -> Array:
         """The rise of each query's loss without each group of training rows, exactly: [q, groups]."""
         self._ready()
         queries = self._queries(X, y)
         return self._exact.without(groups).losses(queries) - self._exact.with_all.losses(queries)
 
-    def refits(self, groups: Iterable[object] | None = None) -> Refits:
+    def refits(self, groups: Iterable[ArrayLike] | None = None) -> Refits:
         """The coefficients without each training row, or group of them, exactly."""
         self._ready()
         return self._exact.without(groups)

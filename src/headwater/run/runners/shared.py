@@ -145,7 +145,7 @@ class SharedFolder:
         return as_like(value, self.like, dtype_named(str(value.dtype), self.like)) if is_array(value) else value
 
 
-def merge_in_order(merge: Callable[[Any, Any], Any], parts: Iterable[Any]) -> Any:
+def merge_in_order(merge: Callable[[Any, Any], Any], parts: Iterable[object]) -> Any:
     """Neighbours first, then the pairs of these, and so on: a tree that the number of parts decides.
 
     At most one part for each level of the tree is held.
