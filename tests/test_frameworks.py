@@ -56,7 +56,7 @@ METHODS: dict[str, Method] = {
     "cg-diagonal": hw.Cg(preconditioner="diagonal", **SOLVED),
     "cg-hessian": hw.Cg(**INDEFINITE, **SOLVED),
     "block-krylov": hw.BlockKrylov(**SOLVED),
-    "lissa": hw.Lissa(steps=6, rows=4, scale=30.0),
+    "lissa": hw.Lissa(steps=3, rows=6, scale=30.0),
     "astra": hw.Astra(steps=4, rows=None, step_size=0.2),
     "arnoldi": hw.Arnoldi(rank=10**6, tolerance=1e-13),
     "nystroem": hw.Nystroem(rank=8),

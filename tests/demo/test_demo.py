@@ -118,7 +118,9 @@ def test_the_report_is_one_page_that_loads_nothing():
 LIKENESS = {"tracin", "representer", "grad-dot", "grad-cos"}
 
 
-@pytest.mark.parametrize("method", [pytest.param(m, marks=pytest.mark.slow) if m == "direct" else m for m in METHODS])
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=pytest.mark.slow) if m in ("direct", "lissa") else m for m in METHODS]
+)
 def test_every_method_tells_its_story(method):
     found = tiny(method)
     recipe, text = METHODS[method], tell(found)

@@ -48,7 +48,7 @@ CLOSED = {
     "factgrass": hw.FactGrass(dimension=3),
 }
 METHODS = CLOSED | ITERATED
-FAST = ("grad-dot", "ekfac sampled")
+FAST = ("grad-dot", "ekfac")
 NAMED = ("nystroem", "trak projected", "logra", "logra pca", "lorif", "factgrass")
 """Their random numbers go by the parameters' names, or by the place in the flat vector."""
 

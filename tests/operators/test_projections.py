@@ -269,6 +269,7 @@ def test_a_projection_too_wide_for_a_matrix_is_refused() -> None:
 
 
 def test_a_large_dimension_makes_no_sides() -> None:
-    made = LoGra(99)._random("whole", values(2)[0])
+    make, _ = LoGra(99).projections(None, (), False)
+    made = make("whole", values(2)[0])
     assert made.sides == ((None, None),) * 3
     assert made.small.size == WHOLE.size

@@ -50,7 +50,7 @@ READ_ROWS = [
     hw.DataInf(),
     hw.Trak(dimension=None),
 ]
-HOLD_ROWS = [hw.Lissa(scale=20.0), hw.Astra()]
+HOLD_ROWS = [hw.Lissa(scale=20.0, steps=4), hw.Astra(steps=4)]
 
 
 def words(method: Method) -> str:
