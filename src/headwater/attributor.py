@@ -142,13 +142,17 @@ class Attributor(ComposableInfluence[TensorType]):
         *,
         unit: str = "influence",
         progress: bool = False,
+        store: str | os.PathLike[str] | None = None,
     ) -> TopK:
-        """The k most helpful and the k most harmful train rows of each query, without keeping the matrix of scores."""
+        """The k most helpful and the k most harmful train rows of each query, without the matrix of scores in memory.
+
+        store: as in `attribute`; the folder is one run for both.
+        """
         from headwater.run.attribute import top
 
         with self._recorded():
             train, query = self.train_rows(train_loader), self.query_rows(query_loader)
-            return top(self, train, query, k, unit=unit, progress=progress)
+            return top(self, train, query, k, unit=unit, progress=progress, store=store)
 
     @in_own_precision
     def self_influence(self, train_loader: Iterable[object], *, progress: bool = False) -> np.ndarray:

@@ -231,6 +231,26 @@ def test_workers_at_once_one_of_them_killed_give_the_same_bytes(tmp_path):
     assert not list((tmp_path / "fit").rglob("*.claim"))
 
 
+def test_ends_of_the_ranking_and_all_scores_are_one_run(tmp_path, monkeypatch):
+    fitted, written, write = influence(hw.Ekfac()).fit(TRAIN), [], TileStore.write
+
+    def count(self, tile):
+        written.append(tile.start)
+        write(self, tile)
+
+    monkeypatch.setattr(TileStore, "write", count)
+    top = fitted.top(TRAIN, QUERIES, 3, store=tmp_path / "run")
+    expected = fitted.top(TRAIN, QUERIES, 3)
+    np.testing.assert_array_equal(top.helpful_scores, expected.helpful_scores)
+    np.testing.assert_array_equal(top.harmful_ids, expected.harmful_ids)
+    found = fitted.attribute(TRAIN, QUERIES, store=tmp_path / "run")
+    np.testing.assert_array_equal(found.values, scores(fitted))
+    assert written == list(range(0, 40, 4))
+    with pytest.raises(InvalidSetting, match="remval"):
+        fitted.attribute(TRAIN, QUERIES, unit="remval", store=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 SCORER = """
     import os, signal, sys
     sys.path.insert(0, sys.argv[1])

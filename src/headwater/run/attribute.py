@@ -38,7 +38,7 @@ def attribute(
     progress: bool,
     worker: tuple[int, int] = (0, 1),
 ) -> Scores:
-    """See `ComposableInfluence.attribute`."""
+    """See `Attributor.attribute`."""
     _scale(influence, unit)
     check_worker(worker)
     shared = worker[1] > 1
@@ -46,10 +46,8 @@ def attribute(
         raise InvalidSetting(f"worker is {worker}, and workers meet in a folder: give store=.")
     with recorded_solves() as log:
         asked = _queries(influence, query_loader, progress)
-    kept, memory = None, MemorySink()
-    if store is not None:
-        identity = _identity(influence, unit, by_block, asked.ids, asked.keys)
-        kept = TileStore(store, identity, _tolerance(influence, solved=bool(joined(log))))
+    solved = bool(joined(log))
+    kept, memory = _opened(store, influence, unit, by_block, asked, solved), MemorySink()
     if shared and kept is not None:
         share = OwnShare(Score(influence, asked, unit, by_block, [kept]), worker)
         sweep_rows(influence.provider, train_loader, share, "own share of the scores", progress)
@@ -88,12 +86,32 @@ def top(
     *,
     unit: str,
     progress: bool,
+    store: str | os.PathLike[str] | None = None,
 ) -> TopK:
-    """See `ComposableInfluence.top`."""
-    asked = _queries(influence, query_loader, progress)
-    sink = TopKSink(k, asked.ids)
-    _scored(influence, train_loader, Score(influence, asked, unit, False, [sink]), asked, unit, progress)
-    return sink.top()
+    """See `Attributor.top`."""
+    _scale(influence, unit)
+    with recorded_solves() as log:
+        asked = _queries(influence, query_loader, progress)
+    ends = TopKSink(k, asked.ids)
+    kept = _opened(store, influence, unit, False, asked, bool(joined(log)))
+    score = Score(influence, asked, unit, False, [ends] if kept is None else [kept, ends])
+    _scored(influence, train_loader, score, asked, unit, progress)
+    return ends.top()
+
+
+def _opened(
+    store: str | os.PathLike[str] | None,
+    influence: ComposableInfluence,
+    unit: str,
+    by_block: bool,
+    asked: Asked,
+    solved: bool,
+) -> TileStore | None:
+    """The folder of a run, if it has one. Errors: as `TileStore`."""
+    if store is None:
+        return None
+    identity = _identity(influence, unit, by_block, asked.ids, asked.keys)
+    return TileStore(store, identity, _tolerance(influence, solved))
 
 
 def _scored(
