@@ -1,5 +1,7 @@
 """A law that no mistake can break tests nothing: every mutant is noticed by at least one quick law.
 
+A third of the mutants are among the fast tests, the others in `./dev slow`: they test the tests, which change less.
+
 The one registry of all mutants. Each group has its own laws, and a mutant runs those that concern it until one breaks.
 """
 
@@ -55,9 +57,9 @@ GROUPS: dict[str, tuple[tuple[Law, ...], dict[str, tuple[Any, tuple[Law, ...]]]]
 }
 LAWS = [pytest.param(law, id=f"{group}: {law.__name__}") for group, (laws, _) in GROUPS.items() for law in laws]
 MUTANTS = [
-    pytest.param(mutant, laws, id=f"{group}: {name.replace('_', ' ')}")
+    pytest.param(mutant, laws, id=f"{group}: {name.replace('_', ' ')}", marks=() if k % 3 == 0 else pytest.mark.slow)
     for group, (_, mutants) in GROUPS.items()
-    for name, (mutant, laws) in mutants.items()
+    for k, (name, (mutant, laws)) in enumerate(mutants.items())
 ]
 
 

@@ -128,6 +128,7 @@ print("JSON " + json.dumps({"fit_cpu_s": 1, "score_cpu_s": 2, "peak_rss_mb": 3, 
 """
 
 
+@pytest.mark.slow
 def test_a_peer_is_run_as_it_is_and_what_became_of_it_is_kept(boards, tmp_path, monkeypatch):
     tasks, run, _ = boards
     (tmp_path / "peer_pydvl.py").write_text(DRIVER)

@@ -86,6 +86,7 @@ def test_a_group_is_forecast_by_the_sum_of_its_rows():
     assert again.runs is None and "reliability" not in str(again)
 
 
+@pytest.mark.slow
 def test_scrambled_scores_agree_with_nothing():
     """Zero is in an interval of nine tenths for about nine of ten scrambled scores."""
     rng = np.random.default_rng(3)

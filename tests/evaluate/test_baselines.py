@@ -102,7 +102,7 @@ def test_the_luck_of_random_sets_is_in_the_interval():
     assert found.difference.low < 0 < found.difference.high
 
 
-@pytest.mark.parametrize("draws", [2, 5])
+@pytest.mark.parametrize("draws", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_zero_is_in_the_interval_of_a_chance_ranking_as_often_as_it_says(draws):
     """Also where a set's luck, which all queries share, is thrice that of the queries."""
     rng, inside = np.random.default_rng(draws), []

@@ -133,6 +133,7 @@ def test_a_minimum_is_well_and_a_decayed_one_is_explained_and_any_other_is_worry
     assert f"{elsewhere.stationarity.ratio:.3g} times what chance gives" in str(elsewhere)
 
 
+@pytest.mark.slow
 def test_chance_gives_a_ratio_of_one_on_average():
     """Rows whose gradients have mean zero: targets with noise, at the true weights of a linear regression."""
     generator, linear = torch.Generator().manual_seed(0), nn.Linear(3, 1, bias=False).double()

@@ -428,6 +428,7 @@ def test_the_next_error_is_within_the_bound_nine_times_in_ten(heavy):
     assert abs(inside - expected) < 4 * math.sqrt(expected * (1 - expected) / trials)
 
 
+@pytest.mark.slow
 def test_the_bound_of_a_verification_holds_for_pairs_that_were_not_sampled():
     """Over seeds, at least 0.9 of the errors of sampled queries on other rows; three standard errors of slack."""
     model, train, query = data(rows=60, queries=12, dtype=torch.float64)
