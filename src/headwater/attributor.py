@@ -52,9 +52,10 @@ class Attributor(ComposableInfluence[TensorType]):
         little, and each worker does. The loader gives its rows in one order. See `headwater.run.runners.shared`.
         Errors: InvalidInput for a folder of another fit; InvalidSetting for workers without a folder.
         """
-        if store is not None:
-            from headwater.run.runners.shared import SharedFolder
+        from headwater.run.runners.shared import SharedFolder, check_worker
 
+        check_worker(worker, store)
+        if store is not None:
             if runner is not None:
                 raise InvalidSetting("store= has a runner of its own: give one of the two, store= or runner=.")
             self._look(loader)
@@ -63,8 +64,6 @@ class Attributor(ComposableInfluence[TensorType]):
             blocks = {name: block["parameters"] for name, block in known["blocks"].items()}
             belongs |= {"blocks": blocks, "dtype": self.source.dtype}
             runner = SharedFolder(store, belongs, self._like(), worker)
-        elif tuple(worker) != (0, 1):
-            raise InvalidSetting(f"worker is {worker}, and workers meet in a folder: give store=.")
         return super().fit(loader, progress=progress, runner=runner)
 
     @property

@@ -226,7 +226,7 @@ class Rows(Iterable[Any]):
     """A loader, for one fit or run: every pass over it meets the same rows, or is refused.
 
     role: "train" or "query". memory: of what the same loader gave before, if it was read before. runner: of every pass
-    over it; None for `serial`.
+    over it, which it is told the number of (`passes`); None for `serial`.
     """
 
     def __init__(

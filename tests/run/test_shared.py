@@ -35,14 +35,18 @@ SHARED = [
     hw.Ekfac(),
     hw.LoGra(dimension=2),
     hw.LoGra(dimension=2, init="pca"),
+    hw.LoRif(dimension=2),
+    hw.FactGrass(dimension=2),
     hw.Trak(dimension=8),
+    hw.TracIn(0.1),
+    hw.Representer(l2=0.1, tolerance=1e9),  # no minimum, and not linear: what is shared is a sum all the same
 ]
 ALONE = [hw.Cg(), hw.Dual(), hw.Nystroem(rank=3)]
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(shared.SharedFolder.__init__, "__defaults__", ((0, 1), 8))
+    monkeypatch.setattr(shared, "ROWS", 8)
 
 
 def influence(method, scale=1.0, **options):
@@ -65,6 +69,56 @@ def test_any_number_of_workers_gives_the_same_bytes(method, tmp_path):
         found = scores(influence(method).fit(TRAIN, store=tmp_path / "three", worker=worker))
         np.testing.assert_array_equal(found, alone)
     np.testing.assert_allclose(alone, scores(influence(method).fit(TRAIN)), rtol=2e-3, atol=1e-4 * abs(alone).max())
+
+
+def of_jax():
+    from headwater.jax import JaxComposableInfluence
+    from headwater.jax.losses import cross_entropy
+
+    weights = np.random.default_rng(1).standard_normal((5, 3))
+    found = JaxComposableInfluence(lambda w, x: x @ w, weights, cross_entropy, hw.Ekfac(), damping=0.3)
+    return found, [(b.x.numpy(), b.y.numpy()) for b in TRAIN], [(QUERIES[0][0].numpy(), QUERIES[0][1].numpy())]
+
+
+def of_sklearn():
+    from sklearn.linear_model import LogisticRegression
+
+    from headwater.sklearn import SklearnComposableInfluence
+
+    estimator = LogisticRegression().fit(X.numpy(), Y.numpy())
+    train = [(b.x.numpy(), b.y.numpy()) for b in TRAIN]
+    return SklearnComposableInfluence(estimator, hw.Kfac()), train, train[:1]
+
+
+def of_several_models():
+    first = influence(hw.GradDot()).model
+    checkpoints = [first.state_dict(), {name: value * 1.1 for name, value in first.state_dict().items()}]
+    found = TorchComposableInfluence(first, nn.CrossEntropyLoss(), hw.Ekfac(), damping=0.3, checkpoints=checkpoints)
+    return found, TRAIN, QUERIES
+
+
+@pytest.mark.parametrize("make", [of_jax, of_sklearn, of_several_models], ids=lambda make: make.__name__)
+def test_other_frameworks_and_several_models_share_a_fit(make, tmp_path):
+    def found(**options):
+        fitted, train, queries = make()
+        return np.asarray(fitted.fit(train, **options).attribute(train, queries))
+
+    alone, whole = found(store=tmp_path / "fit", worker=(0, 2)), found()
+    np.testing.assert_array_equal(found(store=tmp_path / "fit", worker=(1, 2)), alone)
+    np.testing.assert_allclose(alone, whole, rtol=2e-3, atol=1e-4 * abs(whole).max())
+
+
+def test_who_reads_past_a_claim_gives_no_sign_of_life_for_its_owner(tmp_path, monkeypatch):
+    """Else the claim of a dead worker on another machine would be kept alive by those who wait for it."""
+    touched, asked, claim = [], [], shared.PartStore.claim
+    monkeypatch.setattr(shared.PartStore, "touch", lambda self, name: touched.append(name[-1]))
+    monkeypatch.setattr(
+        shared.PartStore, "claim", lambda self, name: (name[-1] != "2" or len(asked) > 3) and claim(self, name)
+    )
+    monkeypatch.setattr(shared.PartStore, "is_free", lambda self, name: asked.append(name) or len(asked) > 3)
+    monkeypatch.setattr(shared, "POLL", 0.0)
+    influence(hw.Kfac()).fit(TRAIN, store=tmp_path / "fit")
+    assert touched == [*"00113344", *"22"]  # two batches a tile, and those of tile 2 once it was free
 
 
 @pytest.mark.parametrize("method", SHARED, ids=lambda method: method.describe())
@@ -196,7 +250,7 @@ WORKER = """
     import test_shared as here
     from headwater.run.runners import shared
     import headwater as hw
-    shared.SharedFolder.__init__.__defaults__ = ((0, 1), 8)
+    shared.ROWS = 8
     folder, number, count, dies = sys.argv[2], *map(int, sys.argv[3:])
     written = shared.PartStore.write
     def write(self, name, rows, values):

@@ -40,10 +40,8 @@ def attribute(
 ) -> Scores:
     """See `Attributor.attribute`."""
     _scale(influence, unit)
-    check_worker(worker)
+    check_worker(worker, store)
     shared = worker[1] > 1
-    if shared and store is None:
-        raise InvalidSetting(f"worker is {worker}, and workers meet in a folder: give store=.")
     with recorded_solves() as log:
         asked = _queries(influence, query_loader, progress)
     solved = bool(joined(log))

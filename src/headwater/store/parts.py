@@ -1,6 +1,6 @@
 """Sums over tiles of rows in a folder, so that a pass that was stopped goes on, and several workers share one.
 
-    identity.json          what is fitted
+    identity.json                what is fitted
     0-5d8e...-Factors/3.npz      the sums over the fourth tile of rows, of the first pass
     0-5d8e...-Factors/3.claim    who is at it: host, process
 
@@ -10,7 +10,6 @@ or of other rows, is computed again. Claims save double work, no more: parts are
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import time
@@ -23,14 +22,14 @@ import numpy as np
 
 from headwater.errors import DamagedFile, InvalidInput
 from headwater.store.draft import HOST, TOKEN, explained_errors, is_alive, is_draft, remove_dead, write_new, write_whole
-from headwater.store.seal import digest, open_bytes, seal_bytes, sealed, unsealed
+from headwater.store.seal import digest, open_arrays, seal_arrays, sealed, unsealed
+from headwater.store.tiles import OTHER_FOLDER
 
 Values = Mapping[str, Any]
 """Arrays of the host, and numbers."""
 NUMBERS = "__numbers__"
 PATIENCE = 300.0
 """Seconds without a sign of life after which a claim from another machine is taken over."""
-OTHER_FOLDER = "Choose another folder, or remove this one."
 
 
 class PartStore:
@@ -59,11 +58,9 @@ class PartStore:
     def read(self, name: str, rows: str) -> dict[str, Any] | None:
         """The part of this name over the rows with this digest; None if there is none that is whole."""
         try:
-            content = open_bytes(self._file(name), self._place(name, rows), "")
+            arrays = open_arrays(self._file(name), self._place(name, rows), "")
         except DamagedFile:
             return None
-        with np.load(io.BytesIO(content), allow_pickle=False) as found:
-            arrays = {each: found[each] for each in found.files}
         numbers = json.loads(str(arrays.pop(NUMBERS)))
         return {**arrays, **numbers}
 
@@ -71,9 +68,8 @@ class PartStore:
         """Errors: NotWritten."""
         numbers = {each: value for each, value in values.items() if isinstance(value, (int, float))}
         arrays = {each: value for each, value in values.items() if each not in numbers}
-        packed = io.BytesIO()
-        np.savez(packed, allow_pickle=False, **{NUMBERS: np.array(json.dumps(numbers))}, **arrays)
-        write_whole(self._file(name), seal_bytes(packed.getvalue(), self._place(name, rows)))
+        packed = {NUMBERS: np.array(json.dumps(numbers)), **arrays}
+        write_whole(self._file(name), seal_arrays(packed, self._place(name, rows)))
 
     def has(self, name: str) -> bool:
         """Whether there is a file of that name, whole or not."""

@@ -14,7 +14,6 @@ computed again (tiles, ledger, sums) or refused (identity, probe). Without a pro
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -27,7 +26,7 @@ import numpy as np
 from headwater.errors import DamagedFile, InvalidInput
 from headwater.store.base import Sink, Tile
 from headwater.store.draft import draft_of, explained_errors, is_draft, remove_dead, write_new, write_whole
-from headwater.store.seal import digest, file_digests, open_bytes, seal_bytes, sealed, unsealed
+from headwater.store.seal import digest, file_digests, open_arrays, seal_arrays, sealed, unsealed
 
 Where = tuple[int, int, int]
 """A tile: its rows from, to; and a number that their content gives (`place_of`)."""
@@ -88,9 +87,9 @@ class TileStore(Sink):
         # What tiles belong to depends on the probe, which may be written now.
         self._bound = self._lines = None
         # Of several processes one writes it; the others compare with that one.
-        if not file.exists() and write_new(file, seal_bytes(_packed({"keys": keys, "scores": scores}), place)):
+        if not file.exists() and write_new(file, seal_arrays({"keys": keys, "scores": scores}, place)):
             return
-        found = _unpacked(open_bytes(file, place, "Remove it; the run's tiles are then computed again."))
+        found = open_arrays(file, place, "Remove it; the run's tiles are then computed again.")
         both = min(len(keys), len(found["keys"]))  # a call in smaller batches has fewer rows in its first
         if not np.array_equal(keys[:both], found["keys"][:both]):
             raise self._other_rows(0, both)
@@ -217,13 +216,13 @@ class TileStore(Sink):
     def write_sums(self, tiles: Collection[Where], sums: Mapping[str, np.ndarray]) -> None:
         """Keep arrays that were added up over these tiles, in place of those kept before. Errors: NotWritten."""
         covered = np.array(sorted(tiles), dtype=np.int64).reshape((-1, 3))
-        content = seal_bytes(_packed({"__tiles__": covered, **sums}), f"{self._belonging}/sums")
+        content = seal_arrays({"__tiles__": covered, **sums}, f"{self._belonging}/sums")
         write_whole(self.path / "sums.npz", content)
 
     def read_sums(self) -> tuple[set[Where], dict[str, np.ndarray]] | None:
         """What `write_sums` kept: the tiles, and the arrays; None if there is nothing, or not as it was written."""
         try:
-            arrays = _unpacked(open_bytes(self.path / "sums.npz", f"{self._belonging}/sums", ""))
+            arrays = open_arrays(self.path / "sums.npz", f"{self._belonging}/sums", "")
         except DamagedFile:
             return None
         covered = arrays.pop("__tiles__")
@@ -267,17 +266,6 @@ def _take_place(written: Path, folder: Path) -> None:
         except OSError:  # another process was quicker
             if attempt == 9:
                 raise
-
-
-def _packed(arrays: Mapping[str, np.ndarray]) -> bytes:
-    file = io.BytesIO()
-    np.savez(file, allow_pickle=False, **arrays)
-    return file.getvalue()
-
-
-def _unpacked(content: bytes) -> dict[str, np.ndarray]:
-    with np.load(io.BytesIO(content), allow_pickle=False) as found:
-        return {name: found[name] for name in found.files}
 
 
 def _same(a: Any, b: Any, tolerance: float) -> bool:

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -33,11 +34,13 @@ TRIES = 3
 """Times that a worker computes a tile again which another one overwrites."""
 
 
-def check_worker(worker: tuple[int, int]) -> None:
-    """Errors: InvalidSetting unless it is (number, count)."""
+def check_worker(worker: tuple[int, int], store: object) -> None:
+    """Errors: InvalidSetting unless it is (number, count), and for several without a folder to meet in."""
     number, count = worker
     if not 0 <= number < count:
         raise InvalidSetting(f"worker is {worker}; expected (number, count), with the number from 0 to count - 1.")
+    if count > 1 and store is None:
+        raise InvalidSetting(f"worker is {worker}, and workers meet in a folder: give store=.")
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,9 @@ class SharedFolder:
         identity: Mapping[str, Any],
         like: Array,
         worker: tuple[int, int] = (0, 1),
-        rows: int = ROWS,
     ):
-        check_worker(worker)
-        self.store, self.like, self.worker, self.rows = PartStore(path, identity), like, worker, rows
+        check_worker(worker, path)
+        self.store, self.like, self.worker = PartStore(path, identity), like, worker
         self._before = ""
 
     def __call__(self, visitor: Visitor[Any, Any, Any], read: Read, label: str) -> Any:
@@ -74,14 +76,14 @@ class SharedFolder:
             self._before = ""
         label = f"{label}-{type(visitor).__name__.strip('_')}"
         tiles, computed = self._visit(visitor, read, label, self._is_own)
-        tries, found = Counter(computed), set[int]()
-        while missing := self._missing(tiles, found):
+        tries, missing = Counter(computed), set(range(len(tiles)))
+        while missing := {k for k in missing if not self._is_there(tiles[k])}:
             if max(tries.values(), default=0) > TRIES:
                 raise BatchMismatch(f"{self.store.path}: another worker reads other rows than this one. {REMEDY}")
             if not any(self.store.is_free(tiles[k].name) for k in missing):
                 time.sleep(POLL)
                 continue
-            again, computed = self._visit(visitor, read, label, lambda k, name: k in self._missing(tiles, found))
+            again, computed = self._visit(visitor, read, label, partial(self._is_left, tiles, missing))
             if again != tiles:  # rows with ids may come in any order
                 raise BatchMismatch(f"The loader gives its rows in another order each time: tiles need one. {REMEDY}")
             tries.update(computed)
@@ -93,13 +95,13 @@ class SharedFolder:
         """Whether it is of this worker's share, and not there."""
         return tile % self.worker[1] == self.worker[0] and not self.store.has(name)
 
-    def _missing(self, tiles: list[Tile], found: set[int]) -> set[int]:
-        """Those without a part of these rows; `found` remembers the others, so that each is read once for that."""
-        left = [(k, tile) for k, tile in enumerate(tiles) if k not in found]
-        found.update(
-            k for k, tile in left if self.store.has(tile.name) and self.store.read(tile.name, tile.rows) is not None
-        )
-        return {k for k, _ in left} - found
+    def _is_left(self, tiles: list[Tile], missing: set[int], tile: int, name: str) -> bool:
+        """Whether it was missing, and nobody has written it since."""
+        return tile in missing and not self._is_there(tiles[tile])
+
+    def _is_there(self, tile: Tile) -> bool:
+        """Whether there is a part of these very rows."""
+        return self.store.has(tile.name) and self.store.read(tile.name, tile.rows) is not None
 
     def _visit(
         self, visitor: Visitor[Any, Any, Any], read: Read, label: str, wanted: Callable[[int, str], bool]
@@ -107,10 +109,10 @@ class SharedFolder:
         """One pass: all tiles, and which were computed: those that are wanted and that nobody else is at."""
         found, computed = [], []
         # A whole item of the loader at a time, however many pieces the provider takes it in.
-        for k, (tile, group) in enumerate(groupby(read(), key=lambda batch: batch.place.start // self.rows)):
+        for k, (tile, group) in enumerate(groupby(read(), key=lambda batch: batch.place.start // ROWS)):
             name, keys = f"{label}/{tile}", bytearray()
-            batches = self._noted(group, name, keys)
             claimed = wanted(k, name) and self.store.claim(name)
+            batches = self._noted(group, name if claimed else None, keys)
             try:
                 part = visitor.pack(fold(visitor, batches)) if claimed else None
                 for _ in batches:  # read to the end, for the keys
@@ -124,15 +126,16 @@ class SharedFolder:
                     self.store.release(name)
         return found, computed
 
-    def _noted(self, batches: Iterable[PlacedBatch], name: str, keys: bytearray) -> Iterator[PlacedBatch]:
-        """The batches; what their rows are known by is noted, and that this worker is alive."""
+    def _noted(self, batches: Iterable[PlacedBatch], mine: str | None, keys: bytearray) -> Iterator[PlacedBatch]:
+        """The batches; what their rows are known by is noted. mine: the part that this worker is at, and alive."""
         for batch in batches:
             if batch.keys is not None:
                 keys += batch.keys.weighted.tobytes()
                 # Labels are drawn by id: the same rows under other ids have other parts.
                 keys += b"" if batch.keys.ids is None else batch.keys.ids.tobytes()
             yield batch
-            self.store.touch(name)
+            if mine is not None:
+                self.store.touch(mine)
 
     def _part(self, visitor: Visitor[Any, Any, Any], tile: Tile) -> Any:
         values = self.store.read(tile.name, tile.rows)
