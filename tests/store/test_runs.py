@@ -234,7 +234,7 @@ def test_a_plan_is_plain_data_and_what_the_run_does(influence, tmp_path):
     assert len(list((tmp_path / "run/rows").glob("*.npz"))) == len(score)
     assert [tile.train for tile in planned.tiles() if tile.stage == "fit"] == [(0, 50)]
     (tmp_path / "plan.json").write_text("{")
-    with pytest.raises(DamagedFile, match="plan.json"):
+    with pytest.raises(DamagedFile, match=r"plan\.json"):
         Plan.open(tmp_path / "plan.json")
 
 

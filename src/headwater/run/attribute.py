@@ -272,8 +272,8 @@ def self_influence(
     influence.ready()
     scorer, fitted, kept = _OnThemselves(influence), FittedRows(influence), kept or Kept()
     if kept.store is None:
-        found = Each[PlacedBatch, np.ndarray](lambda piece: scorer.scores(piece)[0, 0])
-        _, scores = sweep_rows(influence.provider, train_loader, fitted & found, "self-influence", progress)
+        each = Each[PlacedBatch, np.ndarray](lambda piece: scorer.scores(piece)[0, 0])
+        _, scores = sweep_rows(influence.provider, train_loader, fitted & each, "self-influence", progress)
         return np.concatenate(scores)
     ids = np.array(["itself"])
     _, found = stored_columns(influence, train_loader, scorer, ids, fitted, "self-influence", kept, progress)
@@ -336,7 +336,7 @@ def stored_columns(
         progress=progress,
     )
     if store.finished_rows != len(train_ids):
-        words = {"unit": "removal" if verb == "removal" else "influence", "n_train": influence.n_train}
+        words: dict[str, Any] = {"unit": "removal" if verb == "removal" else "influence", "n_train": influence.n_train}
         words |= {"method": influence.method.describe(), "damping": influence.absolute_damping}
         words |= {"explained": influence.explained, "coverage": influence.provider.coverage_fraction, "residuals": None}
         store.finish(query_ids, train_ids, [], words)

@@ -69,7 +69,7 @@ def _working(provider: StructuredGradientProvider, first: object, room: float) -
     """Bytes of gradients at once, for which the peak of what a pass holds stays within the room."""
     working = min(working_memory_limit(), int(room / 4))
     with working_memory(working):
-        batch = first.take(slice(0, provider.rows_at_once(first)))  # type: ignore[attr-defined, arg-type]
+        batch = first.take(slice(0, provider.rows_at_once(first)))  # type: ignore[attr-defined]
         before = resident_memory()
         with peak_memory() as peak:
             provider.grads(batch)

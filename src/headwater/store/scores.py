@@ -282,7 +282,7 @@ class StoredScores(Scores):
         object.__setattr__(self, name, value)  # frozen, as all scores
 
     @cached_property
-    def values(self) -> np.ndarray:  # type: ignore[override]
+    def values(self) -> np.ndarray:
         """[query, train], read from disk when asked for first."""
         return self.matrix.read()
 
