@@ -42,6 +42,8 @@ HOMES = {
     "safetensors": {"store"},
     "sklearn": {"sklearn", "retraining/sklearn", "demo"},
     "dask": {"run"},
+    "distributed": {"run"},
+    "google_crc32c": {"store"},
     "zarr": {"store"},
     "xarray": {"store"},
     "matplotlib": {"report"},

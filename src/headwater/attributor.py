@@ -61,12 +61,7 @@ class Attributor(ComposableInfluence[TensorType]):
         if store is not None:
             if runner is not None:
                 raise InvalidSetting("store= has a runner of its own: give one of the two, store= or runner=.")
-            self._look(loader)
-            known = self.identity()
-            belongs = {name: known[name] for name in ("method", "loss", "architecture", "fingerprint")}
-            blocks = {name: block["parameters"] for name, block in known["blocks"].items()}
-            belongs |= {"blocks": blocks, "dtype": self.source.dtype}
-            runner, tile = shared.SharedFolder(store, belongs, self._like(), worker), shared.ROWS
+            runner, tile = shared.shared_folder(self, store, loader, worker), shared.ROWS
         return super().fit(loader, progress=progress, runner=runner, tile=tile)
 
     @property

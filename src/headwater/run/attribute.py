@@ -59,7 +59,7 @@ def attribute(
     """See `Attributor.attribute`."""
     mode, kept = InfluenceMode(mode), kept or Kept()
     influence.ready()
-    run = _Run(influence, Asked.of(influence, query_loader), unit, by_block, mode, kept, progress)
+    run = PairRun(influence, Asked.of(influence, query_loader), unit, by_block, mode, kept, progress)
     return run.stored(train_loader) if kept.store is not None else run.in_memory(train_loader)
 
 
@@ -78,7 +78,7 @@ def top(
     influence.ready()
     asked = Asked.of(influence, query_loader)
     TopKSink(k, asked.ids)  # refuses a bad k before anything is computed
-    run = _Run(influence, asked, unit, False, InfluenceMode.Up, kept, progress)
+    run = PairRun(influence, asked, unit, False, InfluenceMode.Up, kept, progress)
     if kept.store is not None:
         return run.stored(train_loader).top(k)
     ends: list[TopKSink] = []
@@ -91,8 +91,8 @@ def top(
     return TopK.joined([each.top() for each in ends])
 
 
-class _Run:
-    """All queries on all train rows."""
+class PairRun:
+    """Scores of all queries on all train rows."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class _Run:
         return FittedRows(self.influence, forecast=self.unit == "removal", queries_fitted=self.asked.fitted)
 
     @property
-    def _sums_up(self) -> bool:
+    def sums_up(self) -> bool:
         # In perturbation mode train gradients are not met, but their derivatives.
         return meets_the_loss(self.influence) and self.mode is InfluenceMode.Up
 
@@ -164,7 +164,7 @@ class _Run:
 
     def in_memory(self, loader: Iterable[object]) -> Scores:
         memory = MemorySink()
-        sums = RunSums(self.influence.provider, None) if self._sums_up else None
+        sums = RunSums(self.influence.provider, None) if self.sums_up else None
         with recorded_solves() as log:
             train_ids = self.into(lambda *_: memory, loader, sums)
         seen = None if sums is None else sums.finished(self.influence, loader, self.progress)
@@ -195,23 +195,13 @@ class _Run:
 
     def stored(self, loader: Iterable[object]) -> Scores:
         """Compute what is missing; the scores stay on disk."""
-        assert self.kept.store is not None
-        identity = run_identity(self.influence, self.asked) | {
-            "explained": self.influence.explained,
-            "unit": self.unit,
-            "by_block": self.by_block,
-            "mode": str(self.mode.value),
-        }
-        store = TileStore(self.kept.store, identity, lambda: self._sizes(loader), rounding(self.influence))
-        sums = RunSums(self.influence.provider, store) if self._sums_up else None
+        loader = self.influence.train_rows(loader)  # one object for all passes: its tiles are those of the run
+        store = self.store(loader)
+        sums = RunSums(self.influence.provider, store) if self.sums_up else None
         if self.kept.append:
             store.reopen()
         with recorded_solves() as log:
-            parts = self.asked.spans(store.sizes.queries)
-            spans = [
-                Span(number, number * store.sizes.queries, lambda part=part: self._scorer(part))  # type: ignore[misc]
-                for number, part in enumerate(parts)
-            ]
+            spans = self.spans(store)
             solved = bool(_solves(log, spans))
             train_ids = run_tiles(
                 self.influence,
@@ -230,7 +220,24 @@ class _Run:
         if store.finished_rows != len(train_ids):
             seen = None if sums is None else sums.finished(self.influence, loader, self.progress)
             store.finish(self.asked.ids, train_ids, *self._described(seen, joined(log)))
-        return Scores.open(self.kept.store)
+        return Scores.open(store.path)
+
+    def store(self, loader: Iterable[object]) -> TileStore:
+        """The run's folder. Errors: as `TileStore`."""
+        assert self.kept.store is not None
+        identity = run_identity(self.influence, self.asked) | {
+            "explained": self.influence.explained,
+            "unit": self.unit,
+            "by_block": self.by_block,
+            "mode": str(self.mode.value),
+        }
+        return TileStore(self.kept.store, identity, lambda: self._sizes(loader), rounding(self.influence))
+
+    def spans(self, store: TileStore) -> list[Span]:
+        """Of queries, each with what computes its scores."""
+        step = store.sizes.queries
+        parts = enumerate(self.asked.spans(step))
+        return [Span(k, k * step, lambda part=part: self._scorer(part)) for k, part in parts]  # type: ignore[misc]
 
     def _described(self, seen: Any, solves: dict[str, SolveReport]) -> tuple[list[str], dict[str, Any]]:
         """Names of blocks, and what the scores mean as JSON has it."""
