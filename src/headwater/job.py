@@ -197,7 +197,10 @@ class Call:
         """The settings are beside the results from the first call on, and those of a call that was refused are not."""
         store, found = self.job.store, dict[str, Any]()
         known = read_record(store)
-        mine = Record(self.job.name, self.job.settings, verbs={} if known is None else known.verbs)
+        settings = self.job.settings
+        if verb == "fit" and known is not None:  # how it is scored is what was scored, until it is scored again
+            settings |= {name: known.settings[name] for name in ("score", "top")}
+        mine = Record(self.job.name, settings, verbs={} if known is None else known.verbs)
         facts = {"command": self.command, "worker": list(self.worker), "started": now()}
         if known is None:
             write_record(store, mine.with_call(verb, **facts, finished=None))

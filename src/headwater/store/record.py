@@ -48,8 +48,9 @@ class Record:
     """By verb its last call: command, worker, started, finished (None until it has), and what it found."""
 
     def with_call(self, verb: str, **facts: object) -> Record:
-        """This call in place of the verb's last one, facts added to those of the same call."""
-        return Record(self.job, self.settings, versions(), {**self.verbs, verb: facts})
+        """This call in place of the verb's last one; what only that one knew stays."""
+        call = {**self.verbs.get(verb, {}), **facts}
+        return Record(self.job, self.settings, versions(), {**self.verbs, verb: call})
 
 
 def now() -> str:

@@ -87,6 +87,7 @@ class SharedFolder:
             if again != tiles:  # rows with ids may come in any order
                 raise BatchMismatch(f"The loader gives its rows in another order each time: tiles need one. {REMEDY}")
             tries.update(computed)
+        self.store.end_pass(label, len(tiles))
         # What a later pass computes depends on what this one found, and that on all of its rows.
         self._before = digest(self._before.encode(), *(tile.rows.encode() for tile in tiles))
         return merge_in_order(visitor.merge, (self._part(visitor, tile) for tile in tiles))
