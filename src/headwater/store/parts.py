@@ -11,6 +11,7 @@ or of other rows, is computed again. Claims save double work, no more: parts are
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import time
@@ -183,7 +184,7 @@ def check_part(folder: Path, bound: str, name: str) -> None:
     """Without its rows at hand. bound: the digest of the folder's identity. Errors: DamagedFile."""
     file = _part_file(folder, name)
     try:
-        with np.load(file, allow_pickle=False) as opened:
+        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as opened:
             rows = str(opened[ROWS])
     except Exception as error:  # NumPy and zipfile raise many kinds for what is damaged
         raise DamagedFile(f"{file} cannot be read ({error}). {AGAIN}") from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,8 @@ def run_damage(folder: Path, bound: str, check: bool) -> Iterator[str]:
     """Each file that is lost, in a sentence; check: each that is damaged, too."""
     lines, broken = _ledger(folder, bound)
     tiles, ledger, probe = folder / "tiles.zarr", folder / "ledger.jsonl", folder / "probe.npz"
-    if lines and not probe.exists():
-        yield f"{probe} is missing. Remove the folder: without it no tile is trusted."
+    if ledger.exists() and not probe.exists():
+        yield f"{probe} is missing: without it no tile is trusted. Remove the folder, and call again."
     for place, line in lines.items():
         found = file_digests(tiles / _name(place)) if check and (tiles / _name(place)).is_dir() else None
         for name, expected in line["tile"].items():
@@ -44,11 +46,20 @@ def run_damage(folder: Path, bound: str, check: bool) -> Iterator[str]:
                 yield f"{file} is damaged: it is not what was written. {AGAIN}"
     there = {each.name for each in tiles.iterdir() if each.is_dir()} if tiles.is_dir() else set()
     unlisted = sorted(name for name in there - {_name(place) for place in lines} if not is_draft(name))
+    if check and there and not _is_group(tiles / "zarr.json"):
+        yield f"{tiles / 'zarr.json'} is damaged or missing: zarr itself cannot open the tiles; headwater can."
     if unlisted or broken:
         what = "is missing" if not ledger.exists() else "is damaged, or its writer was killed"
         yield f"{ledger} {what}: it has no whole line for {', '.join(unlisted) or 'some tile'}. {AGAIN}"
     if check:
         yield from _sealed_damage(folder, bound)
+
+
+def _is_group(file: Path) -> bool:
+    """It is the same in every run."""
+    with suppress(OSError, ValueError):
+        return bool(json.loads(file.read_bytes()) == {"zarr_format": 3, "node_type": "group", "attributes": {}})
+    return False
 
 
 def _sealed_damage(folder: Path, bound: str) -> Iterator[str]:
