@@ -13,6 +13,10 @@ _heard: list[signal.Signals] = []
 """Of this command: signals are a process's affair, and so is this list."""
 
 
+class SignalCame(KeyboardInterrupt):
+    """A class of its own: where the plain one leaves an `exec` of text, Python ends by SIGINT, whoever caught it."""
+
+
 class Stopped(BaseException):
     """A signal came. status: to exit with, 128 and the signal's number, as shells have it."""
 
@@ -30,7 +34,7 @@ def stop_signals() -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         _heard.append(signal.Signals(number))
-        raise KeyboardInterrupt
+        raise SignalCame
 
     _heard.clear()
     before = {}
