@@ -110,7 +110,7 @@ class Job:
     @property
     def settings(self) -> dict[str, Any]:
         """All of them, as they are written beside the results."""
-        tables = {name: asdict(table) for name, table in zip(TABLES, (self.fit, self.score, self.top), strict=True)}
+        tables = {"fit": asdict(self.fit), "score": asdict(self.score), "top": asdict(self.top)}
         return {"setup": self.setup, "store": str(self.store), **tables}
 
     def load(self) -> Setup:

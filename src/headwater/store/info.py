@@ -101,11 +101,9 @@ def info(path: Path, check: bool = False) -> Info:
 def _job(path: Path, found: Info) -> Info:
     """Its record, and what its verbs found."""
     known = record.read_record(path)
-    if known is None:
-        facts, verbs, damage = {}, {}, [f"{path / record.RECORD} is missing. {record.REMEDY}"]
-    else:
-        facts = {"job": known.job, "settings": known.settings, "versions": known.versions}
-        verbs, damage = known.verbs, []
+    damage = [] if known else [f"{path / record.RECORD} is missing. {record.REMEDY}"]
+    facts = {"job": known.job, "settings": known.settings, "versions": known.versions} if known else {}
+    verbs = known.verbs if known else {}
     inside = []
     for name, verb in ((record.FIT, "fit"), (record.SCORES, "score")):
         call = verbs.get(verb, {})
