@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,15 @@ import numpy as np
 
 from headwater.errors import DamagedFile, NotSaved
 from headwater.evaluate.bank import PACKED, PLAN, RECIPE, Plan
-from headwater.store import record
+from headwater.store import parts, record, tiles
 from headwater.store.draft import is_draft
 from headwater.store.folder import DESCRIPTION
+from headwater.store.identity import IDENTITY, OTHER_FOLDER
 from headwater.store.parts import check_part, passes_in
-from headwater.store.run_seen import run_damage, run_facts
+from headwater.store.run_seen import RunSeen, said_of
 from headwater.store.scores import HEAD
 from headwater.store.seal import SAVE_AGAIN, folder_damage, open_bytes, unsealed
 from headwater.tables import table
-
-IDENTITY = "identity.json"
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,12 @@ def _as_told(found: Info, call: Mapping[str, Any]) -> Info:
 
 def _identified(path: Path, found: Info) -> Info:
     """Tiles of a run, or sums of a fit: both have an identity."""
-    identity, seal = unsealed(path / IDENTITY, remedy="Choose another folder, or remove this one.")
-    is_fit = identity.get("kind") == "sums over tiles of rows"
-    return (_fit if is_fit else _run)(path, found, identity, str(seal["digest"]))
+    identity, seal = unsealed(path / IDENTITY, remedy=OTHER_FOLDER)
+    if identity.get("kind") == parts.KIND:
+        return _fit(path, found, identity, str(seal["digest"]))
+    if identity.get("kind") == tiles.KIND:
+        return _run(found, RunSeen(path))
+    raise NotSaved(f"{path} holds {identity.get('kind', 'something')!r}, of which this version knows nothing.")
 
 
 def _fit(path: Path, found: Info, identity: Mapping[str, Any], bound: str) -> Info:
@@ -140,7 +143,7 @@ def _fit(path: Path, found: Info, identity: Mapping[str, Any], bound: str) -> In
     damage = [f"{path / each.label}/{k}.npz is missing. It is computed again." for each in seen for k in each.lost]
     if found.checked:
         names = [f"{each.label}/{tile}" for each in seen for tile in each.tiles]
-        damage += _raised(lambda name: check_part(path, bound, name), names)
+        damage += [said for name in names for said in said_of(partial(check_part, path, bound, name))]
     open_passes = [each.label for each in seen if each.of is None]
     of = sum(each.of or len(each.tiles) for each in seen)
     facts = {
@@ -155,18 +158,12 @@ def _fit(path: Path, found: Info, identity: Mapping[str, Any], bound: str) -> In
     return replace(found, kind="the sums of a fit", facts=facts, missing=missing, damage=tuple(damage))
 
 
-def _run(path: Path, found: Info, identity: Mapping[str, Any], bound: str) -> Info:
-    tiles, holes = run_facts(path, bound)
-    facts = {
-        "method": identity["method"],
-        "unit": identity["unit"],
-        "explained": identity["explained"],
-        "queries": len(identity["query_ids"]),
-        "rows": sum(stop - start for start, stop in tiles),
-        "tiles": len(tiles),
-    }
-    missing = "" if not holes else f"train rows {', '.join(f'{start} to {stop}' for start, stop in holes)}"
-    damage = tuple(run_damage(path, bound, found.checked))
+def _run(found: Info, run: RunSeen) -> Info:
+    facts = {name: run.identity[name] for name in ("method", "verb", "unit", "explained") if name in run.identity}
+    facts |= {"queries": len(run.identity["query_ids"]), "rows": run.rows_there, "tiles": run.complete()}
+    left = "" if run.wanted is None else run.wanted - run.complete()
+    missing = "not finished" if run.wanted is None else f"{left} of {run.wanted} tiles" if left else ""
+    damage = tuple(run.damage(found.checked))
     return replace(found, kind="the tiles of a run of scores", facts=facts, missing=missing, damage=damage)
 
 
@@ -200,7 +197,7 @@ def _bank(path: Path, found: Info) -> Info:
     names += [name for name in (PLAN, PACKED) if (path / name).exists()]
     damage = [] if (path / PLAN).exists() else [f"{path / PLAN} is missing. Bank(path, plan, ...) writes it again."]
     if found.checked:
-        damage += _raised(lambda name: _content(path, seal, name), names)
+        damage += [said for name in names for said in said_of(partial(_content, path, seal, name))]
     try:
         plan, done = _load(path, seal, PLAN), {name for name in names if name.startswith("runs/")}
         places = Plan(np.unpackbits(plan["keep"], axis=1, count=asked["rows"]).astype(bool), plan["seeds"]).places
@@ -219,15 +216,6 @@ def _content(path: Path, seal: Mapping[str, Any], name: str) -> bytes:
 
 def _load(path: Path, seal: Mapping[str, Any], name: str) -> Any:
     return dict(np.load(io.BytesIO(_content(path, seal, name)), allow_pickle=False))
-
-
-def _raised(check: Callable[[str], object], names: list[str]) -> Iterator[str]:
-    """What is said of the names that are damaged."""
-    for name in names:
-        try:
-            check(name)
-        except DamagedFile as error:
-            yield str(error)
 
 
 KINDS: dict[str, tuple[str, Callable[[Path, Info], Info]]] = {
