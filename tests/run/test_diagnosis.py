@@ -12,7 +12,7 @@ from torch import nn
 from truth import fitted as fitted_case
 
 import headwater as hw
-from headwater.errors import InvalidSetting
+from headwater.errors import InvalidInput, InvalidSetting
 from headwater.operators.krylov import KrylovSpace
 from headwater.operators.sketch import estimate_spectra
 from headwater.operators.spectrum import Spectrum
@@ -235,6 +235,9 @@ def test_a_tile_that_is_lost_and_computed_again_counts_once(stopped, lost):
 
 def test_rows_of_other_tiles_are_not_counted_when_fewer_are_asked(stopped):
     influence, folder, whole = stopped
+    with pytest.raises(InvalidInput, match="other rows at 5 to 8"):  # these are fewer than are there
+        influence.attribute(TRAIN[:1], QUERY, store=folder)
+    folder = folder.parent / "another"
     found = influence.attribute(TRAIN[:1], QUERY, store=folder).diagnosis
     assert_same(found.stationarity, influence.attribute(TRAIN[:1], QUERY).diagnosis.stationarity)
     found = influence.attribute(TRAIN, QUERY, store=folder, append=True).diagnosis

@@ -16,7 +16,7 @@ from damage import QUERY, TRAIN, X, Y, by_torch, left_by_a_dead_process
 import headwater as hw
 from headwater.errors import HeadwaterError
 from headwater.evaluate import Bank, bank, plan_subsets
-from headwater.run import attribute, diagnosis, queries
+from headwater.run import attribute, diagnosis, plan, queries
 from headwater.run import tiles as run_tiles
 from headwater.store import draft, folder, matrix, scores, seal, tiles
 from headwater.torch import TorchBatch
@@ -91,7 +91,7 @@ def a_resumed_run_knows_all_rows() -> None:
     influence = by_torch().fit(TRAIN)
     whole = influence.attribute(TRAIN, QUERY).diagnosis
     for lost in (None, "sums-*", "ledger-*"):
-        with scratch() as path:
+        with scratch() as path, patch.object(plan, "ROWS", 6), patch.object(plan, "FEWEST", 6):
             influence.attribute(TRAIN[:1], QUERY, store=path / "r")
             for file in (path / "r").glob(lost or "nothing"):
                 file.unlink()

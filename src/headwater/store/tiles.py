@@ -60,10 +60,10 @@ class TileFolder:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         if not (self.path / IDENTITY).is_file():
-            raise NotSaved(f"There is no run at {self.path}{kind_of(self.path)}.")
+            raise NotSaved(f"There are no scores at {self.path}{kind_of(self.path)}.")
         self.identity, seal = unsealed(self.path / IDENTITY, remedy=OTHER_FOLDER)
         if self.identity.get("kind") != KIND:
-            raise NotSaved(f"There is no run at {self.path}; it is a {self.identity.get('kind')}.")
+            raise NotSaved(f"There are no scores at {self.path}; it holds a {self.identity.get('kind')}.")
         self._run = str(seal["digest"])
         file = self.path / PLAN
         found, _ = unsealed(file, remedy=ANEW)
