@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -23,18 +23,16 @@ from typing import TYPE_CHECKING, Any
 
 from headwater.arrays import working_memory
 from headwater.attributor import Attributor
-from headwater.errors import InvalidSetting
-from headwater.settings import check_whole, check_word
+from headwater.errors import AlreadySaved, InvalidSetting
+from headwater.settings import bytes_of, check_whole, check_word
 from headwater.setup_file import Setup, load_setup, split_target
-from headwater.store.record import FIT, SCORES, Record, now, read_record, write_record
+from headwater.store.record import FIT, FITTED, SCORES, Record, now, read_record, write_record
 
 if TYPE_CHECKING:
     from headwater.store.scores import Scores, TopK
 
 Worker = tuple[int, int]
 """(number from 0, how many)."""
-SIZE = re.compile(r"(\d+(?:\.\d+)?) *([kMGT]i?)?B?")
-UNITS = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 STORE = "results"
 
 
@@ -46,7 +44,7 @@ class FitSettings:
     """For the temporary arrays of a batch, in all verbs; to rounding, the numbers do not depend on it."""
 
     def __post_init__(self) -> None:
-        size_in_bytes("working_memory", self.working_memory)
+        bytes_of(self.working_memory)
 
 
 @dataclass(frozen=True)
@@ -57,8 +55,12 @@ class ScoreSettings:
     """"influence", or "removal": the predicted rise of the query's loss when the row is removed."""
     by_block: bool = False
     """Keep each block's share."""
+    memory: str | int | None = None
+    """Bytes that a process may hold in all, "2GiB"; None for no budget."""
 
     def __post_init__(self) -> None:
+        if self.memory is not None:
+            bytes_of(self.memory)
         check_word("unit", self.unit, ("influence", "removal"))
         if not isinstance(self.by_block, bool):
             raise InvalidSetting(f"by_block is {self.by_block!r}; expected true or false.")
@@ -94,10 +96,10 @@ class Job:
     """What was read: the job file, or the setup."""
 
     @classmethod
-    def read(cls, target: str, store: Path | None = None) -> Job:
+    def read(cls, target: str, store: Path | None = None, memory: str | None = None) -> Job:
         """A job file, "job.toml"; or a setup alone, which has the default settings.
 
-        store: in place of the job's own. Errors: InvalidSetting, naming the key, the file and what is expected.
+        store, memory: in place of the job's own. Errors: InvalidSetting, naming the key, the file and what is expected.
         """
         if target.endswith(".toml"):
             found = _from_values(_read_toml(Path(target)), Path(target))
@@ -105,6 +107,8 @@ class Job:
             place, _ = split_target(target)
             beside = Path(place).parent if place.endswith(".py") else Path()
             found = cls(target, Path(), beside / STORE, name=target)
+        if memory is not None:
+            found = replace(found, score=replace(found.score, memory=memory))
         return found if store is None else replace(found, store=store)
 
     @property
@@ -139,6 +143,18 @@ class Call:
         with self._working():
             return self._scores(setup, self._fitted(setup))
 
+    def append(self) -> Scores:
+        """Scores of the rows that the train loader has more than before, at its end, by the fit of those before."""
+        setup = self._loaded_with_queries()
+        known = read_record(self.job.store)
+        influence = setup.influence if setup.influence.is_fitted else self._loaded_fit(setup)
+        if known is not None:  # until it has ended, the run has not
+            write_record(self.job.store, known.with_call("score", finished=None))
+        with self._working(), self._recorded("append") as found:
+            scores = self._scores(setup, influence, append=True)
+            found["rows"] = scores.shape[1]
+        return scores
+
     def top(self, k: int | None = None) -> TopK:
         """Both ends of every query's ranking, from the same tiles. k: in place of the job's."""
         setup, job = self._loaded_with_queries(), self.job
@@ -155,6 +171,8 @@ class Call:
                     unit=job.score.unit,
                     progress=self.progress,
                     store=job.store / SCORES,
+                    memory=job.score.memory,
+                    worker=self.worker,
                 )
                 found |= {"method": influence.method.describe(), "queries": len(ends.query_ids)}
             return ends
@@ -167,13 +185,26 @@ class Call:
     def _fitted(self, setup: Setup) -> Attributor:
         if setup.influence.is_fitted:
             return setup.influence
+        known = read_record(self.job.store)
+        if known is not None and "append" in known.verbs:  # the loader has more rows than were fitted
+            return self._loaded_fit(setup)
         with self._recorded("fit") as found:
             folder = self.job.store / FIT
             fitted = setup.influence.fit(setup.train, store=folder, worker=self.worker, progress=self.progress)
+            # For rows that are appended; a fit that is made of rows cannot be saved, and needs none.
+            with suppress(AlreadySaved, InvalidSetting):
+                fitted.save(self.job.store / FITTED)
             found |= {"method": fitted.method.describe(), "rows": fitted.n_train}
         return fitted
 
-    def _scores(self, setup: Setup, influence: Attributor) -> Scores:
+    def _loaded_fit(self, setup: Setup) -> Attributor:
+        """Errors: InvalidSetting where there is none."""
+        saved = self.job.store / FITTED
+        if not saved.exists():
+            raise InvalidSetting(f"There is no saved fit {saved}, whose scores could be appended to: score first.")
+        return setup.influence.load(saved)
+
+    def _scores(self, setup: Setup, influence: Attributor, append: bool = False) -> Scores:
         with self._recorded("score") as found:
             scores = influence.attribute(
                 setup.train,
@@ -181,7 +212,9 @@ class Call:
                 unit=self.job.score.unit,
                 by_block=self.job.score.by_block,
                 store=self.job.store / SCORES,
+                memory=self.job.score.memory,
                 worker=self.worker,
+                append=append,
                 progress=self.progress,
             )
             found |= {"method": scores.method, "queries": scores.shape[0], "rows": scores.shape[1]}
@@ -189,7 +222,7 @@ class Call:
 
     @contextmanager
     def _working(self) -> Iterator[None]:
-        with working_memory(size_in_bytes("working_memory", self.job.fit.working_memory)):
+        with working_memory(bytes_of(self.job.fit.working_memory)):
             yield
 
     @contextmanager
@@ -206,15 +239,6 @@ class Call:
             write_record(store, mine.with_call(verb, **facts, finished=None))
         yield found
         write_record(store, mine.with_call(verb, **facts, finished=now(), **found))
-
-
-def size_in_bytes(name: str, given: str | int) -> int:
-    """Of "64MiB", "2 GB", 1000. Errors: InvalidSetting."""
-    parsed = SIZE.fullmatch(str(given))
-    found = int(float(parsed[1]) * UNITS.get(parsed[2], 1)) if parsed and not isinstance(given, bool) else 0
-    if found < 1:
-        raise InvalidSetting(f"{name} is {given!r}; expected bytes, for example 500MB or 2GiB.")
-    return found
 
 
 def parse_worker(given: str) -> Worker:

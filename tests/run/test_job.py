@@ -13,22 +13,26 @@ import numpy as np
 import pytest
 
 import headwater
-from headwater import cli
+from headwater import cli, rows
 from headwater.cli.job import top_table
-from headwater.job import Call, Job, parse_worker, size_in_bytes
+from headwater.errors import RowsNotFitted
+from headwater.job import Call, Job, parse_worker
+from headwater.run import plan
 from headwater.run.runners import shared
 from headwater.store.record import read_record
-from headwater.store.scores import TopK
+from headwater.store.scores import Scores, TopK
 
 SETUP = """
 import os, time
 import torch
 from torch import nn
 import headwater as hw
+from headwater import rows
+from headwater.run import plan
 from headwater.run.runners import shared
 from headwater.torch import TorchBatch, TorchComposableInfluence
 
-shared.ROWS = 8  # many tiles of few rows
+rows.FEW, shared.ROWS, plan.ROWS, plan.FEWEST = 1, 8, 8, 8  # many tiles of few rows
 
 class Slow:
     def __iter__(self):
@@ -49,7 +53,9 @@ TOML = 'setup = "mine.py:setup"\nstore = "found"\n[score]\nunit = "removal"\n[to
 
 @pytest.fixture(autouse=True)
 def tiles_as_before(monkeypatch):
-    monkeypatch.setattr(shared, "ROWS", shared.ROWS)
+    """Setups of these tests set them."""
+    for module, name in ((rows, "FEW"), (shared, "ROWS"), (plan, "ROWS"), (plan, "FEWEST")):
+        monkeypatch.setattr(module, name, vars(module)[name])
 
 
 @pytest.fixture
@@ -114,7 +120,7 @@ def test_a_setup_alone_is_a_job_with_default_settings(target, job, capsys):
         ("setup = 'mine.py'\n[top]\nk = 0", "[top] k is 0; expected a whole number"),
         ("setup = 'mine.py'\n[score]\nunit = 'loss'", "[score] unit is 'loss'; expected one of"),
         ("setup = 'mine.py'\n[score]\nby_block = 1", "by_block is 1; expected true or false"),
-        ("setup = 'mine.py'\n[fit]\nworking_memory = '1 lot'", "expected bytes, for example"),
+        ("setup = 'mine.py'\n[fit]\nworking_memory = '1 lot'", "expected a number of bytes"),
         ("setup = ", "is not TOML"),
         ("setup = 'nowhere.py'", "There is no file"),
         ("setup = 'mine.py:nothing'", "no function 'nothing'"),
@@ -142,8 +148,7 @@ def test_a_wrong_command_on_a_job_is_one_line_and_status_2(arguments, said, job,
     assert status == 2 and printed.out == "" and printed.err.count("\n") == 1 and said in printed.err
 
 
-def test_sizes_and_workers_are_read_as_people_write_them():
-    assert [size_in_bytes("", said) for said in ("64MiB", "2 GB", 1000, "1.5k")] == [2**26, 2 * 10**9, 1000, 1500]
+def test_workers_are_read_as_people_write_them():
     assert parse_worker("3/8") == (3, 8)
 
 
@@ -165,7 +170,7 @@ def test_top_fits_and_scores_first_and_prints_both_ends(job, capsys):
 def test_settings_versions_command_and_times_are_beside_the_results(job, capsys):
     run("score", job, "--quiet", capsys=capsys)
     found = json.loads((job.parent / "found" / "job.json").read_text())
-    assert found["settings"]["score"] == {"unit": "removal", "by_block": False}
+    assert found["settings"]["score"] == {"unit": "removal", "by_block": False, "memory": None}
     assert found["settings"]["top"] == {"k": 3} and found["versions"]["headwater"] == headwater.__version__
     assert found["verbs"]["score"]["command"] == f"headwater score {job} --quiet"
     assert (
@@ -187,6 +192,27 @@ def test_workers_share_one_store_and_find_the_same_scores(job, capsys):
         assert run("score", job, "--worker", f"{number}/2", "--store", "two", "--quiet", capsys=capsys)[0] == 0
     two = Call(Job.read(str(job), Path("two"))).score().values
     np.testing.assert_array_equal(two, values(job.parent))
+
+
+def test_rows_at_the_end_of_the_loader_are_appended_by_the_fit_of_those_before(job, capsys):
+    toml, fewer = TOML.replace("removal", "influence"), SETUP.replace("range(0, 48, 8)", "range(0, 32, 8)")
+    write_job(job.parent, toml, fewer)
+    status, printed = run("append", job, "--quiet", capsys=capsys)
+    assert status == 2 and "score first" in printed.err
+    assert run("score", job, "--quiet", capsys=capsys)[0] == 0
+    before = Scores.open("found/scores").values
+    write_job(job.parent, toml, SETUP)
+    with pytest.warns(RowsNotFitted, match="16 of the 48"):
+        status, printed = run("append", job, "--json", "--quiet", capsys=capsys)
+    assert status == 0 and json.loads(printed.out)["rows"] == 48
+    after = Scores.open("found/scores").values
+    np.testing.assert_array_equal(after[:, :32], before)
+    setup = Job.read(str(job)).load()
+    fitted = setup.influence.fit(list(setup.train)[:4])
+    with pytest.warns(RowsNotFitted):
+        np.testing.assert_allclose(after, fitted.attribute(setup.train, setup.queries).values, rtol=1e-3, atol=1e-4)
+        status, printed = run("top", job, "--json", "--quiet", capsys=capsys)
+    assert status == 0 and any(row["id"] >= 132 for q in json.loads(printed.out)["queries"] for row in q["harmful"])
 
 
 def test_blocks_are_kept_and_ranked_together(job, capsys):
@@ -275,7 +301,7 @@ def undisturbed(tmp_path_factory):
     return values(folder)
 
 
-STOPS = [(signal.SIGTERM, "found/fit/*/2.npz"), (signal.SIGINT, "found/scores/*/16-24*")]
+STOPS = [(signal.SIGTERM, "found/fit/*/2.npz"), (signal.SIGINT, "found/scores/tiles.zarr/scores/c/0/0/1")]
 
 
 @pytest.mark.parametrize(("number", "there"), STOPS)

@@ -1,4 +1,4 @@
-"""`headwater init`, `fit`, `score`, `top`: a job, from the file that says what it is to its scores."""
+"""`headwater init`, `fit`, `score`, `append`, `top`: a job, from the file that says what it is to its scores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from headwater.cli.stops import kept
 
 if TYPE_CHECKING:
     from headwater.job import Call
-    from headwater.store.scores import TopK
+    from headwater.store.scores import Scores, TopK
 
 SHOWN = 10
 """Queries that `top` prints unless it is asked for others."""
@@ -66,7 +66,14 @@ def fit(
 
 @app.command(group=YOURS)
 def score(
-    job: str, /, *, store: Path | None = None, worker: str = "0/1", json: Json = False, quiet: Quiet = False
+    job: str,
+    /,
+    *,
+    store: Path | None = None,
+    memory: str | None = None,
+    worker: str = "0/1",
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Score all train rows on all queries; fits first, if need be. What a stopped call finished is kept.
 
@@ -78,6 +85,8 @@ def score(
         A job file (see `headwater init`); or only a setup: FILE.py, FILE.py:function or module:function.
     store
         Folder of the results, in place of the job's.
+    memory
+        Bytes that the process may hold in all, as 2GiB or 500MB, in place of the job's.
     worker
         Share the work: NUMBER/COUNT, each process with its number from 0, as 0/4, 1/4, 2/4, 3/4.
     json
@@ -85,21 +94,46 @@ def score(
     quiet
         No progress bars, and no words.
     """
-    call = _call(job, store, worker, quiet)
+    call = _call(job, store, worker, quiet, memory)
     with kept(_how_to_go_on(call)):
         scores = call.score()
-    worries = () if scores.diagnosis is None else scores.diagnosis.worries
-    found = {
-        "store": str(call.job.store),
-        "method": scores.method,
-        "unit": scores.unit,
-        "queries": scores.shape[0],
-        "rows": scores.shape[1],
-        "damping": dict(scores.damping),
-        "worries": worries,
-    }
-    words = [f"{scores!r}: {call.job.store}", *(f"WORRYING: {said}" for said in worries)]
-    _print(found if json else None, "\n".join(words), quiet)
+    _tell(call, scores, json, quiet)
+
+
+@app.command(group=YOURS)
+def append(
+    job: str,
+    /,
+    *,
+    store: Path | None = None,
+    memory: str | None = None,
+    worker: str = "0/1",
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score the rows that the job's train loader has more than when it was scored, at its end; the fit stays.
+
+    A job's setup is your own code, and is run.
+
+    Parameters
+    ----------
+    job
+        A job file (see `headwater init`); or only a setup: FILE.py, FILE.py:function or module:function.
+    store
+        Folder of the results, in place of the job's.
+    memory
+        Bytes that the process may hold in all, as 2GiB or 500MB, in place of the job's.
+    worker
+        Share the work: NUMBER/COUNT, each process with its number from 0, as 0/4, 1/4, 2/4, 3/4.
+    json
+        Print JSON.
+    quiet
+        No progress bars, and no words.
+    """
+    call = _call(job, store, worker, quiet, memory)
+    with kept(_how_to_go_on(call)):
+        scores = call.append()
+    _tell(call, scores, json, quiet)
 
 
 @app.command(group=YOURS)
@@ -111,6 +145,7 @@ def top(
     query: Annotated[tuple[str, ...], Parameter(negative="")] = (),
     every: Annotated[bool, Parameter(name="--all", negative="")] = False,
     store: Path | None = None,
+    memory: str | None = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -130,12 +165,14 @@ def top(
         All queries.
     store
         Folder of the results, in place of the job's.
+    memory
+        Bytes that the process may hold in all, as 2GiB or 500MB, in place of the job's.
     json
         Print JSON: of all queries, unless --query names some.
     quiet
         No progress bars.
     """
-    call = _call(job, store, "0/1", quiet)
+    call = _call(job, store, "0/1", quiet, memory)
     with kept(_how_to_go_on(call)):
         found = call.top(k)
     chosen = _chosen(found, query)
@@ -148,14 +185,30 @@ def top(
         print(f"{len(chosen) - len(shown)} more queries: --all, or --query ID.")
 
 
-def _call(job: str, store: Path | None, worker: str, quiet: bool) -> Call:
+def _call(job: str, store: Path | None, worker: str, quiet: bool, memory: str | None = None) -> Call:
     from headwater.job import Call, Job, parse_worker
 
-    return Call(Job.read(job, store), command.get(), parse_worker(worker), progress=not quiet)
+    return Call(Job.read(job, store, memory), command.get(), parse_worker(worker), progress=not quiet)
 
 
 def _how_to_go_on(call: Call) -> str:
     return f"What is finished is kept in {call.job.store}; the same command goes on: {command.get()}"
+
+
+def _tell(call: Call, scores: Scores, json: bool, quiet: bool) -> None:
+    """What was found, and what speaks against it."""
+    worries = () if scores.diagnosis is None else scores.diagnosis.worries
+    found = {
+        "store": str(call.job.store),
+        "method": scores.method,
+        "unit": scores.unit,
+        "queries": scores.shape[0],
+        "rows": scores.shape[1],
+        "damping": dict(scores.damping),
+        "worries": worries,
+    }
+    words = [f"{scores!r}: {call.job.store}", *(f"WORRYING: {said}" for said in worries)]
+    _print(found if json else None, "\n".join(words), quiet)
 
 
 def _print(found: object, words: str, quiet: bool) -> None:

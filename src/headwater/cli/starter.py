@@ -36,6 +36,8 @@ store = "{store}"
 unit = "removal"
 # Keep each block's share of a score.
 # by_block = false
+# Bytes that a process may hold in all; without it, only the working memory is bounded.
+# memory = "2GiB"
 
 [top]
 # Rows at each end of a query's ranking.

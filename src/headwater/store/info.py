@@ -24,6 +24,8 @@ from headwater.store.scores import HEAD
 from headwater.store.seal import SAVE_AGAIN, folder_damage, open_bytes, unsealed
 from headwater.tables import table
 
+UNFINISHED = "it is not finished"
+
 
 @dataclass(frozen=True)
 class Info:
@@ -40,7 +42,7 @@ class Info:
     checked: bool = False
     """Whether every file was read."""
     inside: tuple[Info, ...] = ()
-    """Of a job: its fit and its scores."""
+    """Of a job: its fit, scores and saved fit."""
 
     @property
     def size(self) -> int:
@@ -111,6 +113,11 @@ def _job(path: Path, found: Info) -> Info:
             inside.append(_as_told(info(path / name, found.checked), call))
         elif call.get("finished"):
             damage.append(f"{path / name / IDENTITY} is missing. Remove the folder, and call again.")
+    if (path / record.FITTED).is_dir():  # of methods that can be saved
+        try:
+            inside.append(info(path / record.FITTED, found.checked))
+        except NotSaved:
+            damage.append(f"{path / record.FITTED / DESCRIPTION} is missing. Remove the folder, and call again.")
     left = [verb for verb in ("fit", "score") if not verbs.get(verb, {}).get("finished")]
     missing = f"{' and '.join(left)}: not finished" if left and known else ""
     return replace(found, facts=facts, missing=missing, damage=tuple(damage), inside=tuple(inside))
@@ -118,14 +125,12 @@ def _job(path: Path, found: Info) -> Info:
 
 def _as_told(found: Info, call: Mapping[str, Any]) -> Info:
     """With what the job's record knows beside the folder."""
-    rows = call.get("rows")
-    if rows is None or not call.get("finished"):
+    if not call.get("finished"):
         return found
-    there = found.facts.get("rows", rows)
-    if there < rows:
-        said = f"{found.path}: {rows - there:g} of {rows:g} rows are lost. Call again: they are computed again."
+    if found.missing == UNFINISHED:
+        said = f"{Path(found.path) / tiles.FINISHED} is missing. {tiles.AGAIN}"
         return replace(found, damage=(*found.damage, said))
-    return replace(found, facts={**found.facts, "rows": rows})
+    return replace(found, facts={"rows": call["rows"], **found.facts} if "rows" in call else found.facts)
 
 
 def _identified(path: Path, found: Info) -> Info:
@@ -161,8 +166,8 @@ def _fit(path: Path, found: Info, identity: Mapping[str, Any], bound: str) -> In
 def _run(found: Info, run: RunSeen) -> Info:
     facts = {name: run.identity[name] for name in ("method", "verb", "unit", "explained") if name in run.identity}
     facts |= {"queries": len(run.identity["query_ids"]), "rows": run.rows_there, "tiles": run.complete()}
-    left = "" if run.wanted is None else run.wanted - run.complete()
-    missing = "not finished" if run.wanted is None else f"{left} of {run.wanted} tiles" if left else ""
+    left = 0 if run.wanted is None else run.wanted - run.complete()
+    missing = UNFINISHED if run.wanted is None else f"{left} of {run.wanted} tiles" if left else ""
     damage = tuple(run.damage(found.checked))
     return replace(found, kind="the tiles of a run of scores", facts=facts, missing=missing, damage=damage)
 

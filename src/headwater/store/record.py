@@ -20,7 +20,7 @@ from headwater.errors import InvalidInput
 from headwater.store.draft import explained_errors, is_draft, write_whole
 from headwater.store.seal import sealed, unsealed
 
-RECORD, FIT, SCORES = "job.json", "fit", "scores"
+RECORD, FIT, FITTED, SCORES = "job.json", "fit", "fitted", "scores"
 REMEDY = "Remove it: the next command writes it again."
 PACKAGES = {
     "jax": "jax",
@@ -80,7 +80,7 @@ def read_record(folder: Path) -> Record | None:
 
 def write_record(folder: Path, record: Record) -> None:
     """Errors: InvalidInput for a folder of other things; NotWritten."""
-    ours = {RECORD, FIT, SCORES}
+    ours = {RECORD, FIT, FITTED, SCORES}
     found = [each.name for each in folder.iterdir()] if folder.is_dir() else []
     if found and not any(name in ours or is_draft(name) for name in found):
         raise InvalidInput(f"{folder} is not empty and holds no results of a job. Choose another folder.")
