@@ -164,7 +164,8 @@ def _fit(path: Path, found: Info, identity: Mapping[str, Any], bound: str) -> In
 
 
 def _run(found: Info, run: RunSeen) -> Info:
-    facts = {name: run.identity[name] for name in ("method", "verb", "unit", "explained") if name in run.identity}
+    known = ("method", "verb", "unit", "explained")
+    facts: dict[str, Any] = {name: run.identity[name] for name in known if name in run.identity}
     facts |= {"queries": len(run.identity["query_ids"]), "rows": run.rows_there, "tiles": run.complete()}
     left = 0 if run.wanted is None else run.wanted - run.complete()
     missing = UNFINISHED if run.wanted is None else f"{left} of {run.wanted} tiles" if left else ""
