@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -157,8 +157,13 @@ class Call:
 
     def top(self, k: int | None = None) -> TopK:
         """Both ends of every query's ranking, from the same tiles. k: in place of the job's."""
-        setup, job = self._loaded_with_queries(), self.job
+        job, known = self.job, read_record(self.job.store)
         many = job.top.k if k is None else k
+        if known is not None and "delete" in known.verbs:  # the loader may still have these rows
+            from headwater.store.scores import Scores
+
+            return Scores.open(job.store / SCORES).top(many)
+        setup = self._loaded_with_queries()
         with self._working():
             influence = self._fitted(setup)
             if job.score.by_block:  # a run with blocks is another one to `influence.top`
@@ -239,6 +244,27 @@ class Call:
             write_record(store, mine.with_call(verb, **facts, finished=None))
         yield found
         write_record(store, mine.with_call(verb, **facts, finished=now(), **found))
+
+
+def delete_rows(folder: Path, names: Sequence[str], compact: bool, command: str = "") -> int:
+    """Take train rows out of the scores in a folder, a job's or a run's, and say how many are out in all.
+
+    names: ids as they are printed. compact: write the scores again without them; until then their bytes are there.
+    Errors: InvalidInput, naming an id that is not there; as `headwater.store.runs.delete`.
+    """
+    from headwater.store import runs
+    from headwater.store.scores import Scores
+
+    known = read_record(folder)
+    run = folder if known is None else folder / SCORES
+    ids = {str(each): each for each in Scores.open(run).train_ids.tolist()}
+    # Unknown names go on as they are: the store's own error names them.
+    count = runs.delete(run, [ids.get(name, name) for name in names]) if names else 0
+    if compact:
+        runs.compact(run)
+    if known is not None:
+        write_record(folder, known.with_call("delete", command=command, finished=now(), rows=count))
+    return count
 
 
 def parse_worker(given: str) -> Worker:

@@ -215,6 +215,25 @@ def test_rows_at_the_end_of_the_loader_are_appended_by_the_fit_of_those_before(j
     assert status == 0 and any(row["id"] >= 132 for q in json.loads(printed.out)["queries"] for row in q["harmful"])
 
 
+def test_deleted_rows_are_out_of_rankings_and_their_bytes_go(job, capsys):
+    run("score", job, "--quiet", capsys=capsys)
+    before = Scores.open("found/scores")
+    scores = before.values
+    status, printed = run("delete", job, 103, 140, "--json", capsys=capsys)
+    assert status == 0 and json.loads(printed.out)["deleted"] == 2
+    status, printed = run("delete", job, "--compact", "--quiet", capsys=capsys)
+    stay = [each for each in before.train_ids.tolist() if each not in (103, 140)]
+    after = Scores.open("found/scores")
+    assert status == 0 and after.train_ids.tolist() == stay and not list(Path("found").rglob("deleted.npz"))
+    np.testing.assert_array_equal(after.values, np.delete(scores, [3, 40], axis=1))
+    found = json.loads(run("top", job, "--k", 46, "--json", "--quiet", capsys=capsys)[1].out)
+    assert {row["id"] for row in found["queries"][0]["helpful"]} == set(stay)
+    assert run("info", job, "--check", capsys=capsys)[0] == 0
+    for words, said in ((["7"], "no train row '7'"), ([], "--compact")):
+        status, printed = run("delete", job, *words, capsys=capsys)
+        assert status == 2 and said in printed.err and printed.err.count("\n") == 1
+
+
 def test_blocks_are_kept_and_ranked_together(job, capsys):
     write_job(job.parent, TOML.replace("[top]", "by_block = true\n[top]"))
     status, printed = run("top", job, "--json", "--quiet", capsys=capsys)

@@ -94,7 +94,7 @@ class RunSeen(TileFolder):
 
     def _sealed_places(self) -> Iterator[tuple[str, str]]:
         belongs = self._belonging
-        places = {"probe.npz": f"{self._run}/probe", "deleted.npz": f"{belongs}/deleted"}
+        places = {"probe.npz": f"{self.run}/probe", "deleted.npz": f"{belongs}/deleted"}
         yield from ((name, place) for name, place in places.items() if (self.path / name).exists())
         yield from ((file.name, f"{belongs}/sums") for file in sorted(self.path.glob("sums-*.npz")))
         for file in sorted((self.path / "rows").glob("*.npz")):
