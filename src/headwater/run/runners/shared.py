@@ -52,6 +52,7 @@ class SharedFolder:
             self._before = ""
         label = f"{label}-{type(visitor).__name__.strip('_')}"
         tiles = self.complete(visitor, read, label)
+        self.store.end_pass(label, len(tiles))
         # What a later pass computes depends on what this one found, and that on all of its rows.
         self._before = digest(self._before.encode(), *(tile.rows.encode() for tile in tiles))
         return self.merged(visitor, tiles, label)
