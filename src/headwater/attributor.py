@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from headwater.run.audit import Audit
     from headwater.run.calibrate import Calibration, Retrained
     from headwater.run.diagnosis import EffectiveDof
+    from headwater.run.runners.environment import Worker
     from headwater.run.verification import Verification
     from headwater.status import Status
     from headwater.store.diagnosis import Diagnosis
@@ -41,20 +42,21 @@ class Attributor(ComposableInfluence[TensorType]):
         progress: bool = False,
         runner: Runner | None = None,
         store: str | os.PathLike[str] | None = None,
-        worker: tuple[int, int] = (0, 1),
+        worker: Worker = (0, 1),
     ) -> Self:
         """As `ComposableInfluence.fit`; and in a folder, by several workers.
 
         store: a folder for the sums over tiles of rows, so that the same call goes on where a stopped one ended, and
-        processes on any machines that see the folder share the work. worker: (number from 0, how many); each makes the
-        same call and gets the same fit, to the last bit. Methods that keep sums over rows share them (hw.Direct,
-        hw.Kfac, hw.Ekfac, hw.Trak, hw.LoGra, ...); those that read rows at every solve (hw.Cg, hw.Dual, ...) fit
-        little, and each worker does. The loader gives its rows in one order. See `headwater.run.runners.shared`.
+        processes on any machines that see the folder share the work. worker: (number from 0, how many), "number/many",
+        or "env" for what torchrun, srun or a SLURM array says; each makes the same call and gets the same fit, to the
+        last bit. Methods that keep sums over rows share them (hw.Direct, hw.Kfac, hw.Ekfac, hw.Trak, hw.LoGra, ...);
+        those that read rows at every solve (hw.Cg, hw.Dual, ...) fit little, and each worker does. The loader gives its
+        rows in one order. See `headwater.run.runners.shared`.
         Errors: InvalidInput for a folder of another fit; InvalidSetting for workers without a folder.
         """
         from headwater.run.runners.shared import SharedFolder, check_worker
 
-        check_worker(worker, store)
+        worker = check_worker(worker, store)
         if store is not None:
             if runner is not None:
                 raise InvalidSetting("store= has a runner of its own: give one of the two, store= or runner=.")
@@ -114,13 +116,13 @@ class Attributor(ComposableInfluence[TensorType]):
         by_block: bool = False,
         store: str | os.PathLike[str] | None = None,
         progress: bool = False,
-        worker: tuple[int, int] = (0, 1),
+        worker: Worker = (0, 1),
     ) -> Scores:
         """Scores of all train rows on all query rows, labelled: every row goes through the model once.
 
         unit: "influence" (what `influences` gives), or "removal" (that over n_train: the predicted increase of the
         query's loss when the row is removed). by_block: keep each block's share. store: a folder where finished tiles
-        are kept, so that the same call goes on where a stopped one ended. worker: (number from 0, how many), of
+        are kept, so that the same call goes on where a stopped one ended. worker: as in `fit`, of
         processes that make the same call with the same store: each computes its share of the batches, then what the
         others have not done, and returns all scores; their `diagnosis` does not say whether the weights are a minimum.
         """

@@ -17,6 +17,7 @@ from headwater.operators.iterative import joined, recorded_solves, unrecorded_so
 from headwater.rows import Each, PlacedBatch, Visitor, sweep_kept
 from headwater.run.diagnosis import RunSums, diagnosis_of, meets_the_loss
 from headwater.run.rows import FittedRows, check_scores, distinct, sweep_rows
+from headwater.run.runners.environment import Worker
 from headwater.run.runners.shared import check_worker
 from headwater.store.base import MemorySink, Sink, Tile
 from headwater.store.scores import UNIT_IN_WORDS, Scores, TopK, TopKSink
@@ -36,11 +37,11 @@ def attribute(
     by_block: bool,
     store: str | os.PathLike[str] | None,
     progress: bool,
-    worker: tuple[int, int] = (0, 1),
+    worker: Worker = (0, 1),
 ) -> Scores:
     """See `Attributor.attribute`."""
     _scale(influence, unit)
-    check_worker(worker, store)
+    worker = check_worker(worker, store)
     shared = worker[1] > 1
     with recorded_solves() as log:
         asked = _queries(influence, query_loader, progress)

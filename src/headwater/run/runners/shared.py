@@ -23,6 +23,7 @@ from headwater.arrays import Array, as_like, dtype_named, is_array, to_numpy
 from headwater.errors import BatchMismatch, DamagedFile, InvalidSetting
 from headwater.loaders.keys import REMEDY
 from headwater.rows import PlacedBatch, Read, Visitor, fold
+from headwater.run.runners.environment import Worker, worker_of
 from headwater.store.parts import PartStore
 from headwater.store.seal import digest
 
@@ -34,13 +35,12 @@ TRIES = 3
 """Times that a worker computes a tile again which another one overwrites."""
 
 
-def check_worker(worker: tuple[int, int], store: object) -> None:
-    """Errors: InvalidSetting unless it is (number, count), and for several without a folder to meet in."""
-    number, count = worker
-    if not 0 <= number < count:
-        raise InvalidSetting(f"worker is {worker}; expected (number, count), with the number from 0 to count - 1.")
+def check_worker(worker: Worker, store: object) -> tuple[int, int]:
+    """`worker_of` it. Errors: as that, and InvalidSetting for several without a folder to meet in."""
+    number, count = worker_of(worker)
     if count > 1 and store is None:
-        raise InvalidSetting(f"worker is {worker}, and workers meet in a folder: give store=.")
+        raise InvalidSetting(f"worker is {(number, count)}, and workers meet in a folder: give store=.")
+    return number, count
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ class SharedFolder:
         path: str | os.PathLike[str],
         identity: Mapping[str, Any],
         like: Array,
-        worker: tuple[int, int] = (0, 1),
+        worker: Worker = (0, 1),
     ):
-        check_worker(worker, path)
+        worker = check_worker(worker, path)
         self.store, self.like, self.worker = PartStore(path, identity), like, worker
         self._before = ""
 
