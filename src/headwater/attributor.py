@@ -56,7 +56,7 @@ class Attributor(ComposableInfluence[TensorType]):
         """
         from headwater.run.runners.shared import SharedFolder, check_worker
 
-        worker = check_worker(worker, store)
+        worker = check_worker(worker, store, self.source.in_step)
         if store is not None:
             if runner is not None:
                 raise InvalidSetting("store= has a runner of its own: give one of the two, store= or runner=.")

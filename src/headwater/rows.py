@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 from zlib import crc32
@@ -16,7 +17,7 @@ from zlib import crc32
 import numpy as np
 
 from headwater.arrays import is_array, to_numpy
-from headwater.errors import BatchMismatch
+from headwater.errors import BatchMismatch, HeadwaterError
 from headwater.gradients.provider import BlockGradients, StructuredGradientProvider
 from headwater.loaders.batches import as_batch, check_loader
 from headwater.loaders.keys import RowKeys, RowMemory
@@ -336,7 +337,7 @@ def _read(
     # Layer rules are checked again on the first batch of every pass.
     provider.begin_pass()
     move_to(None)  # the loader's own errors are its own
-    for place, batch in _whole_batches(provider, track(source, what, show), role):
+    for place, batch in _in_step(provider, _whole_batches(provider, track(source, what, show), role)):
         move_to(place)  # what is asked of the provider now is about this batch
         # Before the visitor sees the batch: wrong rows must not reach a sum.
         keys = None if known is None else known.compared(provider, batch, place)
@@ -352,6 +353,19 @@ def _read(
         # Only at the end of a whole pass: one that was broken off says nothing of how many rows there are.
         known.memory.end(found, role)
     move_to(outer)
+
+
+def _in_step(
+    provider: StructuredGradientProvider, batches: Iterator[tuple[Place, Batch]]
+) -> Iterator[tuple[Place, Batch]]:
+    """The batches; where other processes hold parts of the model, these are told how it ended."""
+    try:
+        yield from batches
+    except Exception:
+        with suppress(HeadwaterError):  # what the loader raised is the news
+            provider.end_pass(failed=True)
+        raise
+    provider.end_pass()
 
 
 def _again(pieces: Iterable[PlacedBatch], what: str, show: bool) -> Iterator[PlacedBatch]:

@@ -162,6 +162,14 @@ class EnsembleProvider(ProviderView):
         for member in self.members:
             member.begin_pass()
 
+    def end_pass(self, failed: bool = False) -> None:
+        for member in self.members:
+            member.end_pass(failed)
+
+    @property
+    def in_step(self) -> bool:
+        return any(member.in_step for member in self.members)
+
     def rows_at_once(self, batch: Batch) -> int:
         """All members' gradients are held together."""
         return max(1, min(member.rows_at_once(batch) for member in self.members) // len(self.members))

@@ -178,6 +178,15 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
         """Told before the first batch of each pass over rows; a provider may look at that batch more closely."""
         return None
 
+    def end_pass(self, failed: bool = False) -> None:
+        """Told after the last batch of each pass that was not broken off, or (failed) when the loader raised."""
+        return None
+
+    @property
+    def in_step(self) -> bool:
+        """Whether other processes hold parts of the model, so that all make the same calls on the same rows."""
+        return False
+
     def own_precision(self) -> AbstractContextManager[object]:
         """Around the maths on this provider's gradients: without what the caller changed of the numbers' precision.
 

@@ -113,6 +113,13 @@ class ProviderView(StructuredGradientProvider[Any, Any]):
     def begin_pass(self) -> None:
         self.plain.begin_pass()
 
+    def end_pass(self, failed: bool = False) -> None:
+        self.plain.end_pass(failed)
+
+    @property
+    def in_step(self) -> bool:
+        return self.plain.in_step
+
     def own_precision(self) -> AbstractContextManager[object]:
         return self.plain.own_precision()
 

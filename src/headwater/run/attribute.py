@@ -41,7 +41,7 @@ def attribute(
 ) -> Scores:
     """See `Attributor.attribute`."""
     _scale(influence, unit)
-    worker = check_worker(worker, store)
+    worker = check_worker(worker, store, influence.source.in_step)
     shared = worker[1] > 1
     with recorded_solves() as log:
         asked = _queries(influence, query_loader, progress)
@@ -89,6 +89,7 @@ def top(
 ) -> TopK:
     """See `Attributor.top`."""
     _scale(influence, unit)
+    check_worker((0, 1), store, influence.source.in_step)
     with recorded_solves() as log:
         asked = _queries(influence, query_loader, progress)
     ends = TopKSink(k, asked.ids)

@@ -35,9 +35,18 @@ TRIES = 3
 """Times that a worker computes a tile again which another one overwrites."""
 
 
-def check_worker(worker: Worker, store: object) -> tuple[int, int]:
-    """`worker_of` it. Errors: as that, and InvalidSetting for several without a folder to meet in."""
+def check_worker(worker: Worker, store: object, in_step: bool = False) -> tuple[int, int]:
+    """`worker_of` it. in_step: processes hold the model together.
+
+    Errors: as that; InvalidSetting for several without a folder to meet in, and for processes in step with one.
+    """
     number, count = worker_of(worker)
+    if in_step and (count > 1 or store is not None):
+        raise InvalidSetting(
+            "The model is spread over processes (FSDP2) that go through it together, so that none may leave rows to "
+            "another, or to a folder: leave store= and worker= out. Each process computes and returns everything; "
+            "save() keeps it, called on each process with a folder of its own."
+        )
     if count > 1 and store is None:
         raise InvalidSetting(f"worker is {(number, count)}, and workers meet in a folder: give store=.")
     return number, count

@@ -1,0 +1,123 @@
+"""Claims about fits and runs under torchrun: real processes, on gloo; slow, as each launch starts three of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.slow
+
+
+def torchrun(folder, code, *given, restarts=0, fails=False):
+    """Two processes run this code; what was said is in the error where that goes otherwise than expected."""
+    script = folder / "script.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\n{textwrap.dedent(code)}")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, "--max-restarts", str(restarts), script, *map(str, given)],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done
+
+
+# FSDP2 ----------------------------------------------------------------------------------------------------------------
+
+IN_STEP = """
+    import json, sys, time, warnings
+    from datetime import timedelta
+    warnings.simplefilter("error")
+
+    import numpy as np
+    import torch, torch.distributed as dist
+    from torch import nn
+    from torch.distributed.fsdp import fully_shard
+
+    import headwater as hw
+    from headwater.errors import HeadwaterError
+    from headwater.torch import TorchBatch, TorchComposableInfluence
+
+    dist.init_process_group("gloo", timeout=timedelta(seconds=15))
+    rank, found = dist.get_rank(), {}
+    torch.manual_seed(0)
+    x, y = torch.randn(24, 5), torch.arange(24) % 3
+    train = [TorchBatch(x[k : k + 7], y[k : k + 7], weights=1 + x[k : k + 7, 0] ** 2) for k in range(0, 24, 7)]
+    queries = [(x[:4] + 0.1, y[:4])]
+
+    def model():
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 3))
+
+    def spread():
+        found = model()
+        for layer in (found[0], found[2]):
+            fully_shard(layer)
+        return fully_shard(found)
+
+    def influence(of, method):
+        damping = None if isinstance(method, hw.GradDot) else 1.0
+        return TorchComposableInfluence(of, nn.CrossEntropyLoss(), method, damping=damping)
+
+    for method in (hw.GradDot(), hw.Ekfac(), hw.Direct(curvature="hessian", allow_indefinite=True), hw.Cg()):
+        alone = influence(model(), method).fit(train)
+        fitted = influence(spread(), method).fit(train)
+        assert fitted.identity() == alone.identity()
+        expected, scores = alone.attribute(train, queries).values, fitted.attribute(train, queries).values
+        found[method.describe()] = float(abs(scores - expected).max() / abs(expected).max())
+    fitted.save(f"fit-{rank}")
+    found["loaded"] = influence(model(), hw.Cg()).load(f"fit-{rank}", train).absolute_damping == alone.absolute_damping
+
+    class Broken:
+        def __iter__(self):
+            yield from train[:2]
+            raise OSError("the disk")
+
+    def refused(loader, **options):
+        try:
+            influence(spread(), hw.Ekfac()).fit(loader, **options)
+        except (HeadwaterError, OSError) as error:
+            return f"{type(error).__name__}: {error}"
+
+    other = [TorchBatch(x[::2] + 1, y[::2])]
+    found["fewer rows"] = refused(train[: 4 - 2 * rank])
+    found["other rows"] = refused([train, other][rank])
+    found["an error"] = refused([train, Broken()][rank])
+    found["a store"] = refused(train, store="fit")
+    found["shares"] = refused(train, store="fit", worker="env")
+    found["again"] = refused(train)
+    if rank == 1:
+        time.sleep(20)  # stays away
+    else:
+        found["nobody there"] = refused(train)
+    with open(f"{rank}.json", "w") as file:
+        json.dump(found, file)
+"""
+
+
+def test_processes_that_hold_a_model_together_go_in_step_or_say_why_not(tmp_path):
+    torchrun(tmp_path, IN_STEP)
+    said = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    for found in said:
+        assert len([name for name in found if "(" in name]) == 4
+        assert all(found[name] < 1e-5 for name in found if "(" in name), found
+        assert found["loaded"]
+        assert "a forward pass on [0], the end of its rows on [1]" in found["fewer rows"]
+        assert "have different rows" in found["other rows"]
+        assert "DistributedSampler" in found["other rows"]
+        assert "leave store= and worker= out" in found["a store"]
+        assert "leave store= and worker= out" in found["shares"]
+        assert found["again"] is None
+    assert "a forward pass on [0], an error on [1]" in said[0]["an error"]
+    assert said[1]["an error"] == "OSError: the disk"
+    assert said[0]["nobody there"].startswith("ProcessLost: Of the 2 processes")
