@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+SCALE = HERE.parents[1] / "docs" / "scale.md"
 pytestmark = pytest.mark.slow
 
 
@@ -32,6 +33,72 @@ def torchrun(folder, code, *given, restarts=0, fails=False):
     return done
 
 
+# Workers that meet in a folder ----------------------------------------------------------------------------------------
+
+SHARED = """
+    import os, signal
+    import torch
+    from torch import nn
+
+    import headwater as hw
+    from headwater.run.runners import shared
+    from headwater.torch import TorchBatch, TorchComposableInfluence
+
+    shared.ROWS = 8
+    dies, rank = sys.argv[1], int(os.environ["RANK"])
+    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 5), torch.arange(40) % 3
+
+    class Train:
+        def __init__(self, where):
+            self.where = where
+
+        def __iter__(self):
+            for k in range(0, 40, 4):
+                if self.where == dies and first and rank == 0 and k == 20:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield TorchBatch(x[k : k + 4], y[k : k + 4], weights=1 + x[k : k + 4, 0] ** 2)
+
+    torch.distributed.init_process_group("gloo")
+    model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)))
+    influence = TorchComposableInfluence(model, nn.CrossEntropyLoss(), hw.Ekfac(), damping=hw.relative(0.3))
+    influence.fit(Train("fit"), store="fit", worker="env")
+    scores = influence.attribute(Train("scores"), [(x[:3] + 0.1, y[:3])], store="scores", worker="env")
+    with open(f"{rank}.bytes", "wb") as file:
+        file.write(scores.values.tobytes())
+"""
+
+
+def scores_of(folder):
+    return [(folder / f"{rank}.bytes").read_bytes() for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    torchrun(folder, SHARED, "nowhere")
+    first, second = scores_of(folder)
+    assert first == second
+    return first
+
+
+@pytest.mark.parametrize("dies", ["fit", "scores"])
+def test_a_killed_rank_is_started_again_and_nothing_is_lost(dies, undisturbed, tmp_path):
+    said = torchrun(tmp_path, SHARED, dies, restarts=1)
+    assert "SIGKILL" in said.stderr or "-9" in said.stderr, said.stderr
+    assert scores_of(tmp_path) == [undisturbed] * 2
+    assert not list(tmp_path.rglob("*.claim"))
+
+
+@pytest.mark.parametrize("dies", ["fit", "scores"])
+def test_a_job_that_failed_goes_on_when_it_is_started_again(dies, undisturbed, tmp_path):
+    torchrun(tmp_path, SHARED, dies, fails=True)
+    torchrun(tmp_path, SHARED, "nowhere")
+    assert scores_of(tmp_path) == [undisturbed] * 2
+    assert not list(tmp_path.rglob("*.claim"))
+
+
 # FSDP2 ----------------------------------------------------------------------------------------------------------------
 
 IN_STEP = """
@@ -48,7 +115,7 @@ IN_STEP = """
     from headwater.errors import HeadwaterError
     from headwater.torch import TorchBatch, TorchComposableInfluence
 
-    dist.init_process_group("gloo", timeout=timedelta(seconds=15))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=8))
     rank, found = dist.get_rank(), {}
     torch.manual_seed(0)
     x, y = torch.randn(24, 5), torch.arange(24) % 3
@@ -97,7 +164,7 @@ IN_STEP = """
     found["shares"] = refused(train, store="fit", worker="env")
     found["again"] = refused(train)
     if rank == 1:
-        time.sleep(20)  # stays away
+        time.sleep(12)  # stays away
     else:
         found["nobody there"] = refused(train)
     with open(f"{rank}.json", "w") as file:
