@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -187,3 +188,40 @@ def test_processes_that_hold_a_model_together_go_in_step_or_say_why_not(tmp_path
     assert "a forward pass on [0], an error on [1]" in said[0]["an error"]
     assert said[1]["an error"] == "OSError: the disk"
     assert said[0]["nobody there"].startswith("ProcessLost: Of the 2 processes")
+
+
+# The guide's own scripts ----------------------------------------------------------------------------------------------
+
+
+def script_of(section):
+    """The script of a section of docs/scale.md."""
+    text = SCALE.read_text().partition(f"## {section}\n")[2].partition("\n## ")[0]
+    return re.search(r"```python\n(.*?)```", text, re.S)[1]
+
+
+def test_the_script_for_torchrun_runs_and_both_processes_say_the_same(tmp_path):
+    said = torchrun(tmp_path, script_of("torchrun"))
+    half = len(said.stdout) // 2
+    assert said.stdout[:half] == said.stdout[half:] != ""
+    assert not list((tmp_path / "job").rglob("*.claim"))
+
+
+def test_the_script_for_models_that_are_spread_runs(tmp_path):
+    assert torchrun(tmp_path, script_of("Models that FSDP2 spreads over processes")).stdout
+    assert (tmp_path / "fit-0").is_dir() and (tmp_path / "fit-1").is_dir()
+
+
+def test_the_script_runs_as_two_tasks_of_a_slurm_array(tmp_path):
+    """At once; a third, late one finds all of it done."""
+    (tmp_path / "script.py").write_text(script_of("torchrun"))
+
+    def task(number):
+        named = {"ID": number, "MIN": 1, "MAX": 3, "COUNT": 3}
+        said = {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in named.items()}
+        environment = {**os.environ, **said, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "script.py"]
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+
+    first = [each.communicate(timeout=300)[0] for each in (task(1), task(2))]
+    late = task(3).communicate(timeout=300)[0]
+    assert first[0] == first[1] == late != ""
