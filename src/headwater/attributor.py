@@ -16,7 +16,7 @@ from headwater.influence import ComposableInfluence, in_own_precision
 from headwater.loaders.places import located
 from headwater.methods.damping import Damping
 from headwater.rows import Runner
-from headwater.types import TensorType
+from headwater.types import InfluenceMode, TensorType
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from headwater.run.audit import Audit
     from headwater.run.calibrate import Calibration, Retrained
     from headwater.run.diagnosis import EffectiveDof
-    from headwater.run.runners.environment import Worker
     from headwater.run.verification import Verification
     from headwater.status import Status
     from headwater.store.diagnosis import Diagnosis
@@ -41,22 +40,23 @@ class Attributor(ComposableInfluence[TensorType]):
         *,
         progress: bool = False,
         runner: Runner | None = None,
+        tile: int | None = None,
         store: str | os.PathLike[str] | None = None,
-        worker: Worker = (0, 1),
+        worker: tuple[int, int] = (0, 1),
     ) -> Self:
         """As `ComposableInfluence.fit`; and in a folder, by several workers.
 
         store: a folder for the sums over tiles of rows, so that the same call goes on where a stopped one ended, and
-        processes on any machines that see the folder share the work. worker: (number from 0, how many), "number/many",
-        or "env" for what torchrun, srun or a SLURM array says; each makes the same call and gets the same fit, to the
-        last bit. Methods that keep sums over rows share them (hw.Direct, hw.Kfac, hw.Ekfac, hw.Trak, hw.LoGra, ...);
-        those that read rows at every solve (hw.Cg, hw.Dual, ...) fit little, and each worker does. The loader gives its
-        rows in one order. See `headwater.run.runners.shared`.
+        processes on any machines that see the folder share the work. worker: (number from 0, how many); each makes the
+        same call and gets the same fit, to the last bit. Methods that keep sums over rows share them (hw.Direct,
+        hw.Kfac, hw.Ekfac, hw.Trak, hw.LoGra, ...); those that read rows at every solve (hw.Cg, hw.Dual, ...) fit
+        little, and each worker does. The loader gives its rows in one order. See `headwater.run.runners.shared`.
         Errors: InvalidInput for a folder of another fit; InvalidSetting for workers without a folder.
         """
-        from headwater.run.runners.shared import SharedFolder, check_worker
+        from headwater.run.runners import shared
+        from headwater.run.runners.turns import check_worker
 
-        worker = check_worker(worker, store, self.source.in_step)
+        check_worker(worker, store)
         if store is not None:
             if runner is not None:
                 raise InvalidSetting("store= has a runner of its own: give one of the two, store= or runner=.")
@@ -65,8 +65,8 @@ class Attributor(ComposableInfluence[TensorType]):
             belongs = {name: known[name] for name in ("method", "loss", "architecture", "fingerprint")}
             blocks = {name: block["parameters"] for name, block in known["blocks"].items()}
             belongs |= {"blocks": blocks, "dtype": self.source.dtype}
-            runner = SharedFolder(store, belongs, self._like(), worker)
-        return super().fit(loader, progress=progress, runner=runner)
+            runner, tile = shared.SharedFolder(store, belongs, self._like(), worker), shared.ROWS
+        return super().fit(loader, progress=progress, runner=runner, tile=tile)
 
     @property
     def calibration(self) -> Calibration | None:
@@ -114,25 +114,33 @@ class Attributor(ComposableInfluence[TensorType]):
         *,
         unit: str = "influence",
         by_block: bool = False,
+        mode: InfluenceMode | str = InfluenceMode.Up,
         store: str | os.PathLike[str] | None = None,
+        memory: int | str | None = None,
+        worker: tuple[int, int] = (0, 1),
+        append: bool = False,
         progress: bool = False,
-        worker: Worker = (0, 1),
     ) -> Scores:
         """Scores of all train rows on all query rows, labelled: every row goes through the model once.
 
         unit: "influence" (what `influences` gives), or "removal" (that over n_train: the predicted increase of the
-        query's loss when the row is removed). by_block: keep each block's share. store: a folder where finished tiles
-        are kept, so that the same call goes on where a stopped one ended. worker: as in `fit`, of
-        processes that make the same call with the same store: each computes its share of the batches, then what the
-        others have not done, and returns all scores; their `diagnosis` does not say whether the weights are a minimum.
-        """
-        from headwater.run.attribute import attribute
+        query's loss when the row is removed). by_block: keep each block's share. mode: "up", or "perturbation": values
+        are then [query, train, *x_shape].
 
+        store: a folder where finished tiles are kept, so that the same call goes on where a stopped one ended; scores
+        then stay there, and are read when they are asked for. append: the loader has more rows than the finished run
+        in the folder, at its end; only they are computed. memory: bytes that this process may hold in all (also
+        "2GiB"); tiles are made as small as that takes. worker: (number from 0, how many), of processes that make the
+        same call with the same store: each computes its share of the tiles, then what nobody else is at, and returns
+        all scores.
+        Errors: InvalidInput for a folder of another run, or other rows; InvalidSetting for too little memory.
+        """
+        from headwater.run.attribute import Kept, attribute
+
+        kept = Kept(store, memory, worker, append)
         with self._recorded():
             train, query = self.train_rows(train_loader), self.query_rows(query_loader)
-            return attribute(
-                self, train, query, unit=unit, by_block=by_block, store=store, progress=progress, worker=worker
-            )
+            return attribute(self, train, query, unit=unit, by_block=by_block, mode=mode, progress=progress, kept=kept)
 
     @in_own_precision
     def top(
@@ -142,26 +150,43 @@ class Attributor(ComposableInfluence[TensorType]):
         k: int,
         *,
         unit: str = "influence",
-        progress: bool = False,
         store: str | os.PathLike[str] | None = None,
+        memory: int | str | None = None,
+        worker: tuple[int, int] = (0, 1),
+        append: bool = False,
+        progress: bool = False,
     ) -> TopK:
         """The k most helpful and the k most harmful train rows of each query, without the matrix of scores in memory.
 
-        store: as in `attribute`; the folder is one run for both.
+        store, memory, worker, append: as in `attribute`; the folder is one run for both.
         """
-        from headwater.run.attribute import top
+        from headwater.run.attribute import Kept, top
 
+        kept = Kept(store, memory, worker, append)
         with self._recorded():
             train, query = self.train_rows(train_loader), self.query_rows(query_loader)
-            return top(self, train, query, k, unit=unit, progress=progress, store=store)
+            return top(self, train, query, k, unit=unit, progress=progress, kept=kept)
 
     @in_own_precision
-    def self_influence(self, train_loader: Iterable[object], *, progress: bool = False) -> np.ndarray:
-        """<Op g_n, g_n> for each row, without the N x N matrix: [n]."""
-        from headwater.run.attribute import self_influence
+    def self_influence(
+        self,
+        train_loader: Iterable[object],
+        *,
+        store: str | os.PathLike[str] | None = None,
+        memory: int | str | None = None,
+        worker: tuple[int, int] = (0, 1),
+        append: bool = False,
+        progress: bool = False,
+    ) -> np.ndarray:
+        """<Op g_n, g_n> for each row, without the N x N matrix: [n].
 
+        store, memory, worker, append: as in `attribute`.
+        """
+        from headwater.run.attribute import Kept, self_influence
+
+        kept = Kept(store, memory, worker, append)
         with self._recorded():
-            return self_influence(self, self.train_rows(train_loader), progress=progress)
+            return self_influence(self, self.train_rows(train_loader), progress=progress, kept=kept)
 
     @in_own_precision
     def removal(

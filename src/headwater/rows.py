@@ -381,7 +381,7 @@ def _gathered(
     held: list[PlacedBatch] = []
     count = 0
     for batch in batches:
-        for part in _within_tiles(batch, tile):
+        for part in within_tiles(batch, tile):
             rows = len(part.batch)
             if held and (rows >= FEW or (tile is not None and part.start % tile == 0)):
                 yield from _joined(provider, held)
@@ -396,7 +396,8 @@ def _gathered(
     yield from _joined(provider, held)
 
 
-def _within_tiles(batch: PlacedBatch, tile: int | None) -> Iterator[PlacedBatch]:
+def within_tiles(batch: PlacedBatch, tile: int | None) -> Iterator[PlacedBatch]:
+    """The rows, cut at the multiples of `tile`."""
     rows = len(batch.batch)
     if tile is None or batch.start % tile + rows <= tile:
         yield batch
