@@ -118,8 +118,8 @@ IN_STEP = """
     dist.init_process_group("gloo", timeout=timedelta(seconds=8))
     rank, found = dist.get_rank(), {}
     torch.manual_seed(0)
-    x, y = torch.randn(24, 5), torch.arange(24) % 3
-    train = [TorchBatch(x[k : k + 7], y[k : k + 7], weights=1 + x[k : k + 7, 0] ** 2) for k in range(0, 24, 7)]
+    x, y = torch.randn(280, 5), torch.arange(280) % 3  # batches that are not joined
+    train = [TorchBatch(x[k : k + 70], y[k : k + 70], weights=1 + x[k : k + 70, 0] ** 2) for k in range(0, 280, 70)]
     queries = [(x[:4] + 0.1, y[:4])]
 
     def model():
@@ -160,8 +160,11 @@ IN_STEP = """
     found["fewer rows"] = refused(train[: 4 - 2 * rank])
     found["other rows"] = refused([train, other][rank])
     found["an error"] = refused([train, Broken()][rank])
-    found["a store"] = refused(train, store="fit")
-    found["shares"] = refused(train, store="fit", worker="env")
+    found["shares"] = refused(train, store="shares", worker="env")
+    try:
+        fitted.attribute(train, queries, store="scores")
+    except HeadwaterError as error:
+        found["scores in a folder"] = str(error)
     found["again"] = refused(train)
     if rank == 1:
         time.sleep(12)  # stays away
@@ -182,12 +185,64 @@ def test_processes_that_hold_a_model_together_go_in_step_or_say_why_not(tmp_path
         assert "a forward pass on [0], the end of its rows on [1]" in found["fewer rows"]
         assert "have different rows" in found["other rows"]
         assert "DistributedSampler" in found["other rows"]
-        assert "leave store= and worker= out" in found["a store"]
-        assert "leave store= and worker= out" in found["shares"]
+        assert "Leave worker= out" in found["shares"]
+        assert "Leave store= out" in found["scores in a folder"]
         assert found["again"] is None
     assert "a forward pass on [0], an error on [1]" in said[0]["an error"]
     assert said[1]["an error"] == "OSError: the disk"
     assert said[0]["nobody there"].startswith("ProcessLost: Of the 2 processes")
+
+
+KEPT_IN_STEP = """
+    import os, signal
+    import torch, torch.distributed as dist
+    from torch import nn
+    from torch.distributed.fsdp import fully_shard
+
+    import headwater as hw
+    from headwater.run.runners import shared
+    from headwater.torch import TorchComposableInfluence
+
+    dist.init_process_group("gloo")
+    rank, dies = dist.get_rank(), sys.argv[1:] == ["dies"]
+    shared.ROWS = 8
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 5), torch.arange(40) % 3
+
+    class Train:
+        read = 0
+
+        def __iter__(self):
+            for k in range(0, 40, 8):
+                Train.read += 1
+                if dies and rank == 0 and Train.read == 8:  # in the second pass
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield x[k : k + 8], y[k : k + 8]
+
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    for layer in (model[0], model[2], model):
+        fully_shard(layer)
+    influence = TorchComposableInfluence(model, nn.CrossEntropyLoss(), hw.Ekfac(), damping=hw.relative(0.3))
+    fold, computed = shared.fold, []
+    shared.fold = lambda *given: computed.append(1) or fold(*given)
+    scores = influence.fit(Train(), store="fit").attribute(list(Train()), [(x[:3] + 0.1, y[:3])])
+    with open(f"{rank}.bytes", "wb") as file:
+        file.write(scores.values.tobytes())
+    with open(f"{rank}.computed", "w") as file:
+        file.write(str(len(computed)))
+    dist.destroy_process_group()
+"""
+
+
+def test_a_fit_in_step_goes_on_in_its_folder(tmp_path):
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    torchrun(tmp_path / "whole", KEPT_IN_STEP)
+    torchrun(tmp_path / "killed", KEPT_IN_STEP, "dies", fails=True)
+    torchrun(tmp_path / "killed", KEPT_IN_STEP)
+    assert len({*scores_of(tmp_path / "whole"), *scores_of(tmp_path / "killed")}) == 1
+    for folder, tiles in (("whole", 10), ("killed", 5)):  # five tiles in each pass; the first was done
+        assert [(tmp_path / folder / f"{rank}.computed").read_text() for rank in (0, 1)] == [str(tiles)] * 2
 
 
 # The guide's own scripts ----------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from headwater.blocks import Layout
 from headwater.errors import ShapeMismatch, UnsupportedModel
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.likelihoods import Likelihood
+from headwater.gradients.together import Together
 from headwater.random import name_keys, row_digests, row_keys
 from headwater.types import Batch, BatchType, GradientProvider, TensorType, split
 
@@ -183,9 +184,9 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
         return None
 
     @property
-    def in_step(self) -> bool:
-        """Whether other processes hold parts of the model, so that all make the same calls on the same rows."""
-        return False
+    def together(self) -> Together | None:
+        """The processes that hold parts of the model, and make the same calls on the same rows; None for this alone."""
+        return None
 
     def own_precision(self) -> AbstractContextManager[object]:
         """Around the maths on this provider's gradients: without what the caller changed of the numbers' precision.

@@ -18,6 +18,7 @@ from headwater.arrays import Array
 from headwater.blocks import Layout
 from headwater.gradients.likelihoods import Likelihood
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
+from headwater.gradients.together import Together
 from headwater.types import Batch
 
 
@@ -117,8 +118,8 @@ class ProviderView(StructuredGradientProvider[Any, Any]):
         self.plain.end_pass(failed)
 
     @property
-    def in_step(self) -> bool:
-        return self.plain.in_step
+    def together(self) -> Together | None:
+        return self.plain.together
 
     def own_precision(self) -> AbstractContextManager[object]:
         return self.plain.own_precision()

@@ -38,6 +38,7 @@ from headwater.gradients.identity import identity_of, name_of
 from headwater.gradients.outer import Outer, with_inputs
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
 from headwater.gradients.rowwise import differing
+from headwater.gradients.together import Together
 from headwater.random import row_keys, row_numbers
 from headwater.torch.batch import TorchBatch, as_tensor, differentiable_input
 from headwater.torch.capture import Recording, detached_state, own_leaves, record, run, summed_products
@@ -267,8 +268,8 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             self._shards.agree(FAILED if failed else END)
 
     @property
-    def in_step(self) -> bool:
-        return self._shards is not None and self._shards.count > 1
+    def together(self) -> Together | None:
+        return self._shards if self._shards is not None and self._shards.count > 1 else None
 
     def _whole_model(self, model: nn.Module) -> nn.Module:
         """The module that may be spread over processes, where the one that is called shows another face of it."""

@@ -23,10 +23,17 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from headwater.errors import BatchMismatch, ProcessLost, UnsupportedModel
+from headwater.gradients.together import Together
 from headwater.torch.wrapped import fsdp_modules, is_spread, is_within
 
-FORWARD, END, FAILED, GATHER = "a forward pass", "the end of its rows", "an error", "gathering weights"
-ACTS = (FORWARD, END, FAILED, GATHER)
+FORWARD, END, FAILED, GATHER, QUESTION = (
+    "a forward pass",
+    "the end of its rows",
+    "an error",
+    "gathering weights",
+    "looking into a folder",
+)
+ACTS = (FORWARD, END, FAILED, GATHER, QUESTION)
 REMEDY = (
     "With FSDP2 every process reads all rows, in one order: no DistributedSampler, no shuffling, and the same calls on "
     "each process."
@@ -54,7 +61,7 @@ def look_for_shards(model: nn.Module, called: nn.Module) -> Shards | None:
     return found
 
 
-class Shards:
+class Shards(Together):
     """A model that FSDP2 has spread: its modules, and the processes that hold it together."""
 
     def __init__(self, model: nn.Module):
@@ -77,6 +84,7 @@ class Shards:
         self._group = mesh.get_group(mesh.ndim - 1)
         self._device = mesh.device_type
         self.count = mesh.size(mesh.ndim - 1)
+        self.number = mesh.get_local_rank(mesh.ndim - 1)
 
     # Together -----------------------------------------------------------------------------------------------------
 
@@ -86,10 +94,23 @@ class Shards:
         Errors: BatchMismatch, on all of them, if they are about to do different things; ProcessLost if one does not
         come within the process group's timeout.
         """
+        said = self._said(act, about)
+        if len(set(said)) > 1:
+            self._refuse(said)
+
+    def all_say(self, answer: bool) -> bool:
+        """Errors: as `agree`."""
+        said = self._said(QUESTION, answer)
+        if any(act != QUESTION for act, _ in said):
+            self._refuse(said)
+        return all(yes for _, yes in said)
+
+    def _said(self, act: str, about: int) -> list[tuple[str, int]]:
+        """What each process is about to do. Errors: ProcessLost."""
         import torch.distributed as dist
 
         if self.count == 1:
-            return
+            return [(act, about)]
         mine = torch.tensor([ACTS.index(act), about], device=self._device)
         each = [torch.empty_like(mine) for _ in range(self.count)]
         try:
@@ -99,9 +120,7 @@ class Shards:
                 f"Of the {self.count} processes that hold the model together, not all came to {act} in time, or one "
                 f"has ended: {str(error)[:200]}. {REMEDY}"
             ) from error
-        said = [(ACTS[int(number)], int(checksum)) for number, checksum in each]
-        if len(set(said)) > 1:
-            self._refuse(said)
+        return [(ACTS[int(number)], int(value)) for number, value in each]
 
     def _refuse(self, said: list[tuple[str, int]]) -> NoReturn:
         acts = {act: [number for number, (mine, _) in enumerate(said) if mine == act] for act, _ in said}

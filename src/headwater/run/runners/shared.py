@@ -17,7 +17,10 @@ from typing import Any
 
 from headwater.arrays import Array, as_like, dtype_named, is_array, to_numpy
 from headwater.errors import DamagedFile
+from headwater.gradients.together import Together
 from headwater.rows import PlacedBatch, Read, Visitor, fold
+from headwater.run.runners.environment import Worker
+from headwater.run.runners.in_step import PartsInStep
 from headwater.run.runners.turns import Turn, Wanted, check_worker, take_turns
 from headwater.store.parts import PartStore
 from headwater.store.seal import digest
@@ -29,7 +32,8 @@ ROWS = 4096
 class SharedFolder:
     """A runner whose parts are in a folder. worker: (its number from 0, how many there are).
 
-    like: some array of the model's, for what is read. Errors: InvalidSetting; as `PartStore`.
+    like: some array of the model's, for what is read. together: processes that hold the model, and compute each tile
+    all of them. Errors: InvalidSetting; as `PartStore`.
     """
 
     def __init__(
@@ -37,10 +41,11 @@ class SharedFolder:
         path: str | os.PathLike[str],
         identity: Mapping[str, Any],
         like: Array,
-        worker: tuple[int, int] = (0, 1),
+        worker: Worker = (0, 1),
+        together: Together | None = None,
     ):
-        check_worker(worker, path)
-        self.store, self.like, self.worker = PartStore(path, identity), like, worker
+        self.worker, self.like = check_worker(worker, path, together), like
+        self.store = PartStore(path, identity) if together is None else PartsInStep(path, identity, together)
         self._before = ""
 
     def __call__(self, visitor: Visitor[Any, Any, Any], read: Read, label: str) -> Any:
