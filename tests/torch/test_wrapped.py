@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -202,6 +205,18 @@ def test_losses_and_parameters_are_whole():
     for block in plain.layouts:
         torch.testing.assert_close(spread.parameters(block), plain.parameters(block), rtol=0, atol=0)
     torch.testing.assert_close(spread.losses(TRAIN[0]), plain.losses(TRAIN[0]))
+
+
+def test_a_model_that_is_not_used_any_more_goes():
+    spread = sharded()
+    first, second = influence(spread, hw.GradDot()).fit(TRAIN), influence(spread, hw.GradDot())
+    del first
+    gc.collect()
+    second.fit(TRAIN)  # still known to be spread
+    gone = weakref.ref(spread)
+    del second, spread
+    gc.collect()
+    assert gone() is None
 
 
 # What is refused ------------------------------------------------------------------------------------------------------

@@ -39,25 +39,27 @@ REMEDY = (
     "each process."
 )
 
-_known: weakref.WeakKeyDictionary[nn.Module, Shards] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Shards]] = weakref.WeakKeyDictionary()
+"""By the module that is called; the providers of the model keep what is found alive, as it keeps the model."""
 
 
 def shards_of(model: nn.Module) -> Shards | None:
     """How the model is spread, once `look_for_shards` has found it to be."""
-    return _known.get(model)
+    known = _known.get(model)
+    return None if known is None else known()
 
 
 def look_for_shards(model: nn.Module, called: nn.Module) -> Shards | None:
     """How FSDP2 spreads a model that passed `check_unwrapped`; None where it does not.
 
-    Kept for `shards_of`, by the module that is called: the model, or another face of it.
+    Known to `shards_of`, while it is held, by the module that is called: the model, or another face of it.
     Errors: UnsupportedModel for one that is spread over several meshes.
     """
-    found = Shards(model) if any(is_spread(parameter) for parameter in model.parameters()) else None
-    if found is None:
+    if not any(is_spread(parameter) for parameter in model.parameters()):
         _known.pop(called, None)
-    else:
-        _known[called] = found
+        return None
+    found = shards_of(called) or Shards(model)  # one for all providers: whichever goes last, it stays known
+    _known[called] = weakref.ref(found)
     return found
 
 
@@ -65,7 +67,7 @@ class Shards(Together):
     """A model that FSDP2 has spread: its modules, and the processes that hold it together."""
 
     def __init__(self, model: nn.Module):
-        self._model = weakref.ref(model)  # this is kept as long as the model, and must not keep it
+        self._model = model
         named = fsdp_modules(model)
         self.modules = list(named.values())
         # Those that no other one is around: FSDP2 keeps the state of a pass with them.
@@ -138,8 +140,7 @@ class Shards(Together):
         """
         self.agree(GATHER)
         found: dict[str, torch.Tensor] = {}
-        model, wanted = self._model(), set(names)
-        assert model is not None
+        model, wanted = self._model, set(names)
         self.put_back()
         for module in self.modules:  # one after the other: only one is gathered at a time
             module.unshard()
