@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from headwater.run.verification import Verification
     from headwater.status import Status
     from headwater.store.diagnosis import Diagnosis
+    from headwater.store.plan import Plan
     from headwater.store.scores import Scores, TopK
 
 
@@ -145,6 +146,26 @@ class Attributor(ComposableInfluence[TensorType]):
             return attribute(self, train, query, unit=unit, by_block=by_block, mode=mode, progress=progress, kept=kept)
 
     @in_own_precision
+    def plan(
+        self,
+        train_loader: Iterable[object],
+        query_loader: Iterable[object],
+        *,
+        by_block: bool = False,
+        memory: int | str | None = None,
+    ) -> Plan:
+        """Which tiles `fit(store=)` and `attribute(store=, memory=)` are made of, before anything is computed.
+
+        Plain data, the same for any number of workers; `print` says how many, `save` keeps it as JSON. Loaders are read
+        once to count their rows. Errors: InvalidSetting for too little memory.
+        """
+        from headwater.run.plan import plan
+
+        with located():
+            train, query = self.train_rows(train_loader), self.query_rows(query_loader)
+            return plan(self, train, query, by_block=by_block, memory=memory)
+
+    @in_own_precision
     def top(
         self,
         train_loader: Iterable[object],
@@ -197,18 +218,23 @@ class Attributor(ComposableInfluence[TensorType]):
         query_loader: Iterable[object],
         groups: Iterable[object] | None = None,
         *,
+        store: str | os.PathLike[str] | None = None,
+        worker: tuple[int, int] = (0, 1),
         progress: bool = False,
     ) -> np.ndarray:
         """The rise of each query's loss when a row, or a group, is removed: [q, n] or [q, groups].
 
         Score / n_train, and what the removed rows' own curvature adds: one Newton step without them. groups: for each
-        its rows' positions in the loader, or ids where batches carry them. See `headwater.run.removal`.
+        its rows' positions in the loader, or ids where batches carry them. store, worker: as in `attribute`; of groups,
+        those that are complete are kept. See `headwater.run.removal`.
         """
+        from headwater.run.attribute import Kept
         from headwater.run.removal import removal
 
+        kept = Kept(store, None, worker)
         with self._recorded():
             train, query = self.train_rows(train_loader), self.query_rows(query_loader)
-            return removal(self, train, query, groups, progress=progress)
+            return removal(self, train, query, groups, progress=progress, kept=kept)
 
     @in_own_precision
     def calibrate(

@@ -278,6 +278,10 @@ class Rows(Iterable[Any]):
         self.memory.compare(keys, place)
         return keys
 
+    def count(self) -> int:
+        """How many rows there are: known, or counted by reading the loader once, without the model."""
+        return self.memory.rows or sum(len(batch) for _, batch in _whole_batches(self.provider, self.source, self.role))
+
     def glance(self) -> None:
         """Look at the first rows, so that a loader that shuffles is noticed when they come again.
 

@@ -126,6 +126,11 @@ class RowMemory:
         return not len(self._names)
 
     @property
+    def rows(self) -> int | None:
+        """How many there are; None before the loader was read to its end."""
+        return len(self._names) if self.is_complete else None
+
+    @property
     def fitted(self) -> np.ndarray | None:
         """Sorted keys of all rows; None before the loader was read to its end."""
         return self._known if self.is_complete else self._saved

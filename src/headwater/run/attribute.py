@@ -291,12 +291,12 @@ def self_influence(
     influence.ready()
     scorer, fitted, kept = _OnThemselves(influence), FittedRows(influence), kept or Kept()
     if kept.store is None:
-        found = Each[PlacedBatch, np.ndarray](lambda piece: scorer.scores(piece)[0, 0])
-        _, scores = sweep_rows(influence.provider, train_loader, fitted & found, "self-influence", progress)
+        each = Each[PlacedBatch, np.ndarray](lambda piece: scorer.scores(piece)[0, 0])
+        _, scores = sweep_rows(influence.provider, train_loader, fitted & each, "self-influence", progress)
         return np.concatenate(scores)
-    return stored_columns(
-        influence, train_loader, scorer, np.array(["itself"]), fitted, "self-influence", kept, progress
-    )
+    ids = np.array(["itself"])
+    _, found = stored_columns(influence, train_loader, scorer, ids, fitted, "self-influence", kept, progress)
+    return found[0]
 
 
 class _OnThemselves(Scorer):
@@ -324,15 +324,13 @@ def stored_columns(
     kept: Kept,
     progress: bool,
     query_keys: np.ndarray | None = None,
-) -> np.ndarray:
-    """A run in a folder that gives one number for each query and train row, and is no `Scores`: [q, n], or [n] for one
-    query that is the row itself.
-    """
+) -> tuple[np.ndarray, np.ndarray]:
+    """A run in a folder, of a scorer that has all queries: the train rows' names, and a number for each pair [q, n]."""
     assert kept.store is not None
-    train = influence.train_rows(loader)
-    count = len(query_ids)
+    train, count = influence.train_rows(loader), len(query_ids)
 
     def sizes() -> Sizes:
+        # A byte a query: all of them fit, as they are there already.
         return tile_sizes(influence.provider, train, count, 1, 8, budget_of(kept.memory), lambda: 1.0)
 
     keys = np.empty(0, dtype=np.uint64) if query_keys is None else query_keys
@@ -342,11 +340,7 @@ def stored_columns(
         "query_rows": keys.tolist(),
     }
 
-    def whole() -> Sizes:
-        # The scorer has all queries at once.
-        return Sizes(sizes().rows, count, sizes().working)
-
-    store = TileStore(kept.store, identity, whole, rounding(influence))
+    store = TileStore(kept.store, identity, sizes, rounding(influence))
     if kept.append:
         store.reopen()
     train_ids = run_tiles(
@@ -361,12 +355,11 @@ def stored_columns(
         progress=progress,
     )
     if store.finished_rows != len(train_ids):
-        words = {"unit": "removal" if verb == "removal" else "influence", "n_train": influence.n_train}
+        words: dict[str, Any] = {"unit": "removal" if verb == "removal" else "influence", "n_train": influence.n_train}
         words |= {"method": influence.method.describe(), "damping": influence.absolute_damping}
         words |= {"explained": influence.explained, "coverage": influence.provider.coverage_fraction, "residuals": None}
         store.finish(query_ids, train_ids, [], words)
-    found = Scores.open(kept.store).values
-    return found[0] if verb == "self-influence" else found
+    return train_ids, Scores.open(kept.store).values
 
 
 # What makes two runs the same -----------------------------------------------------------------------------------------

@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterable
 from headwater.arrays import working_memory, working_memory_limit
 from headwater.errors import InvalidSetting
 from headwater.gradients.provider import StructuredGradientProvider
+from headwater.influence import ComposableInfluence
 from headwater.memory import peak_memory, resident_memory
-from headwater.rows import first_batch
+from headwater.rows import Rows, first_batch
+from headwater.run.runners.shared import ROWS as FIT_ROWS
 from headwater.settings import bytes_of
-from headwater.store.plan import Sizes
+from headwater.store.plan import Plan, Sizes
 
 ROWS = 4096
 """Train rows of a tile at most."""
@@ -67,12 +69,30 @@ def _working(provider: StructuredGradientProvider, first: object, room: float) -
     """Bytes of gradients at once, for which the peak of what a pass holds stays within the room."""
     working = min(working_memory_limit(), int(room / 4))
     with working_memory(working):
-        batch = first.take(slice(0, provider.rows_at_once(first)))  # type: ignore[attr-defined, arg-type]
+        batch = first.take(slice(0, provider.rows_at_once(first)))  # type: ignore[attr-defined]
         before = resident_memory()
         with peak_memory() as peak:
             provider.grads(batch)
             taken = max(peak() - before, 0)
     return working if taken <= room else max(2**20, int(working * room / taken))
+
+
+def plan(
+    influence: ComposableInfluence,
+    train: Rows,
+    query: Rows,
+    *,
+    by_block: bool,
+    memory: int | float | str | None,
+) -> Plan:
+    """See `Attributor.plan`."""
+    budget, first = budget_of(memory), first_batch(influence.provider, query)
+    queries = query.count()
+    # Parameters in all: the most that the factors of one query take, whatever form they are kept in.
+    numbers, size = len(influence.block_names) if by_block else 1, influence.n_parameters
+    itemsize = int(next(iter(influence.provider.grads(first.take(slice(0, 1))).values())).like.dtype.itemsize)
+    sizes = tile_sizes(influence.provider, train, queries, numbers, 8, budget, lambda: float(size * itemsize))
+    return Plan(train.count(), queries, sizes, FIT_ROWS, budget)
 
 
 def budget_of(memory: int | float | str | None) -> int | None:

@@ -176,10 +176,7 @@ class TilePass(Visitor[PlacedBatch, None, None]):
         """Errors: InvalidInput for fewer rows than a finished run has."""
         self._end()
         if self.expected is not None and self.rows < self.expected:
-            raise InvalidInput(
-                f"The train loader has {self.rows} rows, the finished run in {self.store.path} {self.expected}. To "
-                "take rows out of it, use headwater.store.runs.delete; or choose another folder."
-            )
+            raise self._fewer_rows()
 
     def leave(self) -> None:
         """A pass that ended in the middle gives up the tile that it was at."""
@@ -209,6 +206,12 @@ class TilePass(Visitor[PlacedBatch, None, None]):
     def _may_grow(self) -> bool:
         return self.append or self.expected is None
 
+    def _fewer_rows(self) -> InvalidInput:
+        return InvalidInput(
+            f"The train loader has {self.rows} rows, the finished run in {self.store.path} {self.expected}. To take "
+            "rows out of it, use headwater.store.runs.delete; or choose another folder."
+        )
+
     def _more_rows(self) -> InvalidInput:
         return InvalidInput(
             f"The train loader has more rows than the finished run in {self.store.path}, which has {self.expected}. If "
@@ -237,6 +240,9 @@ class TilePass(Visitor[PlacedBatch, None, None]):
             if line is not None and line["rows"] != digest:
                 if self.expected is not None and stop > self.expected and not self.append:
                     raise self._more_rows()
+                known = self.store.rows(begun.number)
+                if self.expected is not None and known is not None and np.array_equal(known["keys"][: len(keys)], keys):
+                    raise self._fewer_rows()
                 if not self._may_grow or line["stop"] >= stop:
                     raise self.store.other_rows(begun.start, stop)
             if line is not None and line["rows"] == digest:

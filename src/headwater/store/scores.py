@@ -282,7 +282,7 @@ class StoredScores(Scores):
         object.__setattr__(self, name, value)  # frozen, as all scores
 
     @cached_property
-    def values(self) -> np.ndarray:  # type: ignore[override]
+    def values(self) -> np.ndarray:
         """[query, train], read from disk when asked for first."""
         return self.matrix.read()
 
@@ -317,7 +317,8 @@ def _positions(ids: np.ndarray, wanted: Any, what: str) -> np.ndarray:
     order = np.argsort(ids, kind="stable")
     place = np.minimum(np.searchsorted(ids[order], names), max(len(ids) - 1, 0))
     found = order[place]
-    if len(missing := names[ids[found] != names]):
+    missing = names[ids[found] != names].tolist()
+    if missing:
         raise InvalidInput(f"There is no {what} row {missing[0]!r}: ids are like {ids[:3].tolist()}.")
     return found
 

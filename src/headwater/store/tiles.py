@@ -11,6 +11,7 @@
     finished.json          once all tiles are there: how many, and what the scores mean
     3-0.claim              who is at a tile
     deleted.npz            positions of rows that are no longer shown
+    compacted/             the run without them, on its way into the place of all this
 
 All of them are sealed (`store.seal`), chunks by the checksum that zarr reads too. A tile is written first and entered
 after, so a run that is killed, or runs out of disk, loses at most the tile that it was writing. What is damaged or lost
@@ -36,7 +37,7 @@ import numpy as np
 from headwater.errors import DamagedFile, InvalidInput, NotSaved
 from headwater.store.base import Sink, Tile
 from headwater.store.claims import Claims
-from headwater.store.draft import draft_of, explained_errors, remove_dead, write_new, write_whole
+from headwater.store.draft import draft_of, explained_errors, remove_dead, sync_folder, write_new, write_whole
 from headwater.store.identity import IDENTITY, OTHER_FOLDER, claim_folder
 from headwater.store.kinds import kind_of
 from headwater.store.ledger import Ledger, Line
@@ -47,6 +48,7 @@ Where = tuple[int, int, int]
 """The rows of a tile: from, to; and a number that their content gives (`where_of`)."""
 KIND = "run"
 PLAN, FINISHED = "plan.json", "finished.json"
+COMPACTED, COMPLETE = "compacted", "complete.json"
 LABELS = ("block", "query", "train")
 CHECKSUM = 4
 """Bytes at the end of a chunk: CRC-32C of the others, as zarr's codec of that name writes it."""
@@ -59,15 +61,16 @@ class TileFolder:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
+        finish_compaction(self.path)
         if not (self.path / IDENTITY).is_file():
             raise NotSaved(f"There are no scores at {self.path}{kind_of(self.path)}.")
         self.identity, seal = unsealed(self.path / IDENTITY, remedy=OTHER_FOLDER)
         if self.identity.get("kind") != KIND:
             raise NotSaved(f"There are no scores at {self.path}; it holds a {self.identity.get('kind')}.")
-        self._run = str(seal["digest"])
+        self.run = str(seal["digest"])
         file = self.path / PLAN
         found, _ = unsealed(file, remedy=ANEW)
-        if found.pop("run", None) != self._run:
+        if found.pop("run", None) != self.run:
             raise DamagedFile(f"{file} belongs to another run. {ANEW}")
         self.sizes = Sizes(**found)
         self._ledger: Ledger | None = None
@@ -80,7 +83,7 @@ class TileFolder:
     def _belonging(self) -> str:
         """What the run's files belong to: its identity and probe."""
         probe = self.path / "probe.npz"
-        return digest(self._run.encode(), probe.read_bytes() if probe.exists() else b"")
+        return digest(self.run.encode(), probe.read_bytes() if probe.exists() else b"")
 
     @property
     def ledger(self) -> Ledger:
@@ -158,22 +161,23 @@ class TileFolder:
 class TileStore(TileFolder, Sink):
     """Tiles of one run. Opening a folder that holds another run is refused.
 
-    identity: what makes two runs the same, JSON values only. sizes: of the tiles, asked for where the folder has none
-    yet. tolerance: how far scores of one run may be off, relative to the largest, when it is fitted again in other
-    batches; fractions in the identity may be off by a tenth of it.
+    identity: what makes two runs the same, JSON values only; None for that of the folder. sizes: of the tiles, asked
+    for where the folder has none yet. tolerance: how far scores of one run may be off, relative to the largest, when it
+    is fitted again in other batches; fractions in the identity may be off by a tenth of it.
     Errors: InvalidInput naming what differs; DamagedFile; NotWritten.
     """
 
     def __init__(
         self,
         path: str | os.PathLike[str],
-        identity: Mapping[str, Any],
+        identity: Mapping[str, Any] | None,
         sizes: Callable[[], Sizes],
         tolerance: float = 1e-4,
     ):
-        run = claim_folder(Path(path), KIND, identity, tolerance / 10)
+        finish_compaction(Path(path))
         plan = Path(path) / PLAN
-        if not plan.exists():
+        run = None if identity is None else claim_folder(Path(path), KIND, identity, tolerance / 10)
+        if run is not None and not plan.exists():
             # Those of whoever came first: tiles of two sizes cannot be mixed.
             write_new(plan, json.dumps(sealed({**asdict(sizes()), "run": run}), indent=1).encode())
         super().__init__(path)
@@ -190,7 +194,7 @@ class TileStore(TileFolder, Sink):
         Errors: InvalidInput for other scores or other rows; DamagedFile; NotWritten.
         """
         tolerance = self.tolerance if tolerance is None else tolerance
-        file, place = self.path / "probe.npz", f"{self._run}/probe"
+        file, place = self.path / "probe.npz", f"{self.run}/probe"
         # What tiles belong to depends on the probe, which may be written now.
         self._ledger, self._lines = None, {}
         # Of several processes one writes it; the others compare with that one.
@@ -198,6 +202,8 @@ class TileStore(TileFolder, Sink):
             return
         found = open_arrays(file, place, "Remove it; the run's tiles are then computed again.")
         both = min(len(keys), len(found["keys"]))  # a call in smaller batches has fewer rows in its first
+        if not both:  # all of them were deleted
+            return
         if not np.array_equal(keys[:both], found["keys"][:both]):
             raise self.other_rows(0, both)
         # In float64: gaps of half-precision scores would round to zero or to infinity.
@@ -359,6 +365,25 @@ def write_metadata(path: Path, line: Line, query_ids: np.ndarray, train_ids: np.
                 (written / name).replace(array / name)
     finally:
         shutil.rmtree(written, ignore_errors=True)
+
+
+def finish_compaction(path: Path) -> None:
+    """Take what `compact` made, and was killed before it was in its place. Errors: NotWritten; DamagedFile."""
+    made = path / COMPACTED
+    if not (made / COMPLETE).is_file():
+        return
+    names, _ = unsealed(made / COMPLETE, remedy="Compact the run again.")
+    with explained_errors(path):
+        for old in [*path.glob("ledger-*.jsonl"), *path.glob("sums-*.npz"), path / "deleted.npz"]:
+            if old.name not in names["files"]:
+                old.unlink(missing_ok=True)
+        # What has been moved is no longer there: this may be the second time.
+        for name in names["files"]:
+            if (made / name).exists():
+                shutil.rmtree(path / name, ignore_errors=True)
+                (made / name).replace(path / name)
+        sync_folder(path)
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def rows_digest(keys: np.ndarray) -> str:
