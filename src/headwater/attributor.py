@@ -219,7 +219,7 @@ class Attributor(ComposableInfluence[TensorType]):
         groups: Iterable[object] | None = None,
         *,
         store: str | os.PathLike[str] | None = None,
-        worker: tuple[int, int] = (0, 1),
+        worker: Worker = (0, 1),
         progress: bool = False,
     ) -> np.ndarray:
         """The rise of each query's loss when a row, or a group, is removed: [q, n] or [q, groups].
@@ -231,7 +231,7 @@ class Attributor(ComposableInfluence[TensorType]):
         from headwater.run.attribute import Kept
         from headwater.run.removal import removal
 
-        kept = Kept(store, None, worker)
+        kept = Kept.of(self, store, None, worker)
         with self._recorded():
             train, query = self.train_rows(train_loader), self.query_rows(query_loader)
             return removal(self, train, query, groups, progress=progress, kept=kept)

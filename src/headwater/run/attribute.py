@@ -46,7 +46,7 @@ class Kept:
         store: Path | None,
         memory: int | float | str | None,
         worker: Worker,
-        append: bool,
+        append: bool = False,
     ) -> Kept:
         """Errors: InvalidSetting."""
         together = influence.source.together
