@@ -18,6 +18,7 @@ from headwater.run.diagnosis import RunSums, diagnosis_of, meets_the_loss
 from headwater.run.plan import budget_of, tile_sizes
 from headwater.run.queries import Asked, PairScorer, factor_bytes
 from headwater.run.rows import FittedRows, check_scores, distinct, sweep_rows
+from headwater.run.runners.environment import Worker
 from headwater.run.runners.turns import check_worker
 from headwater.run.tiles import Scorer, Span, run_tiles
 from headwater.store.base import MemorySink, Sink, Tile
@@ -37,6 +38,24 @@ class Kept:
     memory: int | float | str | None = None
     worker: tuple[int, int] = (0, 1)
     append: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        influence: ComposableInfluence,
+        store: Path | None,
+        memory: int | float | str | None,
+        worker: Worker,
+        append: bool = False,
+    ) -> Kept:
+        """Errors: InvalidSetting."""
+        together = influence.source.together
+        if together is not None and store is not None:
+            raise InvalidSetting(
+                "The model is spread over processes (FSDP2), which go through it together, and a run in a folder "
+                "leaves rows to whoever comes. Leave store= out: each process returns all scores. fit takes a store=."
+            )
+        return cls(store, memory, check_worker(worker, store, together), append)
 
     def __post_init__(self) -> None:
         check_worker(self.worker, self.store)

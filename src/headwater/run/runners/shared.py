@@ -17,8 +17,11 @@ from typing import Any
 
 from headwater.arrays import Array, as_like, dtype_named, is_array, to_numpy
 from headwater.errors import DamagedFile
+from headwater.gradients.together import Together
 from headwater.influence import ComposableInfluence
 from headwater.rows import PlacedBatch, Read, Visitor, fold
+from headwater.run.runners.environment import Worker
+from headwater.run.runners.in_step import PartsInStep
 from headwater.run.runners.turns import Turn, Wanted, check_worker, take_turns
 from headwater.store.parts import PartStore
 from headwater.store.seal import digest
@@ -30,7 +33,8 @@ ROWS = 4096
 class SharedFolder:
     """A runner whose parts are in a folder. worker: (its number from 0, how many there are).
 
-    like: some array of the model's, for what is read. Errors: InvalidSetting; as `PartStore`.
+    like: some array of the model's, for what is read. together: processes that hold the model, and compute each tile
+    all of them. Errors: InvalidSetting; as `PartStore`.
     """
 
     def __init__(
@@ -38,10 +42,11 @@ class SharedFolder:
         path: str | os.PathLike[str],
         identity: Mapping[str, Any],
         like: Array,
-        worker: tuple[int, int] = (0, 1),
+        worker: Worker = (0, 1),
+        together: Together | None = None,
     ):
-        check_worker(worker, path)
-        self.store, self.like, self.worker = PartStore(path, identity), like, worker
+        self.worker, self.like = check_worker(worker, path, together), like
+        self.store = PartStore(path, identity) if together is None else PartsInStep(path, identity, together)
         self._before = ""
 
     def __call__(self, visitor: Visitor[Any, Any, Any], read: Read, label: str) -> Any:
@@ -133,7 +138,7 @@ def shared_folder(
     influence: ComposableInfluence[Any],
     store: str | os.PathLike[str],
     loader: Iterable[object],
-    worker: tuple[int, int] = (0, 1),
+    worker: Worker = (0, 1),
 ) -> SharedFolder:
     """The runner of `influence.fit(loader, store=, worker=)`. Errors: as there."""
     influence.look(loader)
@@ -141,7 +146,7 @@ def shared_folder(
     belongs = {name: known[name] for name in ("method", "loss", "architecture", "fingerprint")}
     blocks = {name: block["parameters"] for name, block in known["blocks"].items()}
     belongs |= {"blocks": blocks, "dtype": influence.source.dtype}
-    return SharedFolder(store, belongs, influence.like(), worker)
+    return SharedFolder(store, belongs, influence.like(), worker, influence.source.together)
 
 
 def rows_of(batch: PlacedBatch) -> bytes:
