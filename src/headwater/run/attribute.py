@@ -131,7 +131,8 @@ class PairRun:
 
     @property
     def _fitted(self) -> FittedRows:
-        return FittedRows(self.influence, forecast=self.unit == "removal", queries_fitted=self.asked.fitted)
+        forecast = self.unit == "removal"
+        return FittedRows(self.influence, forecast, self.asked.fitted, some_are_new=self.kept.append)
 
     @property
     def sums_up(self) -> bool:
