@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from headwater.methods.damping import relative as relative
     from headwater.methods.registry import *  # noqa: F403
     from headwater.store.scores import Scores as Scores
-    from headwater.store.scores import TopK as TopK
+    from headwater.store.topk import TopK as TopK
     from headwater.types import Batch as Batch
     from headwater.types import InfluenceMode as InfluenceMode
 
@@ -31,7 +31,7 @@ _HOMES = {entry.class_name: f"methods.{entry.module}" for entry in METHODS} | {
     "NotConverged": "errors",
     "Relative": "methods.damping",
     "Scores": "store.scores",
-    "TopK": "store.scores",
+    "TopK": "store.topk",
     "errors": "",
     "relative": "methods.damping",
     "working_memory": "arrays",
