@@ -21,7 +21,6 @@ from headwater.run.runners.shared import check_worker
 from headwater.store.base import MemorySink, Sink, Tile
 from headwater.store.scores import UNIT_IN_WORDS, Scores, TopK, TopKSink
 from headwater.store.tiles import TileStore
-from headwater.types import Batch
 
 PROBE_ROWS, PROBE_QUERIES = 8, 64
 """Of the scores that a stored run is known by."""
@@ -132,7 +131,7 @@ def self_influence(influence: ComposableInfluence, train_loader: Iterable[object
     influence.ready()
 
     def scores(piece: PlacedBatch) -> np.ndarray:
-        found = to_numpy(influence.batch_self_influence(piece.batch))
+        found = to_numpy(influence.self_influence_of(piece.self_grads(influence.provider)))
         check_scores(found[None], ["itself"], piece.names, influence)
         return found
 
@@ -215,14 +214,14 @@ def _tolerance(influence: ComposableInfluence, solved: bool) -> float:
     return max(rounding, 1e-3) if solved else rounding
 
 
-def _probe(influence: ComposableInfluence, queries: Queries, batch: Batch) -> np.ndarray:
+def _probe(influence: ComposableInfluence, queries: Queries, item: PlacedBatch, few: slice) -> np.ndarray:
     """Scores of seeded queries on a batch's rows, each with the weight of one, so that none hides: [block, query, row].
 
     The first rows of the first batch: those that a call in smaller batches has in its first batch too.
     """
     # A probe is nobody's answer.
     with unrecorded_solves():
-        by_block = queries.scores(influence.provider.grads(batch, weighted=False))
+        by_block = queries.scores(item.unweighted_grads(influence.provider, few))
     found = np.stack([to_numpy(scores) for scores in by_block.values()])
     return found[:, np.random.default_rng(0).permutation(found.shape[1])[:PROBE_QUERIES]]
 
@@ -254,7 +253,7 @@ class Score(Visitor[PlacedBatch, None, None]):
 
     def of(self, item: PlacedBatch) -> None:
         needed = any(sink.needs_keys for sink in self.sinks)
-        keys = self.influence.provider.content_keys(item.batch) if needed else None
+        keys = item.content_keys(self.influence.provider) if needed else None
         scores, source = (None, None) if keys is None else self._kept(item, keys)
         scores = self._computed(item) if scores is None else scores
         check_scores(scores, self.asked.ids, item.names, self.influence)
@@ -272,7 +271,7 @@ class Score(Visitor[PlacedBatch, None, None]):
             # Before anything is read: a stored tile is trusted only if the run is the same.
             if item.start == 0 and isinstance(sink, TileStore):
                 few = slice(0, PROBE_ROWS)
-                sink.probe(keys[few], _probe(self.influence, self.asked.queries, item.batch.take(few)))
+                sink.probe(keys[few], _probe(self.influence, self.asked.queries, item, few))
             scores = sink.read(item.start, keys)
             if scores is not None:
                 return scores, sink
@@ -280,7 +279,7 @@ class Score(Visitor[PlacedBatch, None, None]):
 
     def _computed(self, item: PlacedBatch) -> np.ndarray:
         """[block, q, n]."""
-        by_block = list(self.asked.queries.scores(item.grads(self.influence.provider)).values())
+        by_block = item.scores(self.asked.queries, self.influence.provider, self.by_block)
         blocks = by_block if self.by_block else [sum(by_block[1:], by_block[0])]
         found = np.stack([to_numpy(block) for block in blocks])
         # In place: a tile may be large.

@@ -182,6 +182,8 @@ class RunSums(Visitor[PlacedBatch, None, None]):
         self._pause, self._kept_at = PAUSE, monotonic()
 
     def of(self, item: PlacedBatch) -> None:
+        if item.is_kept:  # in the store's dtype and form: no sums of theirs say whether weights are a minimum
+            return
         if self._store is None:
             self.sums.add(item.batch, item.grads(self.sums.provider))
         else:

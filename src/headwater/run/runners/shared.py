@@ -68,6 +68,11 @@ class SharedFolder:
         self.store, self.like, self.worker = PartStore(path, identity), like, worker
         self._before = ""
 
+    @property
+    def rows(self) -> int:
+        """Of a tile, about."""
+        return ROWS
+
     def __call__(self, visitor: Visitor[Any, Any, Any], read: Read, label: str) -> Any:
         """The part of all rows. A visitor whose parts cannot be kept is run by every worker for itself."""
         if not visitor.is_shareable:
@@ -109,7 +114,7 @@ class SharedFolder:
         """One pass: all tiles, and which were computed: those that are wanted and that nobody else is at."""
         found, computed = [], []
         # A whole item of the loader at a time, however many pieces the provider takes it in.
-        for k, (tile, group) in enumerate(groupby(read(), key=lambda batch: batch.place.start // ROWS)):
+        for k, (tile, group) in enumerate(groupby(read(), key=lambda batch: batch.place.start // self.rows)):
             name, keys = f"{label}/{tile}", bytearray()
             claimed = wanted(k, name) and self.store.claim(name)
             batches = self._noted(group, name if claimed else None, keys)
