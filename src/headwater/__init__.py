@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from headwater.methods.damping import Relative as Relative
     from headwater.methods.damping import relative as relative
     from headwater.methods.registry import *  # noqa: F403
+    from headwater.run.kept import KeptGradients as KeptGradients
     from headwater.store.scores import Scores as Scores
     from headwater.store.topk import TopK as TopK
     from headwater.types import Batch as Batch
@@ -27,6 +28,7 @@ _HOMES = {entry.class_name: f"methods.{entry.module}" for entry in METHODS} | {
     "Batch": "types",
     "ComposableInfluence": "influence",
     "InfluenceMode": "types",
+    "KeptGradients": "run.kept",
     "MethodEntry": "methods.registry",
     "NotConverged": "errors",
     "Relative": "methods.damping",

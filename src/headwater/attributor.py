@@ -15,7 +15,7 @@ from headwater.errors import InvalidSetting
 from headwater.influence import ComposableInfluence, in_own_precision
 from headwater.loaders.places import located
 from headwater.methods.damping import Damping
-from headwater.rows import Runner
+from headwater.rows import Rows, Runner
 from headwater.types import TensorType
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from headwater.run.audit import Audit
     from headwater.run.calibrate import Calibration, Retrained
     from headwater.run.diagnosis import EffectiveDof
+    from headwater.run.kept import KeptGradients
     from headwater.run.verification import Verification
     from headwater.status import Status
     from headwater.store.diagnosis import Diagnosis
@@ -127,7 +128,7 @@ class Attributor(ComposableInfluence[TensorType]):
         from headwater.run.attribute import attribute
 
         with self._recorded():
-            train, query = self.train_rows(train_loader), self.query_rows(query_loader)
+            train, query = self._scored(train_loader), self.query_rows(query_loader)
             return attribute(
                 self, train, query, unit=unit, by_block=by_block, store=store, progress=progress, worker=worker
             )
@@ -150,7 +151,7 @@ class Attributor(ComposableInfluence[TensorType]):
         from headwater.run.attribute import top
 
         with self._recorded():
-            train, query = self.train_rows(train_loader), self.query_rows(query_loader)
+            train, query = self._scored(train_loader), self.query_rows(query_loader)
             return top(self, train, query, k, unit=unit, progress=progress, store=store)
 
     @in_own_precision
@@ -159,7 +160,47 @@ class Attributor(ComposableInfluence[TensorType]):
         from headwater.run.attribute import self_influence
 
         with self._recorded():
-            return self_influence(self, self.train_rows(train_loader), progress=progress)
+            return self_influence(self, self._scored(train_loader), progress=progress)
+
+    def _scored(self, loader: Iterable[object]) -> Rows:
+        """Train rows that need only be scored: a loader's, or kept gradients. Errors: as `KeptGradients`."""
+        from headwater.run.kept import KeptGradients
+
+        if isinstance(loader, KeptGradients):
+            self.check_weights()
+            return loader.train_rows(self)
+        return self.train_rows(loader)
+
+    @in_own_precision
+    def gradients(
+        self,
+        train_loader: Iterable[object],
+        *,
+        store: str | os.PathLike[str],
+        form: str = "auto",
+        rank: int | None = None,
+        dtype: str = "float32",
+        worker: tuple[int, int] = (0, 1),
+        progress: bool = False,
+    ) -> KeptGradients:
+        """The train rows' gradients, kept in a folder, where they stand for the loader: one pass, and none afterwards.
+
+        form: "outer" (outer products of inputs and output-gradients, as they come), "dense", "low_rank" (each row's
+        gradient of a layer cut to `rank` by its singular values), "projected" (what a fitted projecting method sees),
+        or "auto": projected where the method projects, else of the first two the smaller. dtype: "float32",
+        "bfloat16", or "int8" with a scale for each row and array. The method need not be fitted, unless it projects.
+
+        The same call goes on where a stopped one ended. worker: (number from 0, how many) of processes that make the
+        same call. Errors: InvalidSetting; InvalidInput for a folder of other gradients, naming what differs;
+        NotWritten.
+        """
+        from headwater.run.kept import keep_gradients
+
+        with located():
+            self._look(train_loader)
+            return keep_gradients(
+                self, train_loader, store=store, form=form, rank=rank, dtype=dtype, worker=worker, progress=progress
+            )
 
     @in_own_precision
     def removal(

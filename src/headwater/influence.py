@@ -46,7 +46,7 @@ from headwater.operators.kronecker import SeparableOperator
 from headwater.operators.partial_penalty import PartialPenaltyInverse, penalised
 from headwater.operators.structured import BlockDiagonalOperator
 from headwater.rows import Rows, Runner, first_batch
-from headwater.types import Batch, InfluenceMode, TensorType
+from headwater.types import InfluenceMode, TensorType
 
 if TYPE_CHECKING:
     import numpy as np

@@ -72,7 +72,7 @@ class PlacedBatch:
         return provider.self_grads(self.batch)
 
     def scores(self, queries: Any, provider: StructuredGradientProvider, by_block: bool) -> list[Array]:
-        """Scores of `headwater.mapper.Queries` on the rows, [q, n]: of each block, or their sum as one or more terms."""
+        """Scores of `mapper.Queries` on the rows, [q, n]: of each block, or terms that sum to those of all."""
         return list(queries.scores(self.grads(provider)).values())
 
     def grads(self, provider: StructuredGradientProvider) -> BlockGradients:

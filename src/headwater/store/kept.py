@@ -106,8 +106,13 @@ class SegmentFolder:
         self.digest = str(seal["digest"])
 
     @classmethod
-    def at(cls, path: str | os.PathLike[str], kind: str, identity: Mapping[str, Any]) -> SegmentFolder:
-        """The folder, made if there is none. Errors: InvalidInput naming what differs from what is there; NotWritten."""
+    def at(
+        cls, path: str | os.PathLike[str], kind: str, identity: Mapping[str, Any], tolerance: float
+    ) -> SegmentFolder:
+        """The folder, made if there is none. tolerance: of numbers with a fraction, as in `refuse_others`.
+
+        Errors: InvalidInput, naming what differs from what is there; NotWritten.
+        """
         wanted = json.loads(json.dumps({"kind": kind, "version": VERSION, **identity}))
         folder, file = Path(path), Path(path) / IDENTITY
         if folder.exists() and not file.exists() and not all(is_draft(each.name) for each in folder.iterdir()):
@@ -118,7 +123,7 @@ class SegmentFolder:
         if write_new(file, json.dumps(sealed(wanted), indent=1).encode()):
             sync_folder(folder)
         found = cls(path, kind)
-        refuse_others(path, found.identity, wanted)
+        refuse_others(path, found.identity, wanted, tolerance)
         found.tidy()
         return found
 
@@ -206,7 +211,7 @@ class SegmentFolder:
             for entry in now.entries:
                 mine = self.names(entry, self.segment(entry))
                 # Text against numbers: nothing is equal, and NumPy would warn.
-                same = mine.dtype.kind in "iu" and wanted.dtype.kind in "iu" or mine.dtype.kind == wanted.dtype.kind
+                same = (mine.dtype.kind in "iu") == (wanted.dtype.kind in "iu")
                 hit = np.flatnonzero(np.isin(mine, wanted)) if same else np.empty(0, dtype=np.int64)
                 hit = np.setdiff1d(hit, np.asarray(entry.gone, dtype=np.int64))
                 found.append(mine[hit])
@@ -347,13 +352,14 @@ class TileFiles:
 
 
 def refuse_others(
-    path: object, found: Mapping[str, Any], wanted: Mapping[str, Any], tolerance: float = 1e-5, what: str = "another call"
+    path: object, found: Mapping[str, Any], wanted: Mapping[str, Any], tolerance: float, what: str = "another call"
 ) -> None:
     """Errors: InvalidInput, naming the fields of `wanted` that differ, and what they were and are.
 
     tolerance: of numbers with a fraction, relative to the larger; a fit again, in other batches, differs in the last
     digits.
     """
+    wanted = json.loads(json.dumps(wanted))  # tuples would not equal the lists that were read
     different = [name for name in wanted if not is_same(found.get(name), wanted[name], tolerance)]
     if different:
         changes = (f"{name} was {short(found.get(name))}, now {short(wanted[name])}" for name in different)

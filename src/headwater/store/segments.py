@@ -46,7 +46,7 @@ WORDS = 1024
 """64-bit words that are added up for the checksum."""
 AT_ONCE = 2**18
 """Numbers that are converted at once: they stay in the processor's cache until they are multiplied."""
-REMEDY = "Its rows are computed again by influence.gradients(...) with the same loader; check(drop=True) leaves them out."
+REMEDY = "The call that made it computes its rows again; check(drop=True) leaves them out."
 
 
 def checked_dtype(dtype: str) -> Stored:
