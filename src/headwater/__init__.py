@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from headwater.methods.damping import Relative as Relative
     from headwater.methods.damping import relative as relative
     from headwater.methods.registry import *  # noqa: F403
+    from headwater.run.factors import KeptFactors as KeptFactors
     from headwater.run.kept import KeptGradients as KeptGradients
     from headwater.store.scores import Scores as Scores
     from headwater.store.topk import TopK as TopK
@@ -28,6 +29,7 @@ _HOMES = {entry.class_name: f"methods.{entry.module}" for entry in METHODS} | {
     "Batch": "types",
     "ComposableInfluence": "influence",
     "InfluenceMode": "types",
+    "KeptFactors": "run.factors",
     "KeptGradients": "run.kept",
     "MethodEntry": "methods.registry",
     "NotConverged": "errors",

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Self
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self
 
 from headwater.errors import InvalidSetting
 from headwater.influence import ComposableInfluence, in_own_precision
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from headwater.run.audit import Audit
     from headwater.run.calibrate import Calibration, Retrained
     from headwater.run.diagnosis import EffectiveDof
+    from headwater.run.factors import KeptFactors
     from headwater.run.kept import KeptGradients
     from headwater.run.verification import Verification
     from headwater.status import Status
@@ -128,7 +129,7 @@ class Attributor(ComposableInfluence[TensorType]):
         from headwater.run.attribute import attribute
 
         with self._recorded():
-            train, query = self._scored(train_loader), self.query_rows(query_loader)
+            train, query = self._scored(train_loader), self._explained(query_loader)
             return attribute(
                 self, train, query, unit=unit, by_block=by_block, store=store, progress=progress, worker=worker
             )
@@ -143,16 +144,33 @@ class Attributor(ComposableInfluence[TensorType]):
         unit: str = "influence",
         progress: bool = False,
         store: str | os.PathLike[str] | None = None,
+        queries_as: str = "each",
+        groups: Sequence[Any] | Mapping[Any, Any] | None = None,
+        of: str = "sum",
     ) -> TopK:
         """The k most helpful and the k most harmful train rows of each query, without the matrix of scores in memory.
 
-        store: as in `attribute`; the folder is one run for both.
+        store: as in `attribute`; the folder is one run for both. queries_as: "each" query by itself, or all of them as
+        one, their "mean" or "sum", which is then its name. groups: a label for each train row (by source, author, ...),
+        in the loader's order, or a mapping from what rows are called; the result then names groups, by the "sum" or the
+        "mean" (`of`) of their rows' scores. Errors: InvalidSetting; InvalidInput for labels that do not fit the rows.
         """
         from headwater.run.attribute import top
 
         with self._recorded():
-            train, query = self._scored(train_loader), self.query_rows(query_loader)
-            return top(self, train, query, k, unit=unit, progress=progress, store=store)
+            train, query = self._scored(train_loader), self._explained(query_loader)
+            return top(
+                self,
+                train,
+                query,
+                k,
+                unit=unit,
+                progress=progress,
+                store=store,
+                queries_as=queries_as,
+                groups=groups,
+                of=of,
+            )
 
     @in_own_precision
     def self_influence(self, train_loader: Iterable[object], *, progress: bool = False) -> np.ndarray:
@@ -170,6 +188,33 @@ class Attributor(ComposableInfluence[TensorType]):
             self.check_weights()
             return loader.train_rows(self)
         return self.train_rows(loader)
+
+    def _explained(self, loader: Iterable[object]) -> Iterable[object]:
+        """Query rows that need only be scored: a loader's, or kept factors. Errors: as `KeptFactors`."""
+        from headwater.run.factors import KeptFactors
+
+        return loader.query_rows(self) if isinstance(loader, KeptFactors) else self.query_rows(loader)
+
+    @in_own_precision
+    def factors(
+        self,
+        query_loader: Iterable[object],
+        *,
+        store: str | os.PathLike[str],
+        dtype: str = "float32",
+        worker: tuple[int, int] = (0, 1),
+        progress: bool = False,
+    ) -> KeptFactors:
+        """The query rows' factors, Op(gradient), kept in a folder: they stand for the loader in `attribute` and `top`.
+
+        They are good for this fit at this damping. dtype: as in `gradients`. The same call goes on where a stopped one
+        ended. worker: (number from 0, how many) of processes that make the same call. Errors: NotFittedError;
+        StaleFit; InvalidSetting; InvalidInput for a folder of other factors, naming what differs; NotWritten.
+        """
+        from headwater.run.factors import keep_factors
+
+        with self._recorded():
+            return keep_factors(self, query_loader, store=store, dtype=dtype, worker=worker, progress=progress)
 
     @in_own_precision
     def gradients(

@@ -114,6 +114,10 @@ class LinearOperator(Operator[Array, BilinearForm]):
         """Of what `stored` gives, where that is another space than the block's own; None where it is not."""
         return None
 
+    def lifted(self, flat: Array) -> Array:
+        """Vectors of the space of `stored_layout` in the block's own: (K, small D) to (K, D)."""
+        return flat
+
     @property
     def keeps_rows(self) -> bool:
         """Whether this, as the side that train rows go through, leaves what is `stored` of them as it is."""
@@ -277,6 +281,9 @@ class ScaledOperator(LinearOperator):
     @property
     def stored_layout(self) -> Layout | None:
         return self.inner.stored_layout
+
+    def lifted(self, flat: Array) -> Array:
+        return self.inner.lifted(flat)
 
     def _factors(self, rows: int, like: Array) -> Array:
         return namespace(like).full((rows,), self.factor, dtype=like.dtype, device=device(like))

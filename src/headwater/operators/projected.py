@@ -59,6 +59,9 @@ class ProjectedOperator(LinearOperator):
     def stored_layout(self) -> Layout:
         return self.projection.small
 
+    def lifted(self, flat: Array) -> Array:
+        return self.projection.up(flat)
+
     def quadratic(self, value: BlockGradient) -> Array:
         small = self.projection.apply_block(value).flat()
         return rowwise_inner(self.core.apply(small), small)

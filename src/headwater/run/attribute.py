@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from headwater.run.runners.shared import check_worker
 from headwater.store.base import MemorySink, Sink, Tile
 from headwater.store.scores import UNIT_IN_WORDS, Scores, TopK, TopKSink
 from headwater.store.tiles import TileStore
+from headwater.store.topk import GroupSink
 
 PROBE_ROWS, PROBE_QUERIES = 8, 64
 """Of the scores that a stored run is known by."""
@@ -84,12 +86,15 @@ def top(
     unit: str,
     progress: bool,
     store: str | os.PathLike[str] | None = None,
+    queries_as: str = "each",
+    groups: Sequence[Any] | Mapping[Any, Any] | None = None,
+    of: str = "sum",
 ) -> TopK:
     """See `Attributor.top`."""
     _scale(influence, unit)
     with recorded_solves() as log:
-        asked = _queries(influence, query_loader, progress)
-    ends = TopKSink(k, asked.ids)
+        asked = _queries(influence, query_loader, progress).combined(queries_as)
+    ends = TopKSink(k, asked.ids) if groups is None else GroupSink(k, asked.ids, groups, of)
     kept = _opened(store, influence, unit, False, asked, bool(joined(log)))
     score = Score(influence, asked, unit, False, [ends] if kept is None else [kept, ends])
     _scored(influence, train_loader, score, asked, unit, progress)
@@ -152,9 +157,30 @@ class Asked:
     fitted: bool
     """Whether all of them are among the rows that were fitted."""
 
+    def combined(self, queries_as: str) -> Asked:
+        """All queries as one, their "mean" or "sum", called so; or "each" by itself. Errors: InvalidSetting."""
+        if queries_as not in ("each", "mean", "sum"):
+            raise InvalidSetting(f"queries_as is {queries_as!r}; expected 'each', 'mean' or 'sum'.")
+        if queries_as == "each":
+            return self
+        share = 1.0 / len(self.ids) if queries_as == "mean" else 1.0
+        return replace(self, queries=self.queries.total(share), ids=np.array([queries_as]))
+
+
+class ReadyQueries(Iterable[Any]):
+    """Query rows whose side of the operators was computed before; they stand where their loader stands."""
+
+    @abstractmethod
+    def asked(self) -> Asked: ...
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
 
 def _queries(influence: ComposableInfluence, query_loader: Iterable[object], progress: bool) -> Asked:
     """One pass: the rows are held until all are counted, since their number decides what they go through."""
+    if isinstance(query_loader, ReadyQueries):
+        return query_loader.asked()
     influence.ready()
     provider = influence.provider
     pieces = sweep_rows(

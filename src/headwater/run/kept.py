@@ -230,11 +230,13 @@ def packing_of(influence: ComposableInfluence, form: str, rank: int | None) -> P
     plain = Packing(form, rank)  # type: ignore[arg-type]
     if form not in ("auto", "projected"):
         return plain
-    projecting = influence.is_fitted and any(op.stored_layout is not None for op in influence.curvature.values())
+    projecting = influence.is_fitted and any(
+        op.stored_layout is not None for op in influence.block_mapper.operators.values()
+    )
     if form == "projected" and not projecting:
         why = "projects no gradients" if influence.is_fitted else "has to be fitted before it can project rows"
         raise InvalidSetting(f"form is 'projected', and {influence.method.describe()} {why}.")
-    return Packing(form, rank, influence.curvature) if projecting else plain  # type: ignore[arg-type]
+    return Packing(form, rank, influence.block_mapper.operators) if projecting else plain  # type: ignore[arg-type]
 
 
 def _packing(influence: ComposableInfluence, identity: Mapping[str, Any]) -> Packing:
@@ -381,7 +383,7 @@ class KeepRows(Visitor[PlacedBatch, list[Any], list[dict[str, Any]]]):
         whole = len(new) == len(item.batch)
         batch, keys = (item.batch, item.keys) if whole else (item.batch.take(new), item.keys.take(new))  # type: ignore
         packed = self.packing.of(self.provider.grads(batch, weighted=False))
-        packed.arrays.update(_key_arrays(keys))
+        packed.arrays.update(key_arrays(keys))
         weights, (scale, refused) = self.provider.row_weights(batch), _self_scale(self.provider, batch)
         for name, values in (("weights", weights), ("self", scale)):
             if values is not None:
@@ -396,16 +398,21 @@ class KeepRows(Visitor[PlacedBatch, list[Any], list[dict[str, Any]]]):
         return True
 
     def pack(self, part: list[RowFacts]) -> dict[str, Any]:
-        if not part:
-            return {ABOUT: described({"rows": 0, "blocks": {}})}
-        about, arrays, numbers = joined([facts.packed for facts in _alike(part)])
-        about["refused"] = next((facts.refused for facts in part if facts.refused), None)
-        names = [facts.names for facts in part if facts.names is not None]
-        arrays |= packed_ids(np.concatenate(names) if names else None)
-        return {ABOUT: described(about), **arrays, **{f"{NUMBERS}{name}": v for name, v in numbers.items()}}
+        return packed_tile(part)
 
     def unpack(self, values: Mapping[str, object]) -> list[dict[str, Any]]:
         return [dict(values)]
+
+
+def packed_tile(part: Sequence[RowFacts]) -> dict[str, Any]:
+    """What a tile is written from."""
+    if not part:
+        return {ABOUT: described({"rows": 0, "blocks": {}})}
+    about, arrays, numbers = joined([facts.packed for facts in _alike(part)])
+    about["refused"] = next((facts.refused for facts in part if facts.refused), None)
+    names = [facts.names for facts in part if facts.names is not None]
+    arrays |= packed_ids(np.concatenate(names) if names else None)
+    return {ABOUT: described(about), **arrays, **{f"{NUMBERS}{name}": v for name, v in numbers.items()}}
 
 
 def _alike(part: Sequence[RowFacts]) -> Sequence[RowFacts]:
@@ -424,7 +431,7 @@ def _self_scale(provider: StructuredGradientProvider, batch: Any) -> tuple[Any, 
         return None, str(error)
 
 
-def _key_arrays(keys: RowKeys) -> dict[str, np.ndarray]:
+def key_arrays(keys: RowKeys) -> dict[str, np.ndarray]:
     found = {"keys.content": keys.content, "keys.weighted": keys.weighted}
     return found if keys.ids is None else {**found, "keys.ids": keys.ids, "keys.shaped": keys.shaped}  # type: ignore
 
@@ -447,7 +454,7 @@ class KeptRows(Rows):
         self.like = accumulable(influence._like())
         self.layouts: dict[str, tuple[Layout, bool]] = {}
         for name, layout in influence.provider.layouts.items():
-            small = influence.curvature[name].stored_layout if projected else None
+            small = influence.block_mapper.operators[name].stored_layout if projected else None
             self.layouts[name] = (layout, False) if small is None else (small, True)
         self._matrix: tuple[Queries | None, np.ndarray | None] = (None, None)
 
