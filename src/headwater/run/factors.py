@@ -150,8 +150,8 @@ def keep_factors(
     mapper = influence.ready()
     if mapper.own_forms:
         raise InvalidSetting(
-            f"{influence.method.describe()} scores by a bilinear form of its own, not by <Op left, right>: there are no "
-            "factors that train rows could meet."
+            f"{influence.method.describe()} scores by a bilinear form of its own, not by <Op left, right>: there are "
+            "no factors that train rows could meet."
         )
     folder = SegmentFolder.at(store, KIND, _identity(influence, checked_dtype(dtype)), _tolerance(influence))
     rows = influence.query_rows(loader)
@@ -161,7 +161,8 @@ def keep_factors(
     wide = max(1, int(TILE_BYTES // max(1.0, size.bytes_per_row)))
     rows.runner, rows.passes = SharedSegments(tiles, influence._like(), worker, wide), 0
     with located():
-        folder.publish(0, sweep(influence.provider, rows, visitor, "query factors", progress))
+        found = sweep(influence.provider, rows, visitor, "query factors", progress)
+        folder.publish(0, found)
     return KeptFactors(folder)
 
 

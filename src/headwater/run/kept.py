@@ -380,8 +380,10 @@ class KeepRows(Visitor[PlacedBatch, list[Any], list[dict[str, Any]]]):
         new = np.flatnonzero(~self.known.has(item))
         if not len(new):
             return []
-        whole = len(new) == len(item.batch)
-        batch, keys = (item.batch, item.keys) if whole else (item.batch.take(new), item.keys.take(new))  # type: ignore
+        batch, keys = item.batch, item.keys
+        assert keys is not None
+        if len(new) < len(batch):
+            batch, keys = batch.take(new), keys.take(new)
         packed = self.packing.of(self.provider.grads(batch, weighted=False))
         packed.arrays.update(key_arrays(keys))
         weights, (scale, refused) = self.provider.row_weights(batch), _self_scale(self.provider, batch)

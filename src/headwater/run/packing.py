@@ -61,7 +61,8 @@ class Packing:
         """Errors: NonFiniteValue for what float32 does not hold, naming the row."""
         first = next(iter(grads.values()))
         found = Packed(first.rows, {}, {})
-        lost = size = 0.0
+        lost: Any = 0.0
+        size: Any = 0.0
         for number, (name, value) in enumerate(grads.items()):
             value = self.operators[name].stored(value) if self.operators else value
             parts = []

@@ -133,7 +133,7 @@ class GroupSink(Sink):
             raise InvalidSetting(f"of is {of!r}; expected 'sum' or 'mean'.")
         self.k, self.query_ids, self.of = checked_k(k), query_ids, of
         self.labels: Any = labels if isinstance(labels, Mapping) else np.asarray(labels)
-        if not isinstance(labels, Mapping) and self.labels.ndim != 1:
+        if not isinstance(self.labels, Mapping) and self.labels.ndim != 1:
             raise InvalidInput(f"groups has shape {self.labels.shape}; expected one label for each train row.")
         self._number: dict[Any, int] = {}
         self._first: list[int] = []
