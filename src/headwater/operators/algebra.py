@@ -114,6 +114,13 @@ class LinearOperator(Operator[Array, BilinearForm]):
         """Of what `stored` gives, where that is another space than the block's own; None where it is not."""
         return None
 
+    def kept_sides(self, queries: BlockGradient) -> tuple[LinearOperator, LinearOperator]:
+        """What query gradients go through to be kept, and what rows do that were `stored`, or are to be."""
+        if self.stored_layout is None:
+            return self, IdentityOperator(self.input_size)
+        # In the smaller space; of a projection the sides depend neither on the queries nor on their number.
+        return self.block_sides(queries, 1.0)
+
     def lifted(self, flat: Array) -> Array:
         """Vectors of the space of `stored_layout` in the block's own: (K, small D) to (K, D)."""
         return flat

@@ -18,9 +18,9 @@ from headwater.gradients.provider import BlockGradients
 from headwater.influence import ComposableInfluence
 from headwater.loaders.places import located
 from headwater.mapper import Queries
-from headwater.operators.algebra import IdentityOperator, LinearOperator
 from headwater.rows import PlacedBatch, Visitor, first_batch, sweep
 from headwater.run.attribute import Asked, ReadyQueries
+from headwater.run.identity import fit_identity, fit_tolerance
 from headwater.run.kept import TILE_BYTES, RowFacts, SharedSegments, key_arrays, keys_of, packed_tile
 from headwater.run.packing import Packing, unpacked
 from headwater.run.rows import distinct
@@ -30,8 +30,6 @@ from headwater.store.segments import checked_dtype
 from headwater.types import InfluenceMode
 
 KIND = "factors of query rows"
-FRACTIONS = {"bfloat16": 0.01, "float16": 0.002}
-"""How far damping and curvature may be off, relative, in a fit of the same rows: by the model's dtype; else 1e-4."""
 
 
 class KeptFactors:
@@ -88,7 +86,12 @@ class KeptFactors:
     def query_rows(self, influence: ComposableInfluence) -> KeptQueries:
         """The rows, for a run of this influence. Errors: as use."""
         influence.ready()
-        refuse_others(self.path, self.identity, _identity(influence, self.identity["dtype"]), _tolerance(influence))
+        refuse_others(
+            self.path,
+            self.identity,
+            {**fit_identity(influence), "dtype": self.identity["dtype"]},
+            fit_tolerance(influence),
+        )
         return KeptQueries(influence, self._folder)
 
     def by_block(self, influence: ComposableInfluence) -> OrderedDict[str, Array]:
@@ -128,7 +131,7 @@ class KeptQueries(ReadyQueries):
         segments = [self.folder.segment(entry) for entry in entries]
         tiles = [unpacked(segment, layouts, like) for segment in segments]
         left = OrderedDict((name, stack([tile[name] for tile in tiles])) for name in layouts)
-        right = {name: _sides(operators[name], tiles[0])[1] for name in layouts}
+        right = {name: operators[name].kept_sides(left[name])[1] for name in layouts}
         ids = np.concatenate([self.folder.names(e, s) for e, s in zip(entries, segments, strict=True)])
         known = self.influence.fitted_keys
         fitted = known is not None and all(bool(keys_of(segment).among(known).all()) for segment in segments)
@@ -153,7 +156,9 @@ def keep_factors(
             f"{influence.method.describe()} scores by a bilinear form of its own, not by <Op left, right>: there are "
             "no factors that train rows could meet."
         )
-    folder = SegmentFolder.at(store, KIND, _identity(influence, checked_dtype(dtype)), _tolerance(influence))
+    folder = SegmentFolder.at(
+        store, KIND, {**fit_identity(influence), "dtype": checked_dtype(dtype)}, fit_tolerance(influence)
+    )
     rows = influence.query_rows(loader)
     tiles = folder.tiles(0, checked_dtype(dtype), "")
     visitor = KeepFactors(influence)
@@ -177,7 +182,7 @@ class KeepFactors(Visitor[PlacedBatch, list[Any], list[dict[str, Any]]]):
         grads = provider.grads(batch, query=True)
         found: BlockGradients = OrderedDict()
         for name, value in grads.items():
-            left, _ = _sides(self.operators[name], grads, name)
+            left, _ = self.operators[name].kept_sides(value)
             found[name] = left.apply_block(left.seen(value))
         return found
 
@@ -199,31 +204,3 @@ class KeepFactors(Visitor[PlacedBatch, list[Any], list[dict[str, Any]]]):
 
     def unpack(self, values: Mapping[str, object]) -> list[dict[str, Any]]:
         return [dict(values)]
-
-
-def _sides(
-    operator: LinearOperator, grads: BlockGradients, name: str | None = None
-) -> tuple[LinearOperator, LinearOperator]:
-    """What query gradients go through, and what train rows do: in the small space, where they meet in one."""
-    if operator.stored_layout is None:
-        return operator, IdentityOperator(operator.input_size)
-    # Of a projection the sides depend on neither the gradients nor their number.
-    return operator.block_sides(grads[name or next(iter(grads))], 1.0)
-
-
-def _identity(influence: ComposableInfluence, dtype: str) -> dict[str, Any]:
-    fit = influence.identity()
-    return {
-        **{name: fit[name] for name in ("method", "loss", "architecture", "fingerprint", "blocks")},
-        "views": list(influence.provider.views),
-        "precision": influence.source.dtype,
-        "explained": influence.explained,
-        "curvature": {name: float(op.mean_eigenvalue()) for name, op in influence.curvature.items()},
-        "damping": influence.absolute_damping,
-        "n_train": float(influence.n_train),
-        "dtype": dtype,
-    }
-
-
-def _tolerance(influence: ComposableInfluence) -> float:
-    return FRACTIONS.get(influence.source.dtype, 1e-4)

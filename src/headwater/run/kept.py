@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from headwater.loaders.places import Place, here, located, move_to
 from headwater.mapper import Queries
 from headwater.progress import track
 from headwater.rows import Each, PlacedBatch, Rows, Visitor, first_batch, sweep
+from headwater.run.index import KeptIndex, make_index
 from headwater.run.packing import FLAT, Packed, Packing, described, is_flat, joined, unpacked
 from headwater.run.runners import shared
 from headwater.store.kept import ABOUT, NUMBERS, Entry, Manifest, SegmentFolder, TileFiles, refuse_others
@@ -165,6 +166,23 @@ class KeptGradients:
         return self._folder.check(drop)
 
     # Use --------------------------------------------------------------------------------------------------------------
+
+    def index(
+        self,
+        influence: ComposableInfluence,
+        path: str | os.PathLike[str],
+        factory: str = "Flat",
+        progress: bool = False,
+    ) -> KeptIndex:
+        """The rows, gone through the operator once, in an index by inner product in a folder (needs FAISS).
+
+        factory: its kind in FAISS's words: "Flat" looks at all, "HNSW32" or "IVF256,Flat" at some (an IVF learns from
+        the first tile). It holds float32 vectors in memory: of the projected numbers where the method projects, else
+        of all parameters. It is good for this fit at this damping, and for the store as it is now.
+        Errors: as use; MissingExtra; InvalidSetting; AlreadySaved; NotWritten.
+        """
+        with influence.source.own_precision(), located():
+            return make_index(influence, self, path, factory, progress)
 
     def train_rows(self, influence: ComposableInfluence) -> KeptRows:
         """The rows, for a run of this influence. Errors: as use."""
@@ -450,9 +468,16 @@ def keys_of(segment: Segment) -> RowKeys:
 class KeptRows(Rows):
     """Rows of a store, for a run: what a loader's are, without inputs and targets."""
 
-    def __init__(self, influence: ComposableInfluence, folder: SegmentFolder, projected: bool):
+    def __init__(
+        self,
+        influence: ComposableInfluence,
+        folder: SegmentFolder,
+        projected: bool,
+        manifest: Manifest | None = None,
+    ):
         super().__init__(influence.source, (), "train")
-        self.folder, self.manifest = folder, folder.complete()
+        self.folder, self.manifest = folder, folder.complete() if manifest is None else manifest
+        self._of = influence, projected
         self.like = accumulable(influence._like())
         self.layouts: dict[str, tuple[Layout, bool]] = {}
         for name, layout in influence.provider.layouts.items():
@@ -462,6 +487,16 @@ class KeptRows(Rows):
 
     def glance(self) -> None:
         """Segments do not change."""
+
+    def only(self, rows: Mapping[str, Sequence[int]]) -> KeptRows:
+        """Of each file, these rows alone: all others are left out as deleted ones are."""
+        entries = tuple(
+            replace(entry, gone=np.setdiff1d(np.arange(entry.rows), rows[entry.file]).tolist())
+            for entry in self.manifest.entries
+            if entry.file in rows
+        )
+        influence, projected = self._of
+        return KeptRows(influence, self.folder, projected, replace(self.manifest, entries=entries))
 
     def pieces(self, what: str, show: bool) -> Iterator[PlacedBatch]:
         """Errors: DamagedFile; InvalidInput if there are no rows."""
