@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 import headwater as hw
-from headwater.errors import BatchMismatch
+from headwater import rows
+from headwater.errors import BatchMismatch, InvalidInput, NonFiniteValue
+from headwater.loaders.places import located
 from headwater.rows import Each, Rows, Total, fold, serial, sweep
 from headwater.torch import TorchBatch, TorchComposableInfluence
 
@@ -136,3 +138,82 @@ def test_two_visitors_of_a_pass_share_its_gradients():
 def test_a_pass_without_rows_is_refused():
     with pytest.raises(BatchMismatch, match="no rows"):
         fold(Total(len), [])
+
+
+# Batches that are joined, and cut ------------------------------------------------------------------------------------
+
+
+def pieces(loader, few=64, tile=None, **options):
+    provider = influence(hw.GradDot(), **options).provider
+    rows.FEW, before = few, rows.FEW
+    try:
+        return sweep(provider, Rows(provider, loader, tile=tile), Each(lambda piece: piece), "rows")
+    finally:
+        rows.FEW = before
+
+
+@pytest.mark.parametrize(
+    ("few", "tile", "sizes"),
+    [
+        (64, None, [11]),
+        (5, None, [4, 5, 2]),
+        (4, None, [4, 5, 2]),
+        (64, 4, [4, 4, 3]),
+        (64, 6, [6, 5]),
+        (1, 6, [3, 1, 2, 3, 2]),
+        (64, 100, [11]),
+        (3, 2, [2, 2, 2, 2, 2, 1]),
+    ],
+)
+def test_small_batches_are_joined_and_none_crosses_a_tile(few, tile, sizes):
+    found = pieces(TRAIN, few, tile)
+    assert [len(piece.batch) for piece in found] == sizes
+    assert [piece.start for piece in found] == np.cumsum([0, *sizes])[:-1].tolist()
+    assert torch.equal(torch.cat([piece.batch.x for piece in found]), X)
+    assert torch.equal(torch.cat([piece.batch.weights for piece in found]), 1.0 + X[:, 0] ** 2)
+    whole = pieces([TorchBatch(X, Y, weights=1.0 + X[:, 0] ** 2)])[0].keys
+    for name in ("content", "weighted"):
+        np.testing.assert_array_equal(np.concatenate([getattr(p.keys, name) for p in found]), getattr(whole, name))
+
+
+def test_joined_rows_keep_their_ids():
+    (found,) = pieces([TorchBatch(X[cut], Y[cut], ids=[f"row {n}" for n in range(11)[cut]]) for cut in CUTS])
+    assert found.names.tolist() == [f"row {n}" for n in range(11)]
+    alone = pieces([TorchBatch(X, Y, ids=[f"row {n}" for n in range(11)])])[0].keys
+    for name in ("ids", "shaped"):
+        np.testing.assert_array_equal(getattr(found.keys, name), getattr(alone, name))
+
+
+def test_batches_that_do_not_fit_together_stay_apart():
+    mixed = [TorchBatch(X[:3], Y[:3]), TorchBatch(X[3:5], Y[3:5], ids=[1, 2]), TorchBatch(X[5:], Y[5:])]
+    assert [len(piece.batch) for piece in pieces(mixed)] == [3, 2, 6]
+
+
+def test_what_is_wrong_in_a_joined_batch_is_said_of_its_own_row(monkeypatch):
+    monkeypatch.setattr(rows, "FEW", 64)
+    bad = X.clone()
+    bad[7, 2] = np.nan
+    with pytest.raises(NonFiniteValue, match=r"Train rows, batch 2, row 3 \(row 7 of the loader\)"):
+        influence(hw.Kfac()).fit([(bad[cut], Y[cut]) for cut in CUTS])
+    with (
+        located(),
+        pytest.raises(InvalidInput, match=r"Train rows, batches 0 to 3 \(rows 0 to 10 of the loader\): ValueError: no"),
+        located(),
+    ):
+        fitted = influence(hw.GradDot())
+        sweep(fitted.provider, fitted.train_rows(TRAIN), Each(raise_no), "rows")
+
+
+def raise_no(piece):
+    raise ValueError("no")
+
+
+@pytest.mark.filterwarnings("ignore::headwater.errors.NotConverged")  # few steps of LiSSA
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.describe())
+def test_joined_batches_give_the_same_scores(method, monkeypatch):
+    def scores():
+        return influence(method).fit(TRAIN).attribute(TRAIN, QUERIES).values
+
+    apart = scores()
+    monkeypatch.setattr(rows, "FEW", 64)
+    np.testing.assert_allclose(scores(), apart, rtol=1e-5, atol=1e-6 * abs(apart).max())

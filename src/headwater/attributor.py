@@ -16,7 +16,7 @@ from headwater.influence import ComposableInfluence, in_own_precision
 from headwater.loaders.places import located
 from headwater.methods.damping import Damping
 from headwater.rows import Rows, Runner
-from headwater.types import TensorType
+from headwater.types import InfluenceMode, TensorType
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from headwater.run.verification import Verification
     from headwater.status import Status
     from headwater.store.diagnosis import Diagnosis
+    from headwater.store.plan import Plan
     from headwater.store.scores import Scores, TopK
 
 
@@ -42,6 +43,7 @@ class Attributor(ComposableInfluence[TensorType]):
         *,
         progress: bool = False,
         runner: Runner | None = None,
+        tile: int | None = None,
         store: str | os.PathLike[str] | None = None,
         worker: tuple[int, int] = (0, 1),
     ) -> Self:
@@ -54,7 +56,8 @@ class Attributor(ComposableInfluence[TensorType]):
         little, and each worker does. The loader gives its rows in one order. See `headwater.run.runners.shared`.
         Errors: InvalidInput for a folder of another fit; InvalidSetting for workers without a folder.
         """
-        from headwater.run.runners.shared import SharedFolder, check_worker
+        from headwater.run.runners import shared
+        from headwater.run.runners.turns import check_worker
 
         check_worker(worker, store)
         if store is not None:
@@ -65,8 +68,8 @@ class Attributor(ComposableInfluence[TensorType]):
             belongs = {name: known[name] for name in ("method", "loss", "architecture", "fingerprint")}
             blocks = {name: block["parameters"] for name, block in known["blocks"].items()}
             belongs |= {"blocks": blocks, "dtype": self.source.dtype}
-            runner = SharedFolder(store, belongs, self._like(), worker)
-        return super().fit(loader, progress=progress, runner=runner)
+            runner, tile = shared.SharedFolder(store, belongs, self._like(), worker), shared.ROWS
+        return super().fit(loader, progress=progress, runner=runner, tile=tile)
 
     @property
     def calibration(self) -> Calibration | None:
@@ -114,25 +117,53 @@ class Attributor(ComposableInfluence[TensorType]):
         *,
         unit: str = "influence",
         by_block: bool = False,
+        mode: InfluenceMode | str = InfluenceMode.Up,
         store: str | os.PathLike[str] | None = None,
-        progress: bool = False,
+        memory: int | str | None = None,
         worker: tuple[int, int] = (0, 1),
+        append: bool = False,
+        progress: bool = False,
     ) -> Scores:
         """Scores of all train rows on all query rows, labelled: every row goes through the model once.
 
         unit: "influence" (what `influences` gives), or "removal" (that over n_train: the predicted increase of the
-        query's loss when the row is removed). by_block: keep each block's share. store: a folder where finished tiles
-        are kept, so that the same call goes on where a stopped one ended. worker: (number from 0, how many), of
-        processes that make the same call with the same store: each computes its share of the batches, then what the
-        others have not done, and returns all scores; their `diagnosis` does not say whether the weights are a minimum.
-        """
-        from headwater.run.attribute import attribute
+        query's loss when the row is removed). by_block: keep each block's share. mode: "up", or "perturbation": values
+        are then [query, train, *x_shape].
 
+        store: a folder where finished tiles are kept, so that the same call goes on where a stopped one ended; scores
+        then stay there, and are read when they are asked for. append: the loader has more rows than the finished run
+        in the folder, at its end; only they are computed. memory: bytes that this process may hold in all (also
+        "2GiB"); tiles are made as small as that takes. worker: (number from 0, how many), of processes that make the
+        same call with the same store: each computes its share of the tiles, then what nobody else is at, and returns
+        all scores.
+        Errors: InvalidInput for a folder of another run, or other rows; InvalidSetting for too little memory.
+        """
+        from headwater.run.attribute import Kept, attribute
+
+        kept = Kept(store, memory, worker, append)
         with self._recorded():
             train, query = self._scored(train_loader), self._explained(query_loader)
-            return attribute(
-                self, train, query, unit=unit, by_block=by_block, store=store, progress=progress, worker=worker
-            )
+            return attribute(self, train, query, unit=unit, by_block=by_block, mode=mode, progress=progress, kept=kept)
+
+    @in_own_precision
+    def plan(
+        self,
+        train_loader: Iterable[object],
+        query_loader: Iterable[object],
+        *,
+        by_block: bool = False,
+        memory: int | str | None = None,
+    ) -> Plan:
+        """Which tiles `fit(store=)` and `attribute(store=, memory=)` are made of, before anything is computed.
+
+        Plain data, the same for any number of workers; `print` says how many, `save` keeps it as JSON. Loaders are read
+        once to count their rows. Errors: InvalidSetting for too little memory.
+        """
+        from headwater.run.plan import plan
+
+        with located():
+            train, query = self.train_rows(train_loader), self.query_rows(query_loader)
+            return plan(self, train, query, by_block=by_block, memory=memory)
 
     @in_own_precision
     def top(
@@ -142,43 +173,52 @@ class Attributor(ComposableInfluence[TensorType]):
         k: int,
         *,
         unit: str = "influence",
-        progress: bool = False,
         store: str | os.PathLike[str] | None = None,
+        memory: int | str | None = None,
+        worker: tuple[int, int] = (0, 1),
+        append: bool = False,
+        progress: bool = False,
         queries_as: str = "each",
         groups: Sequence[Any] | Mapping[Any, Any] | None = None,
         of: str = "sum",
     ) -> TopK:
         """The k most helpful and the k most harmful train rows of each query, without the matrix of scores in memory.
 
-        store: as in `attribute`; the folder is one run for both. queries_as: "each" query by itself, or all of them as
-        one, their "mean" or "sum", which is then its name. groups: a label for each train row (by source, author, ...),
-        in the loader's order, or a mapping from what rows are called; the result then names groups, by the "sum" or the
-        "mean" (`of`) of their rows' scores. Errors: InvalidSetting; InvalidInput for labels that do not fit the rows.
-        """
-        from headwater.run.attribute import top
+        store, memory, worker, append: as in `attribute`; the folder is one run for both.
 
+        queries_as: "each" query by itself, or all of them as one, their "mean" or "sum", which is then its name.
+        groups: a label for each train row (by source, author, ...), in the loader's order, or a mapping from what rows
+        are called; the result then names groups, by the "sum" or the "mean" (`of`) of their rows' scores.
+        Errors: InvalidSetting; InvalidInput for labels that do not fit the rows.
+        """
+        from headwater.run.attribute import Kept, top
+        from headwater.run.ranking import Ranking
+
+        kept, ranking = Kept(store, memory, worker, append), Ranking(k, queries_as, groups, of)
         with self._recorded():
             train, query = self._scored(train_loader), self._explained(query_loader)
-            return top(
-                self,
-                train,
-                query,
-                k,
-                unit=unit,
-                progress=progress,
-                store=store,
-                queries_as=queries_as,
-                groups=groups,
-                of=of,
-            )
+            return top(self, train, query, k, unit=unit, progress=progress, kept=kept, ranking=ranking)
 
     @in_own_precision
-    def self_influence(self, train_loader: Iterable[object], *, progress: bool = False) -> np.ndarray:
-        """<Op g_n, g_n> for each row, without the N x N matrix: [n]."""
-        from headwater.run.attribute import self_influence
+    def self_influence(
+        self,
+        train_loader: Iterable[object],
+        *,
+        store: str | os.PathLike[str] | None = None,
+        memory: int | str | None = None,
+        worker: tuple[int, int] = (0, 1),
+        append: bool = False,
+        progress: bool = False,
+    ) -> np.ndarray:
+        """<Op g_n, g_n> for each row, without the N x N matrix: [n].
 
+        store, memory, worker, append: as in `attribute`.
+        """
+        from headwater.run.attribute import Kept, self_influence
+
+        kept = Kept(store, memory, worker, append)
         with self._recorded():
-            return self_influence(self, self._scored(train_loader), progress=progress)
+            return self_influence(self, self._scored(train_loader), progress=progress, kept=kept)
 
     def _scored(self, loader: Iterable[object]) -> Rows:
         """Train rows that need only be scored: a loader's, or kept gradients. Errors: as `KeptGradients`."""
@@ -254,18 +294,23 @@ class Attributor(ComposableInfluence[TensorType]):
         query_loader: Iterable[object],
         groups: Iterable[object] | None = None,
         *,
+        store: str | os.PathLike[str] | None = None,
+        worker: tuple[int, int] = (0, 1),
         progress: bool = False,
     ) -> np.ndarray:
         """The rise of each query's loss when a row, or a group, is removed: [q, n] or [q, groups].
 
         Score / n_train, and what the removed rows' own curvature adds: one Newton step without them. groups: for each
-        its rows' positions in the loader, or ids where batches carry them. See `headwater.run.removal`.
+        its rows' positions in the loader, or ids where batches carry them. store, worker: as in `attribute`; of groups,
+        those that are complete are kept. See `headwater.run.removal`.
         """
+        from headwater.run.attribute import Kept
         from headwater.run.removal import removal
 
+        kept = Kept(store, None, worker)
         with self._recorded():
             train, query = self.train_rows(train_loader), self.query_rows(query_loader)
-            return removal(self, train, query, groups, progress=progress)
+            return removal(self, train, query, groups, progress=progress, kept=kept)
 
     @in_own_precision
     def calibrate(

@@ -116,15 +116,23 @@ class ComposableInfluence(ABC, Generic[TensorType]):
     # Fitting ------------------------------------------------------------------------------------------------------
 
     @in_own_precision
-    def fit(self, loader: Iterable[object], *, progress: bool = False, runner: Runner | None = None) -> Self:
+    def fit(
+        self,
+        loader: Iterable[object],
+        *,
+        progress: bool = False,
+        runner: Runner | None = None,
+        tile: int | None = None,
+    ) -> Self:
         """Learn the curvature of the mean loss over the loader's rows; it gives (x, y) or batches, repeatably.
 
         runner: who visits which rows, and where (`headwater.rows`); None for this process, one batch after the other.
+        tile: rows that a runner takes by themselves: no piece has rows on both sides of a multiple of it.
         Errors: BatchMismatch, naming batch and row, if a later pass over the loader gives other rows than the first.
         """
         # Layer rules may turn out not to hold in the middle of a pass: what was summed so far has another form.
         while True:
-            rows = Rows(self.source, self._read_as(loader, "train"), runner=runner)
+            rows = Rows(self.source, self._read_as(loader, "train"), runner=runner, tile=tile)
             try:
                 with located():
                     curvature, weight = self.method.fit(self.provider, rows, progress)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from headwater.errors import InvalidSetting
@@ -68,3 +69,28 @@ def _free_in_group() -> float:
         return limit - used + float(kept.get("inactive_file", 0))
     except (OSError, ValueError):
         return math.inf
+
+
+def resident_memory() -> int:
+    """Bytes that this process holds now; 0 where the system does not say."""
+    return _of_process("VmRSS")
+
+
+@contextmanager
+def peak_memory() -> Iterator[Callable[[], int]]:
+    """What is called inside gives the bytes that the process held at most since; 0 where the system does not say.
+
+    On Linux. Of an accelerator's memory nothing is known here.
+    """
+    with suppress(OSError):  # "5" sets the mark of the highest water to where it is now
+        Path("/proc/self/clear_refs").write_text("5")
+    yield lambda: _of_process("VmHWM")
+
+
+def _of_process(name: str) -> int:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        found = next(line for line in lines if line.startswith(f"{name}:"))
+        return int(found.split()[1]) * 1024
+    except (OSError, StopIteration, ValueError, IndexError):
+        return 0

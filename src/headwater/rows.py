@@ -20,15 +20,18 @@ from headwater.errors import BatchMismatch
 from headwater.gradients.provider import BlockGradients, StructuredGradientProvider
 from headwater.loaders.batches import as_batch, check_loader
 from headwater.loaders.keys import RowKeys, RowMemory
-from headwater.loaders.places import Place, here, move_to, raise_at
+from headwater.loaders.places import JoinedPlace, Place, here, move_to, raise_at
 from headwater.progress import track
-from headwater.types import Batch
+from headwater.types import Batch, join
 
 Item = TypeVar("Item")
 Part = TypeVar("Part")
 Found = TypeVar("Found")
 OtherPart = TypeVar("OtherPart")
 OtherFound = TypeVar("OtherFound")
+
+FEW = 64
+"""Rows up to which batches are joined: below, what a call of a model costs by itself is most of its cost."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,9 +66,9 @@ class PlacedBatch:
         """Of all that is known of the rows: uint64 [n]."""
         return provider.content_keys(self.batch)
 
-    def unweighted_grads(self, provider: StructuredGradientProvider, rows: slice) -> BlockGradients:
-        """Gradients of a few of the rows, each with the weight of one."""
-        return provider.grads(self.batch.take(rows), weighted=False)
+    def unweighted_grads(self, provider: StructuredGradientProvider) -> BlockGradients:
+        """Gradients of the rows, each with the weight of one."""
+        return provider.grads(self.batch, weighted=False)
 
     def self_grads(self, provider: StructuredGradientProvider) -> BlockGradients:
         """As the provider's."""
@@ -74,6 +77,11 @@ class PlacedBatch:
     def scores(self, queries: Any, provider: StructuredGradientProvider, by_block: bool) -> list[Array]:
         """Scores of `mapper.Queries` on the rows, [q, n]: of each block, or terms that sum to those of all."""
         return list(queries.scores(self.grads(provider)).values())
+
+    def take(self, rows: slice) -> PlacedBatch:
+        """Some of the rows, one after the other."""
+        place = replace(self.place, offset=self.place.offset + rows.start)
+        return PlacedBatch(self.batch.take(rows), place, None if self.keys is None else self.keys.take(rows))
 
     def grads(self, provider: StructuredGradientProvider) -> BlockGradients:
         """The rows' weighted gradients: of several visitors that ask, the first computes them."""
@@ -247,7 +255,8 @@ class Rows(Iterable[Any]):
     """A loader, for one fit or run: every pass over it meets the same rows, or is refused.
 
     role: "train" or "query". memory: of what the same loader gave before, if it was read before. runner: of every pass
-    over it, which it is told the number of (`passes`); None for `serial`.
+    over it, which it is told the number of (`passes`); None for `serial`. tile: no piece of a pass has rows on both
+    sides of a multiple of it; None where there are no tiles.
     """
 
     def __init__(
@@ -257,8 +266,9 @@ class Rows(Iterable[Any]):
         role: str = "train",
         memory: RowMemory | None = None,
         runner: Runner | None = None,
+        tile: int | None = None,
     ):
-        self.provider, self.source, self.role, self.runner = provider, source, role, runner
+        self.provider, self.source, self.role, self.runner, self.tile = provider, source, role, runner, tile
         self.passes = 0
         self.memory = RowMemory() if memory is None else memory
 
@@ -282,6 +292,11 @@ class Rows(Iterable[Any]):
         if found:
             self.memory.end(found, self.role)
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether they come from a store of gradients, and not from a loader."""
+        return False
+
     def pieces(self, what: str, show: bool) -> Iterator[PlacedBatch] | None:
         """The rows as they are kept, in place of reading `source`; None for those that are read."""
         return None
@@ -291,6 +306,10 @@ class Rows(Iterable[Any]):
         keys = RowKeys.of(provider, batch)
         self.memory.compare(keys, place)
         return keys
+
+    def count(self) -> int:
+        """How many rows there are: known, or counted by reading the loader once, without the model."""
+        return self.memory.rows or sum(len(batch) for _, batch in _whole_batches(self.provider, self.source, self.role))
 
     def glance(self) -> None:
         """Look at the first rows, so that a loader that shuffles is noticed when they come again.
@@ -312,8 +331,8 @@ def sweep(
     what: str,
     show: bool = False,
 ) -> Found:
-    """Visit a loader's rows once: as the framework's batches, empty ones left out, large ones cut to what is taken at
-    once. what: the name of the pass on a progress bar, which `show` draws.
+    """Visit a loader's rows once: as the framework's batches, empty ones left out, small ones joined where they fit
+    together, large ones cut to what is taken at once. what: the name of the pass on a progress bar, which `show` draws.
 
     Errors: InvalidInput for what is no loader, can be read only once, or gives an item that is no batch; BatchMismatch
     for a loader without rows, and for `Rows` that are others than in an earlier pass; the visitor's own.
@@ -346,8 +365,9 @@ def first_batch(provider: StructuredGradientProvider, loader: Iterable[object]) 
     source = loader.source if isinstance(loader, Rows) else loader
     check_loader(source, "train")
     # Not compared and not remembered: a look must not use up what a pass will check.
-    _, batch = next(_whole_batches(provider, source, "train"))
-    return next(_pieces(provider, batch))[1]
+    place, batch = next(_whole_batches(provider, source, "train"))
+    found: Batch = next(_pieces(provider, PlacedBatch(batch, place, None))).batch
+    return found
 
 
 def _read(
@@ -356,31 +376,85 @@ def _read(
     known = loader if isinstance(loader, Rows) else None
     kept = None if known is None else known.pieces(what, show)
     if kept is not None:
-        yield from kept
+        for batch in kept:
+            yield from within_tiles(batch, known.tile if known else None)
         return
     role = "train" if known is None else known.role
     source: Iterable[object] = loader if known is None else known.source
     check_loader(source, role)
-    outer, found = here(), []
+    outer = here()
     # Layer rules are checked again on the first batch of every pass.
     provider.begin_pass()
     move_to(None)  # the loader's own errors are its own
-    for place, batch in _whole_batches(provider, track(source, what, show), role):
+    whole = _compared(provider, known, track(source, what, show), role)
+    for piece in _gathered(provider, whole, None if known is None else known.tile):
+        move_to(piece.place)
+        yield piece
+        # Between batches the loader works, and its errors are not about the last batch.
+        move_to(None)
+    move_to(outer)
+
+
+def _compared(
+    provider: StructuredGradientProvider, known: Rows | None, source: Iterable[object], role: str
+) -> Iterator[PlacedBatch]:
+    """The loader's batches; before they are visited, as wrong rows must not reach a sum."""
+    found = []
+    for place, batch in _whole_batches(provider, source, role):
         move_to(place)  # what is asked of the provider now is about this batch
-        # Before the visitor sees the batch: wrong rows must not reach a sum.
         keys = None if known is None else known.compared(provider, batch, place)
         if keys is not None:
             found.append(keys)
-        for rows, piece in _pieces(provider, batch):
-            part = replace(place, offset=rows.start) if rows.start else place
-            move_to(part)
-            yield PlacedBatch(piece, part, None if keys is None else keys.take(rows))
-        # Between batches the loader works, and its errors are not about the last batch.
         move_to(None)
+        yield PlacedBatch(batch, place, keys)
     if known is not None and found:
         # Only at the end of a whole pass: one that was broken off says nothing of how many rows there are.
         known.memory.end(found, role)
-    move_to(outer)
+
+
+def _gathered(
+    provider: StructuredGradientProvider, batches: Iterable[PlacedBatch], tile: int | None
+) -> Iterator[PlacedBatch]:
+    """Pieces to visit: a model's call for each row would be most of the cost, and a large batch may not fit."""
+    held: list[PlacedBatch] = []
+    count = 0
+    for batch in batches:
+        for part in within_tiles(batch, tile):
+            rows = len(part.batch)
+            if held and (rows >= FEW or (tile is not None and part.start % tile == 0)):
+                yield from _joined(provider, held)
+                held, count = [], 0
+            if rows >= FEW:
+                yield from _pieces(provider, part)
+                continue
+            held, count = [*held, part], count + rows
+            if count >= FEW:
+                yield from _joined(provider, held)
+                held, count = [], 0
+    yield from _joined(provider, held)
+
+
+def within_tiles(batch: PlacedBatch, tile: int | None) -> Iterator[PlacedBatch]:
+    """The rows, cut at the multiples of `tile`."""
+    rows = len(batch.batch)
+    if tile is None or batch.start % tile + rows <= tile:
+        yield batch
+        return
+    start = 0
+    while start < rows:
+        stop = min(rows, start + tile - (batch.start + start) % tile)
+        yield batch.take(slice(start, stop))
+        start = stop
+
+
+def _joined(provider: StructuredGradientProvider, held: list[PlacedBatch]) -> Iterator[PlacedBatch]:
+    batches = join([each.batch for each in held])
+    if len(batches) < len(held):
+        place = JoinedPlace.of([(each.place, len(each.batch)) for each in held])
+        keys = [each.keys for each in held if each.keys is not None]
+        held = [PlacedBatch(batches[0], place, RowKeys.joined(keys) if len(keys) == len(held) else None)]
+    for each in held:
+        yield from _pieces(provider, each)
 
 
 def _again(pieces: Iterable[PlacedBatch], what: str, show: bool) -> Iterator[PlacedBatch]:
@@ -414,14 +488,15 @@ def _placed_batch(provider: StructuredGradientProvider, item: object, place: Pla
         raise
 
 
-def _pieces(provider: StructuredGradientProvider, batch: Batch) -> Iterator[tuple[slice, Any]]:
-    """The batch, or nearly equal pieces of it that the provider takes at once; and which rows they are."""
-    pieces = -(-len(batch) // max(1, provider.rows_at_once(batch)))
+def _pieces(provider: StructuredGradientProvider, batch: PlacedBatch) -> Iterator[PlacedBatch]:
+    """The rows as they are, or as nearly equal pieces that the provider takes at once."""
+    rows = len(batch.batch)
+    move_to(batch.place)
+    pieces = -(-rows // max(1, provider.rows_at_once(batch.batch)))
     if pieces == 1:
-        yield slice(0, len(batch)), batch
+        yield batch
         return
     # Nearly equal pieces, without a last one of a few rows.
-    step = -(-len(batch) // pieces)
-    for start in range(0, len(batch), step):
-        rows = slice(start, min(start + step, len(batch)))
-        yield rows, batch.take(rows)
+    step = -(-rows // pieces)
+    for start in range(0, rows, step):
+        yield batch.take(slice(start, min(start + step, rows)))

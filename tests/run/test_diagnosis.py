@@ -12,7 +12,7 @@ from torch import nn
 from truth import fitted as fitted_case
 
 import headwater as hw
-from headwater.errors import InvalidSetting
+from headwater.errors import InvalidInput, InvalidSetting
 from headwater.operators.krylov import KrylovSpace
 from headwater.operators.sketch import estimate_spectra
 from headwater.operators.spectrum import Spectrum
@@ -187,8 +187,10 @@ class Stopping:
 
 
 @pytest.fixture
-def stopped(tmp_path):
+def stopped(tmp_path, monkeypatch):
     """An influence, a folder with half a run, and what a whole run finds."""
+    monkeypatch.setattr("headwater.run.plan.FEWEST", 5)
+    monkeypatch.setattr("headwater.run.plan.ROWS", 5)
     influence = fitted(hw.Ekfac())
     with pytest.raises(KeyboardInterrupt):
         influence.attribute(Stopping(2), QUERY, store=tmp_path / "run")
@@ -206,7 +208,7 @@ def test_a_run_that_goes_on_knows_all_rows_of_those_before(stopped):
 @pytest.mark.parametrize("damage", ["removed", "torn", "flipped", "empty"])
 def test_sums_that_are_lost_cost_only_their_computation(stopped, damage):
     influence, folder, whole = stopped
-    file = folder / "sums.npz"
+    (file,) = folder.glob("sums-*.npz")
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     damaged = {"torn": bytes(content[:60]), "flipped": bytes(content), "empty": b""}
@@ -223,7 +225,7 @@ def test_sums_that_are_lost_cost_only_their_computation(stopped, damage):
 @pytest.mark.parametrize("lost", [[0], [1], [0, 1]])
 def test_a_tile_that_is_lost_and_computed_again_counts_once(stopped, lost):
     influence, folder, whole = stopped
-    ledger = folder / "ledger.jsonl"
+    (ledger,) = folder.glob("ledger-*.jsonl")
     lines = ledger.read_text().splitlines()
     ledger.write_text("".join(f"{line}\n" for k, line in enumerate(lines) if k not in lost))
     found = influence.attribute(TRAIN, QUERY, store=folder).diagnosis
@@ -233,13 +235,16 @@ def test_a_tile_that_is_lost_and_computed_again_counts_once(stopped, lost):
 
 def test_rows_of_other_tiles_are_not_counted_when_fewer_are_asked(stopped):
     influence, folder, whole = stopped
+    with pytest.raises(InvalidInput, match="other rows at 5 to 8"):  # these are fewer than are there
+        influence.attribute(TRAIN[:1], QUERY, store=folder)
+    folder = folder.parent / "another"
     found = influence.attribute(TRAIN[:1], QUERY, store=folder).diagnosis
     assert_same(found.stationarity, influence.attribute(TRAIN[:1], QUERY).diagnosis.stationarity)
-    assert_same(influence.attribute(TRAIN, QUERY, store=folder).diagnosis.stationarity, whole.stationarity)
+    found = influence.attribute(TRAIN, QUERY, store=folder, append=True).diagnosis
+    assert_same(found.stationarity, whole.stationarity)
 
 
-def test_sums_over_other_tiles_than_those_of_this_run_are_not_used(stopped):
-    """The first tile is the same; the second and third begin and end elsewhere."""
+def test_rows_in_other_batches_are_the_same_tiles(stopped):
     influence, folder, whole = stopped
     rows = [torch.cat([batch[k] for batch in TRAIN]) for k in (0, 1)]
     other = [(rows[0][a:b], rows[1][a:b]) for a, b in ((0, 8), (8, 13), (13, 30))]

@@ -229,7 +229,7 @@ def test_opening_needs_no_model_and_folders_may_move(tmp_path):
     with pytest.raises(NotSaved, match="no gradients of train rows"):
         hw.KeptGradients.open(tmp_path / "kept")
     influence(hw.Kfac()).fit(PLAIN, store=tmp_path / "fit")
-    with pytest.raises(NotSaved, match="it holds sums"):
+    with pytest.raises(NotSaved, match="it holds fit"):
         hw.KeptGradients.open(tmp_path / "fit")
 
 

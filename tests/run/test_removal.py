@@ -558,3 +558,32 @@ def test_groups_may_be_sets_and_masks_are_refused() -> None:
     )
     with pytest.raises(InvalidInput, match="mask"):
         influence.removal(loader, loader, groups=[np.arange(6) < 2])
+
+
+# In a folder ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("groups", [None, [[0, 3], [1], [2, 9, 4]]], ids=["rows", "groups"])
+def test_removal_in_a_folder_is_that_in_memory_and_goes_on(groups, tmp_path, monkeypatch):
+    monkeypatch.setattr("headwater.run.plan.FEWEST", 4)
+    monkeypatch.setattr("headwater.run.plan.ROWS", 4)
+    influence, train, query = stored_case()
+    expected = influence.removal(train, query, groups)
+    for worker in ((1, 2), (0, 2), (0, 1)):
+        found = influence.removal(train, query, groups, store=tmp_path / "run", worker=worker)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+    with monkeypatch.context() as patch:
+        patch.setattr("headwater.store.tiles.TileStore.write", None)
+        patch.setattr("headwater.store.parts.PartStore.write", None)
+        np.testing.assert_array_equal(influence.removal(train, query, groups, store=tmp_path / "run"), found)
+    with pytest.raises(InvalidInput, match="damping was"):
+        influence.with_damping(0.7).removal(train, query, groups, store=tmp_path / "run")
+
+
+def stored_case():
+    torch.manual_seed(0)
+    x, y = torch.randn(14, 3, dtype=torch.float64), torch.arange(14) % 2
+    model = torch.nn.Linear(3, 2).double()
+    train = [(x[:5], y[:5]), (x[5:], y[5:])]
+    influence = TorchComposableInfluence(model, torch.nn.CrossEntropyLoss(), hw.Direct("ggn"), damping=0.5).fit(train)
+    return influence, train, [(x[:3] + 0.1, y[:3])]

@@ -17,7 +17,9 @@ from torch import nn
 import headwater as hw
 from headwater.errors import BatchMismatch, InvalidInput, InvalidSetting
 from headwater.rows import serial
-from headwater.run.runners import shared
+from headwater.run import plan
+from headwater.run.runners import shared, turns
+from headwater.store.claims import Claims
 from headwater.store.draft import HOST
 from headwater.store.tiles import TileStore
 from headwater.torch import TorchBatch, TorchComposableInfluence
@@ -47,6 +49,8 @@ ALONE = [hw.Cg(), hw.Dual(), hw.Nystroem(rank=3)]
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     monkeypatch.setattr(shared, "ROWS", 8)
+    monkeypatch.setattr(plan, "ROWS", 4)
+    monkeypatch.setattr(plan, "FEWEST", 4)
 
 
 def influence(method, scale=1.0, **options):
@@ -110,13 +114,11 @@ def test_other_frameworks_and_several_models_share_a_fit(make, tmp_path):
 
 def test_who_reads_past_a_claim_gives_no_sign_of_life_for_its_owner(tmp_path, monkeypatch):
     """Else the claim of a dead worker on another machine would be kept alive by those who wait for it."""
-    touched, asked, claim = [], [], shared.PartStore.claim
-    monkeypatch.setattr(shared.PartStore, "touch", lambda self, name: touched.append(name[-1]))
-    monkeypatch.setattr(
-        shared.PartStore, "claim", lambda self, name: (name[-1] != "2" or len(asked) > 3) and claim(self, name)
-    )
-    monkeypatch.setattr(shared.PartStore, "is_free", lambda self, name: asked.append(name) or len(asked) > 3)
-    monkeypatch.setattr(shared, "POLL", 0.0)
+    touched, asked, claim = [], [], Claims.claim
+    monkeypatch.setattr(Claims, "touch", lambda self, name: touched.append(name[-1]))
+    monkeypatch.setattr(Claims, "claim", lambda self, name: (name[-1] != "2" or len(asked) > 3) and claim(self, name))
+    monkeypatch.setattr(Claims, "is_free", lambda self, name: asked.append(name) or len(asked) > 3)
+    monkeypatch.setattr(turns, "POLL", 0.0)
     influence(hw.Kfac()).fit(TRAIN, store=tmp_path / "fit")
     assert touched == [*"00113344", *"22"]  # two batches a tile, and those of tile 2 once it was free
 
@@ -148,14 +150,14 @@ def test_what_is_damaged_or_of_other_rows_is_computed_again(tmp_path):
 
 def test_another_fit_is_refused(tmp_path):
     influence(hw.Kfac()).fit(TRAIN, store=tmp_path / "fit")
-    with pytest.raises(InvalidInput, match="fingerprint differ"):
+    with pytest.raises(InvalidInput, match="another fit: fingerprint was"):
         influence(hw.Kfac(), scale=2.0).fit(TRAIN, store=tmp_path / "fit")
-    with pytest.raises(InvalidInput, match="method differ"):
+    with pytest.raises(InvalidInput, match="another fit: method was"):
         influence(hw.Ekfac()).fit(TRAIN, store=tmp_path / "fit")
-    with pytest.raises(InvalidInput, match="blocks differ"):  # of one shape, and other layers
+    with pytest.raises(InvalidInput, match="another fit: blocks was"):  # of one shape, and other layers
         influence(hw.Kfac(), blocks={"0": ["0.bias"]}).fit(TRAIN, store=tmp_path / "of one layer")
         influence(hw.Kfac(), blocks={"0": ["2.bias"]}).fit(TRAIN, store=tmp_path / "of one layer")
-    with pytest.raises(InvalidInput, match="another run"):
+    with pytest.raises(InvalidInput, match="a fit, and no run"):
         influence(hw.Kfac()).fit(TRAIN).attribute(TRAIN, QUERIES, store=tmp_path / "fit")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
@@ -214,9 +216,9 @@ def test_rows_in_another_order_are_refused_where_that_matters(tmp_path):
 
 
 def test_a_claim_of_the_living_is_theirs_and_one_of_the_dead_is_not(tmp_path, monkeypatch):
-    store = shared.PartStore(tmp_path / "fit", {})
+    store = Claims(tmp_path / "fit")
     assert store.claim("0-a/1") and not store.claim("0-a/1")
-    monkeypatch.setattr("headwater.store.parts.TOKEN", "0" * 8)  # another process
+    monkeypatch.setattr("headwater.store.claims.TOKEN", "0" * 8)  # another process
     store.release("0-a/1")
     assert not store.claim("0-a/1")
     claim = tmp_path / "fit" / "0-a" / "1.claim"
@@ -228,7 +230,7 @@ def test_a_claim_of_the_living_is_theirs_and_one_of_the_dead_is_not(tmp_path, mo
         assert store.is_free("0-a/1") == (content["host"] != "elsewhere")
     claim.write_text(json.dumps({"host": "elsewhere", "process": 1, "token": "x"}))
     assert not store.is_free("0-a/1")
-    monkeypatch.setattr("headwater.store.parts.PATIENCE", -1.0)
+    monkeypatch.setattr("headwater.store.claims.PATIENCE", -1.0)
     assert store.is_free("0-a/1")
 
 
@@ -248,9 +250,10 @@ WORKER = """
     import os, signal, sys, time
     sys.path.insert(0, sys.argv[1])
     import test_shared as here
+    from headwater import rows
     from headwater.run.runners import shared
     import headwater as hw
-    shared.ROWS = 8
+    rows.FEW, shared.ROWS = 1, 8
     folder, number, count, dies = sys.argv[2], *map(int, sys.argv[3:])
     written = shared.PartStore.write
     def write(self, name, rows, values):
@@ -309,9 +312,12 @@ SCORER = """
     import os, signal, sys
     sys.path.insert(0, sys.argv[1])
     import test_shared as here
+    from headwater import rows
+    from headwater.run import plan
     from headwater.store.tiles import TileStore
     import headwater as hw
     folder, number, count, dies = sys.argv[2], *map(int, sys.argv[3:])
+    rows.FEW, plan.FEWEST, plan.ROWS = 1, 4, 4
     written = TileStore.write
     def write(self, tile):
         write.count += 1

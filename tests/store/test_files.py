@@ -35,11 +35,19 @@ from headwater.gradients.identity import identity_of
 from headwater.jax import JaxComposableInfluence
 from headwater.sklearn import SklearnComposableInfluence
 from headwater.store import draft
+from headwater.store.plan import Sizes
 from headwater.store.tiles import TileStore
 from headwater.torch import TorchBatch, TorchComposableInfluence
 
 SUPPORT = str(Path(__file__).parents[1] / "support")
 FEW, MANY = (0.3, 0.77), tuple(np.linspace(0, 1, 60))
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Six rows a tile."""
+    monkeypatch.setattr("headwater.run.plan.FEWEST", 6)
+    monkeypatch.setattr("headwater.run.plan.ROWS", 6)
 
 
 # Artefacts: how to write one (two of a kind for 0 and 1), and how to read its numbers ---------------------------------
@@ -215,7 +223,7 @@ def test_what_was_saved_before_there_were_seals_is_said_to_be(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "identity.json").write_text('{"method": "Ekfac()"}')
     with pytest.raises(DamagedFile, match=r"before there were any.*Choose another folder"):
-        TileStore(tmp_path / "run", {"method": "Ekfac()"})
+        TileStore(tmp_path / "run", {"method": "Ekfac()"}, lambda: Sizes(3, 2))
     with pytest.raises(NotSaved, match="no scores at"):
         hw.Scores.open(tmp_path / "nowhere")
 
@@ -276,8 +284,8 @@ def test_what_words_do_not_tell_is_told_by_the_probe(method, tmp_path, monkeypat
     weights = torch.ones(11)
     weights[:6] = 0
     train = [TorchBatch(X, Y, weights=weights)]
-    told = attribute._identity
-    monkeypatch.setattr(attribute, "_identity", lambda *given: told(*given) | {"curvature": 0, "architecture": ""})
+    told = attribute.fit_identity
+    monkeypatch.setattr(attribute, "fit_identity", lambda *given: told(*given) | {"curvature": 0, "architecture": ""})
     one, two = (by_torch(method, damping=0.1, activation=kind).fit(TRAIN) for kind in (Halved, Doubled))
     one.attribute(train, QUERY, store=tmp_path / "run")
     with pytest.raises(InvalidInput, match="other scores than this call"):
@@ -382,19 +390,23 @@ def test_drafts_of_killed_saves_are_removed_by_the_next(tmp_path):
 def test_a_run_that_was_killed_while_it_wrote_goes_on_with_the_diagnosis_of_all_rows(tmp_path):
     code = """
         from damage import TRAIN, QUERY, by_torch
-        import headwater.store.tiles as tiles
-        take, seen = tiles._take_place, []
-        def stops(written, folder):
-            seen.append(folder)
+        from headwater.run import plan
+        from headwater.store import draft
+        plan.ROWS = plan.FEWEST = 6
+        replace, seen = os.replace, []
+        def stops(written, file):
+            if "/c/0/0/" in str(file):
+                seen.append(file)
             if len(seen) == 2:
                 os.kill(os.getpid(), 9)
-            take(written, folder)
-        tiles._take_place = stops
+            replace(written, file)
+        os.replace = stops
         by_torch().fit(TRAIN).attribute(TRAIN, QUERY, store=sys.argv[1])
     """
     killed(code, tmp_path / "run")
-    assert len((tmp_path / "run" / "ledger.jsonl").read_text().splitlines()) == 1
-    assert not (tmp_path / "run" / "sums.npz").exists()
+    (ledger,) = (tmp_path / "run").glob("ledger-*.jsonl")
+    assert len(ledger.read_text().splitlines()) == 1
+    assert not list((tmp_path / "run").glob("sums-*.npz"))
     write_run(tmp_path / "whole")
     expected = read_run(tmp_path / "whole")
     assert expected[2] == 11
@@ -407,7 +419,7 @@ def test_sums_are_kept_now_and_then_for_runs_that_are_killed(tmp_path, monkeypat
     monkeypatch.setattr("headwater.run.diagnosis.PAUSE", 0.0)
     monkeypatch.setattr("headwater.run.diagnosis.monotonic", iter(range(1000)).__next__)
     influence, kept = by_torch().fit(TRAIN), []
-    monkeypatch.setattr(TileStore, "write_sums", lambda self, tiles, sums: kept.append(len(tiles)))
+    monkeypatch.setattr(TileStore, "write_sums", lambda self, writer, tiles, sums: kept.append(len(tiles)))
     influence.attribute(TRAIN, QUERY, store=tmp_path / "run")
     assert kept == [1, 2]
 
@@ -441,12 +453,13 @@ def test_of_several_runs_at_once_one_has_the_folder(tmp_path):
         from headwater.errors import InvalidInput
         from headwater.evaluate.bank import Bank, Plan
         from headwater.store.base import Tile
+        from headwater.store.plan import Sizes
         from headwater.store.tiles import TileStore
         keys = np.arange(3, dtype=np.uint64)
         def open_run():
-            TileStore(folder / "run", {"run": k})
+            TileStore(folder / "run", {"run": k}, lambda: Sizes(3, 2))
         def probe():
-            TileStore(folder / "probed", {"run": 0}).probe(keys, np.full((1, 2, 3), k + 1.0))
+            TileStore(folder / "probed", {"run": 0}, lambda: Sizes(3, 2)).probe(keys, np.full((1, 2, 3), k + 1.0))
         def bank():
             Bank(folder / "bank", Plan(np.eye(4, dtype=bool), np.arange(4)[:, None]), 1, {"k": k})
         go()
@@ -466,16 +479,17 @@ def test_one_run_in_several_processes_at_once_is_one_run(tmp_path):
     code = """
         import numpy as np
         from headwater.store.base import Tile
+        from headwater.store.plan import Sizes
         from headwater.store.tiles import TileStore
         import zarr
         go()
-        store, keys = TileStore(folder / "run", {"run": 0}), np.arange(3, dtype=np.uint64)
+        store, keys = TileStore(folder / "run", {"run": 0}, lambda: Sizes(3, 2)), np.arange(3, dtype=np.uint64)
         for start in range(0, 12, 3):
             store.write(Tile(start, keys, keys + np.uint64(start), np.full((1, 2, 3), start, dtype=float)))
         print("done")
     """
     assert at_once(code, tmp_path / "f", 2) == ["done"] * 2
-    store = TileStore(tmp_path / "f" / "run", {"run": 0})
+    store = TileStore(tmp_path / "f" / "run", {"run": 0}, lambda: Sizes(3, 2))
     for start in range(0, 12, 3):
-        found = store.read(start, np.arange(start, start + 3, dtype=np.uint64))
+        found = store.read(start // 3, 0)
         np.testing.assert_array_equal(found, np.full((1, 2, 3), start))

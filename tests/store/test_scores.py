@@ -8,7 +8,10 @@ from hypothesis import strategies as st
 from headwater.errors import InvalidInput, InvalidSetting, NotSaved, ShapeMismatch
 from headwater.evaluate import Bank
 from headwater.store.folder import read_folder, write_folder
+from headwater.store.parts import PartStore
+from headwater.store.plan import Sizes
 from headwater.store.scores import Scores, TopKSink
+from headwater.store.tiles import TileStore
 
 VALUES = np.array([[3.0, -1.0, 2.0, 0.0, 2.0], [0.5, 0.5, -4.0, 9.0, -4.0]])
 QUERIES, TRAIN = np.array([70, 71]), np.array([10, 20, 30, 40, 50])
@@ -143,11 +146,13 @@ def test_the_top_of_nothing_are_refused():
 def test_a_folder_of_another_kind_is_called_what_it_is(tmp_path):
     write_folder(tmp_path / "fit", {"rows": 3}, {"a": np.zeros(2)})
     scores().save(tmp_path / "scores")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "identity.json").write_text("{}")
+    PartStore(tmp_path / "sums", {})
+    TileStore(tmp_path / "run", {}, lambda: Sizes(3, 2))
     with pytest.raises(NotSaved, match=r"no scores at .*fit; it is a saved fit, which influence\.load"):
         Scores.open(tmp_path / "fit")
-    with pytest.raises(NotSaved, match=r"no scores at .*run; it is the tiles of a run"):
+    with pytest.raises(NotSaved, match=r"no scores at .*sums; it holds a fit"):
+        Scores.open(tmp_path / "sums")
+    with pytest.raises(NotSaved, match=r"run in .* is not finished \(0 tiles are there\). Make the call that began it"):
         Scores.open(tmp_path / "run")
     with pytest.raises(NotSaved, match=r"no saved fit.*; it is saved scores, which hw\.Scores\.open"):
         read_folder(tmp_path / "scores")

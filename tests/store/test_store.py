@@ -14,14 +14,26 @@ import torch
 import headwater as hw
 from headwater.errors import BatchMismatch, InvalidInput, NotWritten
 from headwater.store.base import Tile
+from headwater.store.plan import Sizes
 from headwater.store.tiles import TileStore
 from headwater.testing import TileStoreContract
 from headwater.torch import TorchBatch, TorchComposableInfluence
 
 
 class TestTiles(TileStoreContract):
-    def open_store(self, path, identity):
-        return TileStore(path, identity)
+    def open_store(self, path, identity, sizes):
+        return TileStore(path, identity, lambda: sizes)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Six rows a tile."""
+    monkeypatch.setattr("headwater.run.plan.FEWEST", 6)
+    monkeypatch.setattr("headwater.run.plan.ROWS", 6)
+
+
+def lines(run):
+    return [json.loads(line) for file in sorted(run.glob("ledger-*.jsonl")) for line in file.read_text().splitlines()]
 
 
 @pytest.fixture
@@ -49,11 +61,11 @@ def test_a_stopped_run_goes_on_and_gives_the_same_scores(run, tmp_path):
     influence, loader, query = run
     with pytest.raises(KeyboardInterrupt):
         influence.attribute(Stopping(loader, 2), query, store=tmp_path / "run", by_block=True)
-    assert len((tmp_path / "run" / "ledger.jsonl").read_text().splitlines()) == 2
+    assert [line["tile"] for line in lines(tmp_path / "run")] == [0, 1]
     whole = influence.attribute(loader, query, by_block=True)
     influence.provider.grads, calls = _counted(influence.provider.grads)
     resumed = influence.attribute(loader, query, store=tmp_path / "run", by_block=True)
-    assert len(calls) == 1 + 2 + 1, "the queries, the two batches that were missing, and the probe"
+    assert len(calls) == 1 + 2 + 1, "the queries, the two tiles that were missing, and the probe"
     np.testing.assert_array_equal(resumed.values, whole.values)
     for name in whole.by_block:
         np.testing.assert_array_equal(resumed.by_block[name], whole.by_block[name])
@@ -72,11 +84,10 @@ def _counted(function):
 def test_a_torn_ledger_line_is_computed_again(run, tmp_path):
     influence, loader, query = run
     whole = influence.attribute(loader, query, store=tmp_path / "run")
-    ledger = tmp_path / "run" / "ledger.jsonl"
+    (ledger,) = (tmp_path / "run").glob("ledger-*.jsonl")
     ledger.write_text(ledger.read_text()[:-9])
     np.testing.assert_array_equal(influence.attribute(loader, query, store=tmp_path / "run").values, whole.values)
-    complete = [line for line in ledger.read_text().splitlines() if line.endswith("}")]
-    assert len({(json.loads(line)["start"]) for line in complete}) == 4
+    assert ledger.read_text().count('"checksum"') == 5, "a half, and the same once more"
 
 
 def test_another_run_in_the_same_folder_is_refused(run, tmp_path):
@@ -94,21 +105,21 @@ def test_another_run_in_the_same_folder_is_refused(run, tmp_path):
 def test_a_folder_with_other_things_is_refused_and_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InvalidInput, match="holds no run"):
-        TileStore(tmp_path, {})
+        TileStore(tmp_path, {}, lambda: Sizes(3, 2))
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_a_tile_that_cannot_be_written_is_not_entered(tmp_path, monkeypatch):
-    store, keys = TileStore(tmp_path / "run", {"a": 1}), np.arange(3, dtype=np.uint64)
+    store, keys = TileStore(tmp_path / "run", {"a": 1}, lambda: Sizes(3, 2)), np.arange(3, dtype=np.uint64)
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("zarr.create_array", full)
-        with pytest.raises(NotWritten, match=r"0-3 could not be written.*No space"):
+        patched.setattr("os.replace", full)
+        with pytest.raises(NotWritten, match=r"0.npz could not be written.*No space"):
             store.write(Tile(0, keys, keys, np.ones((1, 2, 3))))
-    assert TileStore(tmp_path / "run", {"a": 1}).read(0, keys) is None
+    assert TileStore(tmp_path / "run", {"a": 1}, lambda: Sizes(3, 2)).read(0, 0) is None
 
 
 def test_a_killed_run_goes_on(tmp_path):
@@ -117,8 +128,9 @@ def test_a_killed_run_goes_on(tmp_path):
         import os, signal, sys
         import numpy as np
         from headwater.store.base import Tile
+        from headwater.store.plan import Sizes
         from headwater.store.tiles import TileStore
-        store = TileStore(sys.argv[1], {"run": 1})
+        store = TileStore(sys.argv[1], {"run": 1}, lambda: Sizes(3, 2))
         for start in range(0, 9, 3):
             if start == 6:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -128,8 +140,8 @@ def test_a_killed_run_goes_on(tmp_path):
     )
     killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "run")], env=os.environ, check=False)
     assert killed.returncode == -signal.SIGKILL
-    store = TileStore(tmp_path / "run", {"run": 1})
-    found = [store.read(start, np.arange(start, start + 3, dtype=np.uint64)) for start in range(0, 9, 3)]
+    store = TileStore(tmp_path / "run", {"run": 1}, lambda: Sizes(3, 2))
+    found = [store.read(number, 0) for number in range(3)]
     assert found[0][0, 0, 0] == 0.0 and found[1][0, 0, 0] == 3.0 and found[2] is None
 
 

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -74,6 +74,17 @@ class RowKeys:
         ids, shaped = (None if keys is None else keys[rows] for keys in (self.ids, self.shaped))
         return RowKeys(self.content[rows], self.weighted[rows], ids, shaped)
 
+    @classmethod
+    def joined(cls, pieces: Sequence[RowKeys]) -> RowKeys:
+        """Of the rows of several batches, either all with ids or all without."""
+        content = np.concatenate([k.content for k in pieces])
+        weighted = np.concatenate([k.weighted for k in pieces])
+        named = [(k.ids, k.shaped) for k in pieces if k.ids is not None and k.shaped is not None]
+        if not named:
+            return cls(content, weighted, None, None)
+        ids, shaped = (np.concatenate(found) for found in zip(*named, strict=True))
+        return cls(content, weighted, ids, shaped)
+
     def among(self, known: np.ndarray) -> np.ndarray:
         """Whether each row is one of those whose `fitted` keys, sorted, are known: bool [n]."""
         found = is_among(self.content, known)
@@ -113,6 +124,11 @@ class RowMemory:
     @property
     def is_empty(self) -> bool:
         return not len(self._names)
+
+    @property
+    def rows(self) -> int | None:
+        """How many there are; None before the loader was read to its end."""
+        return len(self._names) if self.is_complete else None
 
     @property
     def fitted(self) -> np.ndarray | None:

@@ -6,7 +6,7 @@ A generator cannot catch what the loop around it raises. So each pass notes wher
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -43,6 +43,34 @@ class Place:
         row = self.offset + number
         said = f"{self.role.capitalize()} rows, batch {self.batch}, row {row}"
         return f"{said} (row {self.start + row} of the loader)"
+
+
+@dataclass(frozen=True)
+class JoinedPlace(Place):
+    """Some rows of several batches, one after the other."""
+
+    parts: tuple[tuple[Place, int], ...] = ()
+    """Each batch's place, and how many rows of it there are."""
+
+    @classmethod
+    def of(cls, parts: Sequence[tuple[Place, int]]) -> JoinedPlace:
+        first = parts[0][0]
+        return cls(first.role, first.batch, first.start + first.offset, sum(n for _, n in parts), parts=tuple(parts))
+
+    def __str__(self) -> str:
+        first, last = self.parts[0][0], self.parts[-1][0]
+        if first.batch == last.batch:
+            return str(first)
+        rows = f"rows {self.start} to {self.start + (self.rows or 0) - 1} of the loader"
+        return f"{self.role.capitalize()} rows, batches {first.batch} to {last.batch} ({rows})"
+
+    def row(self, number: int) -> str:
+        number += self.offset
+        for place, rows in self.parts:
+            if number < rows:
+                return place.row(number)
+            number -= rows
+        return str(self)
 
 
 _HERE: ContextVar[Place | None] = ContextVar("headwater_place", default=None)

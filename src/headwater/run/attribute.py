@@ -1,31 +1,50 @@
-"""Runs: query factors once, one pass over the train rows, a tile of scores for each train batch."""
+"""Runs: query factors once, one pass over the train rows, a tile of scores for each of its pieces."""
 
 from __future__ import annotations
 
 import os
-from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from headwater.arrays import to_numpy
+from headwater.arrays import to_numpy, working_memory, working_memory_limit
 from headwater.errors import InvalidSetting
 from headwater.influence import ComposableInfluence
-from headwater.mapper import Queries, Sides, stack_queries
-from headwater.operators.iterative import joined, recorded_solves, unrecorded_solves
-from headwater.rows import Each, PlacedBatch, Visitor, sweep_kept
+from headwater.operators.iterative import SolveReport, joined, recorded_solves
+from headwater.rows import Each, PlacedBatch, Rows, Visitor, first_batch
 from headwater.run.diagnosis import RunSums, diagnosis_of, meets_the_loss
+from headwater.run.plan import budget_of, tile_sizes
+from headwater.run.queries import Asked, PairScorer, factor_bytes
+from headwater.run.ranking import Ranking
 from headwater.run.rows import FittedRows, check_scores, distinct, sweep_rows
-from headwater.run.runners.shared import check_worker
+from headwater.run.runners.turns import check_worker
+from headwater.run.tiles import Scorer, Span, run_tiles
 from headwater.store.base import MemorySink, Sink, Tile
-from headwater.store.scores import UNIT_IN_WORDS, Scores, TopK, TopKSink
+from headwater.store.plan import Sizes
+from headwater.store.scores import UNIT_IN_WORDS, Scores
 from headwater.store.tiles import TileStore
-from headwater.store.topk import GroupSink
+from headwater.store.topk import GroupSink, TopK, TopKSink
+from headwater.types import InfluenceMode
 
-PROBE_ROWS, PROBE_QUERIES = 8, 64
-"""Of the scores that a stored run is known by."""
+Path = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where and how a run is kept."""
+
+    store: Path | None = None
+    memory: int | float | str | None = None
+    worker: tuple[int, int] = (0, 1)
+    append: bool = False
+
+    def __post_init__(self) -> None:
+        check_worker(self.worker, self.store)
+        if self.append and self.store is None:
+            raise InvalidSetting("append=True adds rows to a run in a folder: give store=.")
+        budget_of(self.memory)
 
 
 def attribute(
@@ -35,46 +54,15 @@ def attribute(
     *,
     unit: str,
     by_block: bool,
-    store: str | os.PathLike[str] | None,
     progress: bool,
-    worker: tuple[int, int] = (0, 1),
+    kept: Kept | None = None,
+    mode: InfluenceMode | str = InfluenceMode.Up,
 ) -> Scores:
     """See `Attributor.attribute`."""
-    _scale(influence, unit)
-    check_worker(worker, store)
-    shared = worker[1] > 1
-    with recorded_solves() as log:
-        asked = _queries(influence, query_loader, progress)
-    solved = bool(joined(log))
-    kept, memory = _opened(store, influence, unit, by_block, asked, solved), MemorySink()
-    if shared and kept is not None:
-        share = OwnShare(Score(influence, asked, unit, by_block, [kept]), worker)
-        sweep_rows(influence.provider, train_loader, share, "own share of the scores", progress)
-    score = Score(influence, asked, unit, by_block, [memory] if kept is None else [kept, memory])
-    # The mean gradient takes every row's gradient, which workers are there to save.
-    sums = RunSums(influence.provider, kept) if meets_the_loss(influence) and not shared else None
-    try:
-        train_ids = _scored(influence, train_loader, score if sums is None else score & sums, asked, unit, progress)
-    finally:
-        if sums is not None:
-            sums.keep()
-    seen = None if sums is None else sums.finished(influence, train_loader, progress)
-    solves, scores = joined(log), memory.scores()
-    return Scores(
-        values=scores.sum(axis=0) if len(scores) > 1 else scores[0],
-        query_ids=asked.ids,
-        train_ids=train_ids,
-        by_block=dict(zip(influence.block_names, scores, strict=True)) if by_block else None,
-        unit=unit,
-        n_train=influence.n_train,
-        method=influence.method.describe(),
-        damping=influence.absolute_damping,
-        explained=influence.explained,
-        coverage=influence.provider.coverage_fraction,
-        residuals={name: solve.residual for name, solve in solves.items()} or None,
-        calibration=influence.calibration,
-        diagnosis=diagnosis_of(influence, seen, solves),
-    )
+    mode, kept = InfluenceMode(mode), kept or Kept()
+    influence.ready()
+    run = _Run(influence, Asked.of(influence, query_loader), unit, by_block, mode, kept, progress)
+    return run.stored(train_loader) if kept.store is not None else run.in_memory(train_loader)
 
 
 def top(
@@ -85,134 +73,289 @@ def top(
     *,
     unit: str,
     progress: bool,
-    store: str | os.PathLike[str] | None = None,
-    queries_as: str = "each",
-    groups: Sequence[Any] | Mapping[Any, Any] | None = None,
-    of: str = "sum",
+    kept: Kept | None = None,
+    ranking: Ranking | None = None,
 ) -> TopK:
     """See `Attributor.top`."""
-    _scale(influence, unit)
-    with recorded_solves() as log:
-        asked = _queries(influence, query_loader, progress).combined(queries_as)
-    ends = TopKSink(k, asked.ids) if groups is None else GroupSink(k, asked.ids, groups, of)
-    kept = _opened(store, influence, unit, False, asked, bool(joined(log)))
-    score = Score(influence, asked, unit, False, [ends] if kept is None else [kept, ends])
-    _scored(influence, train_loader, score, asked, unit, progress)
-    return ends.top()
-
-
-def _opened(
-    store: str | os.PathLike[str] | None,
-    influence: ComposableInfluence,
-    unit: str,
-    by_block: bool,
-    asked: Asked,
-    solved: bool,
-) -> TileStore | None:
-    """The folder of a run, if it has one. Errors: as `TileStore`."""
-    if store is None:
-        return None
-    identity = _identity(influence, unit, by_block, asked.ids, asked.keys)
-    return TileStore(store, identity, _tolerance(influence, solved))
-
-
-def _scored(
-    influence: ComposableInfluence,
-    loader: Iterable[object],
-    visitor: Visitor[PlacedBatch, Any, Any],
-    asked: Asked,
-    unit: str,
-    progress: bool,
-) -> np.ndarray:
-    """The train rows' names, once all were visited."""
-    fitted = FittedRows(influence, forecast=unit == "removal", queries_fitted=asked.fitted)
-    # One pass for both: the rows' names are checked before their scores are computed.
-    names, _ = sweep_rows(influence.provider, loader, fitted & visitor, "train scores", progress)
-    return distinct(names, "train")
-
-
-def self_influence(influence: ComposableInfluence, train_loader: Iterable[object], *, progress: bool) -> np.ndarray:
-    """See `ComposableInfluence.self_influence`."""
+    kept, ranking = kept or Kept(), ranking or Ranking(k)
     influence.ready()
+    asked = Asked.of(influence, query_loader)
+    if kept.store is not None:  # of scores in a folder each query has its own
+        stored = _Run(influence, asked, unit, False, InfluenceMode.Up, kept, progress).stored(train_loader)
+        return ranking.of_scores(stored)
+    run = _Run(influence, ranking.asked(asked), unit, False, InfluenceMode.Up, kept, progress)
+    ends: list[TopKSink | GroupSink] = []
 
-    def scores(piece: PlacedBatch) -> np.ndarray:
-        found = to_numpy(influence.self_influence_of(piece.self_grads(influence.provider)))
-        check_scores(found[None], ["itself"], piece.names, influence)
+    def sink(_: int, part: Asked) -> Sink:
+        ends.append(ranking.sink(part.ids))
+        return ends[-1]
+
+    run.into(sink, train_loader)
+    return TopK.joined([each.top() for each in ends])
+
+
+class _Run:
+    """All queries on all train rows."""
+
+    def __init__(
+        self,
+        influence: ComposableInfluence,
+        asked: Asked,
+        unit: str,
+        by_block: bool,
+        mode: InfluenceMode,
+        kept: Kept,
+        progress: bool,
+    ):
+        self.influence, self.asked, self.unit, self.by_block = influence, asked, unit, by_block
+        self.mode, self.kept, self.progress = mode, kept, progress
+        self.scale = _scale(influence, unit)
+        if mode is InfluenceMode.Perturbation and unit == "removal":
+            raise InvalidSetting("unit='removal' is about a row that goes, mode='perturbation' about one that changes.")
+
+    @property
+    def _fitted(self) -> FittedRows:
+        return FittedRows(self.influence, forecast=self.unit == "removal", queries_fitted=self.asked.fitted)
+
+    @property
+    def _sums_up(self) -> bool:
+        # In perturbation mode train gradients are not met, but their derivatives.
+        return meets_the_loss(self.influence) and self.mode is InfluenceMode.Up
+
+    def _sums(self, loader: Iterable[object], store: TileStore | None) -> RunSums | None:
+        # Kept gradients have a store's dtype and form: their sums do not say whether the weights are a minimum.
+        kept = isinstance(loader, Rows) and loader.is_kept
+        return RunSums(self.influence.provider, store) if self._sums_up and not kept else None
+
+    def _scorer(self, asked: Asked) -> PairScorer:
+        return PairScorer(self.influence, asked, self.mode, self.by_block, self.scale, self.progress)
+
+    def _sizes(self, loader: Iterable[object]) -> Sizes:
+        train = self.influence.train_rows(loader)
+        numbers = len(self.influence.block_names) if self.by_block else 1
+        if self.mode is InfluenceMode.Perturbation:
+            numbers *= int(np.prod(np.shape(first_batch(self.influence.provider, train).x)[1:]))
+        return tile_sizes(
+            self.influence.provider,
+            train,
+            len(self.asked),
+            numbers,
+            8,
+            budget_of(self.kept.memory),
+            lambda: factor_bytes(self.influence, self.asked),
+        )
+
+    # In memory --------------------------------------------------------------------------------------------------------
+
+    def into(
+        self, sink: Callable[[int, Asked], Sink], loader: Iterable[object], sums: RunSums | None = None
+    ) -> np.ndarray:
+        """The train rows' names, once all scores are in sinks. sink: for some queries, from which position on."""
+        parts, working, start, names = [self.asked], working_memory_limit(), 0, None
+        if self.kept.memory is not None:
+            sizes = self._sizes(loader)
+            parts, working = self.asked.spans(sizes.queries), sizes.working or working
+        with working_memory(working):
+            for part in parts:
+                score = _Score(self._scorer(part), sink(start, part), start)
+                start += len(part)
+                if names is not None:
+                    sweep_rows(self.influence.provider, loader, score, "train scores", self.progress)
+                    continue
+                both: Visitor[PlacedBatch, Any, Any] = score if sums is None else score & sums
+                # One pass for all: the rows' names are checked before their scores are computed.
+                names, _ = sweep_rows(
+                    self.influence.provider, loader, self._fitted & both, "train scores", self.progress
+                )
+        assert names is not None
+        return distinct(names, "train")
+
+    def in_memory(self, loader: Iterable[object]) -> Scores:
+        memory = MemorySink()
+        sums = self._sums(loader, None)
+        with recorded_solves() as log:
+            train_ids = self.into(lambda *_: memory, loader, sums)
+        seen = None if sums is None else sums.finished(self.influence, loader, self.progress)
+        solves, scores = joined(log), memory.scores()
+        return Scores(
+            values=scores.sum(axis=0) if len(scores) > 1 else scores[0],
+            query_ids=self.asked.ids,
+            train_ids=train_ids,
+            by_block=dict(zip(self.influence.block_names, scores, strict=True)) if self.by_block else None,
+            residuals={name: solve.residual for name, solve in solves.items()} or None,
+            **self._meaning(),
+            diagnosis=diagnosis_of(self.influence, seen, solves),
+        )
+
+    def _meaning(self) -> dict[str, Any]:
+        return {
+            "unit": self.unit,
+            "n_train": self.influence.n_train,
+            "method": self.influence.method.describe(),
+            "damping": self.influence.absolute_damping,
+            "explained": self.influence.explained,
+            "coverage": self.influence.provider.coverage_fraction,
+            "calibration": self.influence.calibration,
+            "mode": str(self.mode.value),
+        }
+
+    # In a folder ------------------------------------------------------------------------------------------------------
+
+    def stored(self, loader: Iterable[object]) -> Scores:
+        """Compute what is missing; the scores stay on disk."""
+        assert self.kept.store is not None
+        identity = run_identity(self.influence, self.asked) | {
+            "explained": self.influence.explained,
+            "unit": self.unit,
+            "by_block": self.by_block,
+            "mode": str(self.mode.value),
+        }
+        store = TileStore(self.kept.store, identity, lambda: self._sizes(loader), rounding(self.influence))
+        sums = self._sums(loader, store)
+        if self.kept.append:
+            store.reopen()
+        with recorded_solves() as log:
+            parts = self.asked.spans(store.sizes.queries)
+            spans = [
+                Span(number, number * store.sizes.queries, lambda part=part: self._scorer(part))  # type: ignore[misc]
+                for number, part in enumerate(parts)
+            ]
+            solved = bool(_solves(log, spans))
+            train_ids = run_tiles(
+                self.influence,
+                loader,
+                store,
+                spans,
+                fitted=self._fitted,
+                what="train scores",
+                worker=self.kept.worker,
+                append=self.kept.append,
+                progress=self.progress,
+                sums=sums,
+                # Solves stop at a tolerance, and where they stop depends on what else is solved with them.
+                tolerance=max(store.tolerance, 1e-3) if solved else None,
+            )
+        if store.finished_rows != len(train_ids):
+            seen = None if sums is None else sums.finished(self.influence, loader, self.progress)
+            store.finish(self.asked.ids, train_ids, *self._described(seen, joined(log)))
+        return Scores.open(self.kept.store)
+
+    def _described(self, seen: Any, solves: dict[str, SolveReport]) -> tuple[list[str], dict[str, Any]]:
+        """Names of blocks, and what the scores mean as JSON has it."""
+        blank = np.zeros((1, 1))
+        diagnosis = diagnosis_of(self.influence, seen, solves)
+        words = Scores(blank, blank[0], blank[0], **self._meaning(), diagnosis=diagnosis).attributes()
+        # Those of an earlier call, for other queries, are not known here.
+        known = all(len(solve.residual) == len(self.asked) for solve in solves.values())
+        residuals = {name: solve.residual.tolist() for name, solve in solves.items()} if known else {}
+        return self.influence.block_names if self.by_block else [], {**words, "residuals": residuals or None}
+
+
+def _solves(log: list[SolveReport], spans: Sequence[Span]) -> dict[str, SolveReport]:
+    """What the first queries' factors took, which are needed for the probe in any case."""
+    _ = spans[0].scorer
+    return joined(log)
+
+
+class _Score(Visitor[PlacedBatch, None, None]):
+    """Scores of all queries on the train rows, piece by piece into a sink."""
+
+    def __init__(self, scorer: Scorer, sink: Sink, queries: int) -> None:
+        self.scorer, self.sink, self.queries = scorer, sink, queries
+
+    def of(self, item: PlacedBatch) -> None:
+        self.sink.write(Tile(item.start, item.names, None, self.scorer.scores(item), self.queries))
+
+    def merge(self, one: None, other: None) -> None:
+        """Tiles are in the sink."""
+
+
+# Rows on themselves ---------------------------------------------------------------------------------------------------
+
+
+def self_influence(
+    influence: ComposableInfluence, train_loader: Iterable[object], *, progress: bool, kept: Kept | None = None
+) -> np.ndarray:
+    """See `Attributor.self_influence`."""
+    influence.ready()
+    scorer, fitted, kept = _OnThemselves(influence), FittedRows(influence), kept or Kept()
+    if kept.store is None:
+        each = Each[PlacedBatch, np.ndarray](lambda piece: scorer.scores(piece)[0, 0])
+        _, scores = sweep_rows(influence.provider, train_loader, fitted & each, "self-influence", progress)
+        return np.concatenate(scores)
+    ids = np.array(["itself"])
+    _, found = stored_columns(influence, train_loader, scorer, ids, fitted, "self-influence", kept, progress)
+    return found[0]
+
+
+class _OnThemselves(Scorer):
+    """<Op g_n, g_n>."""
+
+    def __init__(self, influence: ComposableInfluence):
+        self.influence = influence
+
+    def scores(self, piece: PlacedBatch) -> np.ndarray:
+        found = self.probe(piece)
+        check_scores(found, ["itself"], piece.names, self.influence)
         return found
 
-    fitted = FittedRows(influence)
-    _, found = sweep_rows(influence.provider, train_loader, fitted & Each(scores), "self-influence", progress)
-    return np.concatenate(found)
+    def probe(self, piece: PlacedBatch) -> np.ndarray:
+        return to_numpy(self.influence.self_influence_of(piece.self_grads(self.influence.provider)))[None, None]
 
 
-@dataclass(frozen=True, eq=False)
-class Asked:
-    """The query rows of a run."""
+def stored_columns(
+    influence: ComposableInfluence,
+    loader: Iterable[object],
+    scorer: Scorer,
+    query_ids: np.ndarray,
+    fitted: FittedRows,
+    verb: str,
+    kept: Kept,
+    progress: bool,
+    query_keys: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """A run in a folder, of a scorer that has all queries: the train rows' names, and a number for each pair [q, n]."""
+    assert kept.store is not None
+    train, count = influence.train_rows(loader), len(query_ids)
 
-    queries: Queries
-    """After their side of the operators, computed once."""
-    ids: np.ndarray
-    keys: np.ndarray
-    """Of their content."""
-    fitted: bool
-    """Whether all of them are among the rows that were fitted."""
+    def sizes() -> Sizes:
+        # A byte a query: all of them fit, as they are there already.
+        return tile_sizes(influence.provider, train, count, 1, 8, budget_of(kept.memory), lambda: 1.0)
 
-    def combined(self, queries_as: str) -> Asked:
-        """All queries as one, their "mean" or "sum", called so; or "each" by itself. Errors: InvalidSetting."""
-        if queries_as not in ("each", "mean", "sum"):
-            raise InvalidSetting(f"queries_as is {queries_as!r}; expected 'each', 'mean' or 'sum'.")
-        if queries_as == "each":
-            return self
-        share = 1.0 / len(self.ids) if queries_as == "mean" else 1.0
-        return replace(self, queries=self.queries.total(share), ids=np.array([queries_as]))
+    keys = np.empty(0, dtype=np.uint64) if query_keys is None else query_keys
+    identity = fit_identity(influence) | {
+        "verb": verb,
+        "query_ids": query_ids.tolist(),
+        "query_rows": keys.tolist(),
+    }
 
-
-class ReadyQueries(Iterable[Any]):
-    """Query rows whose side of the operators was computed before; they stand where their loader stands."""
-
-    @abstractmethod
-    def asked(self) -> Asked: ...
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(())
-
-
-def _queries(influence: ComposableInfluence, query_loader: Iterable[object], progress: bool) -> Asked:
-    """One pass: the rows are held until all are counted, since their number decides what they go through."""
-    if isinstance(query_loader, ReadyQueries):
-        return query_loader.asked()
-    influence.ready()
-    provider = influence.provider
-    pieces = sweep_rows(
-        provider, query_loader, Each[PlacedBatch, PlacedBatch](lambda piece: piece), "query rows", False, "query"
+    store = TileStore(kept.store, identity, sizes, rounding(influence))
+    if kept.append:
+        store.reopen()
+    train_ids = run_tiles(
+        influence,
+        train,
+        store,
+        [Span(0, 0, lambda: scorer)],
+        fitted=fitted,
+        what=verb,
+        worker=kept.worker,
+        append=kept.append,
+        progress=progress,
     )
-    # Whether rows are rotated or queries turned back depends on how many train rows each query meets.
-    factors = _Factors(influence, influence.n_train / sum(len(piece.batch) for piece in pieces))
-    found = sweep_kept(pieces, factors, "query factors", progress)
-    keys = np.concatenate([provider.content_keys(piece.batch) for piece in pieces])
-    ids, known = distinct(np.concatenate([piece.names for piece in pieces]), "query"), influence.fitted_keys
-    fitted = known is not None and all(bool(piece.keys.among(known).all()) for piece in pieces if piece.keys)
-    return Asked(stack_queries(found), ids, keys, fitted)
+    if store.finished_rows != len(train_ids):
+        words: dict[str, Any] = {"unit": "removal" if verb == "removal" else "influence", "n_train": influence.n_train}
+        words |= {"method": influence.method.describe(), "damping": influence.absolute_damping}
+        words |= {"explained": influence.explained, "coverage": influence.provider.coverage_fraction, "residuals": None}
+        store.finish(query_ids, train_ids, [], words)
+    return train_ids, Scores.open(kept.store).values
 
 
-class _Factors(Each[PlacedBatch, Queries]):
-    """Query gradients after their side of the operators, which the first of them decide."""
-
-    def __init__(self, influence: ComposableInfluence, train_per_query: float):
-        super().__init__(self._factors)
-        self.influence, self.train_per_query = influence, train_per_query
-        self.sides: Sides | None = None
-
-    def _factors(self, piece: PlacedBatch) -> Queries:
-        grads = self.influence.provider.grads(piece.batch, query=True)
-        self.sides = self.sides or self.influence.block_mapper.sides(grads, self.train_per_query)
-        return self.sides.queries(grads)
+# What makes two runs the same -----------------------------------------------------------------------------------------
 
 
-def _identity(
-    influence: ComposableInfluence, unit: str, by_block: bool, query_ids: np.ndarray, query_keys: np.ndarray
-) -> dict[str, Any]:
-    """What makes two stored runs the same, in words; `TileStore.probe` sees what words do not tell.
+def fit_identity(influence: ComposableInfluence) -> dict[str, Any]:
+    """What scores of a fit belong to, in words; `TileStore.probe` sees what words do not tell.
 
     What was fitted is known by the mean eigenvalue of each block's curvature, and by the damping.
     """
@@ -224,93 +367,17 @@ def _identity(
         "curvature": {name: float(op.mean_eigenvalue()) for name, op in influence.curvature.items()},
         "damping": influence.absolute_damping,
         "n_train": float(influence.n_train),
-        "explained": influence.explained,
-        "unit": unit,
-        "by_block": by_block,
-        "query_ids": query_ids.tolist(),
-        "query_rows": query_keys.tolist(),
     }
 
 
-def _tolerance(influence: ComposableInfluence, solved: bool) -> float:
-    """How far scores may be off, relative to the largest, when the same thing is fitted and solved again."""
+def run_identity(influence: ComposableInfluence, asked: Asked) -> dict[str, Any]:
+    return fit_identity(influence) | {"query_ids": asked.ids.tolist(), "query_rows": asked.keys.tolist()}
+
+
+def rounding(influence: ComposableInfluence) -> float:
+    """How far scores may be off, relative to the largest, when the same thing is fitted again."""
     # A few hundred eps: another batch size adds up in another order.
-    rounding = {"bfloat16": 0.1, "float16": 0.02}.get(influence.provider.dtype, 1e-4)
-    # Solves stop at a tolerance, and where they stop depends on what else is solved with them.
-    return max(rounding, 1e-3) if solved else rounding
-
-
-def _probe(influence: ComposableInfluence, queries: Queries, item: PlacedBatch, few: slice) -> np.ndarray:
-    """Scores of seeded queries on a batch's rows, each with the weight of one, so that none hides: [block, query, row].
-
-    The first rows of the first batch: those that a call in smaller batches has in its first batch too.
-    """
-    # A probe is nobody's answer.
-    with unrecorded_solves():
-        by_block = queries.scores(item.unweighted_grads(influence.provider, few))
-    found = np.stack([to_numpy(scores) for scores in by_block.values()])
-    return found[:, np.random.default_rng(0).permutation(found.shape[1])[:PROBE_QUERIES]]
-
-
-class OwnShare(Visitor[PlacedBatch, int, int]):
-    """Another visitor, on every `count`-th batch, or piece of one, from `number` on; how many there were."""
-
-    def __init__(self, inner: Visitor[PlacedBatch, None, None], worker: tuple[int, int]) -> None:
-        self.inner, self.worker, self.met = inner, worker, 0
-
-    def of(self, item: PlacedBatch) -> int:
-        if self.met % self.worker[1] == self.worker[0] or item.start == 0:  # the first one has the store's probe
-            self.inner.of(item)
-        self.met += 1
-        return 1
-
-    def merge(self, one: int, other: int) -> int:
-        return one + other
-
-
-class Score(Visitor[PlacedBatch, None, None]):
-    """Scores of all queries on the train rows, tile by tile into sinks; what one of these has is not computed."""
-
-    def __init__(
-        self, influence: ComposableInfluence, asked: Asked, unit: str, by_block: bool, sinks: Sequence[Sink]
-    ) -> None:
-        self.influence, self.asked, self.by_block, self.sinks = influence, asked, by_block, sinks
-        self.scale = _scale(influence, unit)
-
-    def of(self, item: PlacedBatch) -> None:
-        needed = any(sink.needs_keys for sink in self.sinks)
-        keys = item.content_keys(self.influence.provider) if needed else None
-        scores, source = (None, None) if keys is None else self._kept(item, keys)
-        scores = self._computed(item) if scores is None else scores
-        check_scores(scores, self.asked.ids, item.names, self.influence)
-        for sink in self.sinks:
-            # A tile from one sink goes into the others: a resumed run still fills memory or the top k.
-            if sink is not source:
-                sink.write(Tile(item.start, item.names, keys, scores))
-
-    def merge(self, one: None, other: None) -> None:
-        """Tiles are in the sinks."""
-
-    def _kept(self, item: PlacedBatch, keys: np.ndarray) -> tuple[np.ndarray | None, Sink | None]:
-        """The tile from an earlier call, and the sink that has it."""
-        for sink in self.sinks:
-            # Before anything is read: a stored tile is trusted only if the run is the same.
-            if item.start == 0 and isinstance(sink, TileStore):
-                few = slice(0, PROBE_ROWS)
-                sink.probe(keys[few], _probe(self.influence, self.asked.queries, item, few))
-            scores = sink.read(item.start, keys)
-            if scores is not None:
-                return scores, sink
-        return None, None
-
-    def _computed(self, item: PlacedBatch) -> np.ndarray:
-        """[block, q, n]."""
-        by_block = item.scores(self.asked.queries, self.influence.provider, self.by_block)
-        blocks = by_block if self.by_block else [sum(by_block[1:], by_block[0])]
-        found = np.stack([to_numpy(block) for block in blocks])
-        # In place: a tile may be large.
-        found *= self.scale
-        return found
+    return {"bfloat16": 0.1, "float16": 0.02}.get(influence.provider.dtype, 1e-4)
 
 
 def _scale(influence: ComposableInfluence, unit: str) -> float:

@@ -64,7 +64,7 @@ def audit(
     chosen, ids, count = _chosen(influence, query_loader, queries, seed, progress)
     allowed = tolerance or TOLERANCES.get(influence.source.dtype, 1e-2)
     method, how = _exact(influence, kind, allowed)
-    options: dict[str, Any] = {"unit": "influence", "by_block": False, "store": None, "progress": progress}
+    options: dict[str, Any] = {"unit": "influence", "by_block": False, "progress": progress}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotConverged)  # the audit says so
         reference = influence.unfitted(method=method, damping=influence.absolute_damping)

@@ -10,6 +10,7 @@ tr Cov = (sum w |g|^2 / W - |mean|^2) W / (W - 1): a row of weight 2 counts as t
 
 from __future__ import annotations
 
+import secrets
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from time import monotonic
@@ -34,7 +35,8 @@ from headwater.rows import Accumulator, Each, PlacedBatch, Visitor
 from headwater.run.rows import FittedRows, sweep_rows
 from headwater.status import BlockStatus, status_of
 from headwater.store.diagnosis import BlockDiagnosis, Diagnosis, Stationarity
-from headwater.store.tiles import TileStore, Where, place_of
+from headwater.store.draft import TOKEN
+from headwater.store.tiles import TileStore, Where
 from headwater.types import Batch
 
 AT_ONCE = 512
@@ -106,6 +108,8 @@ class _PartSum:
         if isinstance(part, Outer) and part.positions == 1:
             # sum_n b_n a_n^T is one product: no row's matrix is made.
             a, b = accumulable(part.a[:, 0]), accumulable(part.b[:, 0])
+            if part.ones and self._column is None and self._matrix is not None:  # whole matrices came before
+                self._matrix, self._column = self._matrix[:, :-1], self._matrix[:, -1]
             self._matrix = add_product(self._matrix, b, a)
             if part.ones:
                 column = namespace(b).sum(b, axis=0)
@@ -168,9 +172,9 @@ class Sums(Accumulator[PlacedBatch, GradientSums, GradientSums]):
 
 
 class RunSums(Visitor[PlacedBatch, None, None]):
-    """Gradient sums over the tiles of one run; where it has a store, those that stopped calls left there are used.
+    """Gradient sums over the rows of one run; where it has a store, those that other calls left there are used.
 
-    Every tile that is met counts once: its gradients are added up now, unless sums in the store hold the same rows.
+    With a store, tiles that are computed are added up here (`begin`, `of` their rows, `enter`); `meet` is told of all.
     """
 
     def __init__(self, provider: StructuredGradientProvider, store: TileStore | None):
@@ -178,69 +182,63 @@ class RunSums(Visitor[PlacedBatch, None, None]):
         self._store = store
         self._fresh: set[Where] = set()
         self._met: set[Where] = set()
-        self._saved = None if store is None else store.read_sums()
-        self._pause, self._kept_at = PAUSE, monotonic()
+        self._pause, self._kept_at, self._kept = PAUSE, monotonic(), 0
+        self._tile = self.sums
+        # Of this call alone: those of an earlier one stay.
+        self._name = f"{TOKEN}-{secrets.token_hex(4)}"
+
+    def begin(self) -> None:
+        """A tile; what was added up of one that did not come to its end is dropped."""
+        self._tile = GradientSums(self.sums.provider)
 
     def of(self, item: PlacedBatch) -> None:
-        if item.is_kept:  # in the store's dtype and form: no sums of theirs say whether weights are a minimum
-            return
-        if self._store is None:
-            self.sums.add(item.batch, item.grads(self.sums.provider))
-        else:
-            self.meet(self._where(item), item)
+        self._tile.add(item.batch, item.grads(self.sums.provider))
 
     def merge(self, one: None, other: None) -> None:
         """Sums are added up where they are kept."""
 
-    def _where(self, piece: PlacedBatch) -> Where:
-        return place_of(piece.start, self.sums.provider.content_keys(piece.batch))
-
-    def meet(self, where: Where, piece: PlacedBatch) -> None:
-        """A tile of a run with a store."""
+    def meet(self, where: Where) -> None:
+        """A tile of the run."""
         self._met.add(where)
-        # Counted by an earlier call, rows and content alike; its sum is added at the end.
-        if self._saved and where in self._saved[0]:
-            return
-        if self._saved and any(start < where[1] and where[0] < stop for start, stop, _ in self._saved[0]):
-            self._saved = None  # they hold some of its rows, which cannot be told from the others in a sum
+
+    def enter(self, where: Where) -> None:
+        """The tile's rows were added up."""
+        self.sums.add_arrays(self._tile.arrays())
         self._fresh.add(where)
-        self.sums.add(piece.batch, piece.grads(self.sums.provider))
         if monotonic() - self._kept_at > self._pause:
             self.keep()
 
     def keep(self) -> None:
         """Into the store, for a call that goes on from here."""
-        if self._store is None or not self._fresh:
+        if self._store is None or len(self._fresh) == self._kept:
             return
         begun = monotonic()
         # Sums and the tiles that they cover go into one file: one without the other would count twice.
-        tiles, arrays = set(self._fresh), self.sums.arrays()
-        if self._saved:
-            tiles |= self._saved[0]
-            arrays = {name: value + self._saved[1][name] for name, value in arrays.items()}
-        self._store.write_sums(tiles, arrays)
-        self._kept_at = monotonic()
+        self._store.write_sums(self._name, self._fresh, self.sums.arrays())
+        self._kept_at, self._kept = monotonic(), len(self._fresh)
         self._pause = max(PAUSE, 100 * (self._kept_at - begun))  # so that it costs one per cent of a run at most
 
     def finished(self, influence: ComposableInfluence, loader: Iterable[object], progress: bool) -> GradientSums | None:
         """Of all rows of the run; None if there are none.
 
-        A pass more is needed where sums in the store turned out to be no use, after tiles had been met that they hold.
+        A pass more is needed for tiles whose sums were lost, with a process that was killed.
         """
-        # All of the tiles that the saved sums hold were met again: then they are rows of this run.
-        if self._saved and self._saved[0] <= self._met:
-            self.sums.add_arrays(self._saved[1])
-        elif self._met - self._fresh:
-            self._saved = None
-            missing = Each[PlacedBatch, None](self._meet_missing)
-            sweep_rows(influence.provider, loader, missing, "train gradients", progress)
-            self.keep()
+        if self._store is not None:
+            covered = set(self._fresh)
+            # The largest first: sums over some of the same tiles cannot be told apart.
+            for tiles, arrays in sorted(self._store.read_sums(), key=lambda found: -len(found[0])):
+                if tiles <= self._met and not tiles & covered:
+                    covered |= tiles
+                    self.sums.add_arrays(arrays)
+            self._tile = self.sums
+            if missing := self._met - covered:
+                again = Each[PlacedBatch, None](lambda piece: self._add_missing(piece, missing))
+                sweep_rows(influence.provider, loader, again, "train gradients", progress)
         return self.sums if self.sums.weight > 0 else None
 
-    def _meet_missing(self, piece: PlacedBatch) -> None:
-        where = self._where(piece)
-        if where in self._met - self._fresh:
-            self.meet(where, piece)
+    def _add_missing(self, piece: PlacedBatch, missing: set[Where]) -> None:
+        if any(start <= piece.start < stop for start, stop, _ in missing):
+            self.of(piece)
 
 
 def stationarity(

@@ -19,12 +19,12 @@ from headwater.influence import ComposableInfluence
 from headwater.loaders.places import located
 from headwater.mapper import Queries
 from headwater.rows import PlacedBatch, Visitor, first_batch, sweep
-from headwater.run.attribute import Asked, ReadyQueries
 from headwater.run.identity import fit_identity, fit_tolerance
 from headwater.run.kept import TILE_BYTES, RowFacts, SharedSegments, key_arrays, keys_of, packed_tile
 from headwater.run.packing import Packing, unpacked
+from headwater.run.queries import Asked, ReadyQueries
 from headwater.run.rows import distinct
-from headwater.run.runners import shared
+from headwater.run.runners.turns import check_worker
 from headwater.store.kept import SegmentFolder, refuse_others
 from headwater.store.segments import checked_dtype
 from headwater.types import InfluenceMode
@@ -136,7 +136,7 @@ class KeptQueries(ReadyQueries):
         known = self.influence.fitted_keys
         fitted = known is not None and all(bool(keys_of(segment).among(known).all()) for segment in segments)
         keys = np.concatenate([segment.raw("keys.run") for segment in segments])
-        return Asked(Queries(left, right), distinct(ids, "query"), keys, fitted)
+        return Asked((), distinct(ids, "query"), keys, fitted, ready=Queries(left, right))
 
 
 def keep_factors(
@@ -149,7 +149,7 @@ def keep_factors(
     progress: bool,
 ) -> KeptFactors:
     """See `Attributor.factors`."""
-    shared.check_worker(worker, store)
+    check_worker(worker, store)
     mapper = influence.ready()
     if mapper.own_forms:
         raise InvalidSetting(
@@ -164,7 +164,8 @@ def keep_factors(
     visitor = KeepFactors(influence)
     size = Packing().of(visitor.factors(influence.provider, first_batch(influence.provider, rows).take(slice(0, 1))))
     wide = max(1, int(TILE_BYTES // max(1.0, size.bytes_per_row)))
-    rows.runner, rows.passes = SharedSegments(tiles, influence._like(), worker, wide), 0
+    runner = SharedSegments(tiles, influence._like(), worker, wide)
+    rows.runner, rows.passes, rows.tile = runner, 0, runner.rows
     with located():
         found = sweep(influence.provider, rows, visitor, "query factors", progress)
         folder.publish(0, found)

@@ -23,12 +23,11 @@ from headwater.influence import ComposableInfluence
 from headwater.rows import Each, PlacedBatch, Rows, sweep
 from headwater.run.attribute import top
 from headwater.run.identity import fit_identity, fit_tolerance
-from headwater.store.draft import draft
+from headwater.store.draft import draft, sync_folder
 from headwater.store.faiss_index import VectorIndex
 from headwater.store.kept import Manifest, refuse_others
 from headwater.store.scores import TopK
 from headwater.store.seal import sealed, unsealed
-from headwater.store.segments import sync_folder
 
 KIND = "index of gradients"
 HEAD, VECTORS = "index.json", "vectors.faiss"

@@ -33,6 +33,7 @@ from headwater.rows import Each, PlacedBatch, Rows, Visitor, first_batch, sweep
 from headwater.run.index import KeptIndex, make_index
 from headwater.run.packing import FLAT, Packed, Packing, described, is_flat, joined, unpacked
 from headwater.run.runners import shared
+from headwater.run.runners.turns import check_worker
 from headwater.store.kept import ABOUT, NUMBERS, Entry, Manifest, SegmentFolder, TileFiles, refuse_others
 from headwater.store.segments import Segment, checked_dtype, packed_ids
 
@@ -207,7 +208,7 @@ def keep_gradients(
     progress: bool,
 ) -> KeptGradients:
     """See `Attributor.gradients`."""
-    shared.check_worker(worker, store)
+    check_worker(worker, store)
     checked_dtype(dtype)
     rows = influence.train_rows(loader)
     while True:
@@ -358,11 +359,12 @@ def _pass(
     tiles = folder.tiles(before.series, checked_dtype(folder.identity["dtype"]), before.seal)
     look = first_batch(provider, rows)
     size = packing.of(provider.grads(look.take(slice(0, 1)), weighted=False)).bytes_per_row
-    rows.runner, rows.passes = SharedSegments(tiles, influence._like(), worker, int(TILE_BYTES // max(1.0, size))), 0
+    runner = SharedSegments(tiles, influence._like(), worker, int(TILE_BYTES // max(1.0, size)))
+    rows.runner, rows.passes, rows.tile = runner, 0, runner.rows
     try:
         return sweep(provider, rows, visitor, "train gradients", progress)
     finally:
-        rows.runner = None
+        rows.runner = rows.tile = None
 
 
 class SharedSegments(shared.SharedFolder):
@@ -485,6 +487,13 @@ class KeptRows(Rows):
             self.layouts[name] = (layout, False) if small is None else (small, True)
         self._matrix: tuple[Queries | None, np.ndarray | None] = (None, None)
 
+    @property
+    def is_kept(self) -> bool:
+        return True
+
+    def count(self) -> int:
+        return self.manifest.rows
+
     def glance(self) -> None:
         """Segments do not change."""
 
@@ -544,8 +553,10 @@ class KeptBatch(PlacedBatch):
     source: KeptRows
     entry: Entry
     segment: Segment
+    span: slice
+    """Rows of the segment, one after the other."""
     there: np.ndarray | None
-    """Which rows of the segment; None for all."""
+    """Which of these, from their first on; None for all."""
 
     @classmethod
     def of(cls, source: KeptRows, entry: Entry, segment: Segment, place: Place) -> KeptBatch:
@@ -553,7 +564,26 @@ class KeptBatch(PlacedBatch):
         keys = keys_of(segment)
         keys = keys if there is None else keys.take(there)
         # Nothing asks these rows for inputs: a range says how many they are.
-        return cls(range(entry.visible), place, keys, source=source, entry=entry, segment=segment, there=there)
+        return cls(
+            range(entry.visible),
+            place,
+            keys,
+            source=source,
+            entry=entry,
+            segment=segment,
+            span=slice(0, entry.rows),
+            there=there,
+        )
+
+    def take(self, rows: slice) -> KeptBatch:
+        span, there = slice(self.span.start + rows.start, self.span.start + rows.stop), None
+        if self.there is not None:
+            some = self.there[rows]
+            span = slice(self.span.start + int(some[0]), self.span.start + int(some[-1]) + 1)
+            there = some - some[0]
+        place = replace(self.place, offset=self.place.offset + rows.start)
+        keys = None if self.keys is None else self.keys.take(rows)
+        return replace(self, batch=self.batch[rows], place=place, keys=keys, span=span, there=there, _grads=[])
 
     @property
     def is_kept(self) -> bool:
@@ -568,12 +598,14 @@ class KeptBatch(PlacedBatch):
         return self.keys.weighted
 
     def grads(self, provider: StructuredGradientProvider) -> BlockGradients:
-        return self._times("weights", self._stored(slice(None)))
+        return self._times("weights", self.unweighted_grads(provider))
 
-    def unweighted_grads(self, provider: StructuredGradientProvider, rows: slice) -> BlockGradients:
+    def unweighted_grads(self, provider: StructuredGradientProvider) -> BlockGradients:
+        found = unpacked(self.segment, self.source.layouts, self.source.like, self.span)
         if self.there is None:
-            return self._stored(rows)
-        return OrderedDict((name, value.take(rows)) for name, value in self._stored(slice(None)).items())
+            return found
+        there = as_like(self.there, self.source.like, namespace(self.source.like).int64)
+        return OrderedDict((name, value.take(there)) for name, value in found.items())
 
     def self_grads(self, provider: StructuredGradientProvider) -> BlockGradients:
         """Errors: UnsupportedModel, as the provider's."""
@@ -586,20 +618,14 @@ class KeptBatch(PlacedBatch):
         matrix = None if by_block or not is_flat(self.segment) else self.source.matrix(queries)
         if matrix is None:
             return super().scores(queries, provider, by_block)
-        found = self._mine(self.segment.product(FLAT, matrix))
+        product = self.segment.product(FLAT, matrix, self.span)
+        found = product if self.there is None else product[self.there]
         if self.segment.has("weights"):
             found *= self._mine(self.segment.raw("weights")).astype(np.float32)[:, None]
         return [found.T]
 
     def _mine(self, values: np.ndarray) -> np.ndarray:
-        return values if self.there is None else values[self.there]
-
-    def _stored(self, rows: slice) -> BlockGradients:
-        found = unpacked(self.segment, self.source.layouts, self.source.like, rows)
-        if self.there is None:
-            return found
-        there = as_like(self.there, self.source.like, namespace(self.source.like).int64)
-        return OrderedDict((name, value.take(there)) for name, value in found.items())
+        return values[self.span] if self.there is None else values[self.span][self.there]
 
     def _times(self, name: str, values: BlockGradients) -> BlockGradients:
         if not self.segment.has(name):

@@ -27,7 +27,7 @@ Sources: Cook 1977; Koh et al. 2019, arXiv 1905.13289; Basu et al. 2020, arXiv 1
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,8 +49,13 @@ from headwater.influence import ComposableInfluence
 from headwater.methods.dual import DataInf
 from headwater.operators.algebra import LinearOperator, ScaledOperator
 from headwater.operators.structured import BlockDiagonalOperator
-from headwater.rows import Each, PlacedBatch
+from headwater.rows import Each, PlacedBatch, sweep_kept
+from headwater.run.attribute import Kept, run_identity, stored_columns
+from headwater.run.queries import Asked
 from headwater.run.rows import FittedRows, check_scores, distinct, sweep_rows
+from headwater.run.runners.turns import Turn, Wanted, take_turns
+from headwater.run.tiles import Scorer
+from headwater.store.parts import PartStore
 from headwater.types import Batch
 
 ENOUGH = 0.25
@@ -95,8 +100,9 @@ def removal(
     groups: Iterable[object] | None,
     *,
     progress: bool,
+    kept: Kept | None = None,
 ) -> np.ndarray:
-    """See `ComposableInfluence.removal` and the derivation above: [q, n] or [q, groups], and positive for what helps.
+    """See `Attributor.removal` and the derivation above: [q, n] or [q, groups], and positive for what helps.
 
     Rows go batch by batch; of an unfinished group its rows' gradients are kept, in their structured form.
     Errors: InvalidSetting for a method that predicts no removal, or whose operators are not symmetric; UnsupportedModel
@@ -106,10 +112,11 @@ def removal(
     """
     influence.ready()
     regions = _regions(influence)
-    queries = _queries(influence, regions, query_loader, progress)
+    asked, kept = Asked.of(influence, query_loader), kept or Kept()
+    queries = _queries(influence, regions, asked, progress)
     if groups is None:
-        return _each_row(influence, regions, queries, train_loader, progress)
-    return _each_group(influence, regions, queries, train_loader, _named_groups(groups), progress)
+        return _each_row(influence, regions, queries, asked, train_loader, kept, progress)
+    return _each_group(influence, regions, queries, asked, train_loader, _named_groups(groups), kept, progress)
 
 
 def _regions(influence: ComposableInfluence) -> list[Region]:
@@ -141,19 +148,17 @@ def _alone(shape: tuple[int, int]) -> Layout:
 
 
 def _queries(
-    influence: ComposableInfluence, regions: Sequence[Region], loader: Iterable[object], progress: bool
+    influence: ComposableInfluence, regions: Sequence[Region], asked: Asked, progress: bool
 ) -> list[BlockGradient]:
     """A^-1 of all query gradients, region by region."""
 
-    def factors(piece: PlacedBatch) -> tuple[np.ndarray, list[BlockGradient]]:
+    def factors(piece: PlacedBatch) -> list[BlockGradient]:
         grads = influence.provider.grads(piece.batch, query=True)
         mine = [region.of(grads) for region in regions]
         solved = [region.inverse.apply_block(own) for region, own in zip(regions, mine, strict=True)]
-        return piece.names, [one.cheapest_form(own) for one, own in zip(solved, mine, strict=True)]
+        return [one.cheapest_form(own) for one, own in zip(solved, mine, strict=True)]
 
-    found = sweep_rows(influence.provider, loader, Each(factors), "query factors", progress, "query")
-    names, pieces = zip(*found, strict=True)
-    distinct(np.concatenate(names), "query")
+    pieces = sweep_kept(asked.pieces, Each(factors), "query factors", progress)
     return [stack(own) for own in zip(*pieces, strict=True)]
 
 
@@ -189,21 +194,50 @@ def _each_row(
     influence: ComposableInfluence,
     regions: Sequence[Region],
     queries: Sequence[BlockGradient],
+    asked: Asked,
     loader: Iterable[object],
+    kept: Kept,
     progress: bool,
 ) -> np.ndarray:
-    def columns(piece: PlacedBatch) -> tuple[np.ndarray, np.ndarray]:
-        rows, ids = _train_rows(influence, regions, piece.batch), piece.names
-        shares = [_rows_share(*given, influence.n_train, ids) for given in zip(regions, queries, rows, strict=True)]
-        found: np.ndarray = np.sum([change for change, _ in shares], axis=0)
-        check_scores(found, range(len(found)), ids, influence)
-        return found, np.min([stays for _, stays in shares], axis=0)
+    columns, fitted = _Columns(influence, regions, queries), FittedRows(influence, forecast=True)
+    if kept.store is None:
+        visitor = fitted & Each[PlacedBatch, np.ndarray](lambda piece: columns.scores(piece)[0])
+        names, found = sweep_rows(influence.provider, loader, visitor, "removal", progress)
+        changes = np.concatenate(found, axis=1)
+    else:
+        ids = np.array([*map(str, asked.ids), STAYS])
+        names, changes = stored_columns(
+            influence, loader, columns, ids, fitted, "removal", kept, progress, query_keys=asked.keys
+        )
+    _warn_if_rough(changes[-1], [f"row {name}" for name in distinct(names, "train")])
+    return changes[:-1]
 
-    visitor = FittedRows(influence, forecast=True) & Each(columns)
-    names, found = sweep_rows(influence.provider, loader, visitor, "removal", progress)
-    changes, left = zip(*found, strict=True)
-    _warn_if_rough(np.concatenate(left), [f"row {name}" for name in distinct(names, "train")])
-    return np.concatenate(changes, axis=1)
+
+STAYS = "share of the curvature that stays"
+"""What the row below those of the queries is."""
+
+
+class _Columns(Scorer):
+    """The change of each query's loss, and below them the share of the curvature that stays: [1, q + 1, n]."""
+
+    def __init__(
+        self, influence: ComposableInfluence, regions: Sequence[Region], queries: Sequence[BlockGradient]
+    ) -> None:
+        self.influence, self.regions, self.queries = influence, regions, queries
+
+    def scores(self, piece: PlacedBatch) -> np.ndarray:
+        found = self._of(piece.batch, piece.names)
+        check_scores(found[0, :-1], range(found.shape[1] - 1), piece.names, self.influence)
+        return found
+
+    def probe(self, piece: PlacedBatch) -> np.ndarray:
+        return self._of(piece.batch, np.arange(len(piece.batch)))
+
+    def _of(self, batch: Batch, ids: np.ndarray) -> np.ndarray:
+        rows, n_train = _train_rows(self.influence, self.regions, batch), self.influence.n_train
+        shares = [_rows_share(*given, n_train, ids) for given in zip(self.regions, self.queries, rows, strict=True)]
+        changes = np.sum([change for change, _ in shares], axis=0)
+        return np.concatenate([changes, np.min([stays for _, stays in shares], axis=0)[None]])[None]
 
 
 def _rows_share(
@@ -313,12 +347,39 @@ def _each_group(
     influence: ComposableInfluence,
     regions: Sequence[Region],
     queries: Sequence[BlockGradient],
+    asked: Asked,
     loader: Iterable[object],
     groups: Sequence[Group],
+    kept: Kept,
     progress: bool,
 ) -> np.ndarray:
-    columns: dict[int, np.ndarray] = {}
-    left: dict[int, float] = {}
+    if kept.store is None:
+        found = _group_columns(influence, regions, queries, loader, groups, FittedRows(influence, True), progress)
+        columns = [found[group.number] for group in groups]
+    else:
+        columns = _stored_groups(influence, regions, queries, asked, loader, groups, kept, progress)
+    rises = np.stack([column for column, _ in columns], axis=1)
+    check_scores(rises, range(len(rises)), [str(group) for group in groups], influence)
+    _warn_if_rough(np.array([left for _, left in columns]), [str(group) for group in groups])
+    return rises
+
+
+Column = tuple[np.ndarray, float]
+"""The change of each query's loss [q], and the share of the curvature that stays."""
+
+
+def _group_columns(
+    influence: ComposableInfluence,
+    regions: Sequence[Region],
+    queries: Sequence[BlockGradient],
+    loader: Iterable[object],
+    groups: Sequence[Group],
+    fitted: FittedRows,
+    progress: bool,
+    done: Callable[[int, Column], None] = lambda number, column: None,
+) -> dict[int, Column]:
+    """By the group's number. done: told of each group when it is complete."""
+    columns: dict[int, Column] = {}
 
     def meet(piece: PlacedBatch) -> None:
         inside = [(group, np.flatnonzero(np.isin(piece.names, group.names))) for group in groups]
@@ -327,20 +388,61 @@ def _each_group(
         rows = _train_rows(influence, regions, piece.batch) if found else []
         for group, index in found:
             if group.add(rows, index):
-                columns[group.number], left[group.number] = _group_column(group, regions, queries, influence.n_train)
+                columns[group.number] = _group_column(group, regions, queries, influence.n_train)
+                done(group.number, columns[group.number])
                 # Gradients of complete groups are not needed again: memory holds unfinished ones only.
                 group.rows.clear()
 
-    visitor = FittedRows(influence, forecast=True) & Each(meet)
-    names, _ = sweep_rows(influence.provider, loader, visitor, "removal of groups", progress)
+    names, _ = sweep_rows(influence.provider, loader, fitted & Each(meet), "removal of groups", progress)
     distinct(names, "train")
     missing = [group for group in groups if group.number not in columns]
     if missing:
         raise InvalidInput(f"Not every row of {missing[0]} is in the train loader: {missing[0].seen} were found.")
-    rises = np.stack([columns[group.number] for group in groups], axis=1)
-    check_scores(rises, range(len(rises)), [str(group) for group in groups], influence)
-    _warn_if_rough(np.array([left[group.number] for group in groups]), [str(group) for group in groups])
-    return rises
+    return columns
+
+
+def _stored_groups(
+    influence: ComposableInfluence,
+    regions: Sequence[Region],
+    queries: Sequence[BlockGradient],
+    asked: Asked,
+    loader: Iterable[object],
+    groups: Sequence[Group],
+    kept: Kept,
+    progress: bool,
+) -> list[Column]:
+    """One part for each group, computed by whichever worker is at it."""
+    assert kept.store is not None
+    members = [[str(name) for name in np.sort(group.names)] for group in groups]
+    identity = run_identity(influence, asked) | {"verb": "removal of groups", "groups": members}
+    store, train = PartStore(kept.store, identity), influence.train_rows(loader)
+    turns = [Turn(f"groups/{group.number}", "") for group in groups]
+
+    def visit(wanted: Wanted) -> tuple[list[Turn], list[int]]:
+        mine = [n for n, turn in enumerate(turns) if wanted(n, turn.name) and store.claims.claim(turn.name)]
+
+        def keep(number: int, column: Column) -> None:
+            store.write(turns[number].name, "", {"changes": column[0], "left": column[1]})
+            store.claims.release(turns[number].name)
+
+        try:
+            # Anew: rows that a broken pass has left in a group are none of this one's.
+            own = [Group(groups[n].number, groups[n].names) for n in mine]
+            if own:
+                fitted = FittedRows(influence, forecast=True)
+                _group_columns(influence, regions, queries, train, own, fitted, progress, keep)
+        finally:
+            for n in mine:
+                store.claims.release(turns[n].name)
+        return turns, mine
+
+    def read(turn: Turn) -> Column | None:
+        found = store.read(turn.name, "")
+        return None if found is None else (found["changes"], float(found["left"]))
+
+    take_turns(visit, store.has, lambda _, turn: read(turn) is not None, store.claims, kept.worker, store.path)
+    columns = [read(turn) for turn in turns]
+    return [column for column in columns if column is not None]
 
 
 def _group_column(

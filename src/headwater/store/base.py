@@ -12,7 +12,7 @@ from headwater.errors import InvalidInput
 
 @dataclass(frozen=True, eq=False)
 class Tile:
-    """Scores of all queries on some train rows."""
+    """Scores of some queries on some train rows."""
 
     start: int
     """Position, in the train loader, of the first row."""
@@ -21,20 +21,13 @@ class Tile:
     keys: np.ndarray | None
     """Of the rows' content, uint64 [n]; None where no sink needs them."""
     scores: np.ndarray
-    """[block, q, n], in the run's unit."""
+    """[block, q, n, ...], in the run's unit."""
+    queries: int = 0
+    """Position, among the query rows, of the first query."""
 
 
 class Sink(ABC):
     """Takes the tiles of a run in any order, each once."""
-
-    @property
-    def needs_keys(self) -> bool:
-        """Whether tiles have to come with the keys of their rows."""
-        return False
-
-    def read(self, start: int, keys: np.ndarray) -> np.ndarray | None:
-        """The scores [block, q, n] of the train rows from `start` on, if they are here from an earlier call."""
-        return None
 
     @abstractmethod
     def write(self, tile: Tile) -> None: ...
@@ -44,18 +37,19 @@ class MemorySink(Sink):
     """All scores, in memory."""
 
     def __init__(self) -> None:
-        self._tiles: dict[int, np.ndarray] = {}
+        self._tiles: dict[tuple[int, int], np.ndarray] = {}
 
     def write(self, tile: Tile) -> None:
-        self._tiles[tile.start] = tile.scores
+        self._tiles[tile.queries, tile.start] = tile.scores
 
     def scores(self) -> np.ndarray:
-        """[block, q, n], in the loader's order; the sink is empty then. Errors: InvalidInput if there are none."""
+        """[block, q, n, ...], in the loader's order; the sink is empty then. Errors: InvalidInput if there are none."""
         if not self._tiles:
             raise InvalidInput("There is no tile of scores yet.")
-        first = next(iter(self._tiles.values()))
-        found = np.empty((*first.shape[:2], sum(tile.shape[2] for tile in self._tiles.values())), first.dtype)
-        for start in sorted(self._tiles):  # tiles go as they are copied, so that the matrix is held once
-            tile = self._tiles.pop(start)
-            found[..., start : start + tile.shape[2]] = tile
+        last = self._tiles[max(self._tiles)]
+        queries, rows = (at + size for at, size in zip(max(self._tiles), last.shape[1:3], strict=True))
+        found = np.empty((len(last), queries, rows, *last.shape[3:]), last.dtype)
+        for query, start in sorted(self._tiles):  # tiles go as they are copied, so that the matrix is held once
+            tile = self._tiles.pop((query, start))
+            found[:, query : query + tile.shape[1], start : start + tile.shape[2]] = tile
         return found

@@ -59,6 +59,7 @@ def write_whole(file: Path, content: bytes) -> None:
     with explained_errors(file), _drafted(file, content) as written:
         # Atomic: a reader sees the old file or the new one, never half of it.
         os.replace(written, file)
+        sync_folder(file.parent)
 
 
 def write_new(file: Path, content: bytes) -> bool:
@@ -75,7 +76,19 @@ def write_new(file: Path, content: bytes) -> bool:
                     opened.write(content)
             except FileExistsError:
                 return False
+        sync_folder(file.parent)
     return True
+
+
+def sync_folder(folder: Path) -> None:
+    """Names too, and not only contents, outlast a power cut from here on."""
+    if os.name != "posix":  # elsewhere a folder cannot be opened
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 @contextmanager

@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 
 from headwater.errors import DamagedFile, InvalidInput, NotSaved
-from headwater.store.draft import explained_errors, is_draft, remove_dead, write_new, write_whole
+from headwater.store.claims import Claims
+from headwater.store.draft import explained_errors, is_draft, remove_dead, sync_folder, write_new, write_whole
 from headwater.store.kinds import kind_of
-from headwater.store.parts import PartStore
 from headwater.store.seal import digest, sealed, unsealed
-from headwater.store.segments import SUFFIX, Segment, Stored, sync_folder, write_segment
+from headwater.store.segments import SUFFIX, Segment, Stored, write_segment
 
 VERSION = 1
 """Of the folder's form."""
@@ -120,8 +120,7 @@ class SegmentFolder:
         with explained_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         # Of several processes one writes it, and all compare with that.
-        if write_new(file, json.dumps(sealed(wanted), indent=1).encode()):
-            sync_folder(folder)
+        write_new(file, json.dumps(sealed(wanted), indent=1).encode())
         found = cls(path, kind)
         refuse_others(path, found.identity, wanted, tolerance)
         found.tidy()
@@ -151,7 +150,6 @@ class SegmentFolder:
     def _write(self, manifest: Manifest) -> None:
         content = sealed({**manifest.as_json(), "identity": self.digest})
         write_whole(self.path / MANIFEST, json.dumps(content, indent=1).encode())
-        sync_folder(self.path)
 
     @contextmanager
     def _alone(self) -> Iterator[Callable[[], None]]:
@@ -164,8 +162,8 @@ class SegmentFolder:
         finally:
             claims.release("manifest")
 
-    def claims(self) -> PartStore:
-        return PartStore(self.path / CLAIMS, {"kind": f"claims of {self.kind}"})
+    def claims(self) -> Claims:
+        return Claims(self.path / CLAIMS)
 
     def publish(self, series: int, tiles: Sequence[Mapping[str, Any]]) -> Manifest:
         """The tiles of a pass that came to its end become part of the store; of several workers the first does it."""
@@ -297,7 +295,7 @@ class TileFiles:
     def __init__(self, folder: SegmentFolder, series: int, dtype: Stored, bound: str):
         self.folder, self.series, self.dtype, self.bound = folder, series, dtype, bound
         self.path = folder.path
-        self._claims = folder.claims()
+        self.claims = Claims(folder.path / CLAIMS / f"tiles-{series}")
 
     def has(self, name: str) -> bool:
         return (self.path / self._file(name)).is_file()
@@ -326,23 +324,8 @@ class TileFiles:
         place = self._place(name, rows)
         write_segment(file, place, about, arrays, numbers, self.dtype, about.get("groups"))
 
-    def claim(self, name: str) -> bool:
-        return self._claims.claim(self._claimed(name))
-
-    def is_free(self, name: str) -> bool:
-        return self._claims.is_free(self._claimed(name))
-
-    def touch(self, name: str) -> None:
-        self._claims.touch(self._claimed(name))
-
-    def release(self, name: str) -> None:
-        self._claims.release(self._claimed(name))
-
     def _file(self, name: str) -> str:
         return f"tiles-{self.series}/{int(name.rpartition('/')[2]):06d}{SUFFIX}"
-
-    def _claimed(self, name: str) -> str:
-        return f"tiles-{self.series}/{name.rpartition('/')[2]}"
 
     def _place(self, name: str, rows: str) -> str:
         return digest(self.folder.digest.encode(), self.bound.encode(), name.encode(), rows.encode())

@@ -12,24 +12,22 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from headwater.errors import DamagedFile, InvalidInput
-from headwater.store.draft import HOST, TOKEN, explained_errors, is_alive, is_draft, remove_dead, write_new, write_whole
-from headwater.store.seal import digest, open_arrays, seal_arrays, sealed, unsealed
-from headwater.store.tiles import OTHER_FOLDER
+from headwater.errors import DamagedFile
+from headwater.store.claims import Claims
+from headwater.store.draft import explained_errors, write_whole
+from headwater.store.identity import claim_folder
+from headwater.store.seal import digest, open_arrays, seal_arrays
 
 Values = Mapping[str, Any]
 """Arrays of the host, and numbers."""
 NUMBERS = "__numbers__"
-PATIENCE = 300.0
-"""Seconds without a sign of life after which a claim from another machine is taken over."""
+KIND = "fit"
 
 
 class PartStore:
@@ -37,23 +35,8 @@ class PartStore:
 
     def __init__(self, path: str | os.PathLike[str], identity: Mapping[str, Any]):
         self.path = Path(path)
-        identity = json.loads(json.dumps({"kind": "sums over tiles of rows", **identity}))
-        file = self.path / "identity.json"
-        if self.path.exists() and not file.exists() and not all(is_draft(each.name) for each in self.path.iterdir()):
-            raise InvalidInput(f"{self.path} is not empty and holds no fit of headwater. {OTHER_FOLDER}")
-        with explained_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-        write_new(file, json.dumps(sealed(identity), indent=1).encode())
-        found, seal = unsealed(file, remedy=OTHER_FOLDER)
-        different = sorted(name for name in {**found, **identity} if found.get(name) != identity.get(name))
-        if different:
-            what = "the parts of another fit" if found.get("kind") == identity["kind"] else "something else than a fit"
-            raise InvalidInput(f"{self.path} holds {what}: {', '.join(different)} differ. {OTHER_FOLDER}")
-        self._bound = str(seal["digest"])
-        self._tidied: set[Path] = set()
-        self._touched = 0.0
-        self._seen: dict[str, tuple[float, float]] = {}
-        """Of others' claims: when the file was touched last, and when that was seen first by this process's clock."""
+        self._bound = claim_folder(self.path, KIND, identity)
+        self.claims = Claims(self.path)
 
     def read(self, name: str, rows: str) -> dict[str, Any] | None:
         """The part of this name over the rows with this digest; None if there is none that is whole."""
@@ -68,62 +51,18 @@ class PartStore:
         """Errors: NotWritten."""
         numbers = {each: value for each, value in values.items() if isinstance(value, (int, float))}
         arrays = {each: value for each, value in values.items() if each not in numbers}
+        file = self._file(name)
+        with explained_errors(file):
+            file.parent.mkdir(exist_ok=True)
         packed = {NUMBERS: np.array(json.dumps(numbers)), **arrays}
-        write_whole(self._file(name), seal_arrays(packed, self._place(name, rows)))
+        write_whole(file, seal_arrays(packed, self._place(name, rows)))
 
     def has(self, name: str) -> bool:
         """Whether there is a file of that name, whole or not."""
         return self._file(name).is_file()
 
-    def claim(self, name: str) -> bool:
-        """Whether this process is to compute the part."""
-        file = self._claim(name)
-        with explained_errors(file):
-            file.parent.mkdir(exist_ok=True)
-        if file.parent not in self._tidied:
-            remove_dead(file.parent)
-            self._tidied.add(file.parent)
-        mine = json.dumps({"host": HOST, "process": os.getpid(), "token": TOKEN}).encode()
-        if write_new(file, mine):
-            return True
-        if not self.is_free(name):
-            return False
-        write_whole(file, mine)
-        return True
-
-    def is_free(self, name: str) -> bool:
-        """Whether nobody is at the part, or who was is dead, or gave no sign of life for long."""
-        file = self._claim(name)
-        try:
-            held, touched = json.loads(file.read_bytes()), file.stat().st_mtime
-            if held["host"] == HOST:
-                return not is_alive(int(held["process"]), str(held["token"]))
-        except (OSError, ValueError, KeyError, TypeError):
-            return True
-        now = time.monotonic()
-        if self._seen.get(name, (None,))[0] != touched:  # by one clock: those of two machines may differ
-            self._seen[name] = (touched, now)
-        return now - self._seen[name][1] > PATIENCE
-
-    def touch(self, name: str) -> None:
-        """A sign of life from who is at the part."""
-        if time.monotonic() - self._touched > PATIENCE / 10:
-            self._touched = time.monotonic()
-            with suppress(OSError):
-                os.utime(self._claim(name))
-
-    def release(self, name: str) -> None:
-        """This process is no longer at the part."""
-        file = self._claim(name)
-        with suppress(OSError, ValueError):
-            if json.loads(file.read_bytes()).get("token") == TOKEN:
-                file.unlink()
-
     def _file(self, name: str) -> Path:
         return self.path / f"{name}.npz"
-
-    def _claim(self, name: str) -> Path:
-        return self.path / f"{name}.claim"
 
     def _place(self, name: str, rows: str) -> str:
         return digest(self._bound.encode(), name.encode(), rows.encode())

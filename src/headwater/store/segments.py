@@ -146,19 +146,7 @@ def write_arrays(
     header = json.dumps({"__metadata__": {**said, "checksum": checksum}, **entries}).encode()
     header += b" " * (-(8 + len(header)) % ALIGNED)
     write_whole(file, len(header).to_bytes(8, "little") + header + data)
-    sync_folder(file.parent)
     return checksum
-
-
-def sync_folder(folder: Path) -> None:
-    """After a power cut a file may else be there and its name not."""
-    if os.name != "posix":
-        return
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def _checksum(said: Mapping[str, str], entries: Mapping[str, Any], data: np.ndarray) -> str:
@@ -262,19 +250,20 @@ class Segment:
         found: dict[str, list[int]] = self.about.get("groups", {})
         return found.get(name) or [int(np.prod(self._entries[name]["shape"][1:]))]
 
-    def product(self, name: str, queries: np.ndarray) -> np.ndarray:
-        """Dot products of the rows of a matrix [n, D] with queries [D, q]: float32 [n, q].
+    def product(self, name: str, queries: np.ndarray, rows: slice = slice(None)) -> np.ndarray:
+        """Dot products of rows of a matrix [n, D] with queries [D, q]: float32 [n, q].
 
         One matrix product on the memory map; of bfloat16 and int8 one for each few rows, which are converted first.
         """
         entry = self._entries[name]
         if entry["dtype"] == "F32":
-            return self.raw(name) @ queries
-        n, size = entry["shape"]
-        found, step = np.empty((n, queries.shape[1]), dtype=np.float32), max(1, AT_ONCE // max(1, size))
-        for start in range(0, n, step):
-            rows = slice(start, min(start + step, n))
-            np.matmul(self.numbers(name, rows), queries, out=found[rows])
+            return self.raw(name)[rows] @ queries
+        first, last, _ = rows.indices(entry["shape"][0])
+        found = np.empty((last - first, queries.shape[1]), dtype=np.float32)
+        step = max(1, AT_ONCE // max(1, entry["shape"][1]))
+        for start in range(first, last, step):
+            stop = min(start + step, last)
+            np.matmul(self.numbers(name, slice(start, stop)), queries, out=found[start - first : stop - first])
         return found
 
     @cached_property

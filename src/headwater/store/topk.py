@@ -31,6 +31,14 @@ class TopK:
     harmful_scores: np.ndarray
     """Ascending: the most harmful first."""
 
+    @classmethod
+    def joined(cls, parts: Sequence[TopK]) -> TopK:
+        """Of several sets of queries, one under the other."""
+        return cls(*(np.concatenate(found) for found in zip(*(part._arrays() for part in parts), strict=True)))
+
+    def _arrays(self) -> tuple[np.ndarray, ...]:
+        return self.query_ids, self.helpful_ids, self.helpful_scores, self.harmful_ids, self.harmful_scores
+
 
 class TopKSink(Sink):
     """The k largest and smallest scores of each query so far; ties go to the row that came first."""

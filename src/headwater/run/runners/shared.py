@@ -3,7 +3,7 @@
 1. Rows are cut into tiles at fixed positions. A worker computes the tiles of its share, then those that nobody is at.
 2. Parts are merged in the order of the rows, by a tree that depends on their number alone. So a fit of one worker, of
    three, and one that was killed and called again are equal to the last bit.
-3. There is no coordinator and no barrier: whoever lacks a part waits for it, or computes it when its worker is dead.
+3. Workers take turns (`turns`): who was killed is made up for.
 
 Each worker reads the whole loader; what it saves is the work on the rows.
 """
@@ -11,44 +11,19 @@ Each worker reads the whole loader; what it saves is the work on the rows.
 from __future__ import annotations
 
 import os
-import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from typing import Any
 
 from headwater.arrays import Array, as_like, dtype_named, is_array, to_numpy
-from headwater.errors import BatchMismatch, DamagedFile, InvalidSetting
-from headwater.loaders.keys import REMEDY
+from headwater.errors import DamagedFile
 from headwater.rows import PlacedBatch, Read, Visitor, fold
+from headwater.run.runners.turns import Turn, Wanted, check_worker, take_turns
 from headwater.store.parts import PartStore
 from headwater.store.seal import digest
 
 ROWS = 4096
-"""Of a tile, about: a tile ends with the batch that fills it."""
-POLL = 0.2
-"""Seconds between two looks for what others compute."""
-TRIES = 3
-"""Times that a worker computes a tile again which another one overwrites."""
-
-
-def check_worker(worker: tuple[int, int], store: object) -> None:
-    """Errors: InvalidSetting unless it is (number, count), and for several without a folder to meet in."""
-    number, count = worker
-    if not 0 <= number < count:
-        raise InvalidSetting(f"worker is {worker}; expected (number, count), with the number from 0 to count - 1.")
-    if count > 1 and store is None:
-        raise InvalidSetting(f"worker is {worker}, and workers meet in a folder: give store=.")
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Some batches of a pass: the name of their part, and a digest of their rows and of those of earlier passes."""
-
-    name: str
-    rows: str
+"""Of a tile."""
 
 
 class SharedFolder:
@@ -70,7 +45,7 @@ class SharedFolder:
 
     @property
     def rows(self) -> int:
-        """Of a tile, about."""
+        """Of a tile."""
         return ROWS
 
     def __call__(self, visitor: Visitor[Any, Any, Any], read: Read, label: str) -> Any:
@@ -80,55 +55,42 @@ class SharedFolder:
         if label.startswith("0-"):
             self._before = ""
         label = f"{label}-{type(visitor).__name__.strip('_')}"
-        tiles, computed = self._visit(visitor, read, label, self._is_own)
-        tries, missing = Counter(computed), set(range(len(tiles)))
-        while missing := {k for k in missing if not self._is_there(tiles[k])}:
-            if max(tries.values(), default=0) > TRIES:
-                raise BatchMismatch(f"{self.store.path}: another worker reads other rows than this one. {REMEDY}")
-            if not any(self.store.is_free(tiles[k].name) for k in missing):
-                time.sleep(POLL)
-                continue
-            again, computed = self._visit(visitor, read, label, partial(self._is_left, tiles, missing))
-            if again != tiles:  # rows with ids may come in any order
-                raise BatchMismatch(f"The loader gives its rows in another order each time: tiles need one. {REMEDY}")
-            tries.update(computed)
+        tiles = take_turns(
+            lambda wanted: self._visit(visitor, read, label, wanted),
+            self.store.has,
+            lambda _, tile: self._is_there(tile),
+            self.store.claims,
+            self.worker,
+            self.store.path,
+        )
         # What a later pass computes depends on what this one found, and that on all of its rows.
         self._before = digest(self._before.encode(), *(tile.rows.encode() for tile in tiles))
         return merge_in_order(visitor.merge, (self._part(visitor, tile) for tile in tiles))
 
-    def _is_own(self, tile: int, name: str) -> bool:
-        """Whether it is of this worker's share, and not there."""
-        return tile % self.worker[1] == self.worker[0] and not self.store.has(name)
-
-    def _is_left(self, tiles: list[Tile], missing: set[int], tile: int, name: str) -> bool:
-        """Whether it was missing, and nobody has written it since."""
-        return tile in missing and not self._is_there(tiles[tile])
-
-    def _is_there(self, tile: Tile) -> bool:
+    def _is_there(self, tile: Turn) -> bool:
         """Whether there is a part of these very rows."""
         return self.store.has(tile.name) and self.store.read(tile.name, tile.rows) is not None
 
     def _visit(
-        self, visitor: Visitor[Any, Any, Any], read: Read, label: str, wanted: Callable[[int, str], bool]
-    ) -> tuple[list[Tile], list[int]]:
+        self, visitor: Visitor[Any, Any, Any], read: Read, label: str, wanted: Wanted
+    ) -> tuple[list[Turn], list[int]]:
         """One pass: all tiles, and which were computed: those that are wanted and that nobody else is at."""
         found, computed = [], []
-        # A whole item of the loader at a time, however many pieces the provider takes it in.
-        for k, (tile, group) in enumerate(groupby(read(), key=lambda batch: batch.place.start // self.rows)):
+        for k, (tile, group) in enumerate(groupby(read(), key=lambda batch: batch.start // self.rows)):
             name, keys = f"{label}/{tile}", bytearray()
-            claimed = wanted(k, name) and self.store.claim(name)
+            claimed = wanted(k, name) and self.store.claims.claim(name)
             batches = self._noted(group, name if claimed else None, keys)
             try:
                 part = visitor.pack(fold(visitor, batches)) if claimed else None
                 for _ in batches:  # read to the end, for the keys
                     pass
-                found.append(Tile(name, digest(self._before.encode(), bytes(keys))))
+                found.append(Turn(name, digest(self._before.encode(), bytes(keys))))
                 if part is not None:
                     self.store.write(name, found[-1].rows, {each: _on_host(value) for each, value in part.items()})
                     computed.append(k)
             finally:
                 if claimed:
-                    self.store.release(name)
+                    self.store.claims.release(name)
         return found, computed
 
     def _noted(self, batches: Iterable[PlacedBatch], mine: str | None, keys: bytearray) -> Iterator[PlacedBatch]:
@@ -140,9 +102,9 @@ class SharedFolder:
                 keys += b"" if batch.keys.ids is None else batch.keys.ids.tobytes()
             yield batch
             if mine is not None:
-                self.store.touch(mine)
+                self.store.claims.touch(mine)
 
-    def _part(self, visitor: Visitor[Any, Any, Any], tile: Tile) -> Any:
+    def _part(self, visitor: Visitor[Any, Any, Any], tile: Turn) -> Any:
         values = self.store.read(tile.name, tile.rows)
         if values is None:
             raise DamagedFile(f"The part {tile.name} in {self.store.path} is gone. Call again.")

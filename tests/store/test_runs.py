@@ -1,0 +1,246 @@
+"""Claims about runs in folders: rows are added, deleted and gone, and what stays is as it was."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+import headwater as hw
+from headwater.errors import DamagedFile, InvalidInput, InvalidSetting
+from headwater.store.plan import Plan
+from headwater.store.runs import check, compact, delete
+from headwater.torch import TorchBatch, TorchComposableInfluence
+
+torch.manual_seed(0)
+X, Y = torch.randn(50, 4), torch.arange(50) % 3
+NAMES = [f"row {n}" for n in range(50)]
+
+
+def batches(rows, size=5):
+    rows = np.asarray(rows)
+    return [
+        TorchBatch(X[rows[k : k + size]], Y[rows[k : k + size]], ids=[NAMES[n] for n in rows[k : k + size]])
+        for k in range(0, len(rows), size)
+    ]
+
+
+QUERIES = [(X[:7] + 0.1, Y[:7])]
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Eight rows a tile, three queries where memory is short."""
+    monkeypatch.setattr("headwater.run.plan.FEWEST", 8)
+    monkeypatch.setattr("headwater.run.plan.ROWS", 8)
+
+
+@pytest.fixture(scope="module")
+def influence():
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+    return TorchComposableInfluence(model, torch.nn.CrossEntropyLoss(), hw.Ekfac()).fit(batches(range(50)))
+
+
+@pytest.fixture
+def spans_of_three(monkeypatch):
+    from headwater.run import attribute
+    from headwater.store.plan import Sizes
+
+    monkeypatch.setattr(attribute, "tile_sizes", lambda *given: Sizes(8, 3))
+
+
+@pytest.mark.parametrize("options", [{}, {"by_block": True}, {"mode": "perturbation"}], ids=str)
+def test_scores_stay_on_disk_and_are_those_of_memory(options, influence, tmp_path, spans_of_three):
+    train, whole = batches(range(50)), influence.attribute(batches(range(50)), QUERIES, **options)
+    found = influence.attribute(train, QUERIES, store=tmp_path / "run", **options)
+    assert "values" not in vars(found)
+    assert found.shape == whole.shape and found.train_ids.tolist() == NAMES
+    np.testing.assert_allclose(found[2], whole.values[2], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(found[[6, 0, 4], 10:30], whole.values[[6, 0, 4], 10:30], rtol=1e-5, atol=1e-7)
+    picked = found.sel(query=[5, 1], train=["row 40", "row 3"])
+    np.testing.assert_allclose(picked.values, whole.values[[5, 1]][:, [40, 3]], rtol=1e-5, atol=1e-7)
+    assert "values" not in vars(found)
+    np.testing.assert_allclose(found.values, whole.values, rtol=1e-5, atol=1e-7)
+    if "by_block" in options:
+        assert list(found.by_block) == list(whole.by_block)
+        for name, share in whole.by_block.items():
+            np.testing.assert_allclose(found.by_block[name], share, rtol=1e-5, atol=1e-7)
+            np.testing.assert_array_equal(picked.by_block[name], found.by_block[name][[5, 1]][:, [40, 3]])
+    if "mode" in options:
+        with pytest.raises(InvalidSetting, match="no ranking"):
+            found.top(2)
+    else:
+        np.testing.assert_array_equal(found.top(4).harmful_ids, whole.top(4).harmful_ids)
+    with xr.open_zarr(tmp_path / "run" / "tiles.zarr", consolidated=False) as data:
+        np.testing.assert_array_equal(data["scores"].sum("block").values, found.values)
+        assert data["train"].values.tolist() == NAMES
+    with pytest.raises(InvalidInput, match="no train row 'row 77'"):
+        found.sel(train="row 77")
+
+
+def test_only_new_rows_are_computed_when_they_are_appended(influence, tmp_path, monkeypatch):
+    from headwater.store.tiles import TileStore
+
+    influence.attribute(batches(range(30)), QUERIES, store=tmp_path / "run")
+    with pytest.raises(InvalidInput, match=r"more rows than the finished run.*has 30.*append=True"):
+        influence.attribute(batches(range(50)), QUERIES, store=tmp_path / "run")
+    with pytest.raises(InvalidInput, match="other rows at 0 to"):
+        influence.attribute(batches([1, 0, *range(2, 50)]), QUERIES, store=tmp_path / "run", append=True)
+    written, write = [], TileStore.write
+    monkeypatch.setattr(TileStore, "write", lambda self, tile: (written.append(tile.start), write(self, tile))[1])
+    found = influence.attribute(batches(range(50)), QUERIES, store=tmp_path / "run", append=True)
+    assert written == [24, 32, 40, 48]  # the tile that was not full is made again
+    np.testing.assert_allclose(found.values, influence.attribute(batches(range(50)), QUERIES).values, rtol=1e-5)
+    with pytest.raises(InvalidInput, match=r"has 20 rows, the finished run .* 50"):
+        influence.attribute(batches(range(20)), QUERIES, store=tmp_path / "run")
+    with pytest.raises(InvalidSetting, match="give store="):
+        influence.attribute(batches(range(20)), QUERIES, append=True)
+
+
+GONE = [0, 3, 17, 24, 49]
+LEFT = [n for n in range(50) if n not in GONE]
+
+
+@pytest.mark.parametrize("options", [{}, {"by_block": True}], ids=str)
+def test_deleted_rows_are_not_shown_and_compacted_ones_gone(options, influence, tmp_path, spans_of_three):
+    run = tmp_path / "run"
+    whole = influence.attribute(batches(range(50)), QUERIES, store=run, **options).values
+    assert delete(run, ["row 0", "row 3"]) == 2 and delete(run, [NAMES[n] for n in GONE]) == 5
+    found = hw.Scores.open(run)
+    assert found.train_ids.tolist() == [NAMES[n] for n in LEFT]
+    np.testing.assert_array_equal(found.values, whole[:, LEFT])
+    compact(run)
+    again = hw.Scores.open(run)
+    assert again.train_ids.tolist() == [NAMES[n] for n in LEFT]
+    np.testing.assert_array_equal(again.values, whole[:, LEFT])
+    assert again.method == found.method and str(again.diagnosis) == str(found.diagnosis)
+    assert check(run) == []
+    kept = b"".join(file.read_bytes() for file in sorted(run.rglob("*")) if file.is_file())
+    assert whole[4, 17].tobytes() not in kept and b"row 17" not in kept and "row 17".encode("utf-32-le") not in kept
+    np.testing.assert_allclose(
+        influence.attribute(batches(LEFT), QUERIES, store=run, **options).values, whole[:, LEFT], rtol=1e-4, atol=1e-6
+    )
+    with pytest.raises(InvalidInput, match="no train row 'row 3'"):
+        delete(run, ["row 3"])
+
+
+KILLED = """
+    import os, signal, sys
+    from pathlib import Path
+    from headwater.store import runs
+    left = int(sys.argv[2])
+    def counted(name, owner):
+        real = getattr(owner, name)
+        def call(*given, **options):
+            global left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*given, **options)
+        setattr(owner, name, call)
+    for name in ("replace", "link", "fsync", "unlink"):
+        counted(name, os)
+    counted("replace", Path)
+    counted("unlink", Path)
+    runs.compact(sys.argv[1])
+    print("done")
+"""
+
+
+@pytest.mark.parametrize("moments", [(3, 29, 64), pytest.param(tuple(range(1, 120, 4)), marks=pytest.mark.slow)])
+def test_a_compaction_that_is_killed_leaves_the_old_run_or_the_new(moments, influence, tmp_path):
+    for moment in moments:
+        run = tmp_path / str(moment)
+        whole = influence.attribute(batches(range(50)), QUERIES, store=run).values
+        delete(run, [NAMES[n] for n in GONE])
+        command = [sys.executable, "-c", textwrap.dedent(KILLED), str(run), str(moment)]
+        subprocess.run(command, env=os.environ, check=False, stdout=subprocess.PIPE)
+        np.testing.assert_array_equal(hw.Scores.open(run).values, whole[:, LEFT])
+        compact(run)
+        np.testing.assert_array_equal(hw.Scores.open(run).values, whole[:, LEFT])
+        assert check(run) == [] and not (run / "compacted").exists()
+
+
+def test_a_check_names_every_file_that_is_damaged(influence, tmp_path):
+    run = tmp_path / "run"
+    influence.attribute(batches(range(50)), QUERIES, store=run)
+    assert check(run) == []
+    chunk, rows = run / "tiles.zarr/scores/c/0/0/2", run / "rows/4.npz"
+    for file in (chunk, rows):
+        content = bytearray(file.read_bytes())
+        content[40] ^= 1
+        file.write_bytes(content)
+    (run / "tiles.zarr/scores/c/0/0/5").unlink()
+    said = "\n".join(check(run))
+    assert all(name in said for name in ("c/0/0/2: missing or damaged", "rows/4.npz", "c/0/0/5"))
+    found = hw.Scores.open(run)
+    with pytest.raises(DamagedFile, match="c/0/0/2 is damaged"):
+        found.top(3)
+    influence.attribute(batches(range(50)), QUERIES, store=run)
+    assert check(run) == []
+
+
+def test_a_budget_of_memory_decides_tiles_and_changes_no_number(influence, tmp_path, monkeypatch):
+    monkeypatch.setattr("headwater.run.plan.LEAST", 1)
+    monkeypatch.setattr("headwater.run.plan.resident_memory", lambda: 0)
+    train, whole = batches(range(50)), influence.attribute(batches(range(50)), QUERIES)
+    factors = influence.n_parameters * 4
+    budget = 4 * 3 * factors * 3  # three queries' factors, in three forms, are a quarter of it
+    found = influence.attribute(train, QUERIES, store=tmp_path / "run", memory=budget)
+    assert {file.name for file in (tmp_path / "run/tiles.zarr/scores/c/0").iterdir()} == {"0", "1", "2"}
+    np.testing.assert_allclose(found.values, whole.values, rtol=1e-5, atol=1e-7)
+    in_memory = influence.attribute(train, QUERIES, memory=budget)
+    np.testing.assert_allclose(in_memory.values, whole.values, rtol=1e-5, atol=1e-7)
+    ends, expected = influence.top(train, QUERIES, 3, memory=budget), whole.top(3)
+    np.testing.assert_array_equal(ends.helpful_ids, expected.helpful_ids)
+    np.testing.assert_array_equal(ends.query_ids, expected.query_ids)
+    for wrong in (0, "many", "2 XB", True):
+        with pytest.raises(InvalidSetting, match="memory is"):
+            influence.attribute(train, QUERIES, memory=wrong)
+
+
+def test_too_little_memory_is_said_before_anything_is_computed(influence, tmp_path):
+    with pytest.raises(InvalidSetting, match=r"is too little: the process holds .* MiB already"):
+        influence.attribute(batches(range(50)), QUERIES, store=tmp_path / "run", memory="1MiB")
+
+
+def test_self_influence_is_kept_and_goes_on(influence, tmp_path, monkeypatch):
+    train, expected = batches(range(50)), influence.self_influence(batches(range(50)))
+    for worker in ((0, 2), (1, 2)):
+        found = influence.self_influence(train, store=tmp_path / "own", worker=worker)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    monkeypatch.setattr("headwater.store.tiles.TileStore.write", None)
+    np.testing.assert_array_equal(influence.self_influence(train, store=tmp_path / "own"), found)
+    with pytest.raises(InvalidInput, match="another run"):
+        influence.attribute(train, QUERIES, store=tmp_path / "own")
+
+
+def test_a_plan_is_plain_data_and_what_the_run_does(influence, tmp_path):
+    train = batches(range(50))
+    planned = influence.plan(train, QUERIES, memory="4GiB")
+    planned.save(tmp_path / "plan.json")
+    assert Plan.open(tmp_path / "plan.json") == planned == influence.plan(iter_again(train), QUERIES, memory="4GiB")
+    assert (planned.train_rows, planned.query_rows) == (50, 7) and "4096 MiB" in str(planned)
+    score = [tile for tile in planned.tiles() if tile.stage == "score"]
+    assert [tile.train for tile in score] == [(start, min(start + 8, 50)) for start in range(0, 50, 8)]
+    influence.attribute(train, QUERIES, store=tmp_path / "run", memory="4GiB")
+    assert len(list((tmp_path / "run/rows").glob("*.npz"))) == len(score)
+    assert [tile.train for tile in planned.tiles() if tile.stage == "fit"] == [(0, 50)]
+    (tmp_path / "plan.json").write_text("{")
+    with pytest.raises(DamagedFile, match=r"plan\.json"):
+        Plan.open(tmp_path / "plan.json")
+
+
+def iter_again(batches):
+    class Loader:
+        def __iter__(self):
+            return iter(batches)
+
+    return Loader()
