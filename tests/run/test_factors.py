@@ -112,10 +112,12 @@ def test_groups_are_ranked_over_a_loader_and_over_kept_rows(tmp_path):
         fitted.top(TRAIN, QUERIES, 3, queries_as="all")
 
 
-def test_one_query_store_serves_each_and_mean_apart(tmp_path):
+def test_one_folder_of_scores_serves_all_rankings(tmp_path):
     fitted = influence(hw.Kfac()).fit(PLAIN)
-    fitted.top(PLAIN, QUERIES, 2, queries_as="mean", store=tmp_path / "run")
-    with pytest.raises(InvalidInput, match="query_ids"):
-        fitted.top(PLAIN, QUERIES, 2, queries_as="sum", store=tmp_path / "run")
+    for options in ({}, {"queries_as": "mean"}, {"queries_as": "sum", "groups": np.arange(40) // 7, "of": "mean"}):
+        kept, plain = (fitted.top(PLAIN, QUERIES, 2, **options, **o) for o in ({"store": tmp_path / "run"}, {}))
+        np.testing.assert_array_equal(kept.helpful_ids, plain.helpful_ids)
+        np.testing.assert_allclose(kept.harmful_scores, plain.harmful_scores, rtol=1e-4)
+        np.testing.assert_array_equal(kept.query_ids, plain.query_ids)
     named = [TorchBatch(x, y, ids=torch.arange(len(y)) + 10 * k) for k, (x, y) in enumerate(QUERIES)]
     assert fitted.top(PLAIN, named, 2).query_ids.tolist() == [0, 1, 2, 10, 11]

@@ -28,9 +28,9 @@ from headwater.errors import (
     StaleFit,
     UnsupportedModel,
 )
-from headwater.run import kept
 from headwater.run.packing import Packing, low_rank
 from headwater.run.runners import shared
+from headwater.store.claims import Claims
 from headwater.torch import TorchBatch, TorchComposableInfluence
 
 torch.manual_seed(0)
@@ -382,7 +382,7 @@ def test_workers_share_the_tiles(tmp_path, monkeypatch):
 
     # The first worker stops after its share, as if it had been killed; the second does its own and the rest.
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(kept.TileFiles, "is_free", stopped)
+        patched.setattr(Claims, "is_free", stopped)
         fitted.gradients(PLAIN, store=tmp_path / "shared", worker=(0, 2))
     assert len(list((tmp_path / "shared" / "tiles-0").iterdir())) == 3
     with pytest.raises(NotSaved, match="not complete: it has 3 tiles"):
@@ -396,6 +396,7 @@ PROGRAM = """
     import sys, torch, headwater as hw
     from torch import nn
     from headwater.run.runners import shared
+from headwater.store.claims import Claims
     from headwater.torch import TorchComposableInfluence
     shared.ROWS = 8
     torch.set_num_threads(1)

@@ -22,7 +22,7 @@ from headwater.rows import PlacedBatch, Visitor, first_batch, sweep
 from headwater.run.identity import fit_identity, fit_tolerance
 from headwater.run.kept import TILE_BYTES, RowFacts, SharedSegments, key_arrays, keys_of, packed_tile
 from headwater.run.packing import Packing, unpacked
-from headwater.run.queries import Asked, ReadyQueries
+from headwater.run.queries import Asked, ReadyQueries, flat_factors
 from headwater.run.rows import distinct
 from headwater.run.runners.turns import check_worker
 from headwater.store.kept import SegmentFolder, refuse_others
@@ -96,12 +96,7 @@ class KeptFactors:
 
     def by_block(self, influence: ComposableInfluence) -> OrderedDict[str, Array]:
         """As `influence_factors_by_block` gives them: (rows, D_block) by block. Errors: as use."""
-        left = self.query_rows(influence).asked().queries.left
-        operators = influence.block_mapper.operators
-        return OrderedDict(
-            (name, value.flat() if operators[name].stored_layout is None else operators[name].lifted(value.flat()))
-            for name, value in left.items()
-        )
+        return OrderedDict(flat_factors(influence, self.query_rows(influence).asked(), False))
 
     def influences(
         self, influence: ComposableInfluence, x: object, y: object, mode: InfluenceMode | str = InfluenceMode.Up

@@ -97,7 +97,7 @@ class PairScorer(Scorer):
         self.influence, self.asked, self.by_block, self.scale = influence, asked, by_block, scale
         perturbed = mode is InfluenceMode.Perturbation
         self.queries: Queries | None = None if perturbed else _queries(influence, asked, progress)
-        self.factors: Any = _flat_factors(influence, asked, progress) if perturbed else None
+        self.factors: Any = flat_factors(influence, asked, progress) if perturbed else None
 
     def scores(self, piece: PlacedBatch) -> np.ndarray:
         """[block, q, n, ...]. Errors: NonFiniteValue."""
@@ -145,7 +145,7 @@ def _queries(influence: ComposableInfluence, asked: Asked, progress: bool) -> Qu
     return found if asked.share is None else found.total(asked.share)
 
 
-def _flat_factors(influence: ComposableInfluence, asked: Asked, progress: bool) -> dict[str, Array]:
+def flat_factors(influence: ComposableInfluence, asked: Asked, progress: bool) -> dict[str, Array]:
     """Op(gradient) by block: [q, D_block]."""
     if asked.ready is not None:
         operators = influence.block_mapper.operators
