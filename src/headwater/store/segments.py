@@ -44,8 +44,8 @@ ALIGNED = 64
 """Bytes that the arrays begin at a multiple of."""
 WORDS = 1024
 """64-bit words that are added up for the checksum."""
-AT_ONCE = 2**18
-"""Numbers that are converted at once: they stay in the processor's cache until they are multiplied."""
+AT_ONCE = 2**17
+"""Numbers that are multiplied at once: the product's own copy of them stays in the processor's cache."""
 REMEDY = "The call that made it computes its rows again; check(drop=True) leaves them out."
 
 
@@ -253,11 +253,9 @@ class Segment:
     def product(self, name: str, queries: np.ndarray, rows: slice = slice(None)) -> np.ndarray:
         """Dot products of rows of a matrix [n, D] with queries [D, q]: float32 [n, q].
 
-        One matrix product on the memory map; of bfloat16 and int8 one for each few rows, which are converted first.
+        A matrix product on the memory map, a few rows after the other; bfloat16 and int8 are converted on the way.
         """
         entry = self._entries[name]
-        if entry["dtype"] == "F32":
-            return self.raw(name)[rows] @ queries
         first, last, _ = rows.indices(entry["shape"][0])
         found = np.empty((last - first, queries.shape[1]), dtype=np.float32)
         step = max(1, AT_ONCE // max(1, entry["shape"][1]))
