@@ -13,6 +13,7 @@ reads it first.
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -80,7 +81,7 @@ def to_int8(values: np.ndarray, groups: Sequence[int]) -> tuple[np.ndarray, np.n
     groups: where groups of columns of [n, D] end, each with a scale of its own; of arrays with more axes all numbers of
     a row are one group. Error: at most half a scale, which is the largest number of row and group over 127.
     """
-    flat = values.reshape((len(values), -1)).astype(np.float32, copy=False)
+    flat = values.reshape((len(values), math.prod(values.shape[1:]))).astype(np.float32, copy=False)
     found, scales = np.empty(flat.shape, dtype=np.int8), np.empty((len(flat), len(groups)), dtype=np.float32)
     for k, columns in enumerate(_columns(groups)):
         part = flat[:, columns]
