@@ -31,6 +31,7 @@ from headwater.errors import (
 from headwater.run.packing import Packing, low_rank
 from headwater.run.runners import shared
 from headwater.store.claims import Claims
+from headwater.store.kept import SegmentFolder
 from headwater.torch import TorchBatch, TorchComposableInfluence
 
 torch.manual_seed(0)
@@ -340,10 +341,11 @@ def test_a_damaged_file_is_named_and_the_rest_stays(tmp_path, monkeypatch):
     fitted.gradients(PLAIN, store=tmp_path / "whole")
     kinds = damage.damages([0.001, 0.1, 0.5, 0.999])
     for number, (name, change) in enumerate(kinds.items()):
-        for place in ("tiles-0/000002.safetensors", "manifest.json", "identity.json"):
+        for place in ("tiles-0/000002-*", "manifest.json", "identity.json"):
             folder = tmp_path / f"{number}"
             shutil.copytree(tmp_path / "whole", folder)
-            file, now = folder / place, change((folder / place).read_bytes())
+            file = next(folder.glob(place))
+            now = change(file.read_bytes())
             file.unlink() if now is None else file.write_bytes(now)
             if place.startswith("tiles"):
                 found = hw.KeptGradients.open(folder)
@@ -364,12 +366,33 @@ def test_the_same_call_computes_what_is_damaged(tmp_path, monkeypatch):
     fitted = influence(hw.Ekfac()).fit(PLAIN)
     truth = fitted.attribute(PLAIN, QUERIES).values
     fitted.gradients(PLAIN, store=tmp_path / "kept")
-    file = tmp_path / "kept" / "tiles-0" / "000003.safetensors"
+    file = next((tmp_path / "kept").glob("tiles-0/000003-*"))
     file.write_bytes(file.read_bytes()[:-5])
     others = {other: other.stat().st_mtime_ns for other in file.parent.iterdir() if other != file}
     found = fitted.gradients(PLAIN, store=tmp_path / "kept")
     assert_near(fitted.attribute(found, QUERIES).values, truth)
     assert {other: other.stat().st_mtime_ns for other in others} == others
+
+
+def test_of_two_different_appends_at_once_the_later_says_so(tmp_path, monkeypatch):
+    fitted = influence(hw.GradDot()).fit(PLAIN)
+    found = fitted.gradients(PLAIN[:4], store=tmp_path / "kept")
+    publish = SegmentFolder.publish
+
+    def slow(self, series, tiles):
+        monkeypatch.setattr(SegmentFolder, "publish", publish)
+        hw.KeptGradients.open(tmp_path / "kept").append(fitted, PLAIN[7:])  # meanwhile
+        return publish(self, series, tiles)
+
+    monkeypatch.setattr(SegmentFolder, "publish", slow)
+    with pytest.raises(InvalidInput, match="meanwhile"):
+        found.append(fitted, PLAIN[4:7])
+    assert found.rows == 28 and found.check() == []
+    assert found.append(fitted, PLAIN[4:7]) == 12 and found.check() == []
+    truth = fitted.attribute([*PLAIN[:4], *PLAIN[7:], *PLAIN[4:7]], QUERIES).values
+    assert_near(fitted.attribute(found, QUERIES).values, truth)
+    with pytest.raises(InvalidSetting, match="inputs, which are not kept"):
+        fitted.attribute(found, QUERIES, mode="perturbation")
 
 
 def test_workers_share_the_tiles(tmp_path, monkeypatch):
@@ -397,6 +420,7 @@ PROGRAM = """
     from torch import nn
     from headwater.run.runners import shared
 from headwater.store.claims import Claims
+from headwater.store.kept import SegmentFolder
     from headwater.torch import TorchComposableInfluence
     shared.ROWS = 8
     torch.set_num_threads(1)

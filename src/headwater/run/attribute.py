@@ -60,6 +60,8 @@ def attribute(
 ) -> Scores:
     """See `Attributor.attribute`."""
     mode, kept = InfluenceMode(mode), kept or Kept()
+    if mode is InfluenceMode.Perturbation and isinstance(train_loader, Rows) and train_loader.is_kept:
+        raise InvalidSetting("mode='perturbation' is about train rows' inputs, which are not kept: give their loader.")
     influence.ready()
     run = _Run(influence, Asked.of(influence, query_loader), unit, by_block, mode, kept, progress)
     return run.stored(train_loader) if kept.store is not None else run.in_memory(train_loader)

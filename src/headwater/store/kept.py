@@ -3,7 +3,8 @@
     identity.json               what the rows are of, sealed
     manifest.json               the segments in order, with their checksums and the rows of each that were deleted;
                                 written whole, in place of the one before: all that changes the store is one rename
-    tiles-0/000012.safetensors  the thirteenth tile of the first pass; tiles-1/... those that were appended
+    tiles-0/000012-5d8e1f03.safetensors
+                                the thirteenth tile of the first pass; tiles-1/... those that were appended
     claims/                     who is at which tile, and at the manifest
 
 A segment never changes. What a killed process left is no part of the store: drafts, tiles of a pass that did not come
@@ -166,7 +167,10 @@ class SegmentFolder:
         return Claims(self.path / CLAIMS)
 
     def publish(self, series: int, tiles: Sequence[Mapping[str, Any]]) -> Manifest:
-        """The tiles of a pass that came to its end become part of the store; of several workers the first does it."""
+        """The tiles of a pass that came to its end become part of the store; of several workers the first does it.
+
+        Errors: InvalidInput where another pass over other rows was quicker.
+        """
         with self._alone():
             now = self.manifest() or Manifest()
             # A store that nobody has changed since is made anew, as some of its tiles may have been.
@@ -180,6 +184,8 @@ class SegmentFolder:
                         position += tile["rows"]
                 generation = 0 if anew else now.generation + 1
                 self._write(Manifest(tuple(entries), generation, series + 1, position))
+            elif not {tile["file"] for tile in tiles if tile["rows"]} <= {entry.file for entry in now.entries}:
+                raise InvalidInput(f"{self.path} was changed by another process meanwhile. Make the same call again.")
             self.tidy()
         return self.complete()
 
@@ -298,34 +304,39 @@ class TileFiles:
         self.claims = Claims(folder.path / CLAIMS / f"tiles-{series}")
 
     def has(self, name: str) -> bool:
-        return (self.path / self._file(name)).is_file()
+        """Whether there is a tile of that name, of whatever rows."""
+        return any(self.path.glob(f"{self._stem(name)}-*{SUFFIX}"))
 
     def read(self, name: str, rows: str) -> dict[str, Any] | None:
         """The tile of this name over rows with this digest: its file, rows and checksum; None if it is not whole."""
         try:
-            found = Segment.open(self.path / self._file(name))
+            found = Segment.open(self.path / self._file(name, rows))
         except DamagedFile:
             return None
         if not found.is_of(self._place(name, rows)):
             return None
-        return {"file": self._file(name), "rows": found.rows, "checksum": found.checksum}
+        return {"file": self._file(name, rows), "rows": found.rows, "checksum": found.checksum}
 
     def write(self, name: str, rows: str, values: Mapping[str, Any]) -> None:
         """Errors: NotWritten."""
         # Another worker may have been at the same tile: the first one's stays, as the manifest may name it already.
-        if self.has(name) and self.read(name, rows) is not None:
+        if self.read(name, rows) is not None:
             return
         about = json.loads(str(values[ABOUT]))
         numbers = {n.removeprefix(NUMBERS): v for n, v in values.items() if n.startswith(NUMBERS)}
         arrays = {n: v for n, v in values.items() if n != ABOUT and not n.startswith(NUMBERS)}
-        file = self.path / self._file(name)
+        file = self.path / self._file(name, rows)
         with explained_errors(file):
             file.parent.mkdir(exist_ok=True)
         place = self._place(name, rows)
         write_segment(file, place, about, arrays, numbers, self.dtype, about.get("groups"))
 
-    def _file(self, name: str) -> str:
-        return f"tiles-{self.series}/{int(name.rpartition('/')[2]):06d}{SUFFIX}"
+    def _stem(self, name: str) -> str:
+        return f"tiles-{self.series}/{int(name.rpartition('/')[2]):06d}"
+
+    def _file(self, name: str, rows: str) -> str:
+        # With a digest of what is in it: two calls with other rows, at the same time, write other files.
+        return f"{self._stem(name)}-{self._place(name, rows)[:8]}{SUFFIX}"
 
     def _place(self, name: str, rows: str) -> str:
         return digest(self.folder.digest.encode(), self.bound.encode(), name.encode(), rows.encode())
