@@ -79,7 +79,11 @@ def test_factors_go_on_where_they_stopped(tmp_path, monkeypatch):
 # Queries and groups together ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [hw.Ekfac(), hw.LoGra(dimension=2), hw.Dual()], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "method",
+    [hw.Kfac(), *(pytest.param(m, marks=pytest.mark.slow) for m in (hw.LoGra(dimension=2), hw.Dual()))],
+    ids=lambda m: type(m).__name__,
+)
 @pytest.mark.parametrize("how", ["mean", "sum"])
 def test_queries_as_one_have_the_scores_of_all(method, how, tmp_path):
     fitted = influence(method).fit(PLAIN)

@@ -61,8 +61,9 @@ def assert_near(found, truth, dtype="float32"):
     np.testing.assert_allclose(found, truth, atol=TOLERANCE[dtype] * abs(truth).max(), rtol=0)
 
 
-FAST = [hw.Ekfac(), hw.LoGra(dimension=2), hw.Trak(dimension=8)]
+FAST = [hw.Ekfac(), hw.LoGra(dimension=2)]
 SLOW = [
+    hw.Trak(dimension=8),
     hw.Direct(),
     hw.Dual(),
     hw.GradCos(),
@@ -108,6 +109,7 @@ def test_no_train_row_goes_through_the_model_again(tmp_path, monkeypatch):
     assert len(asked) == 4 and all(options.get("query") for options in asked)
 
 
+@pytest.mark.slow
 def test_a_method_that_is_not_fitted_keeps_gradients_for_all(tmp_path):
     found = influence(hw.Direct()).gradients(PLAIN, store=tmp_path / "kept", form="dense")
     for method in (hw.Kfac(), hw.LoGra(dimension=2)):
@@ -118,6 +120,7 @@ def test_a_method_that_is_not_fitted_keeps_gradients_for_all(tmp_path):
 CASES = (models.images, models.language, models.sentences)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__)
 def test_every_kind_of_part_is_kept(make, tmp_path):
     case = make()
@@ -192,6 +195,13 @@ def test_settings_that_mean_nothing_are_refused(tmp_path):
     assert Packing("outer").rank is None
 
 
+def test_another_model_is_refused_and_named(tmp_path):
+    found = influence(hw.GradDot()).gradients(PLAIN, store=tmp_path / "kept")
+    with pytest.raises(InvalidInput, match="another model or method: fingerprint was"):
+        influence(hw.GradDot(), scale=2.0).fit(PLAIN).attribute(found, QUERIES)
+
+
+@pytest.mark.slow
 def test_another_model_or_method_is_refused_and_named(tmp_path):
     found = influence(hw.Ekfac()).gradients(PLAIN, store=tmp_path / "kept")
     with pytest.raises(InvalidInput, match="another model or method: fingerprint was"):
@@ -339,7 +349,7 @@ def test_a_damaged_file_is_named_and_the_rest_stays(tmp_path, monkeypatch):
     fitted = influence(hw.Ekfac()).fit(PLAIN)
     truth = fitted.attribute(PLAIN, QUERIES).values
     fitted.gradients(PLAIN, store=tmp_path / "whole")
-    kinds = damage.damages([0.001, 0.1, 0.5, 0.999])
+    kinds = damage.damages([0.1, 0.999])
     for number, (name, change) in enumerate(kinds.items()):
         for place in ("tiles-0/000002-*", "manifest.json", "identity.json"):
             folder = tmp_path / f"{number}"
@@ -520,6 +530,7 @@ def test_sklearn_keeps_gradients(tmp_path):
         assert_near(fitted.attribute(found, train[:2]).values, truth, options.get("dtype", "float32"))
 
 
+@pytest.mark.slow
 def test_several_models_and_rows_without_a_score_on_themselves(tmp_path):
     first = influence(hw.GradDot()).model
     checkpoints = [first.state_dict(), {name: value * 1.1 for name, value in first.state_dict().items()}]

@@ -86,8 +86,8 @@ def to_int8(values: np.ndarray, groups: Sequence[int]) -> tuple[np.ndarray, np.n
     for k, columns in enumerate(_columns(groups)):
         part = flat[:, columns]
         largest = np.abs(part).max(axis=1, initial=0.0)
-        scales[:, k] = largest / np.float32(127)
-        # A row of zeros has no scale; one so small that its scale is zero is a row of zeros too.
+        # A row of zeros has no scale; one whose scale is below float32's normal numbers is a row of zeros too.
+        scales[:, k] = np.where(largest >= 127 * np.finfo(np.float32).tiny, largest / np.float32(127), 0)
         inverse = np.divide(1.0, scales[:, k], out=np.zeros(len(part)), where=scales[:, k] > 0)
         np.clip(np.rint(part * inverse[:, None]), -127, 127, out=found[:, columns], casting="unsafe")
     return found.reshape(values.shape), scales

@@ -212,6 +212,6 @@ def checked_k(k: object) -> int:
 
 
 def check_labels(values: np.ndarray, query_ids: np.ndarray, train_ids: np.ndarray) -> None:
-    """Errors: ShapeMismatch unless the scores are [query, train]."""
-    if values.shape != (len(query_ids), len(train_ids)):
+    """Errors: ShapeMismatch unless the scores are [query, train, ...]."""
+    if values.shape[:2] != (len(query_ids), len(train_ids)):
         raise ShapeMismatch(f"The scores are {values.shape}, for {len(query_ids)} queries and {len(train_ids)} rows.")
