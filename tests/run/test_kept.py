@@ -429,8 +429,6 @@ PROGRAM = """
     import sys, torch, headwater as hw
     from torch import nn
     from headwater.run.runners import shared
-from headwater.store.claims import Claims
-from headwater.store.kept import SegmentFolder
     from headwater.torch import TorchComposableInfluence
     shared.ROWS = 8
     torch.set_num_threads(1)
@@ -467,7 +465,7 @@ def killed(what, path, after):
     child = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(PROGRAM), what, str(path)], stdout=subprocess.PIPE, env=environment
     )
-    child.stdout.readline()
+    assert child.stdout.readline() == b"ready\n"  # it has begun, and its program is a right one
     time.sleep(after)
     child.send_signal(signal.SIGKILL)
     return b"done" in child.communicate()[0]
@@ -503,6 +501,7 @@ def test_killed_at_any_moment_nothing_is_lost(what, tmp_path):
 # Other frameworks -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_jax_keeps_gradients(tmp_path):
     from headwater.jax import JaxComposableInfluence
     from headwater.jax.losses import cross_entropy
