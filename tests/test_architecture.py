@@ -43,6 +43,8 @@ HOMES = {
     "faiss": {"store"},
     "sklearn": {"sklearn", "retraining/sklearn", "demo"},
     "dask": {"run"},
+    "distributed": {"run"},
+    "google_crc32c": {"store"},
     "zarr": {"store"},
     "xarray": {"store"},
     "matplotlib": {"report"},

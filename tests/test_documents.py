@@ -1,10 +1,12 @@
 """What the documents show works: every Python snippet runs, every command exists.
 
 The snippets of one document run in order and share one namespace, as a reader would type them, in an empty folder
-and with warnings as errors. A snippet that follows the comment `<!-- not run -->` is only read.
+and with warnings as errors. A snippet that follows the comment `<!-- not run -->` is only read; commands that follow
+`<!-- run -->` are run.
 """
 
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -13,11 +15,14 @@ from pathlib import Path
 
 import pytest
 
+from headwater import cli
+
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.exists()]
 PROGRAMS = {"headwater": Path(sys.executable).with_name("headwater"), "./dev": ROOT / "dev"}
 
 FENCED = re.compile(r"(?P<skip><!-- not run -->\s*)?^ *```(?P<language>\w+)[^\n]*\n(?P<body>.*?)^ *```", re.M | re.S)
+RUN = re.compile(r"^<!-- run -->\s*^```sh\n(.*?)^```", re.M | re.S)
 COMMAND = re.compile(r"^\s*(?:\$ )?(?P<program>headwater|\./dev) (?P<verb>[a-z][\w-]*)", re.M)
 
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -41,6 +46,18 @@ def test_python_snippets_run(document, tmp_path, monkeypatch):
             lines_before = block.string.count("\n", 0, block.start("body"))
             code = "\n" * lines_before + textwrap.dedent(block["body"])  # a traceback names the document's own line
             exec(compile(code, document, "exec", dont_inherit=True), namespace)
+
+
+@each_document
+def test_commands_after_the_comment_run_are_run(document, tmp_path, monkeypatch, capsys):
+    """In an empty folder, in order, each with exit status 0."""
+    monkeypatch.chdir(tmp_path)
+    for block in RUN.findall(document.read_text()):
+        for line in block.splitlines():
+            program, *arguments = shlex.split(line, comments=True)
+            assert program == "headwater"
+            cli.main(arguments)  # exits where something is wrong
+            assert capsys.readouterr().out
 
 
 @each_document

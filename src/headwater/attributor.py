@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from headwater.run.diagnosis import EffectiveDof
     from headwater.run.factors import KeptFactors
     from headwater.run.kept import KeptGradients
+    from headwater.run.runners.environment import Worker
     from headwater.run.verification import Verification
     from headwater.status import Status
     from headwater.store.diagnosis import Diagnosis
@@ -45,30 +46,26 @@ class Attributor(ComposableInfluence[TensorType]):
         runner: Runner | None = None,
         tile: int | None = None,
         store: str | os.PathLike[str] | None = None,
-        worker: tuple[int, int] = (0, 1),
+        worker: Worker = (0, 1),
     ) -> Self:
         """As `ComposableInfluence.fit`; and in a folder, by several workers.
 
         store: a folder for the sums over tiles of rows, so that the same call goes on where a stopped one ended, and
-        processes on any machines that see the folder share the work. worker: (number from 0, how many); each makes the
-        same call and gets the same fit, to the last bit. Methods that keep sums over rows share them (hw.Direct,
-        hw.Kfac, hw.Ekfac, hw.Trak, hw.LoGra, ...); those that read rows at every solve (hw.Cg, hw.Dual, ...) fit
-        little, and each worker does. The loader gives its rows in one order. See `headwater.run.runners.shared`.
+        processes on any machines that see the folder share the work. worker: (number from 0, how many), "number/many",
+        or "env" for what torchrun, srun or a SLURM array says; each makes the same call and gets the same fit, to the
+        last bit. Methods that keep sums over rows share them (hw.Direct, hw.Kfac, hw.Ekfac, hw.Trak, hw.LoGra, ...);
+        those that read rows at every solve (hw.Cg, hw.Dual, ...) fit little, and each worker does. The loader gives its
+        rows in one order. See `headwater.run.runners.shared`.
         Errors: InvalidInput for a folder of another fit; InvalidSetting for workers without a folder.
         """
         from headwater.run.runners import shared
         from headwater.run.runners.turns import check_worker
 
-        check_worker(worker, store)
+        worker = check_worker(worker, store, self.source.together)
         if store is not None:
             if runner is not None:
                 raise InvalidSetting("store= has a runner of its own: give one of the two, store= or runner=.")
-            self._look(loader)
-            known = self.identity()
-            belongs = {name: known[name] for name in ("method", "loss", "architecture", "fingerprint")}
-            blocks = {name: block["parameters"] for name, block in known["blocks"].items()}
-            belongs |= {"blocks": blocks, "dtype": self.source.dtype}
-            runner, tile = shared.SharedFolder(store, belongs, self._like(), worker), shared.ROWS
+            runner, tile = shared.shared_folder(self, store, loader, worker), shared.ROWS
         return super().fit(loader, progress=progress, runner=runner, tile=tile)
 
     @property
@@ -120,7 +117,7 @@ class Attributor(ComposableInfluence[TensorType]):
         mode: InfluenceMode | str = InfluenceMode.Up,
         store: str | os.PathLike[str] | None = None,
         memory: int | str | None = None,
-        worker: tuple[int, int] = (0, 1),
+        worker: Worker = (0, 1),
         append: bool = False,
         progress: bool = False,
     ) -> Scores:
@@ -133,14 +130,14 @@ class Attributor(ComposableInfluence[TensorType]):
         store: a folder where finished tiles are kept, so that the same call goes on where a stopped one ended; scores
         then stay there, and are read when they are asked for. append: the loader has more rows than the finished run
         in the folder, at its end; only they are computed. memory: bytes that this process may hold in all (also
-        "2GiB"); tiles are made as small as that takes. worker: (number from 0, how many), of processes that make the
+        "2GiB"); tiles are made as small as that takes. worker: as in `fit`, of processes that make the
         same call with the same store: each computes its share of the tiles, then what nobody else is at, and returns
         all scores.
         Errors: InvalidInput for a folder of another run, or other rows; InvalidSetting for too little memory.
         """
         from headwater.run.attribute import Kept, attribute
 
-        kept = Kept(store, memory, worker, append)
+        kept = Kept.of(self, store, memory, worker, append)
         with self._recorded():
             train, query = self._scored(train_loader), self._explained(query_loader)
             return attribute(self, train, query, unit=unit, by_block=by_block, mode=mode, progress=progress, kept=kept)
@@ -175,7 +172,7 @@ class Attributor(ComposableInfluence[TensorType]):
         unit: str = "influence",
         store: str | os.PathLike[str] | None = None,
         memory: int | str | None = None,
-        worker: tuple[int, int] = (0, 1),
+        worker: Worker = (0, 1),
         append: bool = False,
         progress: bool = False,
         queries_as: str = "each",
@@ -194,7 +191,8 @@ class Attributor(ComposableInfluence[TensorType]):
         from headwater.run.attribute import Kept, top
         from headwater.run.ranking import Ranking
 
-        kept, ranking = Kept(store, memory, worker, append), Ranking(k, queries_as, groups, of)
+        kept = Kept.of(self, store, memory, worker, append)
+        ranking = Ranking(k, queries_as, groups, of)
         with self._recorded():
             train, query = self._scored(train_loader), self._explained(query_loader)
             return top(self, train, query, k, unit=unit, progress=progress, kept=kept, ranking=ranking)
@@ -206,7 +204,7 @@ class Attributor(ComposableInfluence[TensorType]):
         *,
         store: str | os.PathLike[str] | None = None,
         memory: int | str | None = None,
-        worker: tuple[int, int] = (0, 1),
+        worker: Worker = (0, 1),
         append: bool = False,
         progress: bool = False,
     ) -> np.ndarray:
@@ -216,7 +214,7 @@ class Attributor(ComposableInfluence[TensorType]):
         """
         from headwater.run.attribute import Kept, self_influence
 
-        kept = Kept(store, memory, worker, append)
+        kept = Kept.of(self, store, memory, worker, append)
         with self._recorded():
             return self_influence(self, self._scored(train_loader), progress=progress, kept=kept)
 
@@ -242,7 +240,7 @@ class Attributor(ComposableInfluence[TensorType]):
         *,
         store: str | os.PathLike[str],
         dtype: str = "float32",
-        worker: tuple[int, int] = (0, 1),
+        worker: Worker = (0, 1),
         progress: bool = False,
     ) -> KeptFactors:
         """The query rows' factors, Op(gradient), kept in a folder: they stand for the loader in `attribute` and `top`.
@@ -265,7 +263,7 @@ class Attributor(ComposableInfluence[TensorType]):
         form: str = "auto",
         rank: int | None = None,
         dtype: str = "float32",
-        worker: tuple[int, int] = (0, 1),
+        worker: Worker = (0, 1),
         progress: bool = False,
     ) -> KeptGradients:
         """The train rows' gradients, kept in a folder, where they stand for the loader: one pass, and none afterwards.
@@ -282,7 +280,7 @@ class Attributor(ComposableInfluence[TensorType]):
         from headwater.run.kept import keep_gradients
 
         with located():
-            self._look(train_loader)
+            self.look(train_loader)
             return keep_gradients(
                 self, train_loader, store=store, form=form, rank=rank, dtype=dtype, worker=worker, progress=progress
             )
@@ -295,7 +293,7 @@ class Attributor(ComposableInfluence[TensorType]):
         groups: Iterable[object] | None = None,
         *,
         store: str | os.PathLike[str] | None = None,
-        worker: tuple[int, int] = (0, 1),
+        worker: Worker = (0, 1),
         progress: bool = False,
     ) -> np.ndarray:
         """The rise of each query's loss when a row, or a group, is removed: [q, n] or [q, groups].
@@ -307,7 +305,7 @@ class Attributor(ComposableInfluence[TensorType]):
         from headwater.run.attribute import Kept
         from headwater.run.removal import removal
 
-        kept = Kept(store, None, worker)
+        kept = Kept.of(self, store, None, worker)
         with self._recorded():
             train, query = self.train_rows(train_loader), self.query_rows(query_loader)
             return removal(self, train, query, groups, progress=progress, kept=kept)

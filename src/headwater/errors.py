@@ -18,6 +18,7 @@ HeadwaterError
 │   └── Diverged                            an iteration ran away; says which step size to try
 ├── NotFittedError (ValueError, AttributeError)
 ├── StaleFit (RuntimeError)                 the weights have changed since `fit`
+├── ProcessLost (RuntimeError)              of those that hold a model together, one has not come to the same call
 ├── NotSaved (FileNotFoundError)            there is nothing saved under that name
 ├── NotWritten (OSError)                    a file could not be written: a full disk, a folder that is read-only
 │   └── AlreadySaved (FileExistsError)      there is something of that name already
@@ -119,6 +120,10 @@ class StaleFit(HeadwaterError, RuntimeError):
 
 class RulesChanged(StaleFit):
     """Gradients take another form than those that a fit was made of: layer rules turned out not to hold. Fit again."""
+
+
+class ProcessLost(HeadwaterError, RuntimeError):
+    """Of the processes that hold a model together, not all have come to the same call."""
 
 
 class NotSaved(HeadwaterError, FileNotFoundError):

@@ -150,7 +150,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         self._calibration = None
         return self
 
-    def _look(self, loader: Iterable[object]) -> None:
+    def look(self, loader: Iterable[object]) -> None:
         """At the first rows, which show the blocks' parts; what is wrong with them is said where they are used."""
         with suppress(HeadwaterError, *RAW):
             self.source.grads(first_batch(self.provider, self._read_as(loader, "train")))
@@ -352,7 +352,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         fitted = self._need_fit()
         # The user may have moved the model; a fit on another device would fail at the first product.
         if self.source.device != fitted.device:
-            curvature = moved(fitted.curvature, self.provider, self._like())
+            curvature = moved(fitted.curvature, self.provider, self.like())
             self._keep(replace(fitted, curvature=curvature, device=self.source.device))
         return self.block_mapper
 
@@ -385,13 +385,13 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         rows = None
         if loader is not None:
             rows = Rows(self.source, self._read_as(loader, "train"), memory=RowMemory(keys))
-        read = put_together(TakenApart(dict(saved), dict(arrays)), self.provider, self._like(), rows)
+        read = put_together(TakenApart(dict(saved), dict(arrays)), self.provider, self.like(), rows)
         curvature = self.method.checked(read)
         weights, form = self.provider.fingerprint(), self.provider.form
         self._keep(Fitted(curvature, saved["rows"], weights, form, self.source.device, keys))
         self._loaders = LoadersSeen()
 
-    def _like(self) -> Array:
+    def like(self) -> Array:
         """Some array of the model's: its framework and device."""
         return self.source.parameters(next(iter(self.source.layouts)))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 from zlib import crc32
@@ -16,7 +17,7 @@ from zlib import crc32
 import numpy as np
 
 from headwater.arrays import Array, is_array, to_numpy
-from headwater.errors import BatchMismatch
+from headwater.errors import BatchMismatch, HeadwaterError
 from headwater.gradients.provider import BlockGradients, StructuredGradientProvider
 from headwater.loaders.batches import as_batch, check_loader
 from headwater.loaders.keys import RowKeys, RowMemory
@@ -387,7 +388,7 @@ def _read(
     provider.begin_pass()
     move_to(None)  # the loader's own errors are its own
     whole = _compared(provider, known, track(source, what, show), role)
-    for piece in _gathered(provider, whole, None if known is None else known.tile):
+    for piece in _in_step(provider, _gathered(provider, whole, None if known is None else known.tile)):
         move_to(piece.place)
         yield piece
         # Between batches the loader works, and its errors are not about the last batch.
@@ -455,6 +456,17 @@ def _joined(provider: StructuredGradientProvider, held: list[PlacedBatch]) -> It
         held = [PlacedBatch(batches[0], place, RowKeys.joined(keys) if len(keys) == len(held) else None)]
     for each in held:
         yield from _pieces(provider, each)
+
+
+def _in_step(provider: StructuredGradientProvider, pieces: Iterator[PlacedBatch]) -> Iterator[PlacedBatch]:
+    """The pieces; where other processes hold parts of the model, these are told how they ended."""
+    try:
+        yield from pieces
+    except Exception:
+        with suppress(HeadwaterError):  # what the loader raised is the news
+            provider.end_pass(failed=True)
+        raise
+    provider.end_pass()
 
 
 def _again(pieces: Iterable[PlacedBatch], what: str, show: bool) -> Iterator[PlacedBatch]:

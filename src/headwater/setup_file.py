@@ -6,7 +6,8 @@ import importlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -26,62 +27,77 @@ class Setup:
     """Fitted or not."""
     train: Iterable[object]
     """The loader of the rows that were, or will be, fitted."""
-    query: Iterable[object]
-    """The loader of the queries."""
+    query: Iterable[object] | None = None
+    """The loader of the queries; None where there are none yet."""
+
+    @property
+    def queries(self) -> Iterable[object]:
+        """Errors: InvalidSetting where there are none."""
+        if self.query is None:
+            raise InvalidSetting("The setup gives no queries: it should give influence, train and query.")
+        return self.query
 
 
-def load_setup(target: str) -> Setup:
+def load_setup(target: str, folder: Path | None = None) -> Setup:
     """From "setup.py", "setup.py:function" or "module:function"; the function, by default `setup`, returns the three.
 
-    A file without it defines `influence`, `train` and `query` itself. Errors: InvalidSetting for what is not there;
-    InvalidInput, with the place, for whatever the user's code raises.
+    A file without it defines `influence`, `train` and `query` itself. The query may be left out, or None. folder: what
+    the target is relative to; None for the current one. Errors: InvalidSetting for what is not there; InvalidInput,
+    with the place, for whatever the user's code raises.
     """
-    place, _, name = target.rpartition(":") if _names_function(target) else (target, "", "")
-    module = _run(target, lambda: _load(place))
-    defined = {each: getattr(module, each, None) for each in (name or "setup", *NAMES)}
-    function = defined[name or "setup"]
-    if name and not callable(function):
-        raise InvalidSetting(f"{place} has no function {name!r}.")
-    if callable(function):
-        given = _run(target, function)
-        if not isinstance(given, (tuple, list)) or len(given) != len(NAMES):
-            raise InvalidSetting(f"{target}: expected {', '.join(NAMES)}, got {type(given).__name__}.")
-    else:
-        missing = [each for each in NAMES if defined[each] is None]
-        if missing:
-            raise InvalidSetting(
-                f"{target} does not define {', '.join(missing)}. It should define influence, train and query, or a "
-                "function setup() that returns them."
-            )
-        given = [defined[each] for each in NAMES]
+    place, name = split_target(target)
+    with _importable(place, folder):
+        module = _run(target, lambda: _load(place, folder))
+        defined = {each: getattr(module, each, None) for each in (name or "setup", *NAMES)}
+        function = defined[name or "setup"]
+        if name and not callable(function):
+            raise InvalidSetting(f"{place} has no function {name!r}.")
+        if callable(function):
+            given = _run(target, function)
+            if not isinstance(given, (tuple, list)) or len(given) not in (2, 3):
+                raise InvalidSetting(f"{target}: expected {', '.join(NAMES)}, got {type(given).__name__}.")
+        else:
+            missing = [each for each in NAMES[:2] if defined[each] is None]
+            if missing:
+                raise InvalidSetting(
+                    f"{target} does not define {', '.join(missing)}. It should define influence, train and query, or a "
+                    "function setup() that returns them."
+                )
+            given = [defined[each] for each in NAMES]
     if not isinstance(given[0], Attributor):
         raise InvalidSetting(f"{target}: the influence is {type(given[0]).__name__}; expected an Attributor.")
     return Setup(*given)
 
 
-def _names_function(target: str) -> bool:
-    return target.rpartition(":")[2].isidentifier() and ":" in target
+def split_target(target: str) -> tuple[str, str]:
+    """The file or module, and the function; "" where none is named."""
+    place, colon, name = target.rpartition(":")
+    return (place, name) if colon and name.isidentifier() else (target, "")
 
 
-def _load(place: str) -> ModuleType:
+@contextmanager
+def _importable(place: str, folder: Path | None) -> Iterator[None]:
+    """What lies beside the user's file can be imported, also from within its function."""
+    beside = str((Path(folder or "") / place).resolve().parent) if place.endswith(".py") else str(folder or "")
+    sys.path.insert(0, beside)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # the user's code may have put it in order already
+            sys.path.remove(beside)
+
+
+def _load(place: str, folder: Path | None) -> ModuleType:
     if not place.endswith(".py"):
-        sys.path.insert(0, "")
-        try:
-            return importlib.import_module(place)
-        finally:
-            sys.path.remove("")
-    path = Path(place).resolve()
+        return importlib.import_module(place)
+    path = (Path(folder or "") / place).resolve()
     if not path.is_file():
-        raise InvalidSetting(f"There is no file {place}.")
+        raise InvalidSetting(f"There is no file {Path(folder or '') / place}.")
     spec = importlib.util.spec_from_file_location("headwater_setup", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where pickle finds the classes of a data set that workers read
-    sys.path.insert(0, str(path.parent))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(path.parent))
+    spec.loader.exec_module(module)
     return module
 
 

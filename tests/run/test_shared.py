@@ -75,6 +75,19 @@ def test_any_number_of_workers_gives_the_same_bytes(method, tmp_path):
     np.testing.assert_allclose(alone, scores(influence(method).fit(TRAIN)), rtol=2e-3, atol=1e-4 * abs(alone).max())
 
 
+def test_a_worker_is_what_the_environment_or_a_text_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InvalidSetting, match=r"\(1, 2\), and workers meet"):
+        influence(hw.Kfac()).fit(TRAIN, worker="env")
+    fitted = influence(hw.Kfac()).fit(TRAIN, store=tmp_path / "fit", worker="env")
+    np.testing.assert_array_equal(
+        scores(fitted), scores(influence(hw.Kfac()).fit(TRAIN, store=tmp_path / "fit", worker="0/2"))
+    )
+    found = fitted.attribute(TRAIN, QUERIES, store=tmp_path / "run", worker="env")
+    np.testing.assert_array_equal(found.values, scores(fitted))
+
+
 def of_jax():
     from headwater.jax import JaxComposableInfluence
     from headwater.jax.losses import cross_entropy

@@ -17,6 +17,7 @@ from headwater.arrays import Array, namespace
 from headwater.blocks import Layout
 from headwater.errors import BlockMismatch, InvalidSetting
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
+from headwater.gradients.together import Together
 from headwater.gradients.view import ProviderView
 from headwater.types import Batch
 
@@ -161,6 +162,14 @@ class EnsembleProvider(ProviderView):
     def begin_pass(self) -> None:
         for member in self.members:
             member.begin_pass()
+
+    def end_pass(self, failed: bool = False) -> None:
+        for member in self.members:
+            member.end_pass(failed)
+
+    @property
+    def together(self) -> Together | None:
+        return next((found for member in self.members if (found := member.together) is not None), None)
 
     def rows_at_once(self, batch: Batch) -> int:
         """All members' gradients are held together."""

@@ -20,6 +20,7 @@ from headwater.blocks import Layout
 from headwater.errors import ShapeMismatch, UnsupportedModel
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.likelihoods import Likelihood
+from headwater.gradients.together import Together
 from headwater.random import name_keys, row_digests, row_keys
 from headwater.types import Batch, BatchType, GradientProvider, TensorType, split
 
@@ -180,6 +181,15 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
 
     def begin_pass(self) -> None:
         """Told before the first batch of each pass over rows; a provider may look at that batch more closely."""
+        return None
+
+    def end_pass(self, failed: bool = False) -> None:
+        """Told after the last batch of each pass that was not broken off, or (failed) when the loader raised."""
+        return None
+
+    @property
+    def together(self) -> Together | None:
+        """The processes that hold parts of the model, and make the same calls on the same rows; None for this alone."""
         return None
 
     def own_precision(self) -> AbstractContextManager[object]:

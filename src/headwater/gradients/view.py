@@ -18,6 +18,7 @@ from headwater.arrays import Array
 from headwater.blocks import Layout
 from headwater.gradients.likelihoods import Likelihood
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
+from headwater.gradients.together import Together
 from headwater.types import Batch
 
 
@@ -112,6 +113,13 @@ class ProviderView(StructuredGradientProvider[Any, Any]):
 
     def begin_pass(self) -> None:
         self.plain.begin_pass()
+
+    def end_pass(self, failed: bool = False) -> None:
+        self.plain.end_pass(failed)
+
+    @property
+    def together(self) -> Together | None:
+        return self.plain.together
 
     def own_precision(self) -> AbstractContextManager[object]:
         return self.plain.own_precision()

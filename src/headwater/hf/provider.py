@@ -34,6 +34,7 @@ from headwater.torch.precision import wide, wide_copy
 from headwater.torch.products import jacobian_product
 from headwater.torch.provider import TorchGradientProvider, undisturbed
 from headwater.torch.surroundings import autograd_on, twice_differentiable
+from headwater.torch.wrapped import unwrapped
 from headwater.types import Batch
 
 
@@ -67,6 +68,7 @@ class HfGradientProvider(TorchGradientProvider):
         likelihood: Likelihood | str | None = None,
         plain: bool = False,
     ):
+        model = unwrapped(model)
         self.task = task_of(model, task)
         self.pretrained = model
         self.per_token = per_token
@@ -81,6 +83,9 @@ class HfGradientProvider(TorchGradientProvider):
             likelihood=likelihood,
             plain=plain,
         )
+
+    def _whole_model(self, model: nn.Module) -> nn.Module:
+        return self.pretrained
 
     def _own_loss(self) -> Loss:
         if self.task.has_label_per_token:
@@ -257,6 +262,7 @@ class HfGradientProvider(TorchGradientProvider):
             raise UnsupportedModel(
                 "Scores of tokens need labels of tokens; here a row has one label, or a loss of yours."
             )
+        self._refuse_shards("scoring tokens")
         batch = self._prepare(batch)
         state = detached_state(self.model)
         names = [p.name for block in factors for p in self._block_parameters(block)]

@@ -19,6 +19,7 @@ from headwater.run.plan import budget_of, tile_sizes
 from headwater.run.queries import Asked, PairScorer, factor_bytes
 from headwater.run.ranking import Ranking
 from headwater.run.rows import FittedRows, check_scores, distinct, sweep_rows
+from headwater.run.runners.environment import Worker
 from headwater.run.runners.turns import check_worker
 from headwater.run.tiles import Scorer, Span, run_tiles
 from headwater.store.base import MemorySink, Sink, Tile
@@ -39,6 +40,24 @@ class Kept:
     memory: int | float | str | None = None
     worker: tuple[int, int] = (0, 1)
     append: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        influence: ComposableInfluence,
+        store: Path | None,
+        memory: int | float | str | None,
+        worker: Worker,
+        append: bool = False,
+    ) -> Kept:
+        """Errors: InvalidSetting."""
+        together = influence.source.together
+        if together is not None and store is not None:
+            raise InvalidSetting(
+                "The model is spread over processes (FSDP2), which go through it together, and a run in a folder "
+                "leaves rows to whoever comes. Leave store= out: each process returns all scores. fit takes a store=."
+            )
+        return cls(store, memory, check_worker(worker, store, together), append)
 
     def __post_init__(self) -> None:
         check_worker(self.worker, self.store)
@@ -63,7 +82,7 @@ def attribute(
     if mode is InfluenceMode.Perturbation and isinstance(train_loader, Rows) and train_loader.is_kept:
         raise InvalidSetting("mode='perturbation' is about train rows' inputs, which are not kept: give their loader.")
     influence.ready()
-    run = _Run(influence, Asked.of(influence, query_loader), unit, by_block, mode, kept, progress)
+    run = PairRun(influence, Asked.of(influence, query_loader), unit, by_block, mode, kept, progress)
     return run.stored(train_loader) if kept.store is not None else run.in_memory(train_loader)
 
 
@@ -83,9 +102,9 @@ def top(
     influence.ready()
     asked = Asked.of(influence, query_loader)
     if kept.store is not None:  # of scores in a folder each query has its own
-        stored = _Run(influence, asked, unit, False, InfluenceMode.Up, kept, progress).stored(train_loader)
+        stored = PairRun(influence, asked, unit, False, InfluenceMode.Up, kept, progress).stored(train_loader)
         return ranking.of_scores(stored)
-    run = _Run(influence, ranking.asked(asked), unit, False, InfluenceMode.Up, kept, progress)
+    run = PairRun(influence, ranking.asked(asked), unit, False, InfluenceMode.Up, kept, progress)
     ends: list[TopKSink | GroupSink] = []
 
     def sink(_: int, part: Asked) -> Sink:
@@ -96,8 +115,8 @@ def top(
     return TopK.joined([each.top() for each in ends])
 
 
-class _Run:
-    """All queries on all train rows."""
+class PairRun:
+    """Scores of all queries on all train rows."""
 
     def __init__(
         self,
@@ -120,14 +139,14 @@ class _Run:
         return FittedRows(self.influence, forecast=self.unit == "removal", queries_fitted=self.asked.fitted)
 
     @property
-    def _sums_up(self) -> bool:
+    def sums_up(self) -> bool:
         # In perturbation mode train gradients are not met, but their derivatives.
         return meets_the_loss(self.influence) and self.mode is InfluenceMode.Up
 
     def _sums(self, loader: Iterable[object], store: TileStore | None) -> RunSums | None:
         # Kept gradients have a store's dtype and form: their sums do not say whether the weights are a minimum.
         kept = isinstance(loader, Rows) and loader.is_kept
-        return RunSums(self.influence.provider, store) if self._sums_up and not kept else None
+        return RunSums(self.influence.provider, store) if self.sums_up and not kept else None
 
     def _scorer(self, asked: Asked) -> PairScorer:
         return PairScorer(self.influence, asked, self.mode, self.by_block, self.scale, self.progress)
@@ -205,23 +224,13 @@ class _Run:
 
     def stored(self, loader: Iterable[object]) -> Scores:
         """Compute what is missing; the scores stay on disk."""
-        assert self.kept.store is not None
-        identity = run_identity(self.influence, self.asked) | {
-            "explained": self.influence.explained,
-            "unit": self.unit,
-            "by_block": self.by_block,
-            "mode": str(self.mode.value),
-        }
-        store = TileStore(self.kept.store, identity, lambda: self._sizes(loader), rounding(self.influence))
+        loader = self.influence.train_rows(loader)  # one object for all passes: its tiles are those of the run
+        store = self.store(loader)
         sums = self._sums(loader, store)
         if self.kept.append:
             store.reopen()
         with recorded_solves() as log:
-            parts = self.asked.spans(store.sizes.queries)
-            spans = [
-                Span(number, number * store.sizes.queries, lambda part=part: self._scorer(part))  # type: ignore[misc]
-                for number, part in enumerate(parts)
-            ]
+            spans = self.spans(store)
             solved = bool(_solves(log, spans))
             train_ids = run_tiles(
                 self.influence,
@@ -240,7 +249,24 @@ class _Run:
         if store.finished_rows != len(train_ids):
             seen = None if sums is None else sums.finished(self.influence, loader, self.progress)
             store.finish(self.asked.ids, train_ids, *self._described(seen, joined(log)))
-        return Scores.open(self.kept.store)
+        return Scores.open(store.path)
+
+    def store(self, loader: Iterable[object]) -> TileStore:
+        """The run's folder. Errors: as `TileStore`."""
+        assert self.kept.store is not None
+        identity = run_identity(self.influence, self.asked) | {
+            "explained": self.influence.explained,
+            "unit": self.unit,
+            "by_block": self.by_block,
+            "mode": str(self.mode.value),
+        }
+        return TileStore(self.kept.store, identity, lambda: self._sizes(loader), rounding(self.influence))
+
+    def spans(self, store: TileStore) -> list[Span]:
+        """Of queries, each with what computes its scores."""
+        step = store.sizes.queries
+        parts = enumerate(self.asked.spans(step))
+        return [Span(k, k * step, lambda part=part: self._scorer(part)) for k, part in parts]  # type: ignore[misc]
 
     def _described(self, seen: Any, solves: dict[str, SolveReport]) -> tuple[list[str], dict[str, Any]]:
         """Names of blocks, and what the scores mean as JSON has it."""

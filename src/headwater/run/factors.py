@@ -24,6 +24,7 @@ from headwater.run.kept import TILE_BYTES, RowFacts, SharedSegments, key_arrays,
 from headwater.run.packing import Packing, unpacked
 from headwater.run.queries import Asked, ReadyQueries, flat_factors
 from headwater.run.rows import distinct
+from headwater.run.runners.environment import Worker
 from headwater.run.runners.turns import check_worker
 from headwater.store.kept import SegmentFolder, refuse_others
 from headwater.store.segments import checked_dtype
@@ -117,7 +118,7 @@ class KeptQueries(ReadyQueries):
     def asked(self) -> Asked:
         """Errors: DamagedFile."""
         operators = self.influence.block_mapper.operators
-        like = accumulable(self.influence._like())
+        like = accumulable(self.influence.like())
         layouts: dict[str, tuple[Layout, bool]] = {}
         for name, layout in self.influence.provider.layouts.items():
             small = operators[name].stored_layout
@@ -140,11 +141,13 @@ def keep_factors(
     *,
     store: str | os.PathLike[str],
     dtype: str,
-    worker: tuple[int, int],
+    worker: Worker,
     progress: bool,
 ) -> KeptFactors:
     """See `Attributor.factors`."""
-    check_worker(worker, store)
+    if influence.source.together is not None:
+        raise InvalidSetting("The model is spread over processes (FSDP2): what each row gives cannot be kept yet.")
+    worker = check_worker(worker, store)
     mapper = influence.ready()
     if mapper.own_forms:
         raise InvalidSetting(
@@ -159,7 +162,7 @@ def keep_factors(
     visitor = KeepFactors(influence)
     size = Packing().of(visitor.factors(influence.provider, first_batch(influence.provider, rows).take(slice(0, 1))))
     wide = max(1, int(TILE_BYTES // max(1.0, size.bytes_per_row)))
-    runner = SharedSegments(tiles, influence._like(), worker, wide)
+    runner = SharedSegments(tiles, influence.like(), worker, wide)
     rows.runner, rows.passes, rows.tile = runner, 0, runner.rows
     with located():
         found = sweep(influence.provider, rows, visitor, "query factors", progress)

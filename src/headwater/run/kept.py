@@ -33,6 +33,7 @@ from headwater.rows import Each, PlacedBatch, Rows, Visitor, first_batch, sweep
 from headwater.run.index import KeptIndex, make_index
 from headwater.run.packing import FLAT, Packed, Packing, described, is_flat, joined, unpacked
 from headwater.run.runners import shared
+from headwater.run.runners.environment import Worker
 from headwater.run.runners.turns import check_worker
 from headwater.store.kept import ABOUT, NUMBERS, Entry, Manifest, SegmentFolder, TileFiles, refuse_others
 from headwater.store.segments import Segment, checked_dtype, packed_ids
@@ -125,7 +126,7 @@ class KeptGradients:
         influence: ComposableInfluence,
         loader: Iterable[object],
         *,
-        worker: tuple[int, int] = (0, 1),
+        worker: Worker = (0, 1),
         progress: bool = False,
     ) -> int:
         """Add a loader's rows that are not there; how many. Rows that are kept cost no pass through the model.
@@ -141,7 +142,8 @@ class KeptGradients:
             self._folder.tidy()
             known = KnownRows.of(self._folder, before)
             rows = influence.train_rows(loader)
-            tiles = _pass(influence, rows, self._folder, before, known, worker, progress)
+            number = check_worker(worker, self.path)
+            tiles = _pass(influence, rows, self._folder, before, known, number, progress)
             self._folder.publish(before.series, tiles)
         return sum(tile["rows"] for tile in tiles)
 
@@ -204,11 +206,13 @@ def keep_gradients(
     form: str,
     rank: int | None,
     dtype: str,
-    worker: tuple[int, int],
+    worker: Worker,
     progress: bool,
 ) -> KeptGradients:
     """See `Attributor.gradients`."""
-    check_worker(worker, store)
+    if influence.source.together is not None:
+        raise InvalidSetting("The model is spread over processes (FSDP2): what each row gives cannot be kept yet.")
+    worker = check_worker(worker, store)
     checked_dtype(dtype)
     rows = influence.train_rows(loader)
     while True:
@@ -288,7 +292,7 @@ def _projection(influence: ComposableInfluence, packing: Packing) -> dict[str, l
     """The first numbers that a seeded vector is projected to: words do not tell how a basis was fitted."""
     if not packing.operators:
         return None
-    found, like = {}, accumulable(influence._like())
+    found, like = {}, accumulable(influence.like())
     for number, (name, operator) in enumerate(packing.operators.items()):
         layout = influence.provider.layouts[name]
         drawn = np.random.default_rng(number).standard_normal((1, layout.size))
@@ -359,7 +363,7 @@ def _pass(
     tiles = folder.tiles(before.series, checked_dtype(folder.identity["dtype"]), before.seal)
     look = first_batch(provider, rows)
     size = packing.of(provider.grads(look.take(slice(0, 1)), weighted=False)).bytes_per_row
-    runner = SharedSegments(tiles, influence._like(), worker, int(TILE_BYTES // max(1.0, size)))
+    runner = SharedSegments(tiles, influence.like(), worker, int(TILE_BYTES // max(1.0, size)))
     rows.runner, rows.passes, rows.tile = runner, 0, runner.rows
     try:
         return sweep(provider, rows, visitor, "train gradients", progress)
@@ -480,7 +484,7 @@ class KeptRows(Rows):
         super().__init__(influence.source, (), "train")
         self.folder, self.manifest = folder, folder.complete() if manifest is None else manifest
         self._of = influence, projected
-        self.like = accumulable(influence._like())
+        self.like = accumulable(influence.like())
         self.layouts: dict[str, tuple[Layout, bool]] = {}
         for name, layout in influence.provider.layouts.items():
             small = influence.block_mapper.operators[name].stored_layout if projected else None

@@ -331,6 +331,9 @@ class TileFiles:
         place = self._place(name, rows)
         write_segment(file, place, about, arrays, numbers, self.dtype, about.get("groups"))
 
+    def end_pass(self, label: str, tiles: int) -> None:
+        """The manifest says which tiles there are."""
+
     def _stem(self, name: str) -> str:
         return f"tiles-{self.series}/{int(name.rpartition('/')[2]):06d}"
 

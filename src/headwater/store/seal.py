@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,19 +109,28 @@ def seal_folder(folder: Path, head: str, inside: str | None = None) -> None:
 def check_folder(folder: Path, head: str, inside: str | None = None) -> dict[str, Any]:
     """The values of a folder's head, if all files are what was written. Errors: DamagedFile, naming one that is not."""
     values, entry = unsealed(folder / head, inside)
+    for said in folder_damage(folder, head, entry):
+        raise DamagedFile(said)
+    return values
+
+
+def folder_damage(folder: Path, head: str, entry: Mapping[str, Any]) -> Iterator[str]:
+    """What is not as it was written, each file in a sentence. entry: the seal, as `unsealed` gives it.
+
+    Errors: DamagedFile if the folder cannot be read.
+    """
     try:
         found = file_digests(folder, head)
     except OSError as error:
         raise DamagedFile(f"{folder} cannot be read ({error}). {SAVE_AGAIN}") from error
     for name, expected in entry["files"].items():
         if name not in found:
-            raise DamagedFile(f"{folder / name} is missing. {SAVE_AGAIN}")
-        if found.pop(name) != expected:
-            raise DamagedFile(f"{folder / name} is damaged: it is not what was written. {SAVE_AGAIN}")
+            yield f"{folder / name} is missing. {SAVE_AGAIN}"
+        elif found.pop(name) != expected:
+            yield f"{folder / name} is damaged: it is not what was written. {SAVE_AGAIN}"
     # What was not listed is refused: a file added later could be read in place of a right one.
     for name in found:
-        raise DamagedFile(f"{folder / name} was not written with the rest. Remove it, or save again.")
-    return values
+        yield f"{folder / name} was not written with the rest. Remove it, or save again."
 
 
 # Bytes ----------------------------------------------------------------------------------------------------------------

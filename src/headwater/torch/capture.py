@@ -19,8 +19,10 @@ from torch.utils._pytree import tree_leaves
 
 from headwater.torch.batch import call
 from headwater.torch.precision import wide
+from headwater.torch.sharded import FORWARD, checksum, shards_of
 from headwater.torch.surroundings import callers_dtype, lock_of, model_call
 from headwater.torch.tree import map_tensors, tensors_in
+from headwater.torch.wrapped import is_spread
 
 
 @dataclass
@@ -80,6 +82,8 @@ class Recording:
 
 def detached_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters without gradients, and copies of the buffers (a forward pass may write to them)."""
+    if (shards := shards_of(model)) is not None:
+        shards.put_back()  # a pass may have left whole parameters in the place of this process's parts
     parameters = ((name, p.detach()) for name, p in model.named_parameters())
     # What was made in inference mode cannot be saved for backward; its copy can.
     return {name: p.clone() if p.is_inference() else p for name, p in parameters} | copied_buffers(model)
@@ -89,11 +93,20 @@ def copied_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: b.clone() for name, b in model.named_buffers()}
 
 
-def own_leaves(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def own_leaves(model: nn.Module, names: Collection[str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """What to swap for a call, and what to differentiate by: the model's own parameters wherever they can be.
 
     A call with swapped parameters need not be the user's: a scripted layer keeps its own, and hooks stay behind.
     """
+    if (shards := shards_of(model)) is not None:
+        spread = shards.whole_parameters(names)
+        state, leaves = own_leaves_here(model, [name for name in names if name not in spread])
+        return state, {name: spread[name] if name in spread else leaves[name] for name in names}
+    return own_leaves_here(model, names)
+
+
+def own_leaves_here(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """`own_leaves` of parameters that this process has as a whole."""
     own, state = dict(model.named_parameters()), copied_buffers(model)
     leaves: dict[str, torch.Tensor] = {}
     for name in names:
@@ -109,14 +122,23 @@ def run(model: nn.Module, state: Mapping[str, torch.Tensor], x: object) -> Any:
     Under the caller's autocast the model computes in its precision; half-precision outputs then become float32, so that
     losses are not reduced in less.
     """
+    shards = shards_of(model)
+    if shards is not None:
+        shards.agree(FORWARD, checksum(x))
+        state = {name: tensor for name, tensor in state.items() if not is_spread(tensor)}  # FSDP2 puts these in place
     # Swapped for this call alone: the user's parameters never require, or hold, a gradient of ours.
     slots = {slot: state[name] for slot, name in _slots(model).items() if name in state}
 
     def functional(*args: Any, **kwargs: Any) -> Any:
         return torch.func.functional_call(model, slots, args, kwargs, tie_weights=False)
 
-    with model_call(model):
-        output = call(functional, x)
+    try:
+        with model_call(model):
+            output = call(functional, x)
+    except Exception:
+        if shards is not None:
+            shards.put_back()
+        raise
     return output if callers_dtype() is None else map_tensors(wide, output)
 
 

@@ -16,6 +16,7 @@ from headwater.torch.capture import run
 from headwater.torch.losses import Loss, explain_failure
 from headwater.torch.surroundings import twice_differentiable
 from headwater.torch.tree import dense, map_tensors, tensors_in
+from headwater.torch.wrapped import check_unwrapped
 
 
 def one_row_alone(
@@ -70,9 +71,8 @@ def with_a_gradient(
 
 
 def check_model(model: nn.Module) -> None:
-    """Errors: UnsupportedModel for wrappers that spread a model over devices, and for scripted ones."""
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise UnsupportedModel(f"The model is wrapped in {type(model).__name__}; pass what is inside, model.module.")
+    """Errors: UnsupportedModel for models that are spread over devices by other means than FSDP2, and scripted ones."""
+    check_unwrapped(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise UnsupportedModel(
             "The model is scripted, so that its layers cannot be watched nor its parameters swapped; pass the module "

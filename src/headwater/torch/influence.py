@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from headwater.attributor import Attributor
 from headwater.blocks import Structure
-from headwater.errors import InvalidInput, InvalidSetting
+from headwater.errors import InvalidInput, InvalidSetting, UnsupportedModel
 from headwater.gradients.coverage import Coverage
 from headwater.gradients.ensemble import EnsembleProvider
 from headwater.gradients.provider import StructuredGradientProvider
@@ -23,6 +23,7 @@ from headwater.methods.damping import Damping
 from headwater.torch.likelihoods import Likelihood
 from headwater.torch.losses import Loss
 from headwater.torch.provider import TorchGradientProvider
+from headwater.torch.wrapped import fsdp_modules, unwrapped
 
 Checkpoint = Mapping[str, torch.Tensor] | nn.Module | str | os.PathLike[str]
 """Weights: a state dict, a model that has them, or a file that `torch.load` reads as a state dict."""
@@ -72,6 +73,7 @@ class TorchComposableInfluence(Attributor[torch.Tensor]):
         unpack: Unpack | None = None,
     ) -> None:
         """One provider, or one for each checkpoint of the model; and the influence on top."""
+        model = unwrapped(model)
         self._torch_provider = provide(model)
         provider: StructuredGradientProvider = self._torch_provider
         if checkpoints is not None:
@@ -100,6 +102,11 @@ class TorchComposableInfluence(Attributor[torch.Tensor]):
 
 def _load_all(model: nn.Module, checkpoints: Sequence[Checkpoint]) -> list[nn.Module]:
     """Copies of the model at each of the weights. Errors: InvalidSetting if there are none."""
+    if fsdp_modules(model):
+        raise UnsupportedModel(
+            "checkpoints= copies the model, and one that fully_shard (FSDP2) has spread cannot be copied. Load each "
+            "checkpoint into it and make an influence of its own, or pass a model that is not spread."
+        )
     if isinstance(checkpoints, (Mapping, nn.Module, str, os.PathLike)):
         raise InvalidSetting(f"checkpoints is one {type(checkpoints).__name__}; expected a sequence of checkpoints.")
     found = [_load(model, checkpoint, f"Checkpoint {k}") for k, checkpoint in enumerate(checkpoints)]
@@ -129,7 +136,7 @@ def _load(model: nn.Module, checkpoint: Checkpoint, name: str) -> nn.Module:
 def _state(checkpoint: object, name: str) -> Mapping[str, torch.Tensor]:
     """Its state dict, whatever form it came in."""
     if isinstance(checkpoint, nn.Module):
-        return checkpoint.state_dict()
+        return unwrapped(checkpoint).state_dict()
     if isinstance(checkpoint, (str, os.PathLike)):
         checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True)
     if not isinstance(checkpoint, Mapping):

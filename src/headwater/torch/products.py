@@ -28,8 +28,11 @@ _forward_mode = threading.Lock()
 """Forward mode counts its levels for the whole process: two threads in it would mix their tangents (torch 2.13)."""
 
 
-def batched_vjp(outputs: Tensors, inputs: Tensors, cotangents: Tensors) -> list[torch.Tensor]:
-    """For each k, the gradient of sum outputs . cotangents[k] by the inputs: [K, *shape] each; zero where unused."""
+def batched_vjp(outputs: Tensors, inputs: Tensors, cotangents: Tensors, *, at_once: bool = True) -> list[torch.Tensor]:
+    """For each k, the gradient of sum outputs . cotangents[k] by the inputs: [K, *shape] each; zero where unused.
+
+    at_once: try one pass for all k.
+    """
     # Outputs that no parameter moves would make autograd raise; their share is zero.
     live = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
     count = len(cotangents[0])
@@ -38,8 +41,10 @@ def batched_vjp(outputs: Tensors, inputs: Tensors, cotangents: Tensors) -> list[
     outs, cots = [o for o, _ in live], [c for _, c in live]
     try:
         # One backward for all K where every operation has a batching rule ...
-        grads = _vectorised_vjp(outs, inputs, cots)
+        grads = _vectorised_vjp(outs, inputs, cots) if at_once else None
     except RuntimeError:
+        grads = None
+    if grads is None:
         # ... else K of them, with the graph kept for the next.
         totals = [summed_products(outs, [c[k] for c in cots]) for k in range(count)]
         each = [torch.autograd.grad(total, inputs, retain_graph=True, allow_unused=True) for total in totals]

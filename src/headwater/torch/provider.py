@@ -8,9 +8,10 @@ import weakref
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial, wraps
+from itertools import chain
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -37,6 +38,7 @@ from headwater.gradients.identity import identity_of, name_of
 from headwater.gradients.outer import Outer, with_inputs
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
 from headwater.gradients.rowwise import differing
+from headwater.gradients.together import Together
 from headwater.random import row_keys, row_numbers
 from headwater.torch.batch import TorchBatch, as_tensor, differentiable_input
 from headwater.torch.capture import Recording, detached_state, own_leaves, record, run, summed_products
@@ -67,8 +69,10 @@ from headwater.torch.rowcheck import (
     random_weights,
     weighted_sums,
 )
+from headwater.torch.sharded import END, FAILED, GATHER, class_of, look_for_shards, own_part, whole
 from headwater.torch.surroundings import autograd_on, lock_of, own_precision, twice_differentiable
-from headwater.torch.tree import floating, map_tensors, tensors_in
+from headwater.torch.tree import dense, floating, map_tensors, tensors_in
+from headwater.torch.wrapped import unwrapped
 
 ARRAYS = (torch.Tensor, np.ndarray)
 MANY = 32
@@ -85,7 +89,7 @@ def undisturbed(method: Method) -> Method:
     @wraps(method)
     def wrapped(self: TorchGradientProvider, *args: Any, **kwargs: Any) -> Any:
         # Parameters are swapped and hooks set while the model runs: two threads would see each other's.
-        with lock_of(self.model), self.own_precision():
+        with lock_of(self.model), self.own_precision(), self._tidied():
             return method(self, *args, **kwargs)
 
     return wrapped  # type: ignore[return-value]
@@ -143,7 +147,8 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         likelihood: Likelihood | str | None = None,
         plain: bool = False,
     ):
-        check_model(model)
+        model = unwrapped(model)
+        check_model(self._whole_model(model))
         check_loss(loss)
         check_loss(loss if measurement is None else measurement)
         self.model = model
@@ -155,11 +160,14 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         self._plain = PlainRows(model, loss) if plain else None
         self._distrusted: frozenset[str] = frozenset()
         with lock_of(model):
+            self._shards = look_for_shards(self._whole_model(model), model)
             self._modules = dict(model.named_modules())
             self._plan = make_plan(model, blocks)
         # By place, not the tensor: `load_state_dict(assign=True)` puts another one there.
         owner, _, role = self._names[0].rpartition(".")
         self._first = (self._modules[owner], role)
+        if plain:
+            self._refuse_shards("computing rows one at a time, plain=True,")
         if plain and self._like.dtype != torch.float64:
             raise InvalidSetting(
                 f"plain=True takes a model in float64, not {self.dtype}; in_float64() makes such a copy."
@@ -198,7 +206,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
     def _like(self) -> torch.Tensor:
         """An attributed parameter: its device, and the dtype of the gradients. Others may hold whole numbers."""
         module, role = self._first
-        return module._parameters[role].detach()
+        return own_part(module._parameters[role].detach())
 
     @property
     def dtype(self) -> str:
@@ -221,10 +229,15 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
     def architecture(self) -> str:
         """A checksum of what the model prints as, and of its modules' forward passes where they are not torch's."""
         # A dict, not a set: the order of a set changes from process to process.
-        kinds = {type(m): None for m in self.model.modules() if not type(m).__module__.startswith("torch.")}
+        classes = {type(m): class_of(m) for m in self.model.modules()}
+        kinds = [kind for kind in dict.fromkeys(classes.values()) if not kind.__module__.startswith("torch.")]
         # Addresses in a repr are another each time.
-        said = re.sub("0x[0-9a-f]+", "", repr(self.model)) + "".join(identity_of(kind.forward) for kind in kinds)
-        return f"{type(self.model).__name__} #{zlib.crc32(said.encode())}"
+        said = re.sub("0x[0-9a-f]+", "", repr(self.model))
+        for found, kind in classes.items():
+            if found is not kind:  # FSDP2 calls it otherwise
+                said = re.sub(rf"\b{found.__name__}(?=\()", kind.__name__, said)
+        said += "".join(identity_of(kind.forward) for kind in kinds)
+        return f"{class_of(self.model).__name__} #{zlib.crc32(said.encode())}"
 
     @property
     def normalisation(self) -> str | None:
@@ -249,11 +262,38 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
     def begin_pass(self) -> None:
         self._sampler.begin_pass()
 
+    def end_pass(self, failed: bool = False) -> None:
+        """Errors: BatchMismatch, ProcessLost where others hold parts of the model, and are not at their end."""
+        if self._shards is not None:
+            self._shards.agree(FAILED if failed else END)
+
+    @property
+    def together(self) -> Together | None:
+        return self._shards if self._shards is not None and self._shards.count > 1 else None
+
+    def _whole_model(self, model: nn.Module) -> nn.Module:
+        """The module that may be spread over processes, where the one that is called shows another face of it."""
+        return model
+
+    def _tidied(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._shards is None else self._shards.tidied()
+
+    def _refuse_shards(self, what: str) -> None:
+        """Errors: UnsupportedModel for a model that FSDP2 spreads over processes."""
+        if self._shards is not None:
+            raise UnsupportedModel(
+                f"The model is spread over processes by fully_shard (FSDP2), and {what} takes a model that one process "
+                "holds. Load the weights, get_model_state_dict(...) with full_state_dict=True, into one that is not."
+            )
+
     @undisturbed
     def fingerprint(self) -> tuple[int, ...]:
         """Checksums of the parameters' and buffers' bytes."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        return tuple(zlib.crc32(_host(_as_bytes(t)).tobytes()) for t in tensors)
+        if self._shards is not None:
+            self._shards.agree(GATHER)
+            self._shards.put_back()
+        tensors = chain(self.model.parameters(), self.model.buffers())
+        return tuple(zlib.crc32(_host(_as_bytes(whole(t.detach()))).tobytes()) for t in tensors)
 
     # Batches ------------------------------------------------------------------------------------------------------
 
@@ -428,7 +468,8 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
                 return None
             watched = [use.output for use in recording.uses]
             # All draws in one vectorised backward pass through the shared forward pass.
-            grads = batched_vjp([output], watched, [torch.stack(cotangents)]) if watched else []
+            at_once = self._shards is None  # hooks of FSDP2's must not be left in the middle of a pass
+            grads = batched_vjp([output], watched, [torch.stack(cotangents)], at_once=at_once) if watched else []
             first: dict[Place, Gradient] = {}
             found: list[dict[Place, Gradient]] = []
             failed: list[str] = []
@@ -466,6 +507,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
 
     def _wide(self, plain: bool) -> Self:
         """A provider for a copy of the model in float64. Errors: UnsupportedModel if there is none."""
+        self._refuse_shards("a copy of it in float64")
         # One copy where measurement and loss are the same: `explained` compares them by identity.
         loss = wide_copy(self.loss, "loss")
         found = type(self)(
@@ -487,8 +529,11 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
 
     @undisturbed
     def parameters(self, block: str) -> torch.Tensor:
+        if self._shards is not None:
+            self._shards.agree(GATHER)
+            self._shards.put_back()
         state = dict(self.model.named_parameters())
-        return wide(torch.cat([state[p.name].detach().reshape(-1) for p in self._block_parameters(block)]))
+        return wide(torch.cat([whole(state[p.name].detach()).reshape(-1) for p in self._block_parameters(block)]))
 
     def _numbers(self, keys: np.ndarray, number: int, seed: int, count: int, normal: bool) -> torch.Tensor:
         """Random numbers [n, count] for the rows of a batch: uniform, or standard normal."""
@@ -548,6 +593,8 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             output = run(self.model, {**state, **chosen}, tree_map(lambda t: t.unsqueeze(0), x))
             return summed_products(floating(output), [v.unsqueeze(0) for v in along])
 
+        if self._shards is not None:
+            return self._grads_one_by_one(names, batch, slopes)
         # Only these get a batch axis; all others are shared by the rows of the vmap.
         chosen = {name: state[name] for name in names}
         # A whole matrix for each row, and what vmap holds beside it.
@@ -560,6 +607,20 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
                 for name, grad in rowwise_grads(one, chosen, batch.take(piece).x, along).items():
                     found[name].append(grad)
         return {name: torch.cat(pieces) for name, pieces in found.items()}
+
+    def _grads_one_by_one(
+        self, names: list[str], batch: TorchBatch, slopes: list[torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """`_grads_by_row` by the model's own parameters: a forward and a backward pass for each row."""
+        state, leaves = own_leaves(self.model, names)
+        found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+        for k in range(len(batch)):
+            output = run(self.model, state, batch.take(slice(k, k + 1)).x)
+            value = summed_products(floating(output), [slope[k : k + 1] for slope in slopes])
+            grads = torch.autograd.grad(value, [*leaves.values()], allow_unused=True, materialize_grads=True)
+            for name, grad in zip(leaves, grads, strict=True):
+                found[name].append(dense(grad))
+        return {name: torch.stack(rows) for name, rows in found.items()}
 
     def _blocks(self, values: Mapping[Place, Gradient], rows: int, weights: torch.Tensor | None) -> BlockGradients:
         blocks: BlockGradients = OrderedDict()
@@ -778,12 +839,11 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
                 mine = self._plain.product(row, [p.name for p in parameters], vectors, kind)
                 total += mine if weights is None else mine * weights[k]
             return total
-        with autograd_on(), twice_differentiable():
-            state = detached_state(self.model)
-            leaves = [state[p.name].requires_grad_() for p in parameters]
+        with autograd_on(), twice_differentiable(), self._kept_whole():
+            state, leaves = self._leaves([p.name for p in parameters])
 
             def function(given: Any) -> Any:
-                chosen = {p.name: t for p, t in zip(parameters, given, strict=True)}
+                chosen = {} if self._shards else {p.name: t for p, t in zip(parameters, given, strict=True)}
                 return run(self.model, {**state, **chosen}, batch.x)
 
             def loss_of(output: object) -> torch.Tensor:
@@ -799,14 +859,26 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
                 if kind == "ggn":
                     # The first time in each block, and whenever one more vector costs next to nothing.
                     probe = block not in self._probed or len(tangents[0]) >= MANY
+                    forward = self._forward_mode and self._shards is None
                     products, self._forward_mode = ggn_product(
-                        function, loss_of, leaves, tangents, forward=self._forward_mode, probe=probe
+                        function, loss_of, leaves, tangents, forward=forward, probe=probe
                     )
                     self._probed.add(block)
                 else:
                     products = hessian_product(loss_of(function(leaves)), leaves, tangents)
                 found.append(torch.cat([p.reshape(len(p), -1) for p in products], dim=1))
         return wide(torch.cat(found).detach()) if found else vectors.clone()
+
+    def _leaves(self, names: list[str]) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+        """What to swap for a call, and what to differentiate by: stand-ins for these parameters where possible."""
+        if self._shards is not None:
+            state, own = own_leaves(self.model, names)
+            return state, [*own.values()]
+        state = detached_state(self.model)
+        return state, [state[name].requires_grad_() for name in names]
+
+    def _kept_whole(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._shards is None else self._shards.kept_whole()
 
     def _block_parameters(self, block: str) -> Any:
         if block not in self.layouts:
@@ -821,6 +893,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
 
     @undisturbed
     def mixed_prod(self, batch: TorchBatch, factors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        self._refuse_shards("mode='perturbation'")
         batch = self._prepare(batch)
         differentiable_input(batch.x)
         check_finite_factors(factors)
@@ -848,6 +921,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
     @undisturbed
     def flat_mixed_grads(self, batch: TorchBatch) -> torch.Tensor:
         """(N, *x_shape, D). Errors: UnsupportedModel if x is not one floating-point tensor."""
+        self._refuse_shards("mode='perturbation'")
         batch = self._prepare(batch)
         differentiable_input(batch.x)
         state = detached_state(self.model)

@@ -13,7 +13,7 @@ It is done on the first batch of each pass, and now and then on later ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -99,7 +99,7 @@ def weighted_sums(values: Mapping[str, BlockGradient], weights: torch.Tensor) ->
 
 def autograd_sums(
     model: nn.Module,
-    names: Iterable[str],
+    names: Collection[str],
     batch: TorchBatch,
     rows: np.ndarray,
     weights: torch.Tensor,

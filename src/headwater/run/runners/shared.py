@@ -11,13 +11,17 @@ Each worker reads the whole loader; what it saves is the work on the rows.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 from headwater.arrays import Array, as_like, dtype_named, is_array, to_numpy
 from headwater.errors import DamagedFile
+from headwater.gradients.together import Together
+from headwater.influence import ComposableInfluence
 from headwater.rows import PlacedBatch, Read, Visitor, fold
+from headwater.run.runners.environment import Worker
+from headwater.run.runners.in_step import PartsInStep
 from headwater.run.runners.turns import Turn, Wanted, check_worker, take_turns
 from headwater.store.parts import PartStore
 from headwater.store.seal import digest
@@ -29,7 +33,8 @@ ROWS = 4096
 class SharedFolder:
     """A runner whose parts are in a folder. worker: (its number from 0, how many there are).
 
-    like: some array of the model's, for what is read. Errors: InvalidSetting; as `PartStore`.
+    like: some array of the model's, for what is read. together: processes that hold the model, and compute each tile
+    all of them. Errors: InvalidSetting; as `PartStore`.
     """
 
     def __init__(
@@ -37,10 +42,11 @@ class SharedFolder:
         path: str | os.PathLike[str],
         identity: Mapping[str, Any],
         like: Array,
-        worker: tuple[int, int] = (0, 1),
+        worker: Worker = (0, 1),
+        together: Together | None = None,
     ):
-        check_worker(worker, path)
-        self.store, self.like, self.worker = PartStore(path, identity), like, worker
+        self.worker, self.like = check_worker(worker, path, together), like
+        self.store = PartStore(path, identity) if together is None else PartsInStep(path, identity, together)
         self._before = ""
 
     @property
@@ -55,7 +61,15 @@ class SharedFolder:
         if label.startswith("0-"):
             self._before = ""
         label = f"{label}-{type(visitor).__name__.strip('_')}"
-        tiles = take_turns(
+        tiles = self.complete(visitor, read, label)
+        self.store.end_pass(label, len(tiles))
+        # What a later pass computes depends on what this one found, and that on all of its rows.
+        self._before = digest(self._before.encode(), *(tile.rows.encode() for tile in tiles))
+        return self.merged(visitor, tiles, label)
+
+    def complete(self, visitor: Visitor[Any, Any, Any], read: Read, label: str) -> Sequence[Turn]:
+        """The tiles of a pass, once the part of each is there."""
+        return take_turns(
             lambda wanted: self._visit(visitor, read, label, wanted),
             self.store.has,
             lambda _, tile: self._is_there(tile),
@@ -63,9 +77,18 @@ class SharedFolder:
             self.worker,
             self.store.path,
         )
-        # What a later pass computes depends on what this one found, and that on all of its rows.
-        self._before = digest(self._before.encode(), *(tile.rows.encode() for tile in tiles))
+
+    def merged(self, visitor: Visitor[Any, Any, Any], tiles: Sequence[Turn], label: str) -> Any:
+        """The part of all rows."""
         return merge_in_order(visitor.merge, (self._part(visitor, tile) for tile in tiles))
+
+    def digest(self, rows: bytes) -> str:
+        """What a part is computed from: the keys of its rows, and those of the passes before."""
+        return digest(self._before.encode(), rows)
+
+    def keep(self, visitor: Visitor[Any, Any, Any], name: str, rows: str, part: Any) -> None:
+        """Errors: NotWritten."""
+        self.store.write(name, rows, {each: on_host(value) for each, value in visitor.pack(part).items()})
 
     def _is_there(self, tile: Turn) -> bool:
         """Whether there is a part of these very rows."""
@@ -81,12 +104,12 @@ class SharedFolder:
             claimed = wanted(k, name) and self.store.claims.claim(name)
             batches = self._noted(group, name if claimed else None, keys)
             try:
-                part = visitor.pack(fold(visitor, batches)) if claimed else None
+                part = [fold(visitor, batches)] if claimed else []
                 for _ in batches:  # read to the end, for the keys
                     pass
-                found.append(Turn(name, digest(self._before.encode(), bytes(keys))))
-                if part is not None:
-                    self.store.write(name, found[-1].rows, {each: _on_host(value) for each, value in part.items()})
+                found.append(Turn(name, self.digest(bytes(keys))))
+                if part:
+                    self.keep(visitor, name, found[-1].rows, part[0])
                     computed.append(k)
             finally:
                 if claimed:
@@ -96,10 +119,7 @@ class SharedFolder:
     def _noted(self, batches: Iterable[PlacedBatch], mine: str | None, keys: bytearray) -> Iterator[PlacedBatch]:
         """The batches; what their rows are known by is noted. mine: the part that this worker is at, and alive."""
         for batch in batches:
-            if batch.keys is not None:
-                keys += batch.keys.weighted.tobytes()
-                # Labels are drawn by id: the same rows under other ids have other parts.
-                keys += b"" if batch.keys.ids is None else batch.keys.ids.tobytes()
+            keys += rows_of(batch)
             yield batch
             if mine is not None:
                 self.store.claims.touch(mine)
@@ -108,11 +128,38 @@ class SharedFolder:
         values = self.store.read(tile.name, tile.rows)
         if values is None:
             raise DamagedFile(f"The part {tile.name} in {self.store.path} is gone. Call again.")
+        return self.unpacked(visitor, values)
+
+    def unpacked(self, visitor: Visitor[Any, Any, Any], values: Mapping[str, Any]) -> Any:
+        """A part from what the store has of it."""
         return visitor.unpack({name: self._beside(value) for name, value in values.items()})
 
     def _beside(self, value: Any) -> Any:
         """A host array as one of the model's framework."""
         return as_like(value, self.like, dtype_named(str(value.dtype), self.like)) if is_array(value) else value
+
+
+def shared_folder(
+    influence: ComposableInfluence[Any],
+    store: str | os.PathLike[str],
+    loader: Iterable[object],
+    worker: Worker = (0, 1),
+) -> SharedFolder:
+    """The runner of `influence.fit(loader, store=, worker=)`. Errors: as there."""
+    influence.look(loader)
+    known = influence.identity()
+    belongs = {name: known[name] for name in ("method", "loss", "architecture", "fingerprint")}
+    blocks = {name: block["parameters"] for name, block in known["blocks"].items()}
+    belongs |= {"blocks": blocks, "dtype": influence.source.dtype}
+    return SharedFolder(store, belongs, influence.like(), worker, influence.source.together)
+
+
+def rows_of(batch: PlacedBatch) -> bytes:
+    """What its rows are known by."""
+    if batch.keys is None:
+        return b""
+    # Labels are drawn by id: the same rows under other ids have other parts.
+    return batch.keys.weighted.tobytes() + (b"" if batch.keys.ids is None else batch.keys.ids.tobytes())
 
 
 def merge_in_order(merge: Callable[[Any, Any], Any], parts: Iterable[object]) -> Any:
@@ -132,7 +179,7 @@ def merge_in_order(merge: Callable[[Any, Any], Any], parts: Iterable[object]) ->
     return held[0][1]
 
 
-def _on_host(value: Any) -> Any:
+def on_host(value: Any) -> Any:
     if is_array(value):
         return to_numpy(value)
     return value if isinstance(value, int) else float(value)

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from headwater.errors import BatchMismatch, InvalidSetting
+from headwater.gradients.together import Together
 from headwater.loaders.keys import REMEDY
+from headwater.run.runners.environment import Worker, worker_of
 from headwater.store.claims import Claims
 
 POLL = 0.2
@@ -21,13 +23,19 @@ TRIES = 3
 """Times that a worker computes a tile again which another one overwrites."""
 
 
-def check_worker(worker: tuple[int, int], store: object) -> None:
-    """Errors: InvalidSetting unless it is (number, count), and for several without a folder to meet in."""
-    number, count = worker
-    if not 0 <= number < count:
-        raise InvalidSetting(f"worker is {worker}; expected (number, count), with the number from 0 to count - 1.")
+def check_worker(worker: Worker, store: object, together: Together | None = None) -> tuple[int, int]:
+    """`worker_of` it. together: the processes that hold the model. Errors: InvalidSetting for what means nothing,
+    for several workers without a folder to meet in, and for several of one model that they hold together.
+    """
+    number, count = worker_of(worker)
+    if together is not None and count > 1:
+        raise InvalidSetting(
+            f"worker is {(number, count)}, and the model is spread over processes (FSDP2), which go through it "
+            "together: none can leave rows to another. Leave worker= out; each computes and returns everything."
+        )
     if count > 1 and store is None:
-        raise InvalidSetting(f"worker is {worker}, and workers meet in a folder: give store=.")
+        raise InvalidSetting(f"worker is {(number, count)}, and workers meet in a folder: give store=.")
+    return number, count
 
 
 @dataclass(frozen=True)

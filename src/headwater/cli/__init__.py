@@ -1,0 +1,56 @@
+"""The command line: few verbs. What goes wrong is one line on the error stream, and an exit status: see `EXITS`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Literal
+
+from cyclopts import CycloptsError
+
+import headwater
+from headwater.cli import demo, job, store, verify
+from headwater.cli.app import EXITS, Method, app, command
+from headwater.cli.stops import Stopped, stop_signals
+from headwater.errors import HeadwaterError
+
+__all__ = ["EXITS", "Method", "app", "completion", "demo", "job", "main", "store", "verify", "version"]
+
+
+@app.command
+def version() -> None:
+    """Print the version."""
+    print(headwater.__version__)
+
+
+@app.command
+def completion(shell: Literal["bash", "zsh", "fish"], /) -> None:
+    """Print what makes a shell complete headwater's commands; see the README for where it goes."""
+    print(app.generate_completion(prog_name="headwater", shell=shell))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and exit: 0 when all went well, else as `EXITS` says, with one line on the error stream.
+
+    What is none of headwater's errors came out of the user's own code, or is a fault of ours: with its traceback.
+    """
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    command.set(shlex.join(["headwater", *given]))
+    try:
+        with stop_signals():
+            app(given, exit_on_error=False, print_error=False, result_action="return_value")
+    except Stopped as stopped:
+        _say(str(stopped))
+        sys.exit(stopped.status)
+    except (CycloptsError, HeadwaterError, OSError) as error:
+        _say(str(error))
+        sys.exit(2)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(2)
+
+
+def _say(text: str) -> None:
+    print(f"headwater: {' '.join(text.split())}", file=sys.stderr)

@@ -1,0 +1,47 @@
+"""The command that all verbs belong to."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import App, Group, Parameter
+
+import headwater
+from headwater.errors import InvalidSetting
+
+EXITS = (
+    "Exit status: 0 all went well; 1 a check failed; 2 something was wrong with what was given; 130 interrupted "
+    "(Ctrl-C); 143 terminated (SIGTERM)."
+)
+
+command: ContextVar[str] = ContextVar("command", default="headwater")
+"""As it was typed."""
+
+app = App(
+    name="headwater",
+    help="Which training examples made the model do this, and by how much?",
+    help_epilogue=EXITS,
+    version=headwater.__version__,
+    # Plain text: to parse Markdown takes longer than all the rest of --help.
+    help_format="plaintext",
+    # Signals are told of in one place, with how to go on.
+    suppress_keyboard_interrupt=False,
+)
+
+YOURS, LOOK, TRY = (Group.create_ordered(name) for name in ("Your own job", "Look at results", "Try it"))
+
+Quiet = Annotated[bool, Parameter(negative="")]
+Json = Annotated[bool, Parameter(name="--json", negative="")]
+
+if TYPE_CHECKING:
+    Method = str
+else:
+    Method = Literal[tuple(entry.name for entry in headwater.METHODS)]
+
+
+def checked_seed(seed: int) -> int:
+    """Errors: InvalidSetting."""
+    if seed < 0:
+        raise InvalidSetting(f"--seed {seed}: expected a whole number of at least 0.")
+    return seed

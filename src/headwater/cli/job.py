@@ -1,0 +1,277 @@
+"""`headwater init`, `fit`, `score`, `append`, `top`: a job, from the file that says what it is to its scores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from shutil import get_terminal_size
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from headwater.cli.app import YOURS, Json, Quiet, app, command
+from headwater.cli.stops import kept
+
+if TYPE_CHECKING:
+    from headwater.job import Call
+    from headwater.store.scores import Scores, TopK
+
+SHOWN = 10
+"""Queries that `top` prints unless it is asked for others."""
+
+
+@app.command(group=YOURS)
+def init(file: Path = Path("job.toml"), /) -> None:
+    """Write a job to begin with: job.toml, and job.py beside it. It runs as it stands, on digits.
+
+    Parameters
+    ----------
+    file
+        The job to write; its Python file has the same name. Nothing is overwritten.
+    """
+    from headwater.cli.starter import write_starter
+
+    written = write_starter(file)
+    print(f"Wrote {file} and {written.name}. Try: headwater top {file}")
+
+
+@app.command(group=YOURS)
+def fit(
+    job: str, /, *, store: Path | None = None, worker: str = "0/1", json: Json = False, quiet: Quiet = False
+) -> None:
+    """Fit the job's influence to its train rows. What a stopped call finished is kept, and this one goes on there.
+
+    A job's setup is your own code, and is run.
+
+    Parameters
+    ----------
+    job
+        A job file (see `headwater init`); or only a setup: FILE.py, FILE.py:function or module:function.
+    store
+        Folder of the results, in place of the job's.
+    worker
+        Share the work: NUMBER/COUNT, each process with its number from 0, as 0/4, 1/4, 2/4, 3/4.
+    json
+        Print JSON.
+    quiet
+        No progress bars, and no words.
+    """
+    call = _call(job, store, worker, quiet)
+    with kept(_how_to_go_on(call)):
+        fitted = call.fit()
+    found = {"store": str(call.job.store), "method": fitted.method.describe(), "rows": fitted.n_train}
+    _print(found if json else None, f"Fitted {found['method']} to {fitted.n_train:g} rows: {call.job.store}", quiet)
+
+
+@app.command(group=YOURS)
+def score(
+    job: str,
+    /,
+    *,
+    store: Path | None = None,
+    memory: str | None = None,
+    worker: str = "0/1",
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score all train rows on all queries; fits first, if need be. What a stopped call finished is kept.
+
+    A job's setup is your own code, and is run.
+
+    Parameters
+    ----------
+    job
+        A job file (see `headwater init`); or only a setup: FILE.py, FILE.py:function or module:function.
+    store
+        Folder of the results, in place of the job's.
+    memory
+        Bytes that the process may hold in all, as 2GiB or 500MB, in place of the job's.
+    worker
+        Share the work: NUMBER/COUNT, each process with its number from 0, as 0/4, 1/4, 2/4, 3/4.
+    json
+        Print JSON.
+    quiet
+        No progress bars, and no words.
+    """
+    call = _call(job, store, worker, quiet, memory)
+    with kept(_how_to_go_on(call)):
+        scores = call.score()
+    _tell(call, scores, json, quiet)
+
+
+@app.command(group=YOURS)
+def append(
+    job: str,
+    /,
+    *,
+    store: Path | None = None,
+    memory: str | None = None,
+    worker: str = "0/1",
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score the rows that the job's train loader has more than when it was scored, at its end; the fit stays.
+
+    A job's setup is your own code, and is run.
+
+    Parameters
+    ----------
+    job
+        A job file (see `headwater init`); or only a setup: FILE.py, FILE.py:function or module:function.
+    store
+        Folder of the results, in place of the job's.
+    memory
+        Bytes that the process may hold in all, as 2GiB or 500MB, in place of the job's.
+    worker
+        Share the work: NUMBER/COUNT, each process with its number from 0, as 0/4, 1/4, 2/4, 3/4.
+    json
+        Print JSON.
+    quiet
+        No progress bars, and no words.
+    """
+    call = _call(job, store, worker, quiet, memory)
+    with kept(_how_to_go_on(call)):
+        scores = call.append()
+    _tell(call, scores, json, quiet)
+
+
+@app.command(group=YOURS)
+def top(
+    job: str,
+    /,
+    *,
+    k: int | None = None,
+    query: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    every: Annotated[bool, Parameter(name="--all", negative="")] = False,
+    store: Path | None = None,
+    memory: str | None = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Print the train rows that help each query most, and those that harm it most; scores first, if need be.
+
+    A job's setup is your own code, and is run.
+
+    Parameters
+    ----------
+    job
+        A job file (see `headwater init`); or only a setup: FILE.py, FILE.py:function or module:function.
+    k
+        Rows at each end, in place of the job's.
+    query
+        A query's id, in place of the first ten queries; may be given several times.
+    every
+        All queries.
+    store
+        Folder of the results, in place of the job's.
+    memory
+        Bytes that the process may hold in all, as 2GiB or 500MB, in place of the job's.
+    json
+        Print JSON: of all queries, unless --query names some.
+    quiet
+        No progress bars.
+    """
+    call = _call(job, store, "0/1", quiet, memory)
+    with kept(_how_to_go_on(call)):
+        found = call.top(k)
+    chosen = _chosen(found, query)
+    if json:
+        _print({"unit": call.job.score.unit, "queries": [_as_json(found, q) for q in chosen]}, "", quiet)
+        return
+    shown = chosen if query or every else chosen[:SHOWN]
+    print(top_table(found, shown, get_terminal_size().columns))
+    if len(shown) < len(chosen):
+        print(f"{len(chosen) - len(shown)} more queries: --all, or --query ID.")
+
+
+def _call(job: str, store: Path | None, worker: str, quiet: bool, memory: str | None = None) -> Call:
+    from headwater.job import Call, Job, parse_worker
+
+    return Call(Job.read(job, store, memory), command.get(), parse_worker(worker), progress=not quiet)
+
+
+def _how_to_go_on(call: Call) -> str:
+    return f"What is finished is kept in {call.job.store}; the same command goes on: {command.get()}"
+
+
+def _tell(call: Call, scores: Scores, json: bool, quiet: bool) -> None:
+    """What was found, and what speaks against it."""
+    worries = () if scores.diagnosis is None else scores.diagnosis.worries
+    found = {
+        "store": str(call.job.store),
+        "method": scores.method,
+        "unit": scores.unit,
+        "queries": scores.shape[0],
+        "rows": scores.shape[1],
+        "damping": dict(scores.damping),
+        "worries": worries,
+    }
+    words = [f"{scores!r}: {call.job.store}", *(f"WORRYING: {said}" for said in worries)]
+    _print(found if json else None, "\n".join(words), quiet)
+
+
+def _print(found: object, words: str, quiet: bool) -> None:
+    """JSON if there is any; else words, unless they are not wanted."""
+    if found is not None:
+        print(json.dumps(found, indent=1))
+    elif not quiet:
+        print(words)
+
+
+# The table ------------------------------------------------------------------------------------------------------------
+
+
+def _chosen(found: TopK, wanted: Sequence[str]) -> list[int]:
+    """Positions of the queries with these ids. Errors: InvalidInput."""
+    from headwater.errors import InvalidInput
+
+    names = [str(name) for name in found.query_ids]
+    unknown = [name for name in wanted if name not in names]
+    if unknown:
+        raise InvalidInput(f"There is no query {unknown[0]!r}; there are {', '.join(names[:5])}, ...")
+    return [names.index(name) for name in wanted] if wanted else list(range(len(names)))
+
+
+def _as_json(found: TopK, query: int) -> dict[str, Any]:
+    def rows(ids: Any, scores: Any) -> list[dict[str, Any]]:
+        pairs = zip(ids[query].tolist(), scores[query].tolist(), strict=True)
+        return [{"id": name, "score": score} for name, score in pairs]
+
+    return {
+        "query": found.query_ids[query].item(),
+        "helpful": rows(found.helpful_ids, found.helpful_scores),
+        "harmful": rows(found.harmful_ids, found.harmful_scores),
+    }
+
+
+def top_table(found: TopK, queries: Iterable[int], width: int) -> str:
+    """query, rank, id and score of both ends; ids are cut so that a line fits into `width` characters."""
+    from headwater.tables import table
+
+    rows = [["query", "rank", "helps", "score", "harms", "score"]]
+    for q in queries:
+        for rank in range(found.helpful_ids.shape[1]):
+            name = str(found.query_ids[q]) if rank == 0 else ""
+            ends = (found.helpful_ids, found.helpful_scores, found.harmful_ids, found.harmful_scores)
+            helps, gain, harms, loss = (end[q, rank] for end in ends)
+            rows.append([name, str(rank + 1), str(helps), f"{gain:.3g}", str(harms), f"{loss:.3g}"])
+    names = (0, 2, 4)
+    taken = sum(max(len(row[k]) for row in rows) for k in (1, 3, 5)) + 2 * (len(rows[0]) - 1)
+    room = _shares([max(len(row[k]) for row in rows) for k in names], max(width - taken, 3 * len("query")))
+    cut = [[_cut(cell, dict(zip(names, room, strict=True)).get(k)) for k, cell in enumerate(row)] for row in rows]
+    return table(cut, left=names)
+
+
+def _shares(wanted: Sequence[int], room: int) -> list[int]:
+    """Widths of at most `wanted`, and `room` together: the widest give way."""
+    found = list(wanted)
+    while sum(found) > room:
+        found[found.index(max(found))] -= 1
+    return found
+
+
+def _cut(text: str, width: int | None) -> str:
+    """Ids are data: control characters must not reach the terminal."""
+    plain = "".join(letter if letter.isprintable() else "?" for letter in text)
+    return plain if width is None or len(plain) <= width else plain[: width - 1] + "\N{HORIZONTAL ELLIPSIS}"
