@@ -13,19 +13,21 @@ from headwater.arrays import to_numpy, working_memory, working_memory_limit
 from headwater.errors import InvalidSetting
 from headwater.influence import ComposableInfluence
 from headwater.operators.iterative import SolveReport, joined, recorded_solves
-from headwater.rows import Each, PlacedBatch, Visitor
+from headwater.rows import Each, PlacedBatch, Rows, Visitor, first_batch
 from headwater.run.diagnosis import RunSums, diagnosis_of, meets_the_loss
 from headwater.run.plan import budget_of, tile_sizes
 from headwater.run.queries import Asked, PairScorer, factor_bytes
+from headwater.run.ranking import Ranking
 from headwater.run.rows import FittedRows, check_scores, distinct, sweep_rows
 from headwater.run.runners.environment import Worker
 from headwater.run.runners.turns import check_worker
 from headwater.run.tiles import Scorer, Span, run_tiles
 from headwater.store.base import MemorySink, Sink, Tile
 from headwater.store.plan import Sizes
-from headwater.store.scores import UNIT_IN_WORDS, Scores, TopK, TopKSink
+from headwater.store.scores import UNIT_IN_WORDS, Scores
 from headwater.store.tiles import TileStore
-from headwater.types import Batch, InfluenceMode
+from headwater.store.topk import GroupSink, TopK, TopKSink
+from headwater.types import InfluenceMode
 
 Path = str | os.PathLike[str]
 
@@ -77,6 +79,8 @@ def attribute(
 ) -> Scores:
     """See `Attributor.attribute`."""
     mode, kept = InfluenceMode(mode), kept or Kept()
+    if mode is InfluenceMode.Perturbation and isinstance(train_loader, Rows) and train_loader.is_kept:
+        raise InvalidSetting("mode='perturbation' is about train rows' inputs, which are not kept: give their loader.")
     influence.ready()
     run = PairRun(influence, Asked.of(influence, query_loader), unit, by_block, mode, kept, progress)
     return run.stored(train_loader) if kept.store is not None else run.in_memory(train_loader)
@@ -91,19 +95,20 @@ def top(
     unit: str,
     progress: bool,
     kept: Kept | None = None,
+    ranking: Ranking | None = None,
 ) -> TopK:
     """See `Attributor.top`."""
-    kept = kept or Kept()
+    kept, ranking = kept or Kept(), ranking or Ranking(k)
     influence.ready()
     asked = Asked.of(influence, query_loader)
-    TopKSink(k, asked.ids)  # refuses a bad k before anything is computed
-    run = PairRun(influence, asked, unit, False, InfluenceMode.Up, kept, progress)
-    if kept.store is not None:
-        return run.stored(train_loader).top(k)
-    ends: list[TopKSink] = []
+    if kept.store is not None:  # of scores in a folder each query has its own
+        stored = PairRun(influence, asked, unit, False, InfluenceMode.Up, kept, progress).stored(train_loader)
+        return ranking.of_scores(stored)
+    run = PairRun(influence, ranking.asked(asked), unit, False, InfluenceMode.Up, kept, progress)
+    ends: list[TopKSink | GroupSink] = []
 
-    def sink(_: int, part: Asked) -> TopKSink:
-        ends.append(TopKSink(k, part.ids))
+    def sink(_: int, part: Asked) -> Sink:
+        ends.append(ranking.sink(part.ids))
         return ends[-1]
 
     run.into(sink, train_loader)
@@ -139,6 +144,11 @@ class PairRun:
         # In perturbation mode train gradients are not met, but their derivatives.
         return meets_the_loss(self.influence) and self.mode is InfluenceMode.Up
 
+    def _sums(self, loader: Iterable[object], store: TileStore | None) -> RunSums | None:
+        # Kept gradients have a store's dtype and form: their sums do not say whether the weights are a minimum.
+        kept = isinstance(loader, Rows) and loader.is_kept
+        return RunSums(self.influence.provider, store) if self.sums_up and not kept else None
+
     def _scorer(self, asked: Asked) -> PairScorer:
         return PairScorer(self.influence, asked, self.mode, self.by_block, self.scale, self.progress)
 
@@ -146,7 +156,7 @@ class PairRun:
         train = self.influence.train_rows(loader)
         numbers = len(self.influence.block_names) if self.by_block else 1
         if self.mode is InfluenceMode.Perturbation:
-            numbers *= int(np.prod(np.shape(self.asked.pieces[0].batch.x)[1:]))
+            numbers *= int(np.prod(np.shape(first_batch(self.influence.provider, train).x)[1:]))
         return tile_sizes(
             self.influence.provider,
             train,
@@ -184,7 +194,7 @@ class PairRun:
 
     def in_memory(self, loader: Iterable[object]) -> Scores:
         memory = MemorySink()
-        sums = RunSums(self.influence.provider, None) if self.sums_up else None
+        sums = self._sums(loader, None)
         with recorded_solves() as log:
             train_ids = self.into(lambda *_: memory, loader, sums)
         seen = None if sums is None else sums.finished(self.influence, loader, self.progress)
@@ -217,7 +227,7 @@ class PairRun:
         """Compute what is missing; the scores stay on disk."""
         loader = self.influence.train_rows(loader)  # one object for all passes: its tiles are those of the run
         store = self.store(loader)
-        sums = RunSums(self.influence.provider, store) if self.sums_up else None
+        sums = self._sums(loader, store)
         if self.kept.append:
             store.reopen()
         with recorded_solves() as log:
@@ -314,12 +324,12 @@ class _OnThemselves(Scorer):
         self.influence = influence
 
     def scores(self, piece: PlacedBatch) -> np.ndarray:
-        found = to_numpy(self.influence.batch_self_influence(piece.batch))[None, None]
+        found = self.probe(piece)
         check_scores(found, ["itself"], piece.names, self.influence)
         return found
 
-    def probe(self, batch: Batch) -> np.ndarray:
-        return to_numpy(self.influence.batch_self_influence(batch))[None, None]
+    def probe(self, piece: PlacedBatch) -> np.ndarray:
+        return to_numpy(self.influence.self_influence_of(piece.self_grads(self.influence.provider)))[None, None]
 
 
 def stored_columns(

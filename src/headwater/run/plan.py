@@ -48,8 +48,9 @@ def tile_sizes(
 
     Errors: InvalidSetting for a budget that is too small.
     """
-    first = first_batch(provider, loader)
-    rows = min(ROWS, max(FEWEST, _round(PIECES * provider.rows_at_once(first))))
+    # Rows of a store of gradients go through no model.
+    first = None if isinstance(loader, Rows) and loader.is_kept else first_batch(provider, loader)
+    rows = ROWS if first is None else min(ROWS, max(FEWEST, _round(PIECES * provider.rows_at_once(first))))
     queries, chunk, working = query_rows, float(CHUNK), None
     if budget is not None:
         room = budget - resident_memory()
@@ -59,7 +60,7 @@ def tile_sizes(
                 f"{resident_memory() / 2**20:.0f} MiB already, and needs {LEAST / 2**20:.0f} MiB more at least."
             )
         queries = min(query_rows, max(1, int(room / 4 / (FORMS * factor_bytes()))))
-        working = _working(provider, first, room / 4)
+        working = None if first is None else _working(provider, first, room / 4)
         chunk = min(chunk, room / 4 / COPIES)
     fitting = int(chunk / (queries * numbers * itemsize))
     return Sizes(max(1, min(rows, _round(fitting) or fitting)), queries, working)

@@ -230,8 +230,8 @@ class _Columns(Scorer):
         check_scores(found[0, :-1], range(found.shape[1] - 1), piece.names, self.influence)
         return found
 
-    def probe(self, batch: Batch) -> np.ndarray:
-        return self._of(batch, np.arange(len(batch)))
+    def probe(self, piece: PlacedBatch) -> np.ndarray:
+        return self._of(piece.batch, np.arange(len(piece.batch)))
 
     def _of(self, batch: Batch, ids: np.ndarray) -> np.ndarray:
         rows, n_train = _train_rows(self.influence, self.regions, batch), self.influence.n_train

@@ -23,7 +23,6 @@ from headwater.run.rows import FittedRows, distinct, sweep_rows
 from headwater.run.runners.turns import Turn, Wanted, take_turns
 from headwater.store.base import Tile
 from headwater.store.tiles import TileStore, rows_digest, where_of
-from headwater.types import Batch
 
 PROBE_ROWS = 8
 """Of the train rows whose scores a stored run is known by."""
@@ -37,7 +36,7 @@ class Scorer(ABC):
         """[block, q, n, ...]. Errors: NonFiniteValue."""
 
     @abstractmethod
-    def probe(self, batch: Batch) -> np.ndarray:
+    def probe(self, piece: PlacedBatch) -> np.ndarray:
         """Of some queries, on rows that each have the weight of one, so that none hides: [block, some, n, ...]."""
 
 
@@ -152,15 +151,15 @@ class TilePass(Visitor[PlacedBatch, None, None]):
     def of(self, item: PlacedBatch) -> None:
         # Before anything is read: a stored tile is trusted only if the run is the same.
         if item.start == 0 and self.span.number == 0:
-            few = item.batch.take(slice(0, PROBE_ROWS))
-            keys = self.influence.provider.content_keys(few)
+            few = item.take(slice(0, min(PROBE_ROWS, len(item.batch))))
+            keys = few.content_keys(self.influence.provider)
             self.store.probe(keys, self.span.scorer.probe(few), self.tolerance)
         number = item.start // self.store.sizes.rows
         if self._begun is None:
             self._begun = self._begin(number)
         begun = self._begun
         begun.names.append(item.names)
-        begun.keys.append(self.influence.provider.content_keys(item.batch))
+        begun.keys.append(item.content_keys(self.influence.provider))
         if begun.claimed:
             begun.scores.append(self.span.scorer.scores(item))
             if self.sums is not None and self.span.number == 0:

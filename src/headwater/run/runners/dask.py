@@ -29,7 +29,7 @@ from typing import Any
 
 from headwater.errors import InvalidInput
 from headwater.influence import ComposableInfluence
-from headwater.loaders.places import located
+from headwater.loaders.places import Place, located
 from headwater.rows import PlacedBatch, Read, Rows, Visitor, first_batch, fold, sweep
 from headwater.run.attribute import Kept, PairRun
 from headwater.run.diagnosis import RunSums
@@ -266,7 +266,8 @@ class _Job:
             store = run.store(self.rows)
             spans = run.spans(store)
             few = first_batch(influence.provider, self.rows).take(slice(0, PROBE_ROWS))
-            store.probe(influence.provider.content_keys(few), spans[0].scorer.probe(few))
+            probed = PlacedBatch(few, Place("train", 0, 0, len(few)), None)
+            store.probe(influence.provider.content_keys(few), spans[0].scorer.probe(probed))
             self.rows.tile = store.sizes.rows
             self.sums = RunSums(influence.provider, store) if run.sums_up else None
             self._scores = store, spans
