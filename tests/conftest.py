@@ -1,8 +1,7 @@
 """One thread per process, so that sums have one order; hypothesis draws the same examples on every machine.
 
-A test in a framework's folder has the framework's marker: `-m "jax and not slow"`. Of a test with many cases a sample is
-run with the fast tests, and the others with the slow ones (SAMPLES): in all folders, and in files that are marked
-`sampled`.
+A test in a framework's folder has the framework's marker: `-m "jax and not slow"`. Of a test with many cases a sample
+is fast, and the others are slow (SAMPLES): in all folders, and in files that are marked `sampled`.
 """
 
 import ctypes
