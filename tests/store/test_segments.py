@@ -103,6 +103,24 @@ def test_damage_anywhere_is_found_and_named(tmp_path):
             Segment.open(file)
 
 
+@pytest.mark.parametrize("change", ["two signs flipped", "two rows exchanged"])
+def test_damage_that_keeps_sums_is_found(change, tmp_path):
+    """A sum of 64-bit words is the same after either."""
+    file, values = tmp_path / "a.safetensors", RNG.standard_normal((512, 4)).astype(np.float32)
+    write_segment(file, "here", {"rows": 512}, {}, {"flat": values}, "float32")
+    found = Segment.open(file)
+    content, start = bytearray(file.read_bytes()), file.stat().st_size - found.nbytes
+    flat = np.frombuffer(content, dtype=np.float32, offset=start).reshape(512, 4)
+    if change == "two signs flipped":
+        flat[7, 1] *= -1
+        flat[9, 3] *= -1
+    else:
+        flat[[7, 9]] = flat[[9, 7]]
+    file.write_bytes(content)
+    with pytest.raises(DamagedFile, match="checksum"):
+        Segment.open(file, check=True)
+
+
 def test_a_file_that_was_checked_is_checked_again_once_it_changes(tmp_path):
     file = tmp_path / "a.safetensors"
     written(file)

@@ -5,8 +5,8 @@ and the arrays one after the other, rows first. Each array is stored as float32,
 scale for each row (an array of its own, "NAME.scale" [n, columns' groups]). Beside the numbers a row has keys, an id
 and a weight, which are stored as they are.
 
-A checksum of the whole file is in its header: BLAKE2b of the header and of the sums of 64-bit words, 8 kB at a time, so
-that checking a file takes as long as reading it. It says where the file belongs too. A file is checked when a process
+A checksum of the whole file is in its header: BLAKE2b of the header and of the CRC-32C of each megabyte, which a
+processor computes about as fast as it reads. It says where the file belongs too. A file is checked when a process
 reads it first.
 """
 
@@ -22,6 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import google_crc32c
 import numpy as np
 
 from headwater.errors import DamagedFile, InvalidSetting
@@ -43,8 +44,8 @@ NAMES: dict[str, str] = {
 """Of dtypes in headers."""
 ALIGNED = 64
 """Bytes that the arrays begin at a multiple of."""
-WORDS = 1024
-"""64-bit words that are added up for the checksum."""
+PIECE = 2**20
+"""Bytes that have one CRC-32C."""
 AT_ONCE = 2**17
 """Numbers that are multiplied at once: the product's own copy of them stays in the processor's cache."""
 REMEDY = "The call that made it computes its rows again; check(drop=True) leaves them out."
@@ -151,10 +152,12 @@ def write_arrays(
 
 
 def _checksum(said: Mapping[str, str], entries: Mapping[str, Any], data: np.ndarray) -> str:
-    whole = len(data) // (8 * WORDS) * (8 * WORDS)
-    sums = data[:whole].view(np.uint64).reshape((-1, WORDS)).sum(axis=1, dtype=np.uint64)
+    pieces = (data[start : start + PIECE] for start in range(0, len(data), PIECE))
+    # The compiled implementation takes an array as it is; the one in Python counts in integers of Python alone.
+    compiled = google_crc32c.implementation == "c"
+    codes = [google_crc32c.value(piece if compiled else piece.tobytes()) for piece in pieces]
     words = json.dumps([said, entries], sort_keys=True).encode()
-    return digest(words, sums.tobytes(), data[whole:].tobytes())
+    return digest(words, np.array(codes, dtype="<u4").tobytes())
 
 
 _CHECKED: dict[str, tuple[int, ...]] = {}
