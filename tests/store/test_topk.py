@@ -91,3 +91,46 @@ def test_groups_that_do_not_fit_the_rows_are_refused():
         GroupSink(1, np.arange(2), [0], of="most")
     with pytest.raises(InvalidInput, match="no tile"):
         GroupSink(1, np.arange(2), [0]).top()
+
+
+def test_memory_grows_with_the_groups_and_not_with_the_tiles():
+    labels = ["a", "b"] * 100
+    labels[51] = "late"
+    sink = GroupSink(3, np.arange(2), labels)
+    for start in range(0, 200, 10):
+        sink.write(Tile(start, np.arange(start, start + 10), None, np.ones((1, 2, 10))))
+    assert sink._sums.shape[1] <= 4
+    assert sink.top().helpful_ids[0].tolist() == ["a", "b", "late"]
+
+
+KINDS = [(1, "x"), (1, "y"), None, 1, "1"]
+
+
+@pytest.mark.parametrize("by_name", [False, True], ids=["labels", "mapping"])
+def test_labels_may_be_tuples_none_and_mixed(by_name):
+    labels = [*KINDS, *KINDS[::-1]]
+    sink = GroupSink(5, np.arange(1), dict(enumerate(labels)) if by_name else labels)
+    for rows in (slice(0, 3), slice(3, 10)):
+        ids = np.arange(10)[rows]
+        sink.write(Tile(rows.start, ids, None, np.array([1.0, 2, 4, 8, 16, 160, 80, 40, 20, 10])[None, None, rows]))
+    assert dict(zip(sink.top().helpful_ids[0], sink.top().helpful_scores[0], strict=True)) == {
+        "1": 176,
+        1: 88,
+        None: 44,
+        (1, "y"): 22,
+        (1, "x"): 11,
+    }
+
+
+def test_labels_that_are_all_tuples_are_names():
+    sink = GroupSink(2, np.arange(1), [(1, "x"), (2, "y")])
+    sink.write(Tile(0, np.arange(2), None, np.array([[[1.0, 2.0]]])))
+    assert sink.top().helpful_ids[0].tolist() == [(2, "y"), (1, "x")]
+
+
+def test_labels_that_cannot_be_looked_up_are_refused():
+    tile = Tile(0, np.arange(2), None, np.ones((1, 1, 2)))
+    with pytest.raises(InvalidInput, match=r"label \['a'\]"):
+        GroupSink(1, np.arange(1), {0: "b", 1: ["a"]}).write(tile)
+    with pytest.raises(InvalidInput, match="one label for each"):
+        GroupSink(1, np.arange(1), np.ones((2, 2)))

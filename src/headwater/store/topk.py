@@ -133,16 +133,14 @@ class GroupSink(Sink):
 
     labels: one for each train row, in the loader's order; or a mapping from what rows are called to labels. of: "sum"
     or "mean". Ties go to the group whose first row came first. Errors: InvalidSetting; InvalidInput for rows without a
-    label, and at the end for labels without a row.
+    label, and at the end for labels of a list without a row.
     """
 
     def __init__(self, k: int, query_ids: np.ndarray, labels: Sequence[Any] | Mapping[Any, Any], of: str = "sum"):
         if of not in ("sum", "mean"):
             raise InvalidSetting(f"of is {of!r}; expected 'sum' or 'mean'.")
         self.k, self.query_ids, self.of = checked_k(k), query_ids, of
-        self.labels: Any = labels if isinstance(labels, Mapping) else np.asarray(labels)
-        if not isinstance(self.labels, Mapping) and self.labels.ndim != 1:
-            raise InvalidInput(f"groups has shape {self.labels.shape}; expected one label for each train row.")
+        self.labels: Any = labels if isinstance(labels, Mapping) else _listed(labels)
         self._number: dict[Any, int] = {}
         self._first: list[int] = []
         self._counts = np.zeros(0)
@@ -150,42 +148,50 @@ class GroupSink(Sink):
         self._rows = 0
 
     def write(self, tile: Tile) -> None:
-        labels = self._labels_of(tile)
-        self._rows += len(labels)
-        # Each label once a tile: thousands of look-ups in Python would cost more than the sums.
-        found, place, inverse = np.unique(labels, return_index=True, return_inverse=True)
-        groups = np.array([self._numbered(label, tile.start + int(at)) for label, at in zip(found, place, strict=True)])
+        numbers = self._numbers(self._labels_of(tile), tile.start)
+        self._rows += len(numbers)
         self._grow()
+        groups, inverse = np.unique(numbers, return_inverse=True)
         order = np.argsort(inverse.reshape(-1), kind="stable")
-        edges = np.searchsorted(inverse.reshape(-1)[order], np.arange(len(found)))
+        edges = np.searchsorted(inverse.reshape(-1)[order], np.arange(len(groups)))
         # In float64: a group may have a million rows.
         scores = tile.scores.sum(axis=0, dtype=np.float64)
         self._sums[:, groups] += np.add.reduceat(scores[:, order], edges, axis=1)
         self._counts[groups] += np.bincount(inverse.reshape(-1))
 
-    def _labels_of(self, tile: Tile) -> np.ndarray:
+    def _labels_of(self, tile: Tile) -> list[Any]:
         if isinstance(self.labels, Mapping):
             missing = [name for name in tile.ids.tolist() if name not in self.labels]
             if missing:
                 raise InvalidInput(f"groups has no label for train row {missing[0]!r}.")
-            return np.array([self.labels[name] for name in tile.ids.tolist()])
+            return [self.labels[name] for name in tile.ids.tolist()]
         stop = tile.start + len(tile.ids)
         if stop > len(self.labels):
             raise InvalidInput(f"groups has {len(self.labels)} labels, and there are at least {stop} train rows.")
-        return self.labels[tile.start : stop]
+        found: list[Any] = self.labels[tile.start : stop]
+        return found
 
-    def _numbered(self, label: Any, row: int) -> int:
-        name = label.item() if isinstance(label, np.generic) else label
-        if name not in self._number:
-            self._number[name] = len(self._number)
-            self._first.append(row)
-        number = self._number[name]
-        self._first[number] = min(self._first[number], row)
-        return number
+    def _numbers(self, labels: Sequence[Any], start: int) -> np.ndarray:
+        """Of each row's group. start: the first row. Errors: InvalidInput for a label that a dict does not take."""
+        # Through a dict, and not as an array: NumPy makes text of 1 beside "1", and a matrix of tuples.
+        known, found = self._number, []
+        for row, label in enumerate(labels, start):
+            try:
+                number = known.setdefault(label, len(known))
+            except TypeError:
+                raise InvalidInput(
+                    f"groups has the label {label!r}, which cannot be looked up; use text, say."
+                ) from None
+            if number == len(self._first):
+                self._first.append(row)
+            elif row < self._first[number]:
+                self._first[number] = row
+            found.append(number)
+        return np.array(found, dtype=np.int64)
 
     def _grow(self) -> None:
         new = len(self._number) - len(self._counts)
-        if new:
+        if new > 0:
             # Twice as many as before at least, so that a group a tile is not copied a thousand times.
             room = max(new, len(self._counts))
             self._counts = np.concatenate([self._counts, np.zeros(room)])
@@ -200,8 +206,30 @@ class GroupSink(Sink):
         order = np.argsort(np.array(self._first), kind="stable")
         scores = self._sums[:, order] / self._counts[order] if self.of == "mean" else self._sums[:, order]
         ends = TopKSink(self.k, self.query_ids)
-        ends.add(scores, np.array(list(self._number))[order])
+        ends.add(scores, _as_array(list(self._number))[order])
         return ends.top()
+
+
+def _listed(labels: Any) -> list[Any]:
+    """One label for each row, as Python's own values. Errors: InvalidInput for what has more axes."""
+    if isinstance(labels, (list, tuple)):
+        return [label.item() if isinstance(label, np.generic) else label for label in labels]
+    array = np.asarray(labels)
+    if array.ndim != 1:
+        raise InvalidInput(f"groups has shape {array.shape}; expected one label for each train row.")
+    found: list[Any] = array.tolist()
+    return found
+
+
+def _as_array(labels: list[Any]) -> np.ndarray:
+    """[n], of objects where they are not all text or all numbers."""
+    kinds = {type(label) for label in labels}
+    if kinds in ({str}, {bytes}, {bool}) or kinds <= {int, float}:
+        return np.array(labels)
+    found = np.empty(len(labels), dtype=object)
+    for number, label in enumerate(labels):  # at once, tuples of one length would be taken for rows of a matrix
+        found[number] = label
+    return found
 
 
 def checked_k(k: object) -> int:
