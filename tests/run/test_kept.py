@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import damage
@@ -19,6 +24,7 @@ import torch
 from torch import nn
 
 import headwater as hw
+from headwater import rows
 from headwater.errors import (
     BatchMismatch,
     DamagedFile,
@@ -31,6 +37,7 @@ from headwater.errors import (
 from headwater.run.packing import Packing, low_rank
 from headwater.run.runners import shared
 from headwater.store.claims import Claims
+from headwater.store.draft import HOST
 from headwater.store.kept import SegmentFolder
 from headwater.torch import TorchBatch, TorchComposableInfluence
 
@@ -389,10 +396,10 @@ def test_of_two_different_appends_at_once_the_later_says_so(tmp_path, monkeypatc
     found = fitted.gradients(PLAIN[:4], store=tmp_path / "kept")
     publish = SegmentFolder.publish
 
-    def slow(self, series, tiles):
+    def slow(self, *pass_):
         monkeypatch.setattr(SegmentFolder, "publish", publish)
         hw.KeptGradients.open(tmp_path / "kept").append(fitted, PLAIN[7:])  # meanwhile
-        return publish(self, series, tiles)
+        return publish(self, *pass_)
 
     monkeypatch.setattr(SegmentFolder, "publish", slow)
     with pytest.raises(InvalidInput, match="meanwhile"):
@@ -403,6 +410,140 @@ def test_of_two_different_appends_at_once_the_later_says_so(tmp_path, monkeypatc
     assert_near(fitted.attribute(found, QUERIES).values, truth)
     with pytest.raises(InvalidSetting, match="inputs, which are not kept"):
         fitted.attribute(found, QUERIES, mode="perturbation")
+
+
+def state(folder):
+    return {file.relative_to(folder): file.read_bytes() for file in damage.files_of(folder)}
+
+
+@pytest.mark.parametrize("rows", ["fewer", "more", "others", "reversed"])
+def test_a_finished_store_is_not_replaced_by_other_rows(rows, tmp_path):
+    fitted = influence(hw.Kfac()).fit(PLAIN)
+    found = fitted.gradients(PLAIN, store=tmp_path / "kept")
+    factors = fitted.factors(PLAIN, store=tmp_path / "factors")
+    before = state(tmp_path)
+    other = {
+        "fewer": PLAIN[:4],  # a whole tile of those that are there
+        "more": [*PLAIN, (X[:4] + 1, Y[:4])],
+        "others": [(x + 1, y) for x, y in PLAIN],
+        "reversed": PLAIN[::-1],
+    }[rows]
+    with pytest.raises(InvalidInput, match=r"40 gradients of train rows, and these are others.*append"):
+        fitted.gradients(other, store=tmp_path / "kept")
+    with pytest.raises(InvalidInput, match="40 factors of query rows, and these are others"):
+        fitted.factors(other, store=tmp_path / "factors")
+    assert state(tmp_path) == before and found.rows == factors.rows == 40
+
+
+def test_the_same_rows_whose_layers_have_other_rules_are_computed_anew(tmp_path, monkeypatch):
+    fitted = influence(hw.Ekfac()).fit(PLAIN)
+    truth = fitted.attribute(PLAIN, QUERIES).values
+    before = {file.name for file in fitted.gradients(PLAIN, store=tmp_path / "kept").path.glob("tiles-0/*")}
+    monkeypatch.setattr(rows, "_form_of", lambda provider: "another")
+    found = fitted.gradients(PLAIN, store=tmp_path / "kept")
+    assert before.isdisjoint(file.name for file in found.path.glob("tiles-0/*"))
+    assert_near(fitted.attribute(found, QUERIES).values, truth)
+    with pytest.raises(InvalidInput, match="these are others"):
+        fitted.gradients(PLAIN[::-1], store=tmp_path / "kept")
+
+
+@pytest.mark.parametrize("change", ["append", "delete"])
+def test_the_same_call_computes_what_is_damaged_after_changes(change, tmp_path):
+    """Rows keep their names and places, and deleted ones stay deleted."""
+    fitted = influence(hw.Ekfac()).fit(PLAIN)
+    truth = fitted.attribute(PLAIN, QUERIES).values
+    found = fitted.gradients(PLAIN[:7], store=tmp_path / "kept")  # 28 rows: a tile and a short one
+    found.append(fitted, PLAIN)
+    if change == "delete":
+        found.delete([17, 35])
+    ids = found.ids
+    file = next(found.path.glob("tiles-0/000001-*"))
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(DamagedFile, match=r"000001.*call of gradients"):
+        fitted.attribute(found, QUERIES)
+    if change == "delete":
+        with pytest.raises(InvalidInput, match="1 rows of the loader are not in it"):
+            fitted.gradients(PLAIN[:7], store=tmp_path / "kept")
+    else:
+        fitted.gradients(PLAIN[:7], store=tmp_path / "kept")
+    assert found.check() == [] and found.ids.tolist() == ids.tolist()
+    assert_near(fitted.attribute(found, QUERIES).values, truth[:, ids])
+
+
+@pytest.mark.parametrize("what", ["appended", "compacted"])
+def test_of_a_file_that_no_call_makes_again_the_error_says_what_to_do(what, tmp_path):
+    fitted = influence(hw.GradDot()).fit(PLAIN)
+    found = fitted.gradients(PLAIN[:4], store=tmp_path / "kept")
+    if what == "appended":
+        found.append(fitted, PLAIN)
+    else:
+        found.delete([3])
+        found.compact()
+    file = next(found.path.glob("tiles-1/*" if what == "appended" else "tiles-0/*"))
+    file.unlink()
+    for call in (lambda: fitted.attribute(found, QUERIES), lambda: fitted.gradients(PLAIN, store=found.path)):
+        with pytest.raises(DamagedFile, match=r"no call makes it again: check\(drop=True\) .* append computes them"):
+            call()
+    found.check(drop=True)
+    found.append(fitted, PLAIN)
+    assert found.rows == 40 and found.check() == []
+
+
+def test_of_two_who_change_a_store_beside_a_dead_claim_neither_is_lost(tmp_path, monkeypatch):
+    fitted = influence(hw.GradDot()).fit(PLAIN)
+    found = fitted.gradients(PLAIN, store=tmp_path / "kept")
+    dead = {"host": HOST, "process": 2**22 + 1, "token": "deadbeef"}
+    (found.path / "claims" / "manifest.claim").write_text(json.dumps(dead))
+    both, is_free, write = threading.Barrier(2), Claims.is_free, SegmentFolder._write
+
+    def together(self, name):
+        free = is_free(self, name)
+        both.wait(timeout=5)
+        return free
+
+    def slow(self, manifest):
+        time.sleep(0.2)
+        write(self, manifest)
+
+    monkeypatch.setattr(Claims, "is_free", together)
+    monkeypatch.setattr(SegmentFolder, "_write", slow)
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(lambda row: hw.KeptGradients.open(tmp_path / "kept").delete([row]), [3, 7]))
+    assert done == [1, 1] and found.rows == 38
+
+
+def test_where_a_file_system_has_no_locks_claims_are_used(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    fitted = influence(hw.GradDot()).fit(PLAIN)
+    monkeypatch.setattr(fcntl, "flock", refused)
+    found = fitted.gradients(PLAIN, store=tmp_path / "kept")
+    assert found.delete([3]) == 1 and found.rows == 39 and not (found.path / "claims" / "manifest.claim").exists()
+
+
+def test_rows_that_are_not_told_apart_by_ids_are_refused(tmp_path):
+    fitted = influence(hw.GradDot()).fit(PLAIN)
+    for number, mixed in enumerate(([*named(0, 4), PLAIN[1]], [PLAIN[0], *named(4, 40)])):
+        for keep in (fitted.gradients, fitted.factors):
+            with pytest.raises(BatchMismatch, match="Some batches have ids, and others have none"):
+                keep(mixed, store=tmp_path / f"{keep.__name__} {number}")
+    for keep in (fitted.gradients, fitted.factors):
+        with pytest.raises(BatchMismatch, match=r"ids \[102, 103\] more than once"):
+            keep([*named(0, 40), *named(2, 4)], store=tmp_path / keep.__name__)
+    found = fitted.gradients(named(0, 20), store=tmp_path / "kept")
+    with pytest.raises(BatchMismatch, match="more than once"):
+        found.append(fitted, [*named(20, 30), *named(20, 22)])
+    assert found.rows == 20
+
+
+def test_a_store_that_is_a_file_is_refused(tmp_path):
+    fitted = influence(hw.GradDot()).fit(PLAIN)
+    (tmp_path / "a file").write_text("mine")
+    for keep in (fitted.gradients, fitted.factors):
+        with pytest.raises(InvalidInput, match="a file is a file"):
+            keep(PLAIN, store=tmp_path / "a file")
+    assert (tmp_path / "a file").read_text() == "mine"
 
 
 def test_workers_share_the_tiles(tmp_path, monkeypatch):

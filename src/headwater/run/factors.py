@@ -72,7 +72,7 @@ class KeptFactors:
         return np.concatenate([self._folder.names(entry, self._folder.segment(entry)) for entry in entries])
 
     def check(self) -> list[Path]:
-        """Read every file, and compare checksums: those that are damaged; the call that made them makes them anew."""
+        """Read every file, and compare checksums: those that are damaged; the call that made them computes these again."""
         return self._folder.check()
 
     def __repr__(self) -> str:
@@ -162,11 +162,11 @@ def keep_factors(
     visitor = KeepFactors(influence)
     size = Packing().of(visitor.factors(influence.provider, first_batch(influence.provider, rows).take(slice(0, 1))))
     wide = max(1, int(TILE_BYTES // max(1.0, size.bytes_per_row)))
-    runner = SharedSegments(tiles, influence.like(), worker, wide)
+    runner = SharedSegments(tiles, influence.like(), worker, wide, folder.manifest(), "query")
     rows.runner, rows.passes, rows.tile = runner, 0, runner.rows
     with located():
         found = sweep(influence.provider, rows, visitor, "query factors", progress)
-        folder.publish(0, found)
+        folder.publish(0, found, runner.anew)
     return KeptFactors(folder)
 
 

@@ -29,12 +29,13 @@ from headwater.loaders.keys import RowKeys, is_among
 from headwater.loaders.places import Place, here, located, move_to
 from headwater.mapper import Queries
 from headwater.progress import track
-from headwater.rows import Each, PlacedBatch, Rows, Visitor, first_batch, sweep
+from headwater.rows import Each, PlacedBatch, Read, Rows, Visitor, first_batch, sweep
 from headwater.run.index import KeptIndex, make_index
 from headwater.run.packing import FLAT, Packed, Packing, described, is_flat, joined, unpacked
+from headwater.run.rows import distinct
 from headwater.run.runners import shared
 from headwater.run.runners.environment import Worker
-from headwater.run.runners.turns import check_worker
+from headwater.run.runners.turns import Turn, Wanted, check_worker, take_turns
 from headwater.store.kept import ABOUT, NUMBERS, Entry, Manifest, SegmentFolder, TileFiles, refuse_others
 from headwater.store.segments import Segment, checked_dtype, packed_ids
 
@@ -144,7 +145,6 @@ class KeptGradients:
             rows = influence.train_rows(loader)
             number = check_worker(worker, self.path)
             tiles = _pass(influence, rows, self._folder, before, known, number, progress)
-            self._folder.publish(before.series, tiles)
         return sum(tile["rows"] for tile in tiles)
 
     def delete(self, ids: Iterable[Any]) -> int:
@@ -164,7 +164,9 @@ class KeptGradients:
     def check(self, drop: bool = False) -> list[Path]:
         """Read every file, and compare checksums: those that are damaged or missing.
 
-        drop: their rows are no part of the store any more, and the rest is; `append` computes them again.
+        drop: their rows are no part of the store any more, and the rest is; `append` computes them again, as the last,
+        and those without ids are called by other positions then. Without `drop`, the call of `gradients` that made the
+        store computes damaged files again, unless `append` or `compact` wrote them.
         """
         return self._folder.check(drop)
 
@@ -234,11 +236,12 @@ def _kept(
     folder = SegmentFolder.at(store, KIND, identity_of(influence, packing, dtype), TOLERANCE)
     now = folder.manifest()
     if now is None or now.generation == 0:
-        tiles = _pass(influence, rows, folder, Manifest(), KnownRows(), worker, progress, packing)
-        folder.publish(0, tiles)
+        _pass(influence, rows, folder, Manifest(), KnownRows(), worker, progress, packing, now)
         return KeptGradients(folder)
+    if folder.damaged():
+        _pass(influence, rows, folder, Manifest(), KnownRows(), worker, progress, packing, now)
     # Rows were appended or deleted since: what is missing now may be missing on purpose.
-    known = KnownRows.of(folder, now)
+    known = KnownRows.of(folder, folder.complete())
     missing = sweep(influence.provider, rows, Each(lambda item: int((~known.has(item)).sum())), "rows", progress)
     if any(missing):
         raise InvalidInput(
@@ -354,8 +357,12 @@ def _pass(
     worker: tuple[int, int],
     progress: bool,
     packing: Packing | None = None,
+    made: Manifest | None = None,
 ) -> list[dict[str, Any]]:
-    """The tiles of one pass over a loader, of rows that are not known."""
+    """The tiles of one pass over a loader, of rows that are not known, once they are part of the store.
+
+    made: by an earlier call that came to its end, of which this is a repetition; None if there was none.
+    """
     packing = _packing(influence, folder.identity) if packing is None else packing
     provider = influence.provider
     visitor = KeepRows(provider, packing, known)
@@ -363,24 +370,104 @@ def _pass(
     tiles = folder.tiles(before.series, checked_dtype(folder.identity["dtype"]), before.seal)
     look = first_batch(provider, rows)
     size = packing.of(provider.grads(look.take(slice(0, 1)), weighted=False)).bytes_per_row
-    runner = SharedSegments(tiles, influence.like(), worker, int(TILE_BYTES // max(1.0, size)))
+    runner = SharedSegments(tiles, influence.like(), worker, int(TILE_BYTES // max(1.0, size)), made)
     rows.runner, rows.passes, rows.tile = runner, 0, runner.rows
     try:
-        return sweep(provider, rows, visitor, "train gradients", progress)
+        found = sweep(provider, rows, visitor, "train gradients", progress)
     finally:
         rows.runner = rows.tile = None
+    folder.publish(before.series, found, runner.anew)
+    return found
 
 
 class SharedSegments(shared.SharedFolder):
-    """A runner whose parts are segments of a store. rows: of a tile, as far as memory goes."""
+    """A runner whose parts are segments of a store. rows: of a tile, as far as memory goes. role: of the rows.
 
-    def __init__(self, tiles: TileFiles, like: Array, worker: tuple[int, int], rows: int):
+    made: the store as an earlier call made it, if one has come to its end. Then only what is damaged is computed.
+    Errors: InvalidInput for other rows than the store's; BatchMismatch for ids that come twice, and for batches
+    with ids beside others without.
+    """
+
+    anew = False
+    """Whether the rows are those of the store in other files, so that all were computed."""
+
+    def __init__(
+        self,
+        tiles: TileFiles,
+        like: Array,
+        worker: tuple[int, int],
+        rows: int,
+        made: Manifest | None = None,
+        role: str = "train",
+    ):
         self.store, self.like, self.worker = tiles, like, worker  # type: ignore[assignment]
+        self.segments, self.made, self.role = tiles, made, role
         self._before, self._rows = "", rows
+        self._keys: list[RowKeys] = []
+        self._names: list[np.ndarray] = []
 
     @property
     def rows(self) -> int:
         return max(1, min(self._rows, shared.ROWS))
+
+    def complete(self, visitor: Visitor[Any, Any, Any], read: Read, label: str) -> Sequence[Turn]:
+        if self.made is None:
+            return super().complete(visitor, read, label)
+        made, files = self.made, {entry.file for entry in self.made.entries}
+
+        def visit(wanted: Wanted) -> tuple[list[Turn], list[int]]:
+            tiles, computed = self._visit(visitor, read, label, wanted)
+            if made.generation == 0 and [self._file(tile) for tile in tiles] != [entry.file for entry in made.entries]:
+                if not self._has_rows_of(made):
+                    self.segments.folder.check_files(made, [self._file(tile) for tile in tiles])
+                self.anew = True
+            return tiles, computed
+
+        # The first visit computes nothing: before it, nobody knows whether these are the rows.
+        tiles = take_turns(
+            visit,
+            lambda _: True,
+            lambda _, tile: not (self.anew or self._file(tile) in files) or self._is_there(tile),
+            self.store.claims,
+            self.worker,
+            self.store.path,
+        )
+        return [tile for tile in tiles if self.anew or self._file(tile) in files]
+
+    def merged(self, visitor: Visitor[Any, Any, Any], tiles: Sequence[Turn], label: str) -> Any:
+        return super().merged(visitor, tiles, label) if tiles else []
+
+    def _file(self, tile: Turn) -> str:
+        return self.segments.file(tile.name, tile.rows)
+
+    def _has_rows_of(self, made: Manifest) -> bool:
+        """Whether the rows that were met are the store's, in its order: a layer's rule that was found wrong changes the
+        files' names, and not the rows. Errors: DamagedFile.
+        """
+        met, segment = RowKeys.joined(self._keys), self.segments.folder.segment
+        kept = RowKeys.joined([keys_of(segment(entry)) for entry in made.entries])
+        if met.ids is None or kept.ids is None:
+            return met.ids is kept.ids and np.array_equal(met.weighted, kept.weighted)
+        return np.array_equal(met.ids, kept.ids) and np.array_equal(met.weighted, kept.weighted)
+
+    def _visit(
+        self, visitor: Visitor[Any, Any, Any], read: Read, label: str, wanted: Wanted
+    ) -> tuple[list[Turn], list[int]]:
+        self._keys, self._names = [], []
+        found = super()._visit(visitor, read, label, wanted)
+        if self._names:
+            distinct(np.concatenate(self._names), self.role)
+        return found
+
+    def _noted(self, batches: Iterable[PlacedBatch], mine: str | None, keys: bytearray) -> Iterator[PlacedBatch]:
+        for batch in super()._noted(batches, mine, keys):
+            if batch.keys is not None:
+                if self._keys and (batch.keys.ids is None) != (self._keys[0].ids is None):
+                    raise BatchMismatch("Some batches have ids, and others have none. Give all rows ids, or none.")
+                self._keys.append(batch.keys)
+            if batch.batch.ids is not None:
+                self._names.append(batch.names)
+            yield batch
 
 
 @dataclass(frozen=True, eq=False)

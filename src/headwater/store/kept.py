@@ -5,7 +5,7 @@
                                 written whole, in place of the one before: all that changes the store is one rename
     tiles-0/000012-5d8e1f03.safetensors
                                 the thirteenth tile of the first pass; tiles-1/... those that were appended
-    claims/                     who is at which tile, and at the manifest
+    claims/                     who is at which tile; the lock of who changes the manifest
 
 A segment never changes. What a killed process left is no part of the store: drafts, tiles of a pass that did not come
 to its end (which the same call goes on with), and segments that a new manifest has no more.
@@ -28,14 +28,19 @@ from headwater.errors import DamagedFile, InvalidInput, NotSaved
 from headwater.store.claims import Claims
 from headwater.store.draft import explained_errors, is_draft, remove_dead, sync_folder, write_new, write_whole
 from headwater.store.kinds import kind_of
+from headwater.store.lock import locked
 from headwater.store.seal import digest, sealed, unsealed
-from headwater.store.segments import SUFFIX, Segment, Stored, write_segment
+from headwater.store.segments import REMEDY, SUFFIX, Segment, Stored, write_segment
 
 VERSION = 1
 """Of the folder's form."""
-IDENTITY, MANIFEST, CLAIMS = "identity.json", "manifest.json", "claims"
+IDENTITY, MANIFEST, CLAIMS, LOCK = "identity.json", "manifest.json", "claims", "manifest.lock"
 ABOUT, NUMBERS = "about", "numbers/"
 """Of what a tile is written from: its JSON, and the prefix of what is stored in the store's dtype."""
+LATER = (
+    "It was written after the store was made, by append or compact, and no call makes it again: check(drop=True) "
+    "leaves its rows out, and append computes them, as the last; those without ids are then called by other positions."
+)
 POLL = 0.02
 """Seconds between two tries to be the one who changes the manifest."""
 
@@ -56,6 +61,12 @@ class Entry:
     @property
     def visible(self) -> int:
         return self.rows - len(self.gone)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the pass that made the store wrote it: a later one cannot be made again from rows alone."""
+        folder, _, name = self.file.partition("/")
+        return folder == "tiles-0" and name.removesuffix(SUFFIX).count(".") == 0
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,15 @@ class Manifest:
         }
 
 
+def _with(manifest: Manifest, tiles: Sequence[Mapping[str, Any]]) -> Manifest:
+    """After one more pass."""
+    entries, position = list(manifest.entries), manifest.ever
+    for tile in tiles:
+        entries.append(Entry(tile["file"], tile["rows"], position, tile["checksum"]))
+        position += tile["rows"]
+    return Manifest(tuple(entries), manifest.generation, manifest.series + 1, position)
+
+
 class SegmentFolder:
     """A folder that holds one thing. kind: what that is, in words ("gradients of train rows").
 
@@ -116,6 +136,8 @@ class SegmentFolder:
         """
         wanted = json.loads(json.dumps({"kind": kind, "version": VERSION, **identity}))
         folder, file = Path(path), Path(path) / IDENTITY
+        if folder.exists() and not folder.is_dir():
+            raise InvalidInput(f"{path} is a file; {kind} are kept in a folder. Choose another name.")
         if folder.exists() and not file.exists() and not all(is_draft(each.name) for each in folder.iterdir()):
             raise InvalidInput(f"{path} is not empty, and holds no {kind}. Choose another folder.")
         with explained_errors(folder):
@@ -155,47 +177,78 @@ class SegmentFolder:
     @contextmanager
     def _alone(self) -> Iterator[Callable[[], None]]:
         """One process at a time changes the manifest; what is yielded is a sign of life from a long change."""
-        claims = self.claims()
-        while not claims.claim("manifest"):
-            time.sleep(POLL)
-        try:
-            yield lambda: claims.touch("manifest")
-        finally:
-            claims.release("manifest")
+        with locked(self.path / CLAIMS / LOCK) as held:
+            if held:
+                yield lambda: None
+                return
+            # Without locks: two processes that find the claim of a dead one may both take it.
+            claims = self.claims()
+            while not claims.claim("manifest"):
+                time.sleep(POLL)
+            try:
+                yield lambda: claims.touch("manifest")
+            finally:
+                claims.release("manifest")
 
     def claims(self) -> Claims:
         return Claims(self.path / CLAIMS)
 
-    def publish(self, series: int, tiles: Sequence[Mapping[str, Any]]) -> Manifest:
+    def publish(self, series: int, tiles: Sequence[Mapping[str, Any]], anew: bool = False) -> Manifest:
         """The tiles of a pass that came to its end become part of the store; of several workers the first does it.
 
-        Errors: InvalidInput where another pass over other rows was quicker.
+        A pass over rows that are there already renews the checksums of files that it computed again. anew: its rows are
+        those of the store, in files of their own; they take the others' place.
+        Errors: InvalidInput where the store has other rows, or another pass over other rows was quicker.
         """
+        mine = [tile for tile in tiles if tile["rows"]]
         with self._alone():
-            now = self.manifest() or Manifest()
-            # A store that nobody has changed since is made anew, as some of its tiles may have been.
-            anew = series == 0 and now.generation == 0
-            if anew or now.series == series:
-                before = Manifest() if anew else now
-                entries, position = list(before.entries), before.ever
-                for tile in tiles:
-                    if tile["rows"]:
-                        entries.append(Entry(tile["file"], tile["rows"], position, tile["checksum"]))
-                        position += tile["rows"]
-                generation = 0 if anew else now.generation + 1
-                self._write(Manifest(tuple(entries), generation, series + 1, position))
-            elif not {tile["file"] for tile in tiles if tile["rows"]} <= {entry.file for entry in now.entries}:
-                raise InvalidInput(f"{self.path} was changed by another process meanwhile. Make the same call again.")
+            now = self.manifest()
+            if now is None or (anew and now.generation == 0):
+                self._write(_with(Manifest(), mine))
+            elif now.series == series:
+                self._write(replace(_with(now, mine), generation=now.generation + 1))
+            else:
+                self._renew(now, mine)
             self.tidy()
         return self.complete()
+
+    def _renew(self, now: Manifest, tiles: Sequence[Mapping[str, Any]]) -> None:
+        """Errors: InvalidInput."""
+        checksums = {tile["file"]: tile["checksum"] for tile in tiles}
+        if now.generation == 0:
+            self.check_files(now, list(checksums))
+        if not checksums.keys() <= {entry.file for entry in now.entries}:
+            raise InvalidInput(f"{self.path} was changed by another process meanwhile. Make the same call again.")
+        entries = tuple(replace(entry, checksum=checksums.get(entry.file, entry.checksum)) for entry in now.entries)
+        if entries != now.entries:
+            self._write(replace(now, entries=entries))
+
+    def check_files(self, now: Manifest, files: Sequence[str]) -> None:
+        """Errors: InvalidInput unless these are the store's: a file's name has a digest of the rows in it."""
+        if list(files) != [entry.file for entry in now.entries]:
+            raise InvalidInput(
+                f"{self.path} holds {now.rows} {self.kind}, and these are others, or in another order. It stays as it "
+                "is: choose another folder, or remove this one; new rows are added to kept gradients by append."
+            )
+
+    def damaged(self) -> list[Entry]:
+        """Entries whose file is damaged or missing; files that this process has read before are not read again."""
+        found = []
+        for entry in self.complete().entries:
+            try:
+                self.segment(entry)
+            except DamagedFile:
+                found.append(entry)
+        return found
 
     # Rows -------------------------------------------------------------------------------------------------------------
 
     def segment(self, entry: Entry, check: bool | None = None) -> Segment:
         """Errors: DamagedFile, naming the file."""
-        found = Segment.open(self.path / entry.file, check)
+        remedy = REMEDY if entry.is_first else LATER
+        found = Segment.open(self.path / entry.file, check, remedy)
         if found.checksum != entry.checksum:
-            raise DamagedFile(f"{self.path / entry.file} is not the file that was written here.")
+            raise DamagedFile(f"{self.path / entry.file} is not the file that was written here. {remedy}")
         return found
 
     def names(self, entry: Entry, segment: Segment) -> np.ndarray:
@@ -310,12 +363,12 @@ class TileFiles:
     def read(self, name: str, rows: str) -> dict[str, Any] | None:
         """The tile of this name over rows with this digest: its file, rows and checksum; None if it is not whole."""
         try:
-            found = Segment.open(self.path / self._file(name, rows))
+            found = Segment.open(self.path / self.file(name, rows))
         except DamagedFile:
             return None
         if not found.is_of(self._place(name, rows)):
             return None
-        return {"file": self._file(name, rows), "rows": found.rows, "checksum": found.checksum}
+        return {"file": self.file(name, rows), "rows": found.rows, "checksum": found.checksum}
 
     def write(self, name: str, rows: str, values: Mapping[str, Any]) -> None:
         """Errors: NotWritten."""
@@ -325,7 +378,7 @@ class TileFiles:
         about = json.loads(str(values[ABOUT]))
         numbers = {n.removeprefix(NUMBERS): v for n, v in values.items() if n.startswith(NUMBERS)}
         arrays = {n: v for n, v in values.items() if n != ABOUT and not n.startswith(NUMBERS)}
-        file = self.path / self._file(name, rows)
+        file = self.path / self.file(name, rows)
         with explained_errors(file):
             file.parent.mkdir(exist_ok=True)
         place = self._place(name, rows)
@@ -334,12 +387,13 @@ class TileFiles:
     def end_pass(self, label: str, tiles: int) -> None:
         """The manifest says which tiles there are."""
 
-    def _stem(self, name: str) -> str:
-        return f"tiles-{self.series}/{int(name.rpartition('/')[2]):06d}"
-
-    def _file(self, name: str, rows: str) -> str:
+    def file(self, name: str, rows: str) -> str:
+        """Of the tile of this name over rows with this digest, beside the manifest."""
         # With a digest of what is in it: two calls with other rows, at the same time, write other files.
         return f"{self._stem(name)}-{self._place(name, rows)[:8]}{SUFFIX}"
+
+    def _stem(self, name: str) -> str:
+        return f"tiles-{self.series}/{int(name.rpartition('/')[2]):06d}"
 
     def _place(self, name: str, rows: str) -> str:
         return digest(self.folder.digest.encode(), self.bound.encode(), name.encode(), rows.encode())

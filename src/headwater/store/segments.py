@@ -48,7 +48,7 @@ PIECE = 2**20
 """Bytes that have one CRC-32C."""
 AT_ONCE = 2**17
 """Numbers that are multiplied at once: the product's own copy of them stays in the processor's cache."""
-REMEDY = "The call that made it computes its rows again; check(drop=True) leaves them out."
+REMEDY = "The call of gradients or factors that made it computes its rows again; check(drop=True) leaves them out."
 
 
 def checked_dtype(dtype: str) -> Stored:
@@ -177,8 +177,11 @@ class Segment:
     _memory: mmap.mmap
 
     @classmethod
-    def open(cls, file: Path, check: bool | None = None) -> Segment:
-        """check: compare the checksum; None for once in a process. Errors: DamagedFile, naming the file."""
+    def open(cls, file: Path, check: bool | None = None, remedy: str = REMEDY) -> Segment:
+        """check: compare the checksum; None for once in a process. remedy: what to do, for the error.
+
+        Errors: DamagedFile, naming the file.
+        """
         try:
             state = os.stat(file)
             with open(file, "rb") as opened:
@@ -199,10 +202,10 @@ class Segment:
                     raise ValueError("its checksum is not that of its content")
                 _CHECKED[str(file)] = mark
         except FileNotFoundError:
-            raise DamagedFile(f"{file} is missing. {REMEDY}") from None
+            raise DamagedFile(f"{file} is missing. {remedy}") from None
         # A damaged header may say anything; whatever comes of that is one error.
         except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-            raise DamagedFile(f"{file} is damaged: {error}. {REMEDY}") from error
+            raise DamagedFile(f"{file} is damaged: {error}. {remedy}") from error
         return cls(file, about, checksum, str(said["belongs"]), header, data, memory)
 
     def is_of(self, place: str) -> bool:
