@@ -155,12 +155,13 @@ class Attributor(ComposableInfluence[TensorType]):
         """Which tiles `fit(store=)` and `attribute(store=, memory=)` are made of, before anything is computed.
 
         Plain data, the same for any number of workers; `print` says how many, `save` keeps it as JSON. Loaders are read
-        once to count their rows. Errors: InvalidSetting for too little memory.
+        once to count their rows; kept gradients stand for the train loader, kept factors do not for queries.
+        Errors: InvalidSetting for too little memory.
         """
         from headwater.run.plan import plan
 
         with located():
-            train, query = self.train_rows(train_loader), self.query_rows(query_loader)
+            train, query = self._scored(train_loader), self.query_rows(query_loader)
             return plan(self, train, query, by_block=by_block, memory=memory)
 
     @in_own_precision

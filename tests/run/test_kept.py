@@ -412,6 +412,14 @@ def test_of_two_different_appends_at_once_the_later_says_so(tmp_path, monkeypatc
         fitted.attribute(found, QUERIES, mode="perturbation")
 
 
+def test_a_run_over_kept_gradients_can_be_planned(tmp_path):
+    fitted = influence(hw.Ekfac()).fit(PLAIN)
+    found = fitted.gradients(PLAIN, store=tmp_path / "kept")
+    found.delete([3, 4])
+    plan = fitted.plan(found, QUERIES)
+    assert (plan.train_rows, plan.query_rows) == (38, 5)
+
+
 def state(folder):
     return {file.relative_to(folder): file.read_bytes() for file in damage.files_of(folder)}
 

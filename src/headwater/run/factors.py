@@ -72,7 +72,7 @@ class KeptFactors:
         return np.concatenate([self._folder.names(entry, self._folder.segment(entry)) for entry in entries])
 
     def check(self) -> list[Path]:
-        """Read every file, and compare checksums: those that are damaged; the call that made them computes these again."""
+        """Read every file, and compare checksums: those that are damaged; the same call computes these again."""
         return self._folder.check()
 
     def __repr__(self) -> str:
