@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -74,6 +76,25 @@ def test_factors_go_on_where_they_stopped(tmp_path, monkeypatch):
     small = fitted.factors(PLAIN, store=tmp_path / "small", dtype="int8")
     assert_near(fitted.attribute(PLAIN, small).values, truth, "int8")
     assert TOLERANCE["int8"] < 0.1
+
+
+def test_kept_factors_are_read_span_by_span(tmp_path):
+    """A budget cuts the queries: those of one span are in memory at a time."""
+    fitted = influence(hw.Kfac()).fit(PLAIN)
+    found = fitted.factors(PLAIN, store=tmp_path / "factors")  # tiles of 16, 16 and 8
+    asked = found.query_rows(fitted).asked()
+    whole = {name: value.flat().numpy() for name, value in asked.ready.left.items()}
+    assert {len(values) for values in whole.values()} == {40}
+    held = []
+    for number, part in enumerate(asked.spans(6)):
+        for name, value in part.ready.left.items():
+            np.testing.assert_array_equal(value.flat().numpy(), whole[name][6 * number : 6 * number + 6])
+        assert part.ready.left is part.ready.left  # read once
+        held.append([weakref.ref(value) for value in part.ready.left.values()])
+        del value
+        assert not any(reference() for earlier in held[:-1] for reference in earlier)
+    planned = fitted.attribute(PLAIN, found, memory="8GiB").values
+    assert_near(planned, fitted.attribute(PLAIN, PLAIN).values)
 
 
 # Queries and groups together ------------------------------------------------------------------------------------------

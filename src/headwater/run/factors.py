@@ -18,6 +18,7 @@ from headwater.gradients.provider import BlockGradients
 from headwater.influence import ComposableInfluence
 from headwater.loaders.places import located
 from headwater.mapper import Queries
+from headwater.operators.algebra import LinearOperator
 from headwater.rows import PlacedBatch, Visitor, first_batch, sweep
 from headwater.run.identity import fit_identity, fit_tolerance
 from headwater.run.kept import TILE_BYTES, RowFacts, SharedSegments, key_arrays, keys_of, packed_tile
@@ -27,7 +28,7 @@ from headwater.run.rows import distinct
 from headwater.run.runners.environment import Worker
 from headwater.run.runners.turns import check_worker
 from headwater.store.kept import SegmentFolder, refuse_others
-from headwater.store.segments import checked_dtype
+from headwater.store.segments import Segment, checked_dtype
 from headwater.types import InfluenceMode
 
 KIND = "factors of query rows"
@@ -116,23 +117,74 @@ class KeptQueries(ReadyQueries):
         self.influence, self.folder = influence, folder
 
     def asked(self) -> Asked:
-        """Errors: DamagedFile."""
-        operators = self.influence.block_mapper.operators
-        like = accumulable(self.influence.like())
-        layouts: dict[str, tuple[Layout, bool]] = {}
-        for name, layout in self.influence.provider.layouts.items():
-            small = operators[name].stored_layout
-            layouts[name] = (layout, False) if small is None else (small, True)
+        """Factors are read when they are asked for, some queries at a time. Errors: DamagedFile."""
         entries = self.folder.complete().entries
         segments = [self.folder.segment(entry) for entry in entries]
-        tiles = [unpacked(segment, layouts, like) for segment in segments]
-        left = OrderedDict((name, stack([tile[name] for tile in tiles])) for name in layouts)
-        right = {name: operators[name].kept_sides(left[name])[1] for name in layouts}
         ids = np.concatenate([self.folder.names(e, s) for e, s in zip(entries, segments, strict=True)])
         known = self.influence.fitted_keys
         fitted = known is not None and all(bool(keys_of(segment).among(known).all()) for segment in segments)
         keys = np.concatenate([segment.raw("keys.run") for segment in segments])
-        return Asked((), distinct(ids, "query"), keys, fitted, ready=Queries(left, right))
+        ready = KeptSides.of(self.influence, segments, len(ids))
+        return Asked((), distinct(ids, "query"), keys, fitted, ready=ready)
+
+
+class FactorsRead:
+    """Factors of one span of kept queries at a time: those of another one are read in their place."""
+
+    def __init__(self, segments: Sequence[Segment], layouts: Mapping[str, tuple[Layout, bool]], like: Array):
+        self.segments, self.layouts, self.like = segments, layouts, like
+        self._held: tuple[slice, BlockGradients] | None = None
+
+    def of(self, span: slice) -> BlockGradients:
+        """Rows [start, stop) of all segments under one another, by block. Errors: DamagedFile."""
+        if self._held is None or self._held[0] != span:
+            self._held = None  # before the others are read: both may not fit
+            self._held = span, self._read(span)
+        return self._held[1]
+
+    def _read(self, span: slice) -> BlockGradients:
+        found, start = [], 0
+        for segment in self.segments:
+            rows = slice(max(span.start - start, 0), min(span.stop - start, segment.rows))
+            if rows.start < rows.stop:
+                found.append(unpacked(segment, self.layouts, self.like, rows))
+            start += segment.rows
+        return OrderedDict((name, stack([values[name] for values in found])) for name in self.layouts)
+
+
+class KeptSides(Queries):
+    """Kept queries, whose factors are read when they are asked for."""
+
+    def __init__(self, read: FactorsRead, span: slice, right: Mapping[str, LinearOperator]):
+        # `left` is a property here; the fields of the frozen base are set as its own constructor sets them.
+        object.__setattr__(self, "read", read)
+        object.__setattr__(self, "span", span)
+        object.__setattr__(self, "right", right)
+        object.__setattr__(self, "forms", {})
+
+    read: FactorsRead
+    span: slice
+
+    @classmethod
+    def of(cls, influence: ComposableInfluence, segments: Sequence[Segment], queries: int) -> KeptSides:
+        """All of them. Errors: DamagedFile."""
+        operators = influence.block_mapper.operators
+        layouts: dict[str, tuple[Layout, bool]] = {}
+        for name, layout in influence.provider.layouts.items():
+            small = operators[name].stored_layout
+            layouts[name] = (layout, False) if small is None else (small, True)
+        read = FactorsRead(segments, layouts, accumulable(influence.like()))
+        # What rows go through does not depend on which queries these are: see `kept_sides`.
+        right = {name: operators[name].kept_sides(value)[1] for name, value in read.of(slice(0, 1)).items()}
+        return cls(read, slice(0, queries), right)
+
+    @property
+    def left(self) -> BlockGradients:
+        return self.read.of(self.span)
+
+    def take(self, rows: slice) -> KeptSides:
+        start, stop, _ = rows.indices(self.span.stop - self.span.start)
+        return KeptSides(self.read, slice(self.span.start + start, self.span.start + stop), self.right)
 
 
 def keep_factors(
