@@ -24,7 +24,8 @@ from headwater.store import runs
 from headwater.torch import TorchBatch, TorchComposableInfluence
 
 FORKS = get_context("forkserver")
-FORKS.set_forkserver_preload(["fault_job", "headwater.run.attribute", "headwater.run.removal", "xarray", "zarr"])
+NEEDED = ["headwater.torch", "headwater.run.attribute", "headwater.run.removal", "headwater.run.runners.shared"]
+FORKS.set_forkserver_preload([*NEEDED, "headwater.run.diagnosis", "headwater.store.runs", "xarray", "zarr", "fault_job"])
 SIZES = ((rows, "FEW", 1), (shared, "ROWS", 8), (plan, "ROWS", 8), (plan, "FEWEST", 8))
 """Many tiles of few rows."""
 X = torch.randn(44, 4, generator=torch.Generator().manual_seed(0))

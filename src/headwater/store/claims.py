@@ -77,8 +77,9 @@ class Claims:
                 file.unlink()
 
     def remove_free(self, names: Iterable[str]) -> None:
-        """Claims of the dead, on pieces that are there: whoever was killed between a piece and its claim's end."""
+        """What the dead left beside these pieces, which are there: claims that nobody ended, and drafts."""
         for folder in {self._file(name).parent for name in names}:
+            remove_dead(folder)
             for file in folder.glob("*.claim"):
                 if self.is_free(file.relative_to(self.path).as_posix().removesuffix(".claim")):
                     with suppress(OSError):
