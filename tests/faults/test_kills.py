@@ -7,7 +7,6 @@ import signal
 import time
 from pathlib import Path
 
-import fault_job
 import numpy as np
 import pytest
 from fault_job import CALLS, begun, said, start
@@ -19,12 +18,6 @@ from headwater.store.runs import check
 TIMES = [2, pytest.param(20, marks=pytest.mark.faults)]
 SHARED = [name for name in CALLS if name != "compact"]
 """What several workers do together."""
-
-
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
-    for module, name, value in fault_job.SIZES:
-        monkeypatch.setattr(module, name, value)
 
 
 class Undisturbed:

@@ -25,7 +25,9 @@ from headwater.torch import TorchBatch, TorchComposableInfluence
 
 FORKS = get_context("forkserver")
 NEEDED = ["headwater.torch", "headwater.run.attribute", "headwater.run.removal", "headwater.run.runners.shared"]
-FORKS.set_forkserver_preload([*NEEDED, "headwater.run.diagnosis", "headwater.store.runs", "xarray", "zarr", "fault_job"])
+LATE = ["torch.distributed.fsdp", "xarray", "zarr", "dask.array"]
+"""What is imported on the way, where it is installed."""
+FORKS.set_forkserver_preload([*NEEDED, "headwater.run.diagnosis", "headwater.store.runs", *LATE])
 SIZES = ((rows, "FEW", 1), (shared, "ROWS", 8), (plan, "ROWS", 8), (plan, "FEWEST", 8))
 """Many tiles of few rows."""
 X = torch.randn(44, 4, generator=torch.Generator().manual_seed(0))

@@ -73,8 +73,9 @@ def compact(path: str | os.PathLike[str]) -> None:
 def _copy(folder: TileFolder, store: TileStore, columns: np.ndarray, queries: int, rows: int) -> None:
     """The columns that stay, tile by tile."""
     first_line = folder.line(0, 0)
-    blocks = 0 if first_line is None else first_line["shape"][0]
-    matrices = [StoredMatrix(folder, queries, columns, rows, block) for block in range(blocks)]
+    if first_line is None:
+        raise DamagedFile(f"{folder.path}: the first tile is gone, or the ledger's line that is about it. {AGAIN}")
+    matrices = [StoredMatrix(folder, queries, columns, rows, block) for block in range(first_line["shape"][0])]
     ids, keys = _rows(folder, columns, rows)
     for first in range(0, queries, store.sizes.queries):
         wanted = np.arange(first, min(first + store.sizes.queries, queries))

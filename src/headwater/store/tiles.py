@@ -72,7 +72,7 @@ class TileFolder:
         found, _ = unsealed(file, remedy=ANEW)
         if found.pop("run", None) != self.run:
             raise DamagedFile(f"{file} belongs to another run. {ANEW}")
-        self.sizes = Sizes(**found)
+        self.sizes = Sizes(found["rows"], found["queries"], found.get("working"))
         self._ledger: Ledger | None = None
         self._lines: dict[tuple[int, int], list[Line]] = {}
         self._whole: set[tuple[int, int, str]] = set()
