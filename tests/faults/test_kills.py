@@ -15,8 +15,13 @@ from headwater.errors import DamagedFile, NotSaved
 from headwater.store.info import info
 from headwater.store.runs import check
 
-TIMES = [2, pytest.param(20, marks=pytest.mark.faults)]
-SHARED = [name for name in CALLS if name != "compact"]
+FEW = ("fit", "score", "compact")
+"""Those of the short form, twice each; the long one makes all calls, twenty times."""
+TIMES = [
+    *[pytest.param(name, 2, id=f"{name}-2") for name in FEW],
+    *[pytest.param(name, 20, id=f"{name}-20", marks=pytest.mark.faults) for name in CALLS],
+]
+SHARED = [each for each in TIMES if each.values[0] != "compact"]
 """What several workers do together."""
 
 
@@ -76,8 +81,7 @@ def undisturbed(tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("times", TIMES)
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(("name", "times"), TIMES)
 def test_a_call_that_is_killed_ends_as_if_it_had_not_been(name, times, undisturbed, tmp_path):
     """Half of them before one of the things that it asks of files, half of them whenever that is."""
     whole, rng, killed = undisturbed(name), np.random.default_rng(0), 0
@@ -96,10 +100,10 @@ def test_a_call_that_is_killed_ends_as_if_it_had_not_been(name, times, undisturb
     assert killed >= times / 2
 
 
-@pytest.mark.parametrize("times", [pytest.param(1, marks=pytest.mark.faults)])
-@pytest.mark.parametrize("name", CALLS)
-def test_whatever_a_call_asks_of_files_may_be_its_last(name, times, undisturbed, tmp_path):
-    """Killed before each, one after the other, in one folder: it gets no further, and still ends right."""
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["fit", "score", "compact"])
+def test_whatever_a_call_asks_of_files_may_be_its_last(name, undisturbed, tmp_path):
+    """Killed before each of them, in a folder of its own each time."""
     whole = undisturbed(name)
     for dies in range(1, whole.asked + 1):
         folder = whole.copy(tmp_path / str(dies))
@@ -109,8 +113,7 @@ def test_whatever_a_call_asks_of_files_may_be_its_last(name, times, undisturbed,
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("times", TIMES)
-@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize(("name", "times"), SHARED)
 def test_of_two_workers_at_once_one_is_killed_and_the_other_does_its_work(name, times, undisturbed, tmp_path):
     whole, rng, killed = undisturbed(name), np.random.default_rng(1), 0
     for attempt in range(times):

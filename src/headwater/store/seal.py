@@ -88,7 +88,9 @@ def unsealed(file: Path, inside: str | None = None, remedy: str = SAVE_AGAIN) ->
     if claimed != digest(_canonical(values), _canonical(entry)):
         raise DamagedFile(f"{file} is damaged: it is not what was written. {remedy}")
     if entry.get("version") != VERSION:
-        raise DamagedFile(f"{file} has seals of version {entry.get('version')}; this headwater knows {VERSION}. {remedy}")
+        raise DamagedFile(
+            f"{file} has seals of version {entry.get('version')}; this headwater knows {VERSION}. {remedy}"
+        )
     if inside is not None:
         values[inside] = Fields(values[inside], file)
     return Fields(values, file), Fields({**entry, "digest": claimed}, file)
