@@ -20,7 +20,7 @@ SCALE = HERE.parents[1] / "docs" / "scale.md"
 pytestmark = pytest.mark.slow
 
 
-def torchrun(folder, code, *given, restarts=0, fails=False):
+def torchrun(folder, code, *given, restarts=0, fails=False, timeout=300):
     """Two processes run this code; what was said is in the error where that goes otherwise than expected."""
     script = folder / "script.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\n{textwrap.dedent(code)}")
@@ -31,7 +31,7 @@ def torchrun(folder, code, *given, restarts=0, fails=False):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
     )
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done
@@ -140,7 +140,7 @@ OVER_AND_OVER = """
 @pytest.mark.parametrize("times", [pytest.param(20, marks=pytest.mark.faults)])
 def test_ranks_that_are_killed_over_and_over_lose_nothing(times, tmp_path):
     """A job after the other, in one of whose two ranks a kill waits; torchrun starts both ranks again after each."""
-    torchrun(tmp_path, OVER_AND_OVER, HERE.parent / "support", times, restarts=times)
+    torchrun(tmp_path, OVER_AND_OVER, HERE.parent / "support", times, restarts=times, timeout=1800)
     folders = [tmp_path / f"job-{job}" for job in range(times)]
     assert sum((folder / "killed").exists() for folder in folders) >= times / 2
     assert len({found for folder in folders for found in scores_of(folder)}) == 1

@@ -25,6 +25,7 @@ import json
 import math
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict
@@ -370,7 +371,12 @@ def write_metadata(path: Path, line: Line, query_ids: np.ndarray, train_ids: np.
             for name in ("scores/zarr.json", "zarr.json"):
                 (written / name).replace(array / name)
     finally:
-        shutil.rmtree(written, ignore_errors=True)
+        # Of a write that failed, zarr's threads may still write others: what they put back is removed, too.
+        for _ in range(20):
+            shutil.rmtree(written, ignore_errors=True)
+            if not written.exists():
+                break
+            time.sleep(0.01)
 
 
 def finish_compaction(path: Path) -> None:
