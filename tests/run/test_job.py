@@ -332,6 +332,7 @@ def test_a_signal_leaves_a_store_that_the_same_command_goes_on_with(number, ther
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 def test_twenty_signals_at_random_moments_lose_nothing(tmp_path, undisturbed):
     rng, stopped = np.random.default_rng(0), 0
     for attempt in range(20):

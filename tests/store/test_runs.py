@@ -14,6 +14,7 @@ import xarray as xr
 
 import headwater as hw
 from headwater.errors import DamagedFile, InvalidInput, InvalidSetting
+from headwater.store.info import info
 from headwater.store.plan import Plan
 from headwater.store.runs import check, compact, delete
 from headwater.torch import TorchBatch, TorchComposableInfluence
@@ -179,7 +180,8 @@ def test_a_check_names_every_file_that_is_damaged(influence, tmp_path):
         file.write_bytes(content)
     (run / "tiles.zarr/scores/c/0/0/5").unlink()
     said = "\n".join(check(run))
-    assert all(name in said for name in ("c/0/0/2: missing or damaged", "rows/4.npz", "c/0/0/5"))
+    assert all(name in said for name in ("c/0/0/2 is damaged", "rows/4.npz", "c/0/0/5"))
+    assert tuple(check(run)) == info(run, check=True).all_damage
     found = hw.Scores.open(run)
     with pytest.raises(DamagedFile, match="c/0/0/2 is damaged"):
         found.top(3)

@@ -160,7 +160,17 @@ def is_alive(pid: int, token: str) -> bool:
         return False
     except (OSError, OverflowError):  # it is someone else's
         return True
-    return True
+    return not _is_zombie(pid)
+
+
+def _is_zombie(pid: int) -> bool:
+    """Dead, and its parent has not asked how it ended: in containers whose first process never asks, for good."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:  # no Linux, or gone by now
+        return False
+    # After the name, which is in brackets and may have any bytes in it.
+    return stat.rpartition(b") ")[2][:1] in (b"Z", b"X")
 
 
 def _there(path: Path) -> AlreadySaved:

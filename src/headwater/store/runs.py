@@ -15,8 +15,9 @@ from headwater.store.draft import explained_errors, write_whole
 from headwater.store.identity import IDENTITY
 from headwater.store.matrix import StoredMatrix, deleted_rows, meaning_of
 from headwater.store.plan import Sizes, spans
+from headwater.store.run_seen import RunSeen
 from headwater.store.seal import open_arrays, seal_arrays, sealed
-from headwater.store.tiles import AGAIN, COMPACTED, COMPLETE, FINISHED, PLAN, TileFolder, TileStore
+from headwater.store.tiles import AGAIN, COMPACTED, COMPLETE, PLAN, TileFolder, TileStore
 
 
 def delete(path: str | os.PathLike[str], ids: Iterable[object]) -> int:
@@ -72,8 +73,9 @@ def compact(path: str | os.PathLike[str]) -> None:
 def _copy(folder: TileFolder, store: TileStore, columns: np.ndarray, queries: int, rows: int) -> None:
     """The columns that stay, tile by tile."""
     first_line = folder.line(0, 0)
-    blocks = 0 if first_line is None else first_line["shape"][0]
-    matrices = [StoredMatrix(folder, queries, columns, rows, block) for block in range(blocks)]
+    if first_line is None:
+        raise DamagedFile(f"{folder.path}: the first tile is gone, or the ledger's line that is about it. {AGAIN}")
+    matrices = [StoredMatrix(folder, queries, columns, rows, block) for block in range(first_line["shape"][0])]
     ids, keys = _rows(folder, columns, rows)
     for first in range(0, queries, store.sizes.queries):
         wanted = np.arange(first, min(first + store.sizes.queries, queries))
@@ -118,20 +120,8 @@ def _labels(folder: TileFolder) -> tuple[str, dict[str, np.ndarray]]:
 def check(path: str | os.PathLike[str]) -> list[str]:
     """Read everything in the folder of a run: what is damaged or missing, each file by name. Empty if all is well.
 
-    Errors: NotSaved for a folder of something else; DamagedFile where what says what the rest is cannot be read.
+    What `headwater info --check` says of it; and, in a sentence more, that a run is not finished. Errors: NotSaved for
+    a folder of something else; DamagedFile where what says what the rest is cannot be read.
     """
-    folder, found = TileFolder(path), []
-    found += [f"{file}: has lines that are not as they were written" for file in folder.ledger.damaged()]
-    if not (folder.path / FINISHED).exists():
-        return [*found, f"{folder.path}: not finished ({folder.complete()} tiles are there)"]
-    try:
-        belongs, names = _labels(folder)
-        deleted_rows(folder.path, belongs)
-    except DamagedFile as error:
-        return [*found, str(error)]
-    if folder.finished_rows is None:
-        found.append(f"{folder.path}: ids.npz or labels of tiles.zarr are not as they were written. {AGAIN}")
-    tiles, queries = -(-len(names["train"]) // folder.sizes.rows), -(-len(names["query"]) // folder.sizes.queries)
-    found += [f"{folder.path}/rows/{n}.npz: missing or damaged" for n in range(tiles) if folder.rows(n) is None]
-    lost = [(n, q) for n in range(tiles) for q in range(queries) if folder.whole_line(n, q) is None]
-    return found + [f"{folder.path}/tiles.zarr/scores/c/0/{q}/{n}: missing or damaged" for n, q in lost]
+    seen = RunSeen(path)
+    return [*seen.damage(check=True), *seen.unfinished]

@@ -72,7 +72,7 @@ class TileFolder:
         found, _ = unsealed(file, remedy=ANEW)
         if found.pop("run", None) != self.run:
             raise DamagedFile(f"{file} belongs to another run. {ANEW}")
-        self.sizes = Sizes(**found)
+        self.sizes = Sizes(found["rows"], found["queries"], found.get("working"))
         self._ledger: Ledger | None = None
         self._lines: dict[tuple[int, int], list[Line]] = {}
         self._whole: set[tuple[int, int, str]] = set()
@@ -129,6 +129,10 @@ class TileFolder:
         """How many tiles are there."""
         self.line(0, 0)  # reads what is new
         return sum(self.line(*place) is not None for place in list(self._lines))
+
+    def _first_lines(self) -> list[Line]:
+        """One of each tile."""
+        return [lines[0] for lines in self._lines.values()]
 
     def read(self, number: int, queries: int) -> np.ndarray | None:
         """A tile that is there, whole: [block, query, train, ...]; None where `line` is, or its file is damaged."""
@@ -298,6 +302,8 @@ class TileStore(TileFolder, Sink):
         line = self.line(0, 0)
         if line is None:
             raise DamagedFile(f"{self.path}: the first tile is gone. {AGAIN}")
+        for folder in {self.path / "rows", *(file.parent for file in map(self._chunk, self._first_lines()))}:
+            remove_dead(folder)
         write_metadata(self.path, line, query_ids, train_ids, blocks)
         ids = seal_arrays({"query": query_ids, "train": train_ids}, f"{self._belonging}/ids")
         write_whole(self.path / "ids.npz", ids)
