@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 
 from headwater.arrays import to_numpy, working_memory, working_memory_limit
-from headwater.errors import InvalidSetting
+from headwater.errors import InvalidInput, InvalidSetting
+from headwater.gradients.provider import BlockGradients
 from headwater.influence import ComposableInfluence
+from headwater.memory import resident_memory
 from headwater.operators.iterative import SolveReport, joined, recorded_solves
 from headwater.rows import Each, PlacedBatch, Rows, Visitor, first_batch
 from headwater.run.diagnosis import RunSums, diagnosis_of, meets_the_loss
+from headwater.run.identity import fit_identity
 from headwater.run.plan import budget_of, tile_sizes
 from headwater.run.queries import Asked, PairScorer, factor_bytes
 from headwater.run.ranking import Ranking
@@ -152,16 +155,20 @@ class PairRun:
     def _scorer(self, asked: Asked) -> PairScorer:
         return PairScorer(self.influence, asked, self.mode, self.by_block, self.scale, self.progress)
 
-    def _sizes(self, loader: Iterable[object]) -> Sizes:
-        train = self.influence.train_rows(loader)
+    def _numbers(self, train: Iterable[object]) -> int:
+        """Of each pair's score."""
         numbers = len(self.influence.block_names) if self.by_block else 1
         if self.mode is InfluenceMode.Perturbation:
             numbers *= int(np.prod(np.shape(first_batch(self.influence.provider, train).x)[1:]))
+        return numbers
+
+    def _sizes(self, loader: Iterable[object]) -> Sizes:
+        train = self.influence.train_rows(loader)
         return tile_sizes(
             self.influence.provider,
             train,
             len(self.asked),
-            numbers,
+            self._numbers(train),
             8,
             budget_of(self.kept.memory),
             lambda: factor_bytes(self.influence, self.asked),
@@ -193,6 +200,7 @@ class PairRun:
         return distinct(names, "train")
 
     def in_memory(self, loader: Iterable[object]) -> Scores:
+        self._check_room(loader)
         memory = MemorySink()
         sums = self._sums(loader, None)
         with recorded_solves() as log:
@@ -208,6 +216,19 @@ class PairRun:
             **self._meaning(),
             diagnosis=diagnosis_of(self.influence, seen, solves),
         )
+
+    def _check_room(self, loader: Iterable[object]) -> None:
+        """Errors: InvalidSetting where the budget has no room for the scores themselves."""
+        budget = budget_of(self.kept.memory)
+        if budget is None:
+            return
+        train = self.influence.train_rows(loader)
+        size = train.count() * len(self.asked) * self._numbers(train) * (2 if self.by_block else 1) * 4
+        if size > budget - resident_memory():
+            raise InvalidSetting(
+                f"memory={self.kept.memory!r} has no room for the scores, {size / 2**20:.0f} MiB: give store=, where "
+                "they stay on disk; or use top()."
+            )
 
     def _meaning(self) -> dict[str, Any]:
         return {
@@ -228,8 +249,6 @@ class PairRun:
         loader = self.influence.train_rows(loader)  # one object for all passes: its tiles are those of the run
         store = self.store(loader)
         sums = self._sums(loader, store)
-        if self.kept.append:
-            store.reopen()
         with recorded_solves() as log:
             spans = self.spans(store)
             solved = bool(_solves(log, spans))
@@ -324,12 +343,15 @@ class _OnThemselves(Scorer):
         self.influence = influence
 
     def scores(self, piece: PlacedBatch) -> np.ndarray:
-        found = self.probe(piece)
+        found = self._of(piece.self_grads(self.influence.provider))
         check_scores(found, ["itself"], piece.names, self.influence)
         return found
 
     def probe(self, piece: PlacedBatch) -> np.ndarray:
-        return to_numpy(self.influence.self_influence_of(piece.self_grads(self.influence.provider)))[None, None]
+        return self._of(piece.unweighted_grads(self.influence.provider))
+
+    def _of(self, grads: BlockGradients) -> np.ndarray:
+        return to_numpy(self.influence.self_influence_of(grads))[None, None]
 
 
 def stored_columns(
@@ -359,8 +381,6 @@ def stored_columns(
     }
 
     store = TileStore(kept.store, identity, sizes, rounding(influence))
-    if kept.append:
-        store.reopen()
     train_ids = run_tiles(
         influence,
         train,
@@ -377,26 +397,17 @@ def stored_columns(
         words |= {"method": influence.method.describe(), "damping": influence.absolute_damping}
         words |= {"explained": influence.explained, "coverage": influence.provider.coverage_fraction, "residuals": None}
         store.finish(query_ids, train_ids, [], words)
-    return train_ids, Scores.open(kept.store).values
+    found = Scores.open(kept.store).values
+    if found.shape[1] != len(train_ids):
+        raise InvalidInput(
+            f"Of the {len(train_ids)} rows in {kept.store} {len(train_ids) - found.shape[1]} are deleted, and numbers "
+            "without names would be taken for other rows'. Compact it (headwater.store.runs.compact), and leave the "
+            "rows out of the loader."
+        )
+    return train_ids, found
 
 
 # What makes two runs the same -----------------------------------------------------------------------------------------
-
-
-def fit_identity(influence: ComposableInfluence) -> dict[str, Any]:
-    """What scores of a fit belong to, in words; `TileStore.probe` sees what words do not tell.
-
-    What was fitted is known by the mean eigenvalue of each block's curvature, and by the damping.
-    """
-    fit = influence.identity()
-    return {
-        **{name: fit[name] for name in ("method", "loss", "architecture", "blocks")},
-        "weights": fit["fingerprint"],
-        "dtype": influence.provider.dtype,
-        "curvature": {name: float(op.mean_eigenvalue()) for name, op in influence.curvature.items()},
-        "damping": influence.absolute_damping,
-        "n_train": float(influence.n_train),
-    }
 
 
 def run_identity(influence: ComposableInfluence, asked: Asked) -> dict[str, Any]:

@@ -7,10 +7,9 @@ that finds all of them there computes nothing but the probe.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -228,6 +227,8 @@ class TilePass(Visitor[PlacedBatch, None, None]):
             try:
                 self._check_grown(begun, keys)
                 scores = np.concatenate(begun.scores, axis=2)
+                if self.append:  # only now: rows before these were the run's
+                    self.store.reopen()
                 self.store.write(Tile(begun.start, names, keys, scores, self.span.start))
                 if self.sums is not None and self.span.number == 0:
                     self.sums.enter(where_of(begun.start, stop, digest))
@@ -258,15 +259,3 @@ class TilePass(Visitor[PlacedBatch, None, None]):
         before = known["keys"]
         if len(before) > len(keys) or not np.array_equal(before, keys[: len(before)]):
             raise self.store.other_rows(begun.start, begun.start + len(keys))
-
-
-def finish_run(
-    influence: ComposableInfluence,
-    store: TileStore,
-    query_ids: np.ndarray,
-    train_ids: np.ndarray,
-    by_block: bool,
-    meaning: Mapping[str, Any],
-) -> None:
-    """Say that all tiles are there, and what they mean."""
-    store.finish(query_ids, train_ids, influence.block_names if by_block else [], meaning)
