@@ -50,7 +50,7 @@ from headwater.methods.dual import DataInf
 from headwater.operators.algebra import LinearOperator, ScaledOperator
 from headwater.operators.structured import BlockDiagonalOperator
 from headwater.rows import Each, PlacedBatch, sweep_kept
-from headwater.run.attribute import Kept, run_identity, stored_columns
+from headwater.run.attribute import Storage, run_identity, stored_columns
 from headwater.run.queries import Asked
 from headwater.run.rows import FittedRows, check_scores, distinct, sweep_rows
 from headwater.run.runners.turns import Turn, Wanted, take_turns
@@ -101,7 +101,7 @@ def removal(
     groups: Iterable[object] | None,
     *,
     progress: bool,
-    kept: Kept | None = None,
+    storage: Storage | None = None,
 ) -> np.ndarray:
     """See `Attributor.removal` and the derivation above: [q, n] or [q, groups], and positive for what helps.
 
@@ -113,11 +113,11 @@ def removal(
     """
     influence.ready()
     regions = _regions(influence)
-    asked, kept = Asked.of(influence, query_loader), kept or Kept()
+    asked, storage = Asked.of(influence, query_loader), storage or Storage()
     queries = _queries(influence, regions, asked, progress)
     if groups is None:
-        return _each_row(influence, regions, queries, asked, train_loader, kept, progress)
-    return _each_group(influence, regions, queries, asked, train_loader, _named_groups(groups), kept, progress)
+        return _each_row(influence, regions, queries, asked, train_loader, storage, progress)
+    return _each_group(influence, regions, queries, asked, train_loader, _named_groups(groups), storage, progress)
 
 
 def _regions(influence: ComposableInfluence) -> list[Region]:
@@ -197,18 +197,18 @@ def _each_row(
     queries: Sequence[BlockGradient],
     asked: Asked,
     loader: Iterable[object],
-    kept: Kept,
+    storage: Storage,
     progress: bool,
 ) -> np.ndarray:
     columns, fitted = _Columns(influence, regions, queries), FittedRows(influence, forecast=True)
-    if kept.store is None:
+    if storage.store is None:
         visitor = fitted & Each[PlacedBatch, np.ndarray](lambda piece: columns.scores(piece)[0])
         names, found = sweep_rows(influence.provider, loader, visitor, "removal", progress)
         changes = np.concatenate(found, axis=1)
     else:
         ids = np.array([*map(str, asked.ids), STAYS])
         names, changes = stored_columns(
-            influence, loader, columns, ids, fitted, "removal", kept, progress, query_keys=asked.keys
+            influence, loader, columns, ids, fitted, "removal", storage, progress, query_keys=asked.keys
         )
     _warn_if_rough(changes[-1], [f"row {name}" for name in distinct(names, "train")])
     return changes[:-1]
@@ -364,14 +364,14 @@ def _each_group(
     asked: Asked,
     loader: Iterable[object],
     groups: Sequence[Group],
-    kept: Kept,
+    storage: Storage,
     progress: bool,
 ) -> np.ndarray:
-    if kept.store is None:
+    if storage.store is None:
         found = _group_columns(influence, regions, queries, loader, groups, FittedRows(influence, True), progress)
         columns = [found[group.number] for group in groups]
     else:
-        columns = _stored_groups(influence, regions, queries, asked, loader, groups, kept, progress)
+        columns = _stored_groups(influence, regions, queries, asked, loader, groups, storage, progress)
     rises = np.stack([column for column, _ in columns], axis=1)
     check_scores(rises, range(len(rises)), [str(group) for group in groups], influence)
     _warn_if_rough(np.array([left for _, left in columns]), [str(group) for group in groups])
@@ -429,14 +429,14 @@ def _stored_groups(
     asked: Asked,
     loader: Iterable[object],
     groups: Sequence[Group],
-    kept: Kept,
+    storage: Storage,
     progress: bool,
 ) -> list[Column]:
     """One part for each group, computed by whichever worker is at it."""
-    assert kept.store is not None
+    assert storage.store is not None
     members = [[str(name) for name in np.sort(group.names)] for group in groups]
     identity = run_identity(influence, asked) | {"verb": "removal of groups", "groups": members}
-    store, train = PartStore(kept.store, identity), influence.train_rows(loader)
+    store, train = PartStore(storage.store, identity), influence.train_rows(loader)
 
     def visit(wanted: Wanted) -> tuple[list[Turn], list[int]]:
         # Anew: rows that a broken pass has left in a group are none of this one's.
@@ -462,7 +462,7 @@ def _stored_groups(
         return None if found is None else (found["changes"], float(found["left"]))
 
     there = lambda _, turn: read(turn) is not None  # noqa: E731
-    turns = take_turns(visit, store.has, there, store.claims, kept.worker, store.path)
+    turns = take_turns(visit, store.has, there, store.claims, storage.worker, store.path)
     columns = [read(turn) for turn in turns]
     return [column for column in columns if column is not None]
 

@@ -40,7 +40,7 @@ class Scorer(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class Span:
+class QuerySpan:
     """Some of the queries of a run, from `start` on; their scorer is made when it is needed."""
 
     number: int
@@ -56,7 +56,7 @@ def run_tiles(
     influence: ComposableInfluence,
     loader: Iterable[object],
     store: TileStore,
-    spans: Sequence[Span],
+    spans: Sequence[QuerySpan],
     *,
     fitted: FittedRows,
     what: str,
@@ -78,7 +78,7 @@ def run_tiles(
     with working_memory(store.sizes.working or working_memory_limit()):
         for span in spans:
 
-            def visit(wanted: Wanted, span: Span = span) -> tuple[list[Turn], list[int]]:
+            def visit(wanted: Wanted, span: QuerySpan = span) -> tuple[list[Turn], list[int]]:
                 tiles = TilePass(influence, store, span, wanted, append, sums, tolerance)
                 try:
                     if names:
@@ -134,7 +134,7 @@ class TilePass(Visitor[PlacedBatch, None, None]):
         self,
         influence: ComposableInfluence,
         store: TileStore,
-        span: Span,
+        span: QuerySpan,
         wanted: Wanted,
         append: bool,
         sums: RunSums | None,
@@ -257,5 +257,8 @@ class TilePass(Visitor[PlacedBatch, None, None]):
         if line is None or known is None or rows_digest(known["keys"]) != line["rows"]:
             return
         before = known["keys"]
+        if np.array_equal(before[: len(keys)], keys) and len(before) > len(keys):
+            self.expected = self.expected or begun.start + len(before)
+            raise self._fewer_rows()
         if len(before) > len(keys) or not np.array_equal(before, keys[: len(before)]):
             raise self.store.other_rows(begun.start, begun.start + len(keys))
