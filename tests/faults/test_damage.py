@@ -20,10 +20,8 @@ from headwater.store import seal
 from headwater.store.info import info
 from headwater.store.runs import check, compact, delete
 
-PLACES = [
-    pytest.param((0.6,), id="one bit"),
-    pytest.param(tuple(np.linspace(0, 1, 20)), id="twenty bits", marks=pytest.mark.faults),
-]
+TWENTY = tuple(np.linspace(0, 1, 20))
+"""Places of bits, as shares of a file."""
 
 
 def write_bank(path: Path) -> np.ndarray:
@@ -86,8 +84,13 @@ def names(said: str, file: Path) -> bool:
     return any(each in said for each in (file.name, *file.parts[1:-1])) or file.parts[0] in said
 
 
-@pytest.mark.parametrize("places", PLACES)
-@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize(
+    ("kind", "places"),
+    [
+        *[pytest.param(kind, (0.6,), id=f"{kind}: one bit") for kind in WRITERS if kind != "run of rows"],
+        *[pytest.param(kind, TWENTY, id=f"{kind}: all", marks=pytest.mark.faults) for kind in WRITERS],
+    ],
+)
 def test_no_damage_shows_as_an_error_of_others_or_as_another_number(kind, places, written, tmp_path):
     """Each reader meets each damage afresh. What it says is said by name; `info` names it before."""
     where, few = WRITERS[kind][0], len(places) == 1
