@@ -401,8 +401,8 @@ def stored_columns(
     if found.shape[1] != len(train_ids):
         raise InvalidInput(
             f"Of the {len(train_ids)} rows in {storage.store} {len(train_ids) - found.shape[1]} are deleted, and "
-            "numbers without names would be taken for other rows'. Compact it (headwater.store.runs.compact), and leave the "
-            "rows out of the loader."
+            "numbers without names would be taken for other rows'. Compact it (headwater.store.runs.compact), and "
+            "leave the rows out of the loader."
         )
     return train_ids, found
 
