@@ -1,6 +1,7 @@
 """One thread per process, so that sums have one order; hypothesis draws the same examples on every machine.
 
-A test in a framework's folder has the framework's marker: `-m "jax and not slow"`.
+A test in a framework's folder has the framework's marker: `-m "jax and not slow"`. Of a test with many cases a sample
+is fast, and the others are slow (SAMPLES): in all folders, and in files that are marked `sampled`.
 """
 
 import ctypes
@@ -8,6 +9,7 @@ import gc
 import os
 import sys
 from pathlib import Path
+from zlib import crc32
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read once, when the first numerical library is loaded
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiling is most of what tests of JAX do, so it is kept short
@@ -24,16 +26,30 @@ rows.FEW = 1  # the few rows of a test stay in the batches that it gives; what j
 settings.register_profile("headwater", deadline=None, derandomize=True)
 settings.load_profile("headwater")
 
+HERE = Path(__file__).parent
 FRAMEWORKS = ("torch", "jax", "hf", "sklearn")
 MUCH = 1_750_000_000
 """Bytes of memory beyond which a process drops what JAX compiled, which is kept for ever otherwise."""
 
 
+SAMPLES = ((20, 4), (12, 3), (6, 2))
+"""(cases, n): of a test with at least so many cases one in n is fast."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         folder = item.path.parent.name
         if folder in FRAMEWORKS:
             item.add_marker(folder)
+        sampled = item.path.parent != HERE or item.get_closest_marker("sampled")
+        if sampled and not item.get_closest_marker("slow"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for each in cases.values():
+        one_in = next((n for count, n in SAMPLES if len(each) >= count), 1)
+        # By a hash of the name: every n-th might have one value of some parameter throughout.
+        for item in sorted(each, key=lambda item: crc32(item.nodeid.encode()))[-(-len(each) // one_in) :]:
+            item.add_marker("slow")
 
 
 def pytest_runtest_teardown() -> None:

@@ -40,6 +40,7 @@ HOMES = {
     "peft": {"hf"},
     "datasets": {"hf"},
     "safetensors": {"store"},
+    "faiss": {"store"},
     "sklearn": {"sklearn", "retraining/sklearn", "demo"},
     "dask": {"run"},
     "distributed": {"run"},

@@ -23,7 +23,10 @@ from headwater.methods.base import Method
 from headwater.testing.contract import Contract, host
 from headwater.torch import TorchBatch, TorchComposableInfluence, TorchGradientProvider
 
-pytestmark = pytest.mark.filterwarnings("ignore::headwater.errors.NotConverged")  # LiSSA and ASTRA of few steps
+pytestmark = [
+    pytest.mark.sampled,
+    pytest.mark.filterwarnings("ignore::headwater.errors.NotConverged"),  # LiSSA and ASTRA of few steps
+]
 
 I, HIDDEN, CLASSES = 4, 4, 4  # noqa: E741  # layers of one shape: JAX compiles for each shape anew
 STRUCTURES = ("full", "layer")

@@ -29,7 +29,7 @@ import headwater as hw
 Law = Callable[[], None]
 
 # The laws of removal are identities of linear algebra, which hold however little curvature stays.
-pytestmark = pytest.mark.filterwarnings("ignore::headwater.errors.RoughForecast")
+pytestmark = [pytest.mark.sampled, pytest.mark.filterwarnings("ignore::headwater.errors.RoughForecast")]
 
 
 def _with(laws: Iterable[Law], mutants: dict[str, Any]) -> dict[str, tuple[Any, tuple[Law, ...]]]:

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from headwater.methods.damping import Relative as Relative
     from headwater.methods.damping import relative as relative
     from headwater.methods.registry import *  # noqa: F403
+    from headwater.run.factors import KeptFactors as KeptFactors
+    from headwater.run.kept import KeptGradients as KeptGradients
     from headwater.store.scores import Scores as Scores
-    from headwater.store.scores import TopK as TopK
+    from headwater.store.topk import TopK as TopK
     from headwater.types import Batch as Batch
     from headwater.types import InfluenceMode as InfluenceMode
 
@@ -27,11 +29,13 @@ _HOMES = {entry.class_name: f"methods.{entry.module}" for entry in METHODS} | {
     "Batch": "types",
     "ComposableInfluence": "influence",
     "InfluenceMode": "types",
+    "KeptFactors": "run.factors",
+    "KeptGradients": "run.kept",
     "MethodEntry": "methods.registry",
     "NotConverged": "errors",
     "Relative": "methods.damping",
     "Scores": "store.scores",
-    "TopK": "store.scores",
+    "TopK": "store.topk",
     "errors": "",
     "relative": "methods.damping",
     "working_memory": "arrays",

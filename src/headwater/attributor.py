@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Self
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self
 
 from headwater.errors import InvalidSetting
 from headwater.influence import ComposableInfluence, in_own_precision
 from headwater.loaders.places import located
 from headwater.methods.damping import Damping
-from headwater.rows import Runner
+from headwater.rows import Rows, Runner
 from headwater.types import InfluenceMode, TensorType
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from headwater.run.audit import Audit
     from headwater.run.calibrate import Calibration, Retrained
     from headwater.run.diagnosis import EffectiveDof
+    from headwater.run.factors import KeptFactors
+    from headwater.run.kept import KeptGradients
     from headwater.run.runners.environment import Worker
     from headwater.run.verification import Verification
     from headwater.status import Status
@@ -127,18 +129,21 @@ class Attributor(ComposableInfluence[TensorType]):
 
         store: a folder where finished tiles are kept, so that the same call goes on where a stopped one ended; scores
         then stay there, and are read when they are asked for. append: the loader has more rows than the finished run
-        in the folder, at its end; only they are computed. memory: bytes that this process may hold in all (also
+        in the folder, at its end; only they are computed, and of rows that were not fitted scores say what adding them
+        would do. memory: bytes that this process may hold in all (also
         "2GiB"); tiles are made as small as that takes. worker: as in `fit`, of processes that make the
         same call with the same store: each computes its share of the tiles, then what nobody else is at, and returns
         all scores.
         Errors: InvalidInput for a folder of another run, or other rows; InvalidSetting for too little memory.
         """
-        from headwater.run.attribute import Kept, attribute
+        from headwater.run.attribute import Storage, attribute
 
-        kept = Kept.of(self, store, memory, worker, append)
+        storage = Storage.of(self, store, memory, worker, append)
         with self._recorded():
-            train, query = self.train_rows(train_loader), self.query_rows(query_loader)
-            return attribute(self, train, query, unit=unit, by_block=by_block, mode=mode, progress=progress, kept=kept)
+            train, query = self._scored(train_loader), self._explained(query_loader)
+            return attribute(
+                self, train, query, unit=unit, by_block=by_block, mode=mode, progress=progress, storage=storage
+            )
 
     @in_own_precision
     def plan(
@@ -173,17 +178,27 @@ class Attributor(ComposableInfluence[TensorType]):
         worker: Worker = (0, 1),
         append: bool = False,
         progress: bool = False,
+        queries_as: str = "each",
+        groups: Sequence[Any] | Mapping[Any, Any] | None = None,
+        of: str = "sum",
     ) -> TopK:
         """The k most helpful and the k most harmful train rows of each query, without the matrix of scores in memory.
 
         store, memory, worker, append: as in `attribute`; the folder is one run for both.
-        """
-        from headwater.run.attribute import Kept, top
 
-        kept = Kept.of(self, store, memory, worker, append)
+        queries_as: "each" query by itself, or all of them as one, their "mean" or "sum", which is then its name.
+        groups: a label for each train row (by source, author, ...), in the loader's order, or a mapping from what rows
+        are called; the result then names groups, by the "sum" or the "mean" (`of`) of their rows' scores.
+        Errors: InvalidSetting; InvalidInput for labels that do not fit the rows.
+        """
+        from headwater.run.attribute import Storage, top
+        from headwater.run.ranking import Ranking
+
+        storage = Storage.of(self, store, memory, worker, append)
+        ranking = Ranking(k, queries_as, groups, of)
         with self._recorded():
-            train, query = self.train_rows(train_loader), self.query_rows(query_loader)
-            return top(self, train, query, k, unit=unit, progress=progress, kept=kept)
+            train, query = self._scored(train_loader), self._explained(query_loader)
+            return top(self, train, query, k, unit=unit, progress=progress, storage=storage, ranking=ranking)
 
     @in_own_precision
     def self_influence(
@@ -200,11 +215,78 @@ class Attributor(ComposableInfluence[TensorType]):
 
         store, memory, worker, append: as in `attribute`.
         """
-        from headwater.run.attribute import Kept, self_influence
+        from headwater.run.attribute import Storage, self_influence
 
-        kept = Kept.of(self, store, memory, worker, append)
+        storage = Storage.of(self, store, memory, worker, append)
         with self._recorded():
-            return self_influence(self, self.train_rows(train_loader), progress=progress, kept=kept)
+            return self_influence(self, self._scored(train_loader), progress=progress, storage=storage)
+
+    def _scored(self, loader: Iterable[object]) -> Rows:
+        """Train rows that need only be scored: a loader's, or kept gradients. Errors: as `KeptGradients`."""
+        from headwater.run.kept import KeptGradients
+
+        if isinstance(loader, KeptGradients):
+            self.check_weights()
+            return loader.train_rows(self)
+        return self.train_rows(loader)
+
+    def _explained(self, loader: Iterable[object]) -> Iterable[object]:
+        """Query rows that need only be scored: a loader's, or kept factors. Errors: as `KeptFactors`."""
+        from headwater.run.factors import KeptFactors
+
+        return loader.query_rows(self) if isinstance(loader, KeptFactors) else self.query_rows(loader)
+
+    @in_own_precision
+    def factors(
+        self,
+        query_loader: Iterable[object],
+        *,
+        store: str | os.PathLike[str],
+        dtype: str = "float32",
+        worker: Worker = (0, 1),
+        progress: bool = False,
+    ) -> KeptFactors:
+        """The query rows' factors, Op(gradient), kept in a folder: they stand for the loader in `attribute` and `top`.
+
+        They are good for this fit at this damping. dtype: as in `gradients`. The same call goes on where a stopped one
+        ended. worker: (number from 0, how many) of processes that make the same call. Errors: NotFittedError;
+        StaleFit; InvalidSetting; InvalidInput for a folder of other factors, naming what differs; NotWritten.
+        """
+        from headwater.run.factors import keep_factors
+
+        with self._recorded():
+            return keep_factors(self, query_loader, store=store, dtype=dtype, worker=worker, progress=progress)
+
+    @in_own_precision
+    def gradients(
+        self,
+        train_loader: Iterable[object],
+        *,
+        store: str | os.PathLike[str],
+        form: str = "auto",
+        rank: int | None = None,
+        dtype: str = "float32",
+        worker: Worker = (0, 1),
+        progress: bool = False,
+    ) -> KeptGradients:
+        """The train rows' gradients, kept in a folder, where they stand for the loader: one pass, and none afterwards.
+
+        form: "outer" (outer products of inputs and output-gradients, as they come), "dense", "low_rank" (each row's
+        gradient of a layer cut to `rank` by its singular values), "projected" (what a fitted projecting method sees),
+        or "auto": projected where the method projects, else of the first two the smaller. dtype: "float32",
+        "bfloat16", or "int8" with a scale for each row and array. The method need not be fitted, unless it projects.
+
+        The same call goes on where a stopped one ended. worker: (number from 0, how many) of processes that make the
+        same call. Errors: InvalidSetting; InvalidInput for a folder of other gradients, naming what differs;
+        NotWritten.
+        """
+        from headwater.run.kept import keep_gradients
+
+        with located():
+            self.look(train_loader)
+            return keep_gradients(
+                self, train_loader, store=store, form=form, rank=rank, dtype=dtype, worker=worker, progress=progress
+            )
 
     @in_own_precision
     def removal(
@@ -223,13 +305,13 @@ class Attributor(ComposableInfluence[TensorType]):
         its rows' positions in the loader, or ids where batches carry them. store, worker: as in `attribute`; of groups,
         those that are complete are kept. See `headwater.run.removal`.
         """
-        from headwater.run.attribute import Kept
+        from headwater.run.attribute import Storage
         from headwater.run.removal import removal
 
-        kept = Kept.of(self, store, None, worker)
+        storage = Storage.of(self, store, None, worker)
         with self._recorded():
             train, query = self.train_rows(train_loader), self.query_rows(query_loader)
-            return removal(self, train, query, groups, progress=progress, kept=kept)
+            return removal(self, train, query, groups, progress=progress, storage=storage)
 
     @in_own_precision
     def calibrate(

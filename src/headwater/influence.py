@@ -33,7 +33,7 @@ from headwater.errors import (
     StaleFit,
 )
 from headwater.gradients.identity import identity_of
-from headwater.gradients.provider import StructuredGradientProvider
+from headwater.gradients.provider import BlockGradients, StructuredGradientProvider
 from headwater.loaders.batches import Unpack, Unpacked, check_loader, paired
 from headwater.loaders.keys import LoadersSeen, RowMemory
 from headwater.loaders.places import RAW, located
@@ -46,7 +46,7 @@ from headwater.operators.kronecker import SeparableOperator
 from headwater.operators.partial_penalty import PartialPenaltyInverse, penalised
 from headwater.operators.structured import BlockDiagonalOperator
 from headwater.rows import Rows, Runner, first_batch
-from headwater.types import Batch, InfluenceMode, TensorType
+from headwater.types import InfluenceMode, TensorType
 
 if TYPE_CHECKING:
     import numpy as np
@@ -557,10 +557,9 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         except (BatchMismatch, InvalidInput) as error:
             raise type(error)(f"{what}: {error}") from error
 
-    def batch_self_influence(self, batch: Batch) -> Array:
-        """<Op g_n, g_n> of a batch's rows: [n]."""
+    def self_influence_of(self, grads: BlockGradients) -> Array:
+        """<Op g_n, g_n> of a provider's `self_grads`: [n]."""
         operators = self.block_mapper.operators
-        grads = self.provider.self_grads(batch)
         return summed(operators[name].quadratic(operators[name].seen(value)) for name, value in grads.items())
 
 

@@ -12,7 +12,6 @@ Every verb goes on where a stopped one ended, and does first what it needs: `sco
 
 from __future__ import annotations
 
-import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -31,8 +30,6 @@ from headwater.store.record import FIT, FITTED, SCORES, Record, now, read_record
 if TYPE_CHECKING:
     from headwater.store.scores import Scores, TopK
 
-Worker = tuple[int, int]
-"""(number from 0, how many)."""
 STORE = "results"
 
 
@@ -128,7 +125,7 @@ class Call:
 
     job: Job
     command: str = ""
-    worker: Worker = (0, 1)
+    worker: tuple[int, int] = (0, 1)
     progress: bool = False
 
     def fit(self) -> Attributor:
@@ -265,15 +262,6 @@ def delete_rows(folder: Path, names: Sequence[str], compact: bool, command: str 
     if known is not None:
         write_record(folder, known.with_call("delete", command=command, finished=now(), rows=count))
     return count
-
-
-def parse_worker(given: str) -> Worker:
-    """Of "0/4": the first of four. Errors: InvalidSetting."""
-    parsed = re.fullmatch(r"(\d+)/(\d+)", given)
-    worker = (int(parsed[1]), int(parsed[2])) if parsed else (1, 0)
-    if worker[0] >= worker[1]:
-        raise InvalidSetting(f"--worker {given}: expected NUMBER/COUNT, with the number from 0: 0/4, 1/4, 2/4, 3/4.")
-    return worker
 
 
 # The file -------------------------------------------------------------------------------------------------------------

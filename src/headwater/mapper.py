@@ -145,6 +145,15 @@ class Queries:
     right: Mapping[str, LinearOperator]
     forms: Mapping[str, BilinearForm] = field(default_factory=dict)
 
+    def take(self, rows: slice) -> Queries:
+        """Some of them."""
+        return Queries(OrderedDict((n, value.take(rows)) for n, value in self.left.items()), self.right, self.forms)
+
+    def total(self, share: float) -> Queries:
+        """Their sum, times `share`, as one query: a score is linear in the query's gradient."""
+        left = OrderedDict((name, value.total(share)) for name, value in self.left.items())
+        return Queries(left, self.right, self.forms)
+
     def scores(self, train: BlockGradients) -> ByBlock:
         """By block: [q, n]."""
         return OrderedDict((name, self.score(name, value)) for name, value in train.items())

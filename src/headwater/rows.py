@@ -16,7 +16,7 @@ from zlib import crc32
 
 import numpy as np
 
-from headwater.arrays import is_array, to_numpy
+from headwater.arrays import Array, is_array, to_numpy
 from headwater.errors import BatchMismatch, HeadwaterError
 from headwater.gradients.provider import BlockGradients, StructuredGradientProvider
 from headwater.loaders.batches import as_batch, check_loader
@@ -57,6 +57,27 @@ class PlacedBatch:
         if ids is None:
             return np.arange(self.start, self.start + len(self.batch))
         return np.asarray(to_numpy(ids) if is_array(ids) else ids)
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the rows come from a store of gradients, and not from a loader."""
+        return False
+
+    def content_keys(self, provider: StructuredGradientProvider) -> np.ndarray:
+        """Of all that is known of the rows: uint64 [n]."""
+        return provider.content_keys(self.batch)
+
+    def unweighted_grads(self, provider: StructuredGradientProvider) -> BlockGradients:
+        """Gradients of the rows, each with the weight of one."""
+        return provider.grads(self.batch, weighted=False)
+
+    def self_grads(self, provider: StructuredGradientProvider) -> BlockGradients:
+        """As the provider's."""
+        return provider.self_grads(self.batch)
+
+    def scores(self, queries: Any, provider: StructuredGradientProvider, by_block: bool) -> list[Array]:
+        """Scores of `mapper.Queries` on the rows, [q, n]: of each block, or terms that sum to those of all."""
+        return list(queries.scores(self.grads(provider)).values())
 
     def take(self, rows: slice) -> PlacedBatch:
         """Some of the rows, one after the other."""
@@ -272,6 +293,15 @@ class Rows(Iterable[Any]):
         if found:
             self.memory.end(found, self.role)
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether they come from a store of gradients, and not from a loader."""
+        return False
+
+    def pieces(self, what: str, show: bool) -> Iterator[PlacedBatch] | None:
+        """The rows as they are kept, in place of reading `source`; None for those that are read."""
+        return None
+
     def compared(self, provider: StructuredGradientProvider, batch: Batch, place: Place) -> RowKeys:
         """The keys of a batch's rows. Errors: BatchMismatch where they are not those of an earlier pass."""
         keys = RowKeys.of(provider, batch)
@@ -345,6 +375,11 @@ def _read(
     provider: StructuredGradientProvider, loader: Iterable[object], what: str, show: bool
 ) -> Iterator[PlacedBatch]:
     known = loader if isinstance(loader, Rows) else None
+    kept = None if known is None else known.pieces(what, show)
+    if kept is not None:
+        for batch in kept:
+            yield from within_tiles(batch, known.tile if known else None)
+        return
     role = "train" if known is None else known.role
     source: Iterable[object] = loader if known is None else known.source
     check_loader(source, role)

@@ -51,7 +51,8 @@ def fit(
     store
         Folder of the results, in place of the job's.
     worker
-        Share the work: NUMBER/COUNT, each process with its number from 0, as 0/4, 1/4, 2/4, 3/4.
+        Share the work: NUMBER/COUNT, each process with its number from 0, as 0/4, 1/4, 2/4, 3/4;
+        or env, under torchrun or SLURM.
     json
         Print JSON.
     quiet
@@ -88,7 +89,8 @@ def score(
     memory
         Bytes that the process may hold in all, as 2GiB or 500MB, in place of the job's.
     worker
-        Share the work: NUMBER/COUNT, each process with its number from 0, as 0/4, 1/4, 2/4, 3/4.
+        Share the work: NUMBER/COUNT, each process with its number from 0, as 0/4, 1/4, 2/4, 3/4;
+        or env, under torchrun or SLURM.
     json
         Print JSON.
     quiet
@@ -124,7 +126,8 @@ def append(
     memory
         Bytes that the process may hold in all, as 2GiB or 500MB, in place of the job's.
     worker
-        Share the work: NUMBER/COUNT, each process with its number from 0, as 0/4, 1/4, 2/4, 3/4.
+        Share the work: NUMBER/COUNT, each process with its number from 0, as 0/4, 1/4, 2/4, 3/4;
+        or env, under torchrun or SLURM.
     json
         Print JSON.
     quiet
@@ -186,9 +189,10 @@ def top(
 
 
 def _call(job: str, store: Path | None, worker: str, quiet: bool, memory: str | None = None) -> Call:
-    from headwater.job import Call, Job, parse_worker
+    from headwater.job import Call, Job
+    from headwater.run.runners.environment import worker_of
 
-    return Call(Job.read(job, store, memory), command.get(), parse_worker(worker), progress=not quiet)
+    return Call(Job.read(job, store, memory), command.get(), worker_of(worker), progress=not quiet)
 
 
 def _how_to_go_on(call: Call) -> str:

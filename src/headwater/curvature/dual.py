@@ -167,6 +167,10 @@ class AlongRows(IdentityOperator):
         super().__init__(inverse.input_size)
         self.through, self.solved = inverse, solved
 
+    @property
+    def keeps_rows(self) -> bool:
+        return False
+
     def apply_block(self, value: BlockGradient) -> BlockGradient:
         along = self.through.curvature.along(value)
         parts = value.parts

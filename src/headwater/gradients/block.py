@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeGuard
+from dataclasses import dataclass, replace
+from typing import Self, TypeGuard
 
 from headwater.arrays import Array, namespace, rows_within_memory, summed
 from headwater.blocks import Layout
@@ -63,6 +63,11 @@ class BlockGradient:
     def combine(self, weights: Array) -> Array:
         """Weighted sums over rows, weights [k, n], as flat vectors: (k, D)."""
         return self.layout.merge([part.combine(weights) for part in self.parts])
+
+    def total(self, share: float) -> Self:
+        """The sum of the rows times `share`, as one dense row."""
+        weights = namespace(self.like).ones_like(self.parts[0].arrays[0].reshape((self.rows, -1))[:, :1]).T * share
+        return replace(self, parts=tuple(Dense(part.combine(weights)) for part in self.parts))
 
     def squared_norms(self) -> Array:
         """[n]."""

@@ -78,6 +78,19 @@ class MarginGradientProvider(ProviderView):
             return _scaled(margins, self.one_minus_p(batch) ** 0.5)
         return _scaled(margins, _multiples(self.grads(batch), margins) ** 0.5)
 
+    def self_scale(self, batch: Batch) -> Array:
+        """Train rows are 1 - p times the margin's gradient, and `self_grads` the root of that times it."""
+        self._check(batch)
+        if len(self._models) > 1:
+            found = self._shared_one_minus_p(batch)
+        elif self._factors(batch) == [1.0]:
+            found = self.one_minus_p(batch)
+        else:
+            found = _multiples(self.grads(batch), self.margin.grads(batch))
+        xp = namespace(found)
+        safe = xp.where(found > 0, found, xp.ones_like(found))
+        return xp.where(found > 0, safe**-0.5, xp.zeros_like(found))
+
     def one_minus_p(self, batch: Batch) -> Array:
         """1 - p, the chance of another answer than the row's target: [n]."""
         return self.margin.one_minus_p(batch)

@@ -90,6 +90,10 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
         """Gradients of train rows whose length, in any metric, is the score of a row on itself."""
         return self.grads(batch)
 
+    def self_scale(self, batch: BatchType) -> Array | None:
+        """What each row of `self_grads` is of the row of `grads`: [n]; None where they are the same."""
+        return None
+
     def one_minus_p(self, batch: BatchType) -> Array:
         """1 - p, the chance of another answer, where the losses are minus the margin (`of_output("margin")`): [n]."""
         return sigmoid(self.losses(batch))
@@ -206,6 +210,11 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
 
     def settings(self) -> tuple[str, ...]:
         """What besides the weights decides its gradients, in words: loss, measurement, likelihood."""
+        return ()
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """What changes the model's own gradients on their way, by name, the outermost first."""
         return ()
 
     @property

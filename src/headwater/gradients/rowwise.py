@@ -59,4 +59,4 @@ def explain_loss_failure(called_with: Callable[[], str]) -> Iterator[None]:
     except HeadwaterError:
         raise
     except Exception as error:
-        raise InvalidInput(f"The loss failed: {error} It was called with {called_with()}") from error
+        raise InvalidInput(f"The loss failed: {str(error).rstrip('.')}. It was called with {called_with()}") from error

@@ -133,6 +133,10 @@ class ProviderView(StructuredGradientProvider[Any, Any]):
         return self.plain.settings()
 
     @property
+    def views(self) -> tuple[str, ...]:
+        return type(self).__name__, *self.plain.views
+
+    @property
     def architecture(self) -> str:
         return self.plain.architecture
 

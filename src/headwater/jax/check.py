@@ -24,8 +24,8 @@ def first_outputs(model: Model, leaves: Leaves, x: object) -> Any:
         raise
     except Exception as error:
         raise InvalidInput(
-            f"apply failed: {error} It was called with x {describe(x)}; it is called on batches and on rows alone, "
-            "and has to be traceable by JAX."
+            f"apply failed: {str(error).rstrip('.')}. It was called with x {describe(x)}; it is called on batches and "
+            "on rows alone, and has to be traceable by JAX."
         ) from error
 
 

@@ -156,7 +156,7 @@ def plain_words(x: object, y: object) -> Iterator[None]:
             raise
         if isinstance(error, BatchMismatch):
             raise BatchMismatch(said) from error
-        raise InvalidInput(f"{said} {error}") from error
+        raise InvalidInput(said if str(error).startswith(said) else f"{said} {error}") from error
 
 
 def _why_no_batch(name: str, value: Any) -> str | None:

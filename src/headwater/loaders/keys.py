@@ -70,7 +70,7 @@ class RowKeys:
         """All that a row can be known by: [n], or [3 n] where there are ids."""
         return self.content if self.ids is None else np.concatenate([self.content, self.ids, self.shaped])
 
-    def take(self, rows: slice) -> RowKeys:
+    def take(self, rows: slice | np.ndarray) -> RowKeys:
         ids, shaped = (None if keys is None else keys[rows] for keys in (self.ids, self.shaped))
         return RowKeys(self.content[rows], self.weighted[rows], ids, shaped)
 

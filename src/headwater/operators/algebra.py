@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from headwater.arrays import Array, device, identity, itemsize, namespace, shape_of, transpose
+from headwater.blocks import Layout
 from headwater.errors import InvalidInput, ShapeMismatch, SingularOperator
 from headwater.gradients.algebra import Dense, Gradient
 from headwater.gradients.block import BlockGradient
@@ -104,6 +105,31 @@ class LinearOperator(Operator[Array, BilinearForm]):
         """What this operator's method has of rows: all of them, unless it stores gradients cut short."""
         return value
 
+    def stored(self, value: BlockGradient) -> BlockGradient:
+        """What has to be kept of rows so that they can meet queries later: all, unless they meet in a smaller space."""
+        return value
+
+    @property
+    def stored_layout(self) -> Layout | None:
+        """Of what `stored` gives, where that is another space than the block's own; None where it is not."""
+        return None
+
+    def kept_sides(self, queries: BlockGradient) -> tuple[LinearOperator, LinearOperator]:
+        """What query gradients go through to be kept, and what rows do that were `stored`, or are to be."""
+        if self.stored_layout is None:
+            return self, IdentityOperator(self.input_size)
+        # In the smaller space; of a projection the sides depend neither on the queries nor on their number.
+        return self.block_sides(queries, 1.0)
+
+    def lifted(self, flat: Array) -> Array:
+        """Vectors of the space of `stored_layout` in the block's own: (K, small D) to (K, D)."""
+        return flat
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether this, as the side that train rows go through, leaves what is `stored` of them as it is."""
+        return False
+
     def sides(self, queries: Gradient, train_per_query: float) -> tuple[LinearOperator, LinearOperator]:
         """Two maps L and R with <self g, h> = <L g, R h>: what to do once per query, and once per train row.
 
@@ -193,6 +219,10 @@ class IdentityOperator(LinearOperator):
     def _apply(self, tensor: Array) -> Array:
         return tensor
 
+    @property
+    def keeps_rows(self) -> bool:
+        return True
+
     def apply_gradient(self, value: Gradient) -> Gradient:
         return value
 
@@ -251,6 +281,16 @@ class ScaledOperator(LinearOperator):
 
     def seen(self, value: BlockGradient) -> BlockGradient:
         return self.inner.seen(value)
+
+    def stored(self, value: BlockGradient) -> BlockGradient:
+        return self.inner.stored(value)
+
+    @property
+    def stored_layout(self) -> Layout | None:
+        return self.inner.stored_layout
+
+    def lifted(self, flat: Array) -> Array:
+        return self.inner.lifted(flat)
 
     def _factors(self, rows: int, like: Array) -> Array:
         return namespace(like).full((rows,), self.factor, dtype=like.dtype, device=device(like))

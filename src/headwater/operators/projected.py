@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from headwater.arrays import Array, as_like, namespace, precise, transpose
+from headwater.blocks import Layout
 from headwater.errors import NonFiniteValue, SingularOperator
 from headwater.gradients.block import BlockGradient
 from headwater.operators.algebra import LinearOperator, rowwise_inner
@@ -50,6 +51,16 @@ class ProjectedOperator(LinearOperator):
 
     def seen(self, value: BlockGradient) -> BlockGradient:
         return self.projection.seen(value)
+
+    def stored(self, value: BlockGradient) -> ProjectedGradient:
+        return self.projection.stored(value)
+
+    @property
+    def stored_layout(self) -> Layout:
+        return self.projection.small
+
+    def lifted(self, flat: Array) -> Array:
+        return self.projection.up(flat)
 
     def quadratic(self, value: BlockGradient) -> Array:
         small = self.projection.apply_block(value).flat()
@@ -108,6 +119,10 @@ class ProjectionSide(LinearOperator):
     def _apply(self, tensor: Array) -> Array:
         small = self.projection.down(tensor)
         return small if self.core is None else self.core.apply(small)
+
+    @property
+    def keeps_rows(self) -> bool:
+        return self.core is None
 
     def seen(self, value: BlockGradient) -> BlockGradient:
         return self.projection.seen(value)

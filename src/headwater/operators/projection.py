@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -58,7 +58,9 @@ class Projection(ABC):
         """P^T: (..., K) to (..., D)."""
 
     def apply_block(self, value: BlockGradient) -> ProjectedGradient:
-        """P g of every row."""
+        """P g of every row; of rows that were projected before, themselves."""
+        if self.has_projected(value):
+            return value
         if value.layout != self.layout:
             value = BlockGradient.from_flat(self.layout, value.flat())
         return ProjectedGradient(self.small, self.values(value.parts))
@@ -77,6 +79,10 @@ class Projection(ABC):
     def seen(self, value: BlockGradient) -> BlockGradient:
         """Rows whose projection is what is kept of these rows."""
         return value
+
+    def has_projected(self, value: BlockGradient) -> TypeGuard[ProjectedGradient]:
+        """Whether rows are in the small space already, as they are where they were kept."""
+        return isinstance(value, ProjectedGradient) and value.layout == self.small
 
 
 def small_layout(name: str, shapes: Sequence[tuple[int, int]]) -> Layout:
@@ -358,11 +364,15 @@ class LowRankProjection(KroneckerProjection):
         return tuple(part if self._is_short(part) else Dense(part.dense()) for part in self.squeezed(parts))
 
     def stored(self, value: BlockGradient) -> ProjectedGradient:
+        if self.has_projected(value):
+            return value
         whole = self.apply_block(value)
         return ProjectedGradient(self.small, tuple(self._cut(part) for part in whole.parts))
 
     def seen(self, value: BlockGradient) -> BlockGradient:
         """Gradients in the full space, of outer products where something was cut, that are projected to `stored`."""
+        if self.has_projected(value):
+            return value
         small = self.apply_block(value)
         aligned = value if value.layout == self.layout else BlockGradient.from_flat(self.layout, value.flat())
         parts = [

@@ -193,6 +193,10 @@ class BlockDiagonalOperator(LinearOperator, Generic[Piece]):
         rows = [op.quadratic_gradient(part) for op, part in zip(self.operators, value.parts, strict=True)]
         return sum(rows[1:], rows[0])
 
+    @property
+    def keeps_rows(self) -> bool:
+        return all(op.keeps_rows for op in self.operators)
+
     def block_sides(self, queries: BlockGradient, train_per_query: float) -> tuple[LinearOperator, LinearOperator]:
         sides = [op.sides(part, train_per_query) for op, part in zip(self.operators, queries.parts, strict=True)]
         left, right = zip(*sides, strict=True)
@@ -381,6 +385,10 @@ class BesideOperator(IdentityOperator):
     def __init__(self, vectors: Array, weights: Array, scale: float):
         super().__init__(int(vectors.shape[1]))
         self.vectors, self.weights, self.scale = vectors, weights, scale
+
+    @property
+    def keeps_rows(self) -> bool:
+        return False
 
     def apply_block(self, value: BlockGradient) -> BlockGradient:
         along = (value.project(self.vectors) * self.weights)[:, None, :]

@@ -29,8 +29,8 @@ PIECES = 8
 """Of a tile of rows that a provider takes only few of at once: what is lost with a process that is killed."""
 LEAST = 64 * 2**20
 """Bytes below which nothing can be planned."""
-COPIES = 4
-"""Of a tile that is being written: its pieces, the tile, its padded chunk and the bytes of that."""
+COPIES = 5
+"""Of a tile that is being written: its pieces, the tile, its padded chunk, and the bytes of that, twice."""
 FORMS = 3
 """Of a query's factors, while they are made: the gradient, its image and the form that is kept."""
 
@@ -48,8 +48,9 @@ def tile_sizes(
 
     Errors: InvalidSetting for a budget that is too small.
     """
-    first = first_batch(provider, loader)
-    rows = min(ROWS, max(FEWEST, _round(PIECES * provider.rows_at_once(first))))
+    # Rows of a store of gradients go through no model.
+    first = None if isinstance(loader, Rows) and loader.is_kept else first_batch(provider, loader)
+    rows = ROWS if first is None else min(ROWS, max(FEWEST, _round(PIECES * provider.rows_at_once(first))))
     queries, chunk, working = query_rows, float(CHUNK), None
     if budget is not None:
         room = budget - resident_memory()
@@ -59,8 +60,15 @@ def tile_sizes(
                 f"{resident_memory() / 2**20:.0f} MiB already, and needs {LEAST / 2**20:.0f} MiB more at least."
             )
         queries = min(query_rows, max(1, int(room / 4 / (FORMS * factor_bytes()))))
-        working = _working(provider, first, room / 4)
+        working = None if first is None else _working(provider, first, room / 4)
         chunk = min(chunk, room / 4 / COPIES)
+    # Of that many rows at least, if the queries can be fewer.
+    queries = max(1, min(queries, int(chunk / (numbers * itemsize * min(FEWEST, rows)))))
+    if numbers * itemsize > chunk:
+        raise InvalidSetting(
+            f"One pair of rows takes {numbers * itemsize / 2**20:.0f} MiB of scores, more than a tile may: give more "
+            "memory."
+        )
     fitting = int(chunk / (queries * numbers * itemsize))
     return Sizes(max(1, min(rows, _round(fitting) or fitting)), queries, working)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,10 +32,16 @@ class Asked:
     """Of their content."""
     fitted: bool
     """Whether all of them are among the rows that were fitted."""
+    share: float | None = None
+    """Where they are asked as one: what their sum is multiplied by."""
+    ready: Queries | None = None
+    """Their factors, where these were computed before; there are no pieces then."""
 
     @classmethod
     def of(cls, influence: ComposableInfluence, loader: Iterable[object]) -> Asked:
         """One pass. Errors: BatchMismatch for ids that come twice."""
+        if isinstance(loader, ReadyQueries):
+            return loader.asked()
         provider, known = influence.provider, influence.fitted_keys
         pieces = sweep_rows(
             provider, loader, Each[PlacedBatch, PlacedBatch](lambda piece: piece), "query rows", False, "query"
@@ -48,7 +55,12 @@ class Asked:
         return len(self.ids)
 
     def spans(self, queries: int) -> list[Asked]:
-        """As many at once, each with its rows."""
+        """As many at once, each with its rows; those that are asked as one are not parted."""
+        if self.share is not None:
+            return [self]
+        if self.ready is not None:
+            cuts = [slice(k, min(k + queries, len(self))) for k in range(0, len(self), queries)]
+            return [replace(self, ids=self.ids[c], keys=self.keys[c], ready=self.ready.take(c)) for c in cuts]
         parts: dict[int, list[PlacedBatch]] = {}
         for piece in self.pieces:
             for part in within_tiles(piece, queries):
@@ -58,6 +70,16 @@ class Asked:
             mine = slice(number * queries, (number + 1) * queries)
             found.append(Asked(pieces, self.ids[mine], self.keys[mine], self.fitted))
         return found
+
+
+class ReadyQueries(Iterable[Any]):
+    """Query rows whose factors were computed before; they stand where their loader stands."""
+
+    @abstractmethod
+    def asked(self) -> Asked: ...
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
 
 
 class PairScorer(Scorer):
@@ -75,14 +97,14 @@ class PairScorer(Scorer):
         self.influence, self.asked, self.by_block, self.scale = influence, asked, by_block, scale
         perturbed = mode is InfluenceMode.Perturbation
         self.queries: Queries | None = None if perturbed else _queries(influence, asked, progress)
-        self.factors: Any = _flat_factors(influence, asked, progress) if perturbed else None
+        self.factors: Any = flat_factors(influence, asked, progress) if perturbed else None
 
     def scores(self, piece: PlacedBatch) -> np.ndarray:
         """[block, q, n, ...]. Errors: NonFiniteValue."""
         if self.queries is None:
             found = self._perturbed(piece.batch)
         else:
-            by_block = list(self.queries.scores(piece.grads(self.influence.provider)).values())
+            by_block = piece.scores(self.queries, self.influence.provider, self.by_block)
             blocks = by_block if self.by_block else [sum(by_block[1:], by_block[0])]
             found = np.stack([to_numpy(block) for block in blocks])
         # In place: a tile may be large.
@@ -101,27 +123,33 @@ class PairScorer(Scorer):
             return np.stack([to_numpy(values) for values in found.values()])
         return to_numpy(mapper.perturbation(self.factors, batch))[None]
 
-    def probe(self, batch: Batch) -> np.ndarray:
+    def probe(self, piece: PlacedBatch) -> np.ndarray:
         """Of seeded queries."""
         few = np.random.default_rng(0).permutation(len(self.asked))[:PROBE_QUERIES]
         # A probe is nobody's answer.
         with unrecorded_solves():
             if self.queries is None:
-                found = self._perturbed(batch)
+                found = self._perturbed(piece.batch)
             else:
-                by_block = self.queries.scores(self.influence.provider.grads(batch, weighted=False))
+                by_block = self.queries.scores(piece.unweighted_grads(self.influence.provider))
                 found = np.stack([to_numpy(scores) for scores in by_block.values()])
         return found[:, few]
 
 
 def _queries(influence: ComposableInfluence, asked: Asked, progress: bool) -> Queries:
+    if asked.ready is not None:
+        return asked.ready if asked.share is None else asked.ready.total(asked.share)
     # Whether rows are rotated or queries turned back depends on how many train rows each query meets.
     factors = _Factors(influence, influence.n_train / len(asked))
-    return stack_queries(sweep_kept(asked.pieces, factors, "query factors", progress))
+    found = stack_queries(sweep_kept(asked.pieces, factors, "query factors", progress))
+    return found if asked.share is None else found.total(asked.share)
 
 
-def _flat_factors(influence: ComposableInfluence, asked: Asked, progress: bool) -> dict[str, Array]:
+def flat_factors(influence: ComposableInfluence, asked: Asked, progress: bool) -> dict[str, Array]:
     """Op(gradient) by block: [q, D_block]."""
+    if asked.ready is not None:
+        operators = influence.block_mapper.operators
+        return {name: operators[name].lifted(value.flat()) for name, value in asked.ready.left.items()}
     make = Each[PlacedBatch, Any](lambda piece: influence.block_mapper.transformed_grads(piece.batch))
     found = sweep_kept(asked.pieces, make, "query factors", progress)
     return {name: namespace(found[0][name]).concat([factors[name] for factors in found], axis=0) for name in found[0]}
@@ -143,6 +171,8 @@ class _Factors(Each[PlacedBatch, Queries]):
 
 def factor_bytes(influence: ComposableInfluence, asked: Asked) -> float:
     """Bytes that one query's factors take, as the first ones show."""
+    if asked.ready is not None:
+        return float(sum(v.layout.size * v.like.dtype.itemsize for v in asked.ready.left.values()))
     first = asked.pieces[0].take(slice(0, 1))
     grads = influence.provider.grads(first.batch, query=True)
     # Of the forms that it may be kept in, the largest: which one is cheaper depends on the run.

@@ -37,12 +37,20 @@ class FittedRows(Visitor[PlacedBatch, "_Fitted", np.ndarray]):
     """The names of train rows, which ought to be those that were fitted: [n].
 
     forecast: whether their removal is forecast, which means nothing for others. queries_fitted: whether the queries
-    are rows of the fit, so that loaders may have changed places. Warns: RowsNotFitted, at the end. Errors: the same,
+    are rows of the fit, so that loaders may have changed places. some_are_new: the caller knows of rows that were not
+    fitted. Warns: RowsNotFitted, at the end. Errors: the same,
     at once, for a forecast.
     """
 
-    def __init__(self, influence: ComposableInfluence, forecast: bool = False, queries_fitted: bool = False):
+    def __init__(
+        self,
+        influence: ComposableInfluence,
+        forecast: bool = False,
+        queries_fitted: bool = False,
+        some_are_new: bool = False,
+    ):
         self.known, self.forecast, self.queries_fitted = influence.fitted_keys, forecast, queries_fitted
+        self.some_are_new = some_are_new
 
     def of(self, item: PlacedBatch) -> _Fitted:
         """Errors: RowsNotFitted, where a forecast is asked for."""
@@ -60,7 +68,7 @@ class FittedRows(Visitor[PlacedBatch, "_Fitted", np.ndarray]):
         return _Fitted(one.names, one.missing + other.missing, one.compared + other.compared)
 
     def finish(self, whole: _Fitted) -> np.ndarray:
-        if whole.missing:
+        if whole.missing and not (self.some_are_new and whole.missing < whole.compared):
             said = f"{whole.missing} of the {whole.compared} train rows are not among the rows that were fitted."
             swapped = self._swapped(whole.missing, whole.compared)
             warnings.warn(RowsNotFitted(f"{said}{swapped} {WHICH_ROWS}"), stacklevel=2)

@@ -7,10 +7,9 @@ that finds all of them there computes nothing but the probe.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -23,7 +22,6 @@ from headwater.run.rows import FittedRows, distinct, sweep_rows
 from headwater.run.runners.turns import Turn, Wanted, take_turns
 from headwater.store.base import Tile
 from headwater.store.tiles import TileStore, rows_digest, where_of
-from headwater.types import Batch
 
 PROBE_ROWS = 8
 """Of the train rows whose scores a stored run is known by."""
@@ -37,12 +35,12 @@ class Scorer(ABC):
         """[block, q, n, ...]. Errors: NonFiniteValue."""
 
     @abstractmethod
-    def probe(self, batch: Batch) -> np.ndarray:
+    def probe(self, piece: PlacedBatch) -> np.ndarray:
         """Of some queries, on rows that each have the weight of one, so that none hides: [block, some, n, ...]."""
 
 
 @dataclass(frozen=True, eq=False)
-class Span:
+class QuerySpan:
     """Some of the queries of a run, from `start` on; their scorer is made when it is needed."""
 
     number: int
@@ -58,7 +56,7 @@ def run_tiles(
     influence: ComposableInfluence,
     loader: Iterable[object],
     store: TileStore,
-    spans: Sequence[Span],
+    spans: Sequence[QuerySpan],
     *,
     fitted: FittedRows,
     what: str,
@@ -80,7 +78,7 @@ def run_tiles(
     with working_memory(store.sizes.working or working_memory_limit()):
         for span in spans:
 
-            def visit(wanted: Wanted, span: Span = span) -> tuple[list[Turn], list[int]]:
+            def visit(wanted: Wanted, span: QuerySpan = span) -> tuple[list[Turn], list[int]]:
                 tiles = TilePass(influence, store, span, wanted, append, sums, tolerance)
                 try:
                     if names:
@@ -136,7 +134,7 @@ class TilePass(Visitor[PlacedBatch, None, None]):
         self,
         influence: ComposableInfluence,
         store: TileStore,
-        span: Span,
+        span: QuerySpan,
         wanted: Wanted,
         append: bool,
         sums: RunSums | None,
@@ -152,15 +150,15 @@ class TilePass(Visitor[PlacedBatch, None, None]):
     def of(self, item: PlacedBatch) -> None:
         # Before anything is read: a stored tile is trusted only if the run is the same.
         if item.start == 0 and self.span.number == 0:
-            few = item.batch.take(slice(0, PROBE_ROWS))
-            keys = self.influence.provider.content_keys(few)
+            few = item.take(slice(0, min(PROBE_ROWS, len(item.batch))))
+            keys = few.content_keys(self.influence.provider)
             self.store.probe(keys, self.span.scorer.probe(few), self.tolerance)
         number = item.start // self.store.sizes.rows
         if self._begun is None:
             self._begun = self._begin(number)
         begun = self._begun
         begun.names.append(item.names)
-        begun.keys.append(self.influence.provider.content_keys(item.batch))
+        begun.keys.append(item.content_keys(self.influence.provider))
         if begun.claimed:
             begun.scores.append(self.span.scorer.scores(item))
             if self.sums is not None and self.span.number == 0:
@@ -229,6 +227,8 @@ class TilePass(Visitor[PlacedBatch, None, None]):
             try:
                 self._check_grown(begun, keys)
                 scores = np.concatenate(begun.scores, axis=2)
+                if self.append:  # only now: rows before these were the run's
+                    self.store.reopen()
                 self.store.write(Tile(begun.start, names, keys, scores, self.span.start))
                 if self.sums is not None and self.span.number == 0:
                     self.sums.enter(where_of(begun.start, stop, digest))
@@ -257,17 +257,8 @@ class TilePass(Visitor[PlacedBatch, None, None]):
         if line is None or known is None or rows_digest(known["keys"]) != line["rows"]:
             return
         before = known["keys"]
+        if np.array_equal(before[: len(keys)], keys) and len(before) > len(keys):
+            self.expected = self.expected or begun.start + len(before)
+            raise self._fewer_rows()
         if len(before) > len(keys) or not np.array_equal(before, keys[: len(before)]):
             raise self.store.other_rows(begun.start, begun.start + len(keys))
-
-
-def finish_run(
-    influence: ComposableInfluence,
-    store: TileStore,
-    query_ids: np.ndarray,
-    train_ids: np.ndarray,
-    by_block: bool,
-    meaning: Mapping[str, Any],
-) -> None:
-    """Say that all tiles are there, and what they mean."""
-    store.finish(query_ids, train_ids, influence.block_names if by_block else [], meaning)

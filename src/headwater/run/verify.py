@@ -546,7 +546,7 @@ class _Verifier:
         if found.exhaustive:
             return Check(name, note="no train row is left that was not sampled")
         if math.isinf(bound):
-            return Check(name, note=f"{count} train rows are too few; at least 9 are needed")
+            return Check(name, note=f"{count} train rows are too few: rows=9 are the fewest for a bound")
         share = bound / float(np.abs(found.exact).max())
         note = (
             f"with probability {1 - MISCOVERAGE:.0%}, no error of one of these queries on a train row not sampled is "

@@ -382,7 +382,8 @@ def check_names(estimator: object, x: object) -> None:
     missing = [name for name in expected if name not in found]
     unknown = [name for name in found if name not in expected]
     if missing or unknown:
-        raise InvalidInput(f"x has other features than the fit: missing are {missing}, unknown are {unknown}.")
+        said = [f"{what} are {names}" for what, names in (("missing", missing), ("unknown", unknown)) if names]
+        raise InvalidInput(f"x has other features than the fit: {', '.join(said)}.")
     raise InvalidInput(f"x has the features of the fit in another order: {found}; expected {expected}.")
 
 

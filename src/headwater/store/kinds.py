@@ -7,6 +7,7 @@ from pathlib import Path
 HEADS = {
     "fit.json": "a saved fit, which influence.load(path) reads",
     "recipe.json": "a bank of retrained models, which headwater.evaluate.Bank.open(path) reads",
+    "manifest.json": "kept rows, which hw.KeptGradients.open(path) or hw.KeptFactors.open(path) reads",
     "identity.json": "the tiles of a run, or the sums of a fit, which attribute or fit(..., store=path) goes on with",
     "zarr.json": "saved scores, which hw.Scores.open(path) reads",
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,6 @@ import numpy as np
 
 from headwater.errors import InvalidInput, InvalidSetting, NotSaved, ShapeMismatch
 from headwater.evaluate.calibration import Calibration
-from headwater.store.base import Sink, Tile
 from headwater.store.diagnosis import Diagnosis
 from headwater.store.draft import draft
 from headwater.store.identity import IDENTITY
@@ -21,6 +20,9 @@ from headwater.store.kinds import kind_of
 from headwater.store.matrix import BlockShares, Columns, StoredMatrix, deleted_rows, meaning_of
 from headwater.store.seal import check_folder, open_arrays, seal_folder
 from headwater.store.tiles import AGAIN, TileFolder
+from headwater.store.topk import TopK as TopK
+from headwater.store.topk import TopKSink as TopKSink
+from headwater.store.topk import check_labels
 
 if TYPE_CHECKING:
     import xarray
@@ -32,11 +34,6 @@ UNIT_IN_WORDS = {
 SIGN_IN_WORDS = "positive: the train row helps (it lowers the query's {of})"
 HEAD = "zarr.json"
 """The file of saved scores whose attributes hold the seal of all."""
-
-
-def _check_labels(values: np.ndarray, query_ids: np.ndarray, train_ids: np.ndarray) -> None:
-    if values.shape[:2] != (len(query_ids), len(train_ids)):
-        raise ShapeMismatch(f"The scores are {values.shape}, for {len(query_ids)} queries and {len(train_ids)} rows.")
 
 
 def _check_distinct(scores: Scores) -> None:
@@ -83,7 +80,7 @@ class Scores:
     """What is done to a train row: more weight ("up"), or another input ("perturbation")."""
 
     def __post_init__(self) -> None:
-        _check_labels(self.values, self.query_ids, self.train_ids)
+        check_labels(self.values, self.query_ids, self.train_ids)
         for name, share in (self.by_block or {}).items():
             if share.shape != self.values.shape:
                 raise ShapeMismatch(f"The scores are {self.values.shape}, the share of block {name!r} {share.shape}.")
@@ -102,7 +99,7 @@ class Scores:
         yield slice(0, self.shape[1]), self.values if queries is None else self.values[queries]
 
     def __getitem__(self, where: Any) -> np.ndarray:
-        """By position, as NumPy has it: of queries, or of (queries, train rows)."""
+        """By position: of queries, or of (queries, train rows), each by itself: two lists give all pairs."""
         queries, *rest = where if isinstance(where, tuple) else (where,)
         wanted = np.atleast_1d(np.arange(self.shape[0])[queries])
         found = np.empty((len(wanted), *self.shape[1:]), self.dtype)
@@ -321,63 +318,3 @@ def _positions(ids: np.ndarray, wanted: Any, what: str) -> np.ndarray:
     if missing:
         raise InvalidInput(f"There is no {what} row {missing[0]!r}: ids are like {ids[:3].tolist()}.")
     return found
-
-
-@dataclass(frozen=True, eq=False)
-class TopK:
-    """Both ends of every query's ranking; arrays [query, k], strongest first."""
-
-    query_ids: np.ndarray
-    helpful_ids: np.ndarray
-    helpful_scores: np.ndarray
-    """Descending."""
-    harmful_ids: np.ndarray
-    harmful_scores: np.ndarray
-    """Ascending: the most harmful first."""
-
-    @classmethod
-    def joined(cls, parts: Sequence[TopK]) -> TopK:
-        """Of several sets of queries, one under the other."""
-        return cls(*(np.concatenate(found) for found in zip(*(part._arrays() for part in parts), strict=True)))
-
-    def _arrays(self) -> tuple[np.ndarray, ...]:
-        return self.query_ids, self.helpful_ids, self.helpful_scores, self.harmful_ids, self.harmful_scores
-
-
-class TopKSink(Sink):
-    """The k largest and smallest scores of each query so far; ties go to the row that came first."""
-
-    def __init__(self, k: int, query_ids: np.ndarray):
-        if not isinstance(k, (int, np.integer)) or k < 1:
-            raise InvalidSetting(f"k is {k!r}; expected a whole number of at least 1.")
-        self.k = int(k)
-        self.query_ids = query_ids
-        self._ends: list[tuple[np.ndarray, np.ndarray]] | None = None
-
-    def add(self, scores: np.ndarray, train_ids: np.ndarray) -> None:
-        """A tile: scores [query, n] of the train rows with these ids [n]."""
-        _check_labels(scores, self.query_ids, train_ids)
-        ids = np.broadcast_to(train_ids, scores.shape)
-        if self._ends is None:
-            self._ends = [(scores[:, :0], ids[:, :0])] * 2
-        self._ends = [
-            self._best(np.concatenate([kept, scores], axis=1), np.concatenate([names, ids], axis=1), sign)
-            for (kept, names), sign in zip(self._ends, (-1, 1), strict=True)
-        ]
-
-    def write(self, tile: Tile) -> None:
-        self.add(tile.scores.sum(axis=0) if len(tile.scores) > 1 else tile.scores[0], tile.ids)
-
-    def _best(self, scores: np.ndarray, ids: np.ndarray, sign: int) -> tuple[np.ndarray, np.ndarray]:
-        order = np.argsort(sign * scores, axis=1, kind="stable")[:, : self.k]
-        return np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1)
-
-    def top(self) -> TopK:
-        """What has been seen so far; fewer than k columns if there were fewer rows.
-
-        Errors: InvalidInput before any tile.
-        """
-        if self._ends is None:
-            raise InvalidInput("There is no tile of scores yet.")
-        (helpful, helpful_ids), (harmful, harmful_ids) = self._ends
-        return TopK(self.query_ids, helpful_ids, helpful, harmful_ids, harmful)

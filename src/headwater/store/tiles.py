@@ -38,7 +38,7 @@ import numpy as np
 from headwater.errors import DamagedFile, InvalidInput, NotSaved
 from headwater.store.base import Sink, Tile
 from headwater.store.claims import Claims
-from headwater.store.draft import draft_of, explained_errors, remove_dead, sync_folder, write_new, write_whole
+from headwater.store.draft import alone, draft_of, explained_errors, remove_dead, sync_folder, write_new, write_whole
 from headwater.store.identity import IDENTITY, OTHER_FOLDER, claim_folder
 from headwater.store.kinds import kind_of
 from headwater.store.ledger import Ledger, Line
@@ -241,8 +241,8 @@ class TileStore(TileFolder, Sink):
             raise InvalidInput(f"The rows from {tile.start} on are no tile of {self.sizes}, or have no keys.")
         rows = self.write_rows(number, tile.ids, tile.keys)
         # Padded: all chunks of a zarr array have one shape.
-        padded = np.full((len(tile.scores), self.sizes.queries, self.sizes.rows, *tile.scores.shape[3:]), np.nan)
-        padded = padded.astype(tile.scores.dtype.newbyteorder("<"))
+        shape = (len(tile.scores), self.sizes.queries, self.sizes.rows, *tile.scores.shape[3:])
+        padded = np.full(shape, np.nan, tile.scores.dtype.newbyteorder("<"))
         padded[:, :queries, :count] = tile.scores
         content, line = padded.tobytes(), {"tile": number, "queries": first, "start": tile.start, "rows": rows}
         line |= {"stop": tile.start + count, "asked": queries, "shape": list(padded.shape), "dtype": padded.dtype.str}
@@ -300,16 +300,19 @@ class TileStore(TileFolder, Sink):
         self, query_ids: np.ndarray, train_ids: np.ndarray, blocks: list[str], meaning: Mapping[str, Any]
     ) -> None:
         """All tiles are there. meaning: what the scores mean, JSON values. Errors: NotWritten; DamagedFile."""
-        line = self.line(0, 0)
-        if line is None:
-            raise DamagedFile(f"{self.path}: the first tile is gone. {AGAIN}")
-        for folder in {self.path / "rows", *(file.parent for file in map(self._chunk, self._first_lines()))}:
-            remove_dead(folder)
-        write_metadata(self.path, line, query_ids, train_ids, blocks)
-        ids = seal_arrays({"query": query_ids, "train": train_ids}, f"{self._belonging}/ids")
-        write_whole(self.path / "ids.npz", ids)
-        found = {**meaning, "train_rows": len(train_ids), "blocks": blocks, "belongs": self._belonging}
-        write_whole(self.path / FINISHED, json.dumps(sealed(found, labels_digests(self.path)), indent=1).encode())
+        with alone(self.path):
+            if self.finished_rows == len(train_ids):  # another worker was quicker
+                return
+            line = self.line(0, 0)
+            if line is None:
+                raise DamagedFile(f"{self.path}: the first tile is gone. {AGAIN}")
+            for folder in {self.path / "rows", *(file.parent for file in map(self._chunk, self._first_lines()))}:
+                remove_dead(folder)
+            write_metadata(self.path, line, query_ids, train_ids, blocks)
+            ids = seal_arrays({"query": query_ids, "train": train_ids}, f"{self._belonging}/ids")
+            write_whole(self.path / "ids.npz", ids)
+            found = {**meaning, "train_rows": len(train_ids), "blocks": blocks, "belongs": self._belonging}
+            write_whole(self.path / FINISHED, json.dumps(sealed(found, labels_digests(self.path)), indent=1).encode())
 
 
 def labels_digests(path: Path) -> dict[str, str]:
@@ -384,15 +387,20 @@ def finish_compaction(path: Path) -> None:
     made = path / COMPACTED
     if not (made / COMPLETE).is_file():
         return
-    names, _ = unsealed(made / COMPLETE, remedy="Compact the run again.")
-    with explained_errors(path):
+    with alone(path), explained_errors(path):
+        if not (made / COMPLETE).is_file():  # another process was quicker
+            return
+        names, _ = unsealed(made / COMPLETE, remedy="Compact the run again.")
         for old in [*path.glob("ledger-*.jsonl"), *path.glob("sums-*.npz"), path / "deleted.npz"]:
             if old.name not in names["files"]:
                 old.unlink(missing_ok=True)
         # What has been moved is no longer there: this may be the second time.
         for name in names["files"]:
             if (made / name).exists():
-                shutil.rmtree(path / name, ignore_errors=True)
+                if (path / name).is_dir():  # aside, at once: a folder cannot be replaced
+                    aside = draft_of(path / name)
+                    (path / name).rename(aside)
+                    shutil.rmtree(aside, ignore_errors=True)
                 (made / name).replace(path / name)
         sync_folder(path)
         shutil.rmtree(made, ignore_errors=True)

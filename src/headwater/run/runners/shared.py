@@ -49,6 +49,11 @@ class SharedFolder:
         self.store = PartStore(path, identity) if together is None else PartsInStep(path, identity, together)
         self._before = ""
 
+    @property
+    def rows(self) -> int:
+        """Of a tile."""
+        return ROWS
+
     def __call__(self, visitor: Visitor[Any, Any, Any], read: Read, label: str) -> Any:
         """The part of all rows. A visitor whose parts cannot be kept is run by every worker for itself."""
         if not visitor.is_shareable:
@@ -94,7 +99,7 @@ class SharedFolder:
     ) -> tuple[list[Turn], list[int]]:
         """One pass: all tiles, and which were computed: those that are wanted and that nobody else is at."""
         found, computed = [], []
-        for k, (tile, group) in enumerate(groupby(read(), key=lambda batch: batch.start // ROWS)):
+        for k, (tile, group) in enumerate(groupby(read(), key=lambda batch: batch.start // self.rows)):
             name, keys = f"{label}/{tile}", bytearray()
             claimed = wanted(k, name) and self.store.claims.claim(name)
             batches = self._noted(group, name if claimed else None, keys)

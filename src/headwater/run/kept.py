@@ -1,0 +1,638 @@
+"""Gradients of train rows, kept in a folder: they stand where a train loader stands, without the model's passes.
+
+1. One pass over the loader computes each row's gradient and keeps it in its structured form (`run.packing`), a segment
+   for each tile of rows (`store.segments`), by any number of workers that see the folder (`run.runners.shared`).
+2. A run over them maps the segments into memory. Rows that are matrices already, and meet queries as they are, are one
+   matrix product a segment; all others go through the algebra as a loader's do.
+3. What is kept is known by the model, and by what the method makes of its gradients before any curvature. So the same
+   store serves every method, damping and query whose rows are those gradients; projected rows serve their projection.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from headwater.arrays import Array, accumulable, as_like, namespace, to_numpy
+from headwater.blocks import Layout
+from headwater.errors import BatchMismatch, InvalidInput, InvalidSetting, RulesChanged, UnsupportedModel
+from headwater.gradients.block import BlockGradient
+from headwater.gradients.provider import BlockGradients, StructuredGradientProvider
+from headwater.influence import ComposableInfluence
+from headwater.loaders.keys import RowKeys, is_among
+from headwater.loaders.places import Place, here, located, move_to
+from headwater.mapper import Queries
+from headwater.progress import track
+from headwater.rows import Each, PlacedBatch, Rows, Visitor, first_batch, sweep
+from headwater.run.index import KeptIndex, make_index
+from headwater.run.packing import FLAT, Packed, Packing, described, is_flat, joined, unpacked
+from headwater.run.runners import shared
+from headwater.run.runners.environment import Worker
+from headwater.run.runners.turns import check_worker
+from headwater.store.kept import ABOUT, NUMBERS, Entry, Manifest, SegmentFolder, TileFiles, refuse_others
+from headwater.store.segments import Segment, checked_dtype, packed_ids
+
+KIND = "gradients of train rows"
+TILE_BYTES = 64 * 2**20
+"""Of a segment, about, in float32."""
+PROBE = 8
+"""Numbers that a projection is known by."""
+TOLERANCE = 1e-3
+"""Of these: a basis that was fitted again in other batches differs in its last digits."""
+MODEL = ("architecture", "loss", "fingerprint", "blocks", "views", "precision")
+
+
+class KeptGradients:
+    """Gradients of train rows in a folder: `influence.gradients(loader, store=...)` makes it, `open` finds it again.
+
+    It stands for the train loader in `influence.attribute`, `top` and `self_influence`, whatever the damping and the
+    queries. Opening needs no model; using it needs the model that it was made with. Errors of use: InvalidInput, naming
+    the fields in which model or method are others; DamagedFile, naming the file.
+    """
+
+    def __init__(self, folder: SegmentFolder):
+        self._folder = folder
+        folder.complete()
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> KeptGradients:
+        """Errors: NotSaved if there are none, or they are not complete; DamagedFile."""
+        return cls(SegmentFolder(path, KIND))
+
+    @property
+    def path(self) -> Path:
+        return self._folder.path
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the gradients are of and how they are kept, as JSON has it."""
+        return dict(self._folder.identity)
+
+    @property
+    def rows(self) -> int:
+        """Those that are not deleted."""
+        return self._folder.complete().rows
+
+    def __len__(self) -> int:
+        return self.rows
+
+    @property
+    def nbytes(self) -> int:
+        """Of all segments, on the disk."""
+        return sum((self.path / entry.file).stat().st_size for entry in self._folder.complete().entries)
+
+    @property
+    def ids(self) -> np.ndarray:
+        """What the rows are called: their ids, or positions; appended rows come after all others. [rows]"""
+        return self._each_row(lambda entry, segment: self._folder.names(entry, segment))
+
+    @property
+    def relative_error(self) -> np.ndarray | None:
+        """|G - kept| / |G| of each row, over all blocks, by cutting to a rank: float32 [rows]; None where nothing is
+        cut. Rounding to bfloat16 or int8 is not in it.
+        """
+        if self.identity["form"] != "low_rank":
+            return None
+        return self._each_row(lambda entry, segment: segment.raw("error"))
+
+    def _each_row(self, make: Any) -> np.ndarray:
+        found = []
+        for entry in self._folder.complete().entries:
+            mine = make(entry, self._folder.segment(entry))
+            found.append(np.delete(np.array(mine), entry.gone))
+        return np.concatenate(found) if found else np.empty(0)
+
+    def __repr__(self) -> str:
+        form = self.identity["form"] + (f" of rank {self.identity['rank']}" if self.identity["rank"] else "")
+        return f"KeptGradients({self.rows} rows, {form}, {self.identity['dtype']}, {self.path})"
+
+    def __iter__(self) -> Iterator[Any]:
+        """Errors: InvalidInput: there are no rows in it."""
+        raise InvalidInput(
+            f"{self!r} stands for train rows in attribute, top and self_influence; this needs the rows themselves: "
+            "give their loader."
+        )
+
+    # Changes ----------------------------------------------------------------------------------------------------------
+
+    def append(
+        self,
+        influence: ComposableInfluence,
+        loader: Iterable[object],
+        *,
+        worker: Worker = (0, 1),
+        progress: bool = False,
+    ) -> int:
+        """Add a loader's rows that are not there; how many. Rows that are kept cost no pass through the model.
+
+        A row with an id is known by it, one without by its content and weight. Rows without ids are called by the
+        positions that come after those of all rows before. Errors: as use; BatchMismatch for an id whose row has
+        changed (delete it first), and for rows with ids beside others without.
+        """
+        with influence.source.own_precision(), located():
+            wanted = identity_of(influence, _packing(influence, self.identity), self.identity["dtype"])
+            refuse_others(self.path, self.identity, wanted, TOLERANCE, "another model or method")
+            before = self._folder.complete()
+            self._folder.tidy()
+            known = KnownRows.of(self._folder, before)
+            rows = influence.train_rows(loader)
+            number = check_worker(worker, self.path)
+            tiles = _pass(influence, rows, self._folder, before, known, number, progress)
+            self._folder.publish(before.series, tiles)
+        return sum(tile["rows"] for tile in tiles)
+
+    def delete(self, ids: Iterable[Any]) -> int:
+        """Rows with these ids are seen no more, by anybody, from now on; how many. Their bytes go with `compact`.
+
+        Errors: InvalidInput naming ids that are not there.
+        """
+        return self._folder.delete(list(ids))
+
+    def compact(self) -> int:
+        """Remove the bytes of deleted rows from the disk; how many rows. Killed at any moment, the store is whole.
+
+        Other processes that are reading the store meanwhile may meet a file that is gone.
+        """
+        return self._folder.compact()
+
+    def check(self, drop: bool = False) -> list[Path]:
+        """Read every file, and compare checksums: those that are damaged or missing.
+
+        drop: their rows are no part of the store any more, and the rest is; `append` computes them again.
+        """
+        return self._folder.check(drop)
+
+    # Use --------------------------------------------------------------------------------------------------------------
+
+    def index(
+        self,
+        influence: ComposableInfluence,
+        path: str | os.PathLike[str],
+        factory: str = "Flat",
+        progress: bool = False,
+    ) -> KeptIndex:
+        """The rows, gone through the operator once, in an index by inner product in a folder (needs FAISS).
+
+        factory: its kind in FAISS's words: "Flat" looks at all, "HNSW32" or "IVF256,Flat" at some (an IVF learns from
+        the first tile). It holds float32 vectors in memory: of the projected numbers where the method projects, else
+        of all parameters. It is good for this fit at this damping, and for the store as it is now.
+        Errors: as use; MissingExtra; InvalidSetting; AlreadySaved; NotWritten.
+        """
+        with influence.source.own_precision(), located():
+            return make_index(influence, self, path, factory, progress)
+
+    def train_rows(self, influence: ComposableInfluence) -> KeptRows:
+        """The rows, for a run of this influence. Errors: as use."""
+        packing = _packing(influence, self.identity)
+        wanted = identity_of(influence, packing, self.identity["dtype"])
+        refuse_others(self.path, self.identity, wanted, TOLERANCE, "another model or method")
+        return KeptRows(influence, self._folder, bool(packing.operators))
+
+
+# Keeping --------------------------------------------------------------------------------------------------------------
+
+
+def keep_gradients(
+    influence: ComposableInfluence,
+    loader: Iterable[object],
+    *,
+    store: str | os.PathLike[str],
+    form: str,
+    rank: int | None,
+    dtype: str,
+    worker: Worker,
+    progress: bool,
+) -> KeptGradients:
+    """See `Attributor.gradients`."""
+    if influence.source.together is not None:
+        raise InvalidSetting("The model is spread over processes (FSDP2): what each row gives cannot be kept yet.")
+    worker = check_worker(worker, store)
+    checked_dtype(dtype)
+    rows = influence.train_rows(loader)
+    while True:
+        try:
+            return _kept(influence, rows, store, packing_of(influence, form, rank), dtype, worker, progress)
+        except RulesChanged:  # fewer layers are left whose rules are trusted, so that this ends
+            rows = influence.train_rows(loader)
+
+
+def _kept(
+    influence: ComposableInfluence,
+    rows: Rows,
+    store: str | os.PathLike[str],
+    packing: Packing,
+    dtype: str,
+    worker: tuple[int, int],
+    progress: bool,
+) -> KeptGradients:
+    folder = SegmentFolder.at(store, KIND, identity_of(influence, packing, dtype), TOLERANCE)
+    now = folder.manifest()
+    if now is None or now.generation == 0:
+        tiles = _pass(influence, rows, folder, Manifest(), KnownRows(), worker, progress, packing)
+        folder.publish(0, tiles)
+        return KeptGradients(folder)
+    # Rows were appended or deleted since: what is missing now may be missing on purpose.
+    known = KnownRows.of(folder, now)
+    missing = sweep(influence.provider, rows, Each(lambda item: int((~known.has(item)).sum())), "rows", progress)
+    if any(missing):
+        raise InvalidInput(
+            f"{store} was changed since it was made, and {sum(missing)} rows of the loader are not in it: "
+            "hw.KeptGradients.open(path).append(influence, loader) adds them."
+        )
+    return KeptGradients(folder)
+
+
+def packing_of(influence: ComposableInfluence, form: str, rank: int | None) -> Packing:
+    """Errors: InvalidSetting; for form="projected", of a method that is not fitted, or projects nothing."""
+    plain = Packing(form, rank)  # type: ignore[arg-type]
+    if form not in ("auto", "projected"):
+        return plain
+    projecting = influence.is_fitted and any(
+        op.stored_layout is not None for op in influence.block_mapper.operators.values()
+    )
+    if form == "projected" and not projecting:
+        why = "projects no gradients" if influence.is_fitted else "has to be fitted before it can project rows"
+        raise InvalidSetting(f"form is 'projected', and {influence.method.describe()} {why}.")
+    return Packing(form, rank, influence.block_mapper.operators) if projecting else plain  # type: ignore[arg-type]
+
+
+def _packing(influence: ComposableInfluence, identity: Mapping[str, Any]) -> Packing:
+    """How a store's rows are packed. Errors: InvalidInput for projected rows and a method that projects nothing."""
+    if not identity["projection"]:
+        return Packing("auto" if identity["form"] == "projected" else identity["form"], identity["rank"])
+    try:
+        return packing_of(influence, "projected", None)
+    except InvalidSetting as error:
+        raise InvalidInput(f"The rows that are kept are projected: {error}") from None
+
+
+def identity_of(influence: ComposableInfluence, packing: Packing, dtype: str) -> dict[str, Any]:
+    """What kept gradients belong to."""
+    known = influence.identity()
+    form = "auto" if packing.form == "projected" else packing.form
+    return {
+        **{name: known[name] for name in ("architecture", "loss", "fingerprint", "blocks")},
+        "views": list(influence.provider.views),
+        "precision": influence.source.dtype,
+        "projection": _projection(influence, packing),
+        "method": influence.method.describe() if packing.operators else None,
+        "form": form,
+        "rank": packing.rank,
+        "dtype": dtype,
+    }
+
+
+def _projection(influence: ComposableInfluence, packing: Packing) -> dict[str, list[float]] | None:
+    """The first numbers that a seeded vector is projected to: words do not tell how a basis was fitted."""
+    if not packing.operators:
+        return None
+    found, like = {}, accumulable(influence.like())
+    for number, (name, operator) in enumerate(packing.operators.items()):
+        layout = influence.provider.layouts[name]
+        drawn = np.random.default_rng(number).standard_normal((1, layout.size))
+        value = BlockGradient.from_flat(layout, as_like(drawn, like))
+        found[name] = [float(v) for v in to_numpy(operator.stored(value).flat())[0, :PROBE]]
+    return found
+
+
+@dataclass(frozen=True)
+class KnownRows:
+    """Keys of rows that are kept."""
+
+    plain: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.uint64))
+    """Of content and weight, of rows without ids, sorted."""
+    named: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.uint64))
+    """All that rows with ids can be known by, sorted; see `RowKeys.fitted`."""
+    names: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.uint64))
+    """Of ids, sorted."""
+
+    @classmethod
+    def of(cls, folder: SegmentFolder, manifest: Manifest) -> KnownRows:
+        plain, named, names = [], [], []
+        for entry in manifest.entries:
+            segment = folder.segment(entry)
+            keys = keys_of(segment)
+            there = np.delete(np.arange(entry.rows), entry.gone)
+            if keys.ids is None:
+                plain.append(keys.weighted[there])
+            else:
+                names.append(keys.ids[there])
+                named.append(np.concatenate([keys.content[there], keys.ids[there], keys.shaped[there]]))  # type: ignore[index]
+        return cls(*(np.sort(np.concatenate([*part, np.empty(0, np.uint64)])) for part in (plain, named, names)))
+
+    def has(self, item: PlacedBatch) -> np.ndarray:
+        """Whether each row is there: bool [n]. Errors: BatchMismatch."""
+        keys = item.keys
+        assert keys is not None
+        if keys.ids is None:
+            if len(self.names):
+                raise BatchMismatch("The rows that are kept have ids, and these have none.")
+            return is_among(keys.weighted, self.plain)
+        if len(self.plain):
+            raise BatchMismatch("The rows that are kept have no ids, and these have.")
+        found, called = keys.among(self.named), is_among(keys.ids, self.names)
+        if (called & ~found).any():
+            row = int(np.argmax(called & ~found))
+            raise BatchMismatch(
+                f"{item.place.row(row)}: row {item.names[row]} is kept with other content. Delete it first."
+            )
+        return called
+
+
+def _pass(
+    influence: ComposableInfluence,
+    rows: Rows,
+    folder: SegmentFolder,
+    before: Manifest,
+    known: KnownRows,
+    worker: tuple[int, int],
+    progress: bool,
+    packing: Packing | None = None,
+) -> list[dict[str, Any]]:
+    """The tiles of one pass over a loader, of rows that are not known."""
+    packing = _packing(influence, folder.identity) if packing is None else packing
+    provider = influence.provider
+    visitor = KeepRows(provider, packing, known)
+    # Whose rows are computed, and in which form, depends on what was there before.
+    tiles = folder.tiles(before.series, checked_dtype(folder.identity["dtype"]), before.seal)
+    look = first_batch(provider, rows)
+    size = packing.of(provider.grads(look.take(slice(0, 1)), weighted=False)).bytes_per_row
+    runner = SharedSegments(tiles, influence.like(), worker, int(TILE_BYTES // max(1.0, size)))
+    rows.runner, rows.passes, rows.tile = runner, 0, runner.rows
+    try:
+        return sweep(provider, rows, visitor, "train gradients", progress)
+    finally:
+        rows.runner = rows.tile = None
+
+
+class SharedSegments(shared.SharedFolder):
+    """A runner whose parts are segments of a store. rows: of a tile, as far as memory goes."""
+
+    def __init__(self, tiles: TileFiles, like: Array, worker: tuple[int, int], rows: int):
+        self.store, self.like, self.worker = tiles, like, worker  # type: ignore[assignment]
+        self._before, self._rows = "", rows
+
+    @property
+    def rows(self) -> int:
+        return max(1, min(self._rows, shared.ROWS))
+
+
+@dataclass(frozen=True, eq=False)
+class RowFacts:
+    """Some rows, ready to be written."""
+
+    packed: Packed
+    names: np.ndarray | None
+    """Ids, if they have any."""
+    refused: str | None
+    """Why rows have no score on themselves."""
+
+
+class KeepRows(Visitor[PlacedBatch, list[Any], list[dict[str, Any]]]):
+    """Gradients of rows that are not known yet: on the host, and as tiles once they were written."""
+
+    def __init__(self, provider: StructuredGradientProvider, packing: Packing, known: KnownRows):
+        self.provider, self.packing, self.known = provider, packing, known
+
+    def of(self, item: PlacedBatch) -> list[Any]:
+        new = np.flatnonzero(~self.known.has(item))
+        if not len(new):
+            return []
+        batch, keys = item.batch, item.keys
+        assert keys is not None
+        if len(new) < len(batch):
+            batch, keys = batch.take(new), keys.take(new)
+        packed = self.packing.of(self.provider.grads(batch, weighted=False))
+        packed.arrays.update(key_arrays(keys))
+        weights, (scale, refused) = self.provider.row_weights(batch), _self_scale(self.provider, batch)
+        for name, values in (("weights", weights), ("self", scale)):
+            if values is not None:
+                packed.arrays[name] = to_numpy(values).astype(np.float64)
+        return [RowFacts(packed, None if batch.ids is None else np.asarray(item.names)[new], refused)]
+
+    def merge(self, one: list[Any], other: list[Any]) -> list[Any]:
+        return one + other
+
+    @property
+    def is_shareable(self) -> bool:
+        return True
+
+    def pack(self, part: list[RowFacts]) -> dict[str, Any]:
+        return packed_tile(part)
+
+    def unpack(self, values: Mapping[str, object]) -> list[dict[str, Any]]:
+        return [dict(values)]
+
+
+def packed_tile(part: Sequence[RowFacts]) -> dict[str, Any]:
+    """What a tile is written from."""
+    if not part:
+        return {ABOUT: described({"rows": 0, "blocks": {}})}
+    about, arrays, numbers = joined([facts.packed for facts in _alike(part)])
+    about["refused"] = next((facts.refused for facts in part if facts.refused), None)
+    names = [facts.names for facts in part if facts.names is not None]
+    arrays |= packed_ids(np.concatenate(names) if names else None)
+    return {ABOUT: described(about), **arrays, **{f"{NUMBERS}{name}": v for name, v in numbers.items()}}
+
+
+def _alike(part: Sequence[RowFacts]) -> Sequence[RowFacts]:
+    """With weights of one for rows without, where others of the tile have some."""
+    for name in ("weights", "self"):
+        if any(name in facts.packed.arrays for facts in part):
+            for facts in part:
+                facts.packed.arrays.setdefault(name, np.ones(facts.packed.rows))
+    return part
+
+
+def _self_scale(provider: StructuredGradientProvider, batch: Any) -> tuple[Any, str | None]:
+    try:
+        return provider.self_scale(batch), None
+    except UnsupportedModel as error:  # said where it is asked for
+        return None, str(error)
+
+
+def key_arrays(keys: RowKeys) -> dict[str, np.ndarray]:
+    found = {"keys.content": keys.content, "keys.weighted": keys.weighted}
+    return found if keys.ids is None else {**found, "keys.ids": keys.ids, "keys.shaped": keys.shaped}  # type: ignore
+
+
+def keys_of(segment: Segment) -> RowKeys:
+    """Of the rows of a segment, deleted ones too."""
+    ids, shaped = (segment.raw(f"keys.{n}") if segment.has(f"keys.{n}") else None for n in ("ids", "shaped"))
+    return RowKeys(segment.raw("keys.content"), segment.raw("keys.weighted"), ids, shaped)
+
+
+# Use ------------------------------------------------------------------------------------------------------------------
+
+
+class KeptRows(Rows):
+    """Rows of a store, for a run: what a loader's are, without inputs and targets."""
+
+    def __init__(
+        self,
+        influence: ComposableInfluence,
+        folder: SegmentFolder,
+        projected: bool,
+        manifest: Manifest | None = None,
+    ):
+        super().__init__(influence.source, (), "train")
+        self.folder, self.manifest = folder, folder.complete() if manifest is None else manifest
+        self._of = influence, projected
+        self.like = accumulable(influence.like())
+        self.layouts: dict[str, tuple[Layout, bool]] = {}
+        for name, layout in influence.provider.layouts.items():
+            small = influence.block_mapper.operators[name].stored_layout if projected else None
+            self.layouts[name] = (layout, False) if small is None else (small, True)
+        self._matrix: tuple[Queries | None, np.ndarray | None] = (None, None)
+
+    @property
+    def is_kept(self) -> bool:
+        return True
+
+    def count(self) -> int:
+        return self.manifest.rows
+
+    def glance(self) -> None:
+        """Segments do not change."""
+
+    def only(self, rows: Mapping[str, Sequence[int]]) -> KeptRows:
+        """Of each file, these rows alone: all others are left out as deleted ones are."""
+        entries = tuple(
+            replace(entry, gone=np.setdiff1d(np.arange(entry.rows), rows[entry.file]).tolist())
+            for entry in self.manifest.entries
+            if entry.file in rows
+        )
+        influence, projected = self._of
+        return KeptRows(influence, self.folder, projected, replace(self.manifest, entries=entries))
+
+    def pieces(self, what: str, show: bool) -> Iterator[PlacedBatch]:
+        """Errors: DamagedFile; InvalidInput if there are no rows."""
+        if not self.manifest.rows:
+            raise InvalidInput(f"There are no rows in {self.folder.path}: all were deleted.")
+        outer, start = here(), 0
+        entries = [entry for entry in self.manifest.entries if entry.visible]
+        ahead = [self.folder.segment(entry) for entry in entries[:1]]
+        for number, entry in enumerate(track(entries, what, show)):
+            segment = ahead.pop()
+            if number + 1 < len(entries):  # the disk is at the next one while this is multiplied
+                ahead.append(self.folder.segment(entries[number + 1]))
+                ahead[0].will_be_read()
+            place = Place("train", number, start, entry.visible)
+            move_to(place)
+            yield KeptBatch.of(self, entry, segment, place)
+            start += entry.visible
+        move_to(outer)
+
+    def matrix(self, queries: Queries) -> np.ndarray | None:
+        """The queries as a float32 matrix [D, q] that kept rows [n, D] are multiplied by; None where that is not all.
+
+        It is, where rows meet queries as they are kept: nothing is done to them, and the product is the plain one.
+        """
+        if self._matrix[0] is not queries:
+            self._matrix = queries, self._made(queries)
+        return self._matrix[1]
+
+    def _made(self, queries: Queries) -> np.ndarray | None:
+        if queries.forms or not all(side.keeps_rows for side in queries.right.values()):
+            return None
+        columns = []
+        for name, (layout, _) in self.layouts.items():
+            left = queries.left[name]
+            if left.layout != layout or len(left.parts) != len(layout.parts):  # rows are whole, and to be projected
+                return None
+            columns += [to_numpy(part.dense()).reshape((left.rows, -1)) for part in left.parts]
+        return np.ascontiguousarray(np.concatenate(columns, axis=1).astype(np.float32).T)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class KeptBatch(PlacedBatch):
+    """The rows of a segment that are not deleted."""
+
+    source: KeptRows
+    entry: Entry
+    segment: Segment
+    span: slice
+    """Rows of the segment, one after the other."""
+    there: np.ndarray | None
+    """Which of these, from their first on; None for all."""
+
+    @classmethod
+    def of(cls, source: KeptRows, entry: Entry, segment: Segment, place: Place) -> KeptBatch:
+        there = np.delete(np.arange(entry.rows), entry.gone) if entry.gone else None
+        keys = keys_of(segment)
+        keys = keys if there is None else keys.take(there)
+        # Nothing asks these rows for inputs: a range says how many they are.
+        return cls(
+            range(entry.visible),
+            place,
+            keys,
+            source=source,
+            entry=entry,
+            segment=segment,
+            span=slice(0, entry.rows),
+            there=there,
+        )
+
+    def take(self, rows: slice) -> KeptBatch:
+        span, there = slice(self.span.start + rows.start, self.span.start + rows.stop), None
+        if self.there is not None:
+            some = self.there[rows]
+            span = slice(self.span.start + int(some[0]), self.span.start + int(some[-1]) + 1)
+            there = some - some[0]
+        place = replace(self.place, offset=self.place.offset + rows.start)
+        keys = None if self.keys is None else self.keys.take(rows)
+        return replace(self, batch=self.batch[rows], place=place, keys=keys, span=span, there=there, _grads=[])
+
+    @property
+    def is_kept(self) -> bool:
+        return True
+
+    @property
+    def names(self) -> np.ndarray:
+        return self._mine(self.source.folder.names(self.entry, self.segment))
+
+    def content_keys(self, provider: StructuredGradientProvider) -> np.ndarray:
+        assert self.keys is not None
+        return self.keys.weighted
+
+    def grads(self, provider: StructuredGradientProvider) -> BlockGradients:
+        return self._times("weights", self.unweighted_grads(provider))
+
+    def unweighted_grads(self, provider: StructuredGradientProvider) -> BlockGradients:
+        found = unpacked(self.segment, self.source.layouts, self.source.like, self.span)
+        if self.there is None:
+            return found
+        there = as_like(self.there, self.source.like, namespace(self.source.like).int64)
+        return OrderedDict((name, value.take(there)) for name, value in found.items())
+
+    def self_grads(self, provider: StructuredGradientProvider) -> BlockGradients:
+        """Errors: UnsupportedModel, as the provider's."""
+        if self.segment.about["refused"]:
+            raise UnsupportedModel(self.segment.about["refused"])
+        return self._times("self", self.grads(provider))
+
+    def scores(self, queries: Queries, provider: StructuredGradientProvider, by_block: bool) -> list[Array]:
+        """As one matrix product on the memory map, where rows are matrices and nothing else is asked."""
+        matrix = None if by_block or not is_flat(self.segment) else self.source.matrix(queries)
+        if matrix is None:
+            return super().scores(queries, provider, by_block)
+        product = self.segment.product(FLAT, matrix, self.span)
+        found = product if self.there is None else product[self.there]
+        if self.segment.has("weights"):
+            found *= self._mine(self.segment.raw("weights")).astype(np.float32)[:, None]
+        return [found.T]
+
+    def _mine(self, values: np.ndarray) -> np.ndarray:
+        return values[self.span] if self.there is None else values[self.span][self.there]
+
+    def _times(self, name: str, values: BlockGradients) -> BlockGradients:
+        if not self.segment.has(name):
+            return values
+        factors = as_like(self._mine(self.segment.raw(name)), self.source.like)
+        return OrderedDict((block, value.weighted(factors)) for block, value in values.items())

@@ -1,0 +1,217 @@
+"""Both ends of every query's ranking, found tile by tile: of train rows, or of groups of them.
+
+Threshold first, then sort what survives. Once k rows are known, a tile's row matters only where it beats the k-th best
+so far; after a few tiles hardly any does. So each tile costs two comparisons a score, and sorting a handful of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from headwater.errors import InvalidInput, InvalidSetting, ShapeMismatch
+from headwater.store.base import Sink, Tile
+
+MANY = 8
+"""Survivors, in multiples of k for each query, above which the tile's own k-th best is looked for too."""
+
+
+@dataclass(frozen=True, eq=False)
+class TopK:
+    """Both ends of every query's ranking; arrays [query, k], strongest first."""
+
+    query_ids: np.ndarray
+    helpful_ids: np.ndarray
+    helpful_scores: np.ndarray
+    """Descending."""
+    harmful_ids: np.ndarray
+    harmful_scores: np.ndarray
+    """Ascending: the most harmful first."""
+
+    @classmethod
+    def joined(cls, parts: Sequence[TopK]) -> TopK:
+        """Of several sets of queries, one under the other."""
+        return cls(*(np.concatenate(found) for found in zip(*(part._arrays() for part in parts), strict=True)))
+
+    def _arrays(self) -> tuple[np.ndarray, ...]:
+        return self.query_ids, self.helpful_ids, self.helpful_scores, self.harmful_ids, self.harmful_scores
+
+
+class TopKSink(Sink):
+    """The k largest and smallest scores of each query so far; ties go to the row that came first."""
+
+    def __init__(self, k: int, query_ids: np.ndarray):
+        self.k = checked_k(k)
+        self.query_ids = query_ids
+        self._ends: list[End] | None = None
+
+    def add(self, scores: np.ndarray, train_ids: np.ndarray) -> None:
+        """A tile: scores [query, n] of the train rows with these ids [n]."""
+        check_labels(scores, self.query_ids, train_ids)
+        if self._ends is None:
+            none = np.broadcast_to(train_ids[:0], (len(scores), 0))
+            self._ends = [End(sign, scores[:, :0], none) for sign in (-1, 1)]
+        # NaN compares with nothing: such tiles are sorted, as they are rare, and refused by runs.
+        with np.errstate(invalid="ignore", over="ignore"):
+            ordered = bool(np.isfinite(scores.sum()))
+        self._ends = [end.with_tile(self.k, scores, train_ids, ordered) for end in self._ends]
+
+    def write(self, tile: Tile) -> None:
+        self.add(tile.scores.sum(axis=0) if len(tile.scores) > 1 else tile.scores[0], tile.ids)
+
+    def top(self) -> TopK:
+        """What has been seen so far; fewer than k columns if there were fewer rows.
+
+        Errors: InvalidInput before any tile.
+        """
+        if self._ends is None:
+            raise InvalidInput("There is no tile of scores yet.")
+        helpful, harmful = self._ends
+        return TopK(self.query_ids, helpful.ids, helpful.scores, harmful.ids, harmful.scores)
+
+
+@dataclass(frozen=True, eq=False)
+class End:
+    """One end of all rankings: the best so far, strongest first."""
+
+    sign: int
+    """-1 for the largest, 1 for the smallest."""
+    scores: np.ndarray
+    """[q, up to k]."""
+    ids: np.ndarray
+
+    def with_tile(self, k: int, scores: np.ndarray, ids: np.ndarray, ordered: bool) -> End:
+        """With the rows of one more tile, [q, n]; ordered: whether no score is NaN."""
+        if not ordered or scores.shape[1] <= k or np.isnan(self.scores[:, -1:]).any():
+            return self._sorted(k, scores, ids)
+        full = self.scores.shape[1] == k
+        # Strictly better than the k-th so far: a tie is the earlier row's.
+        survives = self._better(scores, self.scores[:, -1:]) if full else None
+        if survives is None or np.count_nonzero(survives) > MANY * k * len(scores):
+            # No worse than the tile's own k-th: of ties there, the stable sort takes the first.
+            good = ~self._better(self._own_bar(k, scores), scores)
+            survives = good if survives is None else survives & good
+        query, row = np.nonzero(survives)
+        return self._merged(k, scores[query, row], ids[row], query) if len(query) else self
+
+    def _better(self, scores: np.ndarray, bar: np.ndarray) -> np.ndarray:
+        return scores > bar if self.sign < 0 else scores < bar
+
+    def _own_bar(self, k: int, scores: np.ndarray) -> np.ndarray:
+        """The k-th best of a tile of more than k rows: [q, 1]."""
+        place = k - 1 if self.sign > 0 else scores.shape[1] - k
+        return np.partition(scores, place, axis=1)[:, place : place + 1]
+
+    def _merged(self, k: int, scores: np.ndarray, ids: np.ndarray, query: np.ndarray) -> End:
+        """With survivors of each query, in the order of the rows: scores, ids and query, [m] each."""
+        q, held = self.scores.shape
+        every = np.concatenate([self.scores.reshape(-1), scores])
+        names = np.concatenate([self.ids.reshape(-1), ids])
+        owner = np.concatenate([np.repeat(np.arange(q), held), query])
+        # Stable, and what was there comes first: ties go to the row that came first.
+        order = np.lexsort((self.sign * every, owner))
+        starts = np.searchsorted(owner[order], np.arange(q))
+        best = order[starts[:, None] + np.arange(k)]
+        return End(self.sign, every[best], names[best])
+
+    def _sorted(self, k: int, scores: np.ndarray, ids: np.ndarray) -> End:
+        """As `with_tile`, whatever the scores are: all are sorted."""
+        every = np.concatenate([self.scores, scores], axis=1)
+        names = np.concatenate([self.ids, np.broadcast_to(ids, scores.shape)], axis=1)
+        order = np.argsort(self.sign * every, axis=1, kind="stable")[:, :k]
+        return End(self.sign, np.take_along_axis(every, order, axis=1), np.take_along_axis(names, order, axis=1))
+
+
+# Groups ---------------------------------------------------------------------------------------------------------------
+
+
+class GroupSink(Sink):
+    """The k best and worst groups of train rows for each query, by the sum or the mean of their rows' scores.
+
+    labels: one for each train row, in the loader's order; or a mapping from what rows are called to labels. of: "sum"
+    or "mean". Ties go to the group whose first row came first. Errors: InvalidSetting; InvalidInput for rows without a
+    label, and at the end for labels without a row.
+    """
+
+    def __init__(self, k: int, query_ids: np.ndarray, labels: Sequence[Any] | Mapping[Any, Any], of: str = "sum"):
+        if of not in ("sum", "mean"):
+            raise InvalidSetting(f"of is {of!r}; expected 'sum' or 'mean'.")
+        self.k, self.query_ids, self.of = checked_k(k), query_ids, of
+        self.labels: Any = labels if isinstance(labels, Mapping) else np.asarray(labels)
+        if not isinstance(self.labels, Mapping) and self.labels.ndim != 1:
+            raise InvalidInput(f"groups has shape {self.labels.shape}; expected one label for each train row.")
+        self._number: dict[Any, int] = {}
+        self._first: list[int] = []
+        self._counts = np.zeros(0)
+        self._sums = np.zeros((len(query_ids), 0))
+        self._rows = 0
+
+    def write(self, tile: Tile) -> None:
+        labels = self._labels_of(tile)
+        self._rows += len(labels)
+        # Each label once a tile: thousands of look-ups in Python would cost more than the sums.
+        found, place, inverse = np.unique(labels, return_index=True, return_inverse=True)
+        groups = np.array([self._numbered(label, tile.start + int(at)) for label, at in zip(found, place, strict=True)])
+        self._grow()
+        order = np.argsort(inverse.reshape(-1), kind="stable")
+        edges = np.searchsorted(inverse.reshape(-1)[order], np.arange(len(found)))
+        # In float64: a group may have a million rows.
+        scores = tile.scores.sum(axis=0, dtype=np.float64)
+        self._sums[:, groups] += np.add.reduceat(scores[:, order], edges, axis=1)
+        self._counts[groups] += np.bincount(inverse.reshape(-1))
+
+    def _labels_of(self, tile: Tile) -> np.ndarray:
+        if isinstance(self.labels, Mapping):
+            missing = [name for name in tile.ids.tolist() if name not in self.labels]
+            if missing:
+                raise InvalidInput(f"groups has no label for train row {missing[0]!r}.")
+            return np.array([self.labels[name] for name in tile.ids.tolist()])
+        stop = tile.start + len(tile.ids)
+        if stop > len(self.labels):
+            raise InvalidInput(f"groups has {len(self.labels)} labels, and there are at least {stop} train rows.")
+        return self.labels[tile.start : stop]
+
+    def _numbered(self, label: Any, row: int) -> int:
+        name = label.item() if isinstance(label, np.generic) else label
+        if name not in self._number:
+            self._number[name] = len(self._number)
+            self._first.append(row)
+        number = self._number[name]
+        self._first[number] = min(self._first[number], row)
+        return number
+
+    def _grow(self) -> None:
+        new = len(self._number) - len(self._counts)
+        if new:
+            # Twice as many as before at least, so that a group a tile is not copied a thousand times.
+            room = max(new, len(self._counts))
+            self._counts = np.concatenate([self._counts, np.zeros(room)])
+            self._sums = np.concatenate([self._sums, np.zeros((len(self._sums), room))], axis=1)
+
+    def top(self) -> TopK:
+        """`TopK` whose ids are labels. Errors: InvalidInput before any tile, and for labels that have no row."""
+        if not self._number:
+            raise InvalidInput("There is no tile of scores yet.")
+        if not isinstance(self.labels, Mapping) and self._rows != len(self.labels):
+            raise InvalidInput(f"groups has {len(self.labels)} labels, and there are {self._rows} train rows.")
+        order = np.argsort(np.array(self._first), kind="stable")
+        scores = self._sums[:, order] / self._counts[order] if self.of == "mean" else self._sums[:, order]
+        ends = TopKSink(self.k, self.query_ids)
+        ends.add(scores, np.array(list(self._number))[order])
+        return ends.top()
+
+
+def checked_k(k: object) -> int:
+    """Errors: InvalidSetting unless it counts something."""
+    if not isinstance(k, (int, np.integer)) or k < 1:
+        raise InvalidSetting(f"k is {k!r}; expected a whole number of at least 1.")
+    return int(k)
+
+
+def check_labels(values: np.ndarray, query_ids: np.ndarray, train_ids: np.ndarray) -> None:
+    """Errors: ShapeMismatch unless the scores are [query, train, ...]."""
+    if values.shape[:2] != (len(query_ids), len(train_ids)):
+        raise ShapeMismatch(f"The scores are {values.shape}, for {len(query_ids)} queries and {len(train_ids)} rows.")
