@@ -78,7 +78,8 @@ def refused(name: str, folder: Path) -> bool:
 
 @pytest.mark.parametrize(
     ("name", "sizes"),
-    [("fit", (600,)), ("append", (900,)), *[pytest.param(name, tuple(range(0, 2000, 100)), marks=MANY) for name in CALLS]],
+    [("fit", (600,)), ("append", (900,))]
+    + [pytest.param(name, tuple(range(0, 2000, 100)), marks=MANY) for name in CALLS],
     ids=str,
 )
 def test_no_room_for_a_file_is_said_and_with_room_it_goes_on(name, sizes, undisturbed, tmp_path):
