@@ -199,5 +199,5 @@ def test_a_folder_that_was_moved_is_the_same(kind, written, tmp_path, monkeypatc
 
 def test_another_model_is_refused_in_a_moved_folder_too(written, tmp_path):
     shutil.copytree(written / "run", tmp_path / "moved")
-    with pytest.raises(InvalidInput, match="weights was"):
+    with pytest.raises(InvalidInput, match="fingerprint was"):
         score(tmp_path / "moved", seed=2)

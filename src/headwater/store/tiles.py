@@ -403,6 +403,7 @@ def finish_compaction(path: Path) -> None:
                     shutil.rmtree(aside, ignore_errors=True)
                 (made / name).replace(path / name)
         sync_folder(path)
+        remove_dead(path)  # what an earlier attempt put aside
         shutil.rmtree(made, ignore_errors=True)
 
 
