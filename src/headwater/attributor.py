@@ -136,12 +136,14 @@ class Attributor(ComposableInfluence[TensorType]):
         all scores.
         Errors: InvalidInput for a folder of another run, or other rows; InvalidSetting for too little memory.
         """
-        from headwater.run.attribute import Kept, attribute
+        from headwater.run.attribute import Storage, attribute
 
-        kept = Kept.of(self, store, memory, worker, append)
+        storage = Storage.of(self, store, memory, worker, append)
         with self._recorded():
             train, query = self._scored(train_loader), self._explained(query_loader)
-            return attribute(self, train, query, unit=unit, by_block=by_block, mode=mode, progress=progress, kept=kept)
+            return attribute(
+                self, train, query, unit=unit, by_block=by_block, mode=mode, progress=progress, storage=storage
+            )
 
     @in_own_precision
     def plan(
@@ -190,14 +192,14 @@ class Attributor(ComposableInfluence[TensorType]):
         are called; the result then names groups, by the "sum" or the "mean" (`of`) of their rows' scores.
         Errors: InvalidSetting; InvalidInput for labels that do not fit the rows.
         """
-        from headwater.run.attribute import Kept, top
+        from headwater.run.attribute import Storage, top
         from headwater.run.ranking import Ranking
 
-        kept = Kept.of(self, store, memory, worker, append)
+        storage = Storage.of(self, store, memory, worker, append)
         ranking = Ranking(k, queries_as, groups, of)
         with self._recorded():
             train, query = self._scored(train_loader), self._explained(query_loader)
-            return top(self, train, query, k, unit=unit, progress=progress, kept=kept, ranking=ranking)
+            return top(self, train, query, k, unit=unit, progress=progress, storage=storage, ranking=ranking)
 
     @in_own_precision
     def self_influence(
@@ -214,11 +216,11 @@ class Attributor(ComposableInfluence[TensorType]):
 
         store, memory, worker, append: as in `attribute`.
         """
-        from headwater.run.attribute import Kept, self_influence
+        from headwater.run.attribute import Storage, self_influence
 
-        kept = Kept.of(self, store, memory, worker, append)
+        storage = Storage.of(self, store, memory, worker, append)
         with self._recorded():
-            return self_influence(self, self._scored(train_loader), progress=progress, kept=kept)
+            return self_influence(self, self._scored(train_loader), progress=progress, storage=storage)
 
     def _scored(self, loader: Iterable[object]) -> Rows:
         """Train rows that need only be scored: a loader's, or kept gradients. Errors: as `KeptGradients`."""
@@ -304,13 +306,13 @@ class Attributor(ComposableInfluence[TensorType]):
         its rows' positions in the loader, or ids where batches carry them. store, worker: as in `attribute`; of groups,
         those that are complete are kept. See `headwater.run.removal`.
         """
-        from headwater.run.attribute import Kept
+        from headwater.run.attribute import Storage
         from headwater.run.removal import removal
 
-        kept = Kept.of(self, store, None, worker)
+        storage = Storage.of(self, store, None, worker)
         with self._recorded():
             train, query = self.train_rows(train_loader), self.query_rows(query_loader)
-            return removal(self, train, query, groups, progress=progress, kept=kept)
+            return removal(self, train, query, groups, progress=progress, storage=storage)
 
     @in_own_precision
     def calibrate(

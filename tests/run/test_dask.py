@@ -36,7 +36,7 @@ def alone(tmp_path, monkeypatch):
         pytest.param(1, "no", marks=pytest.mark.slow),
         pytest.param(2, "no", marks=pytest.mark.slow),
         pytest.param(3, "no", marks=pytest.mark.slow),
-        *[pytest.param(2, "kill", marks=pytest.mark.slow, id=f"killed {n}") for n in range(20)],
+        *[pytest.param(2, "kill", marks=[pytest.mark.slow, pytest.mark.faults], id=f"killed {n}") for n in range(20)],
     ],
 )
 def test_any_number_of_workers_gives_the_bytes_of_one_process(workers, kill, alone, tmp_path):

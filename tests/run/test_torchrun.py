@@ -12,12 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from headwater.store.info import info
+from headwater.store.runs import check
+
 HERE = Path(__file__).parent
 SCALE = HERE.parents[1] / "docs" / "scale.md"
 pytestmark = pytest.mark.slow
 
 
-def torchrun(folder, code, *given, restarts=0, fails=False):
+def torchrun(folder, code, *given, restarts=0, fails=False, timeout=300):
     """Two processes run this code; what was said is in the error where that goes otherwise than expected."""
     script = folder / "script.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\n{textwrap.dedent(code)}")
@@ -28,7 +31,7 @@ def torchrun(folder, code, *given, restarts=0, fails=False):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
     )
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done
@@ -97,6 +100,53 @@ def test_a_job_that_failed_goes_on_when_it_is_started_again(undisturbed, tmp_pat
     torchrun(tmp_path, SHARED)
     assert scores_of(tmp_path) == [undisturbed] * 2
     assert not list(tmp_path.rglob("*.claim"))
+
+
+OVER_AND_OVER = """
+    import os, random, signal
+    from pathlib import Path
+    sys.path.insert(0, sys.argv[1])
+    import torch
+    import fault_job
+
+    for module, name, value in fault_job.SIZES:
+        setattr(module, name, value)
+    rank = int(os.environ["RANK"])
+
+    class Mortal:
+        '''The train rows; the process is killed on the way to a seeded one.'''
+        def __init__(self, note, dies):
+            self.note, self.left = note, dies
+
+        def __iter__(self):
+            for batch in fault_job.TRAIN:
+                self.left -= 1
+                if self.left == 0 and not self.note.exists():
+                    self.note.touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield batch
+
+    for job in range(int(sys.argv[2])):
+        folder = Path(f"job-{job}")
+        folder.mkdir(exist_ok=True)
+        dies = random.Random(job).randint(1, 40)  # of about 22 batches in a fit, 11 in its scores
+        train = Mortal(folder / "killed", dies if job % 2 == rank else 0)
+        influence = fault_job.influence().fit(train, store=folder / "fit", worker="env")
+        scores = influence.attribute(train, fault_job.QUERIES, store=folder / "run", worker="env")
+        (folder / f"{rank}.bytes").write_bytes(scores.values.tobytes())
+"""
+
+
+@pytest.mark.parametrize("times", [pytest.param(20, marks=pytest.mark.faults)])
+def test_ranks_that_are_killed_over_and_over_lose_nothing(times, tmp_path):
+    """A job after the other, in one of whose two ranks a kill waits; torchrun starts both ranks again after each."""
+    torchrun(tmp_path, OVER_AND_OVER, HERE.parent / "support", times, restarts=times, timeout=1800)
+    folders = [tmp_path / f"job-{job}" for job in range(times)]
+    assert sum((folder / "killed").exists() for folder in folders) >= times / 2
+    assert len({found for folder in folders for found in scores_of(folder)}) == 1
+    for folder in folders:
+        assert check(folder / "run") == [] and info(folder / "fit", check=True).all_damage == ()
+        assert not list(folder.rglob("*.claim"))
 
 
 # FSDP2 ----------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import xarray as xr
 
 import headwater as hw
 from headwater.errors import DamagedFile, InvalidInput, InvalidSetting
+from headwater.store.info import info
 from headwater.store.plan import Plan
 from headwater.store.runs import check, compact, delete
 from headwater.torch import TorchBatch, TorchComposableInfluence
@@ -179,7 +180,8 @@ def test_a_check_names_every_file_that_is_damaged(influence, tmp_path):
         file.write_bytes(content)
     (run / "tiles.zarr/scores/c/0/0/5").unlink()
     said = "\n".join(check(run))
-    assert all(name in said for name in ("c/0/0/2: missing or damaged", "rows/4.npz", "c/0/0/5"))
+    assert all(name in said for name in ("c/0/0/2 is damaged", "rows/4.npz", "c/0/0/5"))
+    assert tuple(check(run)) == info(run, check=True).all_damage
     found = hw.Scores.open(run)
     with pytest.raises(DamagedFile, match="c/0/0/2 is damaged"):
         found.top(3)
@@ -196,6 +198,7 @@ def test_a_budget_of_memory_decides_tiles_and_changes_no_number(influence, tmp_p
     found = influence.attribute(train, QUERIES, store=tmp_path / "run", memory=budget)
     assert {file.name for file in (tmp_path / "run/tiles.zarr/scores/c/0").iterdir()} == {"0", "1", "2"}
     np.testing.assert_allclose(found.values, whole.values, rtol=1e-5, atol=1e-7)
+    monkeypatch.setattr("headwater.run.attribute.resident_memory", lambda: -(10**9))  # the scores are no matter
     in_memory = influence.attribute(train, QUERIES, memory=budget)
     np.testing.assert_allclose(in_memory.values, whole.values, rtol=1e-5, atol=1e-7)
     ends, expected = influence.top(train, QUERIES, 3, memory=budget), whole.top(3)
@@ -244,3 +247,87 @@ def iter_again(batches):
             return iter(batches)
 
     return Loader()
+
+
+# Found by attacks -----------------------------------------------------------------------------------------------------
+
+
+def linear(x, y):
+    model = torch.nn.Linear(4, 1, bias=False).double()
+    with torch.no_grad():
+        model.weight[:] = torch.arange(4.0)
+    return TorchComposableInfluence(model, torch.nn.MSELoss(), hw.Direct("ggn"), damping=1e-2).fit([(x, y)])
+
+
+def test_fits_of_other_rows_with_one_mean_eigenvalue_are_two_fits(tmp_path):
+    x, y = X.double(), X[:, :1].double()
+    one, two = linear(x, y), linear(x.flip(1), y)
+    one.self_influence([(x, y)], store=tmp_path / "own")
+    with pytest.raises(InvalidInput, match="fitted_rows was"):
+        two.self_influence([(x, y)], store=tmp_path / "own")
+
+
+def test_groups_of_other_rows_are_computed_again(tmp_path):
+    x, y = X.double(), X[:, :1].double()
+    influence, groups = linear(x, y), [[0, 1, 2], [5]]
+    query = [(x[:3] + 0.1, y[:3])]
+    influence.removal([(x, y)], query, groups, store=tmp_path / "groups")
+    other = [(x.flip(0), y.flip(0))]
+    found = influence.removal(other, query, groups, store=tmp_path / "groups")
+    np.testing.assert_allclose(found, influence.removal(other, query, groups), rtol=1e-9)
+    with pytest.raises(hw.errors.RowsNotFitted):
+        influence.removal([(x + 1, y)], query, groups, store=tmp_path / "groups")
+
+
+def test_an_append_that_is_refused_leaves_the_run_as_it_was(influence, tmp_path):
+    whole = influence.attribute(batches(range(50)), QUERIES, store=tmp_path / "run").values
+    for rows in (range(20), [1, 0, *range(2, 60 - 10)]):
+        with pytest.raises(InvalidInput):
+            influence.attribute(batches(rows), QUERIES, store=tmp_path / "run", append=True)
+        np.testing.assert_array_equal(hw.Scores.open(tmp_path / "run").values, whole)
+
+
+def test_numbers_without_names_are_refused_where_rows_are_deleted(influence, tmp_path):
+    influence.self_influence(batches(range(50)), store=tmp_path / "own")
+    delete(tmp_path / "own", ["row 3"])
+    with pytest.raises(InvalidInput, match="are deleted"):
+        influence.self_influence(batches(range(50)), store=tmp_path / "own")
+
+
+def test_rows_without_ids_are_called_by_their_new_positions_once_others_are_gone(influence, tmp_path):
+    train = [(X[:25], Y[:25]), (X[25:], Y[25:])]
+    whole = influence.attribute(train, QUERIES, store=tmp_path / "run").values
+    with pytest.raises(InvalidInput, match="no train row '5'"):
+        delete(tmp_path / "run", ["5"])
+    delete(tmp_path / "run", [3, 7])
+    compact(tmp_path / "run")
+    found = hw.Scores.open(tmp_path / "run")
+    assert found.train_ids.tolist() == list(range(48))
+    np.testing.assert_array_equal(found.sel(train=5).values[:, 0], whole[:, 6])
+
+
+def test_nothing_of_stored_scores_is_nothing(influence, tmp_path):
+    found = influence.attribute(batches(range(50)), QUERIES, store=tmp_path / "run")
+    assert found[:0].shape == found.sel(query=[]).shape == (0, 50)
+
+
+def test_memory_that_has_no_room_for_the_scores_asks_for_a_store(influence, monkeypatch):
+    monkeypatch.setattr("headwater.run.attribute.resident_memory", lambda: 2**30 - 100)
+    with pytest.raises(InvalidSetting, match=r"no room for the scores.*give store="):
+        influence.attribute(batches(range(50)), QUERIES, memory=2**30)
+
+
+def test_many_numbers_for_each_pair_make_fewer_queries_a_tile(influence, monkeypatch):
+    from headwater.run.plan import tile_sizes
+
+    rows = influence.train_rows(batches(range(50)))
+    sizes = tile_sizes(influence.provider, rows, 2000, 3 * 512, 8, None, lambda: 1.0)
+    assert sizes.rows * sizes.queries * 3 * 512 * 8 <= 64 * 2**20
+    with pytest.raises(InvalidSetting, match="One pair of rows takes"):
+        tile_sizes(influence.provider, rows, 2000, 2**26, 8, None, lambda: 1.0)
+
+
+@pytest.mark.parametrize("worker", [3, None, ("0", "2"), (1, 2, 3), (0.5, 2), (True, 2)], ids=str)
+def test_what_is_no_worker_is_said_to_be_none(worker, influence, tmp_path):
+    with pytest.raises(InvalidSetting, match="worker is"):
+        influence.attribute(batches(range(50)), QUERIES, store=tmp_path / "run", worker=worker)

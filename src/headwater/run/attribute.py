@@ -10,18 +10,21 @@ from typing import Any
 import numpy as np
 
 from headwater.arrays import to_numpy, working_memory, working_memory_limit
-from headwater.errors import InvalidSetting
+from headwater.errors import InvalidInput, InvalidSetting
+from headwater.gradients.provider import BlockGradients
 from headwater.influence import ComposableInfluence
+from headwater.memory import resident_memory
 from headwater.operators.iterative import SolveReport, joined, recorded_solves
 from headwater.rows import Each, PlacedBatch, Rows, Visitor, first_batch
 from headwater.run.diagnosis import RunSums, diagnosis_of, meets_the_loss
+from headwater.run.identity import fit_identity
 from headwater.run.plan import budget_of, tile_sizes
 from headwater.run.queries import Asked, PairScorer, factor_bytes
 from headwater.run.ranking import Ranking
 from headwater.run.rows import FittedRows, check_scores, distinct, sweep_rows
 from headwater.run.runners.environment import Worker
 from headwater.run.runners.turns import check_worker
-from headwater.run.tiles import Scorer, Span, run_tiles
+from headwater.run.tiles import QuerySpan, Scorer, run_tiles
 from headwater.store.base import MemorySink, Sink, Tile
 from headwater.store.plan import Sizes
 from headwater.store.scores import UNIT_IN_WORDS, Scores
@@ -33,7 +36,7 @@ Path = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
-class Kept:
+class Storage:
     """Where and how a run is kept."""
 
     store: Path | None = None
@@ -49,7 +52,7 @@ class Kept:
         memory: int | float | str | None,
         worker: Worker,
         append: bool = False,
-    ) -> Kept:
+    ) -> Storage:
         """Errors: InvalidSetting."""
         together = influence.source.together
         if together is not None and store is not None:
@@ -74,16 +77,16 @@ def attribute(
     unit: str,
     by_block: bool,
     progress: bool,
-    kept: Kept | None = None,
+    storage: Storage | None = None,
     mode: InfluenceMode | str = InfluenceMode.Up,
 ) -> Scores:
     """See `Attributor.attribute`."""
-    mode, kept = InfluenceMode(mode), kept or Kept()
+    mode, storage = InfluenceMode(mode), storage or Storage()
     if mode is InfluenceMode.Perturbation and isinstance(train_loader, Rows) and train_loader.is_kept:
         raise InvalidSetting("mode='perturbation' is about train rows' inputs, which are not kept: give their loader.")
     influence.ready()
-    run = PairRun(influence, Asked.of(influence, query_loader), unit, by_block, mode, kept, progress)
-    return run.stored(train_loader) if kept.store is not None else run.in_memory(train_loader)
+    run = PairRun(influence, Asked.of(influence, query_loader), unit, by_block, mode, storage, progress)
+    return run.stored(train_loader) if storage.store is not None else run.in_memory(train_loader)
 
 
 def top(
@@ -94,17 +97,17 @@ def top(
     *,
     unit: str,
     progress: bool,
-    kept: Kept | None = None,
+    storage: Storage | None = None,
     ranking: Ranking | None = None,
 ) -> TopK:
     """See `Attributor.top`."""
-    kept, ranking = kept or Kept(), ranking or Ranking(k)
+    storage, ranking = storage or Storage(), ranking or Ranking(k)
     influence.ready()
     asked = Asked.of(influence, query_loader)
-    if kept.store is not None:  # of scores in a folder each query has its own
-        stored = PairRun(influence, asked, unit, False, InfluenceMode.Up, kept, progress).stored(train_loader)
+    if storage.store is not None:  # of scores in a folder each query has its own
+        stored = PairRun(influence, asked, unit, False, InfluenceMode.Up, storage, progress).stored(train_loader)
         return ranking.of_scores(stored)
-    run = PairRun(influence, ranking.asked(asked), unit, False, InfluenceMode.Up, kept, progress)
+    run = PairRun(influence, ranking.asked(asked), unit, False, InfluenceMode.Up, storage, progress)
     ends: list[TopKSink | GroupSink] = []
 
     def sink(_: int, part: Asked) -> Sink:
@@ -125,11 +128,11 @@ class PairRun:
         unit: str,
         by_block: bool,
         mode: InfluenceMode,
-        kept: Kept,
+        storage: Storage,
         progress: bool,
     ):
         self.influence, self.asked, self.unit, self.by_block = influence, asked, unit, by_block
-        self.mode, self.kept, self.progress = mode, kept, progress
+        self.mode, self.storage, self.progress = mode, storage, progress
         self.scale = _scale(influence, unit)
         if mode is InfluenceMode.Perturbation and unit == "removal":
             raise InvalidSetting("unit='removal' is about a row that goes, mode='perturbation' about one that changes.")
@@ -137,7 +140,7 @@ class PairRun:
     @property
     def _fitted(self) -> FittedRows:
         forecast = self.unit == "removal"
-        return FittedRows(self.influence, forecast, self.asked.fitted, some_are_new=self.kept.append)
+        return FittedRows(self.influence, forecast, self.asked.fitted, some_are_new=self.storage.append)
 
     @property
     def sums_up(self) -> bool:
@@ -152,18 +155,22 @@ class PairRun:
     def _scorer(self, asked: Asked) -> PairScorer:
         return PairScorer(self.influence, asked, self.mode, self.by_block, self.scale, self.progress)
 
-    def _sizes(self, loader: Iterable[object]) -> Sizes:
-        train = self.influence.train_rows(loader)
+    def _numbers(self, train: Iterable[object]) -> int:
+        """Of each pair's score."""
         numbers = len(self.influence.block_names) if self.by_block else 1
         if self.mode is InfluenceMode.Perturbation:
             numbers *= int(np.prod(np.shape(first_batch(self.influence.provider, train).x)[1:]))
+        return numbers
+
+    def _sizes(self, loader: Iterable[object]) -> Sizes:
+        train = self.influence.train_rows(loader)
         return tile_sizes(
             self.influence.provider,
             train,
             len(self.asked),
-            numbers,
+            self._numbers(train),
             8,
-            budget_of(self.kept.memory),
+            budget_of(self.storage.memory),
             lambda: factor_bytes(self.influence, self.asked),
         )
 
@@ -174,7 +181,7 @@ class PairRun:
     ) -> np.ndarray:
         """The train rows' names, once all scores are in sinks. sink: for some queries, from which position on."""
         parts, working, start, names = [self.asked], working_memory_limit(), 0, None
-        if self.kept.memory is not None:
+        if self.storage.memory is not None:
             sizes = self._sizes(loader)
             parts, working = self.asked.spans(sizes.queries), sizes.working or working
         with working_memory(working):
@@ -193,6 +200,7 @@ class PairRun:
         return distinct(names, "train")
 
     def in_memory(self, loader: Iterable[object]) -> Scores:
+        self._check_room(loader)
         memory = MemorySink()
         sums = self._sums(loader, None)
         with recorded_solves() as log:
@@ -208,6 +216,19 @@ class PairRun:
             **self._meaning(),
             diagnosis=diagnosis_of(self.influence, seen, solves),
         )
+
+    def _check_room(self, loader: Iterable[object]) -> None:
+        """Errors: InvalidSetting where the budget has no room for the scores themselves."""
+        budget = budget_of(self.storage.memory)
+        if budget is None:
+            return
+        train = self.influence.train_rows(loader)
+        size = train.count() * len(self.asked) * self._numbers(train) * (2 if self.by_block else 1) * 4
+        if size > budget - resident_memory():
+            raise InvalidSetting(
+                f"memory={self.storage.memory!r} has no room for the scores, {size / 2**20:.0f} MiB: give store=, "
+                "where they stay on disk; or use top()."
+            )
 
     def _meaning(self) -> dict[str, Any]:
         return {
@@ -228,8 +249,6 @@ class PairRun:
         loader = self.influence.train_rows(loader)  # one object for all passes: its tiles are those of the run
         store = self.store(loader)
         sums = self._sums(loader, store)
-        if self.kept.append:
-            store.reopen()
         with recorded_solves() as log:
             spans = self.spans(store)
             solved = bool(_solves(log, spans))
@@ -240,8 +259,8 @@ class PairRun:
                 spans,
                 fitted=self._fitted,
                 what="train scores",
-                worker=self.kept.worker,
-                append=self.kept.append,
+                worker=self.storage.worker,
+                append=self.storage.append,
                 progress=self.progress,
                 sums=sums,
                 # Solves stop at a tolerance, and where they stop depends on what else is solved with them.
@@ -254,20 +273,20 @@ class PairRun:
 
     def store(self, loader: Iterable[object]) -> TileStore:
         """The run's folder. Errors: as `TileStore`."""
-        assert self.kept.store is not None
+        assert self.storage.store is not None
         identity = run_identity(self.influence, self.asked) | {
             "explained": self.influence.explained,
             "unit": self.unit,
             "by_block": self.by_block,
             "mode": str(self.mode.value),
         }
-        return TileStore(self.kept.store, identity, lambda: self._sizes(loader), rounding(self.influence))
+        return TileStore(self.storage.store, identity, lambda: self._sizes(loader), rounding(self.influence))
 
-    def spans(self, store: TileStore) -> list[Span]:
+    def spans(self, store: TileStore) -> list[QuerySpan]:
         """Of queries, each with what computes its scores."""
         step = store.sizes.queries
         parts = enumerate(self.asked.spans(step))
-        return [Span(k, k * step, lambda part=part: self._scorer(part)) for k, part in parts]  # type: ignore[misc]
+        return [QuerySpan(k, k * step, lambda part=part: self._scorer(part)) for k, part in parts]  # type: ignore[misc]
 
     def _described(self, seen: Any, solves: dict[str, SolveReport]) -> tuple[list[str], dict[str, Any]]:
         """Names of blocks, and what the scores mean as JSON has it."""
@@ -280,7 +299,7 @@ class PairRun:
         return self.influence.block_names if self.by_block else [], {**words, "residuals": residuals or None}
 
 
-def _solves(log: list[SolveReport], spans: Sequence[Span]) -> dict[str, SolveReport]:
+def _solves(log: list[SolveReport], spans: Sequence[QuerySpan]) -> dict[str, SolveReport]:
     """What the first queries' factors took, which are needed for the probe in any case."""
     _ = spans[0].scorer
     return joined(log)
@@ -303,17 +322,17 @@ class _Score(Visitor[PlacedBatch, None, None]):
 
 
 def self_influence(
-    influence: ComposableInfluence, train_loader: Iterable[object], *, progress: bool, kept: Kept | None = None
+    influence: ComposableInfluence, train_loader: Iterable[object], *, progress: bool, storage: Storage | None = None
 ) -> np.ndarray:
     """See `Attributor.self_influence`."""
     influence.ready()
-    scorer, fitted, kept = _OnThemselves(influence), FittedRows(influence), kept or Kept()
-    if kept.store is None:
+    scorer, fitted, storage = _OnThemselves(influence), FittedRows(influence), storage or Storage()
+    if storage.store is None:
         each = Each[PlacedBatch, np.ndarray](lambda piece: scorer.scores(piece)[0, 0])
         _, scores = sweep_rows(influence.provider, train_loader, fitted & each, "self-influence", progress)
         return np.concatenate(scores)
     ids = np.array(["itself"])
-    _, found = stored_columns(influence, train_loader, scorer, ids, fitted, "self-influence", kept, progress)
+    _, found = stored_columns(influence, train_loader, scorer, ids, fitted, "self-influence", storage, progress)
     return found[0]
 
 
@@ -324,12 +343,15 @@ class _OnThemselves(Scorer):
         self.influence = influence
 
     def scores(self, piece: PlacedBatch) -> np.ndarray:
-        found = self.probe(piece)
+        found = self._of(piece.self_grads(self.influence.provider))
         check_scores(found, ["itself"], piece.names, self.influence)
         return found
 
     def probe(self, piece: PlacedBatch) -> np.ndarray:
-        return to_numpy(self.influence.self_influence_of(piece.self_grads(self.influence.provider)))[None, None]
+        return self._of(piece.unweighted_grads(self.influence.provider))
+
+    def _of(self, grads: BlockGradients) -> np.ndarray:
+        return to_numpy(self.influence.self_influence_of(grads))[None, None]
 
 
 def stored_columns(
@@ -339,17 +361,17 @@ def stored_columns(
     query_ids: np.ndarray,
     fitted: FittedRows,
     verb: str,
-    kept: Kept,
+    storage: Storage,
     progress: bool,
     query_keys: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """A run in a folder, of a scorer that has all queries: the train rows' names, and a number for each pair [q, n]."""
-    assert kept.store is not None
+    assert storage.store is not None
     train, count = influence.train_rows(loader), len(query_ids)
 
     def sizes() -> Sizes:
         # A byte a query: all of them fit, as they are there already.
-        return tile_sizes(influence.provider, train, count, 1, 8, budget_of(kept.memory), lambda: 1.0)
+        return tile_sizes(influence.provider, train, count, 1, 8, budget_of(storage.memory), lambda: 1.0)
 
     keys = np.empty(0, dtype=np.uint64) if query_keys is None else query_keys
     identity = fit_identity(influence) | {
@@ -358,18 +380,16 @@ def stored_columns(
         "query_rows": keys.tolist(),
     }
 
-    store = TileStore(kept.store, identity, sizes, rounding(influence))
-    if kept.append:
-        store.reopen()
+    store = TileStore(storage.store, identity, sizes, rounding(influence))
     train_ids = run_tiles(
         influence,
         train,
         store,
-        [Span(0, 0, lambda: scorer)],
+        [QuerySpan(0, 0, lambda: scorer)],
         fitted=fitted,
         what=verb,
-        worker=kept.worker,
-        append=kept.append,
+        worker=storage.worker,
+        append=storage.append,
         progress=progress,
     )
     if store.finished_rows != len(train_ids):
@@ -377,26 +397,17 @@ def stored_columns(
         words |= {"method": influence.method.describe(), "damping": influence.absolute_damping}
         words |= {"explained": influence.explained, "coverage": influence.provider.coverage_fraction, "residuals": None}
         store.finish(query_ids, train_ids, [], words)
-    return train_ids, Scores.open(kept.store).values
+    found = Scores.open(storage.store).values
+    if found.shape[1] != len(train_ids):
+        raise InvalidInput(
+            f"Of the {len(train_ids)} rows in {storage.store} {len(train_ids) - found.shape[1]} are deleted, and "
+            "numbers without names would be taken for other rows'. Compact it (headwater.store.runs.compact), and "
+            "leave the rows out of the loader."
+        )
+    return train_ids, found
 
 
 # What makes two runs the same -----------------------------------------------------------------------------------------
-
-
-def fit_identity(influence: ComposableInfluence) -> dict[str, Any]:
-    """What scores of a fit belong to, in words; `TileStore.probe` sees what words do not tell.
-
-    What was fitted is known by the mean eigenvalue of each block's curvature, and by the damping.
-    """
-    fit = influence.identity()
-    return {
-        **{name: fit[name] for name in ("method", "loss", "architecture", "blocks")},
-        "weights": fit["fingerprint"],
-        "dtype": influence.provider.dtype,
-        "curvature": {name: float(op.mean_eigenvalue()) for name, op in influence.curvature.items()},
-        "damping": influence.absolute_damping,
-        "n_train": float(influence.n_train),
-    }
 
 
 def run_identity(influence: ComposableInfluence, asked: Asked) -> dict[str, Any]:

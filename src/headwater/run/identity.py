@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from headwater.influence import ComposableInfluence
+from headwater.store.tiles import rows_digest
 
 FRACTIONS = {"bfloat16": 0.01, "float16": 0.002}
 """How far damping and curvature may be off, relative, in a fit of the same rows: by the model's dtype; else 1e-4."""
@@ -21,6 +22,8 @@ def fit_identity(influence: ComposableInfluence) -> dict[str, Any]:
         "curvature": {name: float(op.mean_eigenvalue()) for name, op in influence.curvature.items()},
         "damping": influence.absolute_damping,
         "n_train": float(influence.n_train),
+        # Two fits of other rows may have one mean eigenvalue. Whatever the batches, the keys are these, sorted.
+        "fitted_rows": None if influence.fitted_keys is None else rows_digest(influence.fitted_keys),
     }
 
 

@@ -29,8 +29,8 @@ PIECES = 8
 """Of a tile of rows that a provider takes only few of at once: what is lost with a process that is killed."""
 LEAST = 64 * 2**20
 """Bytes below which nothing can be planned."""
-COPIES = 4
-"""Of a tile that is being written: its pieces, the tile, its padded chunk and the bytes of that."""
+COPIES = 5
+"""Of a tile that is being written: its pieces, the tile, its padded chunk, and the bytes of that, twice."""
 FORMS = 3
 """Of a query's factors, while they are made: the gradient, its image and the form that is kept."""
 
@@ -62,6 +62,13 @@ def tile_sizes(
         queries = min(query_rows, max(1, int(room / 4 / (FORMS * factor_bytes()))))
         working = None if first is None else _working(provider, first, room / 4)
         chunk = min(chunk, room / 4 / COPIES)
+    # Of that many rows at least, if the queries can be fewer.
+    queries = max(1, min(queries, int(chunk / (numbers * itemsize * min(FEWEST, rows)))))
+    if numbers * itemsize > chunk:
+        raise InvalidSetting(
+            f"One pair of rows takes {numbers * itemsize / 2**20:.0f} MiB of scores, more than a tile may: give more "
+            "memory."
+        )
     fitting = int(chunk / (queries * numbers * itemsize))
     return Sizes(max(1, min(rows, _round(fitting) or fitting)), queries, working)
 

@@ -27,8 +27,8 @@ Sources: Cook 1977; Koh et al. 2019, arXiv 1905.13289; Basu et al. 2020, arXiv 1
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -50,12 +50,13 @@ from headwater.methods.dual import DataInf
 from headwater.operators.algebra import LinearOperator, ScaledOperator
 from headwater.operators.structured import BlockDiagonalOperator
 from headwater.rows import Each, PlacedBatch, sweep_kept
-from headwater.run.attribute import Kept, run_identity, stored_columns
+from headwater.run.attribute import Storage, run_identity, stored_columns
 from headwater.run.queries import Asked
 from headwater.run.rows import FittedRows, check_scores, distinct, sweep_rows
 from headwater.run.runners.turns import Turn, Wanted, take_turns
 from headwater.run.tiles import Scorer
 from headwater.store.parts import PartStore
+from headwater.store.seal import digest
 from headwater.types import Batch
 
 ENOUGH = 0.25
@@ -100,7 +101,7 @@ def removal(
     groups: Iterable[object] | None,
     *,
     progress: bool,
-    kept: Kept | None = None,
+    storage: Storage | None = None,
 ) -> np.ndarray:
     """See `Attributor.removal` and the derivation above: [q, n] or [q, groups], and positive for what helps.
 
@@ -112,11 +113,11 @@ def removal(
     """
     influence.ready()
     regions = _regions(influence)
-    asked, kept = Asked.of(influence, query_loader), kept or Kept()
+    asked, storage = Asked.of(influence, query_loader), storage or Storage()
     queries = _queries(influence, regions, asked, progress)
     if groups is None:
-        return _each_row(influence, regions, queries, asked, train_loader, kept, progress)
-    return _each_group(influence, regions, queries, asked, train_loader, _named_groups(groups), kept, progress)
+        return _each_row(influence, regions, queries, asked, train_loader, storage, progress)
+    return _each_group(influence, regions, queries, asked, train_loader, _named_groups(groups), storage, progress)
 
 
 def _regions(influence: ComposableInfluence) -> list[Region]:
@@ -196,18 +197,18 @@ def _each_row(
     queries: Sequence[BlockGradient],
     asked: Asked,
     loader: Iterable[object],
-    kept: Kept,
+    storage: Storage,
     progress: bool,
 ) -> np.ndarray:
     columns, fitted = _Columns(influence, regions, queries), FittedRows(influence, forecast=True)
-    if kept.store is None:
+    if storage.store is None:
         visitor = fitted & Each[PlacedBatch, np.ndarray](lambda piece: columns.scores(piece)[0])
         names, found = sweep_rows(influence.provider, loader, visitor, "removal", progress)
         changes = np.concatenate(found, axis=1)
     else:
         ids = np.array([*map(str, asked.ids), STAYS])
         names, changes = stored_columns(
-            influence, loader, columns, ids, fitted, "removal", kept, progress, query_keys=asked.keys
+            influence, loader, columns, ids, fitted, "removal", storage, progress, query_keys=asked.keys
         )
     _warn_if_rough(changes[-1], [f"row {name}" for name in distinct(names, "train")])
     return changes[:-1]
@@ -231,7 +232,8 @@ class _Columns(Scorer):
         return found
 
     def probe(self, piece: PlacedBatch) -> np.ndarray:
-        return self._of(piece.batch, np.arange(len(piece.batch)))
+        batch = piece.batch if piece.batch.weights is None else replace(piece.batch, weights=None)
+        return self._of(batch, np.arange(len(batch)))
 
     def _of(self, batch: Batch, ids: np.ndarray) -> np.ndarray:
         rows, n_train = _train_rows(self.influence, self.regions, batch), self.influence.n_train
@@ -313,12 +315,24 @@ class Group:
     names: np.ndarray
     seen: int = 0
     rows: list[list[Rows]] = field(default_factory=list)
+    keys: list[tuple[Any, int]] = field(default_factory=list)
+    """Of the rows that have been seen: each name, and what the row is known by."""
 
     def add(self, regions: Sequence[Rows], index: np.ndarray) -> bool:
         """Keep these rows of a batch; whether the group is complete."""
         self.rows.append([_take(rows, index) for rows in regions])
         self.seen += len(index)
         return self.seen == len(self.names)
+
+    def meet(self, piece: PlacedBatch, index: np.ndarray) -> None:
+        """Note what these rows of a batch are known by."""
+        if piece.keys is not None:
+            self.keys += zip(piece.names[index].tolist(), piece.keys.weighted[index].tolist(), strict=True)
+
+    @property
+    def digest(self) -> str:
+        """Of its rows, in whatever order they came."""
+        return digest(repr(sorted(self.keys)).encode())
 
     def __str__(self) -> str:
         return (
@@ -350,14 +364,14 @@ def _each_group(
     asked: Asked,
     loader: Iterable[object],
     groups: Sequence[Group],
-    kept: Kept,
+    storage: Storage,
     progress: bool,
 ) -> np.ndarray:
-    if kept.store is None:
+    if storage.store is None:
         found = _group_columns(influence, regions, queries, loader, groups, FittedRows(influence, True), progress)
         columns = [found[group.number] for group in groups]
     else:
-        columns = _stored_groups(influence, regions, queries, asked, loader, groups, kept, progress)
+        columns = _stored_groups(influence, regions, queries, asked, loader, groups, storage, progress)
     rises = np.stack([column for column, _ in columns], axis=1)
     check_scores(rises, range(len(rises)), [str(group) for group in groups], influence)
     _warn_if_rough(np.array([left for _, left in columns]), [str(group) for group in groups])
@@ -376,28 +390,35 @@ def _group_columns(
     groups: Sequence[Group],
     fitted: FittedRows,
     progress: bool,
-    done: Callable[[int, Column], None] = lambda number, column: None,
+    wanted: Collection[int] | None = None,
+    done: Callable[[Group, Column], None] = lambda group, column: None,
 ) -> dict[int, Column]:
-    """By the group's number. done: told of each group when it is complete."""
+    """By the group's number. wanted: numbers of those to compute, None for all; of the others rows are met. done: told
+    of each group when it is complete.
+    """
     columns: dict[int, Column] = {}
 
     def meet(piece: PlacedBatch) -> None:
         inside = [(group, np.flatnonzero(np.isin(piece.names, group.names))) for group in groups]
         found = [(group, index) for group, index in inside if len(index)]
+        for group, index in found:
+            group.meet(piece, index)
+        if wanted is not None:
+            found = [(group, index) for group, index in found if group.number in wanted]
         # A batch without rows of any group costs no gradients.
         rows = _train_rows(influence, regions, piece.batch) if found else []
         for group, index in found:
             if group.add(rows, index):
                 columns[group.number] = _group_column(group, regions, queries, influence.n_train)
-                done(group.number, columns[group.number])
+                done(group, columns[group.number])
                 # Gradients of complete groups are not needed again: memory holds unfinished ones only.
                 group.rows.clear()
 
     names, _ = sweep_rows(influence.provider, loader, fitted & Each(meet), "removal of groups", progress)
     distinct(names, "train")
-    missing = [group for group in groups if group.number not in columns]
+    missing = [group for group in groups if len(group.keys) < len(group.names)]
     if missing:
-        raise InvalidInput(f"Not every row of {missing[0]} is in the train loader: {missing[0].seen} were found.")
+        raise InvalidInput(f"Not every row of {missing[0]} is in the train loader: {len(missing[0].keys)} were found.")
     return columns
 
 
@@ -408,39 +429,40 @@ def _stored_groups(
     asked: Asked,
     loader: Iterable[object],
     groups: Sequence[Group],
-    kept: Kept,
+    storage: Storage,
     progress: bool,
 ) -> list[Column]:
     """One part for each group, computed by whichever worker is at it."""
-    assert kept.store is not None
+    assert storage.store is not None
     members = [[str(name) for name in np.sort(group.names)] for group in groups]
     identity = run_identity(influence, asked) | {"verb": "removal of groups", "groups": members}
-    store, train = PartStore(kept.store, identity), influence.train_rows(loader)
-    turns = [Turn(f"groups/{group.number}", "") for group in groups]
+    store, train = PartStore(storage.store, identity), influence.train_rows(loader)
 
     def visit(wanted: Wanted) -> tuple[list[Turn], list[int]]:
-        mine = [n for n, turn in enumerate(turns) if wanted(n, turn.name) and store.claims.claim(turn.name)]
+        # Anew: rows that a broken pass has left in a group are none of this one's.
+        mine = [Group(group.number, group.names) for group in groups]
+        names = [f"groups/{group.number}" for group in mine]
+        own = {n for n, name in enumerate(names) if wanted(n, name) and store.claims.claim(name)}
 
-        def keep(number: int, column: Column) -> None:
-            store.write(turns[number].name, "", {"changes": column[0], "left": column[1]})
-            store.claims.release(turns[number].name)
+        def keep(group: Group, column: Column) -> None:
+            store.write(names[group.number], group.digest, {"changes": column[0], "left": column[1]})
+            store.claims.release(names[group.number])
 
         try:
-            # Anew: rows that a broken pass has left in a group are none of this one's.
-            own = [Group(groups[n].number, groups[n].names) for n in mine]
-            if own:
-                fitted = FittedRows(influence, forecast=True)
-                _group_columns(influence, regions, queries, train, own, fitted, progress, keep)
+            # All rows are met, also where nothing is to be computed: a part is of these very rows, or none.
+            fitted = FittedRows(influence, forecast=True)
+            _group_columns(influence, regions, queries, train, mine, fitted, progress, own, keep)
         finally:
-            for n in mine:
-                store.claims.release(turns[n].name)
-        return turns, mine
+            for n in own:
+                store.claims.release(names[n])
+        return [Turn(name, group.digest) for name, group in zip(names, mine, strict=True)], sorted(own)
 
     def read(turn: Turn) -> Column | None:
-        found = store.read(turn.name, "")
+        found = store.read(turn.name, turn.rows)
         return None if found is None else (found["changes"], float(found["left"]))
 
-    take_turns(visit, store.has, lambda _, turn: read(turn) is not None, store.claims, kept.worker, store.path)
+    there = lambda _, turn: read(turn) is not None  # noqa: E731
+    turns = take_turns(visit, store.has, there, store.claims, storage.worker, store.path)
     columns = [read(turn) for turn in turns]
     return [column for column in columns if column is not None]
 

@@ -7,10 +7,9 @@ that finds all of them there computes nothing but the probe.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -41,7 +40,7 @@ class Scorer(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class Span:
+class QuerySpan:
     """Some of the queries of a run, from `start` on; their scorer is made when it is needed."""
 
     number: int
@@ -57,7 +56,7 @@ def run_tiles(
     influence: ComposableInfluence,
     loader: Iterable[object],
     store: TileStore,
-    spans: Sequence[Span],
+    spans: Sequence[QuerySpan],
     *,
     fitted: FittedRows,
     what: str,
@@ -79,7 +78,7 @@ def run_tiles(
     with working_memory(store.sizes.working or working_memory_limit()):
         for span in spans:
 
-            def visit(wanted: Wanted, span: Span = span) -> tuple[list[Turn], list[int]]:
+            def visit(wanted: Wanted, span: QuerySpan = span) -> tuple[list[Turn], list[int]]:
                 tiles = TilePass(influence, store, span, wanted, append, sums, tolerance)
                 try:
                     if names:
@@ -135,7 +134,7 @@ class TilePass(Visitor[PlacedBatch, None, None]):
         self,
         influence: ComposableInfluence,
         store: TileStore,
-        span: Span,
+        span: QuerySpan,
         wanted: Wanted,
         append: bool,
         sums: RunSums | None,
@@ -228,6 +227,8 @@ class TilePass(Visitor[PlacedBatch, None, None]):
             try:
                 self._check_grown(begun, keys)
                 scores = np.concatenate(begun.scores, axis=2)
+                if self.append:  # only now: rows before these were the run's
+                    self.store.reopen()
                 self.store.write(Tile(begun.start, names, keys, scores, self.span.start))
                 if self.sums is not None and self.span.number == 0:
                     self.sums.enter(where_of(begun.start, stop, digest))
@@ -256,17 +257,8 @@ class TilePass(Visitor[PlacedBatch, None, None]):
         if line is None or known is None or rows_digest(known["keys"]) != line["rows"]:
             return
         before = known["keys"]
+        if np.array_equal(before[: len(keys)], keys) and len(before) > len(keys):
+            self.expected = self.expected or begun.start + len(before)
+            raise self._fewer_rows()
         if len(before) > len(keys) or not np.array_equal(before, keys[: len(before)]):
             raise self.store.other_rows(begun.start, begun.start + len(keys))
-
-
-def finish_run(
-    influence: ComposableInfluence,
-    store: TileStore,
-    query_ids: np.ndarray,
-    train_ids: np.ndarray,
-    by_block: bool,
-    meaning: Mapping[str, Any],
-) -> None:
-    """Say that all tiles are there, and what they mean."""
-    store.finish(query_ids, train_ids, influence.block_names if by_block else [], meaning)

@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from headwater.store.draft import HOST, TOKEN, explained_errors, is_alive, remove_dead, write_new, write_whole
 
 PATIENCE = 300.0
-"""Seconds without a sign of life after which a claim from another machine is taken over."""
+"""Seconds without a sign of life after which a claim is taken over whose owner is not known to be dead."""
 
 
 class Claims:
@@ -51,10 +52,11 @@ class Claims:
         file = self._file(name)
         try:
             held, touched = json.loads(file.read_bytes()), file.stat().st_mtime
-            if held["host"] == HOST:
-                return not is_alive(int(held["process"]), str(held["token"]))
+            if held["host"] == HOST and not is_alive(int(held["process"]), str(held["token"])):
+                return True
         except (OSError, ValueError, KeyError, TypeError):
             return True
+        # Here too: what has a dead owner's number may be another process, and a live one may hang.
         now = time.monotonic()
         if self._seen.get(name, (None,))[0] != touched:  # by one clock: those of two machines may differ
             self._seen[name] = (touched, now)
@@ -73,6 +75,15 @@ class Claims:
         with suppress(OSError, ValueError):
             if json.loads(file.read_bytes()).get("token") == TOKEN:
                 file.unlink()
+
+    def remove_free(self, names: Iterable[str]) -> None:
+        """What the dead left beside these pieces, which are there: claims that nobody ended, and drafts."""
+        for folder in {self._file(name).parent for name in names}:
+            remove_dead(folder)
+            for file in folder.glob("*.claim"):
+                if self.is_free(file.relative_to(self.path).as_posix().removesuffix(".claim")):
+                    with suppress(OSError):
+                        file.unlink()
 
     def _file(self, name: str) -> Path:
         return self.path / f"{name}.claim"

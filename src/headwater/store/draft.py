@@ -80,6 +80,25 @@ def write_new(file: Path, content: bytes) -> bool:
     return True
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """What is done inside, one process does at a time, of all that do it to this folder; a dead one holds nobody up.
+
+    On systems without such locks, and on file systems that do not keep them, several may. Errors: NotWritten.
+    """
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    with explained_errors(folder):
+        file = open(folder / ".lock", "ab")  # noqa: SIM115
+    with file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def sync_folder(folder: Path) -> None:
     """Names too, and not only contents, outlast a power cut from here on."""
     if os.name != "posix":  # elsewhere a folder cannot be opened
@@ -160,7 +179,17 @@ def is_alive(pid: int, token: str) -> bool:
         return False
     except (OSError, OverflowError):  # it is someone else's
         return True
-    return True
+    return not _is_zombie(pid)
+
+
+def _is_zombie(pid: int) -> bool:
+    """Dead, and its parent has not asked how it ended: in containers whose first process never asks, for good."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:  # no Linux, or gone by now
+        return False
+    # After the name, which is in brackets and may have any bytes in it.
+    return stat.rpartition(b") ")[2][:1] in (b"Z", b"X")
 
 
 def _there(path: Path) -> AlreadySaved:

@@ -28,7 +28,7 @@ def claim_folder(path: Path, kind: str, identity: Mapping[str, Any], tolerance: 
     if not file.exists():
         # Never write into somebody's folder of other things.
         if path.exists() and not (path.is_dir() and all(is_draft(each.name) for each in path.iterdir())):
-            raise InvalidInput(
+            raise _about_folder(
                 f"{path} is not empty and holds no {kind} of headwater: there is no {IDENTITY} in it. "
                 "Choose another folder."
             )
@@ -38,15 +38,21 @@ def claim_folder(path: Path, kind: str, identity: Mapping[str, Any], tolerance: 
     remove_dead(path)
     found, seal = unsealed(file, remedy=OTHER_FOLDER)
     if found.get("kind") != kind:
-        raise InvalidInput(
+        raise _about_folder(
             f"{path} holds a {found.get('kind', 'thing of another kind')}, and no {kind}. {OTHER_FOLDER}"
         )
     # Fractions to a tolerance: a fit again, in other batches, gives another damping in its last digits.
     different = [n for n in {**found, **mine} if not same(found.get(n), mine.get(n), tolerance)]
     if different:
         changes = (f"{name} was {_short(found.get(name))}, now {_short(mine.get(name))}" for name in different)
-        raise InvalidInput(f"{path} holds another {kind}: {'; '.join(changes)}. {OTHER_FOLDER}")
+        raise _about_folder(f"{path} holds another {kind}: {'; '.join(changes)}. {OTHER_FOLDER}")
     return str(seal["digest"])
+
+
+def _about_folder(said: str) -> InvalidInput:
+    error = InvalidInput(said)
+    error.placed = True  # no rows are meant, wherever a pass may be
+    return error
 
 
 def same(a: Any, b: Any, tolerance: float) -> bool:

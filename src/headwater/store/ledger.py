@@ -36,11 +36,17 @@ class Ledger:
         text = json.dumps({**line, "line": self._digest(line)}).encode()
         with explained_errors(self.own):
             new = not self.own.exists()
-            with open(self.own, "ab") as file:
-                # A write that ended in the middle (a full disk) left half a line: ours would be glued to it.
-                file.write((b"" if new or self._ends(self.own) else b"\n") + text + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
+            with open(self.own, "ab", buffering=0) as file:
+                size = file.seek(0, os.SEEK_END)
+                # A process that had this name before may have left half a line: ours would be glued to it.
+                content = (b"" if new or self._ends(self.own) else b"\n") + text + b"\n"
+                try:
+                    while content:
+                        content = content[file.write(content) :]
+                    os.fsync(file.fileno())
+                except OSError:
+                    file.truncate(size)  # no half of a line stays: on a full disk this needs no room
+                    raise
             if new:
                 sync_folder(self.folder)
 

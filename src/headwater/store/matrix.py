@@ -47,6 +47,8 @@ class StoredMatrix:
             mine = wanted[(wanted // step) == each] - each * step
             if len(mine):
                 parts.append(self._chunk(number, each)[mine])
+        if not parts:
+            return self._chunk(number, 0)[:0]
         found = parts[0] if len(parts) == 1 else np.concatenate(parts)
         if len(parts) > 1 and (np.diff(wanted) < 0).any():  # put back in the order that was asked for
             back = np.empty(len(wanted), dtype=np.intp)

@@ -39,6 +39,13 @@ class RunSeen(TileFolder):
         rows = self._finished_rows
         return None if rows is None else math.prod(self._counts(rows))
 
+    @property
+    def unfinished(self) -> list[str]:
+        """That the run is not, in a sentence."""
+        if self._finished_rows is not None:
+            return []
+        return [f"{self.path}: not finished ({self.complete()} tiles are there). Make the call that began it again."]
+
     def damage(self, check: bool) -> Iterator[str]:
         """Each file that is lost, in a sentence; check: each that is damaged, too."""
         probe = self.path / "probe.npz"

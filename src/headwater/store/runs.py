@@ -11,12 +11,13 @@ import numpy as np
 
 from headwater.errors import DamagedFile, InvalidInput
 from headwater.store.base import Tile
-from headwater.store.draft import explained_errors, write_whole
+from headwater.store.draft import alone, explained_errors, write_whole
 from headwater.store.identity import IDENTITY
 from headwater.store.matrix import StoredMatrix, deleted_rows, meaning_of
 from headwater.store.plan import Sizes, spans
+from headwater.store.run_seen import RunSeen
 from headwater.store.seal import open_arrays, seal_arrays, sealed
-from headwater.store.tiles import AGAIN, COMPACTED, COMPLETE, FINISHED, PLAN, TileFolder, TileStore
+from headwater.store.tiles import AGAIN, COMPACTED, COMPLETE, PLAN, TileFolder, TileStore
 
 
 def delete(path: str | os.PathLike[str], ids: Iterable[object]) -> int:
@@ -24,16 +25,19 @@ def delete(path: str | os.PathLike[str], ids: Iterable[object]) -> int:
 
     Their bytes go with `compact`. Errors: NotSaved; InvalidInput, naming an id that is not there; NotWritten.
     """
-    folder = TileFolder(path)
-    belongs, names = _labels(folder)
-    wanted = np.atleast_1d(np.asarray(list(ids)))
-    missing = wanted[~np.isin(wanted, names["train"])].tolist()
-    if missing:
-        known = names["train"][:3].tolist()
-        raise InvalidInput(f"There is no train row {missing[0]!r} in {path}: ids are like {known}.")
-    out = np.union1d(deleted_rows(folder.path, belongs), np.flatnonzero(np.isin(names["train"], wanted)))
-    write_whole(folder.path / "deleted.npz", seal_arrays({"rows": out.astype(np.int64)}, f"{belongs}/deleted"))
-    return len(out)
+    with alone(TileFolder(path).path):
+        folder = TileFolder(path)
+        belongs, names = _labels(folder)
+        wanted = np.atleast_1d(np.asarray(list(ids)))
+        known = names["train"]
+        # Text and numbers: NumPy would compare them as text, or not at all.
+        alike = not len(wanted) or (wanted.dtype.kind in "US") == (known.dtype.kind in "US")
+        missing = wanted[~np.isin(wanted, known)].tolist() if alike else wanted.tolist()
+        if missing:
+            raise InvalidInput(f"There is no train row {missing[0]!r} in {path}: ids are like {known[:3].tolist()}.")
+        out = np.union1d(deleted_rows(folder.path, belongs), np.flatnonzero(np.isin(known, wanted)))
+        write_whole(folder.path / "deleted.npz", seal_arrays({"rows": out.astype(np.int64)}, f"{belongs}/deleted"))
+        return len(out)
 
 
 def compact(path: str | os.PathLike[str]) -> None:
@@ -42,38 +46,40 @@ def compact(path: str | os.PathLike[str]) -> None:
     A process that is killed on the way leaves the run as it was, or one that whoever opens it next brings to its end.
     Takes the room of the run once more, while it lasts. Errors: NotSaved; DamagedFile; NotWritten.
     """
-    folder = TileFolder(path)
-    belongs, names = _labels(folder)
-    meaning, out = meaning_of(folder), deleted_rows(folder.path, belongs)
-    if not len(out):
-        return
-    columns = np.setdiff1d(np.arange(len(names["train"])), out, assume_unique=True)
-    if not len(columns):
-        raise InvalidInput(f"All rows of {path} are deleted: remove the folder.")
-    made = folder.path / COMPACTED
-    shutil.rmtree(made, ignore_errors=True)
-    with explained_errors(made):
-        made.mkdir()
-        for name in (IDENTITY, PLAN):
-            shutil.copyfile(folder.path / name, made / name)
-    few = open_arrays(folder.path / "probe.npz", f"{folder.run}/probe", AGAIN)
-    shown = ~np.isin(np.arange(len(few["keys"])), out)
-    probe = {"keys": few["keys"][shown], "scores": few["scores"][:, :, shown]}
-    write_whole(made / "probe.npz", seal_arrays(probe, f"{folder.run}/probe"))
-    store = TileStore(made, None, lambda: folder.sizes)
-    _copy(folder, store, columns, len(names["query"]), len(names["train"]))
-    words = {name: value for name, value in meaning.items() if name not in ("train_rows", "blocks", "belongs")}
-    store.finish(names["query"], names["train"][columns], meaning["blocks"], words)
-    files = [each.name for each in made.iterdir() if each.name not in (IDENTITY, PLAN)]
-    write_whole(made / COMPLETE, json.dumps(sealed({"files": files})).encode())
+    with alone(TileFolder(path).path):
+        folder = TileFolder(path)
+        belongs, names = _labels(folder)
+        meaning, out = meaning_of(folder), deleted_rows(folder.path, belongs)
+        if not len(out):
+            return
+        columns = np.setdiff1d(np.arange(len(names["train"])), out, assume_unique=True)
+        if not len(columns):
+            raise InvalidInput(f"All rows of {path} are deleted: remove the folder.")
+        made = folder.path / COMPACTED
+        shutil.rmtree(made, ignore_errors=True)
+        with explained_errors(made):
+            made.mkdir()
+            for name in (IDENTITY, PLAN):
+                shutil.copyfile(folder.path / name, made / name)
+        few = open_arrays(folder.path / "probe.npz", f"{folder.run}/probe", AGAIN)
+        shown = ~np.isin(np.arange(len(few["keys"])), out)
+        probe = {"keys": few["keys"][shown], "scores": few["scores"][:, :, shown]}
+        write_whole(made / "probe.npz", seal_arrays(probe, f"{folder.run}/probe"))
+        store = TileStore(made, None, lambda: folder.sizes)
+        _copy(folder, store, columns, len(names["query"]), len(names["train"]))
+        words = {name: value for name, value in meaning.items() if name not in ("train_rows", "blocks", "belongs")}
+        store.finish(names["query"], _left(names["train"], columns), meaning["blocks"], words)
+        files = [each.name for each in made.iterdir() if each.name not in (IDENTITY, PLAN)]
+        write_whole(made / COMPLETE, json.dumps(sealed({"files": files})).encode())
     TileFolder(path)  # takes it
 
 
 def _copy(folder: TileFolder, store: TileStore, columns: np.ndarray, queries: int, rows: int) -> None:
     """The columns that stay, tile by tile."""
     first_line = folder.line(0, 0)
-    blocks = 0 if first_line is None else first_line["shape"][0]
-    matrices = [StoredMatrix(folder, queries, columns, rows, block) for block in range(blocks)]
+    if first_line is None:
+        raise DamagedFile(f"{folder.path}: the first tile is gone, or the ledger's line that is about it. {AGAIN}")
+    matrices = [StoredMatrix(folder, queries, columns, rows, block) for block in range(first_line["shape"][0])]
     ids, keys = _rows(folder, columns, rows)
     for first in range(0, queries, store.sizes.queries):
         wanted = np.arange(first, min(first + store.sizes.queries, queries))
@@ -106,7 +112,13 @@ def _rows(folder: TileFolder, columns: np.ndarray, rows: int) -> tuple[np.ndarra
             raise DamagedFile(f"{folder.path / 'rows' / f'{number}.npz'} is missing or damaged. {AGAIN}")
         found.append(known)
     ids, keys = (np.concatenate([known[name] for known in found]) for name in ("ids", "keys"))
-    return ids[columns], keys[columns]
+    return _left(ids, columns), keys[columns]
+
+
+def _left(names: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """The names of the rows that stay; rows that are called by their position have another one now."""
+    by_position = names.dtype.kind in "iu" and np.array_equal(names, np.arange(len(names)))
+    return np.arange(len(columns)) if by_position else names[columns]
 
 
 def _labels(folder: TileFolder) -> tuple[str, dict[str, np.ndarray]]:
@@ -118,20 +130,8 @@ def _labels(folder: TileFolder) -> tuple[str, dict[str, np.ndarray]]:
 def check(path: str | os.PathLike[str]) -> list[str]:
     """Read everything in the folder of a run: what is damaged or missing, each file by name. Empty if all is well.
 
-    Errors: NotSaved for a folder of something else; DamagedFile where what says what the rest is cannot be read.
+    What `headwater info --check` says of it; and, in a sentence more, that a run is not finished. Errors: NotSaved for
+    a folder of something else; DamagedFile where what says what the rest is cannot be read.
     """
-    folder, found = TileFolder(path), []
-    found += [f"{file}: has lines that are not as they were written" for file in folder.ledger.damaged()]
-    if not (folder.path / FINISHED).exists():
-        return [*found, f"{folder.path}: not finished ({folder.complete()} tiles are there)"]
-    try:
-        belongs, names = _labels(folder)
-        deleted_rows(folder.path, belongs)
-    except DamagedFile as error:
-        return [*found, str(error)]
-    if folder.finished_rows is None:
-        found.append(f"{folder.path}: ids.npz or labels of tiles.zarr are not as they were written. {AGAIN}")
-    tiles, queries = -(-len(names["train"]) // folder.sizes.rows), -(-len(names["query"]) // folder.sizes.queries)
-    found += [f"{folder.path}/rows/{n}.npz: missing or damaged" for n in range(tiles) if folder.rows(n) is None]
-    lost = [(n, q) for n in range(tiles) for q in range(queries) if folder.whole_line(n, q) is None]
-    return found + [f"{folder.path}/tiles.zarr/scores/c/0/{q}/{n}: missing or damaged" for n, q in lost]
+    seen = RunSeen(path)
+    return [*seen.damage(check=True), *seen.unfinished]

@@ -99,7 +99,7 @@ class Scores:
         yield slice(0, self.shape[1]), self.values if queries is None else self.values[queries]
 
     def __getitem__(self, where: Any) -> np.ndarray:
-        """By position, as NumPy has it: of queries, or of (queries, train rows)."""
+        """By position: of queries, or of (queries, train rows), each by itself: two lists give all pairs."""
         queries, *rest = where if isinstance(where, tuple) else (where,)
         wanted = np.atleast_1d(np.arange(self.shape[0])[queries])
         found = np.empty((len(wanted), *self.shape[1:]), self.dtype)

@@ -53,6 +53,20 @@ def sealed(
     return closed if inside is None else {**values, inside: closed}
 
 
+class Fields(dict[str, Any]):
+    """What a sealed file says. Errors: DamagedFile for a field that it has not, as files of another version."""
+
+    def __init__(self, values: Mapping[str, Any], file: Path):
+        super().__init__(values)
+        self.file = file
+
+    def __missing__(self, name: str) -> Any:
+        raise DamagedFile(
+            f"{self.file} has no field {name!r}: another version of headwater wrote it. Read it with that version, or "
+            "remove it and make the call that wrote it again."
+        )
+
+
 def unsealed(file: Path, inside: str | None = None, remedy: str = SAVE_AGAIN) -> tuple[dict[str, Any], dict[str, Any]]:
     """A sealed JSON file's values, and its seal. Errors: DamagedFile."""
     try:
@@ -73,9 +87,13 @@ def unsealed(file: Path, inside: str | None = None, remedy: str = SAVE_AGAIN) ->
     # Before the version is believed: it may be what was damaged.
     if claimed != digest(_canonical(values), _canonical(entry)):
         raise DamagedFile(f"{file} is damaged: it is not what was written. {remedy}")
-    if entry["version"] != VERSION:
-        raise DamagedFile(f"{file} has seals of version {entry['version']}; this headwater knows {VERSION}. {remedy}")
-    return values, {**entry, "digest": claimed}
+    if entry.get("version") != VERSION:
+        raise DamagedFile(
+            f"{file} has seals of version {entry.get('version')}; this headwater knows {VERSION}. {remedy}"
+        )
+    if inside is not None:
+        values[inside] = Fields(values[inside], file)
+    return Fields(values, file), Fields({**entry, "digest": claimed}, file)
 
 
 def _canonical(values: Mapping[str, object]) -> bytes:

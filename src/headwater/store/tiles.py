@@ -25,6 +25,7 @@ import json
 import math
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict
@@ -37,7 +38,7 @@ import numpy as np
 from headwater.errors import DamagedFile, InvalidInput, NotSaved
 from headwater.store.base import Sink, Tile
 from headwater.store.claims import Claims
-from headwater.store.draft import draft_of, explained_errors, remove_dead, sync_folder, write_new, write_whole
+from headwater.store.draft import alone, draft_of, explained_errors, remove_dead, sync_folder, write_new, write_whole
 from headwater.store.identity import IDENTITY, OTHER_FOLDER, claim_folder
 from headwater.store.kinds import kind_of
 from headwater.store.ledger import Ledger, Line
@@ -72,7 +73,7 @@ class TileFolder:
         found, _ = unsealed(file, remedy=ANEW)
         if found.pop("run", None) != self.run:
             raise DamagedFile(f"{file} belongs to another run. {ANEW}")
-        self.sizes = Sizes(**found)
+        self.sizes = Sizes(found["rows"], found["queries"], found.get("working"))
         self._ledger: Ledger | None = None
         self._lines: dict[tuple[int, int], list[Line]] = {}
         self._whole: set[tuple[int, int, str]] = set()
@@ -129,6 +130,10 @@ class TileFolder:
         """How many tiles are there."""
         self.line(0, 0)  # reads what is new
         return sum(self.line(*place) is not None for place in list(self._lines))
+
+    def _first_lines(self) -> list[Line]:
+        """One of each tile."""
+        return [lines[0] for lines in self._lines.values()]
 
     def read(self, number: int, queries: int) -> np.ndarray | None:
         """A tile that is there, whole: [block, query, train, ...]; None where `line` is, or its file is damaged."""
@@ -236,8 +241,8 @@ class TileStore(TileFolder, Sink):
             raise InvalidInput(f"The rows from {tile.start} on are no tile of {self.sizes}, or have no keys.")
         rows = self.write_rows(number, tile.ids, tile.keys)
         # Padded: all chunks of a zarr array have one shape.
-        padded = np.full((len(tile.scores), self.sizes.queries, self.sizes.rows, *tile.scores.shape[3:]), np.nan)
-        padded = padded.astype(tile.scores.dtype.newbyteorder("<"))
+        shape = (len(tile.scores), self.sizes.queries, self.sizes.rows, *tile.scores.shape[3:])
+        padded = np.full(shape, np.nan, tile.scores.dtype.newbyteorder("<"))
         padded[:, :queries, :count] = tile.scores
         content, line = padded.tobytes(), {"tile": number, "queries": first, "start": tile.start, "rows": rows}
         line |= {"stop": tile.start + count, "asked": queries, "shape": list(padded.shape), "dtype": padded.dtype.str}
@@ -295,14 +300,19 @@ class TileStore(TileFolder, Sink):
         self, query_ids: np.ndarray, train_ids: np.ndarray, blocks: list[str], meaning: Mapping[str, Any]
     ) -> None:
         """All tiles are there. meaning: what the scores mean, JSON values. Errors: NotWritten; DamagedFile."""
-        line = self.line(0, 0)
-        if line is None:
-            raise DamagedFile(f"{self.path}: the first tile is gone. {AGAIN}")
-        write_metadata(self.path, line, query_ids, train_ids, blocks)
-        ids = seal_arrays({"query": query_ids, "train": train_ids}, f"{self._belonging}/ids")
-        write_whole(self.path / "ids.npz", ids)
-        found = {**meaning, "train_rows": len(train_ids), "blocks": blocks, "belongs": self._belonging}
-        write_whole(self.path / FINISHED, json.dumps(sealed(found, labels_digests(self.path)), indent=1).encode())
+        with alone(self.path):
+            if self.finished_rows == len(train_ids):  # another worker was quicker
+                return
+            line = self.line(0, 0)
+            if line is None:
+                raise DamagedFile(f"{self.path}: the first tile is gone. {AGAIN}")
+            for folder in {self.path / "rows", *(file.parent for file in map(self._chunk, self._first_lines()))}:
+                remove_dead(folder)
+            write_metadata(self.path, line, query_ids, train_ids, blocks)
+            ids = seal_arrays({"query": query_ids, "train": train_ids}, f"{self._belonging}/ids")
+            write_whole(self.path / "ids.npz", ids)
+            found = {**meaning, "train_rows": len(train_ids), "blocks": blocks, "belongs": self._belonging}
+            write_whole(self.path / FINISHED, json.dumps(sealed(found, labels_digests(self.path)), indent=1).encode())
 
 
 def labels_digests(path: Path) -> dict[str, str]:
@@ -364,7 +374,12 @@ def write_metadata(path: Path, line: Line, query_ids: np.ndarray, train_ids: np.
             for name in ("scores/zarr.json", "zarr.json"):
                 (written / name).replace(array / name)
     finally:
-        shutil.rmtree(written, ignore_errors=True)
+        # Of a write that failed, zarr's threads may still write others: what they put back is removed, too.
+        for _ in range(20):
+            shutil.rmtree(written, ignore_errors=True)
+            if not written.exists():
+                break
+            time.sleep(0.01)
 
 
 def finish_compaction(path: Path) -> None:
@@ -372,17 +387,23 @@ def finish_compaction(path: Path) -> None:
     made = path / COMPACTED
     if not (made / COMPLETE).is_file():
         return
-    names, _ = unsealed(made / COMPLETE, remedy="Compact the run again.")
-    with explained_errors(path):
+    with alone(path), explained_errors(path):
+        if not (made / COMPLETE).is_file():  # another process was quicker
+            return
+        names, _ = unsealed(made / COMPLETE, remedy="Compact the run again.")
         for old in [*path.glob("ledger-*.jsonl"), *path.glob("sums-*.npz"), path / "deleted.npz"]:
             if old.name not in names["files"]:
                 old.unlink(missing_ok=True)
         # What has been moved is no longer there: this may be the second time.
         for name in names["files"]:
             if (made / name).exists():
-                shutil.rmtree(path / name, ignore_errors=True)
+                if (path / name).is_dir():  # aside, at once: a folder cannot be replaced
+                    aside = draft_of(path / name)
+                    (path / name).rename(aside)
+                    shutil.rmtree(aside, ignore_errors=True)
                 (made / name).replace(path / name)
         sync_folder(path)
+        remove_dead(path)  # what an earlier attempt put aside
         shutil.rmtree(made, ignore_errors=True)
 
 

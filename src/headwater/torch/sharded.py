@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 import zlib
 from collections.abc import Iterable, Iterator
@@ -213,6 +214,9 @@ def checksum(x: object) -> int:
 
 def class_of(module: nn.Module) -> type[nn.Module]:
     """The module's class before FSDP2 put one of its own in its place, "FSDP" and the name."""
+    # Who has such a module has imported what makes them; for all others that would be most of a second.
+    if "torch.distributed.fsdp" not in sys.modules:
+        return type(module)
     from torch.distributed.fsdp import FSDPModule
 
     if not isinstance(module, FSDPModule):

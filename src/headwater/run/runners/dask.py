@@ -31,12 +31,12 @@ from headwater.errors import InvalidInput
 from headwater.influence import ComposableInfluence
 from headwater.loaders.places import Place, located
 from headwater.rows import PlacedBatch, Read, Rows, Visitor, first_batch, fold, sweep
-from headwater.run.attribute import Kept, PairRun
+from headwater.run.attribute import PairRun, Storage
 from headwater.run.diagnosis import RunSums
 from headwater.run.queries import Asked
 from headwater.run.runners.shared import ROWS, SharedFolder, on_host, rows_of, shared_folder
 from headwater.run.runners.turns import Turn
-from headwater.run.tiles import PROBE_ROWS, Span, TilePass
+from headwater.run.tiles import PROBE_ROWS, QuerySpan, TilePass
 from headwater.store.scores import Scores
 from headwater.store.tiles import TileStore
 from headwater.types import InfluenceMode
@@ -236,7 +236,7 @@ class _Job:
         self.rows: Rows = influence.train_rows(train)
         self.sums: RunSums | None = None
         self._fitted = False
-        self._scores: tuple[TileStore, Sequence[Span]] | None = None
+        self._scores: tuple[TileStore, Sequence[QuerySpan]] | None = None
 
     @classmethod
     def made(cls, setup: Make | str, folder: Path) -> _Job:
@@ -253,11 +253,11 @@ class _Job:
     def run(self, options: Mapping[str, Any]) -> PairRun:
         """All scores, as `Attributor.attribute` would compute them."""
         known: dict[str, Any] = {"unit": "influence", "by_block": False, "mode": "up", "memory": None, **options}
-        kept, mode = Kept(self.folder / "scores", known["memory"]), InfluenceMode(known["mode"])
+        storage, mode = Storage(self.folder / "scores", known["memory"]), InfluenceMode(known["mode"])
         asked = Asked.of(self.influence, self.influence.query_rows(self.query))
-        return PairRun(self.influence, asked, known["unit"], known["by_block"], mode, kept, False)
+        return PairRun(self.influence, asked, known["unit"], known["by_block"], mode, storage, False)
 
-    def scores(self, done: Done, options: Mapping[str, Any]) -> tuple[TileStore, Sequence[Span]]:
+    def scores(self, done: Done, options: Mapping[str, Any]) -> tuple[TileStore, Sequence[QuerySpan]]:
         """The store, and spans of queries; the model is known by its probe, in every process."""
         self.fit(done, 0)
         if self._scores is None:

@@ -42,6 +42,9 @@ def worker_of(worker: Worker) -> tuple[int, int]:
                 f"worker is {worker!r}; expected (number, count), 'number/count' such as '0/8', or 'env'."
             )
         worker = int(found[1]), int(found[2])
+    pair = isinstance(worker, tuple) and len(worker) == 2 and all(type(each) is int for each in worker)
+    if not pair:
+        raise InvalidSetting(f"worker is {worker!r}; expected (number, count), 'number/count' such as '0/8', or 'env'.")
     number, count = worker
     if not 0 <= number < count:
         raise InvalidSetting(f"worker is {worker}; expected (number, count), with the number from 0 to count - 1.")

@@ -76,4 +76,5 @@ def take_turns(
         if again != tiles:  # rows with ids may come in any order
             raise BatchMismatch(f"The loader gives its rows in another order each time: tiles need one. {REMEDY}")
         tries.update(computed)
+    claims.remove_free(tile.name for tile in tiles)
     return tiles
