@@ -172,7 +172,8 @@ class _Factors(Each[PlacedBatch, Queries]):
 def factor_bytes(influence: ComposableInfluence, asked: Asked) -> float:
     """Bytes that one query's factors take, as the first ones show."""
     if asked.ready is not None:
-        return float(sum(v.layout.size * v.like.dtype.itemsize for v in asked.ready.left.values()))
+        one = asked.ready.take(slice(0, 1)).left
+        return float(sum(v.layout.size * v.like.dtype.itemsize for v in one.values()))
     first = asked.pieces[0].take(slice(0, 1))
     grads = influence.provider.grads(first.batch, query=True)
     # Of the forms that it may be kept in, the largest: which one is cheaper depends on the run.

@@ -80,25 +80,6 @@ def write_new(file: Path, content: bytes) -> bool:
     return True
 
 
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """What is done inside, one process does at a time, of all that do it to this folder; a dead one holds nobody up.
-
-    On systems without such locks, and on file systems that do not keep them, several may. Errors: NotWritten.
-    """
-    if os.name != "posix":
-        yield
-        return
-    import fcntl
-
-    with explained_errors(folder):
-        file = open(folder / ".lock", "ab")  # noqa: SIM115
-    with file:
-        with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def sync_folder(folder: Path) -> None:
     """Names too, and not only contents, outlast a power cut from here on."""
     if os.name != "posix":  # elsewhere a folder cannot be opened

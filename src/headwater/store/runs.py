@@ -6,18 +6,20 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 
 from headwater.errors import DamagedFile, InvalidInput
 from headwater.store.base import Tile
-from headwater.store.draft import alone, explained_errors, write_whole
+from headwater.store.draft import explained_errors, write_whole
 from headwater.store.identity import IDENTITY
+from headwater.store.lock import locked
 from headwater.store.matrix import StoredMatrix, deleted_rows, meaning_of
 from headwater.store.plan import Sizes, spans
 from headwater.store.run_seen import RunSeen
 from headwater.store.seal import open_arrays, seal_arrays, sealed
-from headwater.store.tiles import AGAIN, COMPACTED, COMPLETE, PLAN, TileFolder, TileStore
+from headwater.store.tiles import AGAIN, COMPACTED, COMPLETE, LOCK, PLAN, TileFolder, TileStore, take_compacted
 
 
 def delete(path: str | os.PathLike[str], ids: Iterable[object]) -> int:
@@ -25,7 +27,8 @@ def delete(path: str | os.PathLike[str], ids: Iterable[object]) -> int:
 
     Their bytes go with `compact`. Errors: NotSaved; InvalidInput, naming an id that is not there; NotWritten.
     """
-    with alone(TileFolder(path).path):
+    with locked(TileFolder(path).path / LOCK):
+        take_compacted(Path(path))  # of one that was killed since
         folder = TileFolder(path)
         belongs, names = _labels(folder)
         wanted = np.atleast_1d(np.asarray(list(ids)))
@@ -46,7 +49,8 @@ def compact(path: str | os.PathLike[str]) -> None:
     A process that is killed on the way leaves the run as it was, or one that whoever opens it next brings to its end.
     Takes the room of the run once more, while it lasts. Errors: NotSaved; DamagedFile; NotWritten.
     """
-    with alone(TileFolder(path).path):
+    with locked(TileFolder(path).path / LOCK):
+        take_compacted(Path(path))  # of one that was killed since
         folder = TileFolder(path)
         belongs, names = _labels(folder)
         meaning, out = meaning_of(folder), deleted_rows(folder.path, belongs)
@@ -69,9 +73,9 @@ def compact(path: str | os.PathLike[str]) -> None:
         _copy(folder, store, columns, len(names["query"]), len(names["train"]))
         words = {name: value for name, value in meaning.items() if name not in ("train_rows", "blocks", "belongs")}
         store.finish(names["query"], _left(names["train"], columns), meaning["blocks"], words)
-        files = [each.name for each in made.iterdir() if each.name not in (IDENTITY, PLAN)]
+        files = [each.name for each in made.iterdir() if each.name not in (IDENTITY, PLAN, LOCK)]
         write_whole(made / COMPLETE, json.dumps(sealed({"files": files})).encode())
-    TileFolder(path)  # takes it
+        take_compacted(folder.path)
 
 
 def _copy(folder: TileFolder, store: TileStore, columns: np.ndarray, queries: int, rows: int) -> None:

@@ -38,10 +38,11 @@ import numpy as np
 from headwater.errors import DamagedFile, InvalidInput, NotSaved
 from headwater.store.base import Sink, Tile
 from headwater.store.claims import Claims
-from headwater.store.draft import alone, draft_of, explained_errors, remove_dead, sync_folder, write_new, write_whole
+from headwater.store.draft import draft_of, explained_errors, remove_dead, sync_folder, write_new, write_whole
 from headwater.store.identity import IDENTITY, OTHER_FOLDER, claim_folder
 from headwater.store.kinds import kind_of
 from headwater.store.ledger import Ledger, Line
+from headwater.store.lock import locked
 from headwater.store.plan import Sizes
 from headwater.store.seal import digest, open_arrays, seal_arrays, sealed, unsealed
 
@@ -50,6 +51,8 @@ Where = tuple[int, int, int]
 KIND = "run"
 PLAN, FINISHED = "plan.json", "finished.json"
 COMPACTED, COMPLETE = "compacted", "complete.json"
+LOCK = ".lock"
+"""Held by who deletes, compacts, or brings a run to its end."""
 LABELS = ("block", "query", "train")
 CHECKSUM = 4
 """Bytes at the end of a chunk: CRC-32C of the others, as zarr's codec of that name writes it."""
@@ -300,7 +303,7 @@ class TileStore(TileFolder, Sink):
         self, query_ids: np.ndarray, train_ids: np.ndarray, blocks: list[str], meaning: Mapping[str, Any]
     ) -> None:
         """All tiles are there. meaning: what the scores mean, JSON values. Errors: NotWritten; DamagedFile."""
-        with alone(self.path):
+        with locked(self.path / LOCK):
             if self.finished_rows == len(train_ids):  # another worker was quicker
                 return
             line = self.line(0, 0)
@@ -387,7 +390,14 @@ def finish_compaction(path: Path) -> None:
     made = path / COMPACTED
     if not (made / COMPLETE).is_file():
         return
-    with alone(path), explained_errors(path):
+    with locked(path / LOCK):
+        take_compacted(path)
+
+
+def take_compacted(path: Path) -> None:
+    """The same for who holds the lock."""
+    made = path / COMPACTED
+    with explained_errors(path):
         if not (made / COMPLETE).is_file():  # another process was quicker
             return
         names, _ = unsealed(made / COMPLETE, remedy="Compact the run again.")
