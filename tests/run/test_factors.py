@@ -16,7 +16,10 @@ from headwater.torch import TorchBatch
 METHODS = [
     hw.Ekfac(),
     hw.LoGra(dimension=2),
-    *(pytest.param(m, marks=pytest.mark.slow) for m in (hw.Direct(), hw.Cg(tolerance=1e-6), hw.Dual(), hw.LoRif(dimension=3))),
+    *(
+        pytest.param(m, marks=pytest.mark.slow)
+        for m in (hw.Direct(), hw.Cg(tolerance=1e-6), hw.Dual(), hw.LoRif(dimension=3))
+    ),
 ]
 
 
