@@ -132,7 +132,7 @@ def _labels(folder: TileFolder) -> tuple[str, dict[str, np.ndarray]]:
 
 
 def check(path: str | os.PathLike[str]) -> list[str]:
-    """Read everything in the folder of a run: what is damaged or missing, each file by name. Empty if all is well.
+    """Read everything in the folder of a run: what is damaged or missing, each file by name. Empty where nothing is.
 
     What `headwater info --check` says of it; and, in a sentence more, that a run is not finished. Errors: NotSaved for
     a folder of something else; DamagedFile where what says what the rest is cannot be read.
