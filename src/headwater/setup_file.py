@@ -90,6 +90,7 @@ def _importable(place: str, folder: Path | None) -> Iterator[None]:
 
 def _load(place: str, folder: Path | None) -> ModuleType:
     if not place.endswith(".py"):
+        importlib.invalidate_caches()  # the file may be younger than what was seen of its folder
         return importlib.import_module(place)
     path = (Path(folder or "") / place).resolve()
     if not path.is_file():
