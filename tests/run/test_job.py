@@ -185,9 +185,9 @@ def test_a_refused_call_leaves_the_settings_of_the_results(job, capsys):
 
 
 def test_a_file_that_has_just_changed_is_read_as_it_is(job):
-    for rows in (48, 32, 40):  # files of one size
-        (job.parent / "mine.py").write_text(SETUP.replace("range(0, 48, 8)", f"range(0, {rows}, 8)"))
-        assert len(list(Job.read(str(job)).load().train)) == rows // 8
+    for count in (48, 32, 40):  # files of one size
+        (job.parent / "mine.py").write_text(SETUP.replace("range(0, 48, 8)", f"range(0, {count}, 8)"))
+        assert len(list(Job.read(str(job)).load().train)) == count // 8
 
 
 def test_workers_share_one_store_and_find_the_same_scores(job, capsys):
