@@ -130,10 +130,9 @@ class Attributor(ComposableInfluence[TensorType]):
         store: a folder where finished tiles are kept, so that the same call goes on where a stopped one ended; scores
         then stay there, and are read when they are asked for. append: the loader has more rows than the finished run
         in the folder, at its end; only they are computed, and of rows that were not fitted scores say what adding them
-        would do. memory: bytes that this process may hold in all (also
-        "2GiB"); tiles are made as small as that takes. worker: as in `fit`, of processes that make the
-        same call with the same store: each computes its share of the tiles, then what nobody else is at, and returns
-        all scores.
+        would do. memory: bytes that this process may hold in all (also "2GiB"); tiles are made as small as that takes.
+        worker: as in `fit`, of processes that make the same call with the same store: each computes its share of the
+        tiles, then what nobody else is at, and returns all scores.
         Errors: InvalidInput for a folder of another run, or other rows; InvalidSetting for too little memory.
         """
         from headwater.run.attribute import Storage, attribute

@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from headwater.arrays import Array, transpose
+from headwater.arrays import Array, itemsize, transpose
 from headwater.errors import InvalidInput
 from headwater.gradients.block import BlockGradient, stack
 from headwater.gradients.provider import BlockGradients, BlockProvider, StructuredGradientProvider
@@ -153,6 +153,12 @@ class Queries:
         """Their sum, times `share`, as one query: a score is linear in the query's gradient."""
         left = OrderedDict((name, value.total(share)) for name, value in self.left.items())
         return Queries(left, self.right, self.forms)
+
+    @property
+    def bytes_each(self) -> int:
+        """Of one query's factors, made dense."""
+        one = self.take(slice(0, 1)).left
+        return sum(value.layout.size * itemsize(value.like) for value in one.values())
 
     def scores(self, train: BlockGradients) -> ByBlock:
         """By block: [q, n]."""

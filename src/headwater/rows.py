@@ -63,9 +63,10 @@ class PlacedBatch:
         """Whether the rows come from a store of gradients, and not from a loader."""
         return False
 
-    def content_keys(self, provider: StructuredGradientProvider) -> np.ndarray:
-        """Of all that is known of the rows: uint64 [n]."""
-        return provider.content_keys(self.batch)
+    def whole_keys(self, provider: StructuredGradientProvider) -> np.ndarray:
+        """Of all that is said of the rows: uint64 [n]."""
+        keys = RowKeys.of(provider, self.batch) if self.keys is None else self.keys
+        return keys.whole
 
     def unweighted_grads(self, provider: StructuredGradientProvider) -> BlockGradients:
         """Gradients of the rows, each with the weight of one."""

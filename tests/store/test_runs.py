@@ -249,6 +249,120 @@ def iter_again(batches):
     return Loader()
 
 
+# One number from every path ------------------------------------------------------------------------------------------
+
+ROUTES = [
+    hw.GradDot(),
+    hw.GradCos(),
+    hw.Direct("ggn"),
+    hw.Dual(),
+    hw.DataInf(),
+    hw.Cg(tolerance=1e-10),
+    hw.BlockKrylov(tolerance=1e-10),
+    hw.Arnoldi(rank=4, curvature="ggn"),
+    hw.Nystroem(rank=4),
+    hw.Kfac(),
+    hw.Ekfac(rank=2),
+    hw.LoGra(dimension=2),
+    hw.Trak(dimension=8),
+]
+
+
+@pytest.mark.parametrize("method", ROUTES, ids=lambda method: type(method).__name__)
+def test_scores_do_not_depend_on_tiles_spans_or_where_they_are_kept(method, tmp_path, spans_of_three):
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).double()
+    train = [(X[k : k + 7].double(), Y[k : k + 7]) for k in range(0, 50, 7)]
+    query = [(X[:7].double() + 0.1, Y[:7])]
+    fitted = TorchComposableInfluence(model, torch.nn.CrossEntropyLoss(), method, damping=hw.relative(0.5)).fit(train)
+    whole = fitted.attribute(train, query)
+    size = 1e-6 * np.abs(whole.values).max()
+    for found in (
+        fitted.attribute(train, query, store=tmp_path / "run"),
+        fitted.attribute(train, query, memory="64GiB"),
+        fitted.attribute(batches_of_doubles(50), query),
+        fitted.attribute(batches_of_doubles(1), query),
+    ):
+        np.testing.assert_allclose(found.values, whole.values, rtol=1e-6, atol=size)
+        assert (found.residuals or {}).keys() == (whole.residuals or {}).keys()
+    ends = fitted.top(train, query, 3, memory="64GiB")
+    np.testing.assert_allclose(ends.helpful_scores, whole.top(3).helpful_scores, rtol=1e-6, atol=size)
+
+
+def batches_of_doubles(size):
+    return [(X[k : k + size].double(), Y[k : k + size]) for k in range(0, 50, size)]
+
+
+def by_torch():
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).double()
+    return TorchComposableInfluence(model, torch.nn.CrossEntropyLoss(), hw.Direct("ggn"), damping=0.3), torch.as_tensor
+
+
+def by_jax():
+    import jax.numpy as jnp
+
+    from headwater.jax import JaxComposableInfluence
+    from headwater.jax.losses import cross_entropy
+
+    weights = np.random.default_rng(1).standard_normal((4, 3))
+    return JaxComposableInfluence(
+        lambda w, x: jnp.tanh(x @ w), weights, cross_entropy, hw.Ekfac(), damping=0.3
+    ), np.asarray
+
+
+def by_sklearn():
+    from sklearn.linear_model import LogisticRegression
+
+    from headwater.sklearn import SklearnComposableInfluence
+
+    return SklearnComposableInfluence(LogisticRegression().fit(X.numpy(), Y.numpy()), hw.Direct()), np.asarray
+
+
+@pytest.mark.parametrize("make", [by_torch, by_jax, by_sklearn], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("mode", ["up", "perturbation"])
+def test_every_framework_has_one_number_in_memory_in_a_folder_and_as_tensors(make, mode, tmp_path, spans_of_three):
+    influence, array = make()
+    x, y = array(X.double().numpy()), array(Y.numpy())
+    train, query = [(x[k : k + 7], y[k : k + 7]) for k in range(0, 50, 7)], [(x[:5] + 0.1, y[:5])]
+    influence.fit(train)
+    expected = np.asarray(influence.influences(*query[0], x, y, mode=mode))
+    size = np.abs(expected).max()
+    for options in (
+        {},
+        {"store": tmp_path / "run"},
+        {"memory": "64GiB"},
+        {"store": tmp_path / "blocks", "by_block": True},
+    ):
+        found = influence.attribute(train, query, mode=mode, **options)
+        np.testing.assert_allclose(found.values, expected, rtol=1e-4, atol=1e-5 * size)
+
+
+def test_a_run_of_a_loader_goes_on_from_kept_gradients_of_its_rows(influence, tmp_path, monkeypatch):
+    """Rows have ids here: a row is known in one way, wherever it comes from."""
+    train = batches(range(50))
+    kept = influence.gradients(train, store=tmp_path / "kept")
+    whole = influence.attribute(train, QUERIES, store=tmp_path / "run").values
+    factors = influence.factors(QUERIES, store=tmp_path / "factors")
+    monkeypatch.setattr("headwater.store.tiles.TileStore.write", None)  # nothing is computed
+    for rows, queries in ((kept, QUERIES), (train, factors), (kept, factors)):
+        np.testing.assert_array_equal(influence.attribute(rows, queries, store=tmp_path / "run").values, whole)
+
+
+def test_self_influence_keeps_to_a_budget_without_a_folder_too(influence, monkeypatch):
+    from headwater.arrays import working_memory_limit
+
+    limits, of = [], type(influence).self_influence_of
+    monkeypatch.setattr("headwater.run.plan.resident_memory", lambda: 0)
+    monkeypatch.setattr(
+        type(influence), "self_influence_of", lambda *given: limits.append(working_memory_limit()) or of(*given)
+    )
+    expected = influence.self_influence(batches(range(50)))
+    found = influence.self_influence(batches(range(50)), memory="128MiB")
+    assert limits[0] == 64 * 2**20 and limits[-1] <= 8 * 2**20
+    np.testing.assert_array_equal(found, expected)
+
+
 # Found by attacks -----------------------------------------------------------------------------------------------------
 
 
@@ -321,10 +435,10 @@ def test_many_numbers_for_each_pair_make_fewer_queries_a_tile(influence, monkeyp
     from headwater.run.plan import tile_sizes
 
     rows = influence.train_rows(batches(range(50)))
-    sizes = tile_sizes(influence.provider, rows, 2000, 3 * 512, 8, None, lambda: 1.0)
+    sizes = tile_sizes(influence.provider, rows, 2000, 3 * 512, None, 1.0)
     assert sizes.rows * sizes.queries * 3 * 512 * 8 <= 64 * 2**20
     with pytest.raises(InvalidSetting, match="One pair of rows takes"):
-        tile_sizes(influence.provider, rows, 2000, 2**26, 8, None, lambda: 1.0)
+        tile_sizes(influence.provider, rows, 2000, 2**26, None, 1.0)
 
 
 @pytest.mark.parametrize("worker", [3, None, ("0", "2"), (1, 2, 3), (0.5, 2), (True, 2)], ids=str)

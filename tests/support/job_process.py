@@ -1,6 +1,7 @@
 """A command line in a process that was forked off a server which has imported what it needs: real, and soon there."""
 
 import os
+import signal
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -18,6 +19,8 @@ def start(folder: Path, words: list[str], **environment: str):
 
 
 def _main(folder: Path, words: list[str], environment: dict[str, str]) -> None:
+    # Shells let what they start in the background ignore Ctrl-C, and that is inherited.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(folder)
     os.environ.update(environment)
     os.dup2(os.open("said", os.O_WRONLY | os.O_CREAT), 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Group, Parameter
@@ -33,6 +34,22 @@ YOURS, LOOK, TRY = (Group.create_ordered(name) for name in ("Your own job", "Loo
 
 Quiet = Annotated[bool, Parameter(negative="")]
 Json = Annotated[bool, Parameter(name="--json", negative="")]
+
+SetupOrJob = Annotated[
+    str,
+    Parameter(help="A job file (see `headwater init`); or only a setup: FILE.py, FILE.py:function or module:function."),
+]
+Store = Annotated[Path | None, Parameter(help="Folder of the results, in place of the job's.")]
+Memory = Annotated[
+    str | None, Parameter(help="Bytes that the process may hold in all, as 2GiB or 500MB, in place of the job's.")
+]
+Worker = Annotated[
+    str,
+    Parameter(
+        help="Share the work: NUMBER/COUNT, each process with its number from 0, as 0/4, 1/4, 2/4, 3/4; or env, under "
+        "torchrun or SLURM."
+    ),
+]
 
 if TYPE_CHECKING:
     Method = str

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
@@ -94,14 +95,8 @@ def text(
 
 
 @app.command(show=False)
-def verses(
-    *,
-    out: Path = Path("headwater-verses"),
-    passages: int = 3000,
-    queries: int = 300,
-    method: TextMethod = "logra",
-    quiet: Quiet = False,
-) -> None:
-    """The old spelling of `headwater demo text`."""
+@wraps(text, assigned=("__annotations__",))
+def verses(**given: Any) -> None:
+    """The old spelling of `headwater demo text`, with its options."""
     print("headwater: verses is now demo text; the old spelling ends in 0.2.", file=sys.stderr)
-    text(out=out, passages=passages, queries=queries, method=method, quiet=quiet)
+    text(**given)

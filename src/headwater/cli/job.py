@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from headwater.cli.app import YOURS, Json, Quiet, app, command
+from headwater.cli.app import YOURS, Json, Memory, Quiet, SetupOrJob, Store, Worker, app, command
 from headwater.cli.stops import kept
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def init(file: Path = Path("job.toml"), /) -> None:
 
 @app.command(group=YOURS)
 def fit(
-    job: str, /, *, store: Path | None = None, worker: str = "0/1", json: Json = False, quiet: Quiet = False
+    job: SetupOrJob, /, *, store: Store = None, worker: Worker = "0/1", json: Json = False, quiet: Quiet = False
 ) -> None:
     """Fit the job's influence to its train rows. What a stopped call finished is kept, and this one goes on there.
 
@@ -46,13 +46,6 @@ def fit(
 
     Parameters
     ----------
-    job
-        A job file (see `headwater init`); or only a setup: FILE.py, FILE.py:function or module:function.
-    store
-        Folder of the results, in place of the job's.
-    worker
-        Share the work: NUMBER/COUNT, each process with its number from 0, as 0/4, 1/4, 2/4, 3/4;
-        or env, under torchrun or SLURM.
     json
         Print JSON.
     quiet
@@ -67,12 +60,12 @@ def fit(
 
 @app.command(group=YOURS)
 def score(
-    job: str,
+    job: SetupOrJob,
     /,
     *,
-    store: Path | None = None,
-    memory: str | None = None,
-    worker: str = "0/1",
+    store: Store = None,
+    memory: Memory = None,
+    worker: Worker = "0/1",
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -82,15 +75,6 @@ def score(
 
     Parameters
     ----------
-    job
-        A job file (see `headwater init`); or only a setup: FILE.py, FILE.py:function or module:function.
-    store
-        Folder of the results, in place of the job's.
-    memory
-        Bytes that the process may hold in all, as 2GiB or 500MB, in place of the job's.
-    worker
-        Share the work: NUMBER/COUNT, each process with its number from 0, as 0/4, 1/4, 2/4, 3/4;
-        or env, under torchrun or SLURM.
     json
         Print JSON.
     quiet
@@ -104,12 +88,12 @@ def score(
 
 @app.command(group=YOURS)
 def append(
-    job: str,
+    job: SetupOrJob,
     /,
     *,
-    store: Path | None = None,
-    memory: str | None = None,
-    worker: str = "0/1",
+    store: Store = None,
+    memory: Memory = None,
+    worker: Worker = "0/1",
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -119,15 +103,6 @@ def append(
 
     Parameters
     ----------
-    job
-        A job file (see `headwater init`); or only a setup: FILE.py, FILE.py:function or module:function.
-    store
-        Folder of the results, in place of the job's.
-    memory
-        Bytes that the process may hold in all, as 2GiB or 500MB, in place of the job's.
-    worker
-        Share the work: NUMBER/COUNT, each process with its number from 0, as 0/4, 1/4, 2/4, 3/4;
-        or env, under torchrun or SLURM.
     json
         Print JSON.
     quiet
@@ -141,14 +116,14 @@ def append(
 
 @app.command(group=YOURS)
 def top(
-    job: str,
+    job: SetupOrJob,
     /,
     *,
     k: int | None = None,
     query: Annotated[tuple[str, ...], Parameter(negative="")] = (),
     every: Annotated[bool, Parameter(name="--all", negative="")] = False,
-    store: Path | None = None,
-    memory: str | None = None,
+    store: Store = None,
+    memory: Memory = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -158,18 +133,12 @@ def top(
 
     Parameters
     ----------
-    job
-        A job file (see `headwater init`); or only a setup: FILE.py, FILE.py:function or module:function.
     k
         Rows at each end, in place of the job's.
     query
         A query's id, in place of the first ten queries; may be given several times.
     every
         All queries.
-    store
-        Folder of the results, in place of the job's.
-    memory
-        Bytes that the process may hold in all, as 2GiB or 500MB, in place of the job's.
     json
         Print JSON: of all queries, unless --query names some.
     quiet

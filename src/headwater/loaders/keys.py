@@ -61,6 +61,11 @@ class RowKeys:
         return len(self.content)
 
     @property
+    def whole(self) -> np.ndarray:
+        """Of everything that is said of a row: content, weight and id."""
+        return self.weighted if self.ids is None else row_digests([self.weighted, self.ids])
+
+    @property
     def names(self) -> np.ndarray:
         """What a row is called from pass to pass."""
         return self.weighted if self.ids is None else self.ids

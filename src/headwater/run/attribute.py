@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from headwater.arrays import to_numpy, working_memory, working_memory_limit
+from headwater.arrays import itemsize, to_numpy, working_memory, working_memory_limit
 from headwater.errors import InvalidInput, InvalidSetting
 from headwater.gradients.provider import BlockGradients
 from headwater.influence import ComposableInfluence
@@ -18,8 +18,8 @@ from headwater.operators.iterative import SolveReport, joined, recorded_solves
 from headwater.rows import Each, PlacedBatch, Rows, Visitor, first_batch
 from headwater.run.diagnosis import RunSums, diagnosis_of, meets_the_loss
 from headwater.run.identity import fit_identity
-from headwater.run.plan import budget_of, tile_sizes
-from headwater.run.queries import Asked, PairScorer, factor_bytes
+from headwater.run.plan import budget_of, factor_bytes, tile_sizes
+from headwater.run.queries import Asked, PairScorer
 from headwater.run.ranking import Ranking
 from headwater.run.rows import FittedRows, check_scores, distinct, sweep_rows
 from headwater.run.runners.environment import Worker
@@ -142,15 +142,12 @@ class PairRun:
         forecast = self.unit == "removal"
         return FittedRows(self.influence, forecast, self.asked.fitted, some_are_new=self.storage.append)
 
-    @property
-    def sums_up(self) -> bool:
-        # In perturbation mode train gradients are not met, but their derivatives.
-        return meets_the_loss(self.influence) and self.mode is InfluenceMode.Up
-
-    def _sums(self, loader: Iterable[object], store: TileStore | None) -> RunSums | None:
-        # Kept gradients have a store's dtype and form: their sums do not say whether the weights are a minimum.
+    def sums(self, loader: Iterable[object], store: TileStore | None) -> RunSums | None:
+        """Of train gradients, which say whether the weights are a minimum; None where they are not met."""
+        # Kept gradients have a store's dtype and form; in perturbation mode gradients' derivatives are met.
         kept = isinstance(loader, Rows) and loader.is_kept
-        return RunSums(self.influence.provider, store) if self.sums_up and not kept else None
+        meets = meets_the_loss(self.influence) and self.mode is InfluenceMode.Up and not kept
+        return RunSums(self.influence.provider, store) if meets else None
 
     def _scorer(self, asked: Asked) -> PairScorer:
         return PairScorer(self.influence, asked, self.mode, self.by_block, self.scale, self.progress)
@@ -169,9 +166,8 @@ class PairRun:
             train,
             len(self.asked),
             self._numbers(train),
-            8,
             budget_of(self.storage.memory),
-            lambda: factor_bytes(self.influence, self.asked),
+            factor_bytes(self.influence) if self.asked.ready is None else self.asked.ready.bytes_each,
         )
 
     # In memory --------------------------------------------------------------------------------------------------------
@@ -202,7 +198,7 @@ class PairRun:
     def in_memory(self, loader: Iterable[object]) -> Scores:
         self._check_room(loader)
         memory = MemorySink()
-        sums = self._sums(loader, None)
+        sums = self.sums(loader, None)
         with recorded_solves() as log:
             train_ids = self.into(lambda *_: memory, loader, sums)
         seen = None if sums is None else sums.finished(self.influence, loader, self.progress)
@@ -223,7 +219,13 @@ class PairRun:
         if budget is None:
             return
         train = self.influence.train_rows(loader)
-        size = train.count() * len(self.asked) * self._numbers(train) * (2 if self.by_block else 1) * 4
+        size = (
+            train.count()
+            * len(self.asked)
+            * self._numbers(train)
+            * (2 if self.by_block else 1)
+            * itemsize(self.influence.like())
+        )
         if size > budget - resident_memory():
             raise InvalidSetting(
                 f"memory={self.storage.memory!r} has no room for the scores, {size / 2**20:.0f} MiB: give store=, "
@@ -248,10 +250,10 @@ class PairRun:
         """Compute what is missing; the scores stay on disk."""
         loader = self.influence.train_rows(loader)  # one object for all passes: its tiles are those of the run
         store = self.store(loader)
-        sums = self._sums(loader, store)
+        sums = self.sums(loader, store)
         with recorded_solves() as log:
             spans = self.spans(store)
-            solved = bool(_solves(log, spans))
+            tolerance = self.tolerance(store, spans)
             train_ids = run_tiles(
                 self.influence,
                 loader,
@@ -263,8 +265,7 @@ class PairRun:
                 append=self.storage.append,
                 progress=self.progress,
                 sums=sums,
-                # Solves stop at a tolerance, and where they stop depends on what else is solved with them.
-                tolerance=max(store.tolerance, 1e-3) if solved else None,
+                tolerance=tolerance,
             )
         if store.finished_rows != len(train_ids):
             seen = None if sums is None else sums.finished(self.influence, loader, self.progress)
@@ -288,6 +289,13 @@ class PairRun:
         parts = enumerate(self.asked.spans(step))
         return [QuerySpan(k, k * step, lambda part=part: self._scorer(part)) for k, part in parts]  # type: ignore[misc]
 
+    def tolerance(self, store: TileStore, spans: Sequence[QuerySpan]) -> float:
+        """Of the probe, which needs the first queries' factors in any case."""
+        with recorded_solves() as log:
+            _ = spans[0].scorer
+        # Solves stop at a tolerance, and where they stop depends on what else is solved with them.
+        return max(store.tolerance, 1e-3) if log else store.tolerance
+
     def _described(self, seen: Any, solves: dict[str, SolveReport]) -> tuple[list[str], dict[str, Any]]:
         """Names of blocks, and what the scores mean as JSON has it."""
         blank = np.zeros((1, 1))
@@ -297,12 +305,6 @@ class PairRun:
         known = all(len(solve.residual) == len(self.asked) for solve in solves.values())
         residuals = {name: solve.residual.tolist() for name, solve in solves.items()} if known else {}
         return self.influence.block_names if self.by_block else [], {**words, "residuals": residuals or None}
-
-
-def _solves(log: list[SolveReport], spans: Sequence[QuerySpan]) -> dict[str, SolveReport]:
-    """What the first queries' factors took, which are needed for the probe in any case."""
-    _ = spans[0].scorer
-    return joined(log)
 
 
 class _Score(Visitor[PlacedBatch, None, None]):
@@ -328,8 +330,11 @@ def self_influence(
     influence.ready()
     scorer, fitted, storage = _OnThemselves(influence), FittedRows(influence), storage or Storage()
     if storage.store is None:
-        each = Each[PlacedBatch, np.ndarray](lambda piece: scorer.scores(piece)[0, 0])
-        _, scores = sweep_rows(influence.provider, train_loader, fitted & each, "self-influence", progress)
+        each, working = Each[PlacedBatch, np.ndarray](lambda piece: scorer.scores(piece)[0, 0]), None
+        if storage.memory is not None:
+            working = _column_sizes(influence, train_loader, 1, storage).working
+        with working_memory(working or working_memory_limit()):
+            _, scores = sweep_rows(influence.provider, train_loader, fitted & each, "self-influence", progress)
         return np.concatenate(scores)
     ids = np.array(["itself"])
     _, found = stored_columns(influence, train_loader, scorer, ids, fitted, "self-influence", storage, progress)
@@ -367,18 +372,16 @@ def stored_columns(
 ) -> tuple[np.ndarray, np.ndarray]:
     """A run in a folder, of a scorer that has all queries: the train rows' names, and a number for each pair [q, n]."""
     assert storage.store is not None
-    train, count = influence.train_rows(loader), len(query_ids)
-
-    def sizes() -> Sizes:
-        # A byte a query: all of them fit, as they are there already.
-        return tile_sizes(influence.provider, train, count, 1, 8, budget_of(storage.memory), lambda: 1.0)
-
+    train = influence.train_rows(loader)
     keys = np.empty(0, dtype=np.uint64) if query_keys is None else query_keys
     identity = fit_identity(influence) | {
         "verb": verb,
         "query_ids": query_ids.tolist(),
         "query_rows": keys.tolist(),
     }
+
+    def sizes() -> Sizes:
+        return _column_sizes(influence, train, len(query_ids), storage)
 
     store = TileStore(storage.store, identity, sizes, rounding(influence))
     train_ids = run_tiles(
@@ -405,6 +408,11 @@ def stored_columns(
             "leave the rows out of the loader."
         )
     return train_ids, found
+
+
+def _column_sizes(influence: ComposableInfluence, train: Iterable[object], queries: int, storage: Storage) -> Sizes:
+    # A byte a query: all of them fit, as they are there already.
+    return tile_sizes(influence.provider, train, queries, 1, budget_of(storage.memory), 1.0)
 
 
 # What makes two runs the same -----------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from headwater.arrays import Array, accumulable
 from headwater.blocks import Layout
-from headwater.errors import InvalidInput, InvalidSetting
+from headwater.errors import InvalidSetting
 from headwater.gradients.block import stack
 from headwater.gradients.provider import BlockGradients
 from headwater.influence import ComposableInfluence
@@ -21,7 +21,7 @@ from headwater.mapper import Queries
 from headwater.operators.algebra import LinearOperator
 from headwater.rows import PlacedBatch, Visitor, first_batch, sweep
 from headwater.run.identity import fit_identity, fit_tolerance
-from headwater.run.kept import TILE_BYTES, RowFacts, SharedSegments, key_arrays, keys_of, packed_tile
+from headwater.run.kept import TILE_BYTES, KeptFolder, RowFacts, SharedSegments, key_arrays, keys_of, packed_tile
 from headwater.run.packing import Packing, unpacked
 from headwater.run.queries import Asked, ReadyQueries, flat_factors
 from headwater.run.rows import distinct
@@ -34,43 +34,15 @@ from headwater.types import InfluenceMode
 KIND = "factors of query rows"
 
 
-class KeptFactors:
+class KeptFactors(KeptFolder):
     """Factors of query rows in a folder: `influence.factors(loader, store=...)` makes it, `open` finds it again.
 
     It stands for the query loader in `influence.attribute` and `top`, and scores batches by itself (`influences`).
     Errors of use: InvalidInput, naming the fields in which model, method, damping or fit are others; DamagedFile.
     """
 
-    def __init__(self, folder: SegmentFolder):
-        self._folder = folder
-        folder.complete()
-
-    @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> KeptFactors:
-        """Errors: NotSaved if there are none, or they are not complete; DamagedFile."""
-        return cls(SegmentFolder(path, KIND))
-
-    @property
-    def path(self) -> Path:
-        return self._folder.path
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What the factors are of, as JSON has it."""
-        return dict(self._folder.identity)
-
-    @property
-    def rows(self) -> int:
-        return self._folder.complete().rows
-
-    def __len__(self) -> int:
-        return self.rows
-
-    @property
-    def ids(self) -> np.ndarray:
-        """What the rows are called: [rows]."""
-        entries = self._folder.complete().entries
-        return np.concatenate([self._folder.names(entry, self._folder.segment(entry)) for entry in entries])
+    kind = KIND
+    stands_for = "query rows in attribute and top"
 
     def check(self) -> list[Path]:
         """Read every file, and compare checksums: those that are damaged; the same call computes these again."""
@@ -78,12 +50,6 @@ class KeptFactors:
 
     def __repr__(self) -> str:
         return f"KeptFactors({self.rows} rows, {self.identity['method']}, {self.path})"
-
-    def __iter__(self) -> Iterator[Any]:
-        """Errors: InvalidInput: there are no rows in it."""
-        raise InvalidInput(
-            f"{self!r} stands for query rows in attribute and top; this needs the rows themselves: give their loader."
-        )
 
     def query_rows(self, influence: ComposableInfluence) -> KeptQueries:
         """The rows, for a run of this influence. Errors: as use."""
@@ -123,7 +89,7 @@ class KeptQueries(ReadyQueries):
         ids = np.concatenate([self.folder.names(e, s) for e, s in zip(entries, segments, strict=True)])
         known = self.influence.fitted_keys
         fitted = known is not None and all(bool(keys_of(segment).among(known).all()) for segment in segments)
-        keys = np.concatenate([segment.raw("keys.run") for segment in segments])
+        keys = np.concatenate([keys_of(segment).whole for segment in segments])
         ready = KeptSides.of(self.influence, segments, len(ids))
         return Asked((), distinct(ids, "query"), keys, fitted, ready=ready)
 
@@ -216,9 +182,12 @@ def keep_factors(
     wide = max(1, int(TILE_BYTES // max(1.0, size.bytes_per_row)))
     runner = SharedSegments(tiles, influence.like(), worker, wide, folder.manifest(), "query")
     rows.runner, rows.passes, rows.tile = runner, 0, runner.rows
-    with located():
-        found = sweep(influence.provider, rows, visitor, "query factors", progress)
-        folder.publish(0, found, runner.anew)
+    try:
+        with located():
+            found = sweep(influence.provider, rows, visitor, "query factors", progress)
+    finally:
+        rows.runner = rows.tile = None
+    folder.publish(0, found, runner.anew)
     return KeptFactors(folder)
 
 
@@ -240,7 +209,7 @@ class KeepFactors(Visitor[PlacedBatch, list[Any], list[dict[str, Any]]]):
     def of(self, item: PlacedBatch) -> list[Any]:
         packed = Packing().of(self.factors(self.provider, item.batch))
         assert item.keys is not None
-        packed.arrays.update(key_arrays(item.keys), **{"keys.run": self.provider.content_keys(item.batch)})
+        packed.arrays.update(key_arrays(item.keys))
         return [RowFacts(packed, None if item.batch.ids is None else np.asarray(item.names), None)]
 
     def merge(self, one: list[Any], other: list[Any]) -> list[Any]:

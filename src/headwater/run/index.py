@@ -133,10 +133,6 @@ def make_index(
     return KeptIndex(path, kept)
 
 
-def _fit(influence: ComposableInfluence) -> dict[str, Any]:
-    return fit_identity(influence)
-
-
 def _row_vectors(influence: ComposableInfluence, item: PlacedBatch) -> np.ndarray:
     """Op of kept rows, in the small space where they meet in one: float32 [n, D]."""
     operators, grads = influence.block_mapper.operators, item.grads(influence.provider)

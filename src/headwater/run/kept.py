@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -49,22 +49,22 @@ TOLERANCE = 1e-3
 MODEL = ("architecture", "loss", "fingerprint", "blocks", "views", "precision")
 
 
-class KeptGradients:
-    """Gradients of train rows in a folder: `influence.gradients(loader, store=...)` makes it, `open` finds it again.
+class KeptFolder:
+    """Rows that were computed once, in a folder: they stand where a loader stands."""
 
-    It stands for the train loader in `influence.attribute`, `top` and `self_influence`, whatever the damping and the
-    queries. Opening needs no model; using it needs the model that it was made with. Errors of use: InvalidInput, naming
-    the fields in which model or method are others; DamagedFile, naming the file.
-    """
+    kind: ClassVar[str]
+    """What is kept, in words."""
+    stands_for: ClassVar[str]
+    """What it takes the place of, and where."""
 
     def __init__(self, folder: SegmentFolder):
         self._folder = folder
         folder.complete()
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> KeptGradients:
+    def open(cls, path: str | os.PathLike[str]) -> Self:
         """Errors: NotSaved if there are none, or they are not complete; DamagedFile."""
-        return cls(SegmentFolder(path, KIND))
+        return cls(SegmentFolder(path, cls.kind))
 
     @property
     def path(self) -> Path:
@@ -72,7 +72,7 @@ class KeptGradients:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the gradients are of and how they are kept, as JSON has it."""
+        """What the rows are of and how they are kept, as JSON has it."""
         return dict(self._folder.identity)
 
     @property
@@ -84,14 +84,37 @@ class KeptGradients:
         return self.rows
 
     @property
+    def ids(self) -> np.ndarray:
+        """What the rows are called: their ids, or positions; appended rows come after all others. [rows]"""
+        return self._each_row(self._folder.names)
+
+    def _each_row(self, make: Callable[[Entry, Segment], np.ndarray]) -> np.ndarray:
+        found = []
+        for entry in self._folder.complete().entries:
+            mine = make(entry, self._folder.segment(entry))
+            found.append(np.delete(np.array(mine), entry.gone))
+        return np.concatenate(found) if found else np.empty(0)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Errors: InvalidInput: there are no rows in it."""
+        raise InvalidInput(f"{self!r} stands for {self.stands_for}; this needs the rows themselves: give their loader.")
+
+
+class KeptGradients(KeptFolder):
+    """Gradients of train rows in a folder: `influence.gradients(loader, store=...)` makes it, `open` finds it again.
+
+    It stands for the train loader in `influence.attribute`, `top` and `self_influence`, whatever the damping and the
+    queries. Opening needs no model; using it needs the model that it was made with. Errors of use: InvalidInput, naming
+    the fields in which model or method are others; DamagedFile, naming the file.
+    """
+
+    kind = KIND
+    stands_for = "train rows in attribute, top and self_influence"
+
+    @property
     def nbytes(self) -> int:
         """Of all segments, on the disk."""
         return sum((self.path / entry.file).stat().st_size for entry in self._folder.complete().entries)
-
-    @property
-    def ids(self) -> np.ndarray:
-        """What the rows are called: their ids, or positions; appended rows come after all others. [rows]"""
-        return self._each_row(lambda entry, segment: self._folder.names(entry, segment))
 
     @property
     def relative_error(self) -> np.ndarray | None:
@@ -100,25 +123,11 @@ class KeptGradients:
         """
         if self.identity["form"] != "low_rank":
             return None
-        return self._each_row(lambda entry, segment: segment.raw("error"))
-
-    def _each_row(self, make: Any) -> np.ndarray:
-        found = []
-        for entry in self._folder.complete().entries:
-            mine = make(entry, self._folder.segment(entry))
-            found.append(np.delete(np.array(mine), entry.gone))
-        return np.concatenate(found) if found else np.empty(0)
+        return self._each_row(lambda _, segment: segment.raw("error"))
 
     def __repr__(self) -> str:
         form = self.identity["form"] + (f" of rank {self.identity['rank']}" if self.identity["rank"] else "")
         return f"KeptGradients({self.rows} rows, {form}, {self.identity['dtype']}, {self.path})"
-
-    def __iter__(self) -> Iterator[Any]:
-        """Errors: InvalidInput: there are no rows in it."""
-        raise InvalidInput(
-            f"{self!r} stands for train rows in attribute, top and self_influence; this needs the rows themselves: "
-            "give their loader."
-        )
 
     # Changes ----------------------------------------------------------------------------------------------------------
 
@@ -400,9 +409,8 @@ class SharedSegments(shared.SharedFolder):
         made: Manifest | None = None,
         role: str = "train",
     ):
-        self.store, self.like, self.worker = tiles, like, worker  # type: ignore[assignment]
-        self.segments, self.made, self.role = tiles, made, role
-        self._before, self._rows = "", rows
+        super().__init__(tiles, like, worker)
+        self.segments, self.made, self.role, self._rows = tiles, made, role, rows
         self._keys: list[RowKeys] = []
         self._names: list[np.ndarray] = []
 
@@ -683,10 +691,6 @@ class KeptBatch(PlacedBatch):
     @property
     def names(self) -> np.ndarray:
         return self._mine(self.source.folder.names(self.entry, self.segment))
-
-    def content_keys(self, provider: StructuredGradientProvider) -> np.ndarray:
-        assert self.keys is not None
-        return self.keys.weighted
 
     def grads(self, provider: StructuredGradientProvider) -> BlockGradients:
         return self._times("weights", self.unweighted_grads(provider))

@@ -7,9 +7,9 @@ queries' factors, a quarter to a tile of scores, and a quarter to a piece of tra
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
-from headwater.arrays import working_memory, working_memory_limit
+from headwater.arrays import itemsize, working_memory, working_memory_limit
 from headwater.errors import InvalidSetting
 from headwater.gradients.provider import StructuredGradientProvider
 from headwater.influence import ComposableInfluence
@@ -27,6 +27,8 @@ CHUNK = 64 * 2**20
 """Bytes of a tile at most."""
 PIECES = 8
 """Of a tile of rows that a provider takes only few of at once: what is lost with a process that is killed."""
+WIDTH = 8
+"""Bytes of a score at most."""
 LEAST = 64 * 2**20
 """Bytes below which nothing can be planned."""
 COPIES = 5
@@ -40,11 +42,10 @@ def tile_sizes(
     loader: Iterable[object],
     query_rows: int,
     numbers: int,
-    itemsize: int,
     budget: int | None,
-    factor_bytes: Callable[[], float],
+    factor: float,
 ) -> Sizes:
-    """numbers: of one score (blocks, or values of an input). factor_bytes: of one query, measured when asked for.
+    """numbers: of one score (blocks, or values of an input). factor: bytes of one query's factors.
 
     Errors: InvalidSetting for a budget that is too small.
     """
@@ -59,17 +60,17 @@ def tile_sizes(
                 f"memory={budget} ({budget / 2**20:.0f} MiB) is too little: the process holds "
                 f"{resident_memory() / 2**20:.0f} MiB already, and needs {LEAST / 2**20:.0f} MiB more at least."
             )
-        queries = min(query_rows, max(1, int(room / 4 / (FORMS * factor_bytes()))))
+        queries = min(query_rows, max(1, int(room / 4 / (FORMS * factor))))
         working = None if first is None else _working(provider, first, room / 4)
         chunk = min(chunk, room / 4 / COPIES)
     # Of that many rows at least, if the queries can be fewer.
-    queries = max(1, min(queries, int(chunk / (numbers * itemsize * min(FEWEST, rows)))))
-    if numbers * itemsize > chunk:
+    queries = max(1, min(queries, int(chunk / (numbers * WIDTH * min(FEWEST, rows)))))
+    if numbers * WIDTH > chunk:
         raise InvalidSetting(
-            f"One pair of rows takes {numbers * itemsize / 2**20:.0f} MiB of scores, more than a tile may: give more "
+            f"One pair of rows takes {numbers * WIDTH / 2**20:.0f} MiB of scores, more than a tile may: give more "
             "memory."
         )
-    fitting = int(chunk / (queries * numbers * itemsize))
+    fitting = int(chunk / (queries * numbers * WIDTH))
     return Sizes(max(1, min(rows, _round(fitting) or fitting)), queries, working)
 
 
@@ -94,13 +95,14 @@ def plan(
     memory: int | float | str | None,
 ) -> Plan:
     """See `Attributor.plan`."""
-    budget, first = budget_of(memory), first_batch(influence.provider, query)
-    queries = query.count()
-    # Parameters in all: the most that the factors of one query take, whatever form they are kept in.
-    numbers, size = len(influence.block_names) if by_block else 1, influence.n_parameters
-    itemsize = int(next(iter(influence.provider.grads(first.take(slice(0, 1))).values())).like.dtype.itemsize)
-    sizes = tile_sizes(influence.provider, train, queries, numbers, 8, budget, lambda: float(size * itemsize))
+    budget, queries, numbers = budget_of(memory), query.count(), len(influence.block_names) if by_block else 1
+    sizes = tile_sizes(influence.provider, train, queries, numbers, budget, factor_bytes(influence))
     return Plan(train.count(), queries, sizes, FIT_ROWS, budget)
+
+
+def factor_bytes(influence: ComposableInfluence) -> int:
+    """Of one query: of the forms that its factors may be kept in the largest, as the run decides which is cheaper."""
+    return influence.n_parameters * itemsize(influence.like())
 
 
 def budget_of(memory: int | float | str | None) -> int | None:

@@ -47,7 +47,7 @@ class Asked:
             provider, loader, Each[PlacedBatch, PlacedBatch](lambda piece: piece), "query rows", False, "query"
         )
         ids = distinct(np.concatenate([piece.names for piece in pieces]), "query")
-        keys = np.concatenate([provider.content_keys(piece.batch) for piece in pieces])
+        keys = np.concatenate([piece.whole_keys(provider) for piece in pieces])
         fitted = known is not None and all(bool(piece.keys.among(known).all()) for piece in pieces if piece.keys)
         return cls(pieces, ids, keys, fitted)
 
@@ -121,7 +121,8 @@ class PairScorer(Scorer):
         if self.by_block:
             found = mapper.interactions_from_transformed_grads(self.factors, batch, InfluenceMode.Perturbation)
             return np.stack([to_numpy(values) for values in found.values()])
-        return to_numpy(mapper.perturbation(self.factors, batch))[None]
+        # A copy: some frameworks' arrays cannot be written to.
+        return np.stack([to_numpy(mapper.perturbation(self.factors, batch))])
 
     def probe(self, piece: PlacedBatch) -> np.ndarray:
         """Of seeded queries."""
@@ -167,14 +168,3 @@ class _Factors(Each[PlacedBatch, Queries]):
         grads = self.influence.provider.grads(piece.batch, query=True)
         self.sides = self.sides or self.influence.block_mapper.sides(grads, self.train_per_query)
         return self.sides.queries(grads)
-
-
-def factor_bytes(influence: ComposableInfluence, asked: Asked) -> float:
-    """Bytes that one query's factors take, as the first ones show."""
-    if asked.ready is not None:
-        one = asked.ready.take(slice(0, 1)).left
-        return float(sum(v.layout.size * v.like.dtype.itemsize for v in one.values()))
-    first = asked.pieces[0].take(slice(0, 1))
-    grads = influence.provider.grads(first.batch, query=True)
-    # Of the forms that it may be kept in, the largest: which one is cheaper depends on the run.
-    return float(max(sum(v.layout.size for v in grads.values()) * grads[next(iter(grads))].like.dtype.itemsize, 1))

@@ -14,7 +14,7 @@ from headwater.store.base import Tile
 from headwater.store.scores import Scores
 from headwater.store.topk import GroupSink, TopK, TopKSink
 
-Together = Literal["each", "mean", "sum"]
+QueriesAs = Literal["each", "mean", "sum"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Ranking:
     of: str = "sum"
 
     def __post_init__(self) -> None:
-        check_word("queries_as", self.queries_as, get_args(Together))
+        check_word("queries_as", self.queries_as, get_args(QueriesAs))
         self.sink(np.empty(0))
 
     def sink(self, query_ids: np.ndarray) -> TopKSink | GroupSink:

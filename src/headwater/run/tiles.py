@@ -106,6 +106,14 @@ def run_tiles(
     return names[0]
 
 
+def probe_run(
+    influence: ComposableInfluence, store: TileStore, span: QuerySpan, first: PlacedBatch, tolerance: float | None
+) -> None:
+    """Compare what is computed here with what the run is known by, on the first rows. Errors: as `TileStore.probe`."""
+    few = first.take(slice(0, min(PROBE_ROWS, len(first.batch))))
+    store.probe(few.whole_keys(influence.provider), span.scorer.probe(few), tolerance)
+
+
 def _is_there(store: TileStore, number: int, queries: int, turn: Turn) -> bool:
     line = store.whole_line(number, queries)
     return line is not None and line["rows"] == turn.rows
@@ -150,15 +158,13 @@ class TilePass(Visitor[PlacedBatch, None, None]):
     def of(self, item: PlacedBatch) -> None:
         # Before anything is read: a stored tile is trusted only if the run is the same.
         if item.start == 0 and self.span.number == 0:
-            few = item.take(slice(0, min(PROBE_ROWS, len(item.batch))))
-            keys = few.content_keys(self.influence.provider)
-            self.store.probe(keys, self.span.scorer.probe(few), self.tolerance)
+            probe_run(self.influence, self.store, self.span, item, self.tolerance)
         number = item.start // self.store.sizes.rows
         if self._begun is None:
             self._begun = self._begin(number)
         begun = self._begun
         begun.names.append(item.names)
-        begun.keys.append(item.content_keys(self.influence.provider))
+        begun.keys.append(item.whole_keys(self.influence.provider))
         if begun.claimed:
             begun.scores.append(self.span.scorer.scores(item))
             if self.sums is not None and self.span.number == 0:

@@ -44,7 +44,7 @@ def claim_folder(path: Path, kind: str, identity: Mapping[str, Any], tolerance: 
     # Fractions to a tolerance: a fit again, in other batches, gives another damping in its last digits.
     different = [n for n in {**found, **mine} if not same(found.get(n), mine.get(n), tolerance)]
     if different:
-        changes = (f"{name} was {_short(found.get(name))}, now {_short(mine.get(name))}" for name in different)
+        changes = (f"{name} was {short(found.get(name))}, now {short(mine.get(name))}" for name in different)
         raise _about_folder(f"{path} holds another {kind}: {'; '.join(changes)}. {OTHER_FOLDER}")
     return str(seal["digest"])
 
@@ -55,12 +55,18 @@ def _about_folder(said: str) -> InvalidInput:
     return error
 
 
-def same(a: Any, b: Any, tolerance: float) -> bool:
-    """JSON values; numbers, one of them with a fraction, to a relative tolerance."""
+def same(a: Any, b: Any, tolerance: float, by_largest: bool = False) -> bool:
+    """JSON values; numbers, one of them with a fraction, to a relative tolerance.
+
+    by_largest: lists of such numbers are vectors, and relative means to their largest.
+    """
     if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(same(a[name], b[name], tolerance) for name in a)
+        return a.keys() == b.keys() and all(same(a[name], b[name], tolerance, by_largest) for name in a)
     if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(same(x, y, tolerance) for x, y in zip(a, b, strict=True))
+        if by_largest and len(a) == len(b) and a and all(isinstance(value, float) for value in (*a, *b)):
+            largest = max(map(abs, (*a, *b)))
+            return all(x == y or abs(x - y) <= tolerance * largest for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(same(x, y, tolerance, by_largest) for x, y in zip(a, b, strict=True))
     numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (a, b))
     # Whole numbers are counts and settings: they are the same or they are not.
     if numbers and (isinstance(a, float) or isinstance(b, float)):
@@ -68,6 +74,6 @@ def same(a: Any, b: Any, tolerance: float) -> bool:
     return bool(type(a) is type(b) and a == b)
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -27,6 +27,7 @@ import numpy as np
 from headwater.errors import DamagedFile, InvalidInput, NotSaved
 from headwater.store.claims import Claims
 from headwater.store.draft import explained_errors, is_draft, remove_dead, sync_folder, write_new, write_whole
+from headwater.store.identity import IDENTITY, same, short
 from headwater.store.kinds import kind_of
 from headwater.store.lock import locked
 from headwater.store.seal import digest, sealed, unsealed
@@ -34,7 +35,7 @@ from headwater.store.segments import REMEDY, SUFFIX, Segment, Stored, write_segm
 
 VERSION = 1
 """Of the folder's form."""
-IDENTITY, MANIFEST, CLAIMS, LOCK = "identity.json", "manifest.json", "claims", "manifest.lock"
+MANIFEST, CLAIMS, LOCK = "manifest.json", "claims", "manifest.lock"
 ABOUT, NUMBERS = "about", "numbers/"
 """Of what a tile is written from: its JSON, and the prefix of what is stored in the store's dtype."""
 LATER = (
@@ -411,27 +412,7 @@ def refuse_others(
     digits.
     """
     wanted = json.loads(json.dumps(wanted))  # tuples would not equal the lists that were read
-    different = [name for name in wanted if not is_same(found.get(name), wanted[name], tolerance)]
+    different = [name for name in wanted if not same(found.get(name), wanted[name], tolerance, by_largest=True)]
     if different:
         changes = (f"{name} was {short(found.get(name))}, now {short(wanted[name])}" for name in different)
         raise InvalidInput(f"{path} is of {what}: {'; '.join(changes)}. Choose another folder, or keep them again.")
-
-
-def is_same(a: Any, b: Any, tolerance: float) -> bool:
-    """JSON values, with numbers to a tolerance where one of them has a fraction; lists of these by their largest."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(is_same(a[name], b[name], tolerance) for name in a)
-    if isinstance(a, list) and isinstance(b, list):
-        if len(a) == len(b) and a and all(isinstance(value, float) for value in (*a, *b)):
-            largest = max(map(abs, (*a, *b)))
-            return all(x == y or abs(x - y) <= tolerance * largest for x, y in zip(a, b, strict=True))
-        return len(a) == len(b) and all(is_same(x, y, tolerance) for x, y in zip(a, b, strict=True))
-    numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (a, b))
-    if numbers and (isinstance(a, float) or isinstance(b, float)):
-        return a == b or (a != a and b != b) or abs(a - b) <= tolerance * max(abs(a), abs(b))
-    return type(a) is type(b) and a == b
-
-
-def short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

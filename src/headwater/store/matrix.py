@@ -58,12 +58,10 @@ class StoredMatrix:
 
     def _chunk(self, number: int, queries: int) -> np.ndarray:
         line = self.folder.line(number, queries)
+        file = chunk_file(self.folder.path, number, queries, len(self.shape) + 1)
         if line is None:
-            file = chunk_file(
-                self.folder.path, {"shape": [0] * (len(self.shape) + 1), "queries": queries, "tile": number}
-            )
             raise DamagedFile(f"{file} is missing, or is not what was written. {AGAIN}")
-        found = read_chunk(chunk_file(self.folder.path, line), line)
+        found = read_chunk(file, line)
         if self.block is not None:
             return found[self.block]
         return found.sum(axis=0) if len(found) > 1 else found[0]

@@ -9,7 +9,7 @@ from pathlib import Path
 from headwater.errors import DamagedFile
 from headwater.store.draft import is_draft
 from headwater.store.seal import digest, open_bytes, unsealed
-from headwater.store.tiles import AGAIN, FINISHED, TileFolder, read_chunk
+from headwater.store.tiles import AGAIN, FINISHED, TileFolder, chunk_file, read_chunk
 
 PROBE_LOST = "Without it no tile is trusted: remove the folder, and make the run anew."
 
@@ -120,11 +120,9 @@ class RunSeen(TileFolder):
 
     def _chunk_of(self, number: int, queries: int) -> Path:
         """Where the tile is, or was."""
-        line = self.line(number, queries)
-        if line is not None:
-            return self._chunk(line)
+        self.line(number, queries)  # reads what is new
         axes = next((len(each[0]["shape"]) for each in self._lines.values()), 3)
-        return self._chunk({"queries": queries, "tile": number, "shape": [0] * axes})
+        return chunk_file(self.path, number, queries, axes)
 
 
 def said_of(check: Callable[[], object]) -> Iterator[str]:

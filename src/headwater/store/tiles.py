@@ -160,7 +160,7 @@ class TileFolder:
             return None
 
     def _chunk(self, line: Line) -> Path:
-        return chunk_file(self.path, line)
+        return chunk_file(self.path, line["tile"], line["queries"], len(line["shape"]))
 
     def _rows(self, number: int) -> Path:
         return self.path / "rows" / f"{number}.npz"
@@ -326,10 +326,9 @@ def labels_digests(path: Path) -> dict[str, str]:
     return {file.relative_to(path).as_posix(): digest(file.read_bytes()) for file in files}
 
 
-def chunk_file(path: Path, line: Line) -> Path:
-    """Where zarr looks for the tile of a line."""
-    further = [0] * (len(line["shape"]) - 3)
-    return path.joinpath("tiles.zarr/scores/c", *map(str, (0, line["queries"], line["tile"], *further)))
+def chunk_file(path: Path, number: int, queries: int, axes: int) -> Path:
+    """Where zarr looks for a tile: its number among the train rows, and among the queries; axes: of the array."""
+    return path.joinpath("tiles.zarr/scores/c", *map(str, (0, queries, number, *[0] * (axes - 3))))
 
 
 def read_chunk(file: Path, line: Line) -> np.ndarray:

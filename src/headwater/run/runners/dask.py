@@ -36,7 +36,7 @@ from headwater.run.diagnosis import RunSums
 from headwater.run.queries import Asked
 from headwater.run.runners.shared import ROWS, SharedFolder, on_host, rows_of, shared_folder
 from headwater.run.runners.turns import Turn
-from headwater.run.tiles import PROBE_ROWS, QuerySpan, TilePass
+from headwater.run.tiles import QuerySpan, TilePass, probe_run
 from headwater.store.scores import Scores
 from headwater.store.tiles import TileStore
 from headwater.types import InfluenceMode
@@ -198,7 +198,7 @@ class _OneTile(SharedFolder):
     """A runner that computes one tile of the first pass that is not complete, and stops there."""
 
     def __init__(self, folder: SharedFolder, onward: _Onward):
-        self.store, self.like, self.worker, self._before = folder.store, folder.like, (0, 1), ""
+        super().__init__(folder.store, folder.like)
         self.onward, self.number = onward, 0
         self.done: Done = {}
         self._wholes: dict[str, Mapping[str, Any]] = {}
@@ -265,10 +265,10 @@ class _Job:
             run = self.run(options)
             store = run.store(self.rows)
             spans = run.spans(store)
-            few = first_batch(influence.provider, self.rows).take(slice(0, PROBE_ROWS))
-            probed = PlacedBatch(few, Place("train", 0, 0, len(few)), None)
-            store.probe(influence.provider.content_keys(few), spans[0].scorer.probe(probed))
+            first = first_batch(influence.provider, self.rows)
+            placed = PlacedBatch(first, Place("train", 0, 0, len(first)), None)
+            probe_run(influence, store, spans[0], placed, run.tolerance(store, spans))
             self.rows.tile = store.sizes.rows
-            self.sums = RunSums(influence.provider, store) if run.sums_up else None
+            self.sums = run.sums(self.rows, store)
             self._scores = store, spans
         return self._scores

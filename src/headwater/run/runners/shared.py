@@ -13,16 +13,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from headwater.arrays import Array, as_like, dtype_named, is_array, to_numpy
 from headwater.errors import DamagedFile
-from headwater.gradients.together import Together
 from headwater.influence import ComposableInfluence
 from headwater.rows import PlacedBatch, Read, Visitor, fold
 from headwater.run.runners.environment import Worker
 from headwater.run.runners.in_step import PartsInStep
 from headwater.run.runners.turns import Turn, Wanted, check_worker, take_turns
+from headwater.store.claims import Claims
 from headwater.store.parts import PartStore
 from headwater.store.seal import digest
 
@@ -30,23 +31,32 @@ ROWS = 4096
 """Of a tile."""
 
 
-class SharedFolder:
-    """A runner whose parts are in a folder. worker: (its number from 0, how many there are).
+class Parts(Protocol):
+    """Where parts are kept, each under its name and a digest of the rows that it is of; see `PartStore`."""
 
-    like: some array of the model's, for what is read. together: processes that hold the model, and compute each tile
-    all of them. Errors: InvalidSetting; as `PartStore`.
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def claims(self) -> Claims: ...
+
+    def has(self, name: str) -> bool: ...
+
+    def read(self, name: str, rows: str) -> dict[str, Any] | None: ...
+
+    def write(self, name: str, rows: str, values: Mapping[str, Any]) -> None: ...
+
+    def end_pass(self, label: str, tiles: int) -> None: ...
+
+
+class SharedFolder:
+    """A runner whose parts are in a store. worker: (its number from 0, how many there are).
+
+    like: some array of the model's, for what is read.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        identity: Mapping[str, Any],
-        like: Array,
-        worker: Worker = (0, 1),
-        together: Together | None = None,
-    ):
-        self.worker, self.like = check_worker(worker, path, together), like
-        self.store = PartStore(path, identity) if together is None else PartsInStep(path, identity, together)
+    def __init__(self, store: Parts, like: Array, worker: tuple[int, int] = (0, 1)):
+        self.store, self.like, self.worker = store, like, worker
         self._before = ""
 
     @property
@@ -151,7 +161,10 @@ def shared_folder(
     belongs = {name: known[name] for name in ("method", "loss", "architecture", "fingerprint")}
     blocks = {name: block["parameters"] for name, block in known["blocks"].items()}
     belongs |= {"blocks": blocks, "dtype": influence.source.dtype}
-    return SharedFolder(store, belongs, influence.like(), worker, influence.source.together)
+    together = influence.source.together
+    number = check_worker(worker, store, together)
+    parts = PartStore(store, belongs) if together is None else PartsInStep(store, belongs, together)
+    return SharedFolder(parts, influence.like(), number)
 
 
 def rows_of(batch: PlacedBatch) -> bytes:
