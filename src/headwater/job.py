@@ -41,7 +41,7 @@ class FitSettings:
     """For the temporary arrays of a batch, in all verbs; to rounding, the numbers do not depend on it."""
 
     def __post_init__(self) -> None:
-        bytes_of(self.working_memory)
+        bytes_of(self.working_memory, "working_memory")
 
 
 @dataclass(frozen=True)

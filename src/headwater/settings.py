@@ -38,7 +38,7 @@ UNITS = {
 }
 
 
-def bytes_of(amount: int | float | str) -> int:
+def bytes_of(amount: int | float | str, name: str = "memory") -> int:
     """2 * 2**30, "2GiB", "500 MB" as a number of bytes. Errors: InvalidSetting."""
     found = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?i?)b?\s*", str(amount).lower())
     try:
@@ -46,5 +46,5 @@ def bytes_of(amount: int | float | str) -> int:
     except (ValueError, KeyError):
         size = 0.0
     if size < 1:
-        raise InvalidSetting(f"memory is {amount!r}; expected a number of bytes, or words such as '2GiB' or '500MB'.")
+        raise InvalidSetting(f"{name} is {amount!r}; expected a number of bytes, or words such as '2GiB' or '500MB'.")
     return int(size)

@@ -25,7 +25,8 @@ from typing import Any, Literal, get_args
 import google_crc32c
 import numpy as np
 
-from headwater.errors import DamagedFile, InvalidSetting
+from headwater.errors import DamagedFile
+from headwater.settings import check_word
 from headwater.store.draft import write_whole
 from headwater.store.seal import digest
 
@@ -53,8 +54,7 @@ REMEDY = "The call of gradients or factors that made it computes its rows again;
 
 def checked_dtype(dtype: str) -> Stored:
     """Errors: InvalidSetting for what numbers are not stored as."""
-    if dtype not in get_args(Stored):
-        raise InvalidSetting(f"dtype is {dtype!r}; expected one of {', '.join(map(repr, get_args(Stored)))}.")
+    check_word("dtype", dtype, get_args(Stored))
     return dtype  # type: ignore[return-value]
 
 

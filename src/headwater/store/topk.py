@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from headwater.errors import InvalidInput, InvalidSetting, ShapeMismatch
+from headwater.errors import InvalidInput, ShapeMismatch
+from headwater.settings import check_whole, check_word
 from headwater.store.base import Sink, Tile
 
 MANY = 8
@@ -137,8 +138,7 @@ class GroupSink(Sink):
     """
 
     def __init__(self, k: int, query_ids: np.ndarray, labels: Sequence[Any] | Mapping[Any, Any], of: str = "sum"):
-        if of not in ("sum", "mean"):
-            raise InvalidSetting(f"of is {of!r}; expected 'sum' or 'mean'.")
+        check_word("of", of, ("sum", "mean"))
         self.k, self.query_ids, self.of = checked_k(k), query_ids, of
         self.labels: Any = labels if isinstance(labels, Mapping) else _listed(labels)
         self._number: dict[Any, int] = {}
@@ -232,10 +232,9 @@ def _as_array(labels: list[Any]) -> np.ndarray:
     return found
 
 
-def checked_k(k: object) -> int:
+def checked_k(k: int) -> int:
     """Errors: InvalidSetting unless it counts something."""
-    if not isinstance(k, (int, np.integer)) or k < 1:
-        raise InvalidSetting(f"k is {k!r}; expected a whole number of at least 1.")
+    check_whole("k", k, 1)
     return int(k)
 
 
