@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from headwater.run.factors import KeptFactors
     from headwater.run.kept import KeptGradients
     from headwater.run.runners.environment import Worker
-    from headwater.run.verification import Verification
+    from headwater.evaluate.verification import Verification
     from headwater.status import Status
     from headwater.store.diagnosis import Diagnosis
     from headwater.store.plan import Plan
