@@ -21,13 +21,13 @@ from headwater.types import InfluenceMode, TensorType
 if TYPE_CHECKING:
     import numpy as np
 
+    from headwater.evaluate.verification import Verification
     from headwater.run.audit import Audit
     from headwater.run.calibrate import Calibration, Retrained
     from headwater.run.diagnosis import EffectiveDof
     from headwater.run.factors import KeptFactors
     from headwater.run.kept import KeptGradients
     from headwater.run.runners.environment import Worker
-    from headwater.evaluate.verification import Verification
     from headwater.status import Status
     from headwater.store.diagnosis import Diagnosis
     from headwater.store.plan import Plan

@@ -160,7 +160,9 @@ class Curves:
             _path(f"curve c{style}", zip(across(x), up(y), strict=True))
             for style, (x, y) in reversed(list(zip(self._styles(), points, strict=True)))
         )
-        ends = "; ".join(f"{c.name} reaches {self.y_form.format(y[-1])}" for c, (_, y) in zip(self.curves, points))
+        ends = "; ".join(
+            f"{c.name} reaches {self.y_form.format(y[-1])}" for c, (_, y) in zip(self.curves, points, strict=True)
+        )
         alt = f"Line chart of {self.y_label} against {self.x_label}. At the right edge: {ends}."
         grid = _vertical_grid(across, 32, 272, self.x_form, self.x_label) + _horizontal_grid(
             up, LEFT, WIDTH - 20, self.y_form
@@ -205,9 +207,7 @@ class Curves:
             return EMPTY
         line = Markup('<svg aria-hidden="true" viewBox="0 0 32 8" width="32" height="8">{}</svg>')
         keys = EMPTY.join(
-            Markup("<li>{} {}</li>").format(
-                line.format(_path(f"curve c{style}", [(0, 4), (32, 4)])), _text(curve.name)
-            )
+            Markup("<li>{} {}</li>").format(line.format(_path(f"curve c{style}", [(0, 4), (32, 4)])), _text(curve.name))
             for style, curve in zip(self._styles(), self.curves, strict=True)
         )
         return Markup('<ul class="legend">{}</ul>').format(keys)
@@ -320,9 +320,7 @@ class Bars:
         return Markup(
             '<text x="0" y="{0}">{1}</text><rect class="bar-{2}" x="{3:.1f}" y="{4}" width="{5:.1f}" height="14" '
             'rx="2"/><text x="{6}" y="{0}" text-anchor="end">{7}</text>'
-        ).format(
-            y + 17, _text(_short(bar.name)), kind, min(zero, end), y + 6, abs(end - zero), WIDTH, _text(bar.said)
-        )
+        ).format(y + 17, _text(_short(bar.name)), kind, min(zero, end), y + 6, abs(end - zero), WIDTH, _text(bar.said))
 
 
 @dataclass(frozen=True)

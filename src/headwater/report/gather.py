@@ -3,57 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from headwater.errors import InvalidInput, InvalidSetting, NonFiniteValue
-from headwater.evaluate.calibration import Calibration
 from headwater.evaluate.checks import Floats
 from headwater.report.text import MINUS
-from headwater.store.diagnosis import Diagnosis
+from headwater.store.score_matrix import ScoreMatrix
 from headwater.store.topk import TopK, TopKSink
-
-
-class Reported(Protocol):
-    """What a page reads of `headwater.store.scores.Scores`, stored or not."""
-
-    @property
-    def query_ids(self) -> np.ndarray: ...
-    @property
-    def train_ids(self) -> np.ndarray: ...
-    @property
-    def unit(self) -> str: ...
-    @property
-    def unit_in_words(self) -> str: ...
-    @property
-    def explained(self) -> str: ...
-    @property
-    def n_train(self) -> float: ...
-    @property
-    def method(self) -> str: ...
-    @property
-    def damping(self) -> Mapping[str, float]: ...
-    @property
-    def by_block(self) -> Mapping[str, np.ndarray] | None: ...
-    @property
-    def coverage(self) -> float: ...
-    @property
-    def residuals(self) -> Mapping[str, np.ndarray] | None: ...
-    @property
-    def calibration(self) -> Calibration | None: ...
-    @property
-    def diagnosis(self) -> Diagnosis | None: ...
-    @property
-    def mode(self) -> str: ...
-    @property
-    def train_columns(self) -> Mapping[str, np.ndarray]: ...
-    @property
-    def query_columns(self) -> Mapping[str, np.ndarray]: ...
-    def columns(self, queries: slice | np.ndarray | None = None) -> Iterator[tuple[slice, np.ndarray]]: ...
-    def block_columns(self, name: str) -> Iterator[tuple[slice, np.ndarray]]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +60,7 @@ class Gathered:
 
 
 def gather(
-    scores: Reported, k: int, shown: int, train: Groups | None = None, query: Groups | None = None
+    scores: ScoreMatrix, k: int, shown: int, train: Groups | None = None, query: Groups | None = None
 ) -> Gathered:
     """One pass over the tiles; never more than one of them is in memory.
 
@@ -131,7 +89,7 @@ def gather(
     return Gathered(sink.top(), total, size, between)
 
 
-def block_sizes(scores: Reported) -> dict[str, float]:
+def block_sizes(scores: ScoreMatrix) -> dict[str, float]:
     """Each block's share of the size of all scores, summed over pairs; empty where blocks were not kept apart."""
     sizes = {
         name: math.fsum(float(np.abs(tile).sum(dtype=np.float64)) for _, tile in scores.block_columns(name))

@@ -58,7 +58,9 @@ class Images:
                 said = "" if finest and levels == 256 else f"Pictures are shown at {side} pixels at most"
                 return found, f"{said}, in coarser colours." if said and levels < 256 else f"{said}." if said else ""
         side, levels = STEPS[-1]
-        return [_encoded(small(i, side), levels) for i in self._levels], "Pictures are shown very small: there are many."
+        return [
+            _encoded(small(i, side), levels) for i in self._levels
+        ], "Pictures are shown very small: there are many."
 
 
 def _encoded(image: Levels, levels: int) -> str:
@@ -83,7 +85,9 @@ def small(image: Levels, side: int) -> Levels:
     if step == 1:
         return image
     h, w = (max(1, size // step) for size in image.shape[:2])
-    rows, columns = (np.minimum(np.arange(n * step), size - 1) for n, size in ((h, image.shape[0]), (w, image.shape[1])))
+    rows, columns = (
+        np.minimum(np.arange(n * step), size - 1) for n, size in ((h, image.shape[0]), (w, image.shape[1]))
+    )
     cells = image[rows][:, columns].reshape(h, step, w, step, *image.shape[2:])
     return cells.mean(axis=(1, 3)).round().astype(np.uint8)
 

@@ -1,8 +1,8 @@
 """The page of a job: scores, and what their rows are, put together.
 
-    cases    for each query both ends of its ranking, as places of train rows
-    deck     the cards of these queries and rows, each once
-    page     the template's values
+cases    for each query both ends of its ranking, as places of train rows
+deck     the cards of these queries and rows, each once
+page     the template's values
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from headwater.errors import InvalidInput, InvalidSetting, NonFiniteValue, Shape
 from headwater.evaluate.checks import Floats
 from headwater.report.cards import LABELS, Card, Deck, card_of, letters_for
 from headwater.report.figures import Fact, Section, paragraphs
-from headwater.report.gather import Gathered, Groups, Reported, Scale, block_sizes, gather
+from headwater.report.gather import Gathered, Groups, Scale, block_sizes, gather
 from headwater.report.page import render
 from headwater.report.rows import GROUPS, RowsSection, Suspects, influential
 from headwater.report.text import number, one_line, visible
 from headwater.report.trust import Check, unsolved, verdicts, warning
 from headwater.store.described import Described
 from headwater.store.draft import write_whole
+from headwater.store.score_matrix import ScoreMatrix
 
 TITLE = "Which training rows are behind these predictions?"
 ROOM = 620_000
@@ -68,7 +69,7 @@ class Known:
     """What else there is to know of a score."""
 
 
-def write(scores: Reported, path: str | os.PathLike[str], known: Known) -> Path:
+def write(scores: ScoreMatrix, path: str | os.PathLike[str], known: Known) -> Path:
     """The page as a file, whole or not at all. Errors: as `page`; NotWritten."""
     file = Path(path)
     if file.is_dir():
@@ -77,7 +78,7 @@ def write(scores: Reported, path: str | os.PathLike[str], known: Known) -> Path:
     return file
 
 
-def page(scores: Reported, known: Known) -> str:
+def page(scores: ScoreMatrix, known: Known) -> str:
     """The whole page as text.
 
     Errors: InvalidSetting for k, and for scores of changed inputs; InvalidInput, ShapeMismatch and NonFiniteValue for
@@ -88,7 +89,7 @@ def page(scores: Reported, known: Known) -> str:
     groups, query_groups = _groups(known.groups, train, query)
     shown = min(SHOWN, len(scores.query_ids))
     found = gather(scores, known.k, shown, groups, query_groups)
-    suspects = _checked(known.suspects, len(scores.train_ids))
+    suspects = known.suspects
     sections = [influential(found, groups, query_groups, block_sizes(scores))]
     sections += [section for section in [suspects.section()] if section is not None]
     sections += [RowsSection(f"part-{n}", s.title, paragraphs(s.text), s.figures) for n, s in enumerate(known.sections)]
@@ -139,7 +140,7 @@ def page(scores: Reported, known: Known) -> str:
 LAST = (("trust", "What to trust"), ("made", "How it was made"))
 
 
-def _lead(scores: Reported) -> str:
+def _lead(scores: ScoreMatrix) -> str:
     queries, rows = len(scores.query_ids), len(scores.train_ids)
     return f"{queries:,} {'query' if queries == 1 else 'queries'} traced to {rows:,} training rows."
 
@@ -200,9 +201,7 @@ def _groups(given: Any, train: Side, query: Side) -> tuple[Groups | None, Groups
     given: a column's name; a label for each train row; or a mapping from ids to labels.
     """
     if given is None:
-        labels = [
-            side.words(side.label_column) if side.label_column is not None else None for side in (train, query)
-        ]
+        labels = [side.words(side.label_column) if side.label_column is not None else None for side in (train, query)]
         few = [None if found is None or len(set(found)) > GROUPS else found for found in labels]
         return tuple(None if found is None else Groups.among(found) for found in few)  # type: ignore[return-value]
     if isinstance(given, str):
@@ -237,14 +236,6 @@ def numbers(name: str, given: ArrayLike | None, count: int) -> Floats | None:
     if not np.isfinite(values).all():
         raise NonFiniteValue(f"{int((~np.isfinite(values)).sum())} of {count} numbers of {name} are not finite.")
     return values
-
-
-def _checked(suspects: Suspects, rows: int) -> Suspects:
-    return replace(
-        suspects,
-        self_influence=numbers("self_influence", suspects.self_influence, rows),
-        losses=numbers("losses", suspects.losses, rows),
-    )
 
 
 def _notes(suspects: Suspects) -> dict[int, str]:
@@ -303,7 +294,7 @@ def _ends(top: Any) -> tuple[tuple[np.ndarray, np.ndarray, int], ...]:
 
 
 def _queries(
-    known: Known, scores: Reported, query: Side, groups: Groups | None, cards: _Cards, found: Gathered
+    known: Known, scores: ScoreMatrix, query: Side, groups: Groups | None, cards: _Cards, found: Gathered
 ) -> list[dict[str, Any]]:
     """q: id; c: card; up, down: [row's number on the page, score]; p: prediction; w: 1 if it is wrong; g: group; s, z:
     own loss in words and as a number; r: why not to trust it.
@@ -370,7 +361,7 @@ def _filters(queries: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[
 # How it was made ------------------------------------------------------------------------------------------------------
 
 
-def _made(given: Mapping[str, object] | None, scores: Reported) -> list[tuple[str, str]]:
+def _made(given: Mapping[str, object] | None, scores: ScoreMatrix) -> list[tuple[str, str]]:
     """What was given, else found; an entry that is given as None is left out."""
     found: dict[str, Callable[[], object]] = {
         "command": lambda: shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) if sys.argv[0] else None,

@@ -1,7 +1,7 @@
 """One HTML file out of templates that escape by themselves: no network, no other file, light and dark.
 
-Whatever is put into a template goes through `visible`, then through Jinja2's escaping; the data for the page's script is
-JSON in an element that no browser runs. The page's own policy allows the one script and the one style sheet by their
+Whatever is put into a template goes through `visible`, then through Jinja2's escaping; the data for the page's script
+is JSON in an element that no browser runs. The page's own policy allows the one script and the one style sheet by their
 hashes, and pictures that are in the page; a browser refuses everything else.
 """
 
@@ -23,15 +23,19 @@ from headwater.report.text import MINUS, visible
 def render(**shown: Any) -> str:
     """The whole page as text. shown: what `templates/page.html.j2` names."""
     style, script = _file("page.css"), _file("page.js")
-    return _environment().get_template("page.html.j2").render(
-        **{**shown, "data": in_script(shown["data"])},
-        minus=MINUS,
-        style=Markup(style),
-        script=Markup(script),
-        policy=(
-            f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
-            "base-uri 'none'; form-action 'none'"
-        ),
+    return (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            **{**shown, "data": in_script(shown["data"])},
+            minus=MINUS,
+            style=Markup(style),
+            script=Markup(script),
+            policy=(
+                f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
+                "base-uri 'none'; form-action 'none'"
+            ),
+        )
     )
 
 

@@ -56,11 +56,13 @@ class RowsSection:
 # Who influences most --------------------------------------------------------------------------------------------------
 
 
-def influential(found: Gathered, groups: Groups | None, queries: Groups | None, blocks: dict[str, float]) -> RowsSection:
+def influential(
+    found: Gathered, groups: Groups | None, queries: Groups | None, blocks: dict[str, float]
+) -> RowsSection:
     """Concentration, groups, blocks, and the rows that help and harm most over all queries."""
     said = _concentrated(found.size)
     figures: list[Figure] = [_concentration(found.size)]
-    if groups is not None and 1 < len(groups.names):
+    if groups is not None and len(groups.names) > 1:
         figures.append(_by_group(found, groups))
     if found.between is not None and groups is not None and queries is not None:
         figures.append(_between(found.between, groups, queries))

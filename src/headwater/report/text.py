@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from headwater.tables import HIDDEN
+
 KEPT = "\n\t\u200c\u200d"
-"""Characters that are not printable by themselves, and stay."""
+"""Characters of the hidden kinds that stay."""
 MINUS = "\N{MINUS SIGN}"
 
 
@@ -22,11 +24,9 @@ def visible(text: str) -> str:
     if text.isprintable():  # the common case, decided in C
         return text
     text = text.replace("\r\n", "\n")
-    return "".join(c if _stays(c) else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text)
-
-
-def _stays(character: str) -> bool:
-    return character.isprintable() or character in KEPT or unicodedata.category(character) == "Zs"
+    return "".join(
+        c if c in KEPT or unicodedata.category(c) not in HIDDEN else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def cut(text: str, limit: int) -> tuple[str, int]:
@@ -46,7 +46,7 @@ def one_line(value: Any, limit: int = 120) -> str:
 
 
 def number(value: float, digits: int = 4) -> str:
-    """Few digits, thousands apart, with a true minus sign; from a thousand on two decimals, so that near ones differ."""
+    """Few digits, thousands apart, with a true minus sign; from a thousand on two decimals, so that they differ."""
     if 1e3 <= abs(value) < 1e12:
         return f"{value:,.2f}".removesuffix(".00").replace("-", MINUS)
     return f"{value:.{digits}g}".replace("-", MINUS)

@@ -1,10 +1,10 @@
 """What to trust: each thing that is known about the scores as a verdict in plain words, with its figures.
 
-    to know         what the numbers are
-    fine            nothing that was looked at speaks against it
-    careful         it can be used, knowing what is said there
-    do not trust    the number says something else than what it seems to say
-    not checked     nobody asked; how to ask stands beside it
+to know         what the numbers are
+fine            nothing that was looked at speaks against it
+careful         it can be used, knowing what is said there
+do not trust    the number says something else than what it seems to say
+not checked     nobody asked; how to ask stands beside it
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from headwater.evaluate.audited import Audit
 from headwater.evaluate.calibration import Calibration
 from headwater.evaluate.verification import Verification
 from headwater.report.figures import Curve, Curves, Figure
-from headwater.report.gather import Reported
 from headwater.report.text import number
 from headwater.store.diagnosis import Diagnosis
+from headwater.store.score_matrix import ScoreMatrix
 
 Check: TypeAlias = Verification | Audit | Calibration | Diagnosis
 
@@ -69,7 +69,7 @@ class Verdict:
         return WORDS[self.kind][1]
 
 
-def verdicts(scores: Reported, checks: Sequence[Check]) -> list[Verdict]:
+def verdicts(scores: ScoreMatrix, checks: Sequence[Check]) -> list[Verdict]:
     """In the order in which a reader asks. Errors: InvalidInput for a check of another kind."""
     for check in checks:
         if not isinstance(check, Verification | Audit | Calibration | Diagnosis):
@@ -102,7 +102,7 @@ def warning(found: Sequence[Verdict]) -> tuple[str, str, str] | None:
     return None
 
 
-def _method(scores: Reported) -> Verdict:
+def _method(scores: ScoreMatrix) -> Verdict:
     unit = "a forecast of what removing a row does" if scores.unit == "removal" else "an effect per unit of weight"
     return Verdict(
         "told",
@@ -122,7 +122,8 @@ def _diagnosed(found: Diagnosis | None) -> Verdict:
         lost = any(b.is_negative and (b.lowest_damped or 0) <= 0 for b in found.blocks.values())
         lost |= any(b.solves and b.missed / b.solves > UNSOLVED for b in found.blocks.values())
         said = " ".join(_sentence(worry) for worry in found.worries)
-        brief = found.worries[0].partition(":")[0] if len(found.worries) == 1 else f"{len(found.worries)} warnings about the model and its curvature"
+        count = len(found.worries)
+        brief = f"{count} warning{'' if count == 1 else 's'} about the model and its curvature"
         return Verdict("bad" if lost else "careful", title, said, table=table, brief=brief)
     if found.stationarity is None and found.unknown:
         return Verdict("unknown", title, f"Not known: {'; '.join(found.unknown)}.", ask=ask, table=table)
@@ -135,7 +136,7 @@ def _sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:]}" if text.endswith(".") else f"{text[:1].upper()}{text[1:]}."
 
 
-def _damped(scores: Reported, found: Calibration | None) -> Verdict:
+def _damped(scores: ScoreMatrix, found: Calibration | None) -> Verdict:
     title = "The damping"
     amounts = sorted(scores.damping.values())
     amount = "none" if not amounts else f"{number(amounts[0], 3)}"
@@ -215,9 +216,9 @@ def _audited(found: Audit | None, verification: Verification | None) -> Verdict:
         ranks = np.nan_to_num(found.rank_correlation, nan=-1.0)
         median, worst = float(np.median(ranks)), float(ranks.min())
         said = (
-            f"On {found.audited} of {found.queries} queries the scores were also computed with the exact inverse: the "
-            f"rankings agree with a median rank correlation of {median:.2f} (worst {worst:.2f}), and the {found.k} most "
-            f"helpful rows are right to {float(np.median(found.overlap_helpful)):.0%}."
+            f"On {found.audited} of {found.queries} queries the scores were also computed with the exact inverse: "
+            f"the rankings agree with a median rank correlation of {median:.2f} (worst {worst:.2f}), and the {found.k} "
+            f"most helpful rows are right to {float(np.median(found.overlap_helpful)):.0%}."
         )
         said += f" {found.missed} of the exact solves were not exact." if found.missed else ""
         return Verdict(_ranked(median), title, said, table=str(found), brief=RANKED)
@@ -225,8 +226,8 @@ def _audited(found: Audit | None, verification: Verification | None) -> Verdict:
     if near is not None:
         median = float(np.median(np.nan_to_num(near.rank_correlations, nan=-1.0)))
         said = (
-            f"On the pairs that were computed again, the exact inverse ranks rows with a correlation of {median:.2f} to "
-            f"these scores; sizes are {near.relative_error:.0%} off. A small sample."
+            f"On the pairs that were computed again, the exact inverse ranks rows with a correlation of {median:.2f} "
+            f"to these scores; sizes are {near.relative_error:.0%} off. A small sample."
         )
         return Verdict(_ranked(median), title, said, ask="influence.audit(train, query)", brief=RANKED)
     said = "Nobody compared the scores with those of the exact inverse."
@@ -240,7 +241,7 @@ def _ranked(correlation: float) -> str:
     return "good" if correlation >= RANKS else "careful" if correlation >= RANKS_LOST else "bad"
 
 
-def _coverage(scores: Reported) -> list[Verdict]:
+def _coverage(scores: ScoreMatrix) -> list[Verdict]:
     if scores.coverage == 1.0:
         return [Verdict("good", "How much of the model", "All trainable parameters are attributed.")]
     share = f"{scores.coverage:.1%} of the trainable parameters"
@@ -249,7 +250,7 @@ def _coverage(scores: Reported) -> list[Verdict]:
     return [Verdict(kind, "How much of the model", said, brief=brief)]
 
 
-def _solved(scores: Reported) -> list[Verdict]:
+def _solved(scores: ScoreMatrix) -> list[Verdict]:
     if not scores.residuals:
         return []
     worst = np.max(list(scores.residuals.values()), axis=0)
@@ -261,7 +262,7 @@ def _solved(scores: Reported) -> list[Verdict]:
     return [Verdict(kind, "The solves", said, brief=f"{missed} of {len(worst)} queries were not solved well")]
 
 
-def unsolved(scores: Reported) -> dict[int, str]:
+def unsolved(scores: ScoreMatrix) -> dict[int, str]:
     """Of queries whose solve did not come near its end: what to say beside them, by place."""
     if not scores.residuals:
         return {}

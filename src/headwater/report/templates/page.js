@@ -5,7 +5,7 @@
   const at = (id) => document.getElementById(id);
   const list = at("list"), pane = at("case"), find = at("find"), sort = at("sort"), wrong = at("wrong");
   const filters = [...document.querySelectorAll("select.filter")];
-  const MINUS = "\u2212", SVG = "http://www.w3.org/2000/svg", FOLD = 8, LONG = 420;
+  const MINUS = "\u2212", FOLD = 8, LONG = 420;
   let shown = [], chosen = null;
 
   function el(tag, props, ...children) {
@@ -28,14 +28,9 @@
   }
 
   function bar(score, largest) {
-    const svg = document.createElementNS(SVG, "svg"), rect = document.createElementNS(SVG, "rect");
-    svg.setAttribute("class", "bar " + (score < 0 ? "harm" : "help"));
-    svg.setAttribute("viewBox", "0 0 100 4");
-    svg.setAttribute("preserveAspectRatio", "none");
-    svg.setAttribute("aria-hidden", "true");
-    rect.setAttribute("width", largest ? (100 * Math.abs(score)) / largest : 0);
-    rect.setAttribute("height", 4);
-    svg.append(rect);
+    const svg = at("bar").content.firstElementChild.cloneNode(true);
+    svg.classList.add(score < 0 ? "harm" : "help");
+    svg.firstElementChild.setAttribute("width", largest ? (100 * Math.abs(score)) / largest : 0);
     return svg;
   }
 
@@ -136,7 +131,7 @@
           el("dl", {}, facts.map(([name, value, bad]) => el("div", { class: bad ? "bad" : null }, el("dt", { text: name }),
             el("dd", { dir: "auto" }, value, bad ? el("span", { class: "flag", text: "wrong" }) : null)))),
           query.r ? el("p", { class: "alarm bad", text: query.r }) : null)),
-      el("div", { class: "ends" }, end("Most helpful", "help", query.up, query, largest), end("Most harmful", "harm", query.down, query, largest)));
+      el("div", { class: "ends " + data.kind }, end("Most helpful", "help", query.up, query, largest), end("Most harmful", "harm", query.down, query, largest)));
     document.querySelectorAll("#list a[aria-current]").forEach((a) => a.removeAttribute("aria-current"));
     const link = query.link;
     if (link) {
