@@ -97,8 +97,8 @@ def _scores(found: Findings) -> ScoreMatrix:
         n_train=float(found.settings.train),
         method=found.name,
         explained=_explained(found),
-        train_columns={"kind": np.where(mislabelled, "mislabelled on purpose", "as it was")},
-        query_columns={"kind": np.where(found.planted[first], "taught by wrong labels", "another mistake")},
+        train_columns={"kind": np.where(mislabelled, "mislabelled", "rightly labelled")},
+        query_columns={"kind": np.where(found.planted[first], "taught by wrong labels", "other mistakes")},
     )
 
 

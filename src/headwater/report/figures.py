@@ -305,8 +305,8 @@ class Bars:
 
     def html(self) -> Markup:
         values = _finite("bars", [bar.value for bar in self.bars])
-        top, names = len(values), 150
-        across = _Axis(min(0.0, values.min(initial=0.0)), max(0.0, values.max(initial=0.0)), names, WIDTH - 165)
+        top, names = len(values), 170
+        across = _Axis(min(0.0, values.min(initial=0.0)), max(0.0, values.max(initial=0.0)), names, WIDTH - 190)
         zero = float(across(0.0))
         rows = EMPTY.join(self._row(bar, across, zero, 26 * i) for i, bar in enumerate(self.bars))
         told = "; ".join(f"{bar.name} {bar.said}" for bar in self.bars)
@@ -345,8 +345,8 @@ class Points:
             for kind, which in (("", ~chosen), (" marked", chosen))
         )
         alt = f"Scatter chart of {self.y_label} against {self.x_label}; {len(x)} points, {chosen.sum()} marked."
-        grid = _vertical_grid(across, 32, 272, "{:.3g}", self.x_label) + _horizontal_grid(
-            up, LEFT, WIDTH - 20, "{:.3g}"
+        grid = _vertical_grid(across, 32, 272, "{:,.4g}", self.x_label) + _horizontal_grid(
+            up, LEFT, WIDTH - 20, "{:,.4g}"
         )
         heading = Markup('<text x="0" y="14">{}</text>').format(_text(self.y_label))
         return _figure(self.title, self.reading, _wide(self.title, _svg(alt, 320, grid + heading + dots)))
@@ -387,8 +387,12 @@ class Grid:
     @staticmethod
     def _cell(value: float, largest: float) -> Markup:
         return Markup('<td class="{}" title="{}">{}</td>').format(
-            level_of(value, largest), signed(value), f"{value / largest:+.0%}".replace("-", MINUS)
+            level_of(value, largest), signed(value), _share_of(value / largest)
         )
+
+
+def _share_of(share: float) -> str:
+    return "0%" if round(100 * share) == 0 else f"{share:+.0%}".replace("-", MINUS)
 
 
 def level_of(value: float, largest: float) -> str:
@@ -401,7 +405,7 @@ def level_of(value: float, largest: float) -> str:
 
 WIDTH = 640
 """Of every chart, in its own units; the page scales it."""
-LEFT = 52
+LEFT = 60
 """Where the plot begins, right of the y axis's values."""
 
 
@@ -483,7 +487,7 @@ def _figure(title: str, reading: str, content: Markup) -> Markup:
     )
 
 
-def _short(name: str, limit: int = 22) -> str:
+def _short(name: str, limit: int = 18) -> str:
     return name if len(name) <= limit else f"{name[: limit - 1]}…"
 
 

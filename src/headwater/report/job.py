@@ -27,7 +27,7 @@ from headwater.report.cards import LABELS, Card, Deck, card_of, letters_for
 from headwater.report.figures import Fact, Section, paragraphs
 from headwater.report.gather import Gathered, Groups, Scale, block_sizes, gather
 from headwater.report.page import render
-from headwater.report.rows import GROUPS, RowsSection, Suspects, influential
+from headwater.report.rows import GROUPS, LISTED, RowsSection, Suspects, influential
 from headwater.report.text import number, one_line, visible
 from headwater.report.trust import Check, unsolved, verdicts, warning
 from headwater.store.described import Described
@@ -67,6 +67,8 @@ class Known:
     """Of the reader's own, before what to trust."""
     note: str = ""
     """What else there is to know of a score."""
+    details: str = ""
+    """The blocks, as a table in plain characters."""
 
 
 def write(scores: ScoreMatrix, path: str | os.PathLike[str], known: Known) -> Path:
@@ -97,7 +99,7 @@ def page(scores: ScoreMatrix, known: Known) -> str:
     ends = (found.top.helpful_scores, found.top.harmful_scores)
     scale = Scale.of(max(float(np.abs(end).max(initial=0.0)) for end in ends))
     queries = _queries(known, scores, query, query_groups, cards, found)
-    trust = verdicts(scores, known.checks)
+    trust = verdicts(scores, known.checks, known.details)
     alarm = warning(trust)
     images, said = cards.images()
     rows = cards.rows(groups)
@@ -240,7 +242,7 @@ def numbers(name: str, given: ArrayLike | None, count: int) -> Floats | None:
 
 def _notes(suspects: Suspects) -> dict[int, str]:
     """What a reader should know of a train row wherever it is shown."""
-    found = {int(row): "its label may be wrong" for row in suspects.mislabelled}
+    found = {int(row): "its label may be wrong" for row in suspects.mislabelled[:LISTED]}
     for rows in suspects.copies or ():
         found |= {row: "; ".join(filter(None, [found.get(row), f"one of {len(rows)} copies"])) for row in rows}
     return found

@@ -11,6 +11,7 @@ from markupsafe import Markup
 from headwater.evaluate.checks import Floats
 from headwater.report.figures import Bar, Bars, Curve, Curves, Figure, Grid, Points, paragraphs
 from headwater.report.gather import Gathered, Groups, Scale
+from headwater.report.text import number
 
 LISTED = 10
 """Rows of a list, at most."""
@@ -83,6 +84,10 @@ def _concentrated(size: Floats) -> str:
         f"Half of all influence, by size and over all queries, comes from {_rows(half)} of {len(size):,} "
         f"({half / len(size):.1%}); the first {_rows(top)} hold {along[top - 1]:.0%} of it."
     )
+
+
+def _three(value: float) -> str:
+    return f"{value:,.0f}" if 1e3 <= abs(value) < 1e7 else number(value, 3)
 
 
 def _rows(count: int) -> str:
@@ -226,10 +231,8 @@ class Suspects:
         return [Listing("Labels that may be wrong", f"Ranked by {' and '.join(known)}.", rows)] if rows else []
 
     def _numbers(self, row: int) -> str:
-        found = [] if self.losses is None else [f"loss {self.losses[row]:.3g}"]
-        if self.self_influence is not None:
-            found.append(f"self {self.self_influence[row]:.3g}")
-        return ", ".join(found)
+        known = (("loss", self.losses), ("self", self.self_influence))
+        return ", ".join(f"{name} {_three(float(values[row]))}" for name, values in known if values is not None)
 
     def _copies(self) -> list[Listing]:
         sets = sorted(self.copies or (), key=len, reverse=True)[:LISTED]

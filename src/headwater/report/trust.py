@@ -69,7 +69,7 @@ class Verdict:
         return WORDS[self.kind][1]
 
 
-def verdicts(scores: ScoreMatrix, checks: Sequence[Check]) -> list[Verdict]:
+def verdicts(scores: ScoreMatrix, checks: Sequence[Check], details: str = "") -> list[Verdict]:
     """In the order in which a reader asks. Errors: InvalidInput for a check of another kind."""
     for check in checks:
         if not isinstance(check, Verification | Audit | Calibration | Diagnosis):
@@ -82,7 +82,7 @@ def verdicts(scores: ScoreMatrix, checks: Sequence[Check]) -> list[Verdict]:
     diagnosis = next((c for c in checks if isinstance(c, Diagnosis)), scores.diagnosis)
     calibration = next((c for c in checks if isinstance(c, Calibration)), scores.calibration)
     return [
-        _method(scores),
+        _method(scores, details),
         _diagnosed(diagnosis),
         _damped(scores, calibration),
         _verified(verification),
@@ -102,7 +102,7 @@ def warning(found: Sequence[Verdict]) -> tuple[str, str, str] | None:
     return None
 
 
-def _method(scores: ScoreMatrix) -> Verdict:
+def _method(scores: ScoreMatrix, details: str) -> Verdict:
     unit = "a forecast of what removing a row does" if scores.unit == "removal" else "an effect per unit of weight"
     return Verdict(
         "told",
@@ -110,6 +110,8 @@ def _method(scores: ScoreMatrix) -> Verdict:
         f"The {scores.unit_in_words}: {unit}, to first order, for one row at a time. Sums over many rows overlap, and "
         "are no forecast of removing them together. "
         f"Computed by {scores.method or 'a method that is not recorded'}, for {scores.n_train:g} training rows.",
+        table=details,
+        table_name="The blocks",
     )
 
 
