@@ -101,7 +101,7 @@ def block_sizes(scores: ScoreMatrix) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Scale:
-    """The power of ten that scores are shown in, so that the page has no 0.0000123."""
+    """The power of ten that scores are shown in, so that nobody reads 0.0000123; of each query its own."""
 
     power: int
 
@@ -112,7 +112,7 @@ class Scale:
         return cls(3 * math.floor(math.log10(largest) / 3))
 
     def said(self, score: float) -> str:
-        """As `said` in page.js has it."""
+        """The score in three digits, its sign always shown; `said` in page.js is the same."""
         value = score / 10.0**self.power
         size = abs(value)
         digits = 0 if size >= 99.95 else 1 if size >= 9.995 else 2 if size >= 0.0995 or size == 0 else 3
@@ -121,4 +121,4 @@ class Scale:
     @property
     def in_words(self) -> str:
         raised = str(self.power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-        return f"Scores are shown in units of 10{raised}." if self.power else ""
+        return f"in units of 10{raised}" if self.power else ""

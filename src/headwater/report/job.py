@@ -96,8 +96,6 @@ def page(scores: ScoreMatrix, known: Known) -> str:
     sections += [section for section in [suspects.section()] if section is not None]
     sections += [RowsSection(f"part-{n}", s.title, paragraphs(s.text), s.figures) for n, s in enumerate(known.sections)]
     cards = _Cards(train, query, found, sections, _notes(suspects))
-    ends = (found.top.helpful_scores, found.top.harmful_scores)
-    scale = Scale.of(max(float(np.abs(end).max(initial=0.0)) for end in ends))
     queries = _queries(known, scores, query, query_groups, cards, found)
     trust = verdicts(scores, known.checks, known.details)
     alarm = warning(trust)
@@ -109,7 +107,6 @@ def page(scores: ScoreMatrix, known: Known) -> str:
         "rows": rows,
         "images": images,
         "names": list(cards.deck.names),
-        "power": scale.power,
         "kind": cards.kind,
     }
     return render(
@@ -119,7 +116,6 @@ def page(scores: ScoreMatrix, known: Known) -> str:
         warning=None if alarm is None else dict(zip(("kind", "head", "said"), alarm, strict=True)),
         contents=[("queries", "Queries"), *((s.place, s.title) for s in sections), *LAST],
         meaning=f"A score is the {scores.unit_in_words}. {known.note}".strip(),
-        scale=scale.in_words,
         notes=[note for note in (_part(shown, len(scores.query_ids)), said) if note],
         sorts=_sorts(queries),
         filters=_filters(queries),
@@ -130,7 +126,7 @@ def page(scores: ScoreMatrix, known: Known) -> str:
         images=images,
         names=list(cards.deck.names),
         kind=cards.kind,
-        say=scale.said,
+        say=lambda score, query: Scale(query.get("x", 0)).said(score),
         sections=sections,
         trust=trust,
         made=_made(known.made, scores),
@@ -299,7 +295,7 @@ def _queries(
     known: Known, scores: ScoreMatrix, query: Side, groups: Groups | None, cards: _Cards, found: Gathered
 ) -> list[dict[str, Any]]:
     """q: id; c: card; up, down: [row's number on the page, score]; p: prediction; w: 1 if it is wrong; g: group; s, z:
-    own loss in words and as a number; r: why not to trust it.
+    own loss in words and as a number; x, u: power of ten of its scores, and in words; r: why not to trust it.
     """
     ids, doubts = scores.query_ids, unsolved(scores)
     predicted = _predictions(known.predictions, query)
@@ -310,6 +306,9 @@ def _queries(
         one: dict[str, Any] = {"q": one_line(ids[place], 200), "c": card}
         one["up"] = _pairs(cards, up[place], up_scores[place], 1)
         one["down"] = _pairs(cards, down[place], down_scores[place], -1)
+        scale = Scale.of(max((abs(score) for _, score in one["up"] + one["down"]), default=0.0))
+        if scale.power:
+            one["x"], one["u"] = scale.power, scale.in_words
         if predicted is not None:
             one["p"] = predicted[place]
             if "l" in card and card["l"] != predicted[place]:

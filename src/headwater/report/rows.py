@@ -149,7 +149,8 @@ def _overall(found: Gathered) -> list[Listing]:
         ("Rows that help most, over all queries", [r for r in help_ if found.total[r] > 0], "help"),
         ("Rows that harm most, over all queries", [r for r in harm if found.total[r] < 0], "harm"),
     )
-    reading = f"The sum of a row's scores over all queries. {scale.in_words}".strip()
+    unit = f", {scale.in_words}" if scale.power else ""
+    reading = f"The sum of a row's scores over all queries{unit}."
     return [
         Listing(title, reading, [(int(r), scale.said(float(found.total[r])), sign) for r in rows])
         for title, rows, sign in ends

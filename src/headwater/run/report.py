@@ -22,7 +22,7 @@ from headwater.report import Card, Known, Suspects, write
 from headwater.rows import Each, PlacedBatch, Rows
 from headwater.run.attribute import attribute
 from headwater.run.rows import sweep_rows
-from headwater.run.verify import verify
+from headwater.run.verify import ROW, verify
 from headwater.status import BlockStatus, status_of
 from headwater.store.scores import Scores
 from headwater.tables import shown, table
@@ -30,7 +30,9 @@ from headwater.tables import shown, table
 KEPT = 64 * 2**20
 """Bytes of rows that are held to be shown, where nobody says what they are."""
 PAIRS = {"rows": 6, "queries": 2}
-"""Of a verification that nobody asked for."""
+"""Of a verification that the page asks for."""
+VERIFIED = 2e6
+"""Work, train rows times (parameters + what a row costs by itself), up to which it does so unasked: a few seconds."""
 
 
 def report(
@@ -42,7 +44,7 @@ def report(
     *,
     scores: Scores | None = None,
     self_influence: bool = True,
-    verified: bool = True,
+    verified: bool | None = None,
     progress: bool = False,
 ) -> Path:
     """See `Attributor.report`."""
@@ -54,6 +56,8 @@ def report(
     seen = _Seen.of(influence, train, scores.train_ids, "own losses", self_influence, known.rows is None, progress)
     asked = _Seen.of(influence, query, scores.query_ids, "query losses", False, known.queries is None, progress)
     checks = list(known.checks)
+    if verified is None:
+        verified = len(scores.train_ids) * (sum(influence.provider.sizes.values()) + ROW) <= VERIFIED
     if verified and not train.is_kept and not any(isinstance(check, Verification) for check in checks):
         checks.append(verify(influence, train, query, **PAIRS, seed=0, tolerance=None, progress=progress))
     given = known.suspects

@@ -21,8 +21,8 @@
     return made;
   }
 
-  function said(score) {
-    const value = score / 10 ** data.power, size = Math.abs(value);
+  function said(score, power) {
+    const value = score / 10 ** (power || 0), size = Math.abs(value);
     const digits = size >= 99.95 ? 0 : size >= 9.995 ? 1 : size >= 0.0995 || size === 0 ? 2 : 3;
     return (value < 0 ? MINUS : "+") + size.toFixed(digits);
   }
@@ -94,11 +94,11 @@
     const sign = score < 0 ? "harm" : "help";
     return el("li", {},
       el("div", { class: "head" },
-        el("p", { class: "score " + sign }, said(score)),
+        el("p", { class: "score " + sign }, said(score, query.x)),
         el("p", { class: "what" },
           c.l === undefined ? null : el("b", { dir: "auto", class: other ? "other" : null, title: other ? "not the query's label" : null, text: c.l }),
           el("span", { class: "id", dir: "auto", text: r.id }),
-          r.g === undefined ? null : el("span", { class: "group", dir: "auto", text: r.g }),
+          r.g === undefined ? null : el("span", { class: "group", dir: "auto", title: r.g, text: r.g }),
           r.f === undefined ? null : el("span", { class: "doubt", text: r.f }))),
       bar(score, largest),
       body(c, `Training row ${r.id}` + (c.l ? `, labelled ${c.l}` : ""), query.c));
@@ -107,7 +107,8 @@
   function end(name, sign, pairs, query, largest) {
     const rows = pairs.map((pair) => row(pair, query, largest));
     if (!rows.length) rows.push(el("li", { class: "none", text: sign === "help" ? "No row helps this query." : "No row harms this query." }));
-    return el("div", { class: "end" }, el("h4", { class: sign, text: name }), el("ol", { class: "deck " + data.kind }, rows));
+    const unit = query.x && pairs.length ? el("span", { class: "unit", text: query.u }) : null;
+    return el("div", { class: "end" }, el("h4", { class: sign }, name, unit), el("ol", { class: "deck " + data.kind }, rows));
   }
 
   function draw(query) {
