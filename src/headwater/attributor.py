@@ -462,7 +462,8 @@ class Attributor(ComposableInfluence[TensorType]):
         shown as the loaders give them, where they are images or numbers. scores: of these loaders, if they are there
         already; else they are computed, as forecasts of removal where the method makes these.
         self_influence: whether each train row's is computed too, in the pass that takes their losses: of a method that
-        solves, a solve for each. verify: whether a dozen random pairs are computed again the slow plain way; None where that is quick.
+        solves, a solve for each. verify: whether a dozen random pairs are computed again the slow plain way; None
+        where that is quick.
         Errors: as `attribute` and `Scores.report`.
         """
         from headwater.report.job import TITLE, Known
