@@ -140,9 +140,9 @@ def test_each_row_and_each_picture_is_there_once(tmp_path):
 
 
 def test_a_normal_job_is_under_one_megabyte(tmp_path):
-    smooth = np.linspace(0, 1, 32)[:, None, None] * RNG.random((1500, 1, 32, 3)) + 0.1 * RNG.random((1500, 32, 32, 3))
-    scores = make(300, 1200, by_block={"a": np.ones((300, 1200), np.float32)})
-    text = written(scores, tmp_path, rows=(smooth[:1200], np.arange(1200) % 10), queries=smooth[1200:])
+    smooth = np.linspace(0, 1, 32)[:, None, None] * RNG.random((900, 1, 32, 3)) + 0.1 * RNG.random((900, 32, 32, 3))
+    scores = make(300, 600, by_block={"a": np.ones((300, 600), np.float32)})
+    text = written(scores, tmp_path, rows=(smooth[:600], np.arange(600) % 10), queries=smooth[600:])
     assert len(data_of(text)["queries"]) == 300 and len(text.encode()) < 1_000_000
     assert "Pictures are shown at" in text
 

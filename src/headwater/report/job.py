@@ -325,7 +325,7 @@ def _queries(
 
 def _pairs(cards: _Cards, places: np.ndarray, scores: np.ndarray, sign: int) -> list[list[float]]:
     pairs = zip(places.tolist(), scores.tolist(), strict=True)
-    return [[cards.place[int(place)], float(f"{score:.4g}")] for place, score in pairs if score * sign > 0]
+    return [[cards.place[int(place)], float(f"{score:.6g}")] for place, score in pairs if score * sign > 0]
 
 
 def _predictions(given: Any, query: Side) -> list[str] | None:

@@ -81,8 +81,8 @@ def _concentrated(size: Floats) -> str:
     along = np.cumsum(np.sort(size)[::-1]) / whole
     half, top = int(np.searchsorted(along, 0.5 - 1e-12)) + 1, max(1, round(len(size) / 100))
     return (
-        f"Half of all influence, by size and over all queries, comes from {_rows(half)} of {len(size):,} "
-        f"({half / len(size):.1%}); the first {_rows(top)} hold {along[top - 1]:.0%} of it."
+        f"Half of all influence, by size and over all queries, comes from {counted(half, 'row')} of {len(size):,} "
+        f"({half / len(size):.1%}); the first {counted(top, 'row')} hold {along[top - 1]:.0%} of it."
     )
 
 
@@ -90,8 +90,8 @@ def _three(value: float) -> str:
     return f"{value:,.0f}" if 1e3 <= abs(value) < 1e7 else number(value, 3)
 
 
-def _rows(count: int) -> str:
-    return f"{count:,} row{'' if count == 1 else 's'}"
+def counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def _concentration(size: Floats) -> Figure:
@@ -205,13 +205,14 @@ class Suspects:
         if self.copies is not None:
             rows = sum(map(len, self.copies))
             found.append(
-                f"{rows:,} rows are copies of one another, in {len(self.copies):,} sets: each shares its influence "
-                "with its copies, and removing one alone changes little."
+                f"{rows:,} rows are copies of one another, in {counted(len(self.copies), 'set')}: each shares its "
+                "influence with its copies, and removing one alone changes little."
                 if rows
                 else "No two training rows have the same content."
             )
         if self.leaks:
-            found.append(f"{len(self.leaks):,} training rows are queries as well: these queries test what was learned.")
+            rows_are = "row is a query" if len(self.leaks) == 1 else "rows are queries"
+            found.append(f"{len(self.leaks):,} training {rows_are} as well: what is asked there was learned.")
         return "\n\n".join(found)
 
     def _figures(self) -> list[Figure]:
