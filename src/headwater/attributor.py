@@ -19,15 +19,18 @@ from headwater.rows import Rows, Runner
 from headwater.types import InfluenceMode, TensorType
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
 
+    from headwater.evaluate.verification import Verification
+    from headwater.report.trust import Check
     from headwater.run.audit import Audit
     from headwater.run.calibrate import Calibration, Retrained
     from headwater.run.diagnosis import EffectiveDof
     from headwater.run.factors import KeptFactors
     from headwater.run.kept import KeptGradients
     from headwater.run.runners.environment import Worker
-    from headwater.run.verification import Verification
     from headwater.status import Status
     from headwater.store.diagnosis import Diagnosis
     from headwater.store.plan import Plan
@@ -438,6 +441,45 @@ class Attributor(ComposableInfluence[TensorType]):
 
         with located():
             return diagnose(self, self.train_rows(train_loader), progress=progress)
+
+    @in_own_precision
+    def report(
+        self,
+        train_loader: Iterable[object],
+        query_loader: Iterable[object],
+        path: str | os.PathLike[str],
+        *,
+        rows: Any = None,
+        queries: Any = None,
+        k: int = 5,
+        title: str | None = None,
+        groups: Any = None,
+        predictions: Any = None,
+        scores: Scores | None = None,
+        checks: Sequence[Check] = (),
+        self_influence: bool = True,
+        verify: bool | None = None,
+        made: Mapping[str, object] | None = None,
+        progress: bool = False,
+    ) -> Path:
+        """One HTML page: for each query the rows behind it, who influences most, suspicious rows, what to trust.
+
+        rows, queries, k, title, groups, predictions, checks, made: as in `Scores.report`; rows and queries of None are
+        shown as the loaders give them, where they are images or numbers. scores: of these loaders, if they are there
+        already; else they are computed, as forecasts of removal where the method makes these.
+        self_influence: whether each train row's is computed too, in the pass that takes their losses: of a method that
+        solves, a solve for each. verify: whether a dozen random pairs are computed again the slow plain way; None
+        where that is quick.
+        Errors: as `attribute` and `Scores.report`.
+        """
+        from headwater.report.job import TITLE, Known
+        from headwater.run.report import report
+
+        known = Known(rows, queries, k, title or TITLE, "", groups, predictions, checks=checks, made=made)
+        options: dict[str, Any] = {"self_influence": self_influence, "verified": verify, "progress": progress}
+        with located():
+            train, query = self._scored(train_loader), self.query_rows(query_loader)
+            return report(self, train, query, path, known, scores=scores, **options)
 
     @in_own_precision
     def effective_dof(

@@ -10,27 +10,22 @@ from headwater.demo.experiment import HIDDEN, LOSS, MISLABELLED, NOTHING, RANDOM
 from headwater.demo.methods import METHODS
 from headwater.evaluate import auc, average_precision, precision_at, recall_at, recall_curve
 from headwater.report import (
-    Case,
-    Cases,
+    Card,
     Condition,
     Curve,
     Curves,
     Dots,
     Fact,
-    Picture,
+    Known,
     Section,
     Share,
+    Suspects,
     Table,
     mean_and_spread,
     page,
 )
+from headwater.store.score_matrix import ScoreMatrix
 
-MINUS = "\N{MINUS SIGN}"
-
-SHOWN = (
-    "Nobody picked these. The mistakes are in the order of the queries: first some of the kinds that the wrong labels "
-    "teach, then some of other kinds, where the rows behind them may be rightly labelled."
-)
 BLAMED = (
     "Each prediction that the network gets wrong is traced to the training rows that raised its loss the most. Some of "
     "these carry a label that was made wrong on purpose. Not every mistake comes from them: the planted mistakes "
@@ -55,20 +50,28 @@ LEFT_OUT = (
 def tell(found: Findings) -> str:
     """The findings as plain text, for a terminal."""
     parts = [_opening(found), suspects(found).text(), detection(found).text(), STRONG, removal(found).text()]
-    return "\n\n".join([*parts, *filter(None, [foretold(found), found.recipe.note]), f"({_made(found)})"])
+    return "\n\n".join([*parts, *filter(None, [foretold(found), found.recipe.note]), f"({_made_in_words(found)})"])
 
 
 def report(found: Findings) -> str:
     """The findings as one HTML page."""
-    return page(
-        "Where did the mistakes come from?",
+    return page(_scores(found), _known(found))
+
+
+def _known(found: Findings) -> Known:
+    """What the page says beside the scores."""
+    first, digits = _first(found), found.digits
+    return Known(
+        title="Where did the mistakes come from?",
         lead=_opening(found),
-        unit=found.unit,
-        unit_note=_unit_note(found),
-        explained=_explained(found),
+        rows=lambda row: _digit(digits.x_train[row], digits.given[row], digits.original[row]),
+        queries=lambda query: _digit(digits.x_query[query], digits.y_query[query], digits.y_query[query]),
+        groups="kind",
+        predictions=found.predicted[first],
+        suspects=Suspects(found.self_influence, found.losses),
+        note=_unit_note(found),
         facts=_facts(found),
         sections=[
-            Section("Some mistakes, and the rows behind them", SHOWN, [cases(found)]),
             Section("Are the right rows blamed?", BLAMED.format(kinds=_kinds()), [suspects(found)]),
             Section(
                 "Do the mistakes go away?", f"{LEFT_OUT}\n\n{foretold(found)}", [removal_dots(found), removal(found)]
@@ -79,8 +82,34 @@ def report(found: Findings) -> str:
                 [detection_curves(found), detection(found)],
             ),
         ],
-        foot=_made(found),
+        made=_made(found),
     )
+
+
+def _scores(found: Findings) -> ScoreMatrix:
+    """The scores of the wrong predictions, those that the wrong labels teach first."""
+    first, mislabelled = _first(found), found.digits.mislabelled
+    return ScoreMatrix(
+        values=found.scores[first],
+        query_ids=found.wrong[first],
+        train_ids=np.arange(found.scores.shape[1]),
+        unit=found.unit,
+        n_train=float(found.settings.train),
+        method=found.name,
+        explained=_explained(found),
+        train_columns={"kind": np.where(mislabelled, "mislabelled", "rightly labelled")},
+        query_columns={"kind": np.where(found.planted[first], "taught by wrong labels", "other mistakes")},
+    )
+
+
+def _first(found: Findings) -> NDArray[np.int64]:
+    """Positions among the wrong predictions: the planted kinds, then the others."""
+    return np.argsort(~found.planted, kind="stable")
+
+
+def _digit(ink: NDArray[np.float32], label: int, original: int) -> Card:
+    note = f"but a {original}" if label != original else ""
+    return Card(image=1 - ink.reshape(8, 8), label=str(label), note=note)
 
 
 def _unit_note(found: Findings) -> str:
@@ -129,11 +158,31 @@ def _facts(found: Findings) -> list[Fact]:
     ]
 
 
-def _made(found: Findings) -> str:
+def _made(found: Findings) -> dict[str, object]:
+    """No time and no version of anything else: the same seed gives the same page."""
+    settings = found.settings
+    return {
+        "command": _command(found),
+        "made": None,
+        "Python": None,
+        "NumPy": None,
+        "seed": settings.seed,
+        "damping": f"{settings.damping:g} times the mean eigenvalue" if found.unit == "removal" else None,
+        "network": f"{'-'.join(map(str, WIDTHS))}, {settings.steps} steps",
+        "retrained": f"{settings.retrains} seeds for each change; one network is explained",
+        "data": "the handwritten digits that come with scikit-learn",
+    }
+
+
+def _command(found: Findings) -> str:
+    return f"headwater demo --seed {found.settings.seed} --method {found.settings.method}"
+
+
+def _made_in_words(found: Findings) -> str:
     settings = found.settings
     damping = f", damping {settings.damping:g} times the mean eigenvalue" if found.unit == "removal" else ""
     return (
-        f"Made by headwater {headwater.__version__}: headwater demo --seed {settings.seed} --method {settings.method}. "
+        f"Made by headwater {headwater.__version__}: {_command(found)}. "
         f"{found.name}{damping}; network {'-'.join(map(str, WIDTHS))}, {settings.steps} steps; one network "
         f"is explained, and {settings.retrains} seeds retrained for each change. "
         "Data: the handwritten digits that come with scikit-learn."
@@ -263,47 +312,4 @@ def foretold(found: Findings) -> str:
         f"nats per prediction; retraining measured {before - after:.2f} of the {before:.2f} there were. Each score is "
         "a first-order forecast for one row of one network. Sums over many rows overlap, and a loss cannot fall below "
         "zero: read the sum as a ranking, not as a promise."
-    )
-
-
-def cases(found: Findings, each: int = 3, rows: int = 5) -> Cases:
-    """The first explained mistakes of both kinds, planted and other, with their most harmful and helpful rows."""
-    kinds = (found.explained[found.planted[found.explained] == kind] for kind in (True, False))
-    return Cases(
-        title="What the network misread, and what it had been shown",
-        reading="On the left the query; beside it the training rows that pushed hardest towards the mistake and "
-        "hardest against it, with their labels and scores; a red frame marks a planted wrong label.",
-        cases=[_case(found, case, rows) for kind in kinds for case in kind[:each]],
-    )
-
-
-def _case(found: Findings, case: int, rows: int) -> Case:
-    digits, query, scores = found.digits, found.wrong[case], found.scores[case]
-    true, said = digits.y_query[query], found.predicted[case]
-    order = np.argsort(scores, kind="stable")
-
-    def picture(row: int) -> Picture:
-        given, original = digits.given[row], digits.original[row]
-        marked = bool(given != original)
-        return Picture(
-            image=digits.x_train[row].reshape(8, 8),
-            lines=[
-                f"labelled {given}",
-                *([f"but a {original}"] if marked else []),
-                f"{scores[row]:+.2f}".replace("-", MINUS),
-            ],
-            alt=f"Training row {row}: a handwritten {original}, labelled {given}",
-            marked=marked,
-        )
-
-    return Case(
-        query=Picture(
-            image=digits.x_query[query].reshape(8, 8),
-            lines=[f"is a {true}", f"read as {said}"],
-            alt=f"Query {query}: a handwritten {true}, read as {said}",
-        ),
-        groups=[
-            ("most harmful", [picture(row) for row in order[:rows]]),
-            ("most helpful", [picture(row) for row in order[::-1][:rows]]),
-        ],
     )
