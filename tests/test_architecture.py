@@ -159,6 +159,7 @@ def test_imports_have_no_cycle():
 
 READERS = {
     "headwater.hf.rows": "items of a loader as batches, when they are read",
+    "headwater.loaders.forms": "batches that are dicts or frames, as inputs and targets, when they are read",
     "headwater.loaders.batches": "items of a loader unpacked, when they are read",
     "headwater.sklearn.influence": "batches that go through a pipeline once",
 }
