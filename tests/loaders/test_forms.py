@@ -1,4 +1,4 @@
-"""Whatever people hold gives the numbers that a list of batches gives, in every framework; and rows keep their names."""
+"""Whatever people hold gives the numbers of a list of batches, in every framework; and rows keep their names."""
 
 from __future__ import annotations
 
@@ -245,7 +245,7 @@ def test_pairs_are_known_again_and_changes_are_noticed(framework):
     made = MAKERS[framework](batch_size=6).fit((x, y))
     made.attribute((x, y), QUERIES)
     x[[2, 3]] = x[[3, 2]]
-    with pytest.raises(BatchMismatch, match="row 2 of the loader.*other rows each time"):
+    with pytest.raises(BatchMismatch, match=r"row 2 of the loader.*other rows each time"):
         made.attribute((x, y), QUERIES)
     with pytest.warns(RowsNotFitted, match="1 of the 23"):  # other objects are another loader
         made.attribute((np.vstack([X[:22], X[:1] + 9]), y), QUERIES)
@@ -306,9 +306,8 @@ def test_words_are_ids_in_batches_groups_and_appended_rows(framework, tmp_path):
     assert made.top(batches, QUERIES, 3).helpful_ids.dtype.kind == "U"
     by_name = made.removal(batches, QUERIES, [[NAMES[3], NAMES[12]], [NAMES[0]]])
     np.testing.assert_allclose(by_name, made.removal([(x, y)], QUERIES, [[3, 12], [0]]), rtol=1e-10)
-    np.testing.assert_allclose(
-        made.attribute(batches, QUERIES, unit="removal").sel(train=NAMES[4:5]).values.shape, (4, 1)
-    )
+    chosen = made.attribute(batches, QUERIES).sel(train=NAMES[4:5])
+    np.testing.assert_array_equal(chosen.values, made.attribute(batches, QUERIES).values[:, 4:5])
     kept = made.gradients(batches, store=tmp_path / "kept")
     assert made.attribute(kept, QUERIES).train_ids.tolist() == NAMES
 
