@@ -4,7 +4,7 @@ Nothing here imports a framework: an array brings its own namespace (`namespace(
 no word (adding in place, scattering rows) the framework's own method is called.
 
 What may be anything (a user's target, a loader, a data frame) is asked here, once, what it has: `shape_of`,
-`dtype_of`, `is_frame`, `described`.
+`dtype_of`, `is_frame`, `is_sparse`, `described`.
 """
 
 from __future__ import annotations
@@ -148,6 +148,11 @@ def described(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return f"a {type(value).__name__} of {len(value)} entries"
     return f"{type(value).__name__} of shape {tuple(value.shape)}" if is_array(value) else type(value).__name__
+
+
+def is_sparse(value: object) -> bool:
+    """Whether it is a sparse matrix, as SciPy has them: `value.tocsr()` has it by row."""
+    return hasattr(value, "tocsr")
 
 
 def device(array: Array) -> Any:

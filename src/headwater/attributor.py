@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from headwater.errors import InvalidSetting
 from headwater.influence import ComposableInfluence, in_own_precision
+from headwater.loaders.batches import check_one
 from headwater.loaders.places import located
 from headwater.methods.damping import Damping
 from headwater.rows import Rows, Runner
@@ -43,8 +44,8 @@ class Attributor(ComposableInfluence[TensorType]):
     @in_own_precision
     def fit(
         self,
-        loader: Iterable[object],
-        *,
+        loader: Any,
+        *others: object,
         progress: bool = False,
         runner: Runner | None = None,
         tile: int | None = None,
@@ -64,6 +65,7 @@ class Attributor(ComposableInfluence[TensorType]):
         from headwater.run.runners import shared
         from headwater.run.runners.turns import check_worker
 
+        check_one(others)
         worker = check_worker(worker, store, self.source.together)
         if store is not None:
             if runner is not None:

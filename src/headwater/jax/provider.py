@@ -38,6 +38,7 @@ from headwater.jax.derivatives import Model
 from headwater.jax.losses import JaxOutputLoss, Loss, check_finite, explain_failure, find_likelihood, normalisation
 from headwater.jax.plan import Place, make_plan
 from headwater.jax.tree import Leaves, checksums, take_tree, wide
+from headwater.loaders.frames import in_numbers
 from headwater.random import row_keys, row_numbers
 from headwater.types import Batch
 
@@ -174,7 +175,8 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
     # Batches ------------------------------------------------------------------------------------------------------
 
     def as_batch(self, x: object, y: object) -> JaxBatch:
-        return self._ready(JaxBatch(x, y))
+        own = partial(np.asarray, dtype=self._like.dtype)
+        return self._ready(JaxBatch(in_numbers("x", x, own), in_numbers("y", y, own)))
 
     def _ready(self, batch: Any) -> JaxBatch:
         own = isinstance(batch, JaxBatch)

@@ -39,6 +39,7 @@ from headwater.gradients.outer import Outer, with_inputs
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
 from headwater.gradients.rowwise import differing
 from headwater.gradients.together import Together
+from headwater.loaders.frames import in_numbers
 from headwater.random import row_keys, row_numbers
 from headwater.torch.batch import TorchBatch, as_tensor, differentiable_input
 from headwater.torch.capture import Recording, detached_state, own_leaves, record, run, summed_products
@@ -298,7 +299,11 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
     # Batches ------------------------------------------------------------------------------------------------------
 
     def as_batch(self, x: object, y: object) -> TorchBatch:
-        return self._ready(TorchBatch(x, y))
+        return self._ready(TorchBatch(self._in_numbers("x", x), self._in_numbers("y", y)))
+
+    def _in_numbers(self, name: str, value: object) -> Any:
+        """Data frames as tensors of the model's dtype."""
+        return in_numbers(name, value, lambda numbers: torch.as_tensor(numbers).to(self._like.dtype))
 
     def _ready(self, batch: TorchBatch) -> TorchBatch:
         """The batch as the model takes it, on its device; a batch that this gave is taken as it is."""
