@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from headwater.evaluate.verification import Verification
+    from headwater.report.figures import Section
     from headwater.report.trust import Check
     from headwater.run.audit import Audit
     from headwater.run.calibrate import Calibration, Retrained
@@ -455,10 +456,12 @@ class Attributor(ComposableInfluence[TensorType]):
         queries: Any = None,
         k: int = 5,
         title: str | None = None,
+        lead: str = "",
         groups: Any = None,
         predictions: Any = None,
         scores: Scores | None = None,
         checks: Sequence[Check] = (),
+        sections: Sequence[Section] = (),
         self_influence: bool = True,
         verify: bool | None = None,
         made: Mapping[str, object] | None = None,
@@ -468,7 +471,8 @@ class Attributor(ComposableInfluence[TensorType]):
 
         rows, queries, k, title, groups, predictions, checks, made: as in `Scores.report`; rows and queries of None are
         shown as the loaders give them, where they are images or numbers. scores: of these loaders, if they are there
-        already; else they are computed, as forecasts of removal where the method makes these.
+        already; else they are computed, as forecasts of removal where the method makes these. lead: what stands below
+        the title. sections: of your own (`headwater.report.Section`).
         self_influence: whether each train row's is computed too, in the pass that takes their losses: of a method that
         solves, a solve for each. verify: whether a dozen random pairs are computed again the slow plain way; None
         where that is quick.
@@ -477,7 +481,9 @@ class Attributor(ComposableInfluence[TensorType]):
         from headwater.report.job import TITLE, Known
         from headwater.run.report import report
 
-        known = Known(rows, queries, k, title or TITLE, "", groups, predictions, checks=checks, made=made)
+        known = Known(
+            rows, queries, k, title or TITLE, lead, groups, predictions, checks=checks, made=made, sections=sections
+        )
         options: dict[str, Any] = {"self_influence": self_influence, "verified": verify, "progress": progress}
         with located():
             train, query = self._scored(train_loader), self.query_rows(query_loader)

@@ -35,8 +35,8 @@ def Influence(  # noqa: N802  a class to who calls it: it makes an influence
     model: see the table above. For JAX also a function alone, with params=. loss: a function of (output, target), a
     loss module, or a word: "cross_entropy", "binary_cross_entropy" (of logits), "mse"; estimators and pretrained models
     have their own. method: settings such as hw.Ekfac(rank=64), or a name in `hw.METHODS`, such as "kfac"; None for
-    hw.Ekfac(), of scikit-learn's models hw.Direct(). options: those of the framework's class: blocks, damping,
-    measurement, checkpoints, unpack, target, ids, batch_size, ...
+    hw.Ekfac(), of scikit-learn's models hw.Direct() without damping. options: those of the framework's class: blocks,
+    damping, measurement, checkpoints, unpack, target, ids, batch_size, ...
 
     Rows are what people hold: a loader, a data set, (x, y) arrays, a data frame; see `headwater.loaders.forms`.
     Errors: InvalidInput for a loss that means nothing here; InvalidSetting for unknown methods and options;
@@ -129,7 +129,10 @@ def _of_sklearn(model: Any, loss: Any, method: Method | str | None, options: dic
             "measurement='margin' or 'logit' explains something else about query rows."
         )
     check_options(SklearnComposableInfluence, options)
-    return SklearnComposableInfluence(model, method_of("direct" if method is None else method), **options)
+    if method is None:
+        # Exact: what an estimator's own penalty does not hold has no forecast, and is said.
+        return SklearnComposableInfluence(model, method_of("direct"), **{"damping": 0.0, **options})
+    return SklearnComposableInfluence(model, method_of(method), **options)
 
 
 def _of_jax(model: Any, loss: Any, method: Method | str | None, options: dict[str, Any]) -> Attributor[Any]:

@@ -17,7 +17,7 @@ from typing import Any
 from headwater.attributor import Attributor
 from headwater.errors import HeadwaterError, InvalidInput, InvalidSetting
 
-NAMES = ("influence", "train", "query", "rows", "queries", "retrain")
+NAMES = ("influence", "train", "query", "rows", "queries", "predictions", "retrain")
 """What a setup gives, in this order; from the third on, it may be left out."""
 
 
@@ -35,6 +35,8 @@ class Setup:
     """What train rows are, for tables and the report: a DataFrame, a data set, a function of an id (`Described`)."""
     queries: Any = None
     """Likewise the queries."""
+    predictions: Any = None
+    """What the model says of each query, in the loader's order."""
     retrain: Callable[[Any, int], Any] | None = None
     """(positions of the train rows that are kept, a seed) -> losses of the queries [q] of a model trained on these."""
 

@@ -93,7 +93,9 @@ class ReportSettings:
     file: str = "report.html"
     """The page, relative to the job file."""
     title: str | None = None
-    """None for the job's name."""
+    """None for one that fits any job."""
+    lead: str = ""
+    """What stands below it."""
     k: int = 5
     """Rows at each end of a query's ranking."""
 

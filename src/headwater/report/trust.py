@@ -18,13 +18,14 @@ import numpy as np
 from headwater.errors import InvalidInput
 from headwater.evaluate.audited import Audit
 from headwater.evaluate.calibration import Calibration
+from headwater.evaluate.lds import Lds
 from headwater.evaluate.verification import Verification
 from headwater.report.figures import Curve, Curves, Figure
 from headwater.report.text import number
 from headwater.store.diagnosis import Diagnosis
 from headwater.store.score_matrix import ScoreMatrix
 
-Check: TypeAlias = Verification | Audit | Calibration | Diagnosis
+Check: TypeAlias = Verification | Audit | Calibration | Diagnosis | Lds
 
 WORDS = {
     "told": ("to know", "\N{BULLET}"),
@@ -72,9 +73,9 @@ class Verdict:
 def verdicts(scores: ScoreMatrix, checks: Sequence[Check], details: str = "") -> list[Verdict]:
     """In the order in which a reader asks. Errors: InvalidInput for a check of another kind."""
     for check in checks:
-        if not isinstance(check, Verification | Audit | Calibration | Diagnosis):
+        if not isinstance(check, Check):
             raise InvalidInput(
-                f"checks has a {type(check).__name__}; expected what verify, audit, diagnose and calibrate give "
+                f"checks has a {type(check).__name__}; expected what verify, audit, diagnose, calibrate and lds give "
                 "(of calibrate: influence.calibration)."
             )
     verification = next((c for c in checks if isinstance(c, Verification)), None)
@@ -85,6 +86,7 @@ def verdicts(scores: ScoreMatrix, checks: Sequence[Check], details: str = "") ->
         _method(scores, details),
         _diagnosed(diagnosis),
         _damped(scores, calibration),
+        _judged(next((c for c in checks if isinstance(c, Lds)), None)),
         _verified(verification),
         _audited(audit, verification),
         *_coverage(scores),
@@ -192,6 +194,23 @@ def _path(found: Calibration) -> list[Figure]:
             band=band,
         )
     ]
+
+
+def _judged(found: Lds | None) -> Verdict:
+    title = "Do they forecast retraining?"
+    if found is None:
+        ask = "headwater.evaluate.retrain, then lds(scores, *bank)"
+        return Verdict("unknown", title, "No model was trained again to judge these scores.", ask=ask)
+    raw = found.raw
+    said = (
+        f"On {found.subsets} models that were trained again on parts of the rows, forecast and measurement have a rank "
+        f"correlation (LDS) of {raw.value:.2f}, with an interval from {raw.low:.2f} to {raw.high:.2f}."
+    )
+    if found.ceiling is not None:
+        said += f" Retraining agrees with itself to {found.ceiling:.2f}: more cannot be had."
+    kind = "bad" if raw.low <= 0 else "careful" if raw.value < FORECASTS else "good"
+    brief = "whether they forecast retraining cannot be told apart from chance"
+    return Verdict(kind, title, said, table=str(found), brief=brief)
 
 
 def _verified(found: Verification | None) -> Verdict:
