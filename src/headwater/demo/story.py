@@ -64,8 +64,8 @@ def _known(found: Findings) -> Known:
     return Known(
         title="Where did the mistakes come from?",
         lead=_opening(found),
-        rows=lambda row: _digit(digits.x_train[row], digits.given[row], digits.original[row]),
-        queries=lambda query: _digit(digits.x_query[query], digits.y_query[query], digits.y_query[query]),
+        rows=lambda row: _digit(digits.x_train[row], int(digits.given[row]), int(digits.original[row])),
+        queries=lambda query: _digit(digits.x_query[query], int(digits.y_query[query]), int(digits.y_query[query])),
         groups="kind",
         predictions=found.predicted[first],
         suspects=Suspects(found.self_influence, found.losses),

@@ -430,12 +430,12 @@ class _Axis:
         """Four to seven round values inside the axis; of powers of ten at most eight."""
         if self.powers:
             low, high = math.ceil(math.log10(self.start) - 1e-9), math.floor(math.log10(self.stop) + 1e-9)
-            return 10.0 ** np.arange(low, high + 1, max(1, math.ceil((high - low) / 7)))
+            return np.asarray(10.0 ** np.arange(low, high + 1, max(1, math.ceil((high - low) / 7))), dtype=np.float64)
         span = (self.stop - self.start) or 1.0
         power = 10.0 ** math.floor(math.log10(span))
         step = next(power * part for part in (0.2, 0.25, 0.5, 1, 2) if span / (power * part) <= 6)
         places = np.arange(math.ceil(self.start / step - 1e-9), math.floor(self.stop / step + 1e-9) + 1)
-        return places * step if step < 1e-9 else np.round(places * step, 12)
+        return np.asarray(places * step if step < 1e-9 else np.round(places * step, 12), dtype=np.float64)
 
 
 def _ends(values: NDArray[np.float64]) -> tuple[float, float]:
