@@ -46,15 +46,37 @@ def cut(text: str, width: int = WIDEST) -> str:
     return text + "…"
 
 
-def table(rows: Sequence[Sequence[str]], left: Collection[int] = (0,), widest: int | None = None) -> str:
-    """Columns of equal width, numbers to the right; those in `left` to the left. Cells are cut to the `widest`."""
-    cells = [[visible(cell) if widest is None else cut(visible(cell), widest) for cell in row] for row in rows]
-    columns = list(zip(*cells, strict=True))
-    widths = [max(map(cell_len, column)) for column in columns]
-    lines = (
-        [_padded(cell, w, k in left) for k, (cell, w) in enumerate(zip(row, widths, strict=True))] for row in cells
-    )
-    return "\n".join("  ".join(line).rstrip() for line in lines)
+def table(
+    rows: Sequence[Sequence[str]], left: Collection[int] = (0,), widest: int | None = None, width: int | None = None
+) -> str:
+    """Columns of equal width, numbers to the right; those in `left`, of texts, to the left.
+
+    widest: where cells are cut. width: of the terminal; the widest columns in `left` give way, so that lines fit.
+    """
+    cells = [[visible(cell) for cell in row] for row in rows]
+    widths = [min(max(map(cell_len, column)), widest or 10**9) for column in zip(*cells, strict=True)]
+    if width is not None:
+        widths = _fitted(widths, left, width - 2 * (len(widths) - 1))
+    lines = []
+    for row in cells:
+        padded = (_padded(cut(cell, w), w, k in left) for k, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
+
+
+NARROWEST = 5
+"""Columns of a terminal that are left of a text."""
+
+
+def _fitted(widths: Sequence[int], left: Collection[int], room: int) -> list[int]:
+    """Widths that are `room` together, if texts can give way so far."""
+    found = list(widths)
+    while sum(found) > room:
+        k = max(left, key=lambda each: found[each], default=None)
+        if k is None or found[k] <= NARROWEST:
+            break
+        found[k] -= 1
+    return found
 
 
 def _padded(cell: str, width: int, left: bool) -> str:

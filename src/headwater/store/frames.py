@@ -13,6 +13,7 @@ from headwater.errors import InvalidSetting, MissingExtra
 from headwater.settings import check_word
 from headwater.store.draft import drafted_file
 from headwater.store.score_matrix import ScoreMatrix
+from headwater.store.topk import TopK
 from headwater.tables import as_words, frame, pandas_module
 
 if TYPE_CHECKING:
@@ -69,14 +70,29 @@ def to_csv(scores: ScoreMatrix, path: str | os.PathLike[str]) -> None:
             frame(piece).to_csv(file, index=False, header=False)
 
 
-WRITERS = {".parquet": to_parquet, ".csv": to_csv}
+ENDINGS = (".parquet", ".csv")
 
 
-def export(scores: ScoreMatrix, path: str | os.PathLike[str]) -> None:
-    """As the name's ending says: .parquet or .csv. Errors: InvalidSetting for another; as these."""
-    ending = Path(path).suffix
-    check_word("the ending of the file's name", ending, tuple(WRITERS))
-    WRITERS[ending](scores, path)
+def check_ending(path: Path) -> None:
+    """Errors: InvalidSetting for a file of another kind."""
+    if path.suffix not in ENDINGS:
+        raise InvalidSetting(f"{path}: expected a name that ends in one of {', '.join(ENDINGS)}.")
+
+
+def export(scores: ScoreMatrix, path: Path) -> None:
+    """As the name's ending says. Errors: InvalidSetting for another ending; MissingExtra; NotWritten."""
+    check_ending(path)
+    (to_parquet if path.suffix == ".parquet" else to_csv)(scores, path)
+
+
+def export_top(top: TopK, path: Path) -> None:
+    """The table of a ranking, likewise."""
+    check_ending(path)
+    with drafted_file(path) as file:
+        if path.suffix == ".parquet":
+            _pyarrow().parquet.write_table(_arrow(top.columns(), {}), file)
+        else:
+            top.to_pandas().to_csv(file, index=False)
 
 
 def pieces(scores: ScoreMatrix) -> Iterator[dict[str, np.ndarray]]:

@@ -28,6 +28,8 @@ MANY = 8
 
 SHOWN = 5
 """Queries that a printed table has room for."""
+NUMBERS = ("rank", "score")
+"""Columns of a table that are no text."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,25 +109,40 @@ class TopK:
         """The table of `columns`. Errors: MissingExtra without pandas."""
         return frame(self.columns())
 
-    def _shown(self) -> tuple[list[list[str]], str]:
-        """Cells, the headings first, and a line that says what they are and how many are missing."""
-        lines = 2 * self.helpful_ids.shape[1] * SHOWN
-        columns = {name: column[:lines] for name, column in self.columns().items()}
-        cells = [list(columns), *([_cell(value) for value in row] for row in zip(*columns.values(), strict=True))]
+    def take(self, queries: Sequence[int] | slice) -> TopK:
+        """Some queries, by position."""
+        where = np.arange(len(self))[queries]
+        arrays = [array[where] for array in self._arrays()]
+        both = {name: column[where] for name, column in self.query_columns.items()}
+        helpful, harmful = (
+            {name: column[where] for name, column in columns.items()}
+            for columns in (self.helpful_columns, self.harmful_columns)
+        )
+        return TopK(arrays[0], arrays[1], arrays[2], arrays[3], arrays[4], both, helpful, harmful, self.unit_in_words)
+
+    def table(self, width: int | None = None) -> str:
+        """All of it in plain characters. width: of the terminal, for which texts are cut further."""
+        cells = self._cells()
+        return table(cells, [k for k, name in enumerate(cells[0]) if name not in NUMBERS], WIDEST, width)
+
+    def _cells(self) -> list[list[str]]:
+        columns = self.columns()
+        return [list(columns), *([_cell(value) for value in row] for row in zip(*columns.values(), strict=True))]
+
+    def _note(self) -> str:
+        """How many queries are not shown, and what the numbers are."""
         hidden = len(self) - SHOWN
         more = f"... and {hidden} more queries; to_pandas() and columns() have them all. " if hidden > 0 else ""
-        return cells, more + (f"A score is the {self.unit_in_words}." if self.unit_in_words else "")
+        return more + (f"A score is the {self.unit_in_words}." if self.unit_in_words else "")
 
     def __str__(self) -> str:
-        cells, note = self._shown()
-        left = [k for k, name in enumerate(cells[0]) if name not in ("rank", "score")]
-        return "\n".join(filter(None, [table(cells, left, WIDEST), note]))
+        return "\n".join(filter(None, [self.take(slice(SHOWN)).table(), self._note()]))
 
     def __repr__(self) -> str:
         return str(self)
 
     def _repr_html_(self) -> str:
-        return html_table(*self._shown())
+        return html_table(self.take(slice(SHOWN))._cells(), self._note())
 
 
 def _in_turn(helpful: np.ndarray, harmful: np.ndarray) -> np.ndarray:
