@@ -382,7 +382,7 @@ class Grid:
         drawn = Markup(
             '<table class="grid-of"><thead><tr><th scope="col">{}</th>{}</tr></thead><tbody>{}</tbody></table>'
         ).format(_text(self.corner), head, body)
-        return _figure(self.title, self.reading, _wide(self.title, drawn))
+        return _figure(self.title, self.reading, _wide(self.title, drawn), broad=len(self.columns) > BROAD)
 
     @staticmethod
     def _cell(value: float, largest: float) -> Markup:
@@ -405,6 +405,8 @@ def level_of(value: float, largest: float) -> str:
 
 WIDTH = 640
 """Of every chart, in its own units; the page scales it."""
+BROAD = 7
+"""Columns beyond which a grid takes the whole width."""
 LEFT = 60
 """Where the plot begins, right of the y axis's values."""
 
@@ -481,9 +483,11 @@ def _wide(name: str, content: Markup) -> Markup:
     return Markup('<div class="wide" tabindex="0" role="group" aria-label="{}">{}</div>').format(_text(name), content)
 
 
-def _figure(title: str, reading: str, content: Markup) -> Markup:
-    return Markup("<figure><figcaption><h3>{}</h3><p>{}</p></figcaption>{}</figure>").format(
-        _text(title), _text(reading), content
+def _figure(title: str, reading: str, content: Markup, broad: bool = False) -> Markup:
+    """broad: whether it takes the place of two where figures stand side by side."""
+    kind = Markup(' class="broad"') if broad else EMPTY
+    return Markup("<figure{}><figcaption><h3>{}</h3><p>{}</p></figcaption>{}</figure>").format(
+        kind, _text(title), _text(reading), content
     )
 
 
