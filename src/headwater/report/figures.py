@@ -193,7 +193,7 @@ class Curves:
             found.append(
                 Markup(
                     '<path class="mark-line" d="M{0:.1f},32V272"/>'
-                    '<text class="mark-text" x="{1:.1f}" y="46" text-anchor="{2}">{3}</text>'
+                    '<text class="mark-text" x="{1:.1f}" y="264" text-anchor="{2}">{3}</text>'
                 ).format(x, side[1], side[0], _text(said))
             )
         return EMPTY.join(found)

@@ -177,7 +177,8 @@ def _path(found: Calibration) -> list[Figure]:
     chosen = sorted(set(found.chosen.values()))
     marks = [(value, "chosen" if len(chosen) == 1 else "") for value in chosen if x[0] <= value <= x[-1]]
     band = found.plateau if found.plateau is not None and found.plateau[1] > found.plateau[0] else None
-    reading = f"Higher is better. {found.flatness.capitalize()}; the shaded stretch is about as good."
+    about = "; the shaded stretch is about as good" if band is not None else ""
+    reading = f"Higher is better. {found.flatness.capitalize()}{about}."
     return [
         Curves(
             "How well each damping forecasts retraining",
@@ -185,7 +186,7 @@ def _path(found: Calibration) -> list[Figure]:
             f"damping, {found.unit}",
             "rank correlation of forecast and measurement (LDS)",
             [Curve("LDS", x, y)],
-            x_form="{:.0e}",
+            x_form="{:g}",
             y_form="{:.2f}",
             powers=True,
             marks=marks,
