@@ -91,6 +91,13 @@ def test_sums_over_queries_equal_those_of_the_matrix():
     assert found.top.helpful_ids.shape == (5, 3)
 
 
+def test_predictions_and_losses_may_be_tensors(tmp_path):
+    import torch
+
+    data = data_of(written(make(), tmp_path, predictions=torch.arange(QUERIES), losses=torch.ones(ROWS)))
+    assert [query["p"] for query in data["queries"]] == [str(k) for k in range(QUERIES)]
+
+
 def test_groups_are_in_the_order_of_their_names():
     groups = Groups.among(["10", "9", "b", "a", "9"])
     assert groups.names == ("9", "10", "a", "b") and groups.of.tolist() == [1, 0, 3, 2, 0]
@@ -234,7 +241,7 @@ def test_each_check_has_its_verdict_and_its_figures(tmp_path):
     )
     text = written(make(), tmp_path, checks=[verification(1e-6), audit, calibration, diagnosis])
     assert "How well each damping forecasts retraining" in text and "chosen" in text
-    assert "median rank correlation of 1.00" in text and "agree, within" in text
+    assert "How well the scores agree" in text and "median rank correlation of 1.00" in text and "agree, within" in text
     assert "Negative curvature" not in text and "negative curvature" in text
     assert "Do not rely on these scores yet" in text  # the damping does not make up for it
 

@@ -9,6 +9,7 @@ import torch
 
 import headwater as hw
 from headwater.errors import NotFittedError
+from headwater.evaluate.verification import Check, Verification
 from headwater.torch import TorchBatch, TorchComposableInfluence
 
 ROWS, QUERIES = 60, 9
@@ -40,7 +41,7 @@ def page_of(job, tmp_path, **options):
 
 def test_two_loaders_are_all_that_a_page_needs(job, tmp_path):
     influence, train, queries = job
-    text, data = page_of(job, tmp_path)
+    text, data = page_of(job, tmp_path, verify=False)
     top = influence.top(train, queries, 5, unit="removal")
     for place, query in enumerate(data["queries"]):
         right = top.helpful_scores[place] > 0
@@ -63,7 +64,7 @@ def test_losses_copies_and_queries_among_the_rows_are_found(job, tmp_path):
 def test_a_small_job_is_verified_unasked_and_a_page_says_so(job, tmp_path):
     text, _ = page_of(job, tmp_path)
     assert "were computed again plainly, and agree" in text
-    found = job[0].verify(*job[1:], rows=2, queries=1)
+    found = Verification("Direct()", 2, 1, 0, 1e-3, (Check("plain gradients", 0.0, 1e-3),))
     assert "1 queries x 2 training rows" in page_of(job, tmp_path, checks=[found])[0]
 
 

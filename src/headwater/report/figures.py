@@ -193,7 +193,7 @@ class Curves:
             found.append(
                 Markup(
                     '<path class="mark-line" d="M{0:.1f},32V272"/>'
-                    '<text class="mark-text" x="{1:.1f}" y="46" text-anchor="{2}">{3}</text>'
+                    '<text class="mark-text" x="{1:.1f}" y="264" text-anchor="{2}">{3}</text>'
                 ).format(x, side[1], side[0], _text(said))
             )
         return EMPTY.join(found)
@@ -382,7 +382,7 @@ class Grid:
         drawn = Markup(
             '<table class="grid-of"><thead><tr><th scope="col">{}</th>{}</tr></thead><tbody>{}</tbody></table>'
         ).format(_text(self.corner), head, body)
-        return _figure(self.title, self.reading, _wide(self.title, drawn))
+        return _figure(self.title, self.reading, _wide(self.title, drawn), broad=len(self.columns) > BROAD)
 
     @staticmethod
     def _cell(value: float, largest: float) -> Markup:
@@ -405,6 +405,8 @@ def level_of(value: float, largest: float) -> str:
 
 WIDTH = 640
 """Of every chart, in its own units; the page scales it."""
+BROAD = 7
+"""Columns beyond which a grid takes the whole width."""
 LEFT = 60
 """Where the plot begins, right of the y axis's values."""
 
@@ -430,12 +432,12 @@ class _Axis:
         """Four to seven round values inside the axis; of powers of ten at most eight."""
         if self.powers:
             low, high = math.ceil(math.log10(self.start) - 1e-9), math.floor(math.log10(self.stop) + 1e-9)
-            return 10.0 ** np.arange(low, high + 1, max(1, math.ceil((high - low) / 7)))
+            return np.asarray(10.0 ** np.arange(low, high + 1, max(1, math.ceil((high - low) / 7))), dtype=np.float64)
         span = (self.stop - self.start) or 1.0
         power = 10.0 ** math.floor(math.log10(span))
         step = next(power * part for part in (0.2, 0.25, 0.5, 1, 2) if span / (power * part) <= 6)
         places = np.arange(math.ceil(self.start / step - 1e-9), math.floor(self.stop / step + 1e-9) + 1)
-        return places * step if step < 1e-9 else np.round(places * step, 12)
+        return np.asarray(places * step if step < 1e-9 else np.round(places * step, 12), dtype=np.float64)
 
 
 def _ends(values: NDArray[np.float64]) -> tuple[float, float]:
@@ -481,9 +483,11 @@ def _wide(name: str, content: Markup) -> Markup:
     return Markup('<div class="wide" tabindex="0" role="group" aria-label="{}">{}</div>').format(_text(name), content)
 
 
-def _figure(title: str, reading: str, content: Markup) -> Markup:
-    return Markup("<figure><figcaption><h3>{}</h3><p>{}</p></figcaption>{}</figure>").format(
-        _text(title), _text(reading), content
+def _figure(title: str, reading: str, content: Markup, broad: bool = False) -> Markup:
+    """broad: whether it takes the place of two where figures stand side by side."""
+    kind = Markup(' class="broad"') if broad else EMPTY
+    return Markup("<figure{}><figcaption><h3>{}</h3><p>{}</p></figcaption>{}</figure>").format(
+        kind, _text(title), _text(reading), content
     )
 
 

@@ -30,7 +30,7 @@ class Groups:
 
     def sums(self, values: Floats) -> Floats:
         """Of each group's rows: [groups]."""
-        return np.bincount(self.of, values, len(self.names))
+        return np.bincount(self.of, values, len(self.names)).astype(np.float64)
 
     @property
     def counts(self) -> np.ndarray:

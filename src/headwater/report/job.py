@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 import headwater
+from headwater.arrays import is_array, to_numpy
 from headwater.errors import InvalidInput, InvalidSetting, NonFiniteValue, ShapeMismatch
 from headwater.evaluate.checks import Floats
 from headwater.report.cards import LABELS, Card, Deck, card_of, letters_for
@@ -218,7 +219,7 @@ def _each(given: Any, ids: np.ndarray, what: str) -> list[str]:
         if missing:
             raise InvalidInput(f"{what} has nothing for row {missing[0]!r}.")
         return [one_line(given[name]) for name in ids.tolist()]
-    values = list(given)
+    values = list(to_numpy(given) if is_array(given) else given)
     if len(values) != len(ids):
         raise ShapeMismatch(f"{what} has {len(values)} entries; there are {len(ids)} rows.")
     return [one_line(value) for value in values]
@@ -228,7 +229,7 @@ def numbers(name: str, given: ArrayLike | None, count: int) -> Floats | None:
     """[count] in float64. Errors: ShapeMismatch; NonFiniteValue."""
     if given is None:
         return None
-    values = np.asarray(given, dtype=np.float64)
+    values = np.asarray(to_numpy(given) if is_array(given) else given, dtype=np.float64)
     if values.shape != (count,):
         raise ShapeMismatch(f"{name} has shape {values.shape}; expected ({count},), one number for each row.")
     if not np.isfinite(values).all():

@@ -31,6 +31,10 @@ class Listing:
     reading: str
     rows: Sequence[tuple[int, str, str]]
 
+    def numbered(self, numbers: Mapping[int, int]) -> Listing:
+        """As `RowsSection.numbered`."""
+        return replace(self, rows=[(numbers[place], said, sign) for place, said, sign in self.rows])
+
 
 @dataclass(frozen=True)
 class RowsSection:
@@ -50,7 +54,9 @@ class RowsSection:
 
     def numbered(self, numbers: Mapping[int, int]) -> RowsSection:
         """With the rows' numbers on the page in place of their places among the train rows."""
-        lists = [replace(each, rows=[(numbers[place], *rest) for place, *rest in each.rows]) for each in self.lists]
+        lists = [
+            replace(each, rows=[(numbers[place], said, sign) for place, said, sign in each.rows]) for each in self.lists
+        ]
         return replace(self, lists=lists)
 
 

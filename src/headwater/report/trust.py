@@ -20,7 +20,7 @@ from headwater.evaluate.audited import Audit
 from headwater.evaluate.calibration import Calibration
 from headwater.evaluate.lds import Lds
 from headwater.evaluate.verification import Verification
-from headwater.report.figures import Curve, Curves, Figure
+from headwater.report.figures import Condition, Curve, Curves, Dots, Figure
 from headwater.report.text import number
 from headwater.store.diagnosis import Diagnosis
 from headwater.store.score_matrix import ScoreMatrix
@@ -179,7 +179,8 @@ def _path(found: Calibration) -> list[Figure]:
     chosen = sorted(set(found.chosen.values()))
     marks = [(value, "chosen" if len(chosen) == 1 else "") for value in chosen if x[0] <= value <= x[-1]]
     band = found.plateau if found.plateau is not None and found.plateau[1] > found.plateau[0] else None
-    reading = f"Higher is better. {found.flatness.capitalize()}; the shaded stretch is about as good."
+    about = "; the shaded stretch is about as good" if band is not None else ""
+    reading = f"Higher is better. {found.flatness.capitalize()}{about}."
     return [
         Curves(
             "How well each damping forecasts retraining",
@@ -187,7 +188,7 @@ def _path(found: Calibration) -> list[Figure]:
             f"damping, {found.unit}",
             "rank correlation of forecast and measurement (LDS)",
             [Curve("LDS", x, y)],
-            x_form="{:.0e}",
+            x_form="{:g}",
             y_form="{:.2f}",
             powers=True,
             marks=marks,
@@ -242,7 +243,8 @@ def _audited(found: Audit | None, verification: Verification | None) -> Verdict:
             f"most helpful rows are right to {float(np.median(found.overlap_helpful)):.0%}."
         )
         said += f" {found.missed} of the exact solves were not exact." if found.missed else ""
-        return Verdict(_ranked(median), title, said, table=str(found), brief=RANKED)
+        figures = [_agreement(found)]
+        return Verdict(_ranked(median), title, said, figures=figures, table=str(found), brief=RANKED)
     near = None if verification is None else verification.approximation
     if near is not None:
         median = float(np.median(np.nan_to_num(near.rank_correlations, nan=-1.0)))
@@ -253,6 +255,22 @@ def _audited(found: Audit | None, verification: Verification | None) -> Verdict:
         return Verdict(_ranked(median), title, said, ask="influence.audit(train, query)", brief=RANKED)
     said = "Nobody compared the scores with those of the exact inverse."
     return Verdict("unknown", title, said, ask="influence.audit(train, query)")
+
+
+def _agreement(found: Audit) -> Figure:
+    """Each audited query's figures; what is below zero is no better than nothing."""
+    ranks = np.maximum(np.nan_to_num(found.rank_correlation), 0.0)
+    return Dots(
+        "How well the scores agree with the exact ones",
+        "One dot per audited query, the tick their mean; 1 is the same ranking.",
+        "agreement",
+        [
+            Condition("ranks of all rows", ranks),
+            Condition(f"the {found.k} most helpful", found.overlap_helpful),
+            Condition(f"the {found.k} largest", found.overlap_largest),
+        ],
+        ours=0,
+    )
 
 
 RANKED = "the exact inverse ranks rows differently"

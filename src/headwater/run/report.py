@@ -127,14 +127,15 @@ class _Seen:
         names = [name for piece in pieces for name in piece.names.tolist()]
         order = np.argsort([places[name] for name in names if name in places], kind="stable")
         chosen = np.flatnonzero([name in places for name in names])[order]
-        columns = (
-            [piece.losses for piece in pieces],
-            [piece.keys for piece in pieces],
-            [piece.itself for piece in pieces],
-            [piece.x for piece in pieces],
-            [piece.y for piece in pieces],
+        count = len(places)
+        return cls(
+            losses=_joined([piece.losses for piece in pieces], chosen, count),
+            keys=_joined([piece.keys for piece in pieces], chosen, count),
+            itself=_joined([piece.itself for piece in pieces], chosen, count),
+            x=_joined([piece.x for piece in pieces], chosen, count),
+            y=_joined([piece.y for piece in pieces], chosen, count),
+            places=places,
         )
-        return cls(*(_joined(column, chosen, len(places)) for column in columns), places)
 
     def card(self, name: Any) -> Card | None:
         """What the row looks like, of its id."""

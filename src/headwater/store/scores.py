@@ -237,10 +237,14 @@ class Scores(ScoreMatrix):
         Errors: InvalidSetting; InvalidInput, ShapeMismatch and NonFiniteValue for what does not fit the rows;
         NotWritten.
         """
-        from headwater.report.job import TITLE, Known, Suspects, numbers, write
+        from headwater.report.job import TITLE, Known, numbers, write
+        from headwater.report.rows import Suspects
 
-        rows_of = (("self_influence", self_influence), ("losses", losses))
-        suspects = Suspects(*(numbers(name, values, self.shape[1]) for name, values in rows_of))
+        rows_there = self.shape[1]
+        suspects = Suspects(
+            self_influence=numbers("self_influence", self_influence, rows_there),
+            losses=numbers("losses", losses, rows_there),
+        )
         known = Known(rows, queries, k, title or TITLE, "", groups, predictions, suspects, None, checks, made)
         return write(self, path, known)
 

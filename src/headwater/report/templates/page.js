@@ -133,6 +133,7 @@
             el("dd", { dir: "auto" }, value, bad ? el("span", { class: "flag", text: "wrong" }) : null)))),
           query.r ? el("p", { class: "alarm bad", text: query.r }) : null)),
       el("div", { class: "ends " + data.kind }, end("Most helpful", "help", query.up, query, largest), end("Most harmful", "harm", query.down, query, largest)));
+    at("said").textContent = `Query ${query.q}` + (place < 0 ? "" : `, ${place + 1} of ${shown.length}`);
     document.querySelectorAll("#list a[aria-current]").forEach((a) => a.removeAttribute("aria-current"));
     const link = query.link;
     if (link) {
@@ -188,7 +189,8 @@
 
   function choose(query, link) {
     chosen = query;
-    if (link) history.replaceState(null, "", address(query));
+    // A page inside of another one may not be allowed to have an address.
+    if (link) try { history.replaceState(null, "", address(query)); } catch { /* it stays as it was */ }
     draw(query);
   }
 
