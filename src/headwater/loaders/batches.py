@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-from headwater.arrays import is_array, is_frame
+from headwater.arrays import Numbered, described, is_array, is_frame
 from headwater.errors import BatchMismatch, InvalidInput
 from headwater.gradients.provider import StructuredGradientProvider
 from headwater.loaders.frames import as_ids, ids_of
@@ -56,15 +56,6 @@ class Unpacked(Iterable[Any]):
                 )
 
 
-@runtime_checkable
-class Numbered(Protocol):
-    """What Python can iterate over by numbers, without `__iter__`: a data set of torch, a sequence of one's own."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, number: int, /) -> Any: ...
-
-
 def check_loader(loader: Any, role: str) -> None:
     """Errors: InvalidInput for what is no collection of batches that can be read again, in a sentence for each."""
     said = None
@@ -102,15 +93,6 @@ def check_one(others: tuple[object, ...]) -> None:
     """Errors: InvalidInput for inputs and targets that were given to `fit` side by side."""
     if others:
         raise InvalidInput("fit takes one thing, the train rows: pass inputs and targets as a pair, fit((x, y)).")
-
-
-def described(value: Any) -> str:
-    """A value in a few words."""
-    if isinstance(value, Mapping):
-        return f"a dict of {', '.join(map(repr, list(value)[:5]))}"
-    if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {len(value)} entries"
-    return f"{type(value).__name__} of shape {tuple(value.shape)}" if is_array(value) else type(value).__name__
 
 
 def as_batch(provider: StructuredGradientProvider, item: object, start: int = 0) -> Batch | None:

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from headwater.arrays import dtype_of, is_array, is_frame, is_sparse, namespace, shape_of
+from headwater.arrays import Numbered, described, dtype_of, is_array, is_frame, is_sparse, namespace, shape_of
 from headwater.errors import BatchMismatch, InvalidInput
-from headwater.loaders.batches import Columns, Numbered, Unpack, Unpacked, described
+from headwater.loaders.batches import Columns, Unpack, Unpacked
 from headwater.loaders.frames import as_ids, check_same_index, check_unique, is_default
 from headwater.settings import check_whole
 from headwater.types import Batch
