@@ -141,6 +141,11 @@ def is_frame(value: object) -> bool:
     return hasattr(value, "iloc")
 
 
+def is_sparse(value: object) -> bool:
+    """Whether it is a sparse matrix, as SciPy has them: `value.tocsr()` has it by row."""
+    return hasattr(value, "tocsr")
+
+
 def described(value: Any) -> str:
     """A value in a few words."""
     if isinstance(value, Mapping):
@@ -148,11 +153,6 @@ def described(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return f"a {type(value).__name__} of {len(value)} entries"
     return f"{type(value).__name__} of shape {tuple(value.shape)}" if is_array(value) else type(value).__name__
-
-
-def is_sparse(value: object) -> bool:
-    """Whether it is a sparse matrix, as SciPy has them: `value.tocsr()` has it by row."""
-    return hasattr(value, "tocsr")
 
 
 def device(array: Array) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import datasets
 import jax
 import jax.numpy as jnp
@@ -376,5 +374,5 @@ def test_frames_can_be_verified():
     model = nn.Linear(3, 3)
     made = TorchComposableInfluence(model, nn.CrossEntropyLoss(), hw.Ekfac(), batch_size=6).fit(held)
     assert made.verify(held, held, rows=3, queries=2).passed
-    batch = SklearnBatch(frame(NAMES), Y)
-    assert replace(batch, ids=NAMES).ids is not None
+    batch = [SklearnBatch(frame(NAMES), Y)]
+    assert of_named_columns().fit(batch).attribute(batch, batch).train_ids.tolist() == NAMES

@@ -108,11 +108,13 @@ class HfComposableInfluence(TorchComposableInfluence):
             # The name of a column says the labels; a frame with labels beside it has them in a column of their own.
             return Labelled(x, y) if isinstance(y, str) else TableRows(x, y)
         if is_pair(held):
-            return pair(*held, self._form.size, self.as_own)
+            x, y = held
+            return pair(x, y, self._form.size, self.as_own)
         if self._unpack is not None and not is_frame(held):
             check_loader(held, role)
             return Unpacked(held, self._unpack, self._form.ids)
-        return held  # type: ignore[no-any-return]
+        found: Iterable[object] = held
+        return found
 
     def as_loader(self, loader: Iterable[object]) -> Iterable[object]:
         """Rows or batches of any kind that the class takes, as batches."""

@@ -40,7 +40,8 @@ def _of_nnx(model: Any) -> tuple[Apply, Any]:
     from flax import nnx
 
     # What is no parameter (statistics, counts of random numbers) stays as it is.
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    parts: Any = nnx.split(model, nnx.Param, ...)
+    graph, params, rest = parts
 
     def apply(params: Any, x: Any) -> Any:
         return nnx.merge(graph, params, rest)(x)

@@ -33,7 +33,7 @@ class Unpacked(Iterable[Any]):
     ids: what the ids are called in items that are dicts, for a function that gives x and y alone.
     """
 
-    def __init__(self, source: Iterable[object], unpack: Unpack, ids: Any = None):
+    def __init__(self, source: Iterable[Any], unpack: Unpack, ids: Any = None):
         self.source, self.unpack, self.ids = source, unpack, ids
 
     def __iter__(self) -> Iterator[Any]:

@@ -53,7 +53,8 @@ class Form:
         if is_frame(held) and self.target is not None:
             return self.of_frame(held)
         if is_pair(held):
-            return pair(*held, self.size, own)
+            x, y = held
+            return pair(x, y, self.size, own)
         source = Collated(held, self.size, own) if gives_rows(held) else held
         if unpack is not None:
             return source if _is_nothing(source) else Unpacked(source, unpack, self.ids)

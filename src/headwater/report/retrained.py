@@ -18,9 +18,7 @@ def left_out_section(found: LeftOut) -> Section:
         title="The queries' loss, after training again",
         reading="Each dot is one seed, over all these queries; the tick is their mean. Further left is better.",
         x_label=f"mean loss of {e} queries",
-        conditions=[
-            Condition(f"without {name}" if k else "with all rows", v) for k, (name, v) in enumerate(found.rows())
-        ],
+        conditions=[Condition(f"without {name}" if k else "with all rows", v) for k, (name, v) in enumerate(rows)],
         ours=1,
     )
     points = Points(
