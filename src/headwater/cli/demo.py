@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
-from headwater.cli.app import TRY, Quiet, app, command
+from headwater.cli.app import TRY, Method, Quiet, app, checked_seed, command
 from headwater.cli.results import open_page
 from headwater.cli.stops import kept
 from headwater.errors import InvalidSetting
@@ -24,15 +24,27 @@ PAGE = Path("headwater-report.html")
 
 @demo.default
 @demo.command
-def digits(*, out: Out = PAGE, store: Kept = None, show: Show = False, quiet: Quiet = False) -> None:
+def digits(
+    *,
+    out: Out = PAGE,
+    seed: int = 0,
+    method: Method | None = None,
+    store: Kept = None,
+    show: Show = False,
+    quiet: Quiet = False,
+) -> None:
     """Images: trace what a network misreads to the wrong labels that it was taught. Takes about a minute.
 
     Parameters
     ----------
+    seed
+        Of all that is drawn: same seed, same numbers.
+    method
+        How influence is computed, in place of the exact Gauss-Newton curvature: see docs/methods.md.
     quiet
         No progress bars and no tables; only the page.
     """
-    _run("digits", out, store, show, quiet)
+    _run("digits", out, store, show, quiet, seed=checked_seed(seed), method=method)
 
 
 @demo.command
@@ -59,7 +71,7 @@ def table(*, out: Out = PAGE, store: Kept = None, show: Show = False, quiet: Qui
     _run("table", out, store, show, quiet)
 
 
-def _run(name: str, out: Path, store: Path | None, show: bool, quiet: bool) -> None:
+def _run(name: str, out: Path, store: Path | None, show: bool, quiet: bool, **options: Any) -> None:
     if out.is_dir():
         raise InvalidSetting(f"--out {out} is a folder; expected the name of a file.")
     if not out.resolve().parent.is_dir():
@@ -69,7 +81,7 @@ def _run(name: str, out: Path, store: Path | None, show: bool, quiet: bool) -> N
     with TemporaryDirectory() as passing:
         goes_on = "" if store is None else f"What is finished is kept in {store}; the same command goes on."
         with kept(goes_on):
-            found = run(name, store or Path(passing) / "results", out, command.get(), progress=not quiet)
+            found = run(name, store or Path(passing) / "results", out, command.get(), progress=not quiet, **options)
     if not quiet:
         print(f"{found}\n\nThe report, with all of them: {out}")
     if show:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+from headwater.door import method_of
 from headwater.errors import MissingExtra
 from headwater.job import Call, Evaluation, Job
 from headwater.job.settings import CALIBRATED, FitSettings, ReportSettings, RetrainSettings, ScoreSettings
+from headwater.setup_file import Setup, as_setup, split_target
 from headwater.store.topk import TopK
 
 
@@ -64,9 +68,10 @@ DEMOS = {
 }
 
 
-def job_of(name: str, store: Path, page: Path) -> Job:
-    """A demo's job. Errors: MissingExtra without what it needs."""
+def job_of(name: str, store: Path, page: Path, **options: Any) -> Job:
+    """A demo's job. options: of its setup. Errors: MissingExtra without what it needs; InvalidSetting."""
     demo = DEMOS[name]
+    damps = method_of(options.get("method")).predicts_removal
     for module, package in demo.needs:
         if find_spec(module) is None:
             raise MissingExtra(package, demo.extra)
@@ -74,12 +79,18 @@ def job_of(name: str, store: Path, page: Path) -> Job:
         setup=demo.setup,
         folder=Path(),
         store=store,
-        fit=FitSettings(damping=demo.damping),
-        score=ScoreSettings(unit="removal"),
+        fit=FitSettings(damping=demo.damping if damps else None),
+        score=ScoreSettings(unit="removal" if damps else "influence"),
         report=ReportSettings(file=str(page.resolve()), title=demo.title, lead=demo.lead),
         retrain=demo.retrain,
         name=f"headwater demo {name}",
+        given=lambda: _setup(demo.setup, options),
     )
+
+
+def _setup(target: str, options: dict[str, Any]) -> Setup:
+    module, name = split_target(target)
+    return as_setup(vars(import_module(module))[name](**options), target)
 
 
 @dataclass(frozen=True)
@@ -94,9 +105,9 @@ class Found:
         return f"{self.top.take(slice(3)).table()}\n\n{self.evaluation}"
 
 
-def run(name: str, store: Path, page: Path, command: str = "", progress: bool = False) -> Found:
-    """All verbs of a job, one after the other. store: a folder, where a stopped run goes on."""
-    call = Call(job_of(name, store, page), command, progress=progress)
+def run(name: str, store: Path, page: Path, command: str = "", progress: bool = False, **options: Any) -> Found:
+    """All verbs of a job, one after the other. store: a folder, where a stopped run goes on. options: of the setup."""
+    call = Call(job_of(name, store, page, **options), command, progress=progress)
     judged = call.evaluate()
     written = call.report()
     return Found(call.top(3), judged, written)

@@ -34,12 +34,15 @@ def setup(seed: int = 0) -> dict[str, Any]:
         chances = again.predict_log_proba(model[:-1].transform(texts[wrong]))
         return -chances[np.arange(len(wrong)), np.searchsorted(again.classes_, books[wrong])]
 
+    def card(verse: Any) -> Card:
+        return Card(text=str(texts[verse]), label=str(books[verse]), note=str(names[verse]))
+
     return {
         "influence": hw.Influence(model),
         "train": (texts[train].tolist(), books[train]),
         "query": (texts[wrong].tolist(), books[wrong]),
-        "rows": lambda place: Card(text=texts[train[place]], label=books[train[place]], note=names[train[place]]),
-        "queries": lambda place: Card(text=texts[wrong[place]], label=books[wrong[place]], note=names[wrong[place]]),
+        "rows": lambda place: card(train[place]),
+        "queries": lambda place: card(wrong[place]),
         "predictions": model.predict(texts[wrong]),
         "retrain": retrain,
     }
