@@ -235,6 +235,8 @@ def test_many_pictures_are_made_coarser_until_they_fit():
         images.add(rng.integers(0, 256, (32, 32, 3)).astype(np.uint8))
     found, said = images.encoded(150_000)
     assert len(found) == 200 and sum(map(len, found)) <= 150_000 and "pixels at most" in said
+    same, coarse = images.encoded(700_000)
+    assert "coarser colours" in coarse and "pixels" not in coarse and len(same) == 200
     exact, nothing = images.encoded(10**7)
     assert nothing == "" and decoded(exact[0]).shape == (32, 32, 3)
 

@@ -66,10 +66,9 @@ class Images:
         return found if sum(len(each) + 3 for each in found) <= room else None
 
     def _said(self, side: int, levels: int) -> str:
-        if levels < 256:
-            return f"Pictures are shown at {side} pixels at most, in coarser colours."
         fine = side == STEPS[0][0] or all(max(image.shape[:2]) <= side for image in self._levels)
-        return "" if fine else f"Pictures are shown at {side} pixels at most."
+        done = [*([] if fine else [f"at {side} pixels at most"]), *(["in coarser colours"] if levels < 256 else [])]
+        return f"Pictures are shown {', '.join(done)}: there are many." if done else ""
 
 
 def _encoded(image: Levels, levels: int) -> str:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 import headwater
 from headwater.arrays import is_array, to_numpy
@@ -225,7 +224,7 @@ def _each(given: Any, ids: np.ndarray, what: str) -> list[str]:
     return [one_line(value) for value in values]
 
 
-def numbers(name: str, given: ArrayLike | None, count: int) -> Floats | None:
+def numbers(name: str, given: Any, count: int) -> Floats | None:
     """[count] in float64. Errors: ShapeMismatch; NonFiniteValue."""
     if given is None:
         return None
