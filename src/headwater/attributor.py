@@ -115,6 +115,7 @@ class Attributor(ComposableInfluence[TensorType]):
         unit: str = "influence",
         by_block: bool = False,
         mode: InfluenceMode | str = InfluenceMode.Up,
+        explain: str = "label",
         store: str | os.PathLike[str] | None = None,
         memory: int | str | None = None,
         worker: Worker = (0, 1),
@@ -126,6 +127,9 @@ class Attributor(ComposableInfluence[TensorType]):
         unit: "influence" (what `influences` gives), or "removal" (that over n_train: the predicted increase of the
         query's loss when the row is removed). by_block: keep each block's share. mode: "up", or "perturbation": values
         are then [query, train, *x_shape].
+        explain: which label a query has, its own ("label": why is the model wrong about it, or right?) or what the
+        model predicts ("prediction": why did it say this?), as `scores.explained` says then. Of a model that predicts
+        numbers or text there is no such label: see docs/which-label.md for what to ask.
 
         store: a folder where finished tiles are kept, so that the same call goes on where a stopped one ended; scores
         then stay there, and are read when they are asked for. append: the loader has more rows than the finished run
@@ -141,7 +145,15 @@ class Attributor(ComposableInfluence[TensorType]):
         with self._recorded():
             train, query = self._scored(train_loader), self._explained(query_loader)
             return attribute(
-                self, train, query, unit=unit, by_block=by_block, mode=mode, progress=progress, storage=storage
+                self,
+                train,
+                query,
+                unit=unit,
+                by_block=by_block,
+                mode=mode,
+                progress=progress,
+                storage=storage,
+                explain=explain,
             )
 
     @in_own_precision
@@ -173,6 +185,7 @@ class Attributor(ComposableInfluence[TensorType]):
         k: int,
         *,
         unit: str = "influence",
+        explain: str = "label",
         store: str | os.PathLike[str] | None = None,
         memory: int | str | None = None,
         worker: Worker = (0, 1),
@@ -184,7 +197,7 @@ class Attributor(ComposableInfluence[TensorType]):
     ) -> TopK:
         """The k most helpful and the k most harmful train rows of each query, without the matrix of scores in memory.
 
-        store, memory, worker, append: as in `attribute`; the folder is one run for both.
+        explain, store, memory, worker, append: as in `attribute`; the folder is one run for both.
 
         queries_as: "each" query by itself, or all of them as one, their "mean" or "sum", which is then its name.
         groups: a label for each train row (by source, author, ...), in the loader's order, or a mapping from what rows
@@ -198,7 +211,17 @@ class Attributor(ComposableInfluence[TensorType]):
         ranking = Ranking(k, queries_as, groups, of)
         with self._recorded():
             train, query = self._scored(train_loader), self._explained(query_loader)
-            return top(self, train, query, k, unit=unit, progress=progress, storage=storage, ranking=ranking)
+            return top(
+                self,
+                train,
+                query,
+                k,
+                unit=unit,
+                progress=progress,
+                storage=storage,
+                ranking=ranking,
+                explain=explain,
+            )
 
     @in_own_precision
     def self_influence(

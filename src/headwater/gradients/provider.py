@@ -86,6 +86,16 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
         """
         raise UnsupportedModel(f"{type(self).__name__} does not give its rows' losses.")
 
+    def predicted(self, batch: BatchType) -> BatchType:
+        """The same rows, each with what the model predicts as its label: `explain="prediction"`.
+
+        Errors: UnsupportedModel where a prediction is no label, or no label of this model is known.
+        """
+        raise UnsupportedModel(
+            f'explain="prediction": {type(self).__name__} does not say what its model predicts. Give the query rows '
+            'the labels that you ask about as y, with explain="label".'
+        )
+
     def self_grads(self, batch: BatchType) -> BlockGradients:
         """Gradients of train rows whose length, in any metric, is the score of a row on itself."""
         return self.grads(batch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Self
 
@@ -12,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from headwater.arrays import rows_within_memory
+from headwater.arrays import is_array, rows_within_memory
 from headwater.blocks import Layout, Structure
 from headwater.errors import BlockMismatch, InvalidInput, InvalidSetting, ShapeMismatch
 from headwater.gradients.algebra import Gradient
 from headwater.gradients.block import rows_in_blocks
 from headwater.gradients.coverage import Coverage
 from headwater.gradients.identity import identity_of, name_of
-from headwater.gradients.likelihoods import Likelihood, fisher_cotangents, ggn_cotangents
+from headwater.gradients.likelihoods import Likelihood, fisher_cotangents, ggn_cotangents, predicted_labels
 from headwater.gradients.measurements import negative_logit, negative_margin
 from headwater.gradients.outer import with_inputs
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
@@ -245,6 +246,12 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         model = self._measured if query else self._model
         batch = self._prepare(batch, model)
         return _cut(derivatives.losses(model, self._leaves, *batch.padded()), batch)
+
+    def predicted(self, batch: JaxBatch) -> JaxBatch:
+        batch = self._prepare(batch, self._measured)
+        output = _cut(derivatives.outputs(self._model, self._leaves, batch.padded()[0]), batch)
+        target = jnp.asarray(batch.y) if is_array(batch.y) else batch.y  # of NumPy's, too
+        return replace(batch, y=predicted_labels(self.likelihood, output, target))
 
     def of_output(self, function: OutputFunction) -> Self:
         chosen = {"margin": negative_margin, "logit": negative_logit}[function]

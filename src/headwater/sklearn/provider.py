@@ -295,6 +295,10 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
         model, batch = self.model, self.prepared(batch)
         return self._family(model, query).losses(model.output(batch.x), batch.y)
 
+    def predicted(self, batch: SklearnBatch) -> FeatureBatch:
+        model, batch = self.model, self.prepared(batch)
+        return FeatureBatch(batch.x, model.family.predicted(model.output(batch.x)), batch.weights, batch.ids)
+
     # Second order -------------------------------------------------------------------------------------------------
 
     def curvature_product(self, batch: SklearnBatch, block: str, vectors: Array, kind: Kind) -> Array:

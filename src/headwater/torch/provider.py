@@ -9,7 +9,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial, wraps
 from itertools import chain
 from typing import Any, Self, TypeVar
@@ -35,6 +35,7 @@ from headwater.gradients.algebra import Dense, Gradient
 from headwater.gradients.block import BlockGradient, rows_in_blocks
 from headwater.gradients.coverage import Coverage
 from headwater.gradients.identity import identity_of, name_of
+from headwater.gradients.likelihoods import predicted_labels
 from headwater.gradients.outer import Outer, with_inputs
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
 from headwater.gradients.rowwise import differing
@@ -497,6 +498,13 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         batch = self._prepare(batch, loss)
         with torch.no_grad():
             return row_losses(loss, run(self.model, detached_state(self.model), batch.x), batch.y)
+
+    @undisturbed
+    def predicted(self, batch: TorchBatch) -> TorchBatch:
+        batch = self._prepare(batch, self.measurement)
+        with torch.no_grad():
+            output = run(self.model, detached_state(self.model), batch.x)
+        return replace(batch, y=predicted_labels(self.likelihood, output, batch.y))
 
     def of_output(self, function: OutputFunction) -> TorchGradientProvider:
         chosen = {"margin": negative_margin, "logit": negative_logit}[function]

@@ -117,12 +117,13 @@ class TrainingInfluence(MetaEstimatorMixin, BaseEstimator):
 
     # Forecasts ----------------------------------------------------------------------------------------------------
 
-    def scores(self, X: object, y: object, *, unit: str = "removal") -> Any:
+    def scores(self, X: object, y: object, *, unit: str = "removal", explain: str = "label") -> Any:
         """How much each training row helps each query row: hw.Scores, labelled values [q, n].
 
         unit: "removal", the forecast rise of the query's loss without the row, to first order; or "influence".
+        explain: the loss under the query's own "label", or under the label that is the model's "prediction".
         """
-        return self._ready().attribute([self._train], [self._queries(X, y)], unit=unit)
+        return self._ready().attribute([self._train], [self._queries(X, y)], unit=unit, explain=explain)
 
     def forecast(self, X: object, y: object, groups: Iterable[ArrayLike] | None = None) -> Array:
         """The rise of each query's loss without a row, or a group of rows, by one Newton step: [q, n] or [q, groups].
