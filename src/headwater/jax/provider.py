@@ -21,7 +21,7 @@ from headwater.gradients.block import rows_in_blocks
 from headwater.gradients.coverage import Coverage
 from headwater.gradients.identity import identity_of, name_of
 from headwater.gradients.likelihoods import Likelihood, fisher_cotangents, ggn_cotangents, predicted_labels
-from headwater.gradients.measurements import negative_logit, negative_margin
+from headwater.gradients.measurements import measurement_of, negative_logit, negative_margin
 from headwater.gradients.outer import with_inputs
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
 from headwater.gradients.rowwise import differing
@@ -49,9 +49,10 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
     """Per-sample gradients of a function of parameters and rows.
 
     The loss of a row is `loss(apply(params, row), target)` on a batch of that row alone, summed if it is not reduced;
-    `measurement`, a function of the same kind, takes its place for query rows. Parameters that are weights of products,
-    convolutions and tables keep that structure; all others get plain per-sample gradients. On the first rows that it
-    sees, the provider compares the two, and refuses rows that act on each other.
+    `measurement`, a function of the same kind, or the name of one in `gradients.measurements` ("probability", "margin",
+    "output", ...), takes its place for query rows. Parameters that are weights of products, convolutions and tables
+    keep that structure; all others get plain per-sample gradients. On the first rows that it sees, the provider
+    compares the two, and refuses rows that act on each other.
 
     apply: a pure function (params, x) -> output, traceable by JAX, rows along the first axis of x and of the output.
     params: a pytree of arrays; its floating-point leaves are attributed, and named by their paths
@@ -70,11 +71,12 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         loss: Loss,
         *,
         blocks: Structure = "full",
-        measurement: Loss | None = None,
+        measurement: Loss | str | None = None,
         likelihood: Likelihood | str | None = None,
         example: Any = None,
         plain: bool = False,
     ):
+        measurement = measurement_of(measurement)
         for name, function in (("apply", apply), ("loss", loss), ("measurement", measurement or loss)):
             if not callable(function):
                 raise InvalidSetting(f"{name} is {function!r:.60}; expected a function.")
