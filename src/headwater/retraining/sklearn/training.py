@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from inspect import signature
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -24,6 +24,10 @@ from headwater.sklearn.families import Array
 from headwater.sklearn.influence import SklearnComposableInfluence
 from headwater.sklearn.linear import EstimatorNotFittedError, LinearModel, attribute_of, last_step, read
 from headwater.sklearn.provider import SklearnGradientProvider, check_names
+from headwater.sklearn.regression import RowLabels, frame_of
+
+if TYPE_CHECKING:
+    import pandas
 
 STATIONARY = 1e-2
 """The largest mean slope, in any parameter and relative to the slopes of single rows, that passes for a minimum."""
@@ -104,6 +108,7 @@ class TrainingInfluence(MetaEstimatorMixin, BaseEstimator):
                 stacklevel=2,
             )
         self._provider, self._train = provider, train
+        self._labels = RowLabels.of(self.estimator_, X, y)
         self._exact = ExactRemoval(provider, train)
         self.influence_ = influence.fit([train])
         return self
@@ -156,6 +161,16 @@ class TrainingInfluence(MetaEstimatorMixin, BaseEstimator):
         """The coefficients without each training row, or group of them, exactly."""
         self._ready()
         return self._exact.without(groups)
+
+    # Regression diagnostics ---------------------------------------------------------------------------------------
+
+    def diagnostics(self) -> pandas.DataFrame:
+        """Leverage, Cook's distance, DFBETAS, DFFITS and studentised residuals of the training rows, a DataFrame.
+
+        Columns as statsmodels has them; see `headwater.sklearn.diagnostics`.
+        """
+        self._ready()
+        return frame_of(self._provider, self._train, self._labels)
 
     # What they share ----------------------------------------------------------------------------------------------
 
