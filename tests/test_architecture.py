@@ -34,14 +34,14 @@ FACES = {"headwater.torch", "headwater.sklearn"}  # offer names of `retraining` 
 
 # A library, or headwater's own package of that name -> the packages that may import it.
 HOMES = {
-    "torch": {"torch", "hf", "retraining/torch", "run", "demo"},
-    "jax": {"jax"},
+    "torch": {"torch", "hf", "hessian", "retraining/torch", "run", "demo"},
+    "jax": {"jax", "hessian"},
     "transformers": {"hf", "demo"},
     "peft": {"hf"},
     "datasets": {"hf"},
     "safetensors": {"store"},
     "faiss": {"store"},
-    "sklearn": {"sklearn", "retraining/sklearn", "demo"},
+    "sklearn": {"sklearn", "hessian", "retraining/sklearn", "demo"},
     "dask": {"run"},
     "distributed": {"run"},
     "google_crc32c": {"store"},
