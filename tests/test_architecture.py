@@ -47,7 +47,11 @@ HOMES = {
     "google_crc32c": {"store"},
     "zarr": {"store"},
     "xarray": {"store"},
-    "matplotlib": {"report"},
+    "jinja2": {"report"},
+    "matplotlib": {"store"},
+    "pandas": {"tables", "store", "sklearn"},
+    "pyarrow": {"store"},
+    "rich": {"tables"},
 }
 
 

@@ -4,15 +4,15 @@ Nothing here imports a framework: an array brings its own namespace (`namespace(
 no word (adding in place, scattering rows) the framework's own method is called.
 
 What may be anything (a user's target, a loader, a data frame) is asked here, once, what it has: `shape_of`,
-`dtype_of`, `is_frame`.
+`dtype_of`, `is_frame`, `described`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol, TypeGuard
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import array_api_compat
 import numpy as np
@@ -127,9 +127,27 @@ def dtype_named(name: str, like: Array) -> Any:
     return getattr(namespace(like), name)
 
 
+@runtime_checkable
+class Numbered(Protocol):
+    """What Python can iterate over by numbers, without `__iter__`: a data set of torch, a sequence of one's own."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Any: ...
+
+
 def is_frame(value: object) -> bool:
     """Whether it is a data frame or a column of one, as pandas has them: rows by position are `value.iloc[rows]`."""
     return hasattr(value, "iloc")
+
+
+def described(value: Any) -> str:
+    """A value in a few words."""
+    if isinstance(value, Mapping):
+        return f"a dict of {', '.join(map(repr, list(value)[:5]))}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)} entries"
+    return f"{type(value).__name__} of shape {tuple(value.shape)}" if is_array(value) else type(value).__name__
 
 
 def device(array: Array) -> Any:

@@ -363,7 +363,7 @@ class Attributor(ComposableInfluence[TensorType]):
         `headwater.run.calibrate`. Errors: InvalidInput for a bank of other rows or queries, and for queries without a
         bank; InvalidSetting for a method without damping.
         """
-        from headwater.run.calibrate import calibrate, in_unit
+        from headwater.run.calibrate import calibrate
 
         with located():
             train = self.train_rows(train_loader)
@@ -379,6 +379,12 @@ class Attributor(ComposableInfluence[TensorType]):
                 seed=seed,
                 progress=progress,
             )
+        return self.calibrated(found)
+
+    def calibrated(self, found: Calibration) -> Self:
+        """The same influence at a damping that `calibrate` chose before. Errors: as `with_damping`."""
+        from headwater.run.calibrate import in_unit
+
         chosen = {name: in_unit(amount, found.unit) for name, amount in found.chosen.items()}
         return self.with_damping(chosen)._changed(_calibration=found)
 

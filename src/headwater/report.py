@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from headwater.errors import InvalidInput, InvalidSetting, NonFiniteValue, ShapeMismatch
-from headwater.store.scores import SIGN_IN_WORDS, UNIT_IN_WORDS
+from headwater.store.score_matrix import SIGN_IN_WORDS, UNIT_IN_WORDS
 from headwater.tables import table
 
 

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
@@ -17,7 +17,8 @@ from typing import Any
 from headwater.attributor import Attributor
 from headwater.errors import HeadwaterError, InvalidInput, InvalidSetting
 
-NAMES = ("influence", "train", "query")
+NAMES = ("influence", "train", "query", "rows", "queries", "retrain")
+"""What a setup gives, in this order; from the third on, it may be left out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,21 +31,37 @@ class Setup:
     """The loader of the rows that were, or will be, fitted."""
     query: Iterable[object] | None = None
     """The loader of the queries; None where there are none yet."""
+    rows: Any = None
+    """What train rows are, for tables and the report: a DataFrame, a data set, a function of an id (`Described`)."""
+    queries: Any = None
+    """Likewise the queries."""
+    retrain: Callable[[Any, int], Any] | None = None
+    """(positions of the train rows that are kept, a seed) -> losses of the queries [q] of a model trained on these."""
 
     @property
-    def queries(self) -> Iterable[object]:
-        """Errors: InvalidSetting where there are none."""
+    def query_loader(self) -> Iterable[object]:
+        """Errors: InvalidSetting where there is none."""
         if self.query is None:
             raise InvalidSetting("The setup gives no queries: it should give influence, train and query.")
         return self.query
 
+    @property
+    def retraining(self) -> Callable[[Any, int], Any]:
+        """Errors: InvalidSetting where there is none."""
+        if self.retrain is None:
+            raise InvalidSetting(
+                "The setup gives no function retrain(rows, seed), which trains on these rows alone and returns the "
+                'queries\' losses: without it nothing can be measured. setup() returns it in a dict, as "retrain".'
+            )
+        return self.retrain
+
 
 def load_setup(target: str, folder: Path | None = None) -> Setup:
-    """From "setup.py", "setup.py:function" or "module:function"; the function, by default `setup`, returns the three.
+    """From "setup.py", "setup.py:function" or "module:function"; the function is `setup` by default.
 
-    A file without it defines `influence`, `train` and `query` itself. The query may be left out, or None. folder: what
-    the target is relative to; None for the current one. Errors: InvalidSetting for what is not there; InvalidInput,
-    with the place, for whatever the user's code raises.
+    It returns influence, train and query, or a dict of these and what else NAMES has; a file without it defines them
+    itself. All but the first two may be left out, or None. folder: what the target is relative to; None for the current
+    one. Errors: InvalidSetting for what is not there; InvalidInput, with the place, for what the user's code raises.
     """
     place, name = split_target(target)
     with _importable(place, folder):
@@ -54,20 +71,33 @@ def load_setup(target: str, folder: Path | None = None) -> Setup:
         if name and not callable(function):
             raise InvalidSetting(f"{place} has no function {name!r}.")
         if callable(function):
-            given = _run(target, function)
-            if not isinstance(given, (tuple, list)) or len(given) not in (2, 3):
-                raise InvalidSetting(f"{target}: expected {', '.join(NAMES)}, got {type(given).__name__}.")
+            given = _as_dict(_run(target, function), target)
         else:
-            missing = [each for each in NAMES[:2] if defined[each] is None]
-            if missing:
-                raise InvalidSetting(
-                    f"{target} does not define {', '.join(missing)}. It should define influence, train and query, or a "
-                    "function setup() that returns them."
-                )
-            given = [defined[each] for each in NAMES]
-    if not isinstance(given[0], Attributor):
-        raise InvalidSetting(f"{target}: the influence is {type(given[0]).__name__}; expected an Attributor.")
-    return Setup(*given)
+            given = {each: defined[each] for each in NAMES if defined[each] is not None}
+        missing = [each for each in NAMES[:2] if given.get(each) is None]
+        if missing:
+            raise InvalidSetting(
+                f"{target} does not define {', '.join(missing)}. It should define influence, train and query, or a "
+                "function setup() that returns them."
+            )
+    influence = given["influence"]
+    if not isinstance(influence, Attributor):
+        raise InvalidSetting(f"{target}: the influence is {type(influence).__name__}; expected an Attributor.")
+    return Setup(**given)
+
+
+def _as_dict(given: Any, target: str) -> dict[str, Any]:
+    """What a setup function returned, by name. Errors: InvalidSetting."""
+    if isinstance(given, (tuple, list)) and len(given) in (2, 3):
+        return dict(zip(NAMES, given, strict=False))
+    if isinstance(given, Mapping):
+        unknown = [name for name in given if name not in NAMES]
+        if unknown:
+            raise InvalidSetting(f"{target} returned {unknown[0]!r}; expected some of {', '.join(NAMES)}.")
+        return dict(given)
+    raise InvalidSetting(
+        f"{target}: expected {', '.join(NAMES[:3])}, or a dict of {', '.join(NAMES)}; got {type(given).__name__}."
+    )
 
 
 def split_target(target: str) -> tuple[str, str]:

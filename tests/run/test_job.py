@@ -14,7 +14,6 @@ import pytest
 
 import headwater
 from headwater import cli, rows
-from headwater.cli.job import top_table
 from headwater.errors import RowsNotFitted
 from headwater.job import Call, Job
 from headwater.run import plan
@@ -212,7 +211,7 @@ def test_rows_at_the_end_of_the_loader_are_appended_by_the_fit_of_those_before(j
     setup = Job.read(str(job)).load()
     fitted = setup.influence.fit(list(setup.train)[:4])
     with pytest.warns(RowsNotFitted, match="16 of the 48"):
-        np.testing.assert_allclose(after, fitted.attribute(setup.train, setup.queries).values, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(after, fitted.attribute(setup.train, setup.query).values, rtol=1e-3, atol=1e-4)
         status, printed = run("top", job, "--json", "--quiet", capsys=capsys)
     assert status == 0 and any(row["id"] >= 132 for q in json.loads(printed.out)["queries"] for row in q["harmful"])
 
@@ -267,9 +266,106 @@ def test_the_table_fits_the_terminal_and_keeps_control_characters_out_of_it():
     names = np.array([["a" * 200, "b\x1b[31m"]])
     found = TopK(np.array(["q" * 50]), names, np.array([[2.0, 1.0]]), names, np.array([[-2.0, -1.0]]))
     for width in (60, 80, 200):
-        lines = top_table(found, [0], width).splitlines()
+        lines = found.table(width).splitlines()
         assert max(map(len, lines)) <= width and "\x1b" not in "".join(lines)
-        assert lines[0].split() == ["query", "rank", "helps", "score", "harms", "score"] and len(lines) == 3
+        assert lines[0].split() == ["query", "end", "rank", "id", "score"] and len(lines) == 5
+
+
+# What else a setup may give -------------------------------------------------------------------------------------------
+
+MORE = SETUP.replace(
+    "    return influence, Slow(), [(X[:5] + 0.1, Y[:5])]",
+    """    return {"influence": influence, "train": Slow(), "query": [(X[:5] + 0.1, Y[:5])], "retrain": retrain,
+            "rows": lambda name: {"kind": "odd" if name % 2 else "even"}, "queries": {"label": Y[:5]}}
+
+def retrain(kept, seed):
+    torch.manual_seed(seed)
+    again = nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(again.parameters(), lr=0.1)
+    for _ in range(20):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(again(X[kept]), Y[kept]).backward()
+        optimizer.step()
+    with open("trained", "a") as counted:
+        counted.write("x")
+    return nn.functional.cross_entropy(again(X[:5] + 0.1), Y[:5], reduction="none").detach().numpy()
+""",
+)
+
+
+@pytest.fixture
+def more(job):
+    write_job(job.parent, TOML + "[retrain]\ncalibrate = 6\nevaluate = 6\nrepeated = 2\n", MORE)
+    return job
+
+
+def test_what_rows_are_stands_beside_their_ids(more, capsys):
+    status, printed = run("top", more, "--query", 2, "--quiet", capsys=capsys)
+    head, first, *_ = printed.out.splitlines()
+    assert status == 0 and head.split() == ["query", "end", "rank", "id", "score", "kind", "query_label"]
+    assert first.split()[5] == ("odd" if int(first.split()[3]) % 2 else "even")
+
+
+def test_scores_leave_as_a_table(more, capsys):
+    pandas = pytest.importorskip("pandas")
+    for file, lines in (("all.parquet", 5 * 48), ("all.csv", 5 * 48)):
+        assert run("export", more, file, "--quiet", capsys=capsys)[0] == 0
+        found = (pandas.read_parquet if file.endswith("parquet") else pandas.read_csv)(file)
+        assert len(found) == lines and list(found.columns) == ["query", "train", "score", "train_kind", "query_label"]
+        wide = found.pivot(index="query", columns="train", values="score")
+        np.testing.assert_allclose(wide.to_numpy(), values(more.parent))
+    assert run("export", more, "top.csv", "--top", 2, "--quiet", capsys=capsys)[0] == 0
+    assert len(pandas.read_csv("top.csv")) == 5 * 4
+    status, printed = run("export", more, "scores.xlsx", capsys=capsys)
+    assert status == 2 and "ends in one of .parquet, .csv" in printed.err
+
+
+def test_a_damping_is_calibrated_once_and_used_beside_the_scores_of_before(more, capsys):
+    before = values(more.parent)
+    status, printed = run("calibrate", more, "--json", "--quiet", capsys=capsys)
+    chosen = json.loads(printed.out)["chosen"]
+    assert status == 0 and Path("trained").read_text() == 6 * "x"
+    more.write_text(more.read_text().replace("[score]", '[fit]\ndamping = "calibrated"\n[score]'))
+    found = Call(Job.read(str(more))).score()
+    assert Path("trained").read_text() == 6 * "x" and Path("found/scores-calibrated").is_dir()
+    assert found.calibration is not None and dict(found.calibration.chosen) == chosen
+    assert not np.allclose(found.values, before)
+    np.testing.assert_array_equal(Scores.open("found/scores").values, before)
+    assert run("info", "found", "--check", "--json", capsys=capsys)[0] == 0
+
+
+def test_scores_are_judged_by_models_trained_again(more, capsys):
+    status, printed = run("evaluate", more, "--json", "--quiet", capsys=capsys)
+    found = json.loads(printed.out)
+    assert status == 0 and found["low"] <= found["lds"] <= found["high"] and found["subsets"] == 6
+    assert Path("trained").read_text() == 8 * "x"
+    assert run("evaluate", more, "--quiet", capsys=capsys)[0] == 0 and Path("trained").read_text() == 8 * "x"
+
+
+@pytest.mark.parametrize("verb", ["calibrate", "evaluate"])
+def test_without_a_function_that_retrains_nothing_is_begun(verb, job, capsys):
+    status, printed = run(verb, job, "--quiet", capsys=capsys)
+    assert status == 2 and "no function retrain" in printed.err and not Path("found").exists()
+
+
+@pytest.mark.parametrize(("damping", "same"), [("0.3", False), ('"0.3 relative"', True)])
+def test_a_damping_in_the_file_is_in_place_of_the_setups(damping, same, job):
+    before = values(job.parent)
+    job.write_text(job.read_text().replace("[score]", f"[fit]\ndamping = {damping}\n[score]"))
+    assert np.allclose(values(job.parent), before) == same
+
+
+@pytest.mark.parametrize("given", ["-1", "true", '"a lot"', '"1 absolute"'])
+def test_a_damping_that_is_none_is_refused(given, job, capsys):
+    job.write_text(job.read_text().replace("[score]", f"[fit]\ndamping = {given}\n[score]"))
+    status, printed = run("fit", job, "--quiet", capsys=capsys)
+    assert status == 2 and "expected a number of at least 0" in printed.err
+
+
+def test_a_setup_that_gives_something_else_is_refused(job, capsys):
+    write_job(job.parent, setup=MORE.replace('"retrain": retrain', '"train_again": retrain'))
+    status, printed = run("fit", job, "--quiet", capsys=capsys)
+    assert status == 2 and "returned 'train_again'; expected some of" in printed.err
 
 
 # The first job --------------------------------------------------------------------------------------------------------
@@ -282,7 +378,7 @@ def test_init_writes_a_job_that_runs_as_it_stands(framework, tmp_path, monkeypat
     assert run("init", "first.toml", capsys=capsys)[0] == 0
     status, printed = run("top", "first.toml", "--query", 3, "--quiet", capsys=capsys)
     assert status == 0 and framework in Path("first.py").read_text()
-    assert [line.split()[0] for line in printed.out.splitlines()] == ["query", "3", "2", "3", "4", "5"]
+    assert [line.split()[0] for line in printed.out.splitlines()] == ["query", *10 * ["3"]]
 
 
 def test_init_overwrites_nothing_and_hides_no_module(job, capsys):

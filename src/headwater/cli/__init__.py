@@ -11,12 +11,12 @@ from typing import Literal
 from cyclopts import CycloptsError
 
 import headwater
-from headwater.cli import demo, job, store, verify
+from headwater.cli import demo, job, results, store, verify
 from headwater.cli.app import EXITS, Method, app, command
 from headwater.cli.stops import Stopped, stop_signals
 from headwater.errors import HeadwaterError
 
-__all__ = ["EXITS", "Method", "app", "completion", "demo", "job", "main", "store", "verify", "version"]
+__all__ = ["EXITS", "Method", "app", "completion", "demo", "job", "main", "results", "store", "verify", "version"]
 
 
 @app.command

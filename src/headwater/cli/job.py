@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Annotated, Any
@@ -51,11 +51,11 @@ def fit(
     quiet
         No progress bars, and no words.
     """
-    call = _call(job, store, worker, quiet)
-    with kept(_how_to_go_on(call)):
+    call = call_of(job, store, worker, quiet)
+    with kept(how_to_go_on(call)):
         fitted = call.fit()
     found = {"store": str(call.job.store), "method": fitted.method.describe(), "rows": fitted.n_train}
-    _print(found if json else None, f"Fitted {found['method']} to {fitted.n_train:g} rows: {call.job.store}", quiet)
+    say(found if json else None, f"Fitted {found['method']} to {fitted.n_train:g} rows: {call.job.store}", quiet)
 
 
 @app.command(group=YOURS)
@@ -80,8 +80,8 @@ def score(
     quiet
         No progress bars, and no words.
     """
-    call = _call(job, store, worker, quiet, memory)
-    with kept(_how_to_go_on(call)):
+    call = call_of(job, store, worker, quiet, memory)
+    with kept(how_to_go_on(call)):
         scores = call.score()
     _tell(call, scores, json, quiet)
 
@@ -108,8 +108,8 @@ def append(
     quiet
         No progress bars, and no words.
     """
-    call = _call(job, store, worker, quiet, memory)
-    with kept(_how_to_go_on(call)):
+    call = call_of(job, store, worker, quiet, memory)
+    with kept(how_to_go_on(call)):
         scores = call.append()
     _tell(call, scores, json, quiet)
 
@@ -144,27 +144,27 @@ def top(
     quiet
         No progress bars.
     """
-    call = _call(job, store, "0/1", quiet, memory)
-    with kept(_how_to_go_on(call)):
+    call = call_of(job, store, "0/1", quiet, memory)
+    with kept(how_to_go_on(call)):
         found = call.top(k)
     chosen = _chosen(found, query)
     if json:
-        _print({"unit": call.job.score.unit, "queries": [_as_json(found, q) for q in chosen]}, "", quiet)
+        say({"unit": call.job.score.unit, "queries": [_as_json(found, q) for q in chosen]}, "", quiet)
         return
     shown = chosen if query or every else chosen[:SHOWN]
-    print(top_table(found, shown, get_terminal_size().columns))
+    print(found.take(shown).table(get_terminal_size().columns))
     if len(shown) < len(chosen):
         print(f"{len(chosen) - len(shown)} more queries: --all, or --query ID.")
 
 
-def _call(job: str, store: Path | None, worker: str, quiet: bool, memory: str | None = None) -> Call:
+def call_of(job: str, store: Path | None, worker: str, quiet: bool, memory: str | None = None) -> Call:
     from headwater.job import Call, Job
     from headwater.run.runners.environment import worker_of
 
     return Call(Job.read(job, store, memory), command.get(), worker_of(worker), progress=not quiet)
 
 
-def _how_to_go_on(call: Call) -> str:
+def how_to_go_on(call: Call) -> str:
     return f"What is finished is kept in {call.job.store}; the same command goes on: {command.get()}"
 
 
@@ -181,18 +181,15 @@ def _tell(call: Call, scores: Scores, json: bool, quiet: bool) -> None:
         "worries": worries,
     }
     words = [f"{scores!r}: {call.job.store}", *(f"WORRYING: {said}" for said in worries)]
-    _print(found if json else None, "\n".join(words), quiet)
+    say(found if json else None, "\n".join(words), quiet)
 
 
-def _print(found: object, words: str, quiet: bool) -> None:
+def say(found: object, words: str, quiet: bool) -> None:
     """JSON if there is any; else words, unless they are not wanted."""
     if found is not None:
         print(json.dumps(found, indent=1))
     elif not quiet:
         print(words)
-
-
-# The table ------------------------------------------------------------------------------------------------------------
 
 
 def _chosen(found: TopK, wanted: Sequence[str]) -> list[int]:
@@ -216,35 +213,3 @@ def _as_json(found: TopK, query: int) -> dict[str, Any]:
         "helpful": rows(found.helpful_ids, found.helpful_scores),
         "harmful": rows(found.harmful_ids, found.harmful_scores),
     }
-
-
-def top_table(found: TopK, queries: Iterable[int], width: int) -> str:
-    """query, rank, id and score of both ends; ids are cut so that a line fits into `width` characters."""
-    from headwater.tables import table
-
-    rows = [["query", "rank", "helps", "score", "harms", "score"]]
-    for q in queries:
-        for rank in range(found.helpful_ids.shape[1]):
-            name = str(found.query_ids[q]) if rank == 0 else ""
-            ends = (found.helpful_ids, found.helpful_scores, found.harmful_ids, found.harmful_scores)
-            helps, gain, harms, loss = (end[q, rank] for end in ends)
-            rows.append([name, str(rank + 1), str(helps), f"{gain:.3g}", str(harms), f"{loss:.3g}"])
-    names = (0, 2, 4)
-    taken = sum(max(len(row[k]) for row in rows) for k in (1, 3, 5)) + 2 * (len(rows[0]) - 1)
-    room = _shares([max(len(row[k]) for row in rows) for k in names], max(width - taken, 3 * len("query")))
-    cut = [[_cut(cell, dict(zip(names, room, strict=True)).get(k)) for k, cell in enumerate(row)] for row in rows]
-    return table(cut, left=names)
-
-
-def _shares(wanted: Sequence[int], room: int) -> list[int]:
-    """Widths of at most `wanted`, and `room` together: the widest give way."""
-    found = list(wanted)
-    while sum(found) > room:
-        found[found.index(max(found))] -= 1
-    return found
-
-
-def _cut(text: str, width: int | None) -> str:
-    """Ids are data: control characters must not reach the terminal."""
-    plain = "".join(letter if letter.isprintable() else "?" for letter in text)
-    return plain if width is None or len(plain) <= width else plain[: width - 1] + "\N{HORIZONTAL ELLIPSIS}"

@@ -65,7 +65,7 @@ def verify(
             given.influence.fit(given.train, progress=not quiet)
     found = given.influence.verify(
         given.train,
-        given.queries,
+        given.query_loader,
         rows=rows,
         queries=queries,
         tolerance=tolerance,

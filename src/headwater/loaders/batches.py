@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-from headwater.arrays import is_array, is_frame
+from headwater.arrays import Numbered, described, is_array, is_frame
 from headwater.errors import BatchMismatch, InvalidInput
 from headwater.gradients.provider import StructuredGradientProvider
 from headwater.types import Batch
@@ -50,15 +50,6 @@ class Unpacked(Iterable[Any]):
                 )
 
 
-@runtime_checkable
-class Numbered(Protocol):
-    """What Python can iterate over by numbers, without `__iter__`: a data set of torch, a sequence of one's own."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, number: int, /) -> Any: ...
-
-
 def check_loader(loader: Any, role: str) -> None:
     """Errors: InvalidInput for what is no collection of batches that can be read again, in a sentence for each."""
     said = None
@@ -84,15 +75,6 @@ def check_loader(loader: Any, role: str) -> None:
         said = f"is {described(loader)}"
     if said is not None:
         raise InvalidInput(f"The {role} loader {said}. A loader is a list of batches, [(x, y), ...], or a DataLoader.")
-
-
-def described(value: Any) -> str:
-    """A value in a few words."""
-    if isinstance(value, Mapping):
-        return f"a dict of {', '.join(map(repr, list(value)[:5]))}"
-    if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {len(value)} entries"
-    return f"{type(value).__name__} of shape {tuple(value.shape)}" if is_array(value) else type(value).__name__
 
 
 def as_batch(provider: StructuredGradientProvider, item: object) -> Batch | None:

@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from headwater.errors import AlreadySaved, NotWritten
 
@@ -56,7 +57,9 @@ def draft(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 def write_whole(file: Path, content: bytes) -> None:
     """In place of what was there. Errors: NotWritten."""
-    with explained_errors(file), _drafted(file, content) as written:
+    with explained_errors(file), _drafted(file) as (written, opened):
+        opened.write(content)
+        _finish(opened)
         # Atomic: a reader sees the old file or the new one, never half of it.
         os.replace(written, file)
         sync_folder(file.parent)
@@ -64,7 +67,9 @@ def write_whole(file: Path, content: bytes) -> None:
 
 def write_new(file: Path, content: bytes) -> bool:
     """Whether this call made the file: of several at once, in any processes, one does. Errors: NotWritten."""
-    with explained_errors(file), _drafted(file, content) as written:
+    with explained_errors(file), _drafted(file) as (written, opened):
+        opened.write(content)
+        _finish(opened)
         try:
             # A link fails if the name is taken, where a rename would overwrite: one of several processes wins.
             os.link(written, file)
@@ -92,15 +97,33 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _drafted(file: Path, content: bytes) -> Iterator[Path]:
+def drafted_file(file: Path) -> Iterator[BinaryIO]:
+    """A file to be written piece by piece, which takes the place of what was there when all went well.
+
+    Errors: NotWritten.
+    """
+    with explained_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        remove_dead(file.parent)
+        with _drafted(file) as (written, opened):
+            yield opened
+            _finish(opened)
+            os.replace(written, file)
+        sync_folder(file.parent)
+
+
+def _finish(opened: BinaryIO) -> None:
+    opened.flush()
+    # Before the rename: after a power cut the name may else be there and the content not.
+    os.fsync(opened.fileno())
+
+
+@contextmanager
+def _drafted(file: Path) -> Iterator[tuple[Path, BinaryIO]]:
     written = draft_of(file)
     try:
         with open(written, "xb") as opened:
-            opened.write(content)
-            opened.flush()
-            # Before the rename: after a power cut the name may else be there and the content not.
-            os.fsync(opened.fileno())
-        yield written
+            yield written, opened
     finally:
         with suppress(OSError):
             written.unlink(missing_ok=True)

@@ -91,7 +91,7 @@ def info(path: Path, check: bool = False) -> Info:
                 if not check:
                     raise
                 return replace(found, damage=(str(error),))
-    if any((path / name / IDENTITY).is_file() for name in (record.FIT, record.SCORES)):
+    if (path / record.FIT / IDENTITY).is_file() or any(path.glob(f"{record.SCORES}*/{IDENTITY}")):
         return _job(path, Info(str(path), KINDS[record.RECORD][0], checked=check))
     said = "is no folder" if path.exists() and not path.is_dir() else "does not exist" if not path.exists() else ""
     raise NotSaved(f"{path} {said or 'holds nothing of headwater'}.")
@@ -107,8 +107,11 @@ def _job(path: Path, found: Info) -> Info:
     facts = {"job": known.job, "settings": known.settings, "versions": known.versions} if known else {}
     verbs = known.verbs if known else {}
     inside = []
-    for name, verb in ((record.FIT, "fit"), (record.SCORES, "score")):
-        call = verbs.get(verb, {})
+    scored = verbs.get("score", {}).get("folder", record.SCORES)
+    others = sorted(each.parent.name for each in path.glob(f"{record.SCORES}*/{IDENTITY}"))
+    for name in dict.fromkeys([record.FIT, scored, *others]):
+        # What the record knows is of the last call: of other dampings' scores it says nothing.
+        call = verbs.get("fit" if name == record.FIT else "score", {}) if name in (record.FIT, scored) else {}
         if (path / name / IDENTITY).is_file():
             inside.append(_as_told(info(path / name, found.checked), call))
         elif call.get("finished"):
@@ -118,6 +121,14 @@ def _job(path: Path, found: Info) -> Info:
             inside.append(info(path / record.FITTED, found.checked))
         except NotSaved:
             damage.append(f"{path / record.FITTED / DESCRIPTION} is missing. Remove the folder, and call again.")
+    for name in (record.CALIBRATING, record.EVALUATING):
+        if (path / name).is_dir():
+            try:
+                inside.append(info(path / name, found.checked))
+            except NotSaved:
+                damage.append(f"{path / name / RECIPE} is missing. Remove the folder, and call again.")
+    if found.checked and (path / record.CALIBRATION).exists():
+        damage += said_of(partial(unsealed, path / record.CALIBRATION, remedy=record.CALIBRATE_AGAIN))
     left = [verb for verb in ("fit", "score") if not verbs.get(verb, {}).get("finished")]
     missing = f"{' and '.join(left)}: not finished" if left and known else ""
     return replace(found, facts=facts, missing=missing, damage=tuple(damage), inside=tuple(inside))

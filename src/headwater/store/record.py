@@ -2,12 +2,15 @@
 
 job.json    this record, sealed
 fit/        sums over tiles of train rows
-scores/     the tiles of a run
+fitted/     the fit, saved
+scores/     the tiles of a run; of another damping than the setup's, scores-DAMPING/
+calibration.json, calibrating/, evaluating/     the damping that retrained models chose; banks of them
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,7 +24,9 @@ from headwater.store.draft import explained_errors, is_draft, write_whole
 from headwater.store.seal import sealed, unsealed
 
 RECORD, FIT, FITTED, SCORES = "job.json", "fit", "fitted", "scores"
+CALIBRATION, CALIBRATING, EVALUATING = "calibration.json", "calibrating", "evaluating"
 REMEDY = "Remove it: the next command writes it again."
+CALIBRATE_AGAIN = "Remove it, and calibrate again."
 PACKAGES = {
     "jax": "jax",
     "numpy": "numpy",
@@ -78,11 +83,19 @@ def read_record(folder: Path) -> Record | None:
     return Record(values["job"], values["settings"], values["versions"], values["verbs"])
 
 
+def scores_at(damping: object) -> str:
+    """The folder of the scores at a damping; None for the setup's own."""
+    return SCORES if damping is None else f"{SCORES}-{re.sub('[^A-Za-z0-9.]+', '-', str(damping))}"
+
+
+def _is_ours(name: str) -> bool:
+    return name in (RECORD, FIT, FITTED, CALIBRATING, EVALUATING) or name.startswith(SCORES) or is_draft(name)
+
+
 def write_record(folder: Path, record: Record) -> None:
     """Errors: InvalidInput for a folder of other things; NotWritten."""
-    ours = {RECORD, FIT, FITTED, SCORES}
     found = [each.name for each in folder.iterdir()] if folder.is_dir() else []
-    if found and not any(name in ours or is_draft(name) for name in found):
+    if found and not any(_is_ours(name) for name in found):
         raise InvalidInput(f"{folder} is not empty and holds no results of a job. Choose another folder.")
     with explained_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,37 +1,40 @@
-"""Saved and unsaved scores: numbers with the names of their rows, their unit and sign, and how they came about."""
+"""Scores in hand: parts, tables, files, pictures, and pages of them; in memory, or on disk in a run's folder."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from copy import copy
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from headwater.errors import InvalidInput, InvalidSetting, NotSaved, ShapeMismatch
-from headwater.evaluate.calibration import Calibration
-from headwater.store.diagnosis import Diagnosis
+from headwater.errors import InvalidInput, InvalidSetting, NotSaved
+from headwater.store.base import Tile
+from headwater.store.described import Described
 from headwater.store.draft import draft
 from headwater.store.identity import IDENTITY
+from headwater.store.ids import positions
 from headwater.store.kinds import kind_of
 from headwater.store.matrix import BlockShares, Columns, StoredMatrix, deleted_rows, meaning_of
+from headwater.store.score_matrix import UNIT_IN_WORDS as UNIT_IN_WORDS
+from headwater.store.score_matrix import ScoreMatrix, from_attributes
 from headwater.store.seal import check_folder, open_arrays, seal_folder
 from headwater.store.tiles import AGAIN, TileFolder
+from headwater.store.topk import GroupSink
 from headwater.store.topk import TopK as TopK
 from headwater.store.topk import TopKSink as TopKSink
-from headwater.store.topk import check_labels
+from headwater.tables import html_table
 
 if TYPE_CHECKING:
+    import pandas
+    import pyarrow
     import xarray
+    from matplotlib.axes import Axes
 
-UNIT_IN_WORDS = {
-    "influence": "decrease of the query's {of} per unit of weight on the train row in the mean objective",
-    "removal": "predicted increase of the query's {of} when the train row is removed",
-}
-SIGN_IN_WORDS = "positive: the train row helps (it lowers the query's {of})"
+    from headwater.store.summary import Summary
+
 HEAD = "zarr.json"
 """The file of saved scores whose attributes hold the seal of all."""
 
@@ -42,78 +45,19 @@ def _check_distinct(scores: Scores) -> None:
             raise InvalidInput(f"The {what} ids are not distinct: {len(ids)} rows have {len(np.unique(ids))} names.")
 
 
-@dataclass(frozen=True, eq=False)
-class Scores:
+class Scores(ScoreMatrix):
     """How much each train row helps (positive) or harms (negative) each query.
 
     `numpy.asarray(scores)` is the matrix [query, train]; `scores[2]`, `scores[:5, 10:20]` are parts of it, by position,
     and `scores.sel(query=..., train=...)` by name.
     """
 
-    values: np.ndarray
-    """[query, train]; of `mode` "perturbation" [query, train, *x_shape]."""
-    query_ids: np.ndarray
-    """[query]: the ids that the batches carried, or positions in the loader."""
-    train_ids: np.ndarray
-    """[train]."""
-    unit: str = "influence"
-    """"influence" or "removal"; `unit_in_words` says what they mean."""
-    n_train: float = 1.0
-    """Rows that the curvature was fitted on."""
-    method: str = ""
-    """The method's settings."""
-    damping: Mapping[str, float] = field(default_factory=dict)
-    """Absolute damping by block."""
-    by_block: Mapping[str, np.ndarray] | None = None
-    """Each block's share, [query, train]; they sum to `values`."""
-    explained: str = "loss"
-    """What the scores are about: the query's loss, or the name of another measurement. Lower is taken to be better."""
-    coverage: float = 1.0
-    """The share of the model's trainable parameters that was attributed."""
-    residuals: Mapping[str, np.ndarray] | None = None
-    """By block, each query's relative residual [query], for a method that solves; None for the others."""
-    calibration: Calibration | None = None
-    """How the damping was chosen; None for one that was given, or the method's default."""
-    diagnosis: Diagnosis | None = None
-    """Whether the model, the curvature and the solves give reason to doubt the scores; None for scores made by hand."""
-    mode: str = "up"
-    """What is done to a train row: more weight ("up"), or another input ("perturbation")."""
-
-    def __post_init__(self) -> None:
-        check_labels(self.values, self.query_ids, self.train_ids)
-        for name, share in (self.by_block or {}).items():
-            if share.shape != self.values.shape:
-                raise ShapeMismatch(f"The scores are {self.values.shape}, the share of block {name!r} {share.shape}.")
-        for name, residual in (self.residuals or {}).items():
-            if residual.shape != self.query_ids.shape:
-                raise ShapeMismatch(f"There are {len(self.query_ids)} queries, and {residual.shape} for {name!r}.")
-        if self.unit not in UNIT_IN_WORDS:
-            raise InvalidSetting(f"unit is {self.unit!r}; expected one of {', '.join(map(repr, UNIT_IN_WORDS))}.")
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.values.shape
-
-    def columns(self, queries: slice | np.ndarray | None = None) -> Columns:
-        """The scores in pieces that memory has room for. queries: positions; None for all."""
-        yield slice(0, self.shape[1]), self.values if queries is None else self.values[queries]
-
-    def __getitem__(self, where: Any) -> np.ndarray:
-        """By position: of queries, or of (queries, train rows), each by itself: two lists give all pairs."""
-        queries, *rest = where if isinstance(where, tuple) else (where,)
-        wanted = np.atleast_1d(np.arange(self.shape[0])[queries])
-        found = np.empty((len(wanted), *self.shape[1:]), self.dtype)
-        for columns, tile in self.columns(wanted):
-            found[:, columns] = tile
-        single = np.ndim(np.arange(self.shape[0])[queries]) == 0
-        return found[(0, *rest)] if single else found[(slice(None), *rest)]
-
     def sel(self, query: Any = None, train: Any = None) -> Scores:
         """The scores of some queries and train rows, by their ids (one, or a sequence); None for all.
 
         Errors: InvalidInput, naming an id that is not there.
         """
-        queries, rows = _positions(self.query_ids, query, "query"), _positions(self.train_ids, train, "train")
+        queries, rows = positions(self.query_ids, query, "query"), positions(self.train_ids, train, "train")
         shares, residuals = self.by_block, self.residuals
         return Scores(
             values=self[queries][:, rows],
@@ -121,41 +65,146 @@ class Scores:
             train_ids=self.train_ids[rows],
             by_block=None if shares is None else {name: share[queries][:, rows] for name, share in shares.items()},
             residuals=None if residuals is None else {name: found[queries] for name, found in residuals.items()},
-            **{name: value for name, value in from_attributes(self.attributes()).items() if name != "residuals"},
+            train_columns={name: column[rows] for name, column in self.train_columns.items()},
+            query_columns={name: column[queries] for name, column in self.query_columns.items()},
+            **from_attributes(self.attributes()),
         )
 
-    @property
-    def dtype(self) -> np.dtype:
-        return self.values.dtype
+    def attach(self, rows: Any = None, queries: Any = None) -> Self:
+        """With columns of what train rows and queries are (labels, sources, groups), which tables then show.
 
-    @property
-    def unit_in_words(self) -> str:
-        if self.mode == "perturbation":
-            return f"decrease of the query's {self.explained} per unit of change of the train row's input"
-        return UNIT_IN_WORDS[self.unit].format(of=self.explained)
+        rows, queries: a DataFrame, columns by name, a data set, or a function of an id (see
+        `headwater.store.described`); of a data set of pairs the second is the column "label". What is no single number,
+        word or date is left out. Columns that were attached before stay.
+        Errors: InvalidInput for what does not have the rows.
+        """
+        found = copy(self)
+        for kind, given, ids in (("train", rows, self.train_ids), ("query", queries, self.query_ids)):
+            if given is not None:
+                what = "rows" if kind == "train" else "queries"
+                held = self.train_columns if kind == "train" else self.query_columns
+                columns = {**held, **Described.of(given, ids, what).columns()}
+                object.__setattr__(found, f"{kind}_columns", columns)  # frozen, as all scores
+        return found
 
-    @property
-    def sign_in_words(self) -> str:
-        return SIGN_IN_WORDS.format(of=self.explained)
+    def group(self, by: Any, of: str = "sum") -> Scores:
+        """Scores of groups of train rows, by the "sum" or the "mean" of their rows' scores: [query, group].
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        if copy is False and dtype is not None and np.dtype(dtype) != self.values.dtype:
-            raise ValueError(f"The scores are {self.values.dtype}; as {np.dtype(dtype)} they need a copy.")
-        return np.array(self.values, dtype=dtype, copy=True) if copy else np.asarray(self.values, dtype=dtype)
-
-    def __repr__(self) -> str:
-        partly = "" if self.coverage == 1.0 else f", coverage={self.coverage:.3f}"
-        size = f"{self.shape[0]} queries x {self.shape[1]} train rows"
-        return f"{type(self).__name__}({size}, unit={self.unit!r}, {self.method}{partly})"
-
-    def top(self, k: int) -> TopK:
-        """The k most helpful and the k most harmful train rows of each query."""
-        if self.mode != "up":
-            raise InvalidSetting("Scores of changed inputs have one number for each input value, and no ranking.")
-        sink = TopKSink(k, self.query_ids)
+        by: the name of an attached column; or a label for each train row, or a mapping from ids to labels.
+        Errors: InvalidSetting; InvalidInput for labels that do not fit the rows.
+        """
+        self._check_plain("groups")
+        if isinstance(by, str):
+            if by not in self.train_columns:
+                known = ", ".join(map(repr, self.train_columns)) or "none; attach(rows=...) brings them"
+                raise InvalidInput(f"There is no column {by!r} of train rows: there is {known}.")
+            by = self.train_columns[by]
+        sink = GroupSink(1, self.query_ids, by, of)
         for columns, tile in self.columns():
-            sink.add(tile, self.train_ids[columns])
-        return sink.top()
+            sink.write(Tile(columns.start, self.train_ids[columns], None, tile[None]))
+        labels, values = sink.grouped()
+        return Scores(
+            values, self.query_ids, labels, query_columns=self.query_columns, **from_attributes(self.attributes())
+        )
+
+    def sum(self, queries: Any = None) -> Scores:
+        """Of some queries (ids; None for all) as one, which is called "sum": [1, train]."""
+        return self._as_one(queries, "sum")
+
+    def mean(self, queries: Any = None) -> Scores:
+        """Likewise their mean."""
+        return self._as_one(queries, "mean")
+
+    def _as_one(self, queries: Any, of: str) -> Scores:
+        self._check_plain("sums of queries")
+        where = positions(self.query_ids, queries, "query")
+        if not len(where):
+            raise InvalidInput(f"The {of} of no queries is asked for.")
+        total = np.empty((1, self.shape[1]))
+        for columns, tile in self.columns(where):
+            total[0, columns] = tile.sum(axis=0, dtype=np.float64)
+        values = total / (len(where) if of == "mean" else 1)
+        return Scores(
+            values.astype(self.dtype),
+            np.array([of]),
+            self.train_ids,
+            train_columns=self.train_columns,
+            **from_attributes(self.attributes()),
+        )
+
+    def _check_plain(self, what: str) -> None:
+        if self.mode != "up":
+            raise InvalidSetting(f"Scores of changed inputs have one number for each input value, and no {what}.")
+
+    def describe(self) -> Summary:
+        """In a few numbers: unit, spread, and how far influence is with few rows; `print` shows a table."""
+        from headwater.store.summary import summary
+
+        self._check_plain("summary")
+        return summary(self)
+
+    def __str__(self) -> str:
+        return f"{self!r}\n{self.unit_in_words}; {self.sign_in_words}"
+
+    def _repr_html_(self) -> str:
+        note = f"A score is the {self.unit_in_words}; {self.sign_in_words}."
+        few = slice(0, 5)
+        cells = [["query \\ train", *map(str, self.train_ids[few])]]
+        if len(self.shape) == 2:
+            cells += [
+                [str(name), *(f"{value:+.4g}" for value in row)]
+                for name, row in zip(self.query_ids[few], self[few, few], strict=True)
+            ]
+        return html_table(cells, f"{self!r}: the first of them. {note}")
+
+    def to_pandas(self, form: str = "wide") -> pandas.DataFrame:
+        """ "wide": queries down, train rows across. "long": a line for each pair, with what was attached beside it.
+
+        Errors: InvalidSetting; MissingExtra without pandas.
+        """
+        from headwater.store.frames import to_pandas
+
+        return to_pandas(self, form)
+
+    def to_arrow(self) -> pyarrow.Table:
+        """A line for each pair: query, train, score, and what was attached. Errors: MissingExtra without pyarrow."""
+        from headwater.store.frames import to_arrow
+
+        self._check_plain("table of pairs")
+        return to_arrow(self)
+
+    def to_parquet(self, path: str | os.PathLike[str]) -> None:
+        """The lines of `to_arrow` as a file, written piece by piece. Errors: MissingExtra; NotWritten."""
+        from headwater.store.frames import to_parquet
+
+        to_parquet(self, path)
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Likewise as CSV. Errors: MissingExtra without pandas; NotWritten."""
+        from headwater.store.frames import to_csv
+
+        to_csv(self, path)
+
+    def plot_top(self, query: Any, k: int = 10, ax: Axes | None = None) -> Axes:
+        """A query's k most helpful and most harmful rows as bars. query: its id. Errors: MissingExtra."""
+        from headwater.store import plots
+
+        self._check_plain("ranking")
+        return plots.top(self, query, k, ax)
+
+    def plot_distribution(self, bins: int = 60, ax: Axes | None = None) -> Axes:
+        """How many scores are how large. Errors: MissingExtra."""
+        from headwater.store import plots
+
+        self._check_plain("distribution of pairs")
+        return plots.distribution(self, bins, ax)
+
+    def plot_concentration(self, ax: Axes | None = None) -> Axes:
+        """Which share of all influence the strongest rows have. Errors: MissingExtra."""
+        from headwater.store import plots
+
+        self._check_plain("totals of rows")
+        return plots.concentration(self, ax)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a zarr folder, whole or not at all, with checksums of all its files.
@@ -169,8 +218,9 @@ class Scores:
         data = self.to_xarray()
         data.attrs["blocks"] = list(self.by_block or ())
         data.attrs["solved_blocks"] = list(self.residuals or ())
+        data.attrs["columns"] = {"query": list(self.query_columns), "train": list(self.train_columns)}
         with draft(path) as folder:
-            plain = data.drop_vars(["block", "solved_block"], errors="ignore")
+            plain = _with_free_words(data.drop_vars(["block", "solved_block"], errors="ignore"))
             # The seal serves this library; with a checksum in each chunk others notice a flipped bit too.
             encoding = {name: {"compressors": (ZstdCodec(), Crc32cCodec())} for name in plain.variables}
             plain.to_zarr(folder, mode="w", consolidated=False, encoding=encoding)
@@ -208,39 +258,25 @@ class Scores:
             solved = attributes.get("solved_blocks", [])
             return cls(
                 values=data["scores"].values,
-                query_ids=data["query"].values,
-                train_ids=data["train"].values,
+                query_ids=_words(data["query"].values),
+                train_ids=_words(data["train"].values),
                 by_block=dict(zip(attributes["blocks"], shares, strict=True)) if attributes["blocks"] else None,
                 residuals=dict(zip(solved, residuals, strict=True)) if solved else None,
+                train_columns=_columns_of(data, "train"),
+                query_columns=_columns_of(data, "query"),
                 **from_attributes(attributes),
             )
 
-    def attributes(self) -> dict[str, Any]:
-        """What the scores mean, as JSON has it; `from_attributes` reads it."""
-        found: dict[str, Any] = {
-            "unit": self.unit,
-            "unit_in_words": self.unit_in_words,
-            "sign": self.sign_in_words,
-            "explained": self.explained,
-            "coverage": self.coverage,
-            "method": self.method,
-            "n_train": self.n_train,
-            "damping": dict(self.damping),
-            "mode": self.mode,
-        }
-        if self.calibration is not None:
-            found["calibration"] = self.calibration.to_json()
-        if self.diagnosis is not None:
-            found["diagnosis"] = self.diagnosis.to_json()
-        return found
-
     def to_xarray(self) -> xarray.Dataset:
         """A labelled data set with attributes: `scores` (query, train); where there are any, `block_scores` (block,
-        query, train) and `residuals` (solved_block, query).
+        query, train) and `residuals` (solved_block, query). What was attached is a coordinate, train_NAME or
+        query_NAME.
         """
         import xarray as xr
 
-        coords = {"query": self.query_ids, "train": self.train_ids}
+        coords: dict[str, Any] = {"query": self.query_ids, "train": self.train_ids}
+        for kind, columns in (("query", self.query_columns), ("train", self.train_columns)):
+            coords.update({f"{kind}_{name}": (kind, column) for name, column in columns.items()})
         axes = ("query", "train", *(f"x{axis}" for axis in range(len(self.shape) - 2)))
         data: dict[str, Any] = {"scores": (axes, self.values)}
         if self.by_block is not None:
@@ -250,6 +286,21 @@ class Scores:
             data["residuals"] = (("solved_block", "query"), np.stack(list(self.residuals.values())))
             coords["solved_block"] = np.array(list(self.residuals))
         return xr.Dataset(data, coords=coords, attrs=self.attributes())
+
+
+def _with_free_words(data: xarray.Dataset) -> xarray.Dataset:
+    """Text of no fixed width: zarr's format has a word for that, and none for NumPy's own."""
+    text = {name: array.astype(object) for name, array in data.coords.items() if array.dtype.kind == "U"}
+    return data.assign_coords(text)
+
+
+def _columns_of(data: xarray.Dataset, kind: str) -> dict[str, np.ndarray]:
+    names = data.attrs.get("columns", {}).get(kind, [])
+    return {name: _words(data[f"{kind}_{name}"].values) for name in names}
+
+
+def _words(values: np.ndarray) -> np.ndarray:
+    return np.array(values.tolist(), dtype=str) if values.dtype.kind in "OT" else values
 
 
 class StoredScores(Scores):
@@ -272,6 +323,7 @@ class StoredScores(Scores):
         known["residuals"] = residuals and {name: np.array(found) for name, found in residuals.items()}
         shares = [StoredMatrix(folder, query_rows, columns, rows, k) for k in range(len(names))]
         known["by_block"] = BlockShares(dict(zip(names, shares, strict=True))) if names else None
+        known |= {"train_columns": {}, "query_columns": {}}
         for name, value in {**known, "query_ids": ids["query"], "train_ids": ids["train"][columns]}.items():
             self._keep(name, value)
 
@@ -293,28 +345,3 @@ class StoredScores(Scores):
 
     def columns(self, queries: slice | np.ndarray | None = None) -> Columns:
         return self.matrix.tiles(queries)
-
-
-def from_attributes(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of `Scores`, from what `Scores.attributes` gave."""
-    calibration, diagnosis = found.get("calibration"), found.get("diagnosis")
-    return {
-        **{name: found[name] for name in ("unit", "n_train", "method", "damping", "explained", "coverage")},
-        "mode": found.get("mode", "up"),
-        "calibration": None if calibration is None else Calibration.from_json(calibration),
-        "diagnosis": None if diagnosis is None else Diagnosis.from_json(diagnosis),
-    }
-
-
-def _positions(ids: np.ndarray, wanted: Any, what: str) -> np.ndarray:
-    """Errors: InvalidInput, naming an id that is not there."""
-    if wanted is None:
-        return np.arange(len(ids))
-    names = np.atleast_1d(np.asarray(wanted))
-    order = np.argsort(ids, kind="stable")
-    place = np.minimum(np.searchsorted(ids[order], names), max(len(ids) - 1, 0))
-    found = order[place]
-    missing = names[ids[found] != names].tolist()
-    if missing:
-        raise InvalidInput(f"There is no {what} row {missing[0]!r}: ids are like {ids[:3].tolist()}.")
-    return found

@@ -7,22 +7,34 @@ so far; after a few tiles hardly any does. So each tile costs two comparisons a 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from headwater.errors import InvalidInput, ShapeMismatch
 from headwater.settings import check_whole, check_word
 from headwater.store.base import Sink, Tile
+from headwater.store.described import Described
+from headwater.store.ids import NamedColumns, check_columns
+from headwater.tables import WIDEST, frame, html_table, table
+
+if TYPE_CHECKING:
+    import pandas
 
 MANY = 8
 """Survivors, in multiples of k for each query, above which the tile's own k-th best is looked for too."""
 
 
+SHOWN = 5
+"""Queries that a printed table has room for."""
+NUMBERS = ("rank", "score")
+"""Columns of a table that are no text."""
+
+
 @dataclass(frozen=True, eq=False)
 class TopK:
-    """Both ends of every query's ranking; arrays [query, k], strongest first."""
+    """Both ends of every query's ranking; arrays [query, k], strongest first. `print` shows a table."""
 
     query_ids: np.ndarray
     helpful_ids: np.ndarray
@@ -31,14 +43,119 @@ class TopK:
     harmful_ids: np.ndarray
     harmful_scores: np.ndarray
     """Ascending: the most harmful first."""
+    query_columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """What else is known of the queries, by name: [query] each."""
+    helpful_columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Likewise of the rows: [query, k] each."""
+    harmful_columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    unit_in_words: str = ""
+
+    def __len__(self) -> int:
+        return len(self.query_ids)
 
     @classmethod
     def joined(cls, parts: Sequence[TopK]) -> TopK:
         """Of several sets of queries, one under the other."""
-        return cls(*(np.concatenate(found) for found in zip(*(part._arrays() for part in parts), strict=True)))
+        arrays = [np.concatenate(found) for found in zip(*(part._arrays() for part in parts), strict=True)]
+        return cls(arrays[0], arrays[1], arrays[2], arrays[3], arrays[4])
 
     def _arrays(self) -> tuple[np.ndarray, ...]:
         return self.query_ids, self.helpful_ids, self.helpful_scores, self.harmful_ids, self.harmful_scores
+
+    def with_columns(self, rows: NamedColumns, queries: Mapping[str, np.ndarray], unit_in_words: str) -> TopK:
+        """With what is known of the rows and of the queries."""
+        check_columns(queries, len(self), "queries")
+        helpful, harmful = rows.of(self.helpful_ids), rows.of(self.harmful_ids)
+        return replace(
+            self,
+            query_columns=queries,
+            helpful_columns=helpful,
+            harmful_columns=harmful,
+            unit_in_words=unit_in_words,
+        )
+
+    def attach(self, rows: Any = None, queries: Any = None) -> TopK:
+        """With columns of what rows and queries are: a DataFrame, a data set, a function of an id (see `Described`).
+
+        Errors: InvalidInput for what does not have them.
+        """
+        known, named = self.query_columns, None
+        if rows is not None:
+            ids = np.unique(np.concatenate([self.helpful_ids.reshape(-1), self.harmful_ids.reshape(-1)]))
+            named = NamedColumns(ids, Described.of(rows, ids, "rows").columns())
+        if queries is not None:
+            known = Described.of(queries, self.query_ids, "queries").columns()
+        if named is None:
+            return replace(self, query_columns=known)
+        return self.with_columns(named, known, self.unit_in_words)
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """A table with a line for each query, end and rank: query, end, rank, id, score, and what else is known."""
+        queries, k = self.helpful_ids.shape
+        found = {
+            "query": np.repeat(self.query_ids, 2 * k),
+            "end": np.tile(np.repeat(np.array(["helpful", "harmful"]), k), queries),
+            "rank": np.tile(np.arange(1, k + 1), 2 * queries),
+            "id": _in_turn(self.helpful_ids, self.harmful_ids),
+            "score": _in_turn(self.helpful_scores, self.harmful_scores),
+        }
+        for name, column in self.helpful_columns.items():
+            found[_free(name, found)] = _in_turn(column, self.harmful_columns[name])
+        for name, column in self.query_columns.items():
+            found[_free(f"query_{name}", found)] = np.repeat(column, 2 * k)
+        return found
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """The table of `columns`. Errors: MissingExtra without pandas."""
+        return frame(self.columns())
+
+    def take(self, queries: Sequence[int] | slice) -> TopK:
+        """Some queries, by position."""
+        where = np.arange(len(self))[queries]
+        arrays = [array[where] for array in self._arrays()]
+        both = {name: column[where] for name, column in self.query_columns.items()}
+        helpful, harmful = (
+            {name: column[where] for name, column in columns.items()}
+            for columns in (self.helpful_columns, self.harmful_columns)
+        )
+        return TopK(arrays[0], arrays[1], arrays[2], arrays[3], arrays[4], both, helpful, harmful, self.unit_in_words)
+
+    def table(self, width: int | None = None) -> str:
+        """All of it in plain characters. width: of the terminal, for which texts are cut further."""
+        cells = self._cells()
+        return table(cells, [k for k, name in enumerate(cells[0]) if name not in NUMBERS], WIDEST, width)
+
+    def _cells(self) -> list[list[str]]:
+        columns = self.columns()
+        return [list(columns), *([_cell(value) for value in row] for row in zip(*columns.values(), strict=True))]
+
+    def _note(self) -> str:
+        """How many queries are not shown, and what the numbers are."""
+        hidden = len(self) - SHOWN
+        more = f"... and {hidden} more queries; to_pandas() and columns() have them all. " if hidden > 0 else ""
+        return more + (f"A score is the {self.unit_in_words}." if self.unit_in_words else "")
+
+    def __str__(self) -> str:
+        return "\n".join(filter(None, [self.take(slice(SHOWN)).table(), self._note()]))
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        return html_table(self.take(slice(SHOWN))._cells(), self._note())
+
+
+def _in_turn(helpful: np.ndarray, harmful: np.ndarray) -> np.ndarray:
+    """Of each query its helpful rows, then the harmful ones: [2 q k]."""
+    return np.stack([helpful, harmful], axis=1).reshape(-1)
+
+
+def _free(name: str, taken: Mapping[str, Any]) -> str:
+    return name if name not in taken else _free(f"{name}_", taken)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:+.4g}" if isinstance(value, (float, np.floating)) else str(value)
 
 
 class TopKSink(Sink):
@@ -197,16 +314,24 @@ class GroupSink(Sink):
             self._counts = np.concatenate([self._counts, np.zeros(room)])
             self._sums = np.concatenate([self._sums, np.zeros((len(self._sums), room))], axis=1)
 
-    def top(self) -> TopK:
-        """`TopK` whose ids are labels. Errors: InvalidInput before any tile, and for labels that have no row."""
+    def grouped(self) -> tuple[np.ndarray, np.ndarray]:
+        """The groups' labels [g], that of the first row first, and their scores [q, g].
+
+        Errors: InvalidInput before any tile, and for labels that have no row.
+        """
         if not self._number:
             raise InvalidInput("There is no tile of scores yet.")
         if not isinstance(self.labels, Mapping) and self._rows != len(self.labels):
             raise InvalidInput(f"groups has {len(self.labels)} labels, and there are {self._rows} train rows.")
         order = np.argsort(np.array(self._first), kind="stable")
         scores = self._sums[:, order] / self._counts[order] if self.of == "mean" else self._sums[:, order]
+        return _as_array(list(self._number))[order], scores
+
+    def top(self) -> TopK:
+        """`TopK` whose ids are labels. Errors: as `grouped`."""
+        labels, scores = self.grouped()
         ends = TopKSink(self.k, self.query_ids)
-        ends.add(scores, _as_array(list(self._number))[order])
+        ends.add(scores, labels)
         return ends.top()
 
 

@@ -1,0 +1,86 @@
+"""`headwater export`, `calibrate`, `evaluate`: tables of a job's scores, and what retrained models say of them."""
+
+from __future__ import annotations
+
+import json as as_json
+from pathlib import Path
+
+from headwater.cli.app import YOURS, Json, Memory, Quiet, SetupOrJob, Store, app
+from headwater.cli.job import call_of, how_to_go_on, say
+from headwater.cli.stops import kept
+
+
+@app.command(group=YOURS)
+def export(
+    job: SetupOrJob,
+    file: Path,
+    /,
+    *,
+    top: int | None = None,
+    store: Store = None,
+    memory: Memory = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write the scores as a table, a line for each query and train row; scores first, if need be.
+
+    A job's setup is your own code, and is run.
+
+    Parameters
+    ----------
+    file
+        Where to: a name that ends in .parquet or .csv. What was there is replaced.
+    top
+        Only so many rows at each end of each query's ranking.
+    quiet
+        No progress bars, and no words.
+    """
+    call = call_of(job, store, "0/1", quiet, memory)
+    with kept(how_to_go_on(call)):
+        written = call.export(file, top)
+    say(None, f"Wrote {written}", quiet)
+
+
+@app.command(group=YOURS)
+def calibrate(
+    job: SetupOrJob, /, *, store: Store = None, memory: Memory = None, json: Json = False, quiet: Quiet = False
+) -> None:
+    """Choose the damping that forecasts retraining best: trains a few models again on halves of the rows.
+
+    For that the setup returns a dict that has a function "retrain", too. Models that are trained already are kept.
+    Then `[fit] damping = "calibrated"` in the job uses the choice. A job's setup is your own code, and is run.
+
+    Parameters
+    ----------
+    json
+        Print JSON.
+    quiet
+        No progress bars, and no words.
+    """
+    call = call_of(job, store, "0/1", quiet, memory)
+    with kept(how_to_go_on(call)):
+        found = call.calibrate()
+    use = "" if call.job.fit.damping == "calibrated" else '\nTo use it: damping = "calibrated" under [fit] in the job.'
+    say(as_json.loads(found.to_json()) if json else None, f"{found}{use}", quiet)
+
+
+@app.command(group=YOURS)
+def evaluate(
+    job: SetupOrJob, /, *, store: Store = None, memory: Memory = None, json: Json = False, quiet: Quiet = False
+) -> None:
+    """Say how well the scores forecast retraining (LDS), by models trained again on halves of the rows.
+
+    For that the setup returns a dict that has a function "retrain", too. Models that are trained already are kept.
+    A job's setup is your own code, and is run.
+
+    Parameters
+    ----------
+    json
+        Print JSON.
+    quiet
+        No progress bars, and no words.
+    """
+    call = call_of(job, store, "0/1", quiet, memory)
+    with kept(how_to_go_on(call)):
+        found = call.evaluate()
+    values = {"lds": found.raw.value, "low": found.raw.low, "high": found.raw.high, "ceiling": found.ceiling}
+    say({**values, "subsets": found.subsets} if json else None, str(found), quiet)

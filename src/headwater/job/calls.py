@@ -1,0 +1,272 @@
+"""The verbs on a job. Every one goes on where a stopped one ended, and does first what it needs: `score` fits, ..."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from headwater.arrays import working_memory
+from headwater.attributor import Attributor
+from headwater.errors import AlreadySaved, InvalidSetting
+from headwater.evaluate.bank import Bank, retrain
+from headwater.evaluate.calibration import Calibration
+from headwater.job.settings import CALIBRATED, Job
+from headwater.settings import bytes_of
+from headwater.setup_file import Setup
+from headwater.store.draft import write_whole
+from headwater.store.record import (
+    CALIBRATE_AGAIN,
+    CALIBRATING,
+    CALIBRATION,
+    EVALUATING,
+    FIT,
+    FITTED,
+    SCORES,
+    Record,
+    now,
+    read_record,
+    write_record,
+)
+from headwater.store.scores import Scores, TopK
+from headwater.store.seal import sealed, unsealed
+
+if TYPE_CHECKING:
+    from headwater.evaluate import Lds
+
+
+@dataclass(frozen=True)
+class Call:
+    """A verb on a job, as one worker of several, kept in the record. command: as it was typed."""
+
+    job: Job
+    command: str = ""
+    worker: tuple[int, int] = (0, 1)
+    progress: bool = False
+
+    def fit(self) -> Attributor:
+        """The fitted influence. Its sums are in the job's folder, unless the setup gives it fitted."""
+        setup = self.job.load()
+        with self._working():
+            return self._fitted(setup)
+
+    def score(self) -> Scores:
+        """All scores; their tiles are in the job's folder."""
+        setup = self._loaded_with_queries()
+        with self._working():
+            return self._scores(setup, self._damped(setup, self._fitted(setup)))
+
+    def append(self) -> Scores:
+        """Scores of the rows that the train loader has more than before, at its end, by the fit of those before."""
+        setup = self._loaded_with_queries()
+        known = read_record(self.job.store)
+        influence = setup.influence if setup.influence.is_fitted else self._loaded_fit(setup)
+        if known is not None:  # until it has ended, the run has not
+            write_record(self.job.store, known.with_call("score", finished=None))
+        with self._working(), self._recorded("append") as found:
+            scores = self._scores(setup, self._damped(setup, influence), append=True)
+            found["rows"] = scores.shape[1]
+        return scores
+
+    def top(self, k: int | None = None) -> TopK:
+        """Both ends of every query's ranking, from the same tiles. k: in place of the job's."""
+        job = self.job
+        many = job.top.k if k is None else k
+        if self._has_deleted():
+            return Scores.open(job.scores).top(many)
+        setup = self._loaded_with_queries()
+        with self._working():
+            influence = self._damped(setup, self._fitted(setup))
+            if job.score.by_block:  # a run with blocks is another one to `influence.top`
+                return self._scores(setup, influence).top(many).attach(setup.rows, setup.queries)
+            with self._recorded("score") as found:
+                ends = influence.top(
+                    setup.train,
+                    setup.query_loader,
+                    many,
+                    unit=job.score.unit,
+                    progress=self.progress,
+                    store=job.scores,
+                    memory=job.score.memory,
+                    worker=self.worker,
+                )
+                found |= {"method": influence.method.describe(), "queries": len(ends.query_ids)}
+            return ends.attach(setup.rows, setup.queries)
+
+    def export(self, file: Path, k: int | None = None) -> Path:
+        """All scores, or the `k` rows at each end of each query's ranking, as a table in a file, .parquet or .csv.
+
+        Errors: InvalidSetting for another ending; MissingExtra; NotWritten.
+        """
+        from headwater.store import frames
+
+        frames.check_ending(file)
+        if k is not None:
+            frames.export_top(self.top(k), file)
+        elif self._has_deleted():
+            frames.export(Scores.open(self.job.scores), file)
+        else:
+            setup = self._loaded_with_queries()
+            with self._working():
+                scores = self._scores(setup, self._damped(setup, self._fitted(setup)))
+            frames.export(scores.attach(setup.rows, setup.queries), file)
+        return file
+
+    def calibrate(self) -> Calibration:
+        """The damping that forecasts retrained models best, kept in the job's folder: `[fit] damping = "calibrated"`.
+
+        Models that are trained already are not trained again. Errors: InvalidSetting for a setup without `retrain`.
+        """
+        setup = self._loaded_with_queries()
+        _ = setup.retraining
+        with self._working():
+            return self._calibration(setup, self._fitted(setup))
+
+    def evaluate(self) -> Lds:
+        """Do the scores forecast what retraining does? Judged by models that no damping was chosen on.
+
+        Errors: InvalidSetting for a setup without `retrain`.
+        """
+        from headwater.evaluate import lds
+
+        setup, settings = self._loaded_with_queries(), self.job.retrain
+        _ = setup.retraining
+        with self._working(), self._recorded("evaluate") as found:
+            scores = self._scores(setup, self._damped(setup, self._fitted(setup)))
+            bank = self._bank(setup, EVALUATING, scores.shape, settings.evaluate, settings.repeated, settings.seed + 1)
+            judged = lds(scores, *bank)
+            found |= {"said": str(judged)}
+        return judged
+
+    def _calibration(self, setup: Setup, fitted: Attributor) -> Calibration:
+        file, settings = self.job.store / CALIBRATION, self.job.retrain
+        if file.is_file():
+            return Calibration.from_json(unsealed(file, remedy=CALIBRATE_AGAIN)[0]["found"])
+        with self._recorded("calibrate") as found:
+            plan = fitted.plan(setup.train, setup.query_loader)
+            shape = plan.query_rows, plan.train_rows
+            bank = self._bank(setup, CALIBRATING, shape, settings.calibrate, 0, settings.seed)
+            damped = fitted.calibrate(setup.train, setup.query_loader, bank, progress=self.progress)
+            chosen = damped.calibration
+            assert chosen is not None
+            write_whole(file, json.dumps(sealed({"found": chosen.to_json()}), indent=1).encode())
+            found |= {"said": str(chosen)}
+        return chosen
+
+    def _bank(self, setup: Setup, name: str, shape: tuple[int, ...], subsets: int, repeated: int, seed: int) -> Bank:
+        """Models trained again on halves of the rows, those that are not there yet. shape: queries, train rows."""
+        return retrain(
+            self.job.store / name,
+            setup.retraining,
+            rows=shape[1],
+            queries=shape[0],
+            recipe={"setup": self.job.setup},
+            subsets=subsets,
+            repeated=repeated,
+            seed=seed,
+            progress=self.progress,
+        )
+
+    def _damped(self, setup: Setup, fitted: Attributor) -> Attributor:
+        """At the job's damping, which is calibrated first if it says so."""
+        settings = self.job.fit
+        if settings.damping == CALIBRATED:
+            return fitted.calibrated(self._calibration(setup, fitted))
+        return fitted if settings.amount is None else fitted.with_damping(settings.amount)
+
+    def _has_deleted(self) -> bool:
+        """Whether rows were taken out of the scores: the loader may still have them."""
+        known = read_record(self.job.store)
+        return known is not None and "delete" in known.verbs
+
+    def _loaded_with_queries(self) -> Setup:
+        setup = self.job.load()
+        _ = setup.query_loader  # refused before hours of fitting, not after
+        return setup
+
+    def _fitted(self, setup: Setup) -> Attributor:
+        if setup.influence.is_fitted:
+            return setup.influence
+        known = read_record(self.job.store)
+        if known is not None and "append" in known.verbs:  # the loader has more rows than were fitted
+            return self._loaded_fit(setup)
+        with self._recorded("fit") as found:
+            folder = self.job.store / FIT
+            fitted = setup.influence.fit(setup.train, store=folder, worker=self.worker, progress=self.progress)
+            # For rows that are appended; a fit that is made of rows cannot be saved, and needs none.
+            with suppress(AlreadySaved, InvalidSetting):
+                fitted.save(self.job.store / FITTED)
+            found |= {"method": fitted.method.describe(), "rows": fitted.n_train}
+        return fitted
+
+    def _loaded_fit(self, setup: Setup) -> Attributor:
+        """Errors: InvalidSetting where there is none."""
+        saved = self.job.store / FITTED
+        if not saved.exists():
+            raise InvalidSetting(f"There is no saved fit {saved}, whose scores could be appended to: score first.")
+        return setup.influence.load(saved)
+
+    def _scores(self, setup: Setup, influence: Attributor, append: bool = False) -> Scores:
+        with self._recorded("score") as found:
+            scores = influence.attribute(
+                setup.train,
+                setup.query_loader,
+                unit=self.job.score.unit,
+                by_block=self.job.score.by_block,
+                store=self.job.scores,
+                memory=self.job.score.memory,
+                worker=self.worker,
+                append=append,
+                progress=self.progress,
+            )
+            found |= {
+                "folder": self.job.scores.name,
+                "method": scores.method,
+                "queries": scores.shape[0],
+                "rows": scores.shape[1],
+            }
+        return scores
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        with working_memory(bytes_of(self.job.fit.working_memory)):
+            yield
+
+    @contextmanager
+    def _recorded(self, verb: str) -> Iterator[dict[str, Any]]:
+        """The settings are beside the results from the first call on, and those of a call that was refused are not."""
+        store, found = self.job.store, dict[str, Any]()
+        known = read_record(store)
+        settings = self.job.settings
+        if verb == "fit" and known is not None:  # how it is scored is what was scored, until it is scored again
+            settings |= {name: known.settings[name] for name in ("score", "top") if name in known.settings}
+        mine = Record(self.job.name, settings, verbs={} if known is None else known.verbs)
+        facts = {"command": self.command, "worker": list(self.worker), "started": now()}
+        if known is None:
+            write_record(store, mine.with_call(verb, **facts, finished=None))
+        yield found
+        write_record(store, mine.with_call(verb, **facts, finished=now(), **found))
+
+
+def delete_rows(folder: Path, names: Sequence[str], compact: bool, command: str = "") -> int:
+    """Take train rows out of the scores in a folder, a job's or a run's, and say how many are out in all.
+
+    names: ids as they are printed. compact: write the scores again without them; until then their bytes are there.
+    Errors: InvalidInput, naming an id that is not there; as `headwater.store.runs.delete`.
+    """
+    from headwater.store import runs
+
+    known = read_record(folder)
+    scored = {} if known is None else known.verbs.get("score", {})
+    run = folder if known is None else folder / scored.get("folder", SCORES)
+    ids = {str(each): each for each in Scores.open(run).train_ids.tolist()}
+    # Unknown names go on as they are: the store's own error names them.
+    count = runs.delete(run, [ids.get(name, name) for name in names]) if names else 0
+    if compact:
+        runs.compact(run)
+    if known is not None:
+        write_record(folder, known.with_call("delete", command=command, finished=now(), rows=count))
+    return count

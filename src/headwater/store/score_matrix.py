@@ -1,0 +1,156 @@
+"""The matrix of scores: numbers with the names of their rows, their unit and sign, and how they came about."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from headwater.errors import InvalidSetting, ShapeMismatch
+from headwater.evaluate.calibration import Calibration
+from headwater.store.diagnosis import Diagnosis
+from headwater.store.ids import NamedColumns, check_columns
+from headwater.store.matrix import Columns
+from headwater.store.topk import TopK, TopKSink, check_labels
+
+UNIT_IN_WORDS = {
+    "influence": "decrease of the query's {of} per unit of weight on the train row in the mean objective",
+    "removal": "predicted increase of the query's {of} when the train row is removed",
+}
+SIGN_IN_WORDS = "positive: the train row helps (it lowers the query's {of})"
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreMatrix:
+    """Scores of train rows for queries, as numbers with names. What can be done with them is in `Scores`."""
+
+    values: np.ndarray
+    """[query, train]; of `mode` "perturbation" [query, train, *x_shape]."""
+    query_ids: np.ndarray
+    """[query]: the ids that the batches carried, or positions in the loader."""
+    train_ids: np.ndarray
+    """[train]."""
+    unit: str = "influence"
+    """"influence" or "removal"; `unit_in_words` says what they mean."""
+    n_train: float = 1.0
+    """Rows that the curvature was fitted on."""
+    method: str = ""
+    """The method's settings."""
+    damping: Mapping[str, float] = field(default_factory=dict)
+    """Absolute damping by block."""
+    by_block: Mapping[str, np.ndarray] | None = None
+    """Each block's share, [query, train]; they sum to `values`."""
+    explained: str = "loss"
+    """What the scores are about: the query's loss, or the name of another measurement. Lower is taken to be better."""
+    coverage: float = 1.0
+    """The share of the model's trainable parameters that was attributed."""
+    residuals: Mapping[str, np.ndarray] | None = None
+    """By block, each query's relative residual [query], for a method that solves; None for the others."""
+    calibration: Calibration | None = None
+    """How the damping was chosen; None for one that was given, or the method's default."""
+    diagnosis: Diagnosis | None = None
+    """Whether the model, the curvature and the solves give reason to doubt the scores; None for scores made by hand."""
+    mode: str = "up"
+    """What is done to a train row: more weight ("up"), or another input ("perturbation")."""
+
+    train_columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """What else is known of the train rows, by name: [train] each."""
+    query_columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Likewise of the queries: [query] each."""
+
+    def __post_init__(self) -> None:
+        check_labels(self.values, self.query_ids, self.train_ids)
+        check_columns(self.train_columns, len(self.train_ids), "train rows")
+        check_columns(self.query_columns, len(self.query_ids), "queries")
+        for name, share in (self.by_block or {}).items():
+            if share.shape != self.values.shape:
+                raise ShapeMismatch(f"The scores are {self.values.shape}, the share of block {name!r} {share.shape}.")
+        for name, residual in (self.residuals or {}).items():
+            if residual.shape != self.query_ids.shape:
+                raise ShapeMismatch(f"There are {len(self.query_ids)} queries, and {residual.shape} for {name!r}.")
+        if self.unit not in UNIT_IN_WORDS:
+            raise InvalidSetting(f"unit is {self.unit!r}; expected one of {', '.join(map(repr, UNIT_IN_WORDS))}.")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def columns(self, queries: slice | np.ndarray | None = None) -> Columns:
+        """The scores in pieces that memory has room for. queries: positions; None for all."""
+        yield slice(0, self.shape[1]), self.values if queries is None else self.values[queries]
+
+    def __getitem__(self, where: Any) -> np.ndarray:
+        """By position: of queries, or of (queries, train rows), each by itself: two lists give all pairs."""
+        queries, *rest = where if isinstance(where, tuple) else (where,)
+        wanted = np.atleast_1d(np.arange(self.shape[0])[queries])
+        found = np.empty((len(wanted), *self.shape[1:]), self.dtype)
+        for columns, tile in self.columns(wanted):
+            found[:, columns] = tile
+        single = np.ndim(np.arange(self.shape[0])[queries]) == 0
+        return found[(0, *rest)] if single else found[(slice(None), *rest)]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.values.dtype
+
+    @property
+    def unit_in_words(self) -> str:
+        if self.mode == "perturbation":
+            return f"decrease of the query's {self.explained} per unit of change of the train row's input"
+        return UNIT_IN_WORDS[self.unit].format(of=self.explained)
+
+    @property
+    def sign_in_words(self) -> str:
+        return SIGN_IN_WORDS.format(of=self.explained)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False and dtype is not None and np.dtype(dtype) != self.values.dtype:
+            raise ValueError(f"The scores are {self.values.dtype}; as {np.dtype(dtype)} they need a copy.")
+        return np.array(self.values, dtype=dtype, copy=True) if copy else np.asarray(self.values, dtype=dtype)
+
+    def __repr__(self) -> str:
+        partly = "" if self.coverage == 1.0 else f", coverage={self.coverage:.3f}"
+        size = f"{self.shape[0]} queries x {self.shape[1]} train rows"
+        return f"{type(self).__name__}({size}, unit={self.unit!r}, {self.method}{partly})"
+
+    def top(self, k: int) -> TopK:
+        """The k most helpful and the k most harmful train rows of each query."""
+        if self.mode != "up":
+            raise InvalidSetting("Scores of changed inputs have one number for each input value, and no ranking.")
+        sink = TopKSink(k, self.query_ids)
+        for columns, tile in self.columns():
+            sink.add(tile, self.train_ids[columns])
+        known = NamedColumns(self.train_ids, self.train_columns)
+        return sink.top().with_columns(known, self.query_columns, self.unit_in_words)
+
+    def attributes(self) -> dict[str, Any]:
+        """What the scores mean, as JSON has it; `from_attributes` reads it."""
+        found: dict[str, Any] = {
+            "unit": self.unit,
+            "unit_in_words": self.unit_in_words,
+            "sign": self.sign_in_words,
+            "explained": self.explained,
+            "coverage": self.coverage,
+            "method": self.method,
+            "n_train": self.n_train,
+            "damping": dict(self.damping),
+            "mode": self.mode,
+        }
+        if self.calibration is not None:
+            found["calibration"] = self.calibration.to_json()
+        if self.diagnosis is not None:
+            found["diagnosis"] = self.diagnosis.to_json()
+        return found
+
+
+def from_attributes(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `Scores`, from what `Scores.attributes` gave."""
+    calibration, diagnosis = found.get("calibration"), found.get("diagnosis")
+    return {
+        **{name: found[name] for name in ("unit", "n_train", "method", "damping", "explained", "coverage")},
+        "mode": found.get("mode", "up"),
+        "calibration": None if calibration is None else Calibration.from_json(calibration),
+        "diagnosis": None if diagnosis is None else Diagnosis.from_json(diagnosis),
+    }
