@@ -318,6 +318,7 @@ class Attributor(ComposableInfluence[TensorType]):
         query_loader: Iterable[object],
         groups: Iterable[object] | None = None,
         *,
+        explain: str = "label",
         store: str | os.PathLike[str] | None = None,
         worker: Worker = (0, 1),
         progress: bool = False,
@@ -325,8 +326,8 @@ class Attributor(ComposableInfluence[TensorType]):
         """The rise of each query's loss when a row, or a group, is removed: [q, n] or [q, groups].
 
         Score / n_train, and what the removed rows' own curvature adds: one Newton step without them. groups: for each
-        its rows' positions in the loader, or ids where batches carry them. store, worker: as in `attribute`; of groups,
-        those that are complete are kept. See `headwater.run.removal`.
+        its rows' positions in the loader, or ids where batches carry them. explain, store, worker: as in `attribute`;
+        of groups, those that are complete are kept. See `headwater.run.removal`.
         """
         from headwater.run.attribute import Storage
         from headwater.run.removal import removal
@@ -334,7 +335,7 @@ class Attributor(ComposableInfluence[TensorType]):
         storage = Storage.of(self, store, None, worker)
         with self._recorded():
             train, query = self.train_rows(train_loader), self.query_rows(query_loader)
-            return removal(self, train, query, groups, progress=progress, storage=storage)
+            return removal(self, train, query, groups, progress=progress, storage=storage, explain=explain)
 
     @in_own_precision
     def calibrate(

@@ -85,6 +85,28 @@ def test_scores_of_a_training_influence_explain_predictions_too() -> None:
     )
 
 
+def test_removal_explains_predictions_too(tmp_path: Path) -> None:
+    """By one step, and exactly; a folder of it knows queries by the labels that they were given."""
+    influence, estimator, x, y = fitted_classifier(["denied", "paid"])
+    predicted, rows = estimator.predict(x[:6]), [[0, 1], [5]]
+    assert (predicted != y[:6]).any()
+    influence = influence.with_damping(0.0)
+    train, query = [(x, y)], [(x[:6], y[:6])]
+    expected = influence.removal(train, [(x[:6], predicted)], rows)
+    np.testing.assert_array_equal(influence.removal(train, query, rows, explain="prediction"), expected)
+    influence.removal(train, query, store=tmp_path / "run")
+    with pytest.raises(InvalidInput, match="query_rows"):
+        influence.removal(train, query, store=tmp_path / "run", explain="prediction")
+    whole = TrainingInfluence(estimator).fit(x, y)
+    for verb in (whole.remove, lambda groups, *rest, **options: whole.forecast(*rest, groups, **options)):
+        np.testing.assert_array_equal(verb(rows, x[:6], y[:6], explain="prediction"), verb(rows, x[:6], predicted))
+    np.testing.assert_array_equal(
+        whole.leave_one_out(x[:6], y[:6], explain="prediction"), whole.leave_one_out(x[:6], predicted)
+    )
+    with pytest.raises(InvalidSetting, match="explain is 'why'"):
+        whole.remove(rows, x[:6], y[:6], explain="why")
+
+
 def test_a_folder_of_labels_refuses_predictions(tmp_path: Path) -> None:
     """Also where all predictions are the labels, so that the numbers are the same: they answer another question."""
     influence, estimator, x, y = fitted_classifier([0, 1])

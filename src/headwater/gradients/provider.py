@@ -28,6 +28,8 @@ BlockGradients = OrderedDict[str, BlockGradient]
 Fisher = Literal["auto", "exact", "sampled", "empirical"]
 Kind = Literal["hessian", "ggn"]
 OutputFunction = Literal["margin", "logit"]
+EXPLAIN = ("label", "prediction")
+"""Whose label a query gets: its own, or what the model predicts (`StructuredGradientProvider.predicted`)."""
 
 
 class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):

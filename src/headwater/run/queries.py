@@ -11,6 +11,7 @@ import numpy as np
 
 from headwater.arrays import Array, namespace, to_numpy
 from headwater.errors import InvalidSetting
+from headwater.gradients.provider import EXPLAIN
 from headwater.influence import ComposableInfluence
 from headwater.loaders.keys import RowKeys
 from headwater.mapper import Queries, Sides, stack_queries
@@ -23,10 +24,6 @@ from headwater.types import Batch, InfluenceMode
 
 PROBE_QUERIES = 64
 """Of the queries whose scores a stored run is known by."""
-
-
-EXPLAIN = ("label", "prediction")
-"""Whose label a query gets."""
 
 
 def _refuse_kept(explain: str) -> None:

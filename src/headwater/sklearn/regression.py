@@ -33,11 +33,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from headwater.arrays import is_frame
-from headwater.errors import MissingExtra, Undetermined, UnsupportedModel
+from headwater.errors import Undetermined, UnsupportedModel
 from headwater.sklearn.batch import FeatureBatch, SklearnBatch, column_names
 from headwater.sklearn.families import Array, Binary, Elementwise, SquaredError, Tweedie
 from headwater.sklearn.linear import LinearModel, attribute_of, last_step
 from headwater.sklearn.provider import SklearnGradientProvider
+from headwater.tables import pandas_module
 
 if TYPE_CHECKING:
     import pandas
@@ -103,11 +104,7 @@ def diagnostics(estimator: Any, x: object, y: object, sample_weight: object = No
 
 def frame_of(provider: SklearnGradientProvider, batch: FeatureBatch, labels: RowLabels) -> pandas.DataFrame:
     """See `diagnostics`."""
-    try:
-        import pandas as pd
-    except ImportError:
-        raise MissingExtra("pandas", "sklearn") from None
-
+    pandas = pandas_module()
     model = provider.model
     given = provider.row_weights(batch)
     found = _Diagnostics(model, batch, np.ones(len(batch)) if given is None else given)
@@ -117,7 +114,7 @@ def frame_of(provider: SklearnGradientProvider, batch: FeatureBatch, labels: Row
     dfbetas = {f"dfb_{name}": found.dfbetas[:, k] for name, k in zip(names, order, strict=True)}
     changes = {f"d_{name}": found.changes[:, k] for name, k in zip(names, order, strict=True)}
     found.warn([names[order.index(k)] for k in np.flatnonzero(~found.is_determined)], labels.index)
-    return pd.DataFrame({**dfbetas, **found.columns(), **changes, **found.left_out()}, index=labels.index)
+    return pandas.DataFrame({**dfbetas, **found.columns(), **changes, **found.left_out()}, index=labels.index)
 
 
 class _Diagnostics:

@@ -15,10 +15,12 @@ from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.validation import validate_data
 
 from headwater.errors import InvalidInput, InvalidSetting, NotConverged
+from headwater.gradients.provider import EXPLAIN
 from headwater.methods.base import Method
 from headwater.methods.damping import Damping
 from headwater.methods.direct import Direct
 from headwater.retraining.sklearn.removal import ExactRemoval, Refits
+from headwater.settings import check_word
 from headwater.sklearn.batch import FeatureBatch, SklearnBatch
 from headwater.sklearn.families import Array
 from headwater.sklearn.influence import SklearnComposableInfluence
@@ -130,12 +132,14 @@ class TrainingInfluence(MetaEstimatorMixin, BaseEstimator):
         """
         return self._ready().attribute([self._train], [self._queries(X, y)], unit=unit, explain=explain)
 
-    def forecast(self, X: object, y: object, groups: Iterable[ArrayLike] | None = None) -> Array:
+    def forecast(
+        self, X: object, y: object, groups: Iterable[ArrayLike] | None = None, *, explain: str = "label"
+    ) -> Array:
         """The rise of each query's loss without a row, or a group of rows, by one Newton step: [q, n] or [q, groups].
 
-        Better than `scores` for rows of high leverage, and for groups. See `headwater.run.removal`.
+        Better than `scores` for rows of high leverage, and for groups. See `headwater.run.removal`. explain: as there.
         """
-        return self._ready().removal([self._train], [self._queries(X, y)], groups)
+        return self._ready().removal([self._train], [self._queries(X, y)], groups, explain=explain)
 
     def self_influence(self) -> Array:
         """How much each training row helps itself, per unit of weight in the mean objective: [n]."""
@@ -143,18 +147,23 @@ class TrainingInfluence(MetaEstimatorMixin, BaseEstimator):
 
     # Exactly ------------------------------------------------------------------------------------------------------
 
-    def leave_one_out(self, X: object, y: object) -> Array:
+    def leave_one_out(self, X: object, y: object, *, explain: str = "label") -> Array:
         """The rise of each query's loss without each training row, exactly: [q, n].
 
         In closed form for least squares; refitted to rounding for every other loss (see
         `headwater.retraining.sklearn.removal`).
         """
-        return self.remove(None, X, y)
+        return self.remove(None, X, y, explain=explain)
 
-    def remove(self, groups: Iterable[ArrayLike] | None, X: object, y: object) -> Array:
-        """The rise of each query's loss without each group of training rows, exactly: [q, groups]."""
+    def remove(self, groups: Iterable[ArrayLike] | None, X: object, y: object, *, explain: str = "label") -> Array:
+        """The rise of each query's loss without each group of training rows, exactly: [q, groups].
+
+        explain: the loss under the query's own "label", or under the label that is the model's "prediction".
+        """
         self._ready()
+        check_word("explain", explain, EXPLAIN)
         queries = self._queries(X, y)
+        queries = self._provider.predicted(queries) if explain == "prediction" else queries
         return self._exact.without(groups).losses(queries) - self._exact.with_all.losses(queries)
 
     def refits(self, groups: Iterable[ArrayLike] | None = None) -> Refits:
