@@ -121,6 +121,7 @@ class Attributor(ComposableInfluence[TensorType]):
         unit: str = "influence",
         by_block: bool = False,
         mode: InfluenceMode | str = InfluenceMode.Up,
+        explain: str = "label",
         store: str | os.PathLike[str] | None = None,
         memory: int | str | None = None,
         worker: Worker = (0, 1),
@@ -132,6 +133,9 @@ class Attributor(ComposableInfluence[TensorType]):
         unit: "influence" (what `influences` gives), or "removal" (that over n_train: the predicted increase of the
         query's loss when the row is removed). by_block: keep each block's share. mode: "up", or "perturbation": values
         are then [query, train, *x_shape].
+        explain: which label a query has, its own ("label": why is the model wrong about it, or right?) or what the
+        model predicts ("prediction": why did it say this?), as `scores.explained` says then. Of a model that predicts
+        numbers or text there is no such label: see docs/which-label.md for what to ask.
 
         store: a folder where finished tiles are kept, so that the same call goes on where a stopped one ended; scores
         then stay there, and are read when they are asked for. append: the loader has more rows than the finished run
@@ -147,7 +151,15 @@ class Attributor(ComposableInfluence[TensorType]):
         with self._recorded():
             train, query = self._scored(train_loader), self._explained(query_loader)
             return attribute(
-                self, train, query, unit=unit, by_block=by_block, mode=mode, progress=progress, storage=storage
+                self,
+                train,
+                query,
+                unit=unit,
+                by_block=by_block,
+                mode=mode,
+                progress=progress,
+                storage=storage,
+                explain=explain,
             )
 
     @in_own_precision
@@ -179,6 +191,7 @@ class Attributor(ComposableInfluence[TensorType]):
         k: int,
         *,
         unit: str = "influence",
+        explain: str = "label",
         store: str | os.PathLike[str] | None = None,
         memory: int | str | None = None,
         worker: Worker = (0, 1),
@@ -190,7 +203,7 @@ class Attributor(ComposableInfluence[TensorType]):
     ) -> TopK:
         """The k most helpful and the k most harmful train rows of each query, without the matrix of scores in memory.
 
-        store, memory, worker, append: as in `attribute`; the folder is one run for both.
+        explain, store, memory, worker, append: as in `attribute`; the folder is one run for both.
 
         queries_as: "each" query by itself, or all of them as one, their "mean" or "sum", which is then its name.
         groups: a label for each train row (by source, author, ...), in the loader's order, or a mapping from what rows
@@ -204,7 +217,17 @@ class Attributor(ComposableInfluence[TensorType]):
         ranking = Ranking(k, queries_as, groups, of)
         with self._recorded():
             train, query = self._scored(train_loader), self._explained(query_loader)
-            return top(self, train, query, k, unit=unit, progress=progress, storage=storage, ranking=ranking)
+            return top(
+                self,
+                train,
+                query,
+                k,
+                unit=unit,
+                progress=progress,
+                storage=storage,
+                ranking=ranking,
+                explain=explain,
+            )
 
     @in_own_precision
     def self_influence(
@@ -301,6 +324,7 @@ class Attributor(ComposableInfluence[TensorType]):
         query_loader: Iterable[object],
         groups: Iterable[object] | None = None,
         *,
+        explain: str = "label",
         store: str | os.PathLike[str] | None = None,
         worker: Worker = (0, 1),
         progress: bool = False,
@@ -308,8 +332,8 @@ class Attributor(ComposableInfluence[TensorType]):
         """The rise of each query's loss when a row, or a group, is removed: [q, n] or [q, groups].
 
         Score / n_train, and what the removed rows' own curvature adds: one Newton step without them. groups: for each
-        its rows' positions in the loader, or ids where batches carry them. store, worker: as in `attribute`; of groups,
-        those that are complete are kept. See `headwater.run.removal`.
+        its rows' positions in the loader, or ids where batches carry them. explain, store, worker: as in `attribute`;
+        of groups, those that are complete are kept. See `headwater.run.removal`.
         """
         from headwater.run.attribute import Storage
         from headwater.run.removal import removal
@@ -317,7 +341,7 @@ class Attributor(ComposableInfluence[TensorType]):
         storage = Storage.of(self, store, None, worker)
         with self._recorded():
             train, query = self.train_rows(train_loader), self.query_rows(query_loader)
-            return removal(self, train, query, groups, progress=progress, storage=storage)
+            return removal(self, train, query, groups, progress=progress, storage=storage, explain=explain)
 
     @in_own_precision
     def calibrate(

@@ -17,7 +17,11 @@ from difflib import get_close_matches
 from typing import Any
 
 from headwater.attributor import Attributor
+from headwater.blocks import Structure
+from headwater.curvature.exact import Curvature
+from headwater.curvature.model import ModelCurvature
 from headwater.errors import InvalidInput, InvalidSetting, UnsupportedModel
+from headwater.gradients.provider import Fisher
 from headwater.methods.base import Method
 from headwater.methods.registry import METHODS
 
@@ -46,6 +50,36 @@ def Influence(  # noqa: N802  a class to who calls it: it makes an influence
         raise InvalidInput(f"loss is a method, {loss!r}; pass it as method=.")
     make = _maker_of(model, options)
     return make(model, loss, method, options)
+
+
+def curvature_of(
+    model: Any,
+    loss: Any = None,
+    data: Any = None,
+    *,
+    kind: Curvature = "ggn",
+    blocks: Structure = "full",
+    params: Any = None,
+    fisher: Fisher = "auto",
+    seed: int = 0,
+    penalty: bool = True,
+    progress: bool = False,
+) -> ModelCurvature:
+    """The Hessian of a model's mean loss over its train rows, its GGN or its Fisher information.
+
+    An object of products (`apply`, `@`), `trace()`, `spectrum(k)`, `diagonal()` and, for small models or blocks,
+    `dense()`; by name it has each block's. Nothing is damped. See `headwater.curvature.model`.
+
+    model, loss, params, data (the train rows): as `Influence` and `fit` take them. kind: "hessian", "ggn", "fisher" or
+    "empirical_fisher". blocks: "full" for the whole
+    matrix, or "layer", "parameter", {name: [...]} for blocks by themselves. penalty: with that of the estimator.
+    Errors: InvalidInput where something is missing; those of the framework's provider.
+    """
+    if data is None:
+        raise InvalidInput("data is None; give the train rows: curvature_of(model, loss, loader), or data=(x, y).")
+    options = {} if params is None else {"params": params}
+    found = Influence(model, loss, method_of("direct"), blocks=blocks, **options)
+    return found.curvature_of(data, kind, fisher=fisher, seed=seed, penalty=penalty, progress=progress)
 
 
 Maker = Callable[[Any, Any, "Method | str | None", dict[str, Any]], Attributor[Any]]

@@ -19,6 +19,8 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from headwater.arrays import Array, namespace, summed
+from headwater.curvature.exact import Curvature as Kind
+from headwater.curvature.model import ModelCurvature
 from headwater.curvature.saved import TakenApart, moved, put_together, take_apart
 from headwater.errors import (
     BatchMismatch,
@@ -33,7 +35,7 @@ from headwater.errors import (
     StaleFit,
 )
 from headwater.gradients.identity import identity_of
-from headwater.gradients.provider import BlockGradients, StructuredGradientProvider
+from headwater.gradients.provider import BlockGradients, Fisher, StructuredGradientProvider
 from headwater.loaders.batches import Unpack, check_loader, check_one, paired
 from headwater.loaders.forms import Form
 from headwater.loaders.keys import LoadersSeen, RowMemory
@@ -271,6 +273,25 @@ class ComposableInfluence(ABC, Generic[TensorType]):
     def curvature(self) -> Curvatures:
         """The undamped curvature of each block. Errors: NotFittedError."""
         return self._need_fit().curvature
+
+    def curvature_of(
+        self,
+        loader: Iterable[object],
+        kind: Kind = "ggn",
+        *,
+        fisher: Fisher = "auto",
+        seed: int = 0,
+        penalty: bool = True,
+        progress: bool = False,
+    ) -> ModelCurvature:
+        """The model's own curvature on these rows, by blocks: products, trace, spectrum, diagonal, small matrices.
+
+        The mean over the rows of the loss's "hessian", "ggn", "fisher" or "empirical_fisher", undamped, with the
+        penalty of the training objective where that is known. It needs no `fit`, and is the same for every method.
+        See `headwater.curvature.model`.
+        """
+        rows = self.train_rows(loader)
+        return ModelCurvature(self.source, rows, kind, fisher=fisher, seed=seed, penalty=penalty, progress=progress)
 
     @property
     def calibration(self) -> Any:

@@ -60,7 +60,7 @@ class HfComposableInfluence(TorchComposableInfluence):
         per_token: PerToken = "mean",
         blocks: Structure = "layer",
         damping: Damping | Mapping[str, Damping] | None = None,
-        measurement: Loss | None = None,
+        measurement: Loss | str | None = None,
         likelihood: Likelihood | str | None = None,
         checkpoints: Sequence[Checkpoint] | None = None,
         tokenizer: Any = None,

@@ -49,7 +49,7 @@ class JaxComposableInfluence(Attributor[jax.Array]):
         *,
         blocks: Structure = "layer",
         damping: Damping | Mapping[str, Damping] | None = None,
-        measurement: Loss | None = None,
+        measurement: Loss | str | None = None,
         likelihood: Likelihood | str | None = None,
         checkpoints: Sequence[Any] | None = None,
         example: Any = None,

@@ -10,7 +10,6 @@ from headwater.arrays import is_array, to_numpy
 from headwater.attributor import Attributor
 from headwater.blocks import Structure
 from headwater.errors import InvalidInput
-from headwater.gradients.provider import OutputFunction
 from headwater.loaders.batches import Unpack, check_loader
 from headwater.loaders.forms import Collated, Cut, Form, Targeted, map_structure
 from headwater.loaders.frames import ids_of
@@ -19,6 +18,7 @@ from headwater.methods.damping import Damping
 from headwater.rows import Rows
 from headwater.sklearn.batch import SklearnBatch
 from headwater.sklearn.families import Array
+from headwater.sklearn.measurements import Measurement
 from headwater.sklearn.provider import NAMES, SklearnGradientProvider
 
 
@@ -43,7 +43,7 @@ class SklearnComposableInfluence(Attributor[Array]):
         *,
         blocks: Structure = "full",
         damping: Damping | Mapping[str, Damping] | None = None,
-        measurement: OutputFunction | None = None,
+        measurement: Measurement | None = None,
         class_weight: Mapping[Any, float] | None = None,
         names: tuple[str, str] = NAMES,
         unpack: Unpack | None = None,

@@ -56,7 +56,7 @@ class TorchComposableInfluence(Attributor[torch.Tensor]):
         *,
         blocks: Structure = "layer",
         damping: Damping | Mapping[str, Damping] | None = None,
-        measurement: Loss | None = None,
+        measurement: Loss | str | None = None,
         likelihood: Likelihood | str | None = None,
         checkpoints: Sequence[Checkpoint] | None = None,
         unpack: Unpack | None = None,
