@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
 
 from headwater.demo.methods import CHECKPOINTS, L2, METHODS, Recipe, recipe_of
 from headwater.errors import MissingExtra
+from headwater.progress import bar
 
 Floats = NDArray[np.float64]
 
@@ -207,7 +207,7 @@ def _train(
     from headwater.retraining.torch.trainer import train_mlps
 
     total = len(seeds) * settings.steps
-    with tqdm(total=total, desc=what, unit=" steps", unit_scale=True, leave=False, disable=settings.quiet) as bar:
+    with bar(what, not settings.quiet, total, "steps") as shown:
         return train_mlps(
             digits.x_train,
             digits.given,
@@ -217,7 +217,7 @@ def _train(
             steps=settings.steps,
             l2=L2,
             checkpoints=checkpoints,
-            progress=bar.update,
+            progress=shown.update,
         )
 
 
