@@ -15,6 +15,9 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"])
 BOARD = ROOT / "benchmarks" / "leaderboard"
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+HOME = PROJECT["urls"]["Homepage"]
+OURS = re.compile(re.escape(HOME) + r"/(?:blob|tree)/main/([^)#\s\"]+)")
 
 picture = runpy.run_path(str(ROOT / "docs" / "architecture.py"))
 DRAWN = picture["read"](picture["TEXT"].read_text())
@@ -52,6 +55,28 @@ def test_links_lead_to_files(page):
     assert not [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()]
 
 
+def test_the_readme_is_read_elsewhere_too_so_its_links_are_whole_and_lead_to_files():
+    """A package index shows it, without the files beside it."""
+    text = (ROOT / "README.md").read_text()
+    named = OURS.findall(text)
+    assert not LINK.findall(text) and len(named) > 10
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_the_projects_addresses_are_under_its_home():
+    urls = PROJECT["urls"]
+    assert set(urls) == {"Homepage", "Documentation", "Changelog", "Issues"}
+    assert all(url.startswith(HOME) for url in urls.values())
+    assert all((ROOT / name).exists() for url in urls.values() for name in OURS.findall(url))
+    assert f"git+{HOME}'" in (ROOT / "README.md").read_text()
+
+
+def test_the_extras_that_the_readme_names_are_those_there_are():
+    text = (ROOT / "README.md").read_text()
+    sentence = re.search(r"The extras are (.*?);", text, re.S)[1]
+    assert set(re.findall(r"`(\w+)`", sentence)) == set(PROJECT["optional-dependencies"]) - {"demo", "dev", "verses"}
+
+
 def test_files_that_contributing_names_are_there():
     text = (ROOT / "CONTRIBUTING.md").read_text()
     named = re.findall(r"`((?:src|tests|docs|benchmarks)/[\w/.-]*)`", text)
@@ -66,9 +91,8 @@ def test_the_line_of_data_names_files_that_are_there():
 
 
 def test_one_version_everywhere():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     cited = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.M)
-    assert cited and project["version"] == headwater.__version__ == cited[1]
+    assert cited and PROJECT["version"] == headwater.__version__ == cited[1]
 
 
 def test_the_leaderboards_binaries_have_the_checksums_that_are_kept():
