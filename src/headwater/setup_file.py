@@ -15,7 +15,7 @@ from types import CodeType, ModuleType
 from typing import Any
 
 from headwater.attributor import Attributor
-from headwater.errors import HeadwaterError, InvalidInput, InvalidSetting
+from headwater.errors import EXTRAS, HeadwaterError, InvalidInput, InvalidSetting
 
 NAMES = ("influence", "train", "query", "rows", "queries", "retrain")
 """What a setup gives, in this order; from the third on, it may be left out."""
@@ -150,6 +150,13 @@ def _run(target: str, step: Callable[[], Any]) -> Any:
         raise
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(frame.filename).name}, line {frame.lineno}"
         raise InvalidInput(
-            f"{target} failed: {type(error).__name__}: {error} ({Path(frame.filename).name}, line {frame.lineno})"
+            f"{target} failed: {type(error).__name__}: {error} ({place}).{_how_to_add(error)}"
         ) from error
+
+
+def _how_to_add(error: Exception) -> str:
+    """A framework that is not there."""
+    extra = EXTRAS.get(error.name or "") if isinstance(error, ModuleNotFoundError) else None
+    return f" To add it: pip install 'headwater[{extra}]'" if extra else ""

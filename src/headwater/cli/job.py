@@ -30,10 +30,11 @@ def init(file: Path = Path("job.toml"), /) -> None:
     file
         The job to write; its Python file has the same name. Nothing is overwritten.
     """
-    from headwater.cli.starter import write_starter
+    from headwater.cli.starter import missing_extra, write_starter
 
     written = write_starter(file)
-    print(f"Wrote {file} and {written.name}. Try: headwater top {file}")
+    first = f"pip install 'headwater[{missing_extra()}]', then " if missing_extra() else ""
+    print(f"Wrote {file} and {written.name}. Try: {first}headwater top {file}")
 
 
 @app.command(group=YOURS)
