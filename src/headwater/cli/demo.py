@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from headwater.cli.app import TRY, Method, Quiet, app, checked_seed
+from headwater.cli.app import TRY, Method, Quiet, app, checked_seed, print_wrapped
 from headwater.errors import InvalidSetting
 
 TextMethod = Literal["logra", "grad-dot", "grad-cos", "ekfac"]
@@ -52,7 +52,7 @@ def digits(
     found = explore(Settings(seed=checked_seed(seed), method=method, quiet=quiet))
     out.write_text(report(found), encoding="utf-8")
     if not quiet:
-        print(f"{tell(found)}\n\nThe report, with pictures: {out}")
+        print_wrapped(f"{tell(found)}\n\nThe report, with pictures: {out}")
     if show:
         import webbrowser
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from headwater.cli.app import LOOK, Method, Quiet, app, checked_seed
+from headwater.cli.app import LOOK, Method, Quiet, app, checked_seed, print_wrapped
 from headwater.errors import InvalidSetting
 
 
@@ -72,6 +72,6 @@ def verify(
         seed=checked_seed(seed),
         progress=not quiet,
     )
-    print(found)
+    print_wrapped(found)
     if not found.passed:
         sys.exit(1)
