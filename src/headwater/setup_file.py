@@ -120,6 +120,8 @@ def _importable(place: str, folder: Path | None) -> Iterator[None]:
 
 def _load(place: str, folder: Path | None) -> ModuleType:
     if not place.endswith(".py"):
+        if (Path(folder or "") / place).is_file():
+            raise InvalidSetting(f"{place} is no setup: expected a job (.toml), FILE.py, or module:function.")
         importlib.invalidate_caches()  # the file may be younger than what was seen of its folder
         return importlib.import_module(place)
     path = (Path(folder or "") / place).resolve()

@@ -15,8 +15,13 @@ from headwater.errors import InvalidSetting
 
 EXITS = (
     "Exit status: 0 all went well; 1 a check failed; 2 something was wrong with what was given; 130 interrupted "
-    "(Ctrl-C); 143 terminated (SIGTERM)."
+    "(Ctrl-C); 141 nobody reads what is printed; 143 terminated (SIGTERM)."
 )
+
+
+class CheckFailed(Exception):
+    """What was checked is not so; what was found has been printed."""
+
 
 command: ContextVar[str] = ContextVar("command", default="headwater")
 """As it was typed."""

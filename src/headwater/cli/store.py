@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json as as_json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from headwater.cli.app import LOOK, YOURS, Json, Quiet, app, command, print_wrapped
+from headwater.cli.app import LOOK, YOURS, CheckFailed, Json, Quiet, app, command, print_wrapped
 from headwater.cli.stops import kept
 from headwater.errors import InvalidSetting
 
@@ -37,7 +36,7 @@ def info(store: Path, /, *, check: Annotated[bool, Parameter(negative="")] = Fal
     else:
         print_wrapped(found)
     if check and found.all_damage:
-        sys.exit(1)
+        raise CheckFailed
 
 
 @app.command(group=YOURS)

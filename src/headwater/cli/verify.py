@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from headwater.cli.app import LOOK, Method, Quiet, app, checked_seed, print_wrapped
+from headwater.cli.app import LOOK, CheckFailed, Method, Quiet, app, checked_seed, print_wrapped
 from headwater.errors import InvalidSetting
 
 
@@ -74,4 +73,4 @@ def verify(
     )
     print_wrapped(found)
     if not found.passed:
-        sys.exit(1)
+        raise CheckFailed
