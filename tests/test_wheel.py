@@ -57,7 +57,7 @@ def test_the_wheel_is_the_package_whole_and_nothing_else(built):
 
 
 @pytest.mark.slow
-def test_the_source_distribution_has_what_its_tests_need(built):
+def test_the_source_distribution_has_tests_pages_and_tools(built):
     with tarfile.open(built[1]) as source:
         names = {name.partition("/")[2] for name in source.getnames()}
     assert {"dev", "constraints.txt", "README.md", "tests/conftest.py", "docs/guide.md", "LICENSE"} <= names
