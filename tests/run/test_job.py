@@ -306,6 +306,18 @@ def test_what_rows_are_stands_beside_their_ids(more, capsys):
     assert first.split()[5] == ("odd" if int(first.split()[3]) % 2 else "even")
 
 
+def test_a_job_ends_in_a_page_which_trains_nothing(more, capsys):
+    status, printed = run("report", more, "--quiet", capsys=capsys)
+    page = Path("report.html").read_text()
+    assert status == 0 and printed.out == "" and not Path("trained").exists() and "No model was trained again" in page
+    assert run("evaluate", more, "--quiet", capsys=capsys)[0] == 0
+    assert run("report", more, "--out", "other.html", capsys=capsys)[1].out == "Wrote other.html\n"
+    page = Path("other.html").read_text()
+    assert "rank correlation (LDS)" in page and "headwater report" in page
+    before = Path("trained").read_text()
+    assert run("report", more, "--quiet", capsys=capsys)[0] == 0 and Path("trained").read_text() == before
+
+
 def test_scores_leave_as_a_table(more, capsys):
     pandas = pytest.importorskip("pandas")
     for file, lines in (("all.parquet", 5 * 48), ("all.csv", 5 * 48)):

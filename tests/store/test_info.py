@@ -39,6 +39,8 @@ def write_all(folder):
     fitted = influence().fit(TRAIN, store=folder / "sums")
     scores = fitted.attribute(TRAIN, [(X[:3], Y[:3])], store=folder / "run")
     fitted.save(folder / "fit")
+    fitted.gradients(TRAIN, store=folder / "gradients")
+    fitted.factors([(X[:3], Y[:3])], store=folder / "factors")
     scores.save(folder / "scores")
     bank = Bank(folder / "bank", plan_subsets(40, subsets=4, repeated=1), 3, {"what": "nothing"})
     bank.fill_many(lambda keep, seeds: np.ones((len(keep), 3)))
@@ -51,6 +53,8 @@ KINDS = {
     "sums": "the sums of a fit",
     "run": "the tiles of a run of scores",
     "fit": "a saved fit",
+    "gradients": "gradients of train rows",
+    "factors": "factors of query rows",
     "scores": "saved scores",
     "bank": "a bank of retrained models",
     "job": "the results of a job",
@@ -75,7 +79,9 @@ def copy(written, tmp_path):
 
 
 def files(folder):
-    return sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
+    """All that have something in them: a lock has nothing."""
+    found = (file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
+    return sorted(file for file in found if file.name != "manifest.lock")
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -93,6 +99,7 @@ def test_method_rows_and_tiles_are_told(written):
     assert info(written / "fit").facts == fitted.facts and fitted.facts["rows"] == 40
     assert (info(written / "scores").facts["queries"], info(written / "scores").facts["rows"]) == (3, 40)
     assert info(written / "bank").facts["runs"] == "5 of 5"
+    assert (info(written / "gradients").facts["rows"], info(written / "factors").facts["rows"]) == (40, 3)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -111,7 +118,12 @@ def test_every_file_that_is_damaged_is_named(name, written, copy):
 
 HEADS = {"identity.json", "fit.json", "zarr.json", "recipe.json"}
 """Without them nothing says what the folder is."""
-NOT_YET = {"run/finished.json", *(f"bank/runs/{run}.npy" for run in ("0-0", "0-1", "1-0", "2-0", "3-0"))}
+NOT_YET = {
+    "run/finished.json",
+    "gradients/manifest.json",
+    "factors/manifest.json",
+    *(f"bank/runs/{run}.npy" for run in ("0-0", "0-1", "1-0", "2-0", "3-0")),
+}
 """Lost, they are as what was never written: it is told as missing."""
 
 

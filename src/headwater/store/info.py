@@ -18,10 +18,12 @@ from headwater.store import parts, record, tiles
 from headwater.store.draft import is_draft
 from headwater.store.folder import DESCRIPTION
 from headwater.store.identity import IDENTITY, OTHER_FOLDER
+from headwater.store.kept import LATER, MANIFEST, SegmentFolder
 from headwater.store.parts import check_part, passes_in
 from headwater.store.run_seen import RunSeen, said_of
 from headwater.store.scores import HEAD
 from headwater.store.seal import SAVE_AGAIN, folder_damage, open_bytes, unsealed
+from headwater.store.segments import REMEDY, SUFFIX
 from headwater.tables import table
 
 UNFINISHED = "it is not finished"
@@ -151,6 +153,8 @@ def _identified(path: Path, found: Info) -> Info:
         return _fit(path, found, identity, str(seal["digest"]))
     if identity.get("kind") == tiles.KIND:
         return _run(found, RunSeen(path))
+    if (path / MANIFEST).is_file() or (path / "tiles-0").is_dir():
+        return _kept(path, found, identity)
     raise NotSaved(f"{path} holds {identity.get('kind', 'something')!r}, of which this version knows nothing.")
 
 
@@ -172,6 +176,27 @@ def _fit(path: Path, found: Info, identity: Mapping[str, Any], bound: str) -> In
     if of > facts["tiles"]:
         missing = f"{of - facts['tiles']} of {of} tiles"
     return replace(found, kind="the sums of a fit", facts=facts, missing=missing, damage=tuple(damage))
+
+
+def _kept(path: Path, found: Info, identity: Mapping[str, Any]) -> Info:
+    """Gradients or factors."""
+    folder = SegmentFolder(path, identity["kind"])
+    facts: dict[str, Any] = {name: identity[name] for name in ("method", "form", "dtype") if name in identity}
+    now = folder.manifest()
+    if now is None:
+        tiles = len(list(path.glob(f"tiles-0/*{SUFFIX}")))
+        return replace(found, kind=identity["kind"], facts={**facts, "tiles": tiles}, missing=UNFINISHED)
+    gone = sum(len(entry.gone) for entry in now.entries)
+    facts |= {"rows": now.rows, "segments": len(now.entries), "changed": f"{now.generation} times"}
+    if gone:
+        facts["deleted"] = f"{gone} rows, whose bytes are there until they are compacted"
+    damage = []
+    for entry in now.entries:
+        if not (path / entry.file).is_file():
+            damage.append(f"{path / entry.file} is missing. {REMEDY if entry.is_first else LATER}")
+        elif found.checked:
+            damage += said_of(partial(folder.segment, entry, True))
+    return replace(found, kind=identity["kind"], facts=facts, damage=tuple(damage))
 
 
 def _run(found: Info, run: RunSeen) -> Info:
@@ -239,7 +264,7 @@ KINDS: dict[str, tuple[str, Callable[[Path, Info], Info]]] = {
     record.RECORD: ("the results of a job", _job),
     DESCRIPTION: ("a saved fit", _saved_fit),
     RECIPE: ("a bank of retrained models", _bank),
-    IDENTITY: ("the tiles of a run, or the sums of a fit", _identified),
+    IDENTITY: ("the tiles of a run, the sums of a fit, or kept rows", _identified),
     HEAD: ("saved scores", _saved_scores),
 }
 """By the file that each has, in the order in which they are looked for."""
