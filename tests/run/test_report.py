@@ -51,6 +51,16 @@ def test_two_loaders_are_all_that_a_page_needs(job, tmp_path):
     assert all(row["c"]["l"] == str(labels[int(row["id"])]) for row in data["rows"])
 
 
+def test_wrong_predictions_are_found_where_nobody_says_them(job, tmp_path):
+    influence, _, queries = job
+    _, data = page_of(job, tmp_path, verify=False)
+    said = influence.provider.model(queries[0][0]).argmax(1)
+    assert [query["p"] for query in data["queries"]] == [str(label) for label in said.tolist()]
+    assert [bool(query.get("w")) for query in data["queries"]] == (said != queries[0][1]).tolist()
+    _, data = page_of(job, tmp_path, verify=False, queries=lambda name: {"label": "cat"})
+    assert not any("p" in query for query in data["queries"])  # whose words these labels are is not known
+
+
 def test_losses_copies_and_queries_among_the_rows_are_found(job, tmp_path):
     influence, _, queries = job
     text, data = page_of(job, tmp_path, verify=False)

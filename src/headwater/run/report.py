@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from headwater.arrays import is_array, to_numpy
-from headwater.errors import UnsupportedModel
+from headwater.errors import InvalidSetting, UnsupportedModel
 from headwater.evaluate.verification import Verification
 from headwater.influence import ComposableInfluence
 from headwater.report import Card, Known, Suspects, write
@@ -73,6 +73,7 @@ def report(
         queries=asked.card if known.queries is None and not scores.query_columns else known.queries,
         suspects=suspects,
         query_losses=asked.losses,
+        predictions=asked.said if known.predictions is None else known.predictions,
         checks=checks,
         details=_details(influence),
         made={"seed": influence.method.seed, "precision": influence.source.dtype, **(known.made or {})},
@@ -94,6 +95,8 @@ class _Piece:
     itself: np.ndarray | None
     x: np.ndarray | None
     y: np.ndarray | None
+    said: np.ndarray | None
+    """What the model predicts, as labels."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +108,7 @@ class _Seen:
     itself: np.ndarray | None
     x: np.ndarray | None
     y: np.ndarray | None
+    said: np.ndarray | None
     places: Mapping[Any, int]
 
     @classmethod
@@ -120,7 +124,7 @@ class _Seen:
     ) -> _Seen:
         places = {name: place for place, name in enumerate(ids.tolist())}
         if isinstance(rows, Rows) and rows.is_kept:  # gradients alone
-            return cls(None, None, None, None, None, places)
+            return cls(None, None, None, None, None, None, places)
         role = "query" if what.startswith("query") else "train"
         visitor = Each[PlacedBatch, _Piece](_Look(influence, itself, look))
         pieces = sweep_rows(influence.provider, rows, visitor, what, progress, role)
@@ -134,6 +138,7 @@ class _Seen:
             itself=_joined([piece.itself for piece in pieces], chosen, count),
             x=_joined([piece.x for piece in pieces], chosen, count),
             y=_joined([piece.y for piece in pieces], chosen, count),
+            said=_joined([piece.said for piece in pieces], chosen, count),
             places=places,
         )
 
@@ -162,7 +167,7 @@ class _Look:
     """What is asked of each piece of a pass; what it looks like only as long as there is room."""
 
     def __init__(self, influence: ComposableInfluence, itself: bool, look: bool):
-        self.influence, self.itself, self.room = influence, itself, KEPT if look else 0
+        self.influence, self.itself, self.look, self.room = influence, itself, look, KEPT if look else 0
 
     def __call__(self, piece: PlacedBatch) -> _Piece:
         provider, x = self.influence.provider, self._shown(piece.batch.x)
@@ -174,12 +179,22 @@ class _Look:
             itself=None if itself is None else to_numpy(itself).astype(np.float64),
             x=x,
             y=_labels(piece.batch.y),
+            said=self._predicted(piece),
         )
 
     def _losses(self, piece: PlacedBatch) -> np.ndarray | None:
         try:
             return to_numpy(self.influence.provider.losses(piece.batch)).astype(np.float64)
         except UnsupportedModel:  # the page says nothing of losses then
+            return None
+
+    def _predicted(self, piece: PlacedBatch) -> np.ndarray | None:
+        """Where the rows are shown with the loader's own labels, which these can be compared with."""
+        if not self.look or _labels(piece.batch.y) is None:
+            return None
+        try:
+            return _labels(self.influence.source.predicted(piece.batch).y)
+        except (UnsupportedModel, InvalidSetting):  # of a loss without labels, say
             return None
 
     def _shown(self, x: Any) -> np.ndarray | None:
