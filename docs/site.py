@@ -15,10 +15,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from griffe import Extension, Object
+from griffe import Alias, Extension, Module, Object
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
+from headwater.methods.registry import METHODS
 
 ROOT = Path(__file__).parents[1]
 FROM_OUTSIDE = {
@@ -57,7 +59,8 @@ def links_of_the_site(markdown: str, source: str, page: str) -> str:
         return f"[{found['text']}]({relative}{found['anchor'] or ''})"
 
     return "".join(
-        part if part.startswith("`") else LINK.sub(replaced, part) for part in re.split(r"(^```.*?^```)", markdown, flags=re.M | re.S)
+        part if part.startswith("`") else LINK.sub(replaced, part)
+        for part in re.split(r"(^```.*?^```)", markdown, flags=re.M | re.S)
     )
 
 
@@ -70,10 +73,18 @@ def help_of(arguments: str) -> str:
     return f"```text\n{printed.strip()}\n```"
 
 
-class AngleBrackets(Extension):
-    """Docstrings write <a, b> for an inner product; Markdown would take that for a tag."""
+class Names(Extension):
+    """Names as readers type them, and docstrings as they were meant."""
+
+    def on_package(self, *, pkg: Module, **_: Any) -> None:
+        """Methods are looked up when they are first used; who only reads the source is told where they are."""
+        if pkg.path == "headwater":
+            for entry in METHODS:
+                home = f"headwater.methods.{entry.module}.{entry.class_name}"
+                pkg.set_member(entry.class_name, Alias(entry.class_name, home, parent=pkg))
 
     def on_object(self, *, obj: Object, **_: Any) -> None:
+        """Docstrings write <a, b> for an inner product; Markdown would take that for a tag."""
         if obj.docstring:
             parts = CODE.split(obj.docstring.value)
             obj.docstring.value = "".join(part if part.startswith("`") else escape(part, quote=False) for part in parts)

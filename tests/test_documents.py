@@ -18,7 +18,7 @@ import pytest
 from headwater import cli
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.exists()]
+DOCUMENTS = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if path.exists()]
 PROGRAMS = {"headwater": Path(sys.executable).with_name("headwater"), "./dev": ROOT / "dev"}
 
 FENCED = re.compile(r"(?P<skip><!-- not run -->\s*)?^ *```(?P<language>\w+)[^\n]*\n(?P<body>.*?)^ *```", re.M | re.S)
