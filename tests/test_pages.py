@@ -47,7 +47,7 @@ def test_a_step_that_does_not_go_on_is_refused():
         picture["read"]("step a -> b\nstep c -> d")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_to_files(page):
     assert not [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()]
 
