@@ -342,6 +342,16 @@ def test_scores_are_judged_by_models_trained_again(more, capsys):
     assert run("evaluate", more, "--quiet", capsys=capsys)[0] == 0 and Path("trained").read_text() == 8 * "x"
 
 
+def test_the_rows_blamed_for_a_query_are_left_out_and_so_are_others(more, capsys):
+    more.write_text(more.read_text() + "leave_out = 2\nremoved = 4\nruns = 2\n")
+    status, printed = run("evaluate", more, "--json", "--quiet", capsys=capsys)
+    assert status == 0 and Path("trained").read_text() == (8 + 2 * 5) * "x"
+    scores, asked = values(more.parent), np.random.default_rng(0).permutation(5)[:2]
+    told = [-np.sort(scores[query])[:4].sum() for query in asked]
+    np.testing.assert_allclose(json.loads(printed.out)["foretold"], np.mean(told))
+    assert "4 rows at random" in run("evaluate", more, capsys=capsys)[1].out
+
+
 @pytest.mark.parametrize("verb", ["calibrate", "evaluate"])
 def test_without_a_function_that_retrains_nothing_is_begun(verb, job, capsys):
     status, printed = run(verb, job, "--quiet", capsys=capsys)

@@ -82,5 +82,9 @@ def evaluate(
     call = call_of(job, store, "0/1", quiet, memory)
     with kept(how_to_go_on(call)):
         found = call.evaluate()
-    values = {"lds": found.raw.value, "low": found.raw.low, "high": found.raw.high, "ceiling": found.ceiling}
-    say({**values, "subsets": found.subsets} if json else None, str(found), quiet)
+    judged, without = found.lds, found.left_out
+    values = {"lds": judged.raw.value, "low": judged.raw.low, "high": judged.raw.high, "ceiling": judged.ceiling}
+    values |= {"subsets": judged.subsets}
+    if without is not None:
+        values |= {"foretold": float(without.foretold.mean()), "measured": float(without.measured.mean())}
+    say(values if json else None, str(found), quiet)

@@ -15,6 +15,7 @@ from headwater.evaluate.detection import auc, average_precision, precision_at, r
 from headwater.evaluate.flips import Brittleness, brittleness
 from headwater.evaluate.intervals import Interval, over_queries
 from headwater.evaluate.lds import Lds, ceiling, difference, forecast, lds
+from headwater.evaluate.left_out import LeftOut, left_out, plan_left_out
 from headwater.evaluate.patching import TailPatch, tail_patch
 from headwater.evaluate.rank_spread import Spread, spread
 from headwater.evaluate.removals import Agreement, agreement, leave_one_out, removal_forecast
@@ -31,6 +32,7 @@ __all__ = [
     "CurvePlan",
     "Interval",
     "Lds",
+    "LeftOut",
     "Plan",
     "Spread",
     "TailPatch",
@@ -47,11 +49,13 @@ __all__ = [
     "forecast",
     "lds",
     "leave_one_out",
+    "left_out",
     "loss_ranking",
     "mrr",
     "over_queries",
     "pearson",
     "plan_curve",
+    "plan_left_out",
     "plan_removals",
     "plan_subsets",
     "precision_at",

@@ -7,13 +7,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from headwater.arrays import working_memory
 from headwater.attributor import Attributor
 from headwater.errors import AlreadySaved, InvalidSetting
-from headwater.evaluate.bank import Bank, retrain
+from headwater.evaluate.bank import Bank, Plan, plan_subsets
 from headwater.evaluate.calibration import Calibration
+from headwater.evaluate.lds import Lds, lds
+from headwater.evaluate.left_out import LeftOut, left_out, plan_left_out
 from headwater.job.settings import CALIBRATED, Job
 from headwater.settings import bytes_of
 from headwater.setup_file import Setup
@@ -25,6 +29,7 @@ from headwater.store.record import (
     EVALUATING,
     FIT,
     FITTED,
+    LEAVING_OUT,
     SCORES,
     Record,
     now,
@@ -34,8 +39,17 @@ from headwater.store.record import (
 from headwater.store.scores import Scores, TopK
 from headwater.store.seal import sealed, unsealed
 
-if TYPE_CHECKING:
-    from headwater.evaluate import Lds
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What models that were trained again say of the scores; `print` says it in words."""
+
+    lds: Lds
+    left_out: LeftOut | None = None
+    """Of queries whose blamed rows were left out; None where nobody asked."""
+
+    def __str__(self) -> str:
+        return str(self.lds) if self.left_out is None else f"{self.lds}\n\n{self.left_out}"
 
 
 @dataclass(frozen=True)
@@ -125,30 +139,38 @@ class Call:
         with self._working():
             return self._calibration(setup, self._fitted(setup))
 
-    def evaluate(self) -> Lds:
+    def evaluate(self) -> Evaluation:
         """Do the scores forecast what retraining does? Judged by models that no damping was chosen on.
 
         Errors: InvalidSetting for a setup without `retrain`.
         """
-        from headwater.evaluate import lds
-
-        setup, settings = self._loaded_with_queries(), self.job.retrain
+        setup = self._loaded_with_queries()
         _ = setup.retraining
         with self._working(), self._recorded("evaluate") as found:
-            scores = self._scores(setup, self._damped(setup, self._fitted(setup)))
-            bank = self._bank(setup, EVALUATING, scores.shape, settings.evaluate, settings.repeated, settings.seed + 1)
-            judged = lds(scores, *bank)
+            judged = self._judged(setup, self._scores(setup, self._damped(setup, self._fitted(setup))))
             found |= {"said": str(judged)}
         return judged
+
+    def _judged(self, setup: Setup, scores: Scores) -> Evaluation:
+        settings, matrix = self.job.retrain, scores[:]  # in the order of the loaders, as banks are
+        queries, rows = matrix.shape
+        plan = plan_subsets(rows, subsets=settings.evaluate, repeated=settings.repeated, seed=settings.seed + 1)
+        judged = lds(matrix, *self._bank(setup, EVALUATING, plan, queries))
+        if not settings.leave_out:
+            return Evaluation(judged)
+        asked = np.random.default_rng(settings.seed).permutation(queries)[: settings.leave_out]
+        removals = plan_left_out(matrix, asked, settings.removed, runs=settings.runs, seed=settings.seed)
+        _, outputs = self._bank(setup, LEAVING_OUT, removals, queries)
+        return Evaluation(judged, left_out(matrix, asked, settings.removed, outputs))
 
     def _calibration(self, setup: Setup, fitted: Attributor) -> Calibration:
         file, settings = self.job.store / CALIBRATION, self.job.retrain
         if file.is_file():
             return Calibration.from_json(unsealed(file, remedy=CALIBRATE_AGAIN)[0]["found"])
         with self._recorded("calibrate") as found:
-            plan = fitted.plan(setup.train, setup.query_loader)
-            shape = plan.query_rows, plan.train_rows
-            bank = self._bank(setup, CALIBRATING, shape, settings.calibrate, 0, settings.seed)
+            sizes = fitted.plan(setup.train, setup.query_loader)
+            plan = plan_subsets(sizes.train_rows, subsets=settings.calibrate, repeated=0, seed=settings.seed)
+            bank = self._bank(setup, CALIBRATING, plan, sizes.query_rows)
             damped = fitted.calibrate(setup.train, setup.query_loader, bank, progress=self.progress)
             chosen = damped.calibration
             assert chosen is not None
@@ -156,19 +178,10 @@ class Call:
             found |= {"said": str(chosen)}
         return chosen
 
-    def _bank(self, setup: Setup, name: str, shape: tuple[int, ...], subsets: int, repeated: int, seed: int) -> Bank:
-        """Models trained again on halves of the rows, those that are not there yet. shape: queries, train rows."""
-        return retrain(
-            self.job.store / name,
-            setup.retraining,
-            rows=shape[1],
-            queries=shape[0],
-            recipe={"setup": self.job.setup},
-            subsets=subsets,
-            repeated=repeated,
-            seed=seed,
-            progress=self.progress,
-        )
+    def _bank(self, setup: Setup, name: str, plan: Plan, queries: int) -> Bank:
+        """Models trained again as the plan says, those that are not there yet."""
+        bank = Bank(self.job.store / name, plan, queries, recipe={"setup": self.job.setup})
+        return bank.fill(setup.retraining, progress=self.progress)
 
     def _damped(self, setup: Setup, fitted: Attributor) -> Attributor:
         """At the job's damping, which is calibrated first if it says so."""

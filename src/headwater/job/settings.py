@@ -114,10 +114,17 @@ class RetrainSettings:
     """How many others judge the scores."""
     repeated: int = 5
     """Of these, how many are trained twice, to see how far retraining agrees with itself."""
+    leave_out: int = 0
+    """For how many queries, at random, the rows blamed for them are left out, and as many at random."""
+    removed: int = 20
+    """Rows left out for each."""
+    runs: int = 2
+    """Of each, with seeds of their own."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("calibrate", 4), ("evaluate", 4), ("repeated", 0), ("seed", 0)):
+        leasts = {"calibrate": 4, "evaluate": 4, "repeated": 0, "leave_out": 0, "removed": 1, "runs": 1, "seed": 0}
+        for name, least in leasts.items():
             check_whole(name, vars(self)[name], least)
         if self.repeated > self.evaluate:
             raise InvalidSetting(f"repeated is {self.repeated}; expected at most evaluate, {self.evaluate}.")

@@ -121,7 +121,7 @@ def _job(path: Path, found: Info) -> Info:
             inside.append(info(path / record.FITTED, found.checked))
         except NotSaved:
             damage.append(f"{path / record.FITTED / DESCRIPTION} is missing. Remove the folder, and call again.")
-    for name in (record.CALIBRATING, record.EVALUATING):
+    for name in record.BANKS:
         if (path / name).is_dir():
             try:
                 inside.append(info(path / name, found.checked))

@@ -4,7 +4,8 @@ job.json    this record, sealed
 fit/        sums over tiles of train rows
 fitted/     the fit, saved
 scores/     the tiles of a run; of another damping than the setup's, scores-DAMPING/
-calibration.json, calibrating/, evaluating/     the damping that retrained models chose; banks of them
+calibration.json                          the damping that retrained models chose
+calibrating/, evaluating/, leaving-out/   banks of these models
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from headwater.store.draft import explained_errors, is_draft, write_whole
 from headwater.store.seal import sealed, unsealed
 
 RECORD, FIT, FITTED, SCORES = "job.json", "fit", "fitted", "scores"
-CALIBRATION, CALIBRATING, EVALUATING = "calibration.json", "calibrating", "evaluating"
+CALIBRATION = "calibration.json"
+BANKS = CALIBRATING, EVALUATING, LEAVING_OUT = "calibrating", "evaluating", "leaving-out"
 REMEDY = "Remove it: the next command writes it again."
 CALIBRATE_AGAIN = "Remove it, and calibrate again."
 PACKAGES = {
@@ -89,7 +91,7 @@ def scores_at(damping: object) -> str:
 
 
 def _is_ours(name: str) -> bool:
-    return name in (RECORD, FIT, FITTED, CALIBRATING, EVALUATING) or name.startswith(SCORES) or is_draft(name)
+    return name in (RECORD, FIT, FITTED, CALIBRATION, *BANKS) or name.startswith(SCORES) or is_draft(name)
 
 
 def write_record(folder: Path, record: Record) -> None:
