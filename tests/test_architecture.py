@@ -34,14 +34,16 @@ FACES = {"headwater.torch", "headwater.sklearn"}  # offer names of `retraining` 
 
 # A library, or headwater's own package of that name -> the packages that may import it.
 HOMES = {
-    "torch": {"torch", "hf", "retraining/torch", "run", "demo"},
-    "jax": {"jax"},
+    "torch": {"torch", "hf", "retraining/torch", "run", "demo", "door"},
+    "jax": {"jax", "door"},
+    "flax": {"jax"},
+    "equinox": {"jax"},
     "transformers": {"hf", "demo"},
     "peft": {"hf"},
     "datasets": {"hf"},
     "safetensors": {"store"},
     "faiss": {"store"},
-    "sklearn": {"sklearn", "retraining/sklearn", "demo"},
+    "sklearn": {"sklearn", "retraining/sklearn", "demo", "door"},
     "dask": {"run"},
     "distributed": {"run"},
     "google_crc32c": {"store"},
@@ -49,7 +51,7 @@ HOMES = {
     "xarray": {"store"},
     "jinja2": {"report"},
     "matplotlib": {"store"},
-    "pandas": {"tables", "store", "sklearn"},
+    "pandas": {"tables", "store", "sklearn", "retraining/sklearn"},
     "pyarrow": {"store"},
     "rich": {"tables"},
 }
@@ -163,6 +165,7 @@ def test_imports_have_no_cycle():
 
 READERS = {
     "headwater.hf.rows": "items of a loader as batches, when they are read",
+    "headwater.loaders.forms": "batches that are dicts or frames, as inputs and targets, when they are read",
     "headwater.loaders.batches": "items of a loader unpacked, when they are read",
     "headwater.sklearn.influence": "batches that go through a pipeline once",
 }
@@ -188,6 +191,11 @@ def test_a_loader_is_read_in_one_place():
         and any(ast.unparse(over) in GIVEN for over in loops(ast.parse(path.read_text())))
     }
     assert found == set(READERS)
+
+
+def test_the_door_imports_frameworks_of_headwater_alone_and_late():
+    found = [i for i in imports() if i.source == "headwater.door" and home(i.target) in HOMES]
+    assert found and all(i.target.startswith("headwater.") and not i.eager for i in found)
 
 
 def test_importing_headwater_brings_no_framework():

@@ -28,7 +28,7 @@ def influence():
 
 
 LOADERS = {
-    "a Dataset": (TensorDataset(X, Y), r"TensorDataset gives single rows.*DataLoader\(dataset, batch_size=256\)"),
+    "a Dataset of three": (TensorDataset(X, Y, Y), r"not a tuple of 3 entries.*of \(x, y, ids\)"),
     "a row of a Dataset": ([(X[0], Y[0])], r"y is one number, tensor\(0\).*single row.*y\[None\]"),
     "a label": ([(X[:1], 2)], r"y is one number, 2,.*has no batch axis.*y\[None\]"),
     "a row without its axis": ([(X[0], Y[:1])], r"x has shape \(4,\) and y \(1,\).*x\[None\]"),
@@ -39,12 +39,12 @@ LOADERS = {
     "an iterator": (iter([(X, Y)]), "list_iterator, which can be read only once.*list"),
     "a generator": ((b for b in [(X, Y)]), "generator, which can be read only once"),
     "a path": ("train.csv", r"one str, 'train.csv'.*A loader is a list of batches, \[\(x, y\), ...\]"),
-    "a frame": (pd.DataFrame({"a": [1.0]}), r"is a DataFrame.*\[\(x, y\)\]"),
+    "a frame": (pd.DataFrame({"a": [1.0]}), r"is a DataFrame.*\(frame, 'column'\).*target='column'"),
     "None": (None, "train loader is None"),
     "a number": (3, "train loader is int"),
     "an empty list": ([], "empty list: it has no rows"),
-    "inputs alone": (X, r"one array of shape \(6, 4\).*\[\(x, y\)\]"),
-    "one batch": ((X, Y), r"is one batch: pass \[\(x, y\)\]"),
+    "inputs alone": (X, r"one array of shape \(6, 4\).*pass inputs and targets, \(x, y\)"),
+    "three arrays": ((X, Y, Y), r"is a tuple of 3 entries, some of them arrays: .*all rows, \(x, y\)"),
     "one batch of ours": (TorchBatch(X, Y), r"is one TorchBatch: pass \[batch\]"),
     "a dict": ({"x": X, "y": Y}, r"one dict of 'x', 'y'"),
     "dicts": ([{"x": X, "y": Y}], r"unpack= makes.*unpack=lambda batch: \(batch\['x'\], batch\['y'\]\)"),
@@ -58,6 +58,11 @@ def test_what_is_no_loader_of_batches_has_its_own_sentence(what):
     loader, said = LOADERS[what]
     with pytest.raises(InvalidInput, match=said):
         influence().fit(loader)
+
+
+def test_inputs_and_targets_side_by_side_are_told_to_be_a_pair():
+    with pytest.raises(InvalidInput, match=r"one thing, the train rows: .*fit\(\(x, y\)\)"):
+        influence().fit(X, Y)
 
 
 def test_queries_are_called_queries():

@@ -83,7 +83,7 @@ WINDOW = 96
 
 def verses(books: range) -> str:
     """The verses of some books of the King James version, in order."""
-    from headwater.demo.verses import load_verses
+    from verses import load_verses
 
     return " ".join(verse.passage for verse in load_verses() if verse.number // 1_000_000 in books)
 

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from headwater import errors as errors
     from headwater.arrays import working_memory as working_memory
     from headwater.attributor import Attributor as Attributor
+    from headwater.door import Influence as Influence
+    from headwater.door import curvature_of as curvature_of
     from headwater.errors import NotConverged as NotConverged
     from headwater.influence import ComposableInfluence as ComposableInfluence
     from headwater.methods.damping import Relative as Relative
@@ -28,6 +30,7 @@ _HOMES = {entry.class_name: f"methods.{entry.module}" for entry in METHODS} | {
     "Attributor": "attributor",
     "Batch": "types",
     "ComposableInfluence": "influence",
+    "Influence": "door",
     "InfluenceMode": "types",
     "KeptFactors": "run.factors",
     "KeptGradients": "run.kept",
@@ -36,6 +39,7 @@ _HOMES = {entry.class_name: f"methods.{entry.module}" for entry in METHODS} | {
     "Relative": "methods.damping",
     "Scores": "store.scores",
     "TopK": "store.topk",
+    "curvature_of": "door",
     "errors": "",
     "relative": "methods.damping",
     "working_memory": "arrays",

@@ -4,7 +4,7 @@ Nothing here imports a framework: an array brings its own namespace (`namespace(
 no word (adding in place, scattering rows) the framework's own method is called.
 
 What may be anything (a user's target, a loader, a data frame) is asked here, once, what it has: `shape_of`,
-`dtype_of`, `is_frame`, `described`.
+`dtype_of`, `is_frame`, `is_sparse`, `described`.
 """
 
 from __future__ import annotations
@@ -139,6 +139,11 @@ class Numbered(Protocol):
 def is_frame(value: object) -> bool:
     """Whether it is a data frame or a column of one, as pandas has them: rows by position are `value.iloc[rows]`."""
     return hasattr(value, "iloc")
+
+
+def is_sparse(value: object) -> bool:
+    """Whether it is a sparse matrix, as SciPy has them: `value.tocsr()` has it by row."""
+    return hasattr(value, "tocsr")
 
 
 def described(value: Any) -> str:

@@ -13,21 +13,26 @@ from typing import TYPE_CHECKING, Any, Self
 
 from headwater.errors import InvalidSetting
 from headwater.influence import ComposableInfluence, in_own_precision
+from headwater.loaders.batches import check_one
 from headwater.loaders.places import located
 from headwater.methods.damping import Damping
 from headwater.rows import Rows, Runner
 from headwater.types import InfluenceMode, TensorType
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
 
+    from headwater.evaluate.verification import Verification
+    from headwater.report.figures import Section
+    from headwater.report.trust import Check
     from headwater.run.audit import Audit
     from headwater.run.calibrate import Calibration, Retrained
     from headwater.run.diagnosis import EffectiveDof
     from headwater.run.factors import KeptFactors
     from headwater.run.kept import KeptGradients
     from headwater.run.runners.environment import Worker
-    from headwater.run.verification import Verification
     from headwater.status import Status
     from headwater.store.diagnosis import Diagnosis
     from headwater.store.plan import Plan
@@ -40,8 +45,8 @@ class Attributor(ComposableInfluence[TensorType]):
     @in_own_precision
     def fit(
         self,
-        loader: Iterable[object],
-        *,
+        loader: Any,
+        *others: object,
         progress: bool = False,
         runner: Runner | None = None,
         tile: int | None = None,
@@ -61,6 +66,7 @@ class Attributor(ComposableInfluence[TensorType]):
         from headwater.run.runners import shared
         from headwater.run.runners.turns import check_worker
 
+        check_one(others)
         worker = check_worker(worker, store, self.source.together)
         if store is not None:
             if runner is not None:
@@ -115,6 +121,7 @@ class Attributor(ComposableInfluence[TensorType]):
         unit: str = "influence",
         by_block: bool = False,
         mode: InfluenceMode | str = InfluenceMode.Up,
+        explain: str = "label",
         store: str | os.PathLike[str] | None = None,
         memory: int | str | None = None,
         worker: Worker = (0, 1),
@@ -126,6 +133,9 @@ class Attributor(ComposableInfluence[TensorType]):
         unit: "influence" (what `influences` gives), or "removal" (that over n_train: the predicted increase of the
         query's loss when the row is removed). by_block: keep each block's share. mode: "up", or "perturbation": values
         are then [query, train, *x_shape].
+        explain: which label a query has, its own ("label": why is the model wrong about it, or right?) or what the
+        model predicts ("prediction": why did it say this?), as `scores.explained` says then. Of a model that predicts
+        numbers or text there is no such label: see docs/which-label.md for what to ask.
 
         store: a folder where finished tiles are kept, so that the same call goes on where a stopped one ended; scores
         then stay there, and are read when they are asked for. append: the loader has more rows than the finished run
@@ -141,7 +151,15 @@ class Attributor(ComposableInfluence[TensorType]):
         with self._recorded():
             train, query = self._scored(train_loader), self._explained(query_loader)
             return attribute(
-                self, train, query, unit=unit, by_block=by_block, mode=mode, progress=progress, storage=storage
+                self,
+                train,
+                query,
+                unit=unit,
+                by_block=by_block,
+                mode=mode,
+                progress=progress,
+                storage=storage,
+                explain=explain,
             )
 
     @in_own_precision
@@ -173,6 +191,7 @@ class Attributor(ComposableInfluence[TensorType]):
         k: int,
         *,
         unit: str = "influence",
+        explain: str = "label",
         store: str | os.PathLike[str] | None = None,
         memory: int | str | None = None,
         worker: Worker = (0, 1),
@@ -184,7 +203,7 @@ class Attributor(ComposableInfluence[TensorType]):
     ) -> TopK:
         """The k most helpful and the k most harmful train rows of each query, without the matrix of scores in memory.
 
-        store, memory, worker, append: as in `attribute`; the folder is one run for both.
+        explain, store, memory, worker, append: as in `attribute`; the folder is one run for both.
 
         queries_as: "each" query by itself, or all of them as one, their "mean" or "sum", which is then its name.
         groups: a label for each train row (by source, author, ...), in the loader's order, or a mapping from what rows
@@ -198,7 +217,17 @@ class Attributor(ComposableInfluence[TensorType]):
         ranking = Ranking(k, queries_as, groups, of)
         with self._recorded():
             train, query = self._scored(train_loader), self._explained(query_loader)
-            return top(self, train, query, k, unit=unit, progress=progress, storage=storage, ranking=ranking)
+            return top(
+                self,
+                train,
+                query,
+                k,
+                unit=unit,
+                progress=progress,
+                storage=storage,
+                ranking=ranking,
+                explain=explain,
+            )
 
     @in_own_precision
     def self_influence(
@@ -295,6 +324,7 @@ class Attributor(ComposableInfluence[TensorType]):
         query_loader: Iterable[object],
         groups: Iterable[object] | None = None,
         *,
+        explain: str = "label",
         store: str | os.PathLike[str] | None = None,
         worker: Worker = (0, 1),
         progress: bool = False,
@@ -302,8 +332,8 @@ class Attributor(ComposableInfluence[TensorType]):
         """The rise of each query's loss when a row, or a group, is removed: [q, n] or [q, groups].
 
         Score / n_train, and what the removed rows' own curvature adds: one Newton step without them. groups: for each
-        its rows' positions in the loader, or ids where batches carry them. store, worker: as in `attribute`; of groups,
-        those that are complete are kept. See `headwater.run.removal`.
+        its rows' positions in the loader, or ids where batches carry them. explain, store, worker: as in `attribute`;
+        of groups, those that are complete are kept. See `headwater.run.removal`.
         """
         from headwater.run.attribute import Storage
         from headwater.run.removal import removal
@@ -311,7 +341,7 @@ class Attributor(ComposableInfluence[TensorType]):
         storage = Storage.of(self, store, None, worker)
         with self._recorded():
             train, query = self.train_rows(train_loader), self.query_rows(query_loader)
-            return removal(self, train, query, groups, progress=progress, storage=storage)
+            return removal(self, train, query, groups, progress=progress, storage=storage, explain=explain)
 
     @in_own_precision
     def calibrate(
@@ -438,6 +468,50 @@ class Attributor(ComposableInfluence[TensorType]):
 
         with located():
             return diagnose(self, self.train_rows(train_loader), progress=progress)
+
+    @in_own_precision
+    def report(
+        self,
+        train_loader: Iterable[object],
+        query_loader: Iterable[object],
+        path: str | os.PathLike[str],
+        *,
+        rows: Any = None,
+        queries: Any = None,
+        k: int = 5,
+        title: str | None = None,
+        lead: str = "",
+        groups: Any = None,
+        predictions: Any = None,
+        scores: Scores | None = None,
+        checks: Sequence[Check] = (),
+        sections: Sequence[Section] = (),
+        self_influence: bool = True,
+        verify: bool | None = None,
+        made: Mapping[str, object] | None = None,
+        progress: bool = False,
+    ) -> Path:
+        """One HTML page: for each query the rows behind it, who influences most, suspicious rows, what to trust.
+
+        rows, queries, k, title, groups, predictions, checks, made: as in `Scores.report`; rows and queries of None are
+        shown as the loaders give them, where they are images or numbers. scores: of these loaders, if they are there
+        already; else they are computed, as forecasts of removal where the method makes these. lead: what stands below
+        the title. sections: of your own (`headwater.report.Section`).
+        self_influence: whether each train row's is computed too, in the pass that takes their losses: of a method that
+        solves, a solve for each. verify: whether a dozen random pairs are computed again the slow plain way; None
+        where that is quick.
+        Errors: as `attribute` and `Scores.report`.
+        """
+        from headwater.report.job import TITLE, Known
+        from headwater.run.report import report
+
+        known = Known(
+            rows, queries, k, title or TITLE, lead, groups, predictions, checks=checks, made=made, sections=sections
+        )
+        options: dict[str, Any] = {"self_influence": self_influence, "verified": verify, "progress": progress}
+        with located():
+            train, query = self._scored(train_loader), self.query_rows(query_loader)
+            return report(self, train, query, path, known, scores=scores, **options)
 
     @in_own_precision
     def effective_dof(

@@ -146,6 +146,10 @@ class RoughForecast(HeadwaterError, UserWarning):
     """Rows whose removal takes most of the curvature with them; given as a warning, with how much stays."""
 
 
+class Undetermined(HeadwaterError, UserWarning):
+    """Numbers that the rows do not determine, and that are NaN; given as a warning, with which."""
+
+
 class MissingExtra(HeadwaterError, ImportError):
     """An optional package is not installed."""
 

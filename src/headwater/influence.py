@@ -19,6 +19,8 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from headwater.arrays import Array, namespace, summed
+from headwater.curvature.exact import Curvature as Kind
+from headwater.curvature.model import ModelCurvature
 from headwater.curvature.saved import TakenApart, moved, put_together, take_apart
 from headwater.errors import (
     BatchMismatch,
@@ -33,8 +35,9 @@ from headwater.errors import (
     StaleFit,
 )
 from headwater.gradients.identity import identity_of
-from headwater.gradients.provider import BlockGradients, StructuredGradientProvider
-from headwater.loaders.batches import Unpack, Unpacked, check_loader, paired
+from headwater.gradients.provider import BlockGradients, Fisher, StructuredGradientProvider
+from headwater.loaders.batches import Unpack, check_loader, check_one, paired
+from headwater.loaders.forms import Form
 from headwater.loaders.keys import LoadersSeen, RowMemory
 from headwater.loaders.places import RAW, located
 from headwater.mapper import InfluenceMapper
@@ -97,6 +100,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         *,
         damping: Damping | Mapping[str, Damping] | None = None,
         unpack: Unpack | None = None,
+        form: Form | None = None,
     ):
         if not isinstance(method, Method):
             raise InvalidInput(f"method is {method!r}; expected settings such as hw.Ekfac() or hw.Direct().")
@@ -110,7 +114,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         self._mapper: InfluenceMapper | None = None
         if unpack is not None and not callable(unpack):
             raise InvalidInput(f"unpack is {unpack!r:.60}; expected a function: batch -> x, y[, ids, weights].")
-        self._unpack = unpack
+        self._unpack, self._form = unpack, form or Form()
         self._loaders = LoadersSeen()
 
     # Fitting ------------------------------------------------------------------------------------------------------
@@ -118,18 +122,21 @@ class ComposableInfluence(ABC, Generic[TensorType]):
     @in_own_precision
     def fit(
         self,
-        loader: Iterable[object],
-        *,
+        loader: Any,
+        *others: object,
         progress: bool = False,
         runner: Runner | None = None,
         tile: int | None = None,
     ) -> Self:
         """Learn the curvature of the mean loss over the loader's rows; it gives (x, y) or batches, repeatably.
 
+        What is taken for a loader, here and wherever one is asked for: see `headwater.loaders.forms`.
+
         runner: who visits which rows, and where (`headwater.rows`); None for this process, one batch after the other.
         tile: rows that a runner takes by themselves: no piece has rows on both sides of a multiple of it.
         Errors: BatchMismatch, naming batch and row, if a later pass over the loader gives other rows than the first.
         """
+        check_one(others)
         # Layer rules may turn out not to hold in the middle of a pass: what was summed so far has another form.
         while True:
             rows = Rows(self.source, self._read_as(loader, "train"), runner=runner, tile=tile)
@@ -164,13 +171,19 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         return loader
 
     def _read_as(self, loader: Iterable[object], role: str) -> Iterable[object]:
-        """A user's loader, as it is read: its items unpacked, and in the framework's way. Errors: InvalidInput."""
-        if isinstance(loader, Rows):
-            return self.as_loader(loader)
+        """What a user gave for rows, as it is read: as batches, in the framework's way. Errors: InvalidInput."""
+        return self.as_loader(loader if isinstance(loader, Rows) else self.as_batches(loader, role))
+
+    def as_batches(self, held: Any, role: str) -> Iterable[object]:
+        """What a user gave for rows, as batches. Errors: InvalidInput."""
+        batches = self._form.batches(held, role, self.as_own, self._unpack)
         if self._unpack is not None:
-            check_loader(loader, role)
-            loader = Unpacked(loader, self._unpack)
-        return self.as_loader(loader)
+            check_loader(batches, role)
+        return batches
+
+    def as_own(self, name: str, array: Any) -> Any:
+        """An array, of x or y, that a user gave without making a batch of it, as the framework takes it."""
+        return array
 
     def train_rows(self, loader: Iterable[object]) -> Rows:
         """A loader of train rows for a run; the same object gives the same rows as when it was last read."""
@@ -260,6 +273,25 @@ class ComposableInfluence(ABC, Generic[TensorType]):
     def curvature(self) -> Curvatures:
         """The undamped curvature of each block. Errors: NotFittedError."""
         return self._need_fit().curvature
+
+    def curvature_of(
+        self,
+        loader: Iterable[object],
+        kind: Kind = "ggn",
+        *,
+        fisher: Fisher = "auto",
+        seed: int = 0,
+        penalty: bool = True,
+        progress: bool = False,
+    ) -> ModelCurvature:
+        """The model's own curvature on these rows, by blocks: products, trace, spectrum, diagonal, small matrices.
+
+        The mean over the rows of the loss's "hessian", "ggn", "fisher" or "empirical_fisher", undamped, with the
+        penalty of the training objective where that is known. It needs no `fit`, and is the same for every method.
+        See `headwater.curvature.model`.
+        """
+        rows = self.train_rows(loader)
+        return ModelCurvature(self.source, rows, kind, fisher=fisher, seed=seed, penalty=penalty, progress=progress)
 
     @property
     def calibration(self) -> Any:

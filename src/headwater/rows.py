@@ -20,6 +20,7 @@ from headwater.arrays import Array, is_array, to_numpy
 from headwater.errors import BatchMismatch, HeadwaterError
 from headwater.gradients.provider import BlockGradients, StructuredGradientProvider
 from headwater.loaders.batches import as_batch, check_loader
+from headwater.loaders.forms import Cut
 from headwater.loaders.keys import RowKeys, RowMemory
 from headwater.loaders.places import JoinedPlace, Place, here, move_to, raise_at
 from headwater.progress import track
@@ -316,10 +317,10 @@ class Rows(Iterable[Any]):
     def glance(self) -> None:
         """Look at the first rows, so that a loader that shuffles is noticed when they come again.
 
-        A built-in collection does not shuffle, and a loader that was read before is compared with that.
+        A built-in collection does not shuffle, nor do arrays, and a loader that was read before is compared with that.
         """
         check_loader(self.source, self.role)
-        if self.memory.is_empty and not isinstance(self.source, (list, tuple)):
+        if self.memory.is_empty and not isinstance(self.source, (list, tuple, Cut)):
             # One batch suffices: a loader that shuffles rarely gives the same first batch twice.
             first = next(_whole_batches(self.provider, self.source, self.role), None)
             if first is not None and (keys := RowKeys.of(self.provider, first[1])).ids is None:
@@ -494,7 +495,7 @@ def _whole_batches(
 def _placed_batch(provider: StructuredGradientProvider, item: object, place: Place) -> Batch | None:
     """Errors: as `as_batch`, naming the place."""
     try:
-        return as_batch(provider, item)
+        return as_batch(provider, item, place.start)
     except Exception as error:
         # Adds the batch's place to the message and raises; the bare raise below is for errors that it leaves alone.
         raise_at(error, place)

@@ -17,7 +17,7 @@ from typing import Any
 from headwater.attributor import Attributor
 from headwater.errors import HeadwaterError, InvalidInput, InvalidSetting
 
-NAMES = ("influence", "train", "query", "rows", "queries", "retrain")
+NAMES = ("influence", "train", "query", "rows", "queries", "predictions", "retrain")
 """What a setup gives, in this order; from the third on, it may be left out."""
 
 
@@ -35,6 +35,8 @@ class Setup:
     """What train rows are, for tables and the report: a DataFrame, a data set, a function of an id (`Described`)."""
     queries: Any = None
     """Likewise the queries."""
+    predictions: Any = None
+    """What the model says of each query, in the loader's order."""
     retrain: Callable[[Any, int], Any] | None = None
     """(positions of the train rows that are kept, a seed) -> losses of the queries [q] of a model trained on these."""
 
@@ -70,20 +72,23 @@ def load_setup(target: str, folder: Path | None = None) -> Setup:
         function = defined[name or "setup"]
         if name and not callable(function):
             raise InvalidSetting(f"{place} has no function {name!r}.")
-        if callable(function):
-            given = _as_dict(_run(target, function), target)
-        else:
-            given = {each: defined[each] for each in NAMES if defined[each] is not None}
-        missing = [each for each in NAMES[:2] if given.get(each) is None]
-        if missing:
-            raise InvalidSetting(
-                f"{target} does not define {', '.join(missing)}. It should define influence, train and query, or a "
-                "function setup() that returns them."
-            )
-    influence = given["influence"]
+        given: Any = {each: defined[each] for each in NAMES if defined[each] is not None}
+        return as_setup(_run(target, function) if callable(function) else given, target)
+
+
+def as_setup(given: Any, target: str) -> Setup:
+    """From what a setup function returned. Errors: InvalidSetting for what is missing, or something else."""
+    values = _as_dict(given, target)
+    missing = [each for each in NAMES[:2] if values.get(each) is None]
+    if missing:
+        raise InvalidSetting(
+            f"{target} does not define {', '.join(missing)}. It should define influence, train and query, or a "
+            "function setup() that returns them."
+        )
+    influence = values["influence"]
     if not isinstance(influence, Attributor):
         raise InvalidSetting(f"{target}: the influence is {type(influence).__name__}; expected an Attributor.")
-    return Setup(**given)
+    return Setup(**values)
 
 
 def _as_dict(given: Any, target: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from markupsafe import Markup
-from rich.cells import cell_len
+from rich.cells import cell_len as cell_len
 
 from headwater.errors import MissingExtra
 

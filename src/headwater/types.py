@@ -184,9 +184,14 @@ def _joined(values: list[Any]) -> Any:
         return {name: _joined([value[name] for value in values]) for name in first}
     if isinstance(first, (tuple, list)):
         return _joined_sequences(values)
-    if not all(is_array(v) and v.shape[1:] == first.shape[1:] and v.dtype == first.dtype for v in values):
+    # Words are arrays of the longest of them: those of two batches differ in dtype, and fit together.
+    if not all(is_array(v) and v.shape[1:] == first.shape[1:] and _kind(v) == _kind(first) for v in values):
         raise _DoNotFit
     return namespace(*values).concat(values, axis=0)
+
+
+def _kind(array: Any) -> Any:
+    return "words" if isinstance(array, np.ndarray) and array.dtype.kind == "U" else array.dtype
 
 
 def _joined_sequences(values: list[Any]) -> Any:

@@ -4,6 +4,7 @@ import importlib.util
 
 import numpy as np
 import oracle
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
@@ -410,3 +411,65 @@ def test_columns_and_ids_that_do_not_fit_are_named():
     without = GPT2ForSequenceClassification(gpt2_config(num_labels=2, pad_token_id=None)).double().eval()
     with pytest.raises(InvalidSetting, match="pad_token_id"):
         HfGradientProvider(without).flat_grads(TorchBatch({"input_ids": ids}, torch.tensor([0, 1])))
+
+
+# Tables, pairs and ids ------------------------------------------------------------------------------------------------
+
+
+def named_rows():
+    """Rows of the sequence classifier, with names and another column of labels."""
+    rows = plain_rows("bert sequence")
+    return [{**row, "kind": row["labels"], "name": f"row {k}"} for k, row in enumerate(rows)]
+
+
+def test_a_column_of_ids_names_the_rows_and_does_not_reach_the_model():
+    case, rows = case_of("bert sequence"), named_rows()
+    train, query = rows[:ROWS], rows[ROWS:]
+    names, asked = [row["name"] for row in train], [row["name"] for row in query]
+    expected = scores(influence_of("bert sequence"), [case.rows(range(ROWS))], query)
+    unlabelled = [{name: v for name, v in row.items() if name != "labels"} for row in train]
+    batch = {**case.rows(range(ROWS))[0], "kind": case.y[:ROWS], "name": names}
+    frame = pd.DataFrame(unlabelled)
+    for held in (unlabelled, Dataset.from_list(unlabelled), frame, [batch]):
+        influence = influence_of("bert sequence", ids="name", target="kind", batch_size=3)
+        found = influence.fit(held).attribute(held, query)
+        assert is_close(found.values, expected)
+        assert found.train_ids.tolist() == names and found.query_ids.tolist() == asked
+        assert influence.top(held, query, 2).helpful_ids[0, 0] == names[int(found.values[0].argmax())]
+    for column in ("name", "kind"):
+        missing = [{name: v for name, v in row.items() if name != column} for row in train]
+        with pytest.raises(InvalidInput, match=f"no column '{column}', which"):
+            influence.fit(missing)
+        with pytest.raises(InvalidInput, match=f"no column '{column}', which"):
+            influence.fit([{name: v for name, v in batch.items() if name != column}])
+
+
+def test_frames_and_texts_with_labels_beside_them_are_rows():
+    words, labels = tokenizer(), [0, 1, 2, 0, 1, 2]
+    rows = [{"input_ids": words(text)["input_ids"], "labels": y} for text, y in zip(TEXTS, labels, strict=True)]
+    expected = scores(influence_of("bert sequence"), rows, rows[:2])
+    index = [f"text {k}" for k in range(6)]
+    frame = pd.DataFrame({"text": TEXTS, "kind": labels}, index=index)
+    held = [
+        (TEXTS, labels),
+        (np.array(TEXTS), torch.tensor(labels)),
+        (frame["text"], frame["kind"]),
+        (frame[["text"]], frame["kind"]),
+        (frame, "kind"),
+        frame.rename(columns={"kind": "label"}),
+        (frame.reset_index(drop=True), "kind"),
+    ]
+    for number, given in enumerate(held):
+        influence = influence_of("bert sequence", tokenizer=words, batch_size=4)
+        found = influence.fit(given).attribute(given, rows[:2])
+        assert is_close(found.values, expected)
+        assert found.train_ids.tolist() == (index if 2 <= number <= 5 else list(range(6)))
+
+
+def test_all_rows_at_once_are_cut_into_batches():
+    case = case_of("bert sequence")
+    x, y = case.rows(range(ROWS))
+    expected = scores(influence_of("bert sequence"), [(x, y)], [(x, y)])
+    influence = influence_of("bert sequence", batch_size=3)
+    for held in ((x, y), ({name: v.numpy() for name, v in x.items()}, y.numpy())):
+        assert is_close(influence.fit(held).attribute(held, held).values, expected)

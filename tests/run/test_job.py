@@ -476,16 +476,6 @@ def test_help_says_whose_code_runs_and_what_exit_statuses_mean(capsys):
     assert "0 all went well; 1 a check failed; 2 something was wrong" in text and "130 interrupted" in text
 
 
-def test_the_old_spelling_of_the_text_demo_says_the_new_one(monkeypatch, capsys, tmp_path):
-    seen = []
-    monkeypatch.setattr("headwater.demo.verses.run", lambda *given, **options: seen.append((given, options)))
-    for words in (["verses"], ["demo", "text"]):
-        status, printed = run(*words, "--out", tmp_path, "--queries", 7, "--quiet", capsys=capsys)
-        assert status == 0 and printed.out == ""
-        assert ("demo text" in printed.err) == (words == ["verses"]) and printed.err.count("\n") <= 1
-    assert seen[0] == seen[1] and seen[0][0][2] == 7
-
-
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_shells_are_told_of_every_verb(shell, capsys):
     status, printed = run("completion", shell, capsys=capsys)

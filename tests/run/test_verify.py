@@ -16,10 +16,7 @@ from headwater import rows as row_module
 from headwater.curvature.means import WeightedMean
 from headwater.errors import BatchMismatch, InvalidInput, InvalidSetting, NotFittedError, StaleFit
 from headwater.evaluate.audited import upper_bound
-from headwater.operators.algebra import IdentityOperator, ScaledOperator
-from headwater.operators.structured import DenseOperator
-from headwater.run import verify as home
-from headwater.run.verification import (
+from headwater.evaluate.verification import (
     GRADIENTS,
     ORDER,
     PLAIN,
@@ -27,6 +24,9 @@ from headwater.run.verification import (
     SIZES,
     Check,
 )
+from headwater.operators.algebra import IdentityOperator, ScaledOperator
+from headwater.operators.structured import DenseOperator
+from headwater.run import verify as home
 from headwater.torch import TorchBatch, TorchComposableInfluence, TorchGradientProvider
 
 RIGHT = [

@@ -1,102 +1,88 @@
-"""`headwater demo NAME`: what headwater does, shown on digits and on text."""
+"""`headwater demo NAME`: what headwater does with a job, shown on images, text and a table."""
 
 from __future__ import annotations
 
-import sys
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
-from headwater.cli.app import TRY, Method, Quiet, app, checked_seed
+from headwater.cli.app import TRY, Method, Quiet, app, checked_seed, command
+from headwater.cli.results import open_page
+from headwater.cli.stops import kept
 from headwater.errors import InvalidSetting
-
-TextMethod = Literal["logra", "grad-dot", "grad-cos", "ekfac"]
 
 demo = App(name="demo", help_format="plaintext", group=TRY)
 app.command(demo)
+
+Out = Annotated[Path, Parameter(help="The page to write: one HTML file.")]
+Kept = Annotated[Path | None, Parameter(help="A folder that keeps the results; a stopped demo goes on there.")]
+Show = Annotated[bool, Parameter(name="--open", negative="", help="Open the page in a browser.")]
+PAGE = Path("headwater-report.html")
 
 
 @demo.default
 @demo.command
 def digits(
     *,
-    out: Path = Path("headwater-report.html"),
+    out: Out = PAGE,
     seed: int = 0,
-    method: Method = "ekfac",
-    show: Annotated[bool, Parameter(name="--open", negative="")] = False,
+    method: Method | None = None,
+    store: Kept = None,
+    show: Show = False,
     quiet: Quiet = False,
 ) -> None:
-    """Teach a small network wrong labels, then trace its mistakes back to them. Takes about half a minute.
+    """Images: trace what a network misreads to the wrong labels that it was taught. Takes about a minute.
 
     Parameters
     ----------
-    out
-        The report to write: one HTML file.
     seed
         Of all that is drawn: same seed, same numbers.
     method
-        How the influence of a training row is computed: see docs/methods.md.
-    show
-        Open the report in a browser.
+        How influence is computed, in place of the exact Gauss-Newton curvature: see docs/methods.md.
     quiet
-        No progress bars and no tables; only the report.
+        No progress bars and no tables; only the page.
     """
-    from headwater.demo import Settings, explore, report, tell
+    _run("digits", out, store, show, quiet, seed=checked_seed(seed), method=method)
 
+
+@demo.command
+def text(*, out: Out = PAGE, store: Kept = None, show: Show = False, quiet: Quiet = False) -> None:
+    """Text: trace verses that a classifier puts into a wrong gospel. Needs headwater[demo-text]; under a minute.
+
+    Parameters
+    ----------
+    quiet
+        No progress bars and no tables; only the page.
+    """
+    _run("text", out, store, show, quiet)
+
+
+@demo.command
+def table(*, out: Out = PAGE, store: Kept = None, show: Show = False, quiet: Quiet = False) -> None:
+    """A table: trace wrong diagnoses of a logistic regression to patients of its training set. Takes seconds.
+
+    Parameters
+    ----------
+    quiet
+        No progress bars and no tables; only the page.
+    """
+    _run("table", out, store, show, quiet)
+
+
+def _run(name: str, out: Path, store: Path | None, show: bool, quiet: bool, **options: Any) -> None:
     if out.is_dir():
         raise InvalidSetting(f"--out {out} is a folder; expected the name of a file.")
     if not out.resolve().parent.is_dir():
         raise InvalidSetting(f"--out {out}: there is no folder {out.resolve().parent}.")
-    found = explore(Settings(seed=checked_seed(seed), method=method, quiet=quiet))
-    out.write_text(report(found), encoding="utf-8")
+    from headwater.demo import run
+
+    with TemporaryDirectory() as passing:
+        goes_on = "" if store is None else f"What is finished is kept in {store}; the same command goes on."
+        with kept(goes_on):
+            found = run(name, store or Path(passing) / "results", out, command.get(), progress=not quiet, **options)
     if not quiet:
-        print(f"{tell(found)}\n\nThe report, with pictures: {out}")
+        print(f"{found}\n\nThe report, with all of them: {out}")
     if show:
-        import webbrowser
-
-        webbrowser.open(out.resolve().as_uri())
-
-
-@demo.command
-def text(
-    *,
-    out: Path = Path("headwater-verses"),
-    passages: int = 3000,
-    queries: int = 300,
-    method: TextMethod = "logra",
-    quiet: Quiet = False,
-) -> None:
-    """Trace verses of one Bible translation to the passages of another, with a language model of 135 million numbers.
-
-    Takes about ten minutes on a quiet machine; needs the packages of headwater[verses].
-
-    Parameters
-    ----------
-    out
-        A folder for the page and the scores; a stopped run goes on there.
-    passages
-        How many compete.
-    queries
-        For how many of them their other wording is asked.
-    method
-        How the influence of a passage is computed.
-    quiet
-        No progress bars and no table; only the page.
-    """
-    from headwater.demo.verses import run
-
-    if out.exists() and not out.is_dir():
-        raise InvalidSetting(f"--out {out} is a file; expected the name of a folder.")
-    run(out, passages, queries, method, progress=not quiet)
-    if not quiet:
-        print(f"\nThe page: {out / 'verses.md'}")
-
-
-@app.command(show=False)
-@wraps(text, assigned=("__annotations__",))
-def verses(**given: Any) -> None:
-    """The old spelling of `headwater demo text`, with its options."""
-    print("headwater: verses is now demo text; the old spelling ends in 0.2.", file=sys.stderr)
-    text(**given)
+        open_page(out)

@@ -4,10 +4,51 @@ from __future__ import annotations
 
 import json as as_json
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from headwater.cli.app import YOURS, Json, Memory, Quiet, SetupOrJob, Store, app
 from headwater.cli.job import call_of, how_to_go_on, say
 from headwater.cli.stops import kept
+
+
+@app.command(group=YOURS)
+def report(
+    job: SetupOrJob,
+    /,
+    *,
+    out: Path | None = None,
+    store: Store = None,
+    memory: Memory = None,
+    show: Annotated[bool, Parameter(name="--open", negative="")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write one HTML page of the job: for each query the rows behind it, and what to trust; scores first, if need be.
+
+    A job's setup is your own code, and is run.
+
+    Parameters
+    ----------
+    out
+        The page, in place of the job's: report.html.
+    show
+        Open it in a browser.
+    quiet
+        No progress bars, and no words.
+    """
+    call = call_of(job, store, "0/1", quiet, memory)
+    with kept(how_to_go_on(call)):
+        written = call.report(out)
+    say(None, f"Wrote {written}", quiet)
+    if show:
+        open_page(written)
+
+
+def open_page(page: Path) -> None:
+    import webbrowser
+
+    webbrowser.open(page.resolve().as_uri())
 
 
 @app.command(group=YOURS)

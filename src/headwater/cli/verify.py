@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from headwater.cli.app import LOOK, Method, Quiet, app, checked_seed
+from headwater.cli.app import LOOK, Quiet, app, checked_seed
 from headwater.errors import InvalidSetting
 
 
@@ -17,7 +17,6 @@ def verify(
     /,
     *,
     demo: Annotated[bool, Parameter(negative="")] = False,
-    method: Method = "ekfac",
     rows: int = 8,
     queries: int = 4,
     tolerance: float | None = None,
@@ -34,9 +33,7 @@ def verify(
         A Python file that defines influence (fitted or not), train and query (loaders), or a function setup() that
         returns the three; also file.py:function, module:function, or a job (job.toml).
     demo
-        Verify the digits demo instead.
-    method
-        Of the demo.
+        Verify `headwater demo digits` instead.
     rows
         Train rows for each query.
     queries
@@ -44,25 +41,17 @@ def verify(
     tolerance
         How far scores may be off, relative to the largest; by default what the dtype allows.
     seed
-        Of the sample, and of the demo.
+        Of the sample.
     quiet
         No progress bars.
     """
     if demo == (setup is not None):
         raise InvalidSetting("Give either a setup file or --demo." if demo else "Give a setup file, or --demo.")
-    from headwater.setup_file import Setup
+    from headwater.job import Job
 
-    if demo:
-        from headwater.demo import Settings
-        from headwater.demo.ready import ready
-
-        given = Setup(*ready(Settings(seed=checked_seed(seed), method=method, quiet=quiet)))
-    else:
-        from headwater.job import Job
-
-        given = Job.read(str(setup)).load()
-        if not given.influence.is_fitted:
-            given.influence.fit(given.train, progress=not quiet)
+    given = Job.read("headwater.demo.digits:setup" if demo else str(setup)).load()
+    if not given.influence.is_fitted:
+        given.influence.fit(given.train, progress=not quiet)
     found = given.influence.verify(
         given.train,
         given.query_loader,

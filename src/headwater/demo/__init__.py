@@ -1,7 +1,9 @@
-"""`headwater demo`: wrong labels, the mistakes they cause, and the way back from one to the other."""
+"""`headwater demo NAME`: three small jobs, of images, text and a table, and the pages that come of them.
 
-from headwater.demo.experiment import Findings, Settings, explore
-from headwater.demo.methods import METHODS
-from headwater.demo.story import report, tell
+Each is a job as a user's own would be: a function `setup` that gives influence, rows, queries, what these are, and how
+to train again. What the shell does with it, it does with any other.
+"""
 
-__all__ = ["METHODS", "Findings", "Settings", "explore", "report", "tell"]
+from headwater.demo.run import DEMOS, Demo, job_of, run
+
+__all__ = ["DEMOS", "Demo", "job_of", "run"]

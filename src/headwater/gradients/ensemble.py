@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from headwater.arrays import Array, namespace
+import numpy as np
+
+from headwater.arrays import Array, namespace, to_numpy
 from headwater.blocks import Layout
-from headwater.errors import BlockMismatch, InvalidSetting
+from headwater.errors import BlockMismatch, InvalidSetting, UnsupportedModel
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
 from headwater.gradients.together import Together
 from headwater.gradients.view import ProviderView
@@ -147,6 +149,19 @@ class EnsembleProvider(ProviderView):
         margins = [member.losses(batch) for member in self.members]
         xp = namespace(*margins)
         return _sum([(1.0 + xp.tanh(margin / 2)) / 2 for margin in margins]) / len(margins)
+
+    def predicted(self, batch: Batch) -> Batch:
+        """Errors: UnsupportedModel where the members predict different labels: a row has one."""
+        found = [member.predicted(batch) for member in self.members]
+        labels = [np.asarray(to_numpy(one.y)) for one in found]
+        differing = np.any([(other != labels[0]).reshape(len(batch), -1).any(axis=1) for other in labels], axis=0)
+        if differing.any():
+            raise UnsupportedModel(
+                f'explain="prediction": of these {len(batch)} query rows, the {len(found)} models predict different '
+                f"labels for {int(differing.sum())}, and a query has one. Give the labels that you ask about as y, "
+                'with explain="label": those of the last checkpoint, say, or of the mean of the models.'
+            )
+        return found[0]
 
     def parameters(self, block: str) -> Array:
         number, name = self._locate(block)

@@ -26,13 +26,25 @@ from headwater.arrays import (
     sigmoid,
     zeros_like,
 )
-from headwater.errors import InvalidSetting, UnsupportedLoss
+from headwater.errors import InvalidSetting, UnsupportedLoss, UnsupportedModel
 
 FEW = 16
 """As many classes or outputs are enumerated under fisher="auto"; beyond, labels are sampled."""
 
 MOST = 64
 """Outputs of a row up to which its GGN is kept as one gradient for each output."""
+
+UNKNOWN_LABEL = (
+    'explain="prediction": which label the outputs mean is not known ({}). Give likelihood="cross_entropy" or '
+    '"binary_cross_entropy" if they are logits of classes; or give the query rows the labels that you ask about as y, '
+    'with explain="label".'
+)
+NO_LABEL = (
+    'explain="prediction": this model predicts a number, and at the predicted number its loss has its minimum, a '
+    'gradient of zero, and scores of zero. To ask what moved the prediction give measurement="output", with '
+    'explain="label".'
+)
+"""Of regression."""
 
 Draw = Callable[[int, bool], Array]
 """(numbers per row, normal?) -> uniform or standard normal numbers [n, count], fixed by row, seed and draw."""
@@ -92,6 +104,13 @@ class Likelihood(ABC):
     def has_margin(self) -> bool | None:
         """Whether the loss is a cross entropy of logits, so that a row of one label has a margin; None if unknown."""
         return None
+
+    def predicted(self, output: Array, target: Any) -> Array:
+        """What the model predicts, in the form of `target`, which it takes the place of.
+
+        Errors: UnsupportedModel where a prediction is no label.
+        """
+        raise UnsupportedModel(UNKNOWN_LABEL.format(type(self).__name__))
 
     @property
     def said(self) -> str:
@@ -211,6 +230,15 @@ class CrossEntropy(Likelihood):
         hit = xp.astype(_is_class(labels, p), p.dtype)
         return xp.moveaxis(self._residual(p, hit) * root[..., None], -1, axis)
 
+    def predicted(self, output: Array, target: Any) -> Array:
+        """The likeliest class of each target; one that is ignored stays so. Masses go to it whole."""
+        axis, xp = _class_axis(output, target, self.class_axis), namespace(output)
+        labels = xp.argmax(output, axis=axis)
+        if tuple(target.shape) == tuple(output.shape):
+            hit = xp.moveaxis(_is_class(labels, xp.moveaxis(output, axis, -1)), -1, axis)
+            return xp.astype(hit, target.dtype) * xp.sum(target, axis=axis, keepdims=True)
+        return xp.where(target == self.ignore_index, target, xp.astype(labels, target.dtype))
+
 
 def _far(logits: Array) -> Array:
     """Logits [..., C] at which most of the mass is on what was the least likely class."""
@@ -315,6 +343,11 @@ class Bernoulli(Likelihood):
         residual = p - namespace(p).astype(u < p, p.dtype)
         return (residual if self.logits else residual / self._variance(p)) * root
 
+    def predicted(self, output: Array, target: Any) -> Array:
+        """1 where it is the likelier answer, else 0."""
+        xp = namespace(output)
+        return xp.astype(output > (0.0 if self.logits else 0.5), target.dtype).reshape(target.shape)
+
 
 def one_by_one(values: Array) -> list[Array]:
     """[n, K] as K arrays that hold one column each, and zero elsewhere; [n] as one."""
@@ -325,6 +358,10 @@ def one_by_one(values: Array) -> list[Array]:
 
 class SquaredError(Likelihood):
     """Gaussian targets of the output's shape; the variance follows from the loss's own scale."""
+
+    def predicted(self, output: Array, target: Any) -> Array:
+        """Errors: UnsupportedModel."""
+        raise UnsupportedModel(NO_LABEL)
 
     @property
     def has_margin(self) -> bool:
@@ -518,6 +555,14 @@ def likelihood_named(name: str) -> Likelihood:
     if name not in NAMES:
         raise InvalidSetting(f"likelihood is {name!r}; expected one of {list(NAMES)}, or a Likelihood.")
     return NAMES[name]()
+
+
+def predicted_labels(likelihood: Likelihood | None, output: Any, target: Any) -> Any:
+    """What the model predicts, as targets. Errors: UnsupportedModel where it is no label, or not known."""
+    if likelihood is None or not (is_array(output) and is_array(target)):
+        kinds = f"the output is {type(output).__name__}, the target {type(target).__name__}"
+        raise UnsupportedModel(UNKNOWN_LABEL.format("a loss of another function" if likelihood is None else kinds))
+    return likelihood.predicted(output, target)
 
 
 def fisher_cotangents(

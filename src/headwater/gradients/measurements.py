@@ -1,15 +1,18 @@
 """What can be explained in place of the loss: each row's own number, better when lower, as losses are.
 
-Outputs are logits [n, classes] with integer targets [n], or one logit a row, [n] or [n, 1], with targets 0 and 1.
+That is why all of them are negative: a train row that helps lowers minus the probability, and so raises the
+probability. Outputs are logits [n, classes] with integer targets [n], or one logit a row, [n] or [n, 1], with targets 0
+and 1. Only `negative_output` takes any output of one number a row, and asks for no target.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from headwater.arrays import Array, as_like, is_array, namespace, shape_of
-from headwater.errors import UnsupportedModel
+from headwater.errors import InvalidSetting, UnsupportedModel
 
 
 def negative_margin(output: object, target: object) -> Any:
@@ -30,6 +33,52 @@ def negative_logit(output: object, target: object) -> Any:
     if classes.shape[1] == 1:
         return -_signed(classes, labels)
     return -_chosen(classes, _hit(classes, labels))
+
+
+def negative_log_probability(output: object, target: object) -> Any:
+    """Minus log p, p the probability of the target: [n]. A cross entropy without class weights or smoothing."""
+    margin = negative_margin(output, target)
+    xp = namespace(margin)
+    # log p = log sigmoid(margin), without overflow.
+    return xp.logaddexp(xp.zeros_like(margin), margin)
+
+
+def negative_probability(output: object, target: object) -> Any:
+    """Minus p: [n]."""
+    return -namespace(output).exp(-negative_log_probability(output, target))
+
+
+def negative_output(output: Any, target: object) -> Any:
+    """Minus the output, of one number a row, whatever the target: [n]."""
+    shape = tuple(shape_of(output) or ())
+    if not is_array(output) or math.prod(shape[1:]) != 1:
+        raise UnsupportedModel(
+            f"measurement='output' is about one output a row, and the output is {shape}. For classes give 'logit', "
+            "'margin', 'log_probability' or 'probability'; or a function of (output, target) that chooses one."
+        )
+    return -output.reshape((-1,))
+
+
+NAMED: dict[str, Callable[[Any, Any], Any]] = {
+    "probability": negative_probability,
+    "log_probability": negative_log_probability,
+    "margin": negative_margin,
+    "logit": negative_logit,
+    "output": negative_output,
+}
+"""What `measurement=` takes by name: the number that is explained; a row that helps raises it."""
+
+
+def measurement_of(given: Any) -> Any:
+    """The function that a name stands for; anything else as it is. Errors: InvalidSetting for another name."""
+    if not isinstance(given, str):
+        return given
+    if given not in NAMED:
+        raise InvalidSetting(
+            f"measurement is {given!r}; expected one of {', '.join(map(repr, NAMED))}, or a function of (output, "
+            "target), better when lower."
+        )
+    return NAMED[given]
 
 
 def _hit(classes: Array, labels: Array) -> Array:

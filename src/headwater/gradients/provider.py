@@ -28,6 +28,8 @@ BlockGradients = OrderedDict[str, BlockGradient]
 Fisher = Literal["auto", "exact", "sampled", "empirical"]
 Kind = Literal["hessian", "ggn"]
 OutputFunction = Literal["margin", "logit"]
+EXPLAIN = ("label", "prediction")
+"""Whose label a query gets: its own, or what the model predicts (`StructuredGradientProvider.predicted`)."""
 
 
 class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
@@ -85,6 +87,16 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
         Errors: UnsupportedModel where a provider does not give them.
         """
         raise UnsupportedModel(f"{type(self).__name__} does not give its rows' losses.")
+
+    def predicted(self, batch: BatchType) -> BatchType:
+        """The same rows, each with what the model predicts as its label: `explain="prediction"`.
+
+        Errors: UnsupportedModel where a prediction is no label, or no label of this model is known.
+        """
+        raise UnsupportedModel(
+            f'explain="prediction": {type(self).__name__} does not say what its model predicts. Give the query rows '
+            'the labels that you ask about as y, with explain="label".'
+        )
 
     def self_grads(self, batch: BatchType) -> BlockGradients:
         """Gradients of train rows whose length, in any metric, is the score of a row on itself."""

@@ -75,6 +75,9 @@ class ProviderView(StructuredGradientProvider[Any, Any]):
     def one_minus_p(self, batch: Batch) -> Array:
         return self.plain.one_minus_p(batch)
 
+    def predicted(self, batch: Batch) -> Batch:
+        return self.plain.predicted(batch)
+
     # Other providers ----------------------------------------------------------------------------------------------
 
     def of_output(self, function: OutputFunction) -> StructuredGradientProvider:

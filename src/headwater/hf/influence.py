@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from headwater.arrays import is_frame
 from headwater.blocks import Structure
 from headwater.errors import InvalidSetting
 from headwater.hf.losses import PerToken
 from headwater.hf.provider import HfGradientProvider
-from headwater.hf.rows import MASK, Collator, Rows, put_back
-from headwater.loaders.batches import Unpack
+from headwater.hf.rows import MASK, Collator, Rows, TableRows, are_texts, put_back
+from headwater.loaders.batches import Unpack, Unpacked, check_loader
+from headwater.loaders.forms import Form, is_pair, pair
 from headwater.methods.base import Method
 from headwater.methods.damping import Damping
 from headwater.torch.influence import Checkpoint, TorchComposableInfluence
 from headwater.torch.likelihoods import Likelihood
 from headwater.torch.losses import Loss
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled(Iterable[Any]):
+    """A data frame, and which of its columns has the labels."""
+
+    frame: Any
+    target: str
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(TableRows(self.frame))
 
 
 class HfComposableInfluence(TorchComposableInfluence):
@@ -29,9 +43,12 @@ class HfComposableInfluence(TorchComposableInfluence):
     adapters alone of a model with PEFT adapters. `coverage` says how many are frozen.
 
     Where a loader is asked for, these will do: dicts of columns, batch by batch; a `datasets.Dataset`; a list of dicts,
-    one for each row; with a tokenizer, a list of strings. tokenizer: makes tokens of strings. collator: makes batches
-    of rows, such as a DataCollatorWithPadding; without one, rows are padded on the right. batch_size: rows in such a
-    batch; no number depends on it. unpack: makes (x, y[, ids, weights]), or a dict of columns, of what a loader gives.
+    one for each row; a data frame, also (frame, "column") and (frame, labels); arrays of all rows, (x, labels); with a
+    tokenizer, a list of strings, or (strings, labels). tokenizer: makes tokens of strings. collator: makes batches of
+    rows, such as a DataCollatorWithPadding; without one, rows are padded on the right. batch_size: rows in such a
+    batch; no number depends on it. target, ids: which columns are the labels (if not "labels" or "label") and the
+    ids of the rows; a data frame's index names its rows otherwise. unpack: makes (x, y[, ids, weights]) of what a
+    loader gives.
     """
 
     def __init__(
@@ -43,13 +60,15 @@ class HfComposableInfluence(TorchComposableInfluence):
         per_token: PerToken = "mean",
         blocks: Structure = "layer",
         damping: Damping | Mapping[str, Damping] | None = None,
-        measurement: Loss | None = None,
+        measurement: Loss | str | None = None,
         likelihood: Likelihood | str | None = None,
         checkpoints: Sequence[Checkpoint] | None = None,
         tokenizer: Any = None,
         collator: Collator | None = None,
         batch_size: int = 8,
         unpack: Unpack | None = None,
+        target: str | None = None,
+        ids: str | None = None,
     ):
         def provide(model: nn.Module) -> HfGradientProvider:
             return HfGradientProvider(
@@ -61,9 +80,7 @@ class HfComposableInfluence(TorchComposableInfluence):
                 likelihood=likelihood,
             )
 
-        if batch_size < 1:
-            raise InvalidSetting(f"batch_size is {batch_size}; expected at least 1.")
-        self._assemble(provide, model, method, damping, checkpoints, unpack)
+        self._assemble(provide, model, method, damping, checkpoints, unpack, Form(batch_size, target, ids))
         self._rows = Rows(
             tokenizer,
             collator,
@@ -71,6 +88,8 @@ class HfComposableInfluence(TorchComposableInfluence):
             self._hf_provider.takes,
             self._hf_provider.task.padding,
             bool(self._hf_provider.task.ahead),
+            target,
+            ids,
         )
 
     @property
@@ -82,8 +101,25 @@ class HfComposableInfluence(TorchComposableInfluence):
     def model(self) -> nn.Module:
         return self._hf_provider.pretrained
 
+    def as_batches(self, held: Any, role: str) -> Iterable[object]:
+        """(x, y) of all rows as batches; texts, frames and data sets are rows, which `as_loader` makes batches of."""
+        if isinstance(held, tuple) and len(held) == 2 and (are_texts(held[0]) or is_frame(held[0])):
+            x, y = held
+            # The name of a column says the labels; a frame with labels beside it has them in a column of their own.
+            return Labelled(x, y) if isinstance(y, str) else TableRows(x, y)
+        if is_pair(held):
+            x, y = held
+            return pair(x, y, self._form.size, self.as_own)
+        if self._unpack is not None and not is_frame(held):
+            check_loader(held, role)
+            return Unpacked(held, self._unpack, self._form.ids)
+        found: Iterable[object] = held
+        return found
+
     def as_loader(self, loader: Iterable[object]) -> Iterable[object]:
         """Rows or batches of any kind that the class takes, as batches."""
+        if isinstance(loader, Labelled):
+            return replace(self._rows, target=loader.target).batches(loader.frame, self._hf_provider)
         return self._rows.batches(loader, self._hf_provider)
 
     def token_scores(self, x_test: object, y_test: object, x: object = None, y: object = None) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from headwater.arrays import Array
-from headwater.errors import InvalidSetting
+from headwater.errors import InvalidSetting, UnsupportedModel
 from headwater.gradients.likelihoods import CrossEntropy, Draw, Likelihood, OutputLoss
 
 IGNORED = -100
@@ -74,6 +74,14 @@ class NextToken(Likelihood):
 
     def sampled(self, loss: OutputLoss, output: Array, target: Any, draw: Draw) -> Array:
         return self.beside.sampled(_Behind(loss), output, _moved(target, -1), draw)
+
+    def predicted(self, output: Array, target: Any) -> Array:
+        """Errors: UnsupportedModel: a continuation is several tokens, each after those before it."""
+        raise UnsupportedModel(
+            'explain="prediction": what a causal language model says is a text, and the likeliest token after each of '
+            "the row's own tokens is none. Let it generate, and give prompt and answer as the query's row, with labels "
+            f'{IGNORED} at the prompt and explain="label": that is "why did it say this?".'
+        )
 
 
 class _Behind(OutputLoss[torch.Tensor]):

@@ -50,9 +50,9 @@ class HfGradientProvider(TorchGradientProvider):
     - sequence-classification: cross entropy, the mean binary cross entropy over the labels, or the mean squared error,
       as `config.problem_type` says (by default cross entropy, or squared error for a single output).
 
-    task: found from the class's name if not given. measurement: a function of (logits, labels) in place of the loss for
-    query rows. Numbers do not depend on how rows are padded: padding is moved behind the tokens, left out where a
-    batch has more of it than need be, and counts nowhere.
+    task: found from the class's name if not given. measurement: a function of (logits, labels), or the name of one in
+    `gradients.measurements`, in place of the loss for query rows. Numbers do not depend on how rows are padded: padding
+    is moved behind the tokens, left out where a batch has more of it than need be, and counts nowhere.
     Errors: InvalidInput for a model that is not loaded, rows whose padding is not masked, and labels that do not fit.
     """
 
@@ -64,7 +64,7 @@ class HfGradientProvider(TorchGradientProvider):
         per_token: PerToken = "mean",
         blocks: Structure = "full",
         loss: Loss | None = None,
-        measurement: Loss | None = None,
+        measurement: Loss | str | None = None,
         likelihood: Likelihood | str | None = None,
         plain: bool = False,
     ):

@@ -15,9 +15,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
-from headwater.arrays import is_frame
+from headwater.arrays import is_array, is_frame, to_numpy
 from headwater.errors import InvalidInput
 from headwater.hf.losses import IGNORED
+from headwater.loaders.batches import Columns as Given
+from headwater.loaders.forms import cut, named
+from headwater.loaders.frames import as_ids, ids_of
 
 Columns = dict[str, torch.Tensor]
 Collator = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
@@ -135,6 +138,14 @@ class Rows:
     padding: int | None = None
     reads_itself: bool = False
     """Whether a row without labels is labelled by its own tokens, as a language model's is."""
+    target: str | None = None
+    """The column of labels; None for one of `LABELS`."""
+    ids: str | None = None
+    """The column of the rows' ids, which does not reach the model; None for positions, or a data frame's index."""
+
+    @property
+    def _added(self) -> list[str]:
+        return [name for name in (self.target, self.ids) if name is not None]
 
     def batches(self, source: Any, provider: Any) -> Iterable[object]:
         """Rows or batches of any kind as the provider's batches, to be read again and again.
@@ -147,8 +158,10 @@ class Rows:
             said = f"the splits {list(source)}: choose one" if _has_columns(source) else "one batch: pass [it]"
             raise InvalidInput(f"A loader gives batches or rows; {type(source).__name__} is {said}.")
         if is_frame(source):
-            said = "pass frame.to_dict('records')"
-            raise InvalidInput(f"A loader gives batches or rows; a {type(source).__name__} gives names: {said}.")
+            source = TableRows(source)
+        if isinstance(source, TableRows):
+            names = ids_of(source.x, source.y, 0) if self.ids is None else None
+            return _Batches(source, self, provider, single=True, names=names)
         if isinstance(source, Iterator) or not isinstance(source, (Iterable, Dataset)):
             return source
         return _Batches(source, self, provider, single=_has_columns(source) or _gives_rows(source))
@@ -158,8 +171,19 @@ class Rows:
         tokens = self._completed([self._tokens(row) for row in rows])
         return self.collator(tokens) if self.collator is not None else self._padded(tokens)
 
+    def ids_of(self, row: Any) -> Any:
+        """What a row, or a batch of them, is called. Errors: InvalidInput for columns that it has not."""
+        names = [] if isinstance(row, str) else list(row)
+        missing = [name for name in self._added if name not in names]
+        if missing:
+            said = "ids=" if missing[0] == self.ids else "target="
+            raise InvalidInput(f"There is no column {missing[0]!r}, which {said} names; the columns are {names}.")
+        return None if self.ids is None else row[self.ids]
+
     def _tokens(self, row: Any) -> dict[str, Any]:
         row = {"text": row} if isinstance(row, str) else row
+        if self.target is not None:
+            row = {**row, LABELS[0]: row[self.target]}
         if IDS not in row and "inputs_embeds" not in row and isinstance(row.get("text"), str):
             if self.tokenizer is None:
                 raise InvalidInput("Rows are strings; give tokenizer=, which makes tokens of them.")
@@ -225,22 +249,78 @@ class _Batches:
     rows: Rows
     provider: Any
     single: bool
+    names: Any = None
+    """Ids of all rows, that are not in a column; None where there are none."""
 
     def __iter__(self) -> Iterator[Any]:
-        for item in self._collated() if self.single else self.source:
-            yield self._as_batch(item) if isinstance(item, Mapping) else item
+        if self.single:
+            yield from self._collated()
+            return
+        for item in self.source:
+            yield self._of_columns(item) if isinstance(item, Mapping) else item
 
-    def _collated(self) -> Iterator[Mapping[str, Any]]:
-        items = iter(self.source)
+    def _collated(self) -> Iterator[Any]:
+        items, start = iter(self.source), 0
         # In order, and the last one smaller: every pass has the same batches.
         while taken := list(islice(items, self.rows.size)):
-            yield self.rows.collate(taken)
+            ids = [self.rows.ids_of(row) for row in taken]  # asks for the columns of each row, too
+            if self.names is not None:
+                ids = self.names[start : start + len(taken)]
+            start += len(taken)
+            yield self._as_batch(self.rows.collate(taken), None if ids[0] is None else as_ids(ids, "ids"))
 
-    def _as_batch(self, columns: Mapping[str, object]) -> Any:
+    def _of_columns(self, batch: Mapping[str, Any]) -> Any:
+        """A batch that is a dict of columns."""
+        ids = self.rows.ids_of(batch)
+        left = {name: column for name, column in batch.items() if name not in (self.rows.target, self.rows.ids)}
+        if self.rows.target is not None:
+            left[LABELS[0]] = batch[self.rows.target]
+        return self._as_batch(left, None if ids is None else named(ids))
+
+    def _as_batch(self, columns: Mapping[str, object], ids: Any) -> Any:
         """A dict of columns, labels among them."""
         x = dict(columns)
         given = [x.pop(name) for name in LABELS if name in x]
-        return self.provider.as_batch(x, given[0] if given else None)
+        y = given[0] if given else None
+        return self.provider.as_batch(x, y) if ids is None else Given(x, y, ids)
+
+
+@dataclass(frozen=True, eq=False)
+class TableRows(Iterable[Any]):
+    """The rows of a data frame, or texts; and, where there are, their labels beside them."""
+
+    x: Any
+    y: Any = None
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for start in range(0, len(self.x), AT_ONCE):
+            rows = slice(start, start + AT_ONCE)
+            found = _records(cut(self.x, rows))
+            if self.y is None:
+                yield from found
+                continue
+            some = cut(self.y, rows)
+            for row, label in zip(found, to_numpy(some) if is_array(some) else some, strict=True):
+                yield {**row, LABELS[0]: label}
+
+
+AT_ONCE = 1024
+"""Rows of a data frame that are made dicts of together."""
+
+
+def _records(x: Any) -> list[dict[str, Any]]:
+    if is_frame(x) and x.ndim == 2:
+        found: list[dict[str, Any]] = x.to_dict("records")
+        return found
+    return [{"text": text} for text in x]
+
+
+def are_texts(held: Any) -> bool:
+    """Whether it is a list, an array or a column of strings."""
+    if isinstance(held, list) or is_array(held) or is_frame(held):
+        first = held.iloc[0] if is_frame(held) and len(held) else held[0] if len(held) else None
+        return isinstance(first, str)
+    return False
 
 
 def _gives_rows(source: Iterable[object] | Dataset[Any]) -> bool:

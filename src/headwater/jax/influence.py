@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from headwater.arrays import is_array, is_jax, to_numpy
 from headwater.attributor import Attributor
 from headwater.blocks import Structure
 from headwater.errors import InvalidInput, InvalidSetting
@@ -17,6 +18,7 @@ from headwater.gradients.provider import StructuredGradientProvider
 from headwater.jax.losses import Loss
 from headwater.jax.provider import Apply, JaxGradientProvider
 from headwater.loaders.batches import Unpack
+from headwater.loaders.forms import Form, map_structure
 from headwater.methods.base import Method
 from headwater.methods.damping import Damping
 
@@ -34,6 +36,8 @@ class JaxComposableInfluence(Attributor[jax.Array]):
     "0/<block>", "1/<block>", ... `params` gives the architecture only: it is no further checkpoint.
 
     unpack: makes (x, y[, ids, weights]) of a loader's items, where they have another form.
+    target, ids: which columns are the targets and the rows' ids, in data frames and dicts. batch_size: rows in a batch
+    that is cut of (x, y), a data frame or a Dataset; no number depends on it. See `headwater.loaders.forms`.
     """
 
     def __init__(
@@ -45,11 +49,14 @@ class JaxComposableInfluence(Attributor[jax.Array]):
         *,
         blocks: Structure = "layer",
         damping: Damping | Mapping[str, Damping] | None = None,
-        measurement: Loss | None = None,
+        measurement: Loss | str | None = None,
         likelihood: Likelihood | str | None = None,
         checkpoints: Sequence[Any] | None = None,
         example: Any = None,
         unpack: Unpack | None = None,
+        target: str | Sequence[str] | None = None,
+        ids: str | None = None,
+        batch_size: int = 256,
     ):
         self._jax_provider = JaxGradientProvider(
             apply, params, loss, blocks=blocks, measurement=measurement, likelihood=likelihood, example=example
@@ -57,7 +64,17 @@ class JaxComposableInfluence(Attributor[jax.Array]):
         provider: StructuredGradientProvider = self._jax_provider
         if checkpoints is not None:
             provider = EnsembleProvider(_load_all(self._jax_provider, checkpoints))
-        super().__init__(provider, method, damping=damping, unpack=unpack)
+        super().__init__(provider, method, damping=damping, unpack=unpack, form=Form(batch_size, target, ids))
+
+    def as_own(self, name: str, array: Any) -> Any:
+        """Tensors of other frameworks as NumPy arrays; fractions of NumPy in the parameters' dtype."""
+        return map_structure(self._array, array)
+
+    def _array(self, array: Any) -> Any:
+        if not is_array(array) or is_jax(array):
+            return array
+        found = to_numpy(array)
+        return found.astype(self._jax_provider.dtype) if found.dtype.kind == "f" else found
 
     @property
     def params(self) -> Any:

@@ -55,6 +55,14 @@ def squared_error(output: jax.Array, target: jax.Array) -> jax.Array:
     return jnp.mean((output - target) ** 2)
 
 
+LOSSES: dict[str, Callable[[], Loss]] = {
+    "cross_entropy": lambda: cross_entropy,
+    "binary_cross_entropy": lambda: binary_cross_entropy,
+    "mse": lambda: squared_error,
+}
+"""Losses that a word names."""
+
+
 def _same_shape(output: jax.Array, target: jax.Array) -> None:
     """Errors: InvalidInput: one would be spread over the other, and rows would meet."""
     if output.shape != target.shape:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Self
 
@@ -12,15 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from headwater.arrays import rows_within_memory
+from headwater.arrays import is_array, rows_within_memory
 from headwater.blocks import Layout, Structure
 from headwater.errors import BlockMismatch, InvalidInput, InvalidSetting, ShapeMismatch
 from headwater.gradients.algebra import Gradient
 from headwater.gradients.block import rows_in_blocks
 from headwater.gradients.coverage import Coverage
 from headwater.gradients.identity import identity_of, name_of
-from headwater.gradients.likelihoods import Likelihood, fisher_cotangents, ggn_cotangents
-from headwater.gradients.measurements import negative_logit, negative_margin
+from headwater.gradients.likelihoods import Likelihood, fisher_cotangents, ggn_cotangents, predicted_labels
+from headwater.gradients.measurements import measurement_of, negative_logit, negative_margin
 from headwater.gradients.outer import with_inputs
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
 from headwater.gradients.rowwise import differing
@@ -38,6 +39,7 @@ from headwater.jax.derivatives import Model
 from headwater.jax.losses import JaxOutputLoss, Loss, check_finite, explain_failure, find_likelihood, normalisation
 from headwater.jax.plan import Place, make_plan
 from headwater.jax.tree import Leaves, checksums, take_tree, wide
+from headwater.loaders.frames import in_numbers
 from headwater.random import row_keys, row_numbers
 from headwater.types import Batch
 
@@ -48,9 +50,10 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
     """Per-sample gradients of a function of parameters and rows.
 
     The loss of a row is `loss(apply(params, row), target)` on a batch of that row alone, summed if it is not reduced;
-    `measurement`, a function of the same kind, takes its place for query rows. Parameters that are weights of products,
-    convolutions and tables keep that structure; all others get plain per-sample gradients. On the first rows that it
-    sees, the provider compares the two, and refuses rows that act on each other.
+    `measurement`, a function of the same kind, or the name of one in `gradients.measurements` ("probability", "margin",
+    "output", ...), takes its place for query rows. Parameters that are weights of products, convolutions and tables
+    keep that structure; all others get plain per-sample gradients. On the first rows that it sees, the provider
+    compares the two, and refuses rows that act on each other.
 
     apply: a pure function (params, x) -> output, traceable by JAX, rows along the first axis of x and of the output.
     params: a pytree of arrays; its floating-point leaves are attributed, and named by their paths
@@ -69,11 +72,12 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         loss: Loss,
         *,
         blocks: Structure = "full",
-        measurement: Loss | None = None,
+        measurement: Loss | str | None = None,
         likelihood: Likelihood | str | None = None,
         example: Any = None,
         plain: bool = False,
     ):
+        measurement = measurement_of(measurement)
         for name, function in (("apply", apply), ("loss", loss), ("measurement", measurement or loss)):
             if not callable(function):
                 raise InvalidSetting(f"{name} is {function!r:.60}; expected a function.")
@@ -174,7 +178,8 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
     # Batches ------------------------------------------------------------------------------------------------------
 
     def as_batch(self, x: object, y: object) -> JaxBatch:
-        return self._ready(JaxBatch(x, y))
+        own = partial(np.asarray, dtype=self._like.dtype)
+        return self._ready(JaxBatch(in_numbers("x", x, own), in_numbers("y", y, own)))
 
     def _ready(self, batch: Any) -> JaxBatch:
         own = isinstance(batch, JaxBatch)
@@ -245,6 +250,12 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         model = self._measured if query else self._model
         batch = self._prepare(batch, model)
         return _cut(derivatives.losses(model, self._leaves, *batch.padded()), batch)
+
+    def predicted(self, batch: JaxBatch) -> JaxBatch:
+        batch = self._prepare(batch, self._measured)
+        output = _cut(derivatives.outputs(self._model, self._leaves, batch.padded()[0]), batch)
+        target = jnp.asarray(batch.y) if is_array(batch.y) else batch.y  # of NumPy's, too
+        return replace(batch, y=predicted_labels(self.likelihood, output, target))
 
     def of_output(self, function: OutputFunction) -> Self:
         chosen = {"margin": negative_margin, "logit": negative_logit}[function]

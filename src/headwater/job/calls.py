@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from headwater.evaluate.calibration import Calibration
 from headwater.evaluate.lds import Lds, lds
 from headwater.evaluate.left_out import LeftOut, left_out, plan_left_out
 from headwater.job.settings import CALIBRATED, Job
+from headwater.report.retrained import left_out_section
 from headwater.settings import bytes_of
 from headwater.setup_file import Setup
 from headwater.store.draft import write_whole
@@ -151,6 +152,46 @@ class Call:
             found |= {"said": str(judged)}
         return judged
 
+    def report(self, file: Path | None = None) -> Path:
+        """One HTML page of the scores, what they are of, and what is known of them. Nothing is trained again for it.
+
+        file: in place of the job's. Errors: NotWritten.
+        """
+        setup = self._loaded_with_queries()
+        settings = self.job.report
+        place = self.job.folder / settings.file if file is None else file
+        with self._working(), self._recorded("report") as found:
+            influence = self._damped(setup, self._fitted(setup))
+            scores = self._scores(setup, influence)
+            judged = self._judged_before(setup, scores)
+            written = influence.report(
+                setup.train,
+                setup.query_loader,
+                place,
+                rows=setup.rows,
+                queries=setup.queries,
+                k=settings.k,
+                title=settings.title,
+                lead=settings.lead,
+                predictions=setup.predictions,
+                scores=scores,
+                checks=[] if judged is None else [judged.lds],
+                sections=[] if judged is None or judged.left_out is None else [left_out_section(judged.left_out)],
+                made={"command": self.command or None, "job": self.job.name or None},
+                progress=self.progress,
+            )
+            found |= {"file": str(written)}
+        return written
+
+    def _judged_before(self, setup: Setup, scores: Scores) -> Evaluation | None:
+        """What `evaluate` found of these scores, if it was asked for: no model is trained now."""
+        known = read_record(self.job.store)
+        if setup.retrain is None or known is None or not known.verbs.get("evaluate", {}).get("finished"):
+            return None
+        with suppress(Untrained):
+            return self._judged(replace(setup, retrain=_untrained), scores)
+        return None
+
     def _judged(self, setup: Setup, scores: Scores) -> Evaluation:
         settings, matrix = self.job.retrain, scores[:]  # in the order of the loaders, as banks are
         queries, rows = matrix.shape
@@ -262,6 +303,14 @@ class Call:
             write_record(store, mine.with_call(verb, **facts, finished=None))
         yield found
         write_record(store, mine.with_call(verb, **facts, finished=now(), **found))
+
+
+class Untrained(Exception):
+    """A model that would have to be trained."""
+
+
+def _untrained(rows: Any, seed: int) -> Any:
+    raise Untrained
 
 
 def delete_rows(folder: Path, names: Sequence[str], compact: bool, command: str = "") -> int:

@@ -93,7 +93,9 @@ class ReportSettings:
     file: str = "report.html"
     """The page, relative to the job file."""
     title: str | None = None
-    """None for the job's name."""
+    """None for one that fits any job."""
+    lead: str = ""
+    """What stands below it."""
     k: int = 5
     """Rows at each end of a query's ranking."""
 
@@ -155,6 +157,8 @@ class Job:
     retrain: RetrainSettings = field(default_factory=RetrainSettings)
     name: str = ""
     """What was read: the job file, or the setup."""
+    given: Callable[[], Setup] | None = None
+    """In place of running `setup`, which is then what it is called."""
 
     @classmethod
     def read(cls, target: str, store: Path | None = None, memory: str | None = None) -> Job:
@@ -184,7 +188,7 @@ class Job:
 
     def load(self) -> Setup:
         """Run the user's code. Errors: as `load_setup`."""
-        return load_setup(self.setup, self.folder)
+        return load_setup(self.setup, self.folder) if self.given is None else self.given()
 
 
 # The file -------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 from headwater.arrays import Numbered, described, is_array, is_frame
 from headwater.errors import BatchMismatch, InvalidInput
 from headwater.gradients.provider import StructuredGradientProvider
+from headwater.loaders.frames import as_ids, ids_of
 from headwater.types import Batch
 
 Unpack = Callable[[Any], Any]
@@ -27,19 +28,24 @@ class Columns:
 
 
 class Unpacked(Iterable[Any]):
-    """A loader whose items are made (x, y[, ids, weights]) by a function of the user's, each time that it is read."""
+    """A loader whose items are made (x, y[, ids, weights]) by a function of the user's, each time that it is read.
 
-    def __init__(self, source: Iterable[object], unpack: Unpack):
-        self.source, self.unpack = source, unpack
+    ids: what the ids are called in items that are dicts, for a function that gives x and y alone.
+    """
+
+    def __init__(self, source: Iterable[Any], unpack: Unpack, ids: Any = None):
+        self.source, self.unpack, self.ids = source, unpack, ids
 
     def __iter__(self) -> Iterator[Any]:
         for number, item in enumerate(self.source):
             try:
                 found = self.unpack(item)
+                if self.ids is not None and isinstance(found, (tuple, list)) and len(found) == 2:
+                    found = (*found, as_ids(item[self.ids], "ids"))
             except Exception as error:
                 said = f"unpack= failed on batch {number} of the loader, {described(item)}"
                 raise InvalidInput(f"{said}: {type(error).__name__}: {error}") from error
-            if isinstance(found, Batch):
+            if isinstance(found, (Batch, Columns)):
                 yield found
             elif isinstance(found, (tuple, list)) and 2 <= len(found) <= 4:
                 yield Columns(*found)
@@ -64,31 +70,47 @@ def check_loader(loader: Any, role: str) -> None:
     elif isinstance(loader, Mapping):
         said = f"is one dict of {', '.join(map(repr, list(loader)[:5]))}: pass [(x, y)], with x the dict of inputs"
     elif is_frame(loader):
-        said = f"is a {type(loader).__name__}: iterating over it gives its columns' names. Pass [(x, y)]"
+        said = (
+            f"is a {type(loader).__name__}, and nothing says which column is the target: pass (frame, 'column'), "
+            "(frame, column), or target='column' to the influence"
+        )
     elif is_array(loader):
-        said = f"is one array of shape {tuple(loader.shape)}: pass inputs and targets, [(x, y)]"
+        said = f"is one array of shape {tuple(loader.shape)}: pass inputs and targets, (x, y)"
     elif isinstance(loader, (list, tuple)) and not loader:
         raise BatchMismatch(f"The {role} loader is an empty {type(loader).__name__}: it has no rows.")
     elif isinstance(loader, tuple) and any(is_array(part) for part in loader):
-        said = "is one batch: pass [(x, y)]"
+        said = f"is {described(loader)}, some of them arrays: pass inputs and targets of all rows, (x, y)"
     elif not isinstance(loader, Iterable) and not isinstance(loader, Numbered):
         said = f"is {described(loader)}"
     if said is not None:
-        raise InvalidInput(f"The {role} loader {said}. A loader is a list of batches, [(x, y), ...], or a DataLoader.")
+        raise InvalidInput(
+            f"The {role} loader {said}. A loader is a list of batches, [(x, y), ...], or a DataLoader; (x, y) is all "
+            "rows at once, and a Dataset gives them one by one."
+        )
 
 
-def as_batch(provider: StructuredGradientProvider, item: object) -> Batch | None:
+def check_one(others: tuple[object, ...]) -> None:
+    """Errors: InvalidInput for inputs and targets that were given to `fit` side by side."""
+    if others:
+        raise InvalidInput("fit takes one thing, the train rows: pass inputs and targets as a pair, fit((x, y)).")
+
+
+def as_batch(provider: StructuredGradientProvider, item: object, start: int = 0) -> Batch | None:
     """One item of a loader: a Batch, (x, y), or what `unpack` made of it. None if it has no rows.
 
+    start: position, in the loader, of its first row. The index of a data frame names the rows, if nothing else does.
     Errors: InvalidInput for what is no batch.
     """
+    if isinstance(item, (tuple, list)) and len(item) == 2:
+        item = Columns(*item)
     if isinstance(item, Columns) or type(item) is Batch:
         batch = paired(provider, item.x, item.y)
-        return None if batch is None else _with_columns(provider, batch, item.weights, item.ids)
+        if batch is None:
+            return None
+        ids = ids_of(item.x, item.y, start) if item.ids is None else item.ids
+        return _with_columns(provider, batch, item.weights, ids)
     if isinstance(item, Batch):
         return item if len(item) else None
-    if isinstance(item, (tuple, list)) and len(item) == 2:
-        return paired(provider, *item)
     if is_array(item):
         raise InvalidInput(
             f"A loader gives (x, y) or a Batch, not {described(item)}. Are these inputs and targets of one batch, "

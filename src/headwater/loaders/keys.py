@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -211,18 +211,37 @@ class LoadersSeen:
     """What each loader gave, for as long as somebody holds the loader."""
 
     def __init__(self) -> None:
-        self._seen: list[tuple[weakref.ref[Any], RowMemory]] = []
+        self._seen: list[tuple[list[Callable[[], Any]], RowMemory]] = []
 
     def memory(self, loader: object) -> RowMemory:
-        """Of this very object. Lists and other built-in collections have a new one each time: they do not shuffle."""
+        """Of this very object, or of a tuple of these very objects, such as (x, y).
+
+        Lists and other built-in collections have a new one each time: they do not shuffle.
+        """
         # Identity of an object is good as long as it lives: its address may be another loader's afterwards.
-        self._seen = [(there, memory) for there, memory in self._seen if there() is not None]
+        self._seen = [(there, memory) for there, memory in self._seen if all(part() is not None for part in there)]
+        parts = _parts(loader)
         for there, memory in self._seen:
-            if there() is loader:
+            if len(there) == len(parts) and all(map(_is_known, there, parts)):
                 return memory
         return self.keep(loader, RowMemory())
 
     def keep(self, loader: object, memory: RowMemory) -> RowMemory:
+        parts = _parts(loader)
         with suppress(TypeError):  # built-in collections cannot be referred to weakly
-            self._seen.append((weakref.ref(loader), memory))
+            self._seen.append(([_reference(part) for part in parts], memory))
         return memory
+
+
+def _parts(loader: object) -> tuple[Any, ...]:
+    return loader if type(loader) is tuple else (loader,)
+
+
+def _reference(part: object) -> Callable[[], Any]:
+    """To an object, for as long as it lives; to a word, such as a column's name, which is what it says."""
+    return (lambda: part) if isinstance(part, str) else weakref.ref(part)
+
+
+def _is_known(there: Callable[[], Any], part: object) -> bool:
+    known = there()
+    return known is part or (isinstance(part, str) and isinstance(known, str) and known == part)

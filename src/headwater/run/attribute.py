@@ -79,13 +79,14 @@ def attribute(
     progress: bool,
     storage: Storage | None = None,
     mode: InfluenceMode | str = InfluenceMode.Up,
+    explain: str = "label",
 ) -> Scores:
     """See `Attributor.attribute`."""
     mode, storage = InfluenceMode(mode), storage or Storage()
     if mode is InfluenceMode.Perturbation and isinstance(train_loader, Rows) and train_loader.is_kept:
         raise InvalidSetting("mode='perturbation' is about train rows' inputs, which are not kept: give their loader.")
     influence.ready()
-    run = PairRun(influence, Asked.of(influence, query_loader), unit, by_block, mode, storage, progress)
+    run = PairRun(influence, Asked.of(influence, query_loader, explain), unit, by_block, mode, storage, progress)
     return run.stored(train_loader) if storage.store is not None else run.in_memory(train_loader)
 
 
@@ -99,11 +100,12 @@ def top(
     progress: bool,
     storage: Storage | None = None,
     ranking: Ranking | None = None,
+    explain: str = "label",
 ) -> TopK:
     """See `Attributor.top`."""
     storage, ranking = storage or Storage(), ranking or Ranking(k)
     influence.ready()
-    asked = Asked.of(influence, query_loader)
+    asked = Asked.of(influence, query_loader, explain)
     if storage.store is not None:  # of scores in a folder each query has its own
         stored = PairRun(influence, asked, unit, False, InfluenceMode.Up, storage, progress).stored(train_loader)
         return ranking.of_scores(stored)
@@ -238,7 +240,7 @@ class PairRun:
             "n_train": self.influence.n_train,
             "method": self.influence.method.describe(),
             "damping": self.influence.absolute_damping,
-            "explained": self.influence.explained,
+            "explained": self.asked.explained(self.influence),
             "coverage": self.influence.provider.coverage_fraction,
             "calibration": self.influence.calibration,
             "mode": str(self.mode.value),
@@ -276,7 +278,7 @@ class PairRun:
         """The run's folder. Errors: as `TileStore`."""
         assert self.storage.store is not None
         identity = run_identity(self.influence, self.asked) | {
-            "explained": self.influence.explained,
+            "explained": self.asked.explained(self.influence),
             "unit": self.unit,
             "by_block": self.by_block,
             "mode": str(self.mode.value),

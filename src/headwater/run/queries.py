@@ -10,16 +10,27 @@ from typing import Any
 import numpy as np
 
 from headwater.arrays import Array, namespace, to_numpy
+from headwater.errors import InvalidSetting
+from headwater.gradients.provider import EXPLAIN
 from headwater.influence import ComposableInfluence
+from headwater.loaders.keys import RowKeys
 from headwater.mapper import Queries, Sides, stack_queries
 from headwater.operators.iterative import unrecorded_solves
 from headwater.rows import Each, PlacedBatch, sweep_kept, within_tiles
 from headwater.run.rows import check_scores, distinct, sweep_rows
 from headwater.run.tiles import Scorer
+from headwater.settings import check_word
 from headwater.types import Batch, InfluenceMode
 
 PROBE_QUERIES = 64
 """Of the queries whose scores a stored run is known by."""
+
+
+def _refuse_kept(explain: str) -> None:
+    if explain != "label":
+        raise InvalidSetting(
+            f"explain={explain!r}: kept factors are of the labels that their rows had. Give the query rows' loader."
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,23 +47,37 @@ class Asked:
     """Where they are asked as one: what their sum is multiplied by."""
     ready: Queries | None = None
     """Their factors, where these were computed before; there are no pieces then."""
+    explain: str = "label"
+    """Whose label the query rows have: their own, or the model's "prediction"."""
 
     @classmethod
-    def of(cls, influence: ComposableInfluence, loader: Iterable[object]) -> Asked:
-        """One pass. Errors: BatchMismatch for ids that come twice."""
+    def of(cls, influence: ComposableInfluence, loader: Iterable[object], explain: str = "label") -> Asked:
+        """One pass. Errors: BatchMismatch for ids that come twice; UnsupportedModel for predictions without label."""
+        check_word("explain", explain, EXPLAIN)
         if isinstance(loader, ReadyQueries):
+            _refuse_kept(explain)
             return loader.asked()
         provider, known = influence.provider, influence.fitted_keys
-        pieces = sweep_rows(
-            provider, loader, Each[PlacedBatch, PlacedBatch](lambda piece: piece), "query rows", False, "query"
-        )
+
+        def taken(piece: PlacedBatch) -> PlacedBatch:
+            if explain == "label":
+                return piece
+            asked_about = provider.predicted(piece.batch)
+            # Known by the label that it has now.
+            return PlacedBatch(asked_about, piece.place, RowKeys.of(provider, asked_about))
+
+        pieces = sweep_rows(provider, loader, Each[PlacedBatch, PlacedBatch](taken), "query rows", False, "query")
         ids = distinct(np.concatenate([piece.names for piece in pieces]), "query")
         keys = np.concatenate([piece.whole_keys(provider) for piece in pieces])
         fitted = known is not None and all(bool(piece.keys.among(known).all()) for piece in pieces if piece.keys)
-        return cls(pieces, ids, keys, fitted)
+        return cls(pieces, ids, keys, fitted, explain=explain)
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def explained(self, influence: ComposableInfluence) -> str:
+        """What the scores are about, in words."""
+        return influence.explained + (" under the predicted label" if self.explain == "prediction" else "")
 
     def spans(self, queries: int) -> list[Asked]:
         """As many at once, each with its rows; those that are asked as one are not parted."""

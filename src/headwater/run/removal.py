@@ -102,6 +102,7 @@ def removal(
     *,
     progress: bool,
     storage: Storage | None = None,
+    explain: str = "label",
 ) -> np.ndarray:
     """See `Attributor.removal` and the derivation above: [q, n] or [q, groups], and positive for what helps.
 
@@ -113,7 +114,7 @@ def removal(
     """
     influence.ready()
     regions = _regions(influence)
-    asked, storage = Asked.of(influence, query_loader), storage or Storage()
+    asked, storage = Asked.of(influence, query_loader, explain), storage or Storage()
     queries = _queries(influence, regions, asked, progress)
     if groups is None:
         return _each_row(influence, regions, queries, asked, train_loader, storage, progress)

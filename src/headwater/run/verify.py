@@ -28,6 +28,17 @@ import numpy as np
 from headwater.arrays import Array, namespace, precise, to_numpy, transpose
 from headwater.curvature.means import total_weight
 from headwater.errors import HeadwaterError, InvalidSetting, NotConverged
+from headwater.evaluate.verification import (
+    GRADIENTS,
+    MISCOVERAGE,
+    ORDER,
+    PLAIN,
+    REFIT,
+    SIZES,
+    Approximation,
+    Check,
+    Verification,
+)
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.provider import StructuredGradientProvider
 from headwater.influence import ComposableInfluence
@@ -40,17 +51,6 @@ from headwater.operators.iterative import SolveReport, joined, recorded_solves
 from headwater.progress import track
 from headwater.random import row_uniforms
 from headwater.rows import PlacedBatch, Visitor, sweep
-from headwater.run.verification import (
-    GRADIENTS,
-    MISCOVERAGE,
-    ORDER,
-    PLAIN,
-    REFIT,
-    SIZES,
-    Approximation,
-    Check,
-    Verification,
-)
 from headwater.settings import check_whole
 from headwater.status import status_of
 from headwater.types import Batch, join

@@ -14,6 +14,7 @@ from headwater.sklearn.batch import SklearnBatch
 from headwater.sklearn.influence import SklearnComposableInfluence
 from headwater.sklearn.linear import EstimatorNotFittedError
 from headwater.sklearn.provider import SklearnGradientProvider
+from headwater.sklearn.regression import diagnostics
 
 if TYPE_CHECKING:
     from headwater.retraining.sklearn import ExactRemoval, Refit, Refits, TrainingInfluence
@@ -31,4 +32,5 @@ __all__ = [
     "SklearnComposableInfluence",
     "SklearnGradientProvider",
     "TrainingInfluence",
+    "diagnostics",
 ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -41,9 +43,11 @@ class SklearnBatch(Batch[np.ndarray]):
 
 
 def _rowwise(value: Any) -> Any:
-    """As something with rows: frames as they are, sparse matrices by row, all else as an array."""
+    """As something with rows: frames as they are, dicts of columns as one, sparse matrices by row, or an array."""
     if value is None or is_frame(value):
         return value
+    if isinstance(value, Mapping):
+        return import_module("pandas").DataFrame(dict(value))
     return value.tocsr() if issparse(value) else np.asarray(value)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from headwater.errors import InvalidInput, UnsupportedModel
+from headwater.gradients.likelihoods import NO_LABEL
 
 Array = np.ndarray
 Draw = Callable[[int, bool], Array]
@@ -69,6 +70,10 @@ class Family(ABC):
     @abstractmethod
     def sampled(self, z: Array, y: Array, draw: Draw) -> Array:
         """One cotangent with v v^T right on average."""
+
+    def predicted(self, z: Array) -> Array:
+        """The class that the model predicts: its number [n]. Errors: UnsupportedModel where it predicts numbers."""
+        raise UnsupportedModel(NO_LABEL)
 
     def check(self, y: Array) -> None:  # noqa: B027 - most losses take every target
         """Errors: InvalidInput for targets outside of the loss's domain."""
@@ -229,6 +234,9 @@ class Classes:
             return (2.0 * y - 1.0)[:, None]
         return np.where(y[:, None] == np.arange(outputs), 1.0, -1.0)
 
+    def predicted(self, z: Array) -> Array:
+        return _likeliest(z)
+
 
 class SquaredErrorOfSigns(Classes, SquaredError):
     """(z - s)^2 / 2 for s = 1 or -1: a classifier fitted by least squares."""
@@ -282,6 +290,12 @@ class ModifiedHuber(Classes, Elementwise):
         return np.where((t * z >= -1) & (t * z < 1), 2.0, 0.0)
 
 
+def _likeliest(z: Array) -> Array:
+    """The class of each row's outputs [n, o], as scikit-learn's `predict` decides: its number [n]."""
+    found = z[:, 0] > 0 if z.shape[1] == 1 else z.argmax(axis=1)
+    return found.astype(np.int64)
+
+
 class NegativeLogit(Classes, Elementwise):
     """-s z: minus the output that belongs to the target, one output a row; it is also the margin there."""
 
@@ -319,6 +333,9 @@ class Softmax(Family):
 
     def sampled(self, z: Array, y: Array, draw: Draw) -> Array:
         return _drawn(softmax(z), draw)
+
+    def predicted(self, z: Array) -> Array:
+        return _likeliest(z)
 
 
 class NegativeMargin(Family):

@@ -197,6 +197,26 @@ def last_step(estimator: object) -> tuple[Any, Any]:
     return estimator, None
 
 
+def _has_no_gradient(estimator: object) -> bool:
+    """Trees and what is made of them, neighbours, kernels, naive Bayes: told by the module that they come from."""
+    home = type(estimator).__module__
+    # LinearSVC and LinearSVR are linear models; theirs is a loss that is not supported.
+    return home.startswith(WITHOUT_GRADIENTS) and not _called(estimator).startswith("Linear")
+
+
+WITHOUT_GRADIENTS = (
+    "sklearn.ensemble.",
+    "sklearn.tree.",
+    "sklearn.svm.",
+    "sklearn.neighbors.",
+    "sklearn.naive_bayes",
+    "sklearn.gaussian_process.",
+    "xgboost.",
+    "lightgbm.",
+    "catboost.",
+)
+
+
 def _called(estimator: object) -> str:
     return type(estimator).__name__
 
@@ -211,6 +231,12 @@ def read(estimator: object) -> LinearModel:
     final, _ = last_step(estimator)
     rule = _RULES.get(type(final))
     if rule is None:
+        if _has_no_gradient(final):
+            raise UnsupportedModel(
+                f"{_called(final)} has no parameters that a loss could be differentiated by, which influence functions "
+                "are made of. Attribution by retraining fits it: a bank of models fitted to parts of the rows, "
+                "headwater.evaluate.retrain with headwater.retraining.sklearn.Refit."
+            )
         known = ", ".join(kind.__name__ for kind in _RULES)
         raise UnsupportedModel(f"{_called(final)} is not supported; supported are {known}, alone or after a Pipeline.")
     try:

@@ -23,6 +23,7 @@ from headwater.random import row_numbers
 from headwater.sklearn.batch import FeatureBatch, SklearnBatch, bad_rows, column_names
 from headwater.sklearn.families import FEW, Array, Family, of_output
 from headwater.sklearn.linear import LinearModel, attribute_of, last_step, read
+from headwater.sklearn.measurements import Measurement, RowFunction, measurement_named
 from headwater.types import field_values
 
 NAMES = ("coef", "intercept")
@@ -41,7 +42,9 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
     its loss, and gradients of queries, do not. `penalty` is what the objective adds to the curvature of the rows.
 
     estimator: see `headwater.sklearn.linear`. blocks: "full", "parameter", or {name: ["coef", "intercept"]}.
-    measurement: "margin" or "logit" (as in `of_output`) to explain that about query rows, in place of the loss.
+    measurement: a number to explain about query rows, in place of the loss: "probability", "log_probability",
+    "margin" (log p/(1-p)) or "logit" of the row's label; or "output" (the decision function, or linear predictor) or
+    "prediction" (of a regression), whatever the label. Positive scores: the train row raises it.
     class_weight: {label: weight} in place of the estimator's, if that is "balanced". names: what the two parameters are
     called; random projections depend on it, so ("weight", "bias") draws the numbers of torch.nn.Linear. plain: the slow
     truth, gradients of one row at a time, by numerical differences of its loss.
@@ -53,7 +56,7 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
         estimator: Any,
         *,
         blocks: Structure = "full",
-        measurement: OutputFunction | None = None,
+        measurement: Measurement | None = None,
         class_weight: Mapping[Any, float] | None = None,
         names: tuple[str, str] = NAMES,
         plain: bool = False,
@@ -65,7 +68,7 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
         model = self.model
         model.class_weights(class_weight)
         if measurement is not None:
-            of_output(model.family, measurement)
+            measurement_named(measurement, model.family, model.outputs)
         self._layouts = _layouts(model, blocks, names)
 
     # What there is ------------------------------------------------------------------------------------------------
@@ -201,20 +204,25 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
 
     # Gradients ----------------------------------------------------------------------------------------------------
 
-    def _family(self, model: LinearModel, query: bool = False) -> Family:
-        chosen = self._function or (self._measurement if query else None)
-        return model.family if chosen is None else of_output(model.family, chosen)
+    def _family(self, model: LinearModel) -> Family:
+        return model.family if self._function is None else of_output(model.family, self._function)
+
+    def _asked(self, model: LinearModel, query: bool) -> RowFunction:
+        """What is differentiated of these rows."""
+        if not query or self._measurement is None or self._function is not None:
+            return self._family(model)
+        return measurement_named(self._measurement, model.family, model.outputs)
 
     def grads(self, batch: SklearnBatch, *, query: bool = False, weighted: bool = True) -> BlockGradients:
         model, batch = self.model, self.prepared(batch)
         if self._plain:
             return self._as_asked(model, batch, self._plain_grads(model, batch, query), query, weighted)
-        gradients = self._family(model, query).gradient(model.output(batch.x), batch.y)
+        gradients = self._asked(model, query).gradient(model.output(batch.x), batch.y)
         return self._as_asked(model, batch, self._pulled_back(batch, [gradients])[0], query, weighted)
 
     def _plain_grads(self, model: LinearModel, batch: FeatureBatch, query: bool) -> BlockGradients:
         """One row's loss at a time, differentiated numerically by its output."""
-        family, rows = self._family(model, query), []
+        family, rows = self._asked(model, query), []
         for k in range(len(batch)):
             # No array code of the fast path: this is what it is compared with.
             inputs = [*batch.x[k], *([] if model.intercept is None else [1.0])]
@@ -293,7 +301,11 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
 
     def losses(self, batch: SklearnBatch, *, query: bool = False) -> Array:
         model, batch = self.model, self.prepared(batch)
-        return self._family(model, query).losses(model.output(batch.x), batch.y)
+        return self._asked(model, query).losses(model.output(batch.x), batch.y)
+
+    def predicted(self, batch: SklearnBatch) -> FeatureBatch:
+        model, batch = self.model, self.prepared(batch)
+        return FeatureBatch(batch.x, model.family.predicted(model.output(batch.x)), batch.weights, batch.ids)
 
     # Second order -------------------------------------------------------------------------------------------------
 
@@ -359,7 +371,7 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
         return tuple(own for own, name in zip(NAMES, self._names, strict=True) if name in names)
 
 
-def _numerical_gradient(family: Family, z: Array, y: Array) -> Array:
+def _numerical_gradient(family: RowFunction, z: Array, y: Array) -> Array:
     """The loss's derivatives by the outputs of one row [1, o], by central differences of fourth order: [o]."""
     found = []
     for unit in np.eye(z.shape[1]):

@@ -84,6 +84,10 @@ class BlockShares(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         return self._shares[name].read()
 
+    def tiles(self, name: str) -> Columns:
+        """One block's share, in pieces."""
+        return self._shares[name].tiles()
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._shares)
 

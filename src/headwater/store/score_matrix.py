@@ -81,6 +81,10 @@ class ScoreMatrix:
         """The scores in pieces that memory has room for. queries: positions; None for all."""
         yield slice(0, self.shape[1]), self.values if queries is None else self.values[queries]
 
+    def block_columns(self, name: str) -> Columns:
+        """A block's share of them, likewise. Errors: KeyError for a block that was not kept apart."""
+        yield slice(0, self.shape[1]), (self.by_block or {})[name]
+
     def __getitem__(self, where: Any) -> np.ndarray:
         """By position: of queries, or of (queries, train rows), each by itself: two lists give all pairs."""
         queries, *rest = where if isinstance(where, tuple) else (where,)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from copy import copy
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
     import pyarrow
     import xarray
     from matplotlib.axes import Axes
+    from numpy.typing import ArrayLike
 
+    from headwater.report.trust import Check
     from headwater.store.summary import Summary
 
 HEAD = "zarr.json"
@@ -206,6 +209,45 @@ class Scores(ScoreMatrix):
         self._check_plain("totals of rows")
         return plots.concentration(self, ax)
 
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        rows: Any = None,
+        queries: Any = None,
+        k: int = 5,
+        *,
+        title: str | None = None,
+        groups: Any = None,
+        self_influence: ArrayLike | None = None,
+        losses: ArrayLike | None = None,
+        predictions: Any = None,
+        checks: Sequence[Check] = (),
+        made: Mapping[str, object] | None = None,
+    ) -> Path:
+        """One HTML page of them, to show around: it needs no network and no other file. The path is returned.
+
+        rows, queries: what the train rows and the queries are, as for `attach`, or a function from an id to an image,
+        a text, a dict of columns, `report.Tokens` or a `report.Card`; None shows what is attached, else the ids.
+        k: of each query's most helpful and most harmful rows.
+        groups: a column of the train rows, a group for each [train], or a mapping from ids; None takes the labels,
+        where these are few. predictions: likewise of the queries; those that are not the label are marked.
+        self_influence, losses: [train], for rows that may be mislabelled. checks: what `verify`, `audit`, `diagnose`
+        gave, and an influence's `calibration`. made: how the scores came about, beside versions and settings; an entry
+        of None takes away one that the page would show by itself (command, made, Python, ...).
+        Errors: InvalidSetting; InvalidInput, ShapeMismatch and NonFiniteValue for what does not fit the rows;
+        NotWritten.
+        """
+        from headwater.report.job import TITLE, Known, numbers, write
+        from headwater.report.rows import Suspects
+
+        rows_there = self.shape[1]
+        suspects = Suspects(
+            self_influence=numbers("self_influence", self_influence, rows_there),
+            losses=numbers("losses", losses, rows_there),
+        )
+        known = Known(rows, queries, k, title or TITLE, "", groups, predictions, suspects, None, checks, made)
+        return write(self, path, known)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a zarr folder, whole or not at all, with checksums of all its files.
 
@@ -310,6 +352,8 @@ class StoredScores(Scores):
     """
 
     matrix: StoredMatrix
+    shares: BlockShares
+    """By block; none where blocks were not kept apart."""
 
     def __init__(self, path: str | os.PathLike[str]):
         folder = TileFolder(path)
@@ -322,7 +366,8 @@ class StoredScores(Scores):
         names, residuals = meaning["blocks"], meaning["residuals"]
         known["residuals"] = residuals and {name: np.array(found) for name, found in residuals.items()}
         shares = [StoredMatrix(folder, query_rows, columns, rows, k) for k in range(len(names))]
-        known["by_block"] = BlockShares(dict(zip(names, shares, strict=True))) if names else None
+        self._keep("shares", BlockShares(dict(zip(names, shares, strict=True))) if names else BlockShares({}))
+        known["by_block"] = self.shares if names else None
         known |= {"train_columns": {}, "query_columns": {}}
         for name, value in {**known, "query_ids": ids["query"], "train_ids": ids["train"][columns]}.items():
             self._keep(name, value)
@@ -345,3 +390,6 @@ class StoredScores(Scores):
 
     def columns(self, queries: slice | np.ndarray | None = None) -> Columns:
         return self.matrix.tiles(queries)
+
+    def block_columns(self, name: str) -> Columns:
+        return self.shares.tiles(name)

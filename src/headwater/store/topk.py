@@ -17,7 +17,7 @@ from headwater.settings import check_whole, check_word
 from headwater.store.base import Sink, Tile
 from headwater.store.described import Described
 from headwater.store.ids import NamedColumns, check_columns
-from headwater.tables import WIDEST, frame, html_table, table
+from headwater.tables import WIDEST, cell_len, frame, html_table, table, visible
 
 if TYPE_CHECKING:
     import pandas
@@ -28,8 +28,12 @@ MANY = 8
 
 SHOWN = 5
 """Queries that a printed table has room for."""
+ALWAYS = ("query", "end", "rank", "id", "score")
+"""Columns of every table."""
 NUMBERS = ("rank", "score")
-"""Columns of a table that are no text."""
+"""Those that are no text."""
+WIDTH = 120
+"""Characters of a line, where there is no terminal to ask."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,14 +124,25 @@ class TopK:
         )
         return TopK(arrays[0], arrays[1], arrays[2], arrays[3], arrays[4], both, helpful, harmful, self.unit_in_words)
 
-    def table(self, width: int | None = None) -> str:
-        """All of it in plain characters. width: of the terminal, for which texts are cut further."""
+    def table(self, width: int = WIDTH) -> str:
+        """All of it in plain characters. width: of the terminal; what was attached is there as far as it fits."""
         cells = self._cells()
-        return table(cells, [k for k, name in enumerate(cells[0]) if name not in NUMBERS], WIDEST, width)
+        room, shown = width, []
+        for k in sorted(range(len(cells[0])), key=lambda k: (k >= len(ALWAYS), "label" not in cells[0][k])):
+            room -= 2 + min(WIDEST, max(cell_len(visible(row[k])) for row in cells))
+            if k < len(ALWAYS) or room >= -2:
+                shown.append(k)
+        shown.sort()
+        rows = [[row[k] for k in shown] for row in cells]
+        left = [k for k, name in enumerate(rows[0]) if name not in NUMBERS]
+        hidden = len(cells[0]) - len(shown)
+        more = f"\n({hidden} more columns: to_pandas() has them)" if hidden else ""
+        return table(rows, left, WIDEST, width) + more
 
     def _cells(self) -> list[list[str]]:
         columns = self.columns()
-        return [list(columns), *([_cell(value) for value in row] for row in zip(*columns.values(), strict=True))]
+        texts = [[_cell(value, name == "score") for value in column] for name, column in columns.items()]
+        return [list(columns), *(list(row) for row in zip(*texts, strict=True))]
 
     def _note(self) -> str:
         """How many queries are not shown, and what the numbers are."""
@@ -154,8 +169,10 @@ def _free(name: str, taken: Mapping[str, Any]) -> str:
     return name if name not in taken else _free(f"{name}_", taken)
 
 
-def _cell(value: Any) -> str:
-    return f"{value:+.4g}" if isinstance(value, (float, np.floating)) else str(value)
+def _cell(value: Any, signed: bool) -> str:
+    if isinstance(value, (float, np.floating)):
+        return f"{value:{'+' if signed else ''}.4g}"
+    return str(value)
 
 
 class TopKSink(Sink):

@@ -45,6 +45,8 @@ def as_tensor(value: object, device: torch.device) -> torch.Tensor | None:
     if isinstance(value, torch.Tensor):
         with torch.inference_mode(False):  # a tensor made in inference mode cannot take part in autograd; its copy can
             return (value.clone() if value.is_inference() else value.detach()).to(device)
+    if isinstance(value, np.ndarray) and not value.flags.writeable:
+        value = value.copy()  # torch knows no tensor that cannot be written to
     if isinstance(value, (np.ndarray, np.generic, int, float)):
         return torch.as_tensor(value, device=device)
     raise InvalidInput(f"A batch holds tensors or NumPy arrays, not {type(value).__name__}: {value!r:.80}")

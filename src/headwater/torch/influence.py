@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset, IterableDataset
 
+from headwater.arrays import dtype_named, is_array, is_torch, to_numpy
 from headwater.attributor import Attributor
 from headwater.blocks import Structure
 from headwater.errors import InvalidInput, InvalidSetting, UnsupportedModel
 from headwater.gradients.coverage import Coverage
 from headwater.gradients.ensemble import EnsembleProvider
 from headwater.gradients.provider import StructuredGradientProvider
-from headwater.loaders.batches import Unpack, Unpacked
+from headwater.loaders.batches import Unpack
+from headwater.loaders.forms import Form, map_structure
 from headwater.methods.base import Method
 from headwater.methods.damping import Damping
 from headwater.torch.likelihoods import Likelihood
@@ -41,6 +42,8 @@ class TorchComposableInfluence(Attributor[torch.Tensor]):
     ... `model` gives the architecture only: its own present weights are no further checkpoint, and are not changed.
 
     unpack: makes (x, y[, ids, weights]) of a loader's items, where they have another form (dicts, three entries).
+    target, ids: which columns are the targets and the rows' ids, in data frames and dicts. batch_size: rows in a batch
+    that is cut of (x, y), a data frame or a Dataset; no number depends on it. See `headwater.loaders.forms`.
 
     Parameters with requires_grad=False are left out; `coverage` says how much is attributed.
     """
@@ -53,15 +56,18 @@ class TorchComposableInfluence(Attributor[torch.Tensor]):
         *,
         blocks: Structure = "layer",
         damping: Damping | Mapping[str, Damping] | None = None,
-        measurement: Loss | None = None,
+        measurement: Loss | str | None = None,
         likelihood: Likelihood | str | None = None,
         checkpoints: Sequence[Checkpoint] | None = None,
         unpack: Unpack | None = None,
+        target: str | Sequence[str] | None = None,
+        ids: str | None = None,
+        batch_size: int = 256,
     ):
         def provide(model: nn.Module) -> TorchGradientProvider:
             return TorchGradientProvider(model, loss, blocks=blocks, measurement=measurement, likelihood=likelihood)
 
-        self._assemble(provide, model, method, damping, checkpoints, unpack)
+        self._assemble(provide, model, method, damping, checkpoints, unpack, Form(batch_size, target, ids))
 
     def _assemble(
         self,
@@ -71,6 +77,7 @@ class TorchComposableInfluence(Attributor[torch.Tensor]):
         damping: Damping | Mapping[str, Damping] | None,
         checkpoints: Sequence[Checkpoint] | None,
         unpack: Unpack | None = None,
+        form: Form | None = None,
     ) -> None:
         """One provider, or one for each checkpoint of the model; and the influence on top."""
         model = unwrapped(model)
@@ -78,17 +85,20 @@ class TorchComposableInfluence(Attributor[torch.Tensor]):
         provider: StructuredGradientProvider = self._torch_provider
         if checkpoints is not None:
             provider = EnsembleProvider([provide(loaded) for loaded in _load_all(model, checkpoints)])
-        Attributor.__init__(self, provider, method, damping=damping, unpack=unpack)
+        Attributor.__init__(self, provider, method, damping=damping, unpack=unpack, form=form)
 
-    def as_loader(self, loader: Iterable[object]) -> Iterable[object]:
-        """Errors: InvalidInput for a Dataset, which gives single rows."""
-        source = loader.source if isinstance(loader, Unpacked) else loader
-        if isinstance(source, Dataset) and not isinstance(source, IterableDataset):
-            raise InvalidInput(
-                f"A {type(source).__name__} gives single rows; a loader gives batches: pass DataLoader(dataset, "
-                "batch_size=256), or DataLoader(dataset, batch_size=None) if its items are batches already."
-            )
-        return loader
+    def as_own(self, name: str, array: Any) -> Any:
+        """Fractions that are no tensors in the model's dtype; tensors as they are."""
+        return map_structure(self._tensor, array)
+
+    def _tensor(self, array: Any) -> Any:
+        if not is_array(array) or is_torch(array):
+            return array
+        found = to_numpy(array)
+        if found.dtype.kind != "f":
+            return found
+        # A copy: what other frameworks share of their memory may not be written to.
+        return torch.tensor(found).to(dtype_named(self._torch_provider.dtype, torch.empty(0)))
 
     @property
     def model(self) -> nn.Module:

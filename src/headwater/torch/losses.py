@@ -27,6 +27,13 @@ from headwater.torch.tree import tensors_in, with_tensors
 
 Loss = Callable[[Any, Any], torch.Tensor]
 
+LOSSES: dict[str, Callable[[], Loss]] = {
+    "cross_entropy": nn.CrossEntropyLoss,
+    "binary_cross_entropy": nn.BCEWithLogitsLoss,
+    "mse": nn.MSELoss,
+}
+"""Losses that a word names."""
+
 
 @runtime_checkable
 class RowLosses(Protocol):

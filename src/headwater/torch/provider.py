@@ -9,7 +9,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial, wraps
 from itertools import chain
 from typing import Any, Self, TypeVar
@@ -35,10 +35,13 @@ from headwater.gradients.algebra import Dense, Gradient
 from headwater.gradients.block import BlockGradient, rows_in_blocks
 from headwater.gradients.coverage import Coverage
 from headwater.gradients.identity import identity_of, name_of
+from headwater.gradients.likelihoods import predicted_labels
+from headwater.gradients.measurements import measurement_of
 from headwater.gradients.outer import Outer, with_inputs
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
 from headwater.gradients.rowwise import differing
 from headwater.gradients.together import Together
+from headwater.loaders.frames import in_numbers
 from headwater.random import row_keys, row_numbers
 from headwater.torch.batch import TorchBatch, as_tensor, differentiable_input
 from headwater.torch.capture import Recording, detached_state, own_leaves, record, run, summed_products
@@ -120,10 +123,11 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
     """Per-sample gradients of a torch model.
 
     The loss of a row is `loss(model(row), target)` on that row alone, summed if it is not reduced; `measurement`, a
-    function of the same kind, takes its place for query rows. The model is never changed: not its mode, parameters,
-    gradients, hooks or buffers. What the layer rules give is compared with plain autograd, row by row on the first
-    rows, and for many rows at once on the first batch of each pass and on some later ones (see `rowcheck`); parameters
-    that disagree get plain per-sample gradients, and rows that act on each other are refused.
+    function of the same kind, or the name of one in `gradients.measurements` ("probability", "margin", "output", ...),
+    takes its place for query rows. The model is never changed: not its mode, parameters, gradients, hooks or buffers.
+    What the layer rules give is compared with plain autograd, row by row on the first rows, and for many rows at once
+    on the first batch of each pass and on some later ones (see `rowcheck`); parameters that disagree get plain
+    per-sample gradients, and rows that act on each other are refused.
 
     model: any nn.Module that takes rows along the first axis. loss: any callable of (output, target). blocks: "full",
     "layer", "parameter" or {name: [parameter or module names]}. likelihood: the distribution behind the loss, where it
@@ -143,17 +147,18 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         loss: Loss,
         *,
         blocks: Structure = "full",
-        measurement: Loss | None = None,
+        measurement: Loss | str | None = None,
         likelihood: Likelihood | str | None = None,
         plain: bool = False,
     ):
         model = unwrapped(model)
         check_model(self._whole_model(model))
         check_loss(loss)
-        check_loss(loss if measurement is None else measurement)
+        measured = loss if measurement is None else measurement_of(measurement)
+        check_loss(measured)
         self.model = model
         self.loss = loss
-        self.measurement = loss if measurement is None else measurement
+        self.measurement: Loss = measured
         self.likelihood = find_likelihood(loss, likelihood)
         self._normalisation: str | None = None
         self._structure = blocks
@@ -298,7 +303,11 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
     # Batches ------------------------------------------------------------------------------------------------------
 
     def as_batch(self, x: object, y: object) -> TorchBatch:
-        return self._ready(TorchBatch(x, y))
+        return self._ready(TorchBatch(self._in_numbers("x", x), self._in_numbers("y", y)))
+
+    def _in_numbers(self, name: str, value: object) -> Any:
+        """Data frames as tensors of the model's dtype."""
+        return in_numbers(name, value, lambda numbers: torch.as_tensor(numbers).to(self._like.dtype))
 
     def _ready(self, batch: TorchBatch) -> TorchBatch:
         """The batch as the model takes it, on its device; a batch that this gave is taken as it is."""
@@ -497,6 +506,13 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         batch = self._prepare(batch, loss)
         with torch.no_grad():
             return row_losses(loss, run(self.model, detached_state(self.model), batch.x), batch.y)
+
+    @undisturbed
+    def predicted(self, batch: TorchBatch) -> TorchBatch:
+        batch = self._prepare(batch, self.measurement)
+        with torch.no_grad():
+            output = run(self.model, detached_state(self.model), batch.x)
+        return replace(batch, y=predicted_labels(self.likelihood, output, batch.y))
 
     def of_output(self, function: OutputFunction) -> TorchGradientProvider:
         chosen = {"margin": negative_margin, "logit": negative_logit}[function]

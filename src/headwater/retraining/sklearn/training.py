@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from inspect import signature
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -15,15 +15,21 @@ from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.validation import validate_data
 
 from headwater.errors import InvalidInput, InvalidSetting, NotConverged
+from headwater.gradients.provider import EXPLAIN
 from headwater.methods.base import Method
 from headwater.methods.damping import Damping
 from headwater.methods.direct import Direct
 from headwater.retraining.sklearn.removal import ExactRemoval, Refits
+from headwater.settings import check_word
 from headwater.sklearn.batch import FeatureBatch, SklearnBatch
 from headwater.sklearn.families import Array
 from headwater.sklearn.influence import SklearnComposableInfluence
 from headwater.sklearn.linear import EstimatorNotFittedError, LinearModel, attribute_of, last_step, read
 from headwater.sklearn.provider import SklearnGradientProvider, check_names
+from headwater.sklearn.regression import RowLabels, frame_of
+
+if TYPE_CHECKING:
+    import pandas
 
 STATIONARY = 1e-2
 """The largest mean slope, in any parameter and relative to the slopes of single rows, that passes for a minimum."""
@@ -104,6 +110,7 @@ class TrainingInfluence(MetaEstimatorMixin, BaseEstimator):
                 stacklevel=2,
             )
         self._provider, self._train = provider, train
+        self._labels = RowLabels.of(self.estimator_, X, y)
         self._exact = ExactRemoval(provider, train)
         self.influence_ = influence.fit([train])
         return self
@@ -117,19 +124,22 @@ class TrainingInfluence(MetaEstimatorMixin, BaseEstimator):
 
     # Forecasts ----------------------------------------------------------------------------------------------------
 
-    def scores(self, X: object, y: object, *, unit: str = "removal") -> Any:
+    def scores(self, X: object, y: object, *, unit: str = "removal", explain: str = "label") -> Any:
         """How much each training row helps each query row: hw.Scores, labelled values [q, n].
 
         unit: "removal", the forecast rise of the query's loss without the row, to first order; or "influence".
+        explain: the loss under the query's own "label", or under the label that is the model's "prediction".
         """
-        return self._ready().attribute([self._train], [self._queries(X, y)], unit=unit)
+        return self._ready().attribute([self._train], [self._queries(X, y)], unit=unit, explain=explain)
 
-    def forecast(self, X: object, y: object, groups: Iterable[ArrayLike] | None = None) -> Array:
+    def forecast(
+        self, X: object, y: object, groups: Iterable[ArrayLike] | None = None, *, explain: str = "label"
+    ) -> Array:
         """The rise of each query's loss without a row, or a group of rows, by one Newton step: [q, n] or [q, groups].
 
-        Better than `scores` for rows of high leverage, and for groups. See `headwater.run.removal`.
+        Better than `scores` for rows of high leverage, and for groups. See `headwater.run.removal`. explain: as there.
         """
-        return self._ready().removal([self._train], [self._queries(X, y)], groups)
+        return self._ready().removal([self._train], [self._queries(X, y)], groups, explain=explain)
 
     def self_influence(self) -> Array:
         """How much each training row helps itself, per unit of weight in the mean objective: [n]."""
@@ -137,24 +147,39 @@ class TrainingInfluence(MetaEstimatorMixin, BaseEstimator):
 
     # Exactly ------------------------------------------------------------------------------------------------------
 
-    def leave_one_out(self, X: object, y: object) -> Array:
+    def leave_one_out(self, X: object, y: object, *, explain: str = "label") -> Array:
         """The rise of each query's loss without each training row, exactly: [q, n].
 
         In closed form for least squares; refitted to rounding for every other loss (see
         `headwater.retraining.sklearn.removal`).
         """
-        return self.remove(None, X, y)
+        return self.remove(None, X, y, explain=explain)
 
-    def remove(self, groups: Iterable[ArrayLike] | None, X: object, y: object) -> Array:
-        """The rise of each query's loss without each group of training rows, exactly: [q, groups]."""
+    def remove(self, groups: Iterable[ArrayLike] | None, X: object, y: object, *, explain: str = "label") -> Array:
+        """The rise of each query's loss without each group of training rows, exactly: [q, groups].
+
+        explain: the loss under the query's own "label", or under the label that is the model's "prediction".
+        """
         self._ready()
+        check_word("explain", explain, EXPLAIN)
         queries = self._queries(X, y)
+        queries = self._provider.predicted(queries) if explain == "prediction" else queries
         return self._exact.without(groups).losses(queries) - self._exact.with_all.losses(queries)
 
     def refits(self, groups: Iterable[ArrayLike] | None = None) -> Refits:
         """The coefficients without each training row, or group of them, exactly."""
         self._ready()
         return self._exact.without(groups)
+
+    # Regression diagnostics ---------------------------------------------------------------------------------------
+
+    def diagnostics(self) -> pandas.DataFrame:
+        """Leverage, Cook's distance, DFBETAS, DFFITS and studentised residuals of the training rows, a DataFrame.
+
+        Columns as statsmodels has them; see `headwater.sklearn.diagnostics`.
+        """
+        self._ready()
+        return frame_of(self._provider, self._train, self._labels)
 
     # What they share ----------------------------------------------------------------------------------------------
 

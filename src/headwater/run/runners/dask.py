@@ -44,6 +44,8 @@ from headwater.types import InfluenceMode
 Make = Callable[[], tuple[ComposableInfluence[Any], Iterable[object], Iterable[object]]]
 Done = Mapping[str, Sequence[Turn]]
 """The tiles of each pass of a fit that is complete, by its label."""
+DEFAULTS = {"unit": "influence", "by_block": False, "mode": "up", "memory": None, "explain": "label"}
+"""Of `attribute`."""
 TRIES = 3
 """Times that tiles are sent out again when the workers that were at them died."""
 
@@ -252,9 +254,9 @@ class _Job:
 
     def run(self, options: Mapping[str, Any]) -> PairRun:
         """All scores, as `Attributor.attribute` would compute them."""
-        known: dict[str, Any] = {"unit": "influence", "by_block": False, "mode": "up", "memory": None, **options}
+        known: dict[str, Any] = {**DEFAULTS, **options}
         storage, mode = Storage(self.folder / "scores", known["memory"]), InfluenceMode(known["mode"])
-        asked = Asked.of(self.influence, self.influence.query_rows(self.query))
+        asked = Asked.of(self.influence, self.influence.query_rows(self.query), known["explain"])
         return PairRun(self.influence, asked, known["unit"], known["by_block"], mode, storage, False)
 
     def scores(self, done: Done, options: Mapping[str, Any]) -> tuple[TileStore, Sequence[QuerySpan]]:

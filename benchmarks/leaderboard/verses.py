@@ -364,3 +364,18 @@ def _verdict(first: Ranking, best: Ranking) -> str:
 def _shared_words(verse: Verse) -> float:
     asked, given = (set(re.findall(r"\w+", text.lower())) for text in (verse.query, verse.passage))
     return len(asked & given) / max(1, len(asked))
+
+
+if __name__ == "__main__":
+    import argparse
+
+    asked = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    asked.add_argument(
+        "--out", type=Path, default=Path("headwater-verses"), help="a folder; a stopped run goes on there"
+    )
+    asked.add_argument("--passages", type=int, default=3000, help="how many compete")
+    asked.add_argument("--queries", type=int, default=300, help="for how many of them their other wording is asked")
+    asked.add_argument("--method", default="logra", choices=["logra", "grad-dot", "grad-cos", "ekfac"])
+    given = asked.parse_args()
+    run(given.out, given.passages, given.queries, given.method)
+    print(f"\nThe page: {given.out / 'verses.md'}")

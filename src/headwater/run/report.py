@@ -1,0 +1,230 @@
+"""A page about an influence and two loaders: their scores, and what else it can tell of the rows.
+
+One more pass over each loader finds the rows' own losses, their self-influence, which of them have the same content,
+and what they look like where nobody says. Rows are matched by what they are called, whatever order they come in.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from headwater.arrays import is_array, to_numpy
+from headwater.errors import UnsupportedModel
+from headwater.evaluate.verification import Verification
+from headwater.influence import ComposableInfluence
+from headwater.report import Card, Known, Suspects, write
+from headwater.rows import Each, PlacedBatch, Rows
+from headwater.run.attribute import attribute
+from headwater.run.rows import sweep_rows
+from headwater.run.verify import ROW, verify
+from headwater.status import BlockStatus, status_of
+from headwater.store.scores import Scores
+from headwater.tables import shown, table
+
+KEPT = 64 * 2**20
+"""Bytes of rows that are held to be shown, where nobody says what they are."""
+PAIRS = {"rows": 6, "queries": 2}
+"""Of a verification that the page asks for."""
+VERIFIED = 2e6
+"""Work, train rows times (parameters + what a row costs by itself), up to which it does so unasked: a few seconds."""
+
+
+def report(
+    influence: ComposableInfluence,
+    train_loader: Iterable[object],
+    query_loader: Iterable[object],
+    path: str | os.PathLike[str],
+    known: Known,
+    *,
+    scores: Scores | None = None,
+    self_influence: bool = True,
+    verified: bool | None = None,
+    progress: bool = False,
+) -> Path:
+    """See `Attributor.report`."""
+    influence.ready()
+    train, query = influence.train_rows(train_loader), influence.query_rows(query_loader)
+    if scores is None:
+        unit = "removal" if influence.method.predicts_removal else "influence"
+        scores = attribute(influence, train, query, unit=unit, by_block=False, progress=progress)
+    seen = _Seen.of(influence, train, scores.train_ids, "own losses", self_influence, known.rows is None, progress)
+    asked = _Seen.of(influence, query, scores.query_ids, "query losses", False, known.queries is None, progress)
+    checks = list(known.checks)
+    if verified is None:
+        verified = len(scores.train_ids) * (sum(influence.provider.sizes.values()) + ROW) <= VERIFIED
+    if verified and not train.is_kept and not any(isinstance(check, Verification) for check in checks):
+        checks.append(verify(influence, train, query, **PAIRS, seed=0, tolerance=None, progress=progress))
+    given = known.suspects
+    suspects = Suspects(
+        self_influence=seen.itself if given.self_influence is None else given.self_influence,
+        losses=seen.losses if given.losses is None else given.losses,
+        copies=_copies(seen.keys),
+        leaks=_leaks(seen.keys, asked.keys, scores.query_ids),
+    )
+    found = replace(
+        known,
+        rows=seen.card if known.rows is None and not scores.train_columns else known.rows,
+        queries=asked.card if known.queries is None and not scores.query_columns else known.queries,
+        suspects=suspects,
+        query_losses=asked.losses,
+        checks=checks,
+        details=_details(influence),
+        made={"seed": influence.method.seed, "precision": influence.source.dtype, **(known.made or {})},
+    )
+    return write(scores, path, found)
+
+
+# What a pass sees -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """Of some rows."""
+
+    names: np.ndarray
+    losses: np.ndarray | None
+    keys: np.ndarray | None
+    """Of their content."""
+    itself: np.ndarray | None
+    x: np.ndarray | None
+    y: np.ndarray | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """Of all rows of a loader, in the order of the scores; None for what the loader or the model does not tell."""
+
+    losses: np.ndarray | None
+    keys: np.ndarray | None
+    itself: np.ndarray | None
+    x: np.ndarray | None
+    y: np.ndarray | None
+    places: Mapping[Any, int]
+
+    @classmethod
+    def of(
+        cls,
+        influence: ComposableInfluence,
+        rows: Iterable[object],
+        ids: np.ndarray,
+        what: str,
+        itself: bool,
+        look: bool,
+        progress: bool,
+    ) -> _Seen:
+        places = {name: place for place, name in enumerate(ids.tolist())}
+        if isinstance(rows, Rows) and rows.is_kept:  # gradients alone
+            return cls(None, None, None, None, None, places)
+        role = "query" if what.startswith("query") else "train"
+        visitor = Each[PlacedBatch, _Piece](_Look(influence, itself, look))
+        pieces = sweep_rows(influence.provider, rows, visitor, what, progress, role)
+        names = [name for piece in pieces for name in piece.names.tolist()]
+        order = np.argsort([places[name] for name in names if name in places], kind="stable")
+        chosen = np.flatnonzero([name in places for name in names])[order]
+        count = len(places)
+        return cls(
+            losses=_joined([piece.losses for piece in pieces], chosen, count),
+            keys=_joined([piece.keys for piece in pieces], chosen, count),
+            itself=_joined([piece.itself for piece in pieces], chosen, count),
+            x=_joined([piece.x for piece in pieces], chosen, count),
+            y=_joined([piece.y for piece in pieces], chosen, count),
+            places=places,
+        )
+
+    def card(self, name: Any) -> Card | None:
+        """What the row looks like, of its id."""
+        place = self.places[name]
+        label = "" if self.y is None else str(self.y[place])
+        if self.x is None:
+            return Card(label=label) if label else None
+        row = self.x[place]
+        if row.ndim == 1:
+            return Card(columns={f"x{k}": value for k, value in enumerate(row)}, label=label)
+        return Card(image=row, label=label)
+
+
+def _joined(parts: Sequence[np.ndarray | None], chosen: np.ndarray, count: int) -> np.ndarray | None:
+    """None where a part is missing, where parts do not fit together, or where rows of the scores are not there."""
+    there = [part for part in parts if part is not None]
+    if len(there) < len(parts) or len(chosen) < count or len({part.shape[1:] for part in there}) > 1:
+        return None
+    found: np.ndarray = np.concatenate(there)[chosen]
+    return found
+
+
+class _Look:
+    """What is asked of each piece of a pass; what it looks like only as long as there is room."""
+
+    def __init__(self, influence: ComposableInfluence, itself: bool, look: bool):
+        self.influence, self.itself, self.room = influence, itself, KEPT if look else 0
+
+    def __call__(self, piece: PlacedBatch) -> _Piece:
+        provider, x = self.influence.provider, self._shown(piece.batch.x)
+        itself = self.influence.self_influence_of(piece.self_grads(provider)) if self.itself else None
+        return _Piece(
+            names=np.asarray(piece.names),
+            losses=self._losses(piece),
+            keys=None if piece.keys is None else piece.keys.content,
+            itself=None if itself is None else to_numpy(itself).astype(np.float64),
+            x=x,
+            y=_labels(piece.batch.y),
+        )
+
+    def _losses(self, piece: PlacedBatch) -> np.ndarray | None:
+        try:
+            return to_numpy(self.influence.provider.losses(piece.batch)).astype(np.float64)
+        except UnsupportedModel:  # the page says nothing of losses then
+            return None
+
+    def _shown(self, x: Any) -> np.ndarray | None:
+        if not is_array(x) or x.ndim not in (2, 3, 4):
+            return None
+        values = to_numpy(x)
+        # Whole numbers in a row are numbers of tokens: they say nothing without their words.
+        if values.ndim == 2 and values.dtype.kind in "iu":
+            return None
+        self.room -= values.nbytes
+        return values if self.room >= 0 else None
+
+
+def _labels(y: Any) -> np.ndarray | None:
+    """Whole numbers, one a row."""
+    if not is_array(y) or y.ndim != 1:
+        return None
+    values = to_numpy(y)
+    return values if values.dtype.kind in "iub" else None
+
+
+def _copies(keys: np.ndarray | None) -> list[list[int]] | None:
+    """Places of rows with the same content, two or more each."""
+    if keys is None:
+        return None
+    order = np.argsort(keys, kind="stable")
+    ends = np.flatnonzero(np.diff(keys[order])) + 1
+    return [sorted(group.tolist()) for group in np.split(order, ends) if len(group) > 1]
+
+
+def _leaks(train: np.ndarray | None, query: np.ndarray | None, query_ids: np.ndarray) -> list[tuple[int, str]] | None:
+    """Train rows with the content of a query, and the name of that."""
+    if train is None or query is None:
+        return None
+    first = {int(key): place for place, key in reversed(list(enumerate(query.tolist())))}
+    return [(place, str(query_ids[first[key]])) for place, key in enumerate(train.tolist()) if key in first]
+
+
+def _details(influence: ComposableInfluence) -> str:
+    """The blocks, without what it would cost products to ask."""
+    status = status_of(influence)
+    rows = [[name, *_cells(block)] for name, block in status.blocks.items()]
+    return table([["block", "parameters", "damping", "mean eigenvalue", "kept"], *rows])
+
+
+def _cells(block: BlockStatus) -> list[str]:
+    kept = "all" if block.kept_rank is None else str(block.kept_rank)
+    return [f"{block.size:,}", shown(block.damping), shown(block.mean_eigenvalue), kept]

@@ -1,0 +1,113 @@
+"""Claims about the page of an influence: what it computes once, what it is given, and what it finds in the rows."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import headwater as hw
+from headwater.errors import NotFittedError
+from headwater.evaluate.verification import Check, Verification
+from headwater.torch import TorchBatch, TorchComposableInfluence
+
+ROWS, QUERIES = 60, 9
+
+
+@pytest.fixture(scope="module")
+def job():
+    """A fitted influence, its train batches and its queries; row 5 is row 3 again, and query 2 is train row 7."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(ROWS, 1, 4, 4, generator=generator)
+    y = torch.arange(ROWS) % 3
+    x[5], y[5] = x[3], y[3]
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+    queries = torch.rand(QUERIES, 1, 4, 4, generator=generator)
+    labels = torch.arange(QUERIES) % 3
+    queries[2], labels[2] = x[7], y[7]
+    influence = TorchComposableInfluence(
+        model, torch.nn.CrossEntropyLoss(), hw.Direct(), damping=hw.relative(0.1), blocks="layer"
+    )
+    train = [(x[k : k + 16], y[k : k + 16]) for k in range(0, ROWS, 16)]
+    return influence.fit(train), train, [(queries, labels)]
+
+
+def page_of(job, tmp_path, **options):
+    influence, train, queries = job
+    text = influence.report(train, queries, tmp_path / "page.html", **options).read_text(encoding="utf-8")
+    return text, json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])
+
+
+def test_two_loaders_are_all_that_a_page_needs(job, tmp_path):
+    influence, train, queries = job
+    text, data = page_of(job, tmp_path, verify=False)
+    top = influence.top(train, queries, 5, unit="removal")
+    for place, query in enumerate(data["queries"]):
+        right = top.helpful_scores[place] > 0
+        assert [data["rows"][row]["id"] for row, _ in query["up"]] == top.helpful_ids[place][right].astype(str).tolist()
+    assert data["kind"] == "images" and "predicted increase of the query" in text
+    labels = torch.cat([y for _, y in train]).tolist()
+    assert all(row["c"]["l"] == str(labels[int(row["id"])]) for row in data["rows"])
+
+
+def test_losses_copies_and_queries_among_the_rows_are_found(job, tmp_path):
+    influence, _, queries = job
+    text, data = page_of(job, tmp_path, verify=False)
+    losses = torch.nn.functional.cross_entropy(influence.provider.model(queries[0][0]), queries[0][1], reduction="none")
+    np.testing.assert_allclose([query["z"] for query in data["queries"]], losses.detach().numpy(), rtol=1e-3)
+    assert "2 rows are copies of one another, in 1 set" in text
+    assert "is query 2" in text and "1 training row is a query as well" in text
+    assert "Labels that may be wrong" in text and "not checked" in text
+
+
+def test_a_small_job_is_verified_unasked_and_a_page_says_so(job, tmp_path):
+    text, _ = page_of(job, tmp_path)
+    assert "were computed again plainly, and agree" in text
+    found = Verification("Direct()", 2, 1, 0, 1e-3, (Check("plain gradients", 0.0, 1e-3),))
+    assert "1 queries x 2 training rows" in page_of(job, tmp_path, checks=[found])[0]
+
+
+def test_scores_that_are_there_are_not_computed_again(job, tmp_path, monkeypatch):
+    influence, train, queries = job
+    scores = influence.attribute(train, queries, by_block=True)
+    monkeypatch.setattr("headwater.run.report.attribute", lambda *_, **__: pytest.fail("computed again"))
+    text, _ = page_of(job, tmp_path, scores=scores, verify=False)
+    assert "per unit of weight" in text and "Which parts of the model" in text
+
+
+def test_rows_are_matched_by_their_ids_whatever_their_order(job, tmp_path):
+    influence, train, queries = job
+    x, y = (torch.cat(parts) for parts in zip(*train, strict=True))
+    order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(1))
+    ids = np.array([f"row {k}" for k in range(ROWS)])
+    scores = influence.attribute([TorchBatch(x, y, ids=ids)], queries, unit="removal")
+    shuffled = [TorchBatch(x[order], y[order], ids=ids[order.numpy()])]
+    text = influence.report(
+        shuffled, queries, tmp_path / "shuffled.html", scores=scores, verify=False, made={"made": None}
+    ).read_text()
+    straight = influence.report(
+        [TorchBatch(x, y, ids=ids)], queries, tmp_path / "page.html", scores=scores, verify=False, made={"made": None}
+    ).read_text()
+    assert text == straight
+
+
+def test_rows_that_one_is_told_about_are_shown_as_told(job, tmp_path):
+    _, data = page_of(job, tmp_path, rows=lambda row: f"this is row {row}", verify=False, self_influence=False)
+    assert all(row["c"]["t"] == f"this is row {row['id']}" for row in data["rows"])
+
+
+def test_kept_gradients_stand_for_the_train_loader(job, tmp_path):
+    influence, train, queries = job
+    kept = influence.gradients(train, store=tmp_path / "kept")
+    text = influence.report(kept, queries, tmp_path / "page.html").read_text()
+    assert "Suspicious" not in text and "Which rows are behind each query?" in text
+
+
+def test_an_influence_that_is_not_fitted_has_no_page(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    influence = TorchComposableInfluence(model, torch.nn.CrossEntropyLoss(), hw.Direct())
+    batch = [(torch.zeros(2, 2), torch.tensor([0, 1]))]
+    with pytest.raises(NotFittedError):
+        influence.report(batch, batch, tmp_path / "page.html")
+    assert not list(tmp_path.iterdir())
