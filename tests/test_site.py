@@ -21,6 +21,7 @@ PUBLIC = (
     "headwater.hf",
     "headwater.jax",
     "headwater.job",
+    "headwater.report",
     "headwater.retraining.sklearn",
     "headwater.retraining.torch",
     "headwater.sklearn",
