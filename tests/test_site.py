@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import headwater
+
 yaml = pytest.importorskip("yaml", reason="the site's settings are YAML: pip install headwater[docs]")
 
 ROOT = Path(__file__).parents[1]
@@ -88,6 +90,15 @@ def test_every_verb_of_the_command_line_is_explained():
     verbs = {name for name in app if not name.startswith("-") and app[name].show} - {"version"}
     told = set(re.findall(r"^<!-- help ([\w -]+) -->$", (DOCS / "api" / "command-line.md").read_text(), re.M))
     assert told == verbs
+
+
+def test_every_name_that_is_explained_is_there():
+    """Of packages without a framework; building the site finds all."""
+    framework = re.compile(r"headwater\.(torch|jax|sklearn|hf|retraining)\.")
+    for name in EXPLAINED:
+        if not framework.match(name):
+            module, _, member = name.rpartition(".")
+            assert inspect.getattr_static(importlib.import_module(module), member, None) or member in headwater.__all__
 
 
 def test_no_name_is_explained_twice():
