@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks" / "README.md"])
 BOARD = ROOT / "benchmarks" / "leaderboard"
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 picture = runpy.run_path(str(ROOT / "docs" / "architecture.py"))
 DRAWN = picture["read"](picture["TEXT"].read_text())
@@ -52,6 +53,17 @@ def test_links_lead_to_files(page):
     assert not [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()]
 
 
+def test_the_extras_that_the_readme_names_are_those_there_are():
+    text = (ROOT / "README.md").read_text()
+    sentence = re.search(r"The extras are (.*?)[;.]", text, re.S)[1]
+    assert set(re.findall(r"`([\w-]+)`", sentence)) == set(PROJECT["optional-dependencies"]) - {
+        "demo",
+        "dev",
+        "docs",
+        "verses",
+    }
+
+
 def test_files_that_contributing_names_are_there():
     text = (ROOT / "CONTRIBUTING.md").read_text()
     named = re.findall(r"`((?:src|tests|docs|benchmarks)/[\w/.-]*)`", text)
@@ -66,9 +78,8 @@ def test_the_line_of_data_names_files_that_are_there():
 
 
 def test_one_version_everywhere():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     cited = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.M)
-    assert cited and project["version"] == headwater.__version__ == cited[1]
+    assert cited and PROJECT["version"] == headwater.__version__ == cited[1]
 
 
 def test_the_leaderboards_binaries_have_the_checksums_that_are_kept():

@@ -71,8 +71,8 @@ def curvature_of(
     `dense()`; by name it has each block's. Nothing is damped. See `headwater.curvature.model`.
 
     model, loss, params, data (the train rows): as `Influence` and `fit` take them. kind: "hessian", "ggn", "fisher" or
-    "empirical_fisher". blocks: "full" for the whole
-    matrix, or "layer", "parameter", {name: [...]} for blocks by themselves. penalty: with that of the estimator.
+    "empirical_fisher". blocks: "full" for the whole matrix, or "layer", "parameter", {name: [...]} for blocks by
+    themselves. penalty: with that of the estimator.
     Errors: InvalidInput where something is missing; those of the framework's provider.
     """
     if data is None:

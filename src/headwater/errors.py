@@ -155,3 +155,17 @@ class MissingExtra(HeadwaterError, ImportError):
 
     def __init__(self, package: str, extra: str):
         super().__init__(f"This needs {package}, which is not installed: pip install 'headwater[{extra}]'")
+
+
+EXTRAS = {
+    "accelerate": "hf",
+    "datasets": "hf",
+    "jax": "jax",
+    "matplotlib": "plot",
+    "peft": "hf",
+    "pyarrow": "tables",
+    "sklearn": "sklearn",
+    "torch": "torch",
+    "transformers": "hf",
+}
+"""Modules that people's own code imports, and which extra brings them."""

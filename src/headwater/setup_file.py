@@ -15,7 +15,7 @@ from types import CodeType, ModuleType
 from typing import Any
 
 from headwater.attributor import Attributor
-from headwater.errors import HeadwaterError, InvalidInput, InvalidSetting
+from headwater.errors import EXTRAS, HeadwaterError, InvalidInput, InvalidSetting
 
 NAMES = ("influence", "train", "query", "rows", "queries", "predictions", "retrain")
 """What a setup gives, in this order; from the third on, it may be left out."""
@@ -125,6 +125,8 @@ def _importable(place: str, folder: Path | None) -> Iterator[None]:
 
 def _load(place: str, folder: Path | None) -> ModuleType:
     if not place.endswith(".py"):
+        if (Path(folder or "") / place).is_file():
+            raise InvalidSetting(f"{place} is no setup: expected a job (.toml), FILE.py, or module:function.")
         importlib.invalidate_caches()  # the file may be younger than what was seen of its folder
         return importlib.import_module(place)
     path = (Path(folder or "") / place).resolve()
@@ -155,6 +157,13 @@ def _run(target: str, step: Callable[[], Any]) -> Any:
         raise
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(frame.filename).name}, line {frame.lineno}"
         raise InvalidInput(
-            f"{target} failed: {type(error).__name__}: {error} ({Path(frame.filename).name}, line {frame.lineno})"
+            f"{target} failed: {type(error).__name__}: {error} ({place}).{_how_to_add(error)}"
         ) from error
+
+
+def _how_to_add(error: Exception) -> str:
+    """A framework that is not there."""
+    extra = EXTRAS.get(error.name or "") if isinstance(error, ModuleNotFoundError) else None
+    return f" To add it: pip install 'headwater[{extra}]'" if extra else ""

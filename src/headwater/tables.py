@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -83,6 +84,31 @@ def _padded(cell: str, width: int, left: bool) -> str:
     """Wide characters take two columns: `str.ljust` would count one."""
     space = " " * (width - cell_len(cell))
     return cell + space if left else space + cell
+
+
+def wrapped(text: str, width: int) -> str:
+    """Sentences in lines of at most so many columns of a terminal, where their words allow; below their own beginning.
+
+    A row of a table goes on below its last cell, where that begins in the left half; else it stays as it is.
+    """
+    return "\n".join(_wrapped_line(line, width) for line in text.split("\n"))
+
+
+def _wrapped_line(line: str, width: int) -> str:
+    gap = re.match(r".*\S {2,}|\s*", line)
+    begin = gap[0] if gap else ""
+    indent = cell_len(begin)
+    if cell_len(line) <= width or indent > width // 2:
+        return line
+    lines, used = [begin], indent
+    for word in line[len(begin) :].split(" "):
+        if used > indent and used + 1 + cell_len(word) > width:
+            lines.append(" " * indent)
+            used = indent
+        space = " " if used > indent else ""
+        lines[-1] += space + word
+        used += len(space) + cell_len(word)
+    return "\n".join(lines)
 
 
 def html_table(rows: Sequence[Sequence[str]], note: str = "") -> str:

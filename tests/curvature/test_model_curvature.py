@@ -28,6 +28,7 @@ from headwater.errors import (
     NotConverged,
     ShapeMismatch,
     StaleFit,
+    UnsupportedModel,
 )
 from headwater.jax.losses import squared_error
 from headwater.sklearn import SklearnBatch, SklearnComposableInfluence
@@ -287,10 +288,12 @@ def test_what_does_not_fit_is_refused() -> None:
     assert np.asarray(sums.diagonal()).shape == (sums.size,)  # a sum of gradients has no limit
     with pytest.raises(InvalidSetting, match="kind='fisher'"):
         hw.curvature_of(large, mse, rows, kind="hessian").diagonal()
-    for given in ((CASE.model, CASE.loss, None), (CASE.model, None, [(CASE.x, CASE.y)]), ("model", None, [(x, y)])):
+    for given in ((CASE.model, CASE.loss, None), (CASE.model, None, [(CASE.x, CASE.y)])):
         with pytest.raises(InvalidInput):
             hw.curvature_of(*given)
-    with pytest.raises(InvalidInput, match="loss of its own"):
+    with pytest.raises(UnsupportedModel):
+        hw.curvature_of("model", None, [(x, y)])
+    with pytest.raises(InvalidInput, match="has its own"):
         hw.curvature_of(LogisticRegression().fit(x, y), loss, (x, y))
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NoReturn
 
 from cyclopts import CycloptsError
 
 import headwater
 from headwater.cli import demo, job, results, store, verify
-from headwater.cli.app import EXITS, Method, app, command
+from headwater.cli.app import EXITS, CheckFailed, Method, app, command
 from headwater.cli.stops import Stopped, stop_signals
 from headwater.errors import HeadwaterError
 
@@ -41,6 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with stop_signals():
             app(given, exit_on_error=False, print_error=False, result_action="return_value")
+            sys.stdout.flush()
+    except CheckFailed:
+        sys.exit(1)
+    except BrokenPipeError:
+        _unread()
+    except SystemExit as ended:
+        if isinstance(ended.__context__, BrokenPipeError):  # rich, which prints help
+            _unread()
+        _say(f"The code that was called ended Python: SystemExit: {ended.code}")
+        sys.exit(2)
     except Stopped as stopped:
         _say(str(stopped))
         sys.exit(stopped.status)
@@ -50,6 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception:
         traceback.print_exc()
         sys.exit(2)
+
+
+def _unread() -> NoReturn:
+    """As in `headwater top job.toml | head`: nobody is told, for nobody listens."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python itself flushes it once more in the end
+    sys.exit(141)  # 128 + SIGPIPE, as shells have it
 
 
 def _say(text: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from contextvars import ContextVar
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Group, Parameter
@@ -13,8 +15,13 @@ from headwater.errors import InvalidSetting
 
 EXITS = (
     "Exit status: 0 all went well; 1 a check failed; 2 something was wrong with what was given; 130 interrupted "
-    "(Ctrl-C); 143 terminated (SIGTERM)."
+    "(Ctrl-C); 141 nobody reads what is printed; 143 terminated (SIGTERM)."
 )
+
+
+class CheckFailed(Exception):
+    """What was checked is not so; what was found has been printed."""
+
 
 command: ContextVar[str] = ContextVar("command", default="headwater")
 """As it was typed."""
@@ -55,6 +62,16 @@ if TYPE_CHECKING:
     Method = str
 else:
     Method = Literal[tuple(entry.name for entry in headwater.METHODS)]
+
+
+def print_wrapped(words: object) -> None:
+    """Print, on a terminal in lines that it can hold; what reads a pipe gets each sentence in one line."""
+    text = str(words)
+    if sys.stdout.isatty():
+        from headwater.tables import wrapped
+
+        text = wrapped(text, get_terminal_size().columns)
+    print(text)
 
 
 def checked_seed(seed: int) -> int:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
-from headwater.cli.app import TRY, Method, Quiet, app, checked_seed, command
+from headwater.cli.app import TRY, Method, Quiet, app, checked_seed, command, print_wrapped
 from headwater.cli.results import open_page
 from headwater.cli.stops import kept
 from headwater.errors import InvalidSetting
@@ -83,6 +83,6 @@ def _run(name: str, out: Path, store: Path | None, show: bool, quiet: bool, **op
         with kept(goes_on):
             found = run(name, store or Path(passing) / "results", out, command.get(), progress=not quiet, **options)
     if not quiet:
-        print(f"{found}\n\nThe report, with all of them: {out}")
+        print_wrapped(f"{found}\n\nThe report, with all of them: {out}")
     if show:
         open_page(out)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from headwater.cli.app import YOURS, Json, Memory, Quiet, SetupOrJob, Store, Worker, app, command
+from headwater.cli.app import YOURS, Json, Memory, Quiet, SetupOrJob, Store, Worker, app, command, print_wrapped
 from headwater.cli.stops import kept
 
 if TYPE_CHECKING:
@@ -30,10 +30,11 @@ def init(file: Path = Path("job.toml"), /) -> None:
     file
         The job to write; its Python file has the same name. Nothing is overwritten.
     """
-    from headwater.cli.starter import write_starter
+    from headwater.cli.starter import missing_extra, write_starter
 
     written = write_starter(file)
-    print(f"Wrote {file} and {written.name}. Try: headwater top {file}")
+    first = f"pip install 'headwater[{missing_extra()}]', then " if missing_extra() else ""
+    print_wrapped(f"Wrote {file} and {written.name}. Try: {first}headwater top {file}")
 
 
 @app.command(group=YOURS)
@@ -189,7 +190,7 @@ def say(found: object, words: str, quiet: bool) -> None:
     if found is not None:
         print(json.dumps(found, indent=1))
     elif not quiet:
-        print(words)
+        print_wrapped(words)
 
 
 def _chosen(found: TopK, wanted: Sequence[str]) -> list[int]:

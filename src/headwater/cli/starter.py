@@ -131,3 +131,8 @@ def write_starter(file: Path) -> Path:
         if not write_new(each, text.encode()):
             raise AlreadySaved(f"{each} exists; remove it, or choose another name.")
     return python
+
+
+def missing_extra() -> str:
+    """What brings the packages that the starter needs; "" where they are there. The data are scikit-learn's."""
+    return "" if find_spec("sklearn") else "sklearn"

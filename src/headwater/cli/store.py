@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json as as_json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from headwater.cli.app import LOOK, YOURS, Json, Quiet, app, command
+from headwater.cli.app import LOOK, YOURS, CheckFailed, Json, Quiet, app, command, print_wrapped
 from headwater.cli.stops import kept
 from headwater.errors import InvalidSetting
 
@@ -32,9 +31,12 @@ def info(store: Path, /, *, check: Annotated[bool, Parameter(negative="")] = Fal
     from headwater.store.info import info as look
 
     found = look(_folder(store), check)
-    print(as_json.dumps(found.to_dict(), indent=1) if json else found)
+    if json:
+        print(as_json.dumps(found.to_dict(), indent=1))
+    else:
+        print_wrapped(found)
     if check and found.all_damage:
-        sys.exit(1)
+        raise CheckFailed
 
 
 @app.command(group=YOURS)
@@ -75,7 +77,7 @@ def delete(
     elif not quiet:
         out = [f"{count} rows are out of {folder}."] if ids else []
         gone = "The bytes of deleted rows are gone." if compact else "Their bytes are there until --compact."
-        print(*out, gone)
+        print_wrapped(" ".join([*out, gone]))
 
 
 def _folder(given: Path) -> Path:

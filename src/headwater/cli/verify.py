@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from headwater.cli.app import LOOK, Quiet, app, checked_seed
+from headwater.cli.app import LOOK, CheckFailed, Quiet, app, checked_seed, print_wrapped
 from headwater.errors import InvalidSetting
 
 
@@ -61,6 +60,6 @@ def verify(
         seed=checked_seed(seed),
         progress=not quiet,
     )
-    print(found)
+    print_wrapped(found)
     if not found.passed:
-        sys.exit(1)
+        raise CheckFailed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,8 @@ from headwater.run.runners.turns import check_worker
 from headwater.run.tiles import QuerySpan, Scorer, run_tiles
 from headwater.store.base import MemorySink, Sink, Tile
 from headwater.store.plan import Sizes
-from headwater.store.scores import UNIT_IN_WORDS, Scores
+from headwater.store.score_matrix import UNIT_IN_WORDS
+from headwater.store.scores import Scores
 from headwater.store.tiles import TileStore
 from headwater.store.topk import GroupSink, TopK, TopKSink
 from headwater.types import InfluenceMode
@@ -108,7 +109,7 @@ def top(
     asked = Asked.of(influence, query_loader, explain)
     if storage.store is not None:  # of scores in a folder each query has its own
         stored = PairRun(influence, asked, unit, False, InfluenceMode.Up, storage, progress).stored(train_loader)
-        return ranking.of_scores(stored)
+        return replace(ranking.of_scores(stored), unit_in_words=stored.unit_in_words)
     run = PairRun(influence, ranking.asked(asked), unit, False, InfluenceMode.Up, storage, progress)
     ends: list[TopKSink | GroupSink] = []
 
@@ -117,7 +118,8 @@ def top(
         return ends[-1]
 
     run.into(sink, train_loader)
-    return TopK.joined([each.top() for each in ends])
+    words = UNIT_IN_WORDS[unit].format(of=asked.explained(influence))
+    return replace(TopK.joined([each.top() for each in ends]), unit_in_words=words)
 
 
 class PairRun:
