@@ -297,12 +297,16 @@ class Call:
         settings = self.job.settings
         if verb == "fit" and known is not None:  # how it is scored is what was scored, until it is scored again
             settings |= {name: known.settings[name] for name in ("score", "top") if name in known.settings}
-        mine = Record(self.job.name, settings, verbs={} if known is None else known.verbs)
         facts = {"command": self.command, "worker": list(self.worker), "started": now()}
+
+        def write(known: Record | None, **more: object) -> None:
+            mine = Record(self.job.name, settings, verbs={} if known is None else known.verbs)
+            write_record(store, mine.with_call(verb, **facts, **more))
+
         if known is None:
-            write_record(store, mine.with_call(verb, **facts, finished=None))
+            write(None, finished=None)
         yield found
-        write_record(store, mine.with_call(verb, **facts, finished=now(), **found))
+        write(read_record(store), finished=now(), **found)  # verbs within this one have written theirs
 
 
 class Untrained(Exception):
