@@ -18,14 +18,26 @@ import pytest
 from headwater import cli
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.exists()]
+DOCUMENTS = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if path.exists()]
 PROGRAMS = {"headwater": Path(sys.executable).with_name("headwater"), "./dev": ROOT / "dev"}
 
 FENCED = re.compile(r"(?P<skip><!-- not run -->\s*)?^ *```(?P<language>\w+)[^\n]*\n(?P<body>.*?)^ *```", re.M | re.S)
 RUN = re.compile(r"^<!-- run -->\s*^```sh\n(.*?)^```", re.M | re.S)
 COMMAND = re.compile(r"^\s*(?:\$ )?(?P<program>headwater|\./dev) (?P<verb>[a-z][\w-]*)", re.M)
 
-each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+SLOW = ("docs/trust.md", "docs/tutorials/images.md", "docs/tutorials/text.md")  # they train a few dozen networks
+
+
+def named(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=named)
+each_document_in_its_time = pytest.mark.parametrize(
+    "document",
+    [pytest.param(path, marks=pytest.mark.slow if named(path) in SLOW else ()) for path in DOCUMENTS],
+    ids=named,
+)
 
 
 def blocks(document, *languages):
@@ -38,6 +50,13 @@ def help_of(program):
 
 
 @each_document
+def test_python_snippets_are_python(document):
+    """Those that are only read, too."""
+    for block in blocks(document, "python"):
+        compile(textwrap.dedent(block["body"]), document, "exec", dont_inherit=True)
+
+
+@each_document_in_its_time
 def test_python_snippets_run(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
