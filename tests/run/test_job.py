@@ -354,6 +354,17 @@ def test_scores_are_judged_by_models_trained_again(more, capsys):
     assert run("evaluate", more, "--quiet", capsys=capsys)[0] == 0 and Path("trained").read_text() == 8 * "x"
 
 
+def test_models_that_were_trained_for_another_model_or_other_queries_are_refused(more, capsys):
+    assert run("calibrate", more, "--quiet", capsys=capsys)[0] == 0
+    assert run("evaluate", more, "--quiet", capsys=capsys)[0] == 0
+    write_job(more.parent, more.read_text(), MORE.replace("X[:5] + 0.1", "X[:5] + 0.2"))
+    for verb in ("calibrate", "evaluate"):  # of the second the scores differ, too
+        sys.modules.pop("mine", None)
+        status, printed = run(verb, more, "--quiet", capsys=capsys)
+        assert status == 2 and "quer" in printed.err, printed.err
+    assert Path("trained").read_text() == (6 + 8) * "x"
+
+
 def test_the_rows_blamed_for_a_query_are_left_out_and_so_are_others(more, capsys):
     more.write_text(more.read_text() + "leave_out = 2\nremoved = 4\nruns = 2\n")
     status, printed = run("evaluate", more, "--json", "--quiet", capsys=capsys)

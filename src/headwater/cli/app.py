@@ -39,8 +39,8 @@ app = App(
 
 YOURS, LOOK, TRY = (Group.create_ordered(name) for name in ("Your own job", "Look at results", "Try it"))
 
-Quiet = Annotated[bool, Parameter(negative="")]
-Json = Annotated[bool, Parameter(name="--json", negative="")]
+Quiet = Annotated[bool, Parameter(negative="", help="No progress bars, and no words.")]
+Json = Annotated[bool, Parameter(name="--json", negative="", help="Print JSON.")]
 
 SetupOrJob = Annotated[
     str,

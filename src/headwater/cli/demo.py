@@ -41,33 +41,19 @@ def digits(
         Of all that is drawn: same seed, same numbers.
     method
         How influence is computed, in place of the exact Gauss-Newton curvature: see docs/methods.md.
-    quiet
-        No progress bars and no tables; only the page.
     """
     _run("digits", out, store, show, quiet, seed=checked_seed(seed), method=method)
 
 
 @demo.command
 def text(*, out: Out = PAGE, store: Kept = None, show: Show = False, quiet: Quiet = False) -> None:
-    """Text: trace verses that a classifier puts into a wrong gospel. Needs headwater[demo-text]; under a minute.
-
-    Parameters
-    ----------
-    quiet
-        No progress bars and no tables; only the page.
-    """
+    """Text: trace verses that a classifier puts into a wrong gospel. Needs headwater[demo-text]; under a minute."""
     _run("text", out, store, show, quiet)
 
 
 @demo.command
 def table(*, out: Out = PAGE, store: Kept = None, show: Show = False, quiet: Quiet = False) -> None:
-    """A table: trace wrong diagnoses of a logistic regression to patients of its training set. Takes seconds.
-
-    Parameters
-    ----------
-    quiet
-        No progress bars and no tables; only the page.
-    """
+    """A table: trace wrong diagnoses of a logistic regression to patients of its training set. Takes seconds."""
     _run("table", out, store, show, quiet)
 
 

@@ -44,13 +44,6 @@ def fit(
     """Fit the job's influence to its train rows. What a stopped call finished is kept, and this one goes on there.
 
     A job's setup is your own code, and is run.
-
-    Parameters
-    ----------
-    json
-        Print JSON.
-    quiet
-        No progress bars, and no words.
     """
     call = call_of(job, store, worker, quiet)
     with kept(how_to_go_on(call)):
@@ -73,13 +66,6 @@ def score(
     """Score all train rows on all queries; fits first, if need be. What a stopped call finished is kept.
 
     A job's setup is your own code, and is run.
-
-    Parameters
-    ----------
-    json
-        Print JSON.
-    quiet
-        No progress bars, and no words.
     """
     call = call_of(job, store, worker, quiet, memory)
     with kept(how_to_go_on(call)):
@@ -101,13 +87,6 @@ def append(
     """Score the rows that the job's train loader has more than when it was scored, at its end; the fit stays.
 
     A job's setup is your own code, and is run.
-
-    Parameters
-    ----------
-    json
-        Print JSON.
-    quiet
-        No progress bars, and no words.
     """
     call = call_of(job, store, worker, quiet, memory)
     with kept(how_to_go_on(call)):
@@ -140,10 +119,6 @@ def top(
         A query's id, in place of the first ten queries; may be given several times.
     every
         All queries.
-    json
-        Print JSON: of all queries, unless --query names some.
-    quiet
-        No progress bars.
     """
     call = call_of(job, store, "0/1", quiet, memory)
     with kept(how_to_go_on(call)):

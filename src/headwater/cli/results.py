@@ -34,8 +34,6 @@ def report(
         The page, in place of the job's: report.html.
     show
         Open it in a browser.
-    quiet
-        No progress bars, and no words.
     """
     call = call_of(job, store, "0/1", quiet, memory)
     with kept(how_to_go_on(call)):
@@ -72,8 +70,6 @@ def export(
         Where to: a name that ends in .parquet or .csv. What was there is replaced.
     top
         Only so many rows at each end of each query's ranking.
-    quiet
-        No progress bars, and no words.
     """
     call = call_of(job, store, "0/1", quiet, memory)
     with kept(how_to_go_on(call)):
@@ -89,13 +85,6 @@ def calibrate(
 
     For that the setup returns a dict that has a function "retrain", too. Models that are trained already are kept.
     Then `[fit] damping = "calibrated"` in the job uses the choice. A job's setup is your own code, and is run.
-
-    Parameters
-    ----------
-    json
-        Print JSON.
-    quiet
-        No progress bars, and no words.
     """
     call = call_of(job, store, "0/1", quiet, memory)
     with kept(how_to_go_on(call)):
@@ -112,13 +101,6 @@ def evaluate(
 
     For that the setup returns a dict that has a function "retrain", too. Models that are trained already are kept.
     A job's setup is your own code, and is run.
-
-    Parameters
-    ----------
-    json
-        Print JSON.
-    quiet
-        No progress bars, and no words.
     """
     call = call_of(job, store, "0/1", quiet, memory)
     with kept(how_to_go_on(call)):

@@ -25,8 +25,6 @@ def info(store: Path, /, *, check: Annotated[bool, Parameter(negative="")] = Fal
         A folder of headwater's; or a job file, for its results.
     check
         Read every file, and name each that is damaged or missing; exit status 1 if there is any.
-    json
-        Print JSON.
     """
     from headwater.store.info import info as look
 
@@ -60,10 +58,6 @@ def delete(
         Of the rows. None: only --compact what was deleted before.
     compact
         Write the scores again without the rows that were deleted.
-    json
-        Print JSON.
-    quiet
-        No words.
     """
     if not ids and not compact:
         raise InvalidSetting("Give the ids of the rows to delete, or --compact for those that are deleted.")

@@ -41,8 +41,6 @@ def verify(
         How far scores may be off, relative to the largest; by default what the dtype allows.
     seed
         Of the sample.
-    quiet
-        No progress bars.
     """
     if demo == (setup is not None):
         raise InvalidSetting("Give either a setup file or --demo." if demo else "Give a setup file, or --demo.")

@@ -89,8 +89,8 @@ def job_of(name: str, store: Path, page: Path, **options: Any) -> Job:
 
 
 def _setup(target: str, options: dict[str, Any]) -> Setup:
-    module, name = split_target(target)
-    return as_setup(vars(import_module(module))[name](**options), target)
+    module, _ = split_target(target)
+    return as_setup(import_module(module).setup(**options), target)
 
 
 @dataclass(frozen=True)

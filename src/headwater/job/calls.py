@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,13 +14,14 @@ import numpy as np
 
 from headwater.arrays import working_memory
 from headwater.attributor import Attributor
-from headwater.errors import AlreadySaved, InvalidSetting
+from headwater.errors import AlreadySaved, InvalidInput, InvalidSetting
 from headwater.evaluate.bank import Bank, Plan, plan_subsets
 from headwater.evaluate.calibration import Calibration
 from headwater.evaluate.lds import Lds, lds
 from headwater.evaluate.left_out import LeftOut, left_out, plan_left_out
 from headwater.job.settings import CALIBRATED, Job
 from headwater.report.retrained import left_out_section
+from headwater.run.queries import Asked
 from headwater.settings import bytes_of
 from headwater.setup_file import Setup
 from headwater.store.draft import write_whole
@@ -148,7 +150,8 @@ class Call:
         setup = self._loaded_with_queries()
         _ = setup.retraining
         with self._working(), self._recorded("evaluate") as found:
-            judged = self._judged(setup, self._scores(setup, self._damped(setup, self._fitted(setup))))
+            influence = self._damped(setup, self._fitted(setup))
+            judged = self._judged(setup, influence, self._scores(setup, influence))
             found |= {"said": str(judged)}
         return judged
 
@@ -163,7 +166,7 @@ class Call:
         with self._working(), self._recorded("report") as found:
             influence = self._damped(setup, self._fitted(setup))
             scores = self._scores(setup, influence)
-            judged = self._judged_before(setup, scores)
+            judged = self._judged_before(setup, influence, scores)
             written = influence.report(
                 setup.train,
                 setup.query_loader,
@@ -183,46 +186,62 @@ class Call:
             found |= {"file": str(written)}
         return written
 
-    def _judged_before(self, setup: Setup, scores: Scores) -> Evaluation | None:
+    def _judged_before(self, setup: Setup, influence: Attributor, scores: Scores) -> Evaluation | None:
         """What `evaluate` found of these scores, if it was asked for: no model is trained now."""
         known = read_record(self.job.store)
         if setup.retrain is None or known is None or not known.verbs.get("evaluate", {}).get("finished"):
             return None
         with suppress(Untrained):
-            return self._judged(replace(setup, retrain=_untrained), scores)
+            return self._judged(replace(setup, retrain=_untrained), influence, scores)
         return None
 
-    def _judged(self, setup: Setup, scores: Scores) -> Evaluation:
+    def _judged(self, setup: Setup, influence: Attributor, scores: Scores) -> Evaluation:
         settings, matrix = self.job.retrain, scores[:]  # in the order of the loaders, as banks are
         queries, rows = matrix.shape
         plan = plan_subsets(rows, subsets=settings.evaluate, repeated=settings.repeated, seed=settings.seed + 1)
-        judged = lds(matrix, *self._bank(setup, EVALUATING, plan, queries))
+        recipe = self._recipe(setup, influence)
+        judged = lds(matrix, *self._bank(setup, EVALUATING, plan, queries, recipe))
         if not settings.leave_out:
             return Evaluation(judged)
         asked = np.random.default_rng(settings.seed).permutation(queries)[: settings.leave_out]
         removals = plan_left_out(matrix, asked, settings.removed, runs=settings.runs, seed=settings.seed)
-        _, outputs = self._bank(setup, LEAVING_OUT, removals, queries)
+        _, outputs = self._bank(setup, LEAVING_OUT, removals, queries, recipe)
         return Evaluation(judged, left_out(matrix, asked, settings.removed, outputs))
 
     def _calibration(self, setup: Setup, fitted: Attributor) -> Calibration:
         file, settings = self.job.store / CALIBRATION, self.job.retrain
+        recipe = self._recipe(setup, fitted)
         if file.is_file():
-            return Calibration.from_json(unsealed(file, remedy=CALIBRATE_AGAIN)[0]["found"])
+            known, _ = unsealed(file, remedy=CALIBRATE_AGAIN)
+            changed = [name for name, value in recipe.items() if known["recipe"].get(name) != value]
+            if changed:
+                raise InvalidInput(f"{file} was chosen for another {' and '.join(changed)}. {CALIBRATE_AGAIN}")
+            return Calibration.from_json(known["found"])
         with self._recorded("calibrate") as found:
             sizes = fitted.plan(setup.train, setup.query_loader)
             plan = plan_subsets(sizes.train_rows, subsets=settings.calibrate, repeated=0, seed=settings.seed)
-            bank = self._bank(setup, CALIBRATING, plan, sizes.query_rows)
+            bank = self._bank(setup, CALIBRATING, plan, sizes.query_rows, recipe)
             damped = fitted.calibrate(setup.train, setup.query_loader, bank, progress=self.progress)
             chosen = damped.calibration
             assert chosen is not None
-            write_whole(file, json.dumps(sealed({"found": chosen.to_json()}), indent=1).encode())
+            write_whole(file, json.dumps(sealed({"recipe": recipe, "found": chosen.to_json()}), indent=1).encode())
             found |= {"said": str(chosen)}
         return chosen
 
-    def _bank(self, setup: Setup, name: str, plan: Plan, queries: int) -> Bank:
+    def _bank(self, setup: Setup, name: str, plan: Plan, queries: int, recipe: Mapping[str, Any]) -> Bank:
         """Models trained again as the plan says, those that are not there yet."""
-        bank = Bank(self.job.store / name, plan, queries, recipe={"setup": self.job.setup})
+        bank = Bank(self.job.store / name, plan, queries, recipe)
         return bank.fill(setup.retraining, progress=self.progress)
+
+    def _recipe(self, setup: Setup, fitted: Attributor) -> dict[str, Any]:
+        """What retrained models belong to. Training that was changed gives another model, too, as a rule."""
+        known, rows = fitted.identity(), fitted.fitted_keys
+        return {
+            "setup": self.job.setup,
+            "model": [known["architecture"], known["fingerprint"]],
+            "train rows": None if rows is None else _digest(rows),
+            "queries": _digest(Asked.of(fitted, setup.query_loader).keys),
+        }
 
     def _damped(self, setup: Setup, fitted: Attributor) -> Attributor:
         """At the job's damping, which is calibrated first if it says so."""
@@ -307,6 +326,10 @@ class Call:
             write(None, finished=None)
         yield found
         write(read_record(store), finished=now(), **found)  # verbs within this one have written theirs
+
+
+def _digest(keys: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(keys).tobytes())
 
 
 class Untrained(Exception):

@@ -127,7 +127,7 @@ class RetrainSettings:
     def __post_init__(self) -> None:
         leasts = {"calibrate": 4, "evaluate": 4, "repeated": 0, "leave_out": 0, "removed": 1, "runs": 1, "seed": 0}
         for name, least in leasts.items():
-            check_whole(name, vars(self)[name], least)
+            check_whole(name, asdict(self)[name], least)
         if self.repeated > self.evaluate:
             raise InvalidSetting(f"repeated is {self.repeated}; expected at most evaluate, {self.evaluate}.")
 
@@ -177,9 +177,14 @@ class Job:
         return found if store is None else replace(found, store=store)
 
     @property
+    def tables(self) -> list[tuple[str, Any]]:
+        """In the order of TABLES."""
+        return list(zip(TABLES, (self.fit, self.score, self.top, self.report, self.retrain), strict=True))
+
+    @property
     def settings(self) -> dict[str, Any]:
         """All of them, as they are written beside the results."""
-        return {"setup": self.setup, "store": str(self.store), **{name: asdict(vars(self)[name]) for name in TABLES}}
+        return {"setup": self.setup, "store": str(self.store), **{name: asdict(each) for name, each in self.tables}}
 
     @property
     def scores(self) -> Path:
