@@ -1,5 +1,8 @@
 """Fitted estimators of every kind: the contract, and gradients and scores against torch's autograd, row by row."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from sklearn_cases import MAKERS, case_of
@@ -172,3 +175,22 @@ def test_the_plain_gradients_are_the_same_numbers(name):
             got = plain.grads(batch, query=query)["full"].flat()
             expected = provider.grads(batch, query=query)["full"].flat()
             np.testing.assert_allclose(got, expected, rtol=0, atol=1e-9 * np.abs(expected).max())
+
+
+def test_a_pipeline_of_texts_is_known_again_in_another_process():
+    """Vectorizers keep where their stop words lay in memory."""
+    code = """
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from headwater.sklearn import SklearnGradientProvider
+texts, labels = ["a cat sat", "a dog ran", "the cat ran", "the dog sat"], [0, 1, 0, 1]
+for words in (None, ["the"]):
+    model = make_pipeline(TfidfVectorizer(stop_words=words), LogisticRegression()).fit(texts, labels)
+    print(SklearnGradientProvider(model).fingerprint())
+"""
+    first, second = (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split("\n")
+        for _ in range(2)
+    )
+    assert first == second and first[0] != first[1]

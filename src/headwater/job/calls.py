@@ -240,7 +240,7 @@ class Call:
             "setup": self.job.setup,
             "model": [known["architecture"], known["fingerprint"]],
             "train rows": None if rows is None else _digest(rows),
-            "queries": _digest(Asked.of(fitted, setup.query_loader).keys),
+            "queries": _digest(Asked.of(fitted, fitted.query_rows(setup.query_loader)).keys),
         }
 
     def _damped(self, setup: Setup, fitted: Attributor) -> Attributor:

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-import joblib
 import numpy as np
 from scipy.sparse import issparse
 
@@ -22,6 +21,7 @@ from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFun
 from headwater.random import row_numbers
 from headwater.sklearn.batch import FeatureBatch, SklearnBatch, bad_rows, column_names
 from headwater.sklearn.families import FEW, Array, Family, of_output
+from headwater.sklearn.hashing import StepsHasher
 from headwater.sklearn.linear import LinearModel, attribute_of, last_step, read
 from headwater.sklearn.measurements import Measurement, RowFunction, measurement_named
 from headwater.types import field_values
@@ -106,7 +106,7 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
         # repr of sorted fields: the same text in every process, as a hash of an object is not.
         loss = repr((model.family.name, sorted((f.name, value) for f, value in field_values(model.family)), penalty))
         # A scaler that was fitted again changes what the linear model meets.
-        steps = joblib.hash(last_step(self.estimator)[1])
+        steps = StepsHasher(hash_name="md5").hash(last_step(self.estimator)[1])
         numbers = [b"" if a is None else np.ascontiguousarray(a).tobytes() for a in arrays]
         return tuple(zlib.crc32(given) for given in [*numbers, loss.encode(), str(steps).encode()])
 
