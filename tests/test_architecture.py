@@ -51,7 +51,7 @@ HOMES = {
     "xarray": {"store"},
     "jinja2": {"report"},
     "matplotlib": {"store"},
-    "pandas": {"tables", "store", "sklearn", "retraining/sklearn"},
+    "pandas": {"tables", "store", "sklearn", "demo", "retraining/sklearn"},
     "pyarrow": {"store"},
     "rich": {"tables"},
 }

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
 import headwater as hw
-from headwater.report.cards import Card
 
 ROWS, WIDTH, STEPS, BATCH, RATE, L2 = 1000, 16, 300, 64, 0.2, 1e-3
 MISLABELLED = ((4, 9, 0.3), (7, 1, 0.2))
@@ -38,9 +37,9 @@ def setup(seed: int = 0, method: str | None = None) -> dict[str, Any]:
             losses = torch.nn.functional.cross_entropy(again(asked), truth, reduction="none")
         return losses.double().numpy()
 
-    def row(place: int) -> Card:
+    def row(place: int) -> dict[str, Any]:
         truth = digits[train[place]]
-        return _card(images[train[place]], labels[place], "" if labels[place] == truth else f"in truth a {truth}")
+        return _shown(images[train[place]], labels[place], "" if labels[place] == truth else f"in truth a {truth}")
 
     if method is None:
         # The Gauss-Newton curvature, exactly: the network has 1,210 weights.
@@ -52,7 +51,7 @@ def setup(seed: int = 0, method: str | None = None) -> dict[str, Any]:
         "train": (x[train], given),
         "query": (asked, truth),
         "rows": row,
-        "queries": lambda place: _card(images[wrong[place]], digits[wrong[place]]),
+        "queries": lambda place: _shown(images[wrong[place]], digits[wrong[place]]),
         "predictions": said[said != digits[rest]],
         "retrain": retrain,
     }
@@ -74,8 +73,8 @@ def trained(x: torch.Tensor, y: torch.Tensor, seed: int) -> torch.nn.Module:
     return model.eval()
 
 
-def _card(ink: NDArray[np.float64], label: int, note: str = "") -> Card:
-    return Card(image=1 - ink.reshape(8, 8) / 16, label=str(label), note=note)
+def _shown(ink: NDArray[np.float64], label: int, note: str = "") -> dict[str, Any]:
+    return {"image": 1 - ink.reshape(8, 8) / 16, "label": int(label), "note": note}
 
 
 def _mislabelled(digits: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:

