@@ -195,6 +195,12 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         """A loader of query rows for a run."""
         return loader if isinstance(loader, Rows) else Rows(self.source, self._read_as(loader, "query"), "query")
 
+    def __repr__(self) -> str:
+        fitted = f"fitted on {self.n_train:g} rows" if self.is_fitted else "not fitted"
+        blocks = len(self.provider.layouts)
+        said = f"{self.n_parameters:,} parameters in {blocks} {'block' if blocks == 1 else 'blocks'}"
+        return f"{type(self).__name__}({self.method.describe()}, {said}, {fitted})"
+
     @property
     def fitted_keys(self) -> np.ndarray | None:
         """What the fitted rows are known by, sorted (see `RowKeys`); None where that is not known."""

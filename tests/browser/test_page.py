@@ -11,6 +11,9 @@ QUERIES, ROWS = 20, 30
 EVIL = "</script><img src=x onerror=alert(1)><b>bold</b>\u202egnp.exe\x07"
 
 
+NAMES = [f"q/{k} & co" for k in range(QUERIES)]
+
+
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
     """A page of pictures: query k has label k % 4, and every fifth one is predicted wrongly."""
@@ -21,7 +24,7 @@ def pictures(tmp_path_factory):
     return scores().report(
         tmp_path_factory.mktemp("pages") / "pictures.html",
         rows=(images, labels),
-        queries=(images[:QUERIES], labels[:QUERIES]),
+        queries=dict(zip(NAMES, zip(images, labels, strict=True), strict=False)),
         predictions=predictions,
         groups=["a group of a long name", "unbreakablylongwords"] * (ROWS // 2),
         self_influence=rng.random(ROWS),
@@ -38,7 +41,7 @@ def texts(tmp_path_factory):
         tmp_path_factory.mktemp("pages") / "texts.html",
         title=EVIL,
         rows=lambda row: Tokens([EVIL, " and", " more"], [1.0, -1.0, 0.0]) if row % 2 else words[row],
-        queries=[EVIL, *(f"query about {k}" for k in range(1, QUERIES))],
+        queries=dict(zip(NAMES, [EVIL, *(f"query about {k}" for k in range(1, QUERIES))], strict=True)),
     )
 
 
@@ -50,14 +53,14 @@ def table(tmp_path_factory):
     return scores().report(
         tmp_path_factory.mktemp("pages") / "table.html",
         rows=rows,
-        queries={name: column[:QUERIES] for name, column in rows.items()},
+        queries={name: {key: column[k] for key, column in rows.items()} for k, name in enumerate(NAMES)},
         groups="city",
     )
 
 
 def scores():
     values = np.random.default_rng(1).normal(size=(QUERIES, ROWS)) * 1e-5
-    ids = np.array([f"q/{k} & co" for k in range(QUERIES)])
+    ids = np.array(NAMES)
     return Scores(values, ids, np.arange(ROWS), unit="removal", n_train=float(ROWS), method="Ekfac()")
 
 

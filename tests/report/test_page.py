@@ -5,6 +5,7 @@ import re
 from html.parser import HTMLParser
 
 import numpy as np
+import pandas
 import pytest
 
 from headwater.errors import InvalidInput, InvalidSetting, NonFiniteValue, NotWritten, ShapeMismatch
@@ -24,7 +25,7 @@ EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u202e\u20
 def make(q=QUERIES, n=ROWS, **more):
     values = np.random.default_rng(1).normal(size=(q, n)).astype(np.float32)
     given = {"unit": "removal", "n_train": float(n), "method": "Ekfac()", "damping": {"a": 0.1}} | more
-    return Scores(values, 100 + np.arange(q), np.arange(n), **given)
+    return Scores(values, np.arange(q), np.arange(n), **given)
 
 
 def written(scores, tmp_path, **options):
@@ -286,7 +287,7 @@ def test_text_from_data_stays_text_wherever_it_comes_from(tmp_path):
     ids = np.array([f"{EVIL}{k}" for k in range(3)])
     values = np.random.default_rng(0).normal(size=(3, 3))
     scores = Scores(values, ids, ids, method=EVIL, damping={EVIL: 1.0}, explained=EVIL, by_block={EVIL: values})
-    frame = {EVIL: [EVIL] * 3, "label": [EVIL, "b", EVIL], "n": [1, 2, 3]}
+    frame = pandas.DataFrame({EVIL: [EVIL] * 3, "label": [EVIL, "b", EVIL], "n": [1, 2, 3]}, index=ids)
     text = written(
         scores, tmp_path, rows=frame, queries=frame, title=EVIL, groups=EVIL, predictions=["b"] * 3, made={EVIL: EVIL}
     )

@@ -371,8 +371,32 @@ def test_the_rows_blamed_for_a_query_are_left_out_and_so_are_others(more, capsys
     assert status == 0 and Path("trained").read_text() == (8 + 2 * 5) * "x"
     scores, asked = values(more.parent), np.random.default_rng(0).permutation(5)[:2]
     told = [-np.sort(scores[query])[:4].sum() for query in asked]
-    np.testing.assert_allclose(json.loads(printed.out)["foretold"], np.mean(told))
-    assert "4 rows at random" in run("evaluate", more, capsys=capsys)[1].out
+    np.testing.assert_allclose(json.loads(printed.out)["foretold"], np.mean(told), rtol=1e-6)
+    more.write_text(more.read_text().replace('"removal"', '"influence"'))
+    status, printed = run("evaluate", more, "--store", "other", "--json", "--quiet", capsys=capsys)
+    np.testing.assert_allclose(json.loads(printed.out)["foretold"], np.mean(told), rtol=1e-6)
+
+
+def test_of_scores_that_rows_were_deleted_from_nothing_is_retrained(more, capsys):
+    assert run("score", more, "--quiet", capsys=capsys)[0] == run("delete", more, "103", capsys=capsys)[0] == 0
+    status, printed = run("evaluate", more, "--quiet", capsys=capsys)
+    assert status == 2 and "Rows were deleted" in printed.err and not Path("trained").exists()
+
+
+def test_rows_are_deleted_at_every_damping(more, capsys):
+    assert run("score", more, "--quiet", capsys=capsys)[0] == 0
+    more.write_text(more.read_text().replace("[score]", "[fit]\ndamping = 0.7\n[score]"))
+    assert run("score", more, "--quiet", capsys=capsys)[0] == run("delete", more, "103", capsys=capsys)[0] == 0
+    for folder in ("scores", "scores-0.7"):
+        assert 103 not in Scores.open(f"found/{folder}").train_ids
+
+
+def test_settings_may_change_between_the_verbs(more, capsys):
+    assert run("evaluate", more, "--quiet", capsys=capsys)[0] == 0
+    more.write_text(more.read_text().replace("evaluate = 6", "evaluate = 7"))
+    assert run("report", more, "--quiet", capsys=capsys)[0] == 0
+    assert "No model was trained again" in Path("report.html").read_text()
+    assert run("evaluate", more, "--quiet", capsys=capsys)[0] == 0 and len(Path("trained").read_text()) == 8 + 9
 
 
 @pytest.mark.parametrize("verb", ["calibrate", "evaluate"])

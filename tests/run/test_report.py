@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import headwater as hw
-from headwater.errors import NotFittedError
+from headwater.errors import InvalidInput, NotFittedError
 from headwater.evaluate.verification import Check, Verification
 from headwater.torch import TorchBatch, TorchComposableInfluence
 
@@ -59,6 +59,37 @@ def test_wrong_predictions_are_found_where_nobody_says_them(job, tmp_path):
     assert [bool(query.get("w")) for query in data["queries"]] == (said != queries[0][1]).tolist()
     _, data = page_of(job, tmp_path, verify=False, queries=lambda name: {"label": "cat"})
     assert not any("p" in query for query in data["queries"])  # whose words these labels are is not known
+
+
+def test_labels_are_shown_as_they_were_given(tmp_path):
+    sklearn = pytest.importorskip("sklearn.linear_model")
+    x = np.random.default_rng(0).normal(size=(40, 3))
+    for labels in (np.array(["no", "yes"]), np.array([1, 2]), np.array([-1, 1])):
+        y = labels[(x[:, 0] > 0).astype(int)]
+        model = sklearn.LogisticRegression(C=0.1).fit(x, y)
+        _, data = page_of((hw.Influence(model).fit((x, y)), (x, y), (x[:9], y[:9])), tmp_path, verify=False)
+        assert [query["c"]["l"].replace("\N{MINUS SIGN}", "-") for query in data["queries"]] == y[:9].astype(
+            str
+        ).tolist()
+        said = model.predict(x[:9])
+        assert [bool(query.get("w")) for query in data["queries"]] == (said != y[:9]).tolist()
+
+
+@pytest.mark.parametrize(
+    ("label", "said", "wrong"),
+    [(True, 1, False), (1000, 1000.0, False), ("1", 1, False), (0.5, 0.51, False), (1, 2, True), ("a", "b", True)],
+)
+def test_a_prediction_is_wrong_where_it_is_another_label(label, said, wrong, tmp_path):
+    scores = hw.Scores(np.ones((1, 2)), np.arange(1), np.arange(2))
+    page = scores.report(tmp_path / "new" / "page.html", queries={"label": [label]}, predictions=[said]).read_text()
+    assert ('"w":1' in page.replace(" ", "")) == wrong
+
+
+def test_scores_of_another_influence_are_refused(job, tmp_path):
+    influence, train, queries = job
+    others = influence.with_damping(3.0).attribute(train, queries)
+    with pytest.raises(InvalidInput, match="scores= are of"):
+        influence.report(train, queries, tmp_path / "page.html", scores=others)
 
 
 def test_losses_copies_and_queries_among_the_rows_are_found(job, tmp_path):

@@ -23,6 +23,10 @@ def attached():
     return scores().attach(rows=ROWS, queries=QUERIES)
 
 
+def named(columns):
+    return pd.DataFrame(columns, index=ROWS.index)
+
+
 def test_the_top_is_a_table_that_names_query_rank_id_score_and_what_was_attached():
     lines = str(attached().top(1)).split("\n")
     assert lines[0].split() == ["query", "end", "rank", "id", "score", "label", "age", "query_said"]
@@ -49,13 +53,45 @@ def test_what_is_attached_to_a_top_is_what_is_attached_to_the_scores():
     pd.testing.assert_frame_equal(scores().top(2).attach(ROWS, QUERIES).to_pandas(), attached().top(2).to_pandas())
 
 
+def test_numbers_that_are_no_positions_are_not_taken_for_them(tmp_path):
+    """A top names a few of the rows: it must find the same entries as the scores do."""
+    known = [f"row {k}" for k in range(4)]
+    given = Scores(VALUES, np.array([0, 1]), np.array([1, 2, 3, 4]))
+    for named in (given, given.top(1)):
+        with pytest.raises(InvalidInput, match="does not say which entry is which row's"):
+            named.attach(rows=known)
+    plain = Scores(VALUES, np.array([0, 1]), np.arange(4))
+    for found in (plain.top(1), plain.sel(train=[0, 3]).top(1)):
+        assert found.attach(rows=known).helpful_columns["text"].tolist() == [["row 0"], ["row 3"]]
+
+
+def test_what_was_attached_stays():
+    top = scores().top(1).attach(rows=ROWS[["label"]]).attach(rows=ROWS[["age"]], queries=QUERIES)
+    assert list(top.helpful_columns) == ["label", "age"] and list(top.query_columns) == ["said"]
+
+
+def test_a_mask_is_no_id():
+    with pytest.raises(InvalidInput, match="train is a mask"):
+        scores().sel(train=np.array([True, False, True, False]))
+
+
+def test_columns_of_any_name_are_saved(tmp_path):
+    scores().attach(rows=named({"a/b": [1, 2, 3, 4], "..": [5, 6, 7, 8]})).save(tmp_path / "s.zarr")
+    found = Scores.open(tmp_path / "s.zarr").train_columns
+    assert {name: column.tolist() for name, column in found.items()} == {"a/b": [1, 2, 3, 4], "..": [5, 6, 7, 8]}
+
+
+def test_rows_without_a_number_are_one_group():
+    assert scores().group([1.0, np.nan, np.nan, 1.0]).values.tolist() == [[3.0, 1.0], [9.5, -3.75]]
+
+
 def test_a_column_that_has_a_name_of_the_table_gets_another():
-    frame = scores().attach(rows={"score": [1, 2, 3, 4]}).top(1).to_pandas()
+    frame = scores().attach(rows=named({"score": [1, 2, 3, 4]})).top(1).to_pandas()
     assert frame["score"].tolist()[0] == 3.0 and frame["score_"].tolist()[0] == 1
 
 
 def test_text_cannot_steer_the_terminal_or_the_page():
-    nasty = scores().attach(rows={"text": ["\x1b[31mred\u202e\n", "<b>&", "日本", "x" * 500]}).top(2)
+    nasty = scores().attach(rows=named({"text": ["\x1b[31mred\u202e\n", "<b>&", "日本", "x" * 500]})).top(2)
     assert "\x1b" not in str(nasty) and "\\x1b[31mred\\u202e\\n" in str(nasty)
     assert "<b>" not in nasty._repr_html_() and "&lt;b&gt;&amp;" in nasty._repr_html_()
     assert max(map(len, str(nasty).split("\n"))) < 120
@@ -127,6 +163,12 @@ def test_groups_sum_their_rows():
     assert scores().group({"a": 1, "b": 1, "c": 2, "d": 2}).train_ids.tolist() == [1, 2]
     with pytest.raises(InvalidInput, match="no column 'colour' of train rows: there is 'label', 'age'"):
         attached().group("colour")
+
+
+def test_a_series_of_groups_goes_by_its_index():
+    assert scores().group(ROWS["label"][::-1]).values.tolist() == scores().group({**ROWS["label"]}).values.tolist()
+    with pytest.raises(InvalidInput, match="expected one, a Series"):
+        scores().group(ROWS)
 
 
 def test_queries_as_one():

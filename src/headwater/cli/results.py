@@ -1,4 +1,4 @@
-"""`headwater export`, `calibrate`, `evaluate`: tables of a job's scores, and what retrained models say of them."""
+"""`headwater report`, `export`, `calibrate`, `evaluate`: a job's page and tables, and what retrained models say."""
 
 from __future__ import annotations
 

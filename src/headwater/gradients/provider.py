@@ -98,6 +98,10 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
             'the labels that you ask about as y, with explain="label".'
         )
 
+    def labels_of(self, y: Any) -> Any:
+        """Targets of a batch, or of `predicted`, as people write them: those of a batch may be numbers of classes."""
+        return y
+
     def self_grads(self, batch: BatchType) -> BlockGradients:
         """Gradients of train rows whose length, in any metric, is the score of a row on itself."""
         return self.grads(batch)

@@ -235,7 +235,11 @@ class HfGradientProvider(TorchGradientProvider):
         """By what the rows hold; their padding does not count."""
         if not isinstance(batch.x, Mapping):
             return super().keys_by_content(batch)
-        batch = self._ready(batch)
+        return self._keys_of_ready(self._ready(batch))
+
+    def _keys_of_ready(self, batch: TorchBatch) -> np.ndarray:
+        if not isinstance(batch.x, dict):
+            return super()._keys_of_ready(batch)
         found = np.zeros(len(batch), dtype=np.uint64)
         for rows, columns in same_length_groups(batch.x, batch.y, self.task.has_label_per_token):
             found[rows] = row_keys([wide(column.detach()).cpu().numpy() for column in columns])

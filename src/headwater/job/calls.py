@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from headwater.run.queries import Asked
 from headwater.settings import bytes_of
 from headwater.setup_file import Setup
 from headwater.store.draft import write_whole
+from headwater.store.identity import IDENTITY
 from headwater.store.record import (
     CALIBRATE_AGAIN,
     CALIBRATING,
@@ -139,6 +141,7 @@ class Call:
         """
         setup = self._loaded_with_queries()
         _ = setup.retraining
+        self._check_all_rows()
         with self._working():
             return self._calibration(setup, self._fitted(setup))
 
@@ -149,6 +152,7 @@ class Call:
         """
         setup = self._loaded_with_queries()
         _ = setup.retraining
+        self._check_all_rows()
         with self._working(), self._recorded("evaluate") as found:
             influence = self._damped(setup, self._fitted(setup))
             judged = self._judged(setup, influence, self._scores(setup, influence))
@@ -191,12 +195,16 @@ class Call:
         known = read_record(self.job.store)
         if setup.retrain is None or known is None or not known.verbs.get("evaluate", {}).get("finished"):
             return None
-        with suppress(Untrained):
+        if self._has_deleted():
+            return None
+        with suppress(Untrained, InvalidInput):  # or of a model that has changed since
             return self._judged(replace(setup, retrain=_untrained), influence, scores)
         return None
 
     def _judged(self, setup: Setup, influence: Attributor, scores: Scores) -> Evaluation:
         settings, matrix = self.job.retrain, scores[:]  # in the order of the loaders, as banks are
+        if scores.unit == "influence":  # what is foretold is what removal does
+            matrix = matrix / scores.n_train
         queries, rows = matrix.shape
         plan = plan_subsets(rows, subsets=settings.evaluate, repeated=settings.repeated, seed=settings.seed + 1)
         recipe = self._recipe(setup, influence)
@@ -211,9 +219,10 @@ class Call:
     def _calibration(self, setup: Setup, fitted: Attributor) -> Calibration:
         file, settings = self.job.store / CALIBRATION, self.job.retrain
         recipe = self._recipe(setup, fitted)
+        chosen_for = {**recipe, "method": fitted.method.describe(), "number of models": settings.calibrate}
         if file.is_file():
             known, _ = unsealed(file, remedy=CALIBRATE_AGAIN)
-            changed = [name for name, value in recipe.items() if known["recipe"].get(name) != value]
+            changed = [name for name, value in chosen_for.items() if known["recipe"].get(name) != value]
             if changed:
                 raise InvalidInput(f"{file} was chosen for another {' and '.join(changed)}. {CALIBRATE_AGAIN}")
             return Calibration.from_json(known["found"])
@@ -224,13 +233,14 @@ class Call:
             damped = fitted.calibrate(setup.train, setup.query_loader, bank, progress=self.progress)
             chosen = damped.calibration
             assert chosen is not None
-            write_whole(file, json.dumps(sealed({"recipe": recipe, "found": chosen.to_json()}), indent=1).encode())
+            write_whole(file, json.dumps(sealed({"recipe": chosen_for, "found": chosen.to_json()}), indent=1).encode())
             found |= {"said": str(chosen)}
         return chosen
 
     def _bank(self, setup: Setup, name: str, plan: Plan, queries: int, recipe: Mapping[str, Any]) -> Bank:
         """Models trained again as the plan says, those that are not there yet."""
-        bank = Bank(self.job.store / name, plan, queries, recipe)
+        # A folder for each plan: that of leaving out depends on the scores, others on the job's settings.
+        bank = Bank(self.job.store / name / f"{_digest(plan.keep, plan.seeds):08x}", plan, queries, recipe)
         return bank.fill(setup.retraining, progress=self.progress)
 
     def _recipe(self, setup: Setup, fitted: Attributor) -> dict[str, Any]:
@@ -238,6 +248,7 @@ class Call:
         known, rows = fitted.identity(), fitted.fitted_keys
         return {
             "setup": self.job.setup,
+            "code": self.job.code(),
             "model": [known["architecture"], known["fingerprint"]],
             "train rows": None if rows is None else _digest(rows),
             "queries": _digest(Asked.of(fitted, fitted.query_rows(setup.query_loader)).keys),
@@ -253,7 +264,15 @@ class Call:
     def _has_deleted(self) -> bool:
         """Whether rows were taken out of the scores: the loader may still have them."""
         known = read_record(self.job.store)
-        return known is not None and "delete" in known.verbs
+        return known is not None and "delete" in known.verbs and self.job.scores.is_dir()
+
+    def _check_all_rows(self) -> None:
+        """Errors: InvalidSetting where rows were taken out: `retrain` counts those of the loader."""
+        if self._has_deleted():
+            raise InvalidSetting(
+                f"Rows were deleted from {self.job.scores}, and retrain(rows, seed) counts the rows of the loader. "
+                "Take them out of the loader, and score in another --store."
+            )
 
     def _loaded_with_queries(self) -> Setup:
         setup = self.job.load()
@@ -268,8 +287,11 @@ class Call:
             return self._loaded_fit(setup)
         with self._recorded("fit") as found:
             folder = self.job.store / FIT
+            anew = not (folder / IDENTITY).exists()
             fitted = setup.influence.fit(setup.train, store=folder, worker=self.worker, progress=self.progress)
             # For rows that are appended; a fit that is made of rows cannot be saved, and needs none.
+            if anew:  # that of a fit that is no more
+                rmtree(self.job.store / FITTED, ignore_errors=True)
             with suppress(AlreadySaved, InvalidSetting):
                 fitted.save(self.job.store / FITTED)
             found |= {"method": fitted.method.describe(), "rows": fitted.n_train}
@@ -328,8 +350,8 @@ class Call:
         write(read_record(store), finished=now(), **found)  # verbs within this one have written theirs
 
 
-def _digest(keys: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(keys).tobytes())
+def _digest(*arrays: np.ndarray) -> int:
+    return zlib.crc32(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays))
 
 
 class Untrained(Exception):
@@ -349,13 +371,15 @@ def delete_rows(folder: Path, names: Sequence[str], compact: bool, command: str 
     from headwater.store import runs
 
     known = read_record(folder)
-    scored = {} if known is None else known.verbs.get("score", {})
-    run = folder if known is None else folder / scored.get("folder", SCORES)
-    ids = {str(each): each for each in Scores.open(run).train_ids.tolist()}
-    # Unknown names go on as they are: the store's own error names them.
-    count = runs.delete(run, [ids.get(name, name) for name in names]) if names else 0
-    if compact:
-        runs.compact(run)
+    # Of a job, at every damping that it was scored at.
+    every = [folder] if known is None else sorted(file.parent for file in folder.glob(f"{SCORES}*/{IDENTITY}"))
+    count = 0
+    for run in every or [folder / SCORES]:
+        ids = {str(each): each for each in Scores.open(run).train_ids.tolist()}
+        # Unknown names go on as they are: the store's own error names them.
+        count = runs.delete(run, [ids.get(name, name) for name in names]) if names else count
+        if compact:
+            runs.compact(run)
     if known is not None:
         write_record(folder, known.with_call("delete", command=command, finished=now(), rows=count))
     return count

@@ -9,6 +9,7 @@ store = "results"         a folder, for all that is found
 from __future__ import annotations
 
 import tomllib
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -190,6 +191,11 @@ class Job:
     def scores(self) -> Path:
         """The folder of the scores at the job's damping."""
         return self.store / scores_at(self.fit.damping)
+
+    def code(self) -> int | None:
+        """Of the setup's file, a checksum; None for a module."""
+        place, _ = split_target(self.setup)
+        return zlib.crc32((self.folder / place).read_bytes()) if place.endswith(".py") else None
 
     def load(self) -> Setup:
         """Run the user's code. Errors: as `load_setup`."""

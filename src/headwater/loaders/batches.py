@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from headwater.arrays import Numbered, described, is_array, is_frame
 from headwater.errors import BatchMismatch, InvalidInput
 from headwater.gradients.provider import StructuredGradientProvider
@@ -38,6 +40,9 @@ class Unpacked(Iterable[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         for number, item in enumerate(self.source):
+            if isinstance(item, Batch):  # rows that were unpacked before, in another order
+                yield item
+                continue
             try:
                 found = self.unpack(item)
                 if self.ids is not None and isinstance(found, (tuple, list)) and len(found) == 2:
@@ -171,6 +176,9 @@ def _why_no_batch(name: str, value: Any) -> str | None:
             f"{name} is one number, {value!r:.60}, and has no batch axis: a single row, such as a Dataset gives. Pass "
             f"a batch of one row, {name}[None]; of a Dataset, DataLoader(dataset, batch_size=256)."
         )
+    if isinstance(value, np.ndarray) and value.dtype.kind in "USO" and len(value):
+        said = f"{name} has words, {str(value.reshape(-1)[0])!r:.40}, ..."
+        return f"{said}; give numbers, such as the position of each row's class."
     if isinstance(value, (list, tuple)) and value:
         if all(isinstance(entry, (str, bytes)) for entry in value):
             return f"{name} has words, {value[0]!r:.40}, ...; give numbers, such as the position of each row's class."

@@ -111,7 +111,7 @@ def _of_mapping(item: Mapping[Any, Any]) -> Card:
             columns[str(name)] = value
         elif image is None and (levels := as_levels(value)) is not None:
             image = levels
-        else:
+        elif not _is_list(value):  # tokens by number and the like say nothing
             columns[str(name)] = _summary(value)
     return Card(image=image, text=text, columns=columns, label=label, note=note)
 
@@ -130,6 +130,10 @@ def _summary(value: Any) -> str:
     if is_array(value):
         return f"array {list(np.shape(value))}"
     return f"{type(value).__name__} of {len(value)}" if isinstance(value, (list, tuple, dict)) else str(value)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) or (is_array(value) and value.ndim == 1)
 
 
 def _is_scalar(value: Any) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 import headwater
-from headwater.arrays import is_array, to_numpy
+from headwater.arrays import is_array, is_frame, to_numpy
 from headwater.errors import InvalidInput, InvalidSetting, NonFiniteValue, ShapeMismatch
 from headwater.evaluate.checks import Floats
 from headwater.report.cards import LABELS, Card, Deck, card_of, letters_for
@@ -31,7 +31,7 @@ from headwater.report.rows import GROUPS, LISTED, RowsSection, Suspects, influen
 from headwater.report.text import number, one_line, visible
 from headwater.report.trust import Check, unsolved, verdicts, warning
 from headwater.store.described import Described
-from headwater.store.draft import write_whole
+from headwater.store.draft import explained_errors, write_whole
 from headwater.store.score_matrix import ScoreMatrix
 
 TITLE = "Which training rows are behind these predictions?"
@@ -72,8 +72,10 @@ class Known:
 
 
 def write(scores: ScoreMatrix, path: str | os.PathLike[str], known: Known) -> Path:
-    """The page as a file, whole or not at all. Errors: as `page`; NotWritten."""
+    """The page as a file, whole or not at all; its folder is made. Errors: as `page`; NotWritten."""
     file = Path(path)
+    with explained_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
     if file.is_dir():
         raise InvalidSetting(f"{file} is a folder; expected the name of a file, such as {file / 'report.html'}.")
     write_whole(file, page(scores, known).encode("utf-8"))
@@ -86,8 +88,9 @@ def page(scores: ScoreMatrix, known: Known) -> str:
     Errors: InvalidSetting for k, and for scores of changed inputs; InvalidInput, ShapeMismatch and NonFiniteValue for
     what does not fit the rows; DamagedFile, of stored scores.
     """
-    train = Side.of(known.rows, scores.train_ids, scores.train_columns, "rows")
-    query = Side.of(known.queries, scores.query_ids, scores.query_columns, "queries")
+    asked, called = scores.are_positions
+    train = Side.of(known.rows, scores.train_ids, scores.train_columns, "rows", called)
+    query = Side.of(known.queries, scores.query_ids, scores.query_columns, "queries", asked)
     groups, query_groups = _groups(known.groups, train, query)
     shown = min(SHOWN, len(scores.query_ids))
     found = gather(scores, known.k, shown, groups, query_groups)
@@ -162,16 +165,18 @@ class Side:
     ids: np.ndarray
     columns: Mapping[str, np.ndarray]
     described: Described | None
+    positions: bool = False
+    """Whether ids are the rows' positions in their loader."""
 
     @classmethod
-    def of(cls, given: Any, ids: np.ndarray, columns: Mapping[str, np.ndarray], what: str) -> Side:
+    def of(cls, given: Any, ids: np.ndarray, columns: Mapping[str, np.ndarray], what: str, positions: bool) -> Side:
         """Errors: InvalidInput for what does not describe the rows."""
         if given is None:
-            return cls(ids, columns, None)
-        found = Described.of(given, ids, what)
+            return cls(ids, columns, None, positions)
+        found = Described.of(given, ids, what, positions)
         # A function may be slow, or draw pictures: it is asked for what is shown alone. So is what is very long.
         reads = not callable(given) and len(ids) <= READ
-        return cls(ids, {**(found.columns() if reads else {}), **columns}, found)
+        return cls(ids, {**(found.columns() if reads else {}), **columns}, found, positions)
 
     def item(self, place: int) -> Any:
         """What the row is; where nobody said, its columns; else None."""
@@ -180,9 +185,16 @@ class Side:
         return {name: column[place] for name, column in self.columns.items()} or None
 
     def card(self, place: int) -> Card:
-        found = card_of(self.item(place))
+        item = self.item(place)
+        if isinstance(item, Mapping) and not self.positions:  # what the row is called stands on the card already
+            item = {name: value for name, value in item.items() if str(value) != str(self.ids[place])}
+        found = card_of(item)
         label = self.label_column
         return found if found.label or label is None else replace(found, label=one_line(self.columns[label][place]))
+
+    def label(self, place: int, shown: str | None) -> Any:
+        """As it was given, else as it is shown."""
+        return shown if self.label_column is None else self.columns[self.label_column][place]
 
     @property
     def label_column(self) -> str | None:
@@ -208,20 +220,25 @@ def _groups(given: Any, train: Side, query: Side) -> tuple[Groups | None, Groups
         names = query.words(given) if given in query.columns else None
         few_names = names is not None and len(set(names)) <= GROUPS
         return Groups.among(train.words(given)), Groups.among(names) if names is not None and few_names else None
-    return Groups.among(_each(given, train.ids, "groups")), None
+    return Groups.among([one_line(value) for value in _each(given, train.ids, "groups", train.positions)]), None
 
 
-def _each(given: Any, ids: np.ndarray, what: str) -> list[str]:
-    """A short text for each row. Errors: InvalidInput for a row without one; ShapeMismatch."""
+def _each(given: Any, ids: np.ndarray, what: str, positions: bool) -> list[Any]:
+    """Something for each row. Errors: InvalidInput for a row without it; ShapeMismatch."""
+    if is_frame(given):
+        column = next(iter(Described.of(given, ids, what, positions).columns().values()), np.empty(0))
+        return list(column.tolist())
     if isinstance(given, Mapping):
         missing = [name for name in ids.tolist() if name not in given]
         if missing:
             raise InvalidInput(f"{what} has nothing for row {missing[0]!r}.")
-        return [one_line(given[name]) for name in ids.tolist()]
-    values = list(to_numpy(given) if is_array(given) else given)
+        return [given[name] for name in ids.tolist()]
+    if callable(given):
+        return [given(name) for name in ids.tolist()]
+    values = list(to_numpy(given).tolist() if is_array(given) else given)
     if len(values) != len(ids):
         raise ShapeMismatch(f"{what} has {len(values)} entries; there are {len(ids)} rows.")
-    return [one_line(value) for value in values]
+    return values
 
 
 def numbers(name: str, given: Any, count: int) -> Floats | None:
@@ -276,7 +293,7 @@ class _Cards:
     def rows(self, groups: Groups | None) -> list[dict[str, Any]]:
         found = []
         for place, card in self._rows.items():
-            row: dict[str, Any] = {"id": one_line(self.train.ids[place], 200), "c": card}
+            row: dict[str, Any] = {"id": one_line(str(self.train.ids[place]), 200), "c": card}
             group = None if groups is None else groups.names[groups.of[place]]
             if group is not None and group != card.get("l"):
                 row["g"] = group
@@ -303,15 +320,15 @@ def _queries(
     (up, up_scores, _), (down, down_scores, _) = _ends(found.top)
     shown = []
     for place, card in enumerate(cards.queries):
-        one: dict[str, Any] = {"q": one_line(ids[place], 200), "c": card}
+        one: dict[str, Any] = {"q": one_line(str(ids[place]), 200), "c": card}
         one["up"] = _pairs(cards, up[place], up_scores[place], 1)
         one["down"] = _pairs(cards, down[place], down_scores[place], -1)
         scale = Scale.of(max((abs(score) for _, score in one["up"] + one["down"]), default=0.0))
         if scale.power:
             one["x"], one["u"] = scale.power, scale.in_words
         if predicted is not None:
-            one["p"] = predicted[place]
-            if "l" in card and card["l"] != predicted[place]:
+            one["p"] = one_line(predicted[place])
+            if _is_wrong(query.label(place, card.get("l")), predicted[place]):
                 one["w"] = 1
         if groups is not None and groups.names[groups.of[place]] != card.get("l"):
             one["g"] = groups.names[groups.of[place]]
@@ -328,14 +345,25 @@ def _pairs(cards: _Cards, places: np.ndarray, scores: np.ndarray, sign: int) -> 
     return [[cards.place[int(place)], float(f"{score:.6g}")] for place, score in pairs if score * sign > 0]
 
 
-def _predictions(given: Any, query: Side) -> list[str] | None:
+def _is_wrong(label: Any, predicted: Any) -> bool:
+    """Whether it is another label; of fractions, which are no labels, nothing is said."""
+    if label is None:
+        return False
+    try:
+        one, other = float(label), float(predicted)
+    except (TypeError, ValueError):
+        return str(label) != str(predicted)
+    return one != other and one.is_integer() and other.is_integer()
+
+
+def _predictions(given: Any, query: Side) -> list[Any] | None:
     if given is None:
         return None
     if isinstance(given, str):
         if given not in query.columns:
             raise InvalidInput(f"predictions={given!r}: the queries have the columns {sorted(query.columns)}.")
-        return query.words(given)
-    return _each(given, query.ids, "predictions")
+        return query.columns[given].tolist()
+    return _each(given, query.ids, "predictions", query.positions)
 
 
 def _sorts(queries: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:

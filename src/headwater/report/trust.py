@@ -210,7 +210,8 @@ def _judged(found: Lds | None) -> Verdict:
     if found.ceiling is not None:
         said += f" Retraining agrees with itself to {found.ceiling:.2f}: more cannot be had."
     kind = "bad" if raw.low <= 0 else "careful" if raw.value < FORECASTS else "good"
-    brief = "whether they forecast retraining cannot be told apart from chance"
+    chance = raw.low <= 0
+    brief = f"their forecasts of retraining are {'no better than chance' if chance else 'next to nothing'}"
     return Verdict(kind, title, said, table=str(found), brief=brief)
 
 

@@ -109,7 +109,13 @@ def top(
     asked = Asked.of(influence, query_loader, explain)
     if storage.store is not None:  # of scores in a folder each query has its own
         stored = PairRun(influence, asked, unit, False, InfluenceMode.Up, storage, progress).stored(train_loader)
-        return replace(ranking.of_scores(stored), unit_in_words=stored.unit_in_words)
+        found, (asked_by, called_by) = ranking.of_scores(stored), stored.are_positions
+        return replace(
+            found,
+            unit_in_words=stored.unit_in_words,
+            query_positions=asked_by and ranking.queries_as == "each",
+            train_positions=called_by and ranking.groups is None,
+        )
     run = PairRun(influence, ranking.asked(asked), unit, False, InfluenceMode.Up, storage, progress)
     ends: list[TopKSink | GroupSink] = []
 

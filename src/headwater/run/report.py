@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from headwater.arrays import is_array, to_numpy
-from headwater.errors import InvalidSetting, UnsupportedModel
+from headwater.errors import InvalidInput, InvalidSetting, UnsupportedModel
 from headwater.evaluate.verification import Verification
 from headwater.influence import ComposableInfluence
 from headwater.report import Card, Known, Suspects, write
@@ -50,7 +50,9 @@ def report(
     """See `Attributor.report`."""
     influence.ready()
     train, query = influence.train_rows(train_loader), influence.query_rows(query_loader)
-    if scores is None:
+    if scores is not None:
+        _check_same(influence, scores)
+    else:
         unit = "removal" if influence.method.predicts_removal else "influence"
         scores = attribute(influence, train, query, unit=unit, by_block=False, progress=progress)
     seen = _Seen.of(influence, train, scores.train_ids, "own losses", self_influence, known.rows is None, progress)
@@ -79,6 +81,21 @@ def report(
         made={"seed": influence.method.seed, "precision": influence.source.dtype, **(known.made or {})},
     )
     return write(scores, path, found)
+
+
+def _check_same(influence: ComposableInfluence, scores: Scores) -> None:
+    """Errors: InvalidInput for scores that another influence made: the page would speak of two."""
+    mine, theirs = influence.absolute_damping, dict(scores.damping)
+    same = scores.method in ("", influence.method.describe()) and bool(np.isclose(scores.n_train, influence.n_train))
+    same = (
+        same and mine.keys() == theirs.keys() and all(np.isclose(mine[name], theirs[name], rtol=1e-4) for name in mine)
+    )
+    if not same:
+        raise InvalidInput(
+            f"scores= are of {scores.method}, damping {theirs}, {scores.n_train:g} rows; this influence is "
+            f"{influence.method.describe()}, damping {mine}, {influence.n_train:g} rows. Leave scores= out, or call "
+            "scores.report(...)."
+        )
 
 
 # What a pass sees -----------------------------------------------------------------------------------------------------
@@ -178,7 +195,7 @@ class _Look:
             keys=None if piece.keys is None else piece.keys.content,
             itself=None if itself is None else to_numpy(itself).astype(np.float64),
             x=x,
-            y=_labels(piece.batch.y),
+            y=self._labels(piece.batch.y),
             said=self._predicted(piece),
         )
 
@@ -190,12 +207,18 @@ class _Look:
 
     def _predicted(self, piece: PlacedBatch) -> np.ndarray | None:
         """Where the rows are shown with the loader's own labels, which these can be compared with."""
-        if not self.look or _labels(piece.batch.y) is None:
+        if not self.look or self._labels(piece.batch.y) is None:
             return None
         try:
-            return _labels(self.influence.source.predicted(piece.batch).y)
+            return self._labels(self.influence.source.predicted(piece.batch).y)
         except (UnsupportedModel, InvalidSetting):  # of a loss without labels, say
             return None
+
+    def _labels(self, y: Any) -> np.ndarray | None:
+        """Whole numbers or words, one a row."""
+        if not is_array(y) or y.ndim != 1 or to_numpy(y).dtype.kind not in "iub":
+            return None
+        return np.asarray(to_numpy(self.influence.source.labels_of(y)))
 
     def _shown(self, x: Any) -> np.ndarray | None:
         if not is_array(x) or x.ndim not in (2, 3, 4):
@@ -206,14 +229,6 @@ class _Look:
             return None
         self.room -= values.nbytes
         return values if self.room >= 0 else None
-
-
-def _labels(y: Any) -> np.ndarray | None:
-    """Whole numbers, one a row."""
-    if not is_array(y) or y.ndim != 1:
-        return None
-    values = to_numpy(y)
-    return values if values.dtype.kind in "iub" else None
 
 
 def _copies(keys: np.ndarray | None) -> list[list[int]] | None:

@@ -307,6 +307,9 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
         model, batch = self.model, self.prepared(batch)
         return FeatureBatch(batch.x, model.family.predicted(model.output(batch.x)), batch.weights, batch.ids)
 
+    def labels_of(self, y: Any) -> Any:
+        return y if self.model.classes is None else self.model.classes[np.asarray(y)]
+
     # Second order -------------------------------------------------------------------------------------------------
 
     def curvature_product(self, batch: SklearnBatch, block: str, vectors: Array, kind: Kind) -> Array:

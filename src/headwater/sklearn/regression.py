@@ -34,6 +34,7 @@ import numpy as np
 
 from headwater.arrays import is_frame
 from headwater.errors import Undetermined, UnsupportedModel
+from headwater.loaders.frames import ids_of
 from headwater.sklearn.batch import FeatureBatch, SklearnBatch, column_names
 from headwater.sklearn.families import Array, Binary, Elementwise, SquaredError, Tweedie
 from headwater.sklearn.linear import LinearModel, attribute_of, last_step
@@ -97,6 +98,7 @@ def diagnostics(estimator: Any, x: object, y: object, sample_weight: object = No
     Errors: UnsupportedModel for several outputs or another loss; MissingExtra without pandas; those of
     `SklearnGradientProvider.prepared`.
     """
+    ids_of(x, y, 0)  # refuses an index of x that is not y's
     provider = SklearnGradientProvider(estimator)
     weights = None if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
     return frame_of(provider, provider.prepared(SklearnBatch(x, y, weights)), RowLabels.of(estimator, x, y))

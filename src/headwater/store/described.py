@@ -3,11 +3,12 @@
 Scores know rows by their ids. What the user knows of them (labels, sources, images, texts) is in a DataFrame, a data
 set or a function. `Described.of` finds the entry of each row:
 
-    DataFrame                     by its index, if that has all ids; else row by row, if it has as many rows
-    mapping                       from ids to entries, if it has all ids; else of columns, row by row
-    (x, y), a list of batches     row by row, as a loader gives them
-    data set, sequence, array     entry k is that of the row whose id is the number k, else of the k-th row
+    DataFrame                     by its index, if that has all ids; a default index is none
+    mapping                       from ids to entries, if it has all ids; else of columns
     function                      of an id
+    (x, y), columns, a list of    entry k is that of row k of the loader, where rows are called by their positions in
+    batches, a data set, an       it. A DataFrame with names among columns finds the rows for all of them; so does a
+    array, a sequence             column of names in a data set of dicts
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import datetime
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,9 @@ from headwater.errors import InvalidInput
 SCALARS = (bool, int, float, str, np.generic, datetime.date, datetime.timedelta)
 LABEL, TEXT, VALUE = "label", "text", "value"
 """What the second of a pair is called among columns, and an entry that is text, or a number."""
+NAMED = 100_000
+"""Entries of a data set that are looked through for names."""
+EXPECTED = "a DataFrame, columns by name, a data set, or a function of a row's id"
 
 
 class Described(ABC):
@@ -51,18 +56,23 @@ class Described(ABC):
         return {name: as_column(values) for name, values in found.items()}
 
     @classmethod
-    def of(cls, given: Any, ids: np.ndarray, what: str = "rows") -> Described:
-        """Errors: InvalidInput for what is none of these, or does not have the rows."""
+    def of(cls, given: Any, ids: np.ndarray, what: str = "rows", positions: bool = False) -> Described:
+        """positions: whether ids are the rows' positions in their loader.
+
+        Errors: InvalidInput for what is none of these, or does not have the rows.
+        """
         if is_frame(given):
-            return _Framed(given, ids, what)
+            return _Framed(given, ids, _places([given], ids, what, positions))
+        if isinstance(given, Mapping) and all(name in given for name in ids.tolist()):
+            return _Called(given.__getitem__, ids, what)
         if isinstance(given, Mapping):
-            return _of_mapping(given, ids, what)
+            return _of_columns(given, ids, what, positions)
         if isinstance(given, tuple) and len(given) == 2 and all(_is_column(part) for part in given):
-            return _Paired(given, ids, what)
+            return _Paired(given, ids, _places(given, ids, what, positions))
         if isinstance(given, (str, bytes)):
             raise InvalidInput(f"{what} is one {type(given).__name__}, {given!r:.60}; expected {EXPECTED}.")
         if is_array(given) or isinstance(given, (Sequence, Numbered)):
-            return _of_sequence(given, ids, what)
+            return _of_sequence(given, ids, what, positions)
         if callable(given):
             return _Called(given, ids, what)
         if isinstance(given, Iterable):
@@ -73,34 +83,28 @@ class Described(ABC):
         raise InvalidInput(f"{what} is {described(given)}; expected {EXPECTED}.")
 
 
-EXPECTED = "a DataFrame, columns by name, a data set, or a function of a row's id"
-
-
 class _Framed(Described):
     """A DataFrame, or a column of one."""
 
-    def __init__(self, frame: Any, ids: np.ndarray, what: str):
+    def __init__(self, frame: Any, ids: np.ndarray, places: np.ndarray):
         super().__init__(ids)
-        self.frame = frame.to_frame(str(frame.name or VALUE)) if len(frame.shape) == 1 else frame
-        self.places = self._places(what)
-
-    def _places(self, what: str) -> np.ndarray:
-        index = self.frame.index
-        if index.is_unique:
-            # Ids that came through a store are NumPy's; of an index of dates or pairs they are its words.
-            for names in (index, index.map(str)):
-                found = names.get_indexer(self.ids) if names.is_unique else np.full(len(self), -1)
-                if (found >= 0).all():
-                    return found
-        return _in_order(len(self.frame), self.ids, what, "its index does not have them")
+        named = frame.to_frame(str(frame.name or VALUE)) if len(frame.shape) == 1 else frame
+        self.frame = named.iloc[places]
+        # By its place: two columns may have one name.
+        self.missing = self.frame.isna().to_numpy()
 
     def item(self, place: int) -> dict[str, Any]:
-        row = self.frame.iloc[int(self.places[place])]
-        return {str(name): value for name, value in row.items()}
+        row = zip(self.frame.columns, self.frame.iloc[place].tolist(), self.missing[place], strict=True)
+        return {str(name): None if missing else value for name, value, missing in row}
 
     def columns(self) -> dict[str, np.ndarray]:
-        chosen = self.frame.iloc[self.places]
-        return {str(name): as_column(chosen[name].tolist()) for name in chosen.columns if _plain(chosen[name])}
+        found = {}
+        for k, name in enumerate(self.frame.columns):
+            values = self.frame.iloc[:, k].tolist()
+            known = [None if missing else value for value, missing in zip(values, self.missing[:, k], strict=True)]
+            if all(_is_scalar(value) for value in known):
+                found[str(name)] = as_column(known)
+        return found
 
 
 class _Listed(Described):
@@ -115,14 +119,11 @@ class _Listed(Described):
 
 
 class _Paired(Described):
-    """Arrays of inputs and labels."""
+    """Inputs and labels."""
 
-    def __init__(self, pair: tuple[Any, Any], ids: np.ndarray, what: str):
+    def __init__(self, pair: tuple[Any, Any], ids: np.ndarray, places: np.ndarray):
         super().__init__(ids)
-        lengths = [len(part) for part in pair]
-        if lengths[0] != lengths[1]:
-            raise InvalidInput(f"{what} has {lengths[0]} inputs and {lengths[1]} labels.")
-        self.parts = [Described.of(part, ids, what) for part in pair]
+        self.parts = [_part(part, ids, places) for part in pair]
 
     def item(self, place: int) -> tuple[Any, Any]:
         x, y = (part.item(place) for part in self.parts)
@@ -132,32 +133,22 @@ class _Paired(Described):
 class _Columns(Described):
     """Columns by name."""
 
-    def __init__(self, given: Mapping[Any, Any], ids: np.ndarray, what: str):
+    def __init__(self, given: Mapping[Any, Any], ids: np.ndarray, places: np.ndarray):
         super().__init__(ids)
-        self.parts = {str(name): Described.of(column, ids, f"{what}[{name!r}]") for name, column in given.items()}
+        self.parts = {str(name): _part(column, ids, places) for name, column in given.items()}
 
     def item(self, place: int) -> dict[str, Any]:
-        return {name: part.item(place) for name, part in self.parts.items()}
-
-
-class _Named(Described):
-    """Entries by id."""
-
-    def __init__(self, given: Mapping[Any, Any], ids: np.ndarray):
-        super().__init__(ids)
-        self.given, self.names = given, ids.tolist()
-
-    def item(self, place: int) -> Any:
-        return self.given[self.names[place]]
+        entries = {name: part.item(place) for name, part in self.parts.items()}
+        single = {name: part for name, part in entries.items() if isinstance(part, dict) and len(part) == 1}
+        return {**entries, **{name: next(iter(part.values())) for name, part in single.items()}}
 
 
 class _Batched(Described):
     """A list of batches (x, y), whose rows are the rows in order."""
 
-    def __init__(self, batches: Sequence[Any], ids: np.ndarray, sizes: list[int], what: str):
+    def __init__(self, batches: Sequence[Any], ids: np.ndarray, sizes: list[int], places: np.ndarray):
         super().__init__(ids)
-        self.batches, self.ends = batches, np.cumsum(sizes)
-        self.places = _by_number(int(self.ends[-1]), ids, what)
+        self.batches, self.ends, self.places = batches, np.cumsum(sizes), places
 
     def item(self, place: int) -> Any:
         number = int(self.places[place])
@@ -182,21 +173,39 @@ class _Called(Described):
             ) from error
 
 
-def _of_mapping(given: Mapping[Any, Any], ids: np.ndarray, what: str) -> Described:
-    if all(name in given for name in ids.tolist()):
-        return _Named(given, ids)
+def _of_columns(given: Mapping[Any, Any], ids: np.ndarray, what: str, positions: bool) -> Described:
     if not given or not all(_is_column(column) for column in given.values()):
         missing = next(name for name in ids.tolist() if name not in given)
         raise InvalidInput(f"{what} has no entry for row {missing!r}, and is no mapping of columns, either.")
-    return _Columns(given, ids, what)
+    return _Columns(given, ids, _places(list(given.values()), ids, what, positions))
 
 
-def _of_sequence(given: Any, ids: np.ndarray, what: str) -> Described:
-    if isinstance(given, (list, tuple)) and given and len(given) != len(ids):
+def _of_sequence(given: Any, ids: np.ndarray, what: str, positions: bool) -> Described:
+    if isinstance(given, (list, tuple)) and given:
         sizes = [len(batch[0]) for batch in given if _is_batch(batch)]
         if len(sizes) == len(given):
-            return _Batched(given, ids, sizes, what)
-    return _Listed(given, ids, _by_number(len(given), ids, what))
+            return _Batched(given, ids, sizes, _by_number(sum(sizes), ids, what, positions))
+    if not positions and 0 < len(given) <= NAMED and isinstance(given[0], Mapping):
+        places = _by_names_inside(given, ids)
+        if places is not None:
+            return _Listed(given, ids, places)
+    return _Listed(given, ids, _by_number(len(given), ids, what, positions))
+
+
+def _by_names_inside(given: Any, ids: np.ndarray) -> np.ndarray | None:
+    """Where the entries have a column with the rows' names: [n]; None where they have none."""
+    wanted = ids.tolist()
+    known = set(wanted)
+    for name in [name for name, value in given[0].items() if _is_scalar(value)]:
+        values = (given[k].get(name) for k in range(len(given)))
+        numbers = {as_scalar(value): k for k, value in enumerate(values) if _is_scalar(value)}
+        if known <= numbers.keys():
+            return np.array([numbers[each] for each in wanted])
+    return None
+
+
+def _part(part: Any, ids: np.ndarray, places: np.ndarray) -> Described:
+    return _Framed(part, ids, places) if is_frame(part) else _Listed(part, ids, places)
 
 
 def _is_batch(item: Any) -> bool:
@@ -207,20 +216,44 @@ def _is_column(value: Any) -> bool:
     return is_frame(value) or (is_array(value) and bool(value.shape)) or isinstance(value, list)
 
 
-def _by_number(count: int, ids: np.ndarray, what: str) -> np.ndarray:
-    """Where the entry of each row is. Errors: InvalidInput for another number of entries."""
-    if ids.dtype.kind in "iu" and (not len(ids) or (ids.min() >= 0 and ids.max() < count)):
-        return ids
-    return _in_order(count, ids, what, "entries are found by number")
+# Where a row's entry is -----------------------------------------------------------------------------------------------
 
 
-def _in_order(count: int, ids: np.ndarray, what: str, why: str) -> np.ndarray:
-    if count != len(ids):
+def _places(parts: Sequence[Any], ids: np.ndarray, what: str, positions: bool) -> np.ndarray:
+    """In columns side by side: [n]. Errors: InvalidInput for columns of other lengths, and rows that are not there."""
+    lengths = [len(part) for part in parts]
+    if len(set(lengths)) > 1:
+        raise InvalidInput(f"{what} has columns of {min(lengths)} and of {max(lengths)} entries.")
+    # By its name: of a default index nobody meant the labels.
+    given = [part.index for part in parts if is_frame(part) and type(part.index).__name__ != "RangeIndex"]
+    return _by_index(given[0], ids, what) if given else _by_number(lengths[0], ids, what, positions)
+
+
+def _by_index(index: Any, ids: np.ndarray, what: str) -> np.ndarray:
+    if not index.is_unique:
+        raise InvalidInput(f"The index of {what} has {index[index.duplicated()][0]!r} more than once.")
+    # Ids that came through a store are NumPy's; of an index of dates or categories they are its words.
+    places = [names.get_indexer(ids) for names in (index, index.map(str)) if names.is_unique]
+    best: np.ndarray = max(places, key=lambda found: int((found >= 0).sum()))
+    if (best < 0).any():
+        missing = ids[int(np.argmax(best < 0))].item()
         raise InvalidInput(
-            f"{what} has {count} entries for {len(ids)} rows, which are called {ids[0].item()!r}, ...: {why}. Give a "
-            "DataFrame with these ids as its index, or a function of an id."
+            f"The index of {what} has no {missing!r}: rows are called {ids[:3].tolist()}, ..., and it has "
+            f"{index[:3].tolist()}, ... Where it is of other names, reset_index(drop=True) goes by the rows' order."
         )
-    return np.arange(count)
+    return best
+
+
+def _by_number(count: int, ids: np.ndarray, what: str, positions: bool) -> np.ndarray:
+    """Errors: InvalidInput for rows that have names, and those that are not there."""
+    if not positions:
+        raise InvalidInput(
+            f"Rows are called {ids[:3].tolist()}, ..., and {what} does not say which entry is which row's. Give a "
+            "DataFrame with these names as its index, a mapping from names to entries, or a function of a name."
+        )
+    if len(ids) and ids.max() >= count:
+        raise InvalidInput(f"{what} has {count} entries, and there is a row {ids.max()}; rows are counted from 0.")
+    return ids
 
 
 # Columns --------------------------------------------------------------------------------------------------------------
@@ -241,11 +274,6 @@ def _is_scalar(value: Any) -> bool:
     return value is None or isinstance(value, SCALARS) or (is_array(value) and not value.shape)
 
 
-def _plain(column: Any) -> bool:
-    """Whether all of a DataFrame's column are single values."""
-    return column.dtype.kind != "O" or all(_is_scalar(value) for value in column)
-
-
 def as_scalar(value: Any) -> Any:
     """As Python has it: of an array without axes its number."""
     if is_array(value):
@@ -255,11 +283,11 @@ def as_scalar(value: Any) -> Any:
 
 def as_column(values: Sequence[Any]) -> np.ndarray:
     """[n]: of one kind; None is NaN among numbers, and no word among words."""
-    kinds = {type(value) for value in values if value is not None}
-    if kinds and kinds <= {bool}:
-        return np.array([value if value is not None else False for value in values])
-    if kinds and kinds <= {bool, int} and None not in values:
-        return np.array(values)
-    if kinds <= {bool, int, float}:
-        return np.array([np.nan if value is None else value for value in values], dtype=float)
-    return np.array(["" if value is None else str(value) for value in values], dtype=str)
+    plain = [as_scalar(value) for value in values]
+    kinds, whole = {type(value) for value in plain if value is not None}, None not in plain
+    if whole and (kinds == {bool} or kinds == {int}):
+        with suppress(OverflowError):  # integers beyond 64 bits are words
+            return np.array(plain, dtype=bool if kinds == {bool} else np.int64)
+    elif kinds and kinds <= {int, float}:
+        return np.array([np.nan if value is None else value for value in plain], dtype=float)
+    return np.array(["" if value is None else str(value) for value in plain], dtype=str)

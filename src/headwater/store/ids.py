@@ -26,11 +26,18 @@ class NamedColumns:
         return {name: column[places] for name, column in self.columns.items()}
 
 
+def count_from_zero(ids: np.ndarray) -> bool:
+    """Whether these are what rows without names are called: 0, 1, 2, ..."""
+    return ids.dtype.kind in "iu" and bool(np.array_equal(ids, np.arange(len(ids))))
+
+
 def positions(ids: np.ndarray, wanted: Any, what: str) -> np.ndarray:
     """Errors: InvalidInput, naming an id that is not there."""
     if wanted is None:
         return np.arange(len(ids))
     names = np.atleast_1d(np.asarray(wanted))
+    if names.dtype.kind == "b":
+        raise InvalidInput(f"{what} is a mask; give ids: scores.{what}_ids[mask].")
     order = np.argsort(ids, kind="stable")
     place = np.minimum(np.searchsorted(ids[order], names), max(len(ids) - 1, 0))
     found = order[place]

@@ -123,12 +123,11 @@ def _job(path: Path, found: Info) -> Info:
             inside.append(info(path / record.FITTED, found.checked))
         except NotSaved:
             damage.append(f"{path / record.FITTED / DESCRIPTION} is missing. Remove the folder, and call again.")
-    for name in record.BANKS:
-        if (path / name).is_dir():
-            try:
-                inside.append(info(path / name, found.checked))
-            except NotSaved:
-                damage.append(f"{path / name / RECIPE} is missing. Remove the folder, and call again.")
+    for bank in (bank for name in record.BANKS for bank in sorted((path / name).glob("*/"))):
+        try:
+            inside.append(info(bank, found.checked))
+        except NotSaved:
+            damage.append(f"{bank / RECIPE} is missing. Remove the folder, and call again.")
     if found.checked and (path / record.CALIBRATION).exists():
         damage += said_of(partial(unsealed, path / record.CALIBRATION, remedy=record.CALIBRATE_AGAIN))
     left = [verb for verb in ("fit", "score") if not verbs.get(verb, {}).get("finished")]

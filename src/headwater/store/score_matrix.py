@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from headwater.errors import InvalidSetting, ShapeMismatch
 from headwater.evaluate.calibration import Calibration
 from headwater.store.diagnosis import Diagnosis
-from headwater.store.ids import NamedColumns, check_columns
+from headwater.store.ids import NamedColumns, check_columns, count_from_zero
 from headwater.store.matrix import Columns
 from headwater.store.topk import TopK, TopKSink, check_labels
 
@@ -55,6 +55,10 @@ class ScoreMatrix:
     mode: str = "up"
     """What is done to a train row: more weight ("up"), or another input ("perturbation")."""
 
+    query_positions: bool | None = None
+    """Whether queries are called by their positions in the loader; None: so it is if these count from zero."""
+    train_positions: bool | None = None
+    """Likewise the train rows."""
     train_columns: Mapping[str, np.ndarray] = field(default_factory=dict)
     """What else is known of the train rows, by name: [train] each."""
     query_columns: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -100,6 +104,13 @@ class ScoreMatrix:
         return self.values.dtype
 
     @property
+    def are_positions(self) -> tuple[bool, bool]:
+        """Whether ids of queries, and of train rows, are positions in their loaders."""
+        known = ((self.query_positions, self.query_ids), (self.train_positions, self.train_ids))
+        query, train = (count_from_zero(ids) if given is None else given for given, ids in known)
+        return query, train
+
+    @property
     def unit_in_words(self) -> str:
         if self.mode == "perturbation":
             return f"decrease of the query's {self.explained} per unit of change of the train row's input"
@@ -127,7 +138,8 @@ class ScoreMatrix:
         for columns, tile in self.columns():
             sink.add(tile, self.train_ids[columns])
         known = NamedColumns(self.train_ids, self.train_columns)
-        return sink.top().with_columns(known, self.query_columns, self.unit_in_words)
+        found = sink.top().with_columns(known, self.query_columns, self.unit_in_words)
+        return replace(found, query_positions=self.are_positions[0], train_positions=self.are_positions[1])
 
     def attributes(self) -> dict[str, Any]:
         """What the scores mean, as JSON has it; `from_attributes` reads it."""

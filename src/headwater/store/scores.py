@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from headwater.arrays import is_frame
 from headwater.errors import InvalidInput, InvalidSetting, NotSaved
 from headwater.store.base import Tile
 from headwater.store.described import Described
 from headwater.store.draft import draft
 from headwater.store.identity import IDENTITY
-from headwater.store.ids import positions
+from headwater.store.ids import count_from_zero, positions
 from headwater.store.kinds import kind_of
 from headwater.store.matrix import BlockShares, Columns, StoredMatrix, deleted_rows, meaning_of
 from headwater.store.score_matrix import UNIT_IN_WORDS as UNIT_IN_WORDS
@@ -70,6 +71,8 @@ class Scores(ScoreMatrix):
             residuals=None if residuals is None else {name: found[queries] for name, found in residuals.items()},
             train_columns={name: column[rows] for name, column in self.train_columns.items()},
             query_columns={name: column[queries] for name, column in self.query_columns.items()},
+            query_positions=self.are_positions[0],
+            train_positions=self.are_positions[1],
             **from_attributes(self.attributes()),
         )
 
@@ -82,12 +85,13 @@ class Scores(ScoreMatrix):
         Errors: InvalidInput for what does not have the rows.
         """
         found = copy(self)
-        for kind, given, ids in (("train", rows, self.train_ids), ("query", queries, self.query_ids)):
-            if given is not None:
-                what = "rows" if kind == "train" else "queries"
-                held = self.train_columns if kind == "train" else self.query_columns
-                columns = {**held, **Described.of(given, ids, what).columns()}
-                object.__setattr__(found, f"{kind}_columns", columns)  # frozen, as all scores
+        asked, train = self.are_positions
+        if rows is not None:
+            new = Described.of(rows, self.train_ids, "rows", train).columns()
+            object.__setattr__(found, "train_columns", {**self.train_columns, **new})  # frozen, as all scores
+        if queries is not None:
+            new = Described.of(queries, self.query_ids, "queries", asked).columns()
+            object.__setattr__(found, "query_columns", {**self.query_columns, **new})
         return found
 
     def group(self, by: Any, of: str = "sum") -> Scores:
@@ -102,6 +106,11 @@ class Scores(ScoreMatrix):
                 known = ", ".join(map(repr, self.train_columns)) or "none; attach(rows=...) brings them"
                 raise InvalidInput(f"There is no column {by!r} of train rows: there is {known}.")
             by = self.train_columns[by]
+        elif is_frame(by):  # a Series, by its index
+            found = Described.of(by, self.train_ids, "by", self.are_positions[1]).columns()
+            if len(found) != 1:
+                raise InvalidInput(f"by has the columns {list(found)}; expected one, a Series.")
+            by = next(iter(found.values()))
         sink = GroupSink(1, self.query_ids, by, of)
         for columns, tile in self.columns():
             sink.write(Tile(columns.start, self.train_ids[columns], None, tile[None]))
@@ -260,6 +269,10 @@ class Scores(ScoreMatrix):
         data = self.to_xarray()
         data.attrs["blocks"] = list(self.by_block or ())
         data.attrs["solved_blocks"] = list(self.residuals or ())
+        # By number: a column may have any name, and an array's name is a path.
+        for kind, columns in (("query", self.query_columns), ("train", self.train_columns)):
+            data = data.drop_vars([f"{kind}_{name}" for name in columns])
+            data = data.assign_coords({f"{kind}_column_{k}": (kind, c) for k, c in enumerate(columns.values())})
         data.attrs["columns"] = {"query": list(self.query_columns), "train": list(self.train_columns)}
         with draft(path) as folder:
             plain = _with_free_words(data.drop_vars(["block", "solved_block"], errors="ignore"))
@@ -338,7 +351,7 @@ def _with_free_words(data: xarray.Dataset) -> xarray.Dataset:
 
 def _columns_of(data: xarray.Dataset, kind: str) -> dict[str, np.ndarray]:
     names = data.attrs.get("columns", {}).get(kind, [])
-    return {name: _words(data[f"{kind}_{name}"].values) for name in names}
+    return {name: _words(data[f"{kind}_column_{k}"].values) for k, name in enumerate(names)}
 
 
 def _words(values: np.ndarray) -> np.ndarray:
@@ -369,6 +382,7 @@ class StoredScores(Scores):
         self._keep("shares", BlockShares(dict(zip(names, shares, strict=True))) if names else BlockShares({}))
         known["by_block"] = self.shares if names else None
         known |= {"train_columns": {}, "query_columns": {}}
+        known |= {"query_positions": count_from_zero(ids["query"]), "train_positions": count_from_zero(ids["train"])}
         for name, value in {**known, "query_ids": ids["query"], "train_ids": ids["train"][columns]}.items():
             self._keep(name, value)
 

@@ -16,12 +16,13 @@ from headwater.errors import InvalidInput, ShapeMismatch
 from headwater.settings import check_whole, check_word
 from headwater.store.base import Sink, Tile
 from headwater.store.described import Described
-from headwater.store.ids import NamedColumns, check_columns
+from headwater.store.ids import NamedColumns, check_columns, count_from_zero
 from headwater.tables import WIDEST, cell_len, frame, html_table, table, visible
 
 if TYPE_CHECKING:
     import pandas
 
+MISSING = float("nan")
 MANY = 8
 """Survivors, in multiples of k for each query, above which the tile's own k-th best is looked for too."""
 
@@ -53,6 +54,10 @@ class TopK:
     """Likewise of the rows: [query, k] each."""
     harmful_columns: Mapping[str, np.ndarray] = field(default_factory=dict)
     unit_in_words: str = ""
+    query_positions: bool = False
+    """Whether queries are called by their positions in the loader."""
+    train_positions: bool = False
+    """Likewise the train rows."""
 
     def __len__(self) -> int:
         return len(self.query_ids)
@@ -61,7 +66,15 @@ class TopK:
     def joined(cls, parts: Sequence[TopK]) -> TopK:
         """Of several sets of queries, one under the other."""
         arrays = [np.concatenate(found) for found in zip(*(part._arrays() for part in parts), strict=True)]
-        return cls(arrays[0], arrays[1], arrays[2], arrays[3], arrays[4])
+        return cls(
+            arrays[0],
+            arrays[1],
+            arrays[2],
+            arrays[3],
+            arrays[4],
+            query_positions=count_from_zero(arrays[0]),
+            train_positions=all(part.train_positions for part in parts),
+        )
 
     def _arrays(self) -> tuple[np.ndarray, ...]:
         return self.query_ids, self.helpful_ids, self.helpful_scores, self.harmful_ids, self.harmful_scores
@@ -83,15 +96,17 @@ class TopK:
 
         Errors: InvalidInput for what does not have them.
         """
-        known, named = self.query_columns, None
+        found = self
         if rows is not None:
             ids = np.unique(np.concatenate([self.helpful_ids.reshape(-1), self.harmful_ids.reshape(-1)]))
-            named = NamedColumns(ids, Described.of(rows, ids, "rows").columns())
+            named = NamedColumns(ids, Described.of(rows, ids, "rows", self.train_positions).columns())
+            helpful = {**self.helpful_columns, **named.of(self.helpful_ids)}
+            harmful = {**self.harmful_columns, **named.of(self.harmful_ids)}
+            found = replace(found, helpful_columns=helpful, harmful_columns=harmful)
         if queries is not None:
-            known = Described.of(queries, self.query_ids, "queries").columns()
-        if named is None:
-            return replace(self, query_columns=known)
-        return self.with_columns(named, known, self.unit_in_words)
+            known = Described.of(queries, self.query_ids, "queries", self.query_positions).columns()
+            found = replace(found, query_columns={**self.query_columns, **known})
+        return found
 
     def columns(self) -> dict[str, np.ndarray]:
         """A table with a line for each query, end and rank: query, end, rank, id, score, and what else is known."""
@@ -116,13 +131,22 @@ class TopK:
     def take(self, queries: Sequence[int] | slice) -> TopK:
         """Some queries, by position."""
         where = np.arange(len(self))[queries]
-        arrays = [array[where] for array in self._arrays()]
-        both = {name: column[where] for name, column in self.query_columns.items()}
-        helpful, harmful = (
-            {name: column[where] for name, column in columns.items()}
-            for columns in (self.helpful_columns, self.harmful_columns)
+        chosen = TopK(
+            self.query_ids[where],
+            self.helpful_ids[where],
+            self.helpful_scores[where],
+            self.harmful_ids[where],
+            self.harmful_scores[where],
         )
-        return TopK(arrays[0], arrays[1], arrays[2], arrays[3], arrays[4], both, helpful, harmful, self.unit_in_words)
+        return replace(
+            chosen,
+            query_columns=_rows(self.query_columns, where),
+            helpful_columns=_rows(self.helpful_columns, where),
+            harmful_columns=_rows(self.harmful_columns, where),
+            unit_in_words=self.unit_in_words,
+            query_positions=self.query_positions,
+            train_positions=self.train_positions,
+        )
 
     def table(self, width: int = WIDTH) -> str:
         """All of it in plain characters. width: of the terminal; what was attached is there as far as it fits."""
@@ -160,6 +184,10 @@ class TopK:
         return html_table(self.take(slice(SHOWN))._cells(), self._note())
 
 
+def _rows(columns: Mapping[str, np.ndarray], where: np.ndarray) -> dict[str, np.ndarray]:
+    return {name: column[where] for name, column in columns.items()}
+
+
 def _in_turn(helpful: np.ndarray, harmful: np.ndarray) -> np.ndarray:
     """Of each query its helpful rows, then the harmful ones: [2 q k]."""
     return np.stack([helpful, harmful], axis=1).reshape(-1)
@@ -182,6 +210,8 @@ class TopKSink(Sink):
         self.k = checked_k(k)
         self.query_ids = query_ids
         self._ends: list[End] | None = None
+        self._numbered = True
+        """Whether all rows so far were called by their positions."""
 
     def add(self, scores: np.ndarray, train_ids: np.ndarray) -> None:
         """A tile: scores [query, n] of the train rows with these ids [n]."""
@@ -195,6 +225,7 @@ class TopKSink(Sink):
         self._ends = [end.with_tile(self.k, scores, train_ids, ordered) for end in self._ends]
 
     def write(self, tile: Tile) -> None:
+        self._numbered &= tile.ids.dtype.kind in "iu" and count_from_zero(tile.ids - tile.start)
         self.add(tile.scores.sum(axis=0) if len(tile.scores) > 1 else tile.scores[0], tile.ids)
 
     def top(self) -> TopK:
@@ -205,7 +236,8 @@ class TopKSink(Sink):
         if self._ends is None:
             raise InvalidInput("There is no tile of scores yet.")
         helpful, harmful = self._ends
-        return TopK(self.query_ids, helpful.ids, helpful.scores, harmful.ids, harmful.scores)
+        found = TopK(self.query_ids, helpful.ids, helpful.scores, harmful.ids, harmful.scores)
+        return replace(found, train_positions=self._numbered)
 
 
 @dataclass(frozen=True, eq=False)
@@ -310,6 +342,8 @@ class GroupSink(Sink):
         # Through a dict, and not as an array: NumPy makes text of 1 beside "1", and a matrix of tuples.
         known, found = self._number, []
         for row, label in enumerate(labels, start):
+            if isinstance(label, float) and label != label:
+                label = MISSING  # no two NaN are equal
             try:
                 number = known.setdefault(label, len(known))
             except TypeError:
@@ -349,7 +383,7 @@ class GroupSink(Sink):
         labels, scores = self.grouped()
         ends = TopKSink(self.k, self.query_ids)
         ends.add(scores, labels)
-        return ends.top()
+        return replace(ends.top(), train_positions=False)  # of groups
 
 
 def _listed(labels: Any) -> list[Any]:

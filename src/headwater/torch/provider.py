@@ -319,6 +319,10 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         self._last_ready = (weakref.ref(batch), self.device)
         return batch
 
+    def _keys_of_ready(self, batch: TorchBatch) -> np.ndarray:
+        """`keys_by_content` of a batch that is being made ready: it must not ask for that."""
+        return super().keys_by_content(batch)
+
     def _made_ready(self, batch: TorchBatch) -> TorchBatch:
         if not isinstance(batch, TorchBatch):
             batch = TorchBatch(batch.x, batch.y, batch.weights, batch.ids)
@@ -329,7 +333,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         batch = batch.to(self.device)
         if self._plain is not None:
             # Rows are named by what they hold before they become float64, so that random draws stay theirs.
-            ids = self.keys_by_content(batch) if batch.ids is None else batch.ids
+            ids = self._keys_of_ready(batch) if batch.ids is None else batch.ids
             batch = doubled(TorchBatch(batch.x, batch.y, batch.weights, ids))
         kind = self._like.dtype
         for leaf in tree_leaves(batch.x):
