@@ -237,7 +237,8 @@ class Scores(ScoreMatrix):
         Errors: InvalidSetting; InvalidInput, ShapeMismatch and NonFiniteValue for what does not fit the rows;
         NotWritten.
         """
-        from headwater.report.job import TITLE, Known, numbers, write
+        from headwater.report.cases import TITLE, Known, numbers
+        from headwater.report.job import write
         from headwater.report.rows import Suspects
 
         rows_there = self.shape[1]
