@@ -224,6 +224,10 @@ class Sides:
             found["f"] = self.notes[place]
         return found
 
+    def turned(self) -> Sides:
+        """Train rows in the place of queries, and the other way round: what a row helps and harms."""
+        return Sides(self.query, self.train, self.query_groups, self.groups, None, None, self.notes, self.doubts)
+
 
 def _grouped(found: dict[str, Any], groups: Groups, place: int) -> None:
     """With the group, unless the card's label says it already."""

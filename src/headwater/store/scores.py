@@ -392,5 +392,8 @@ class StoredScores(Scores):
     def columns(self, queries: slice | np.ndarray | None = None) -> Columns:
         return self.matrix.tiles(queries)
 
+    def column(self, row: int) -> np.ndarray:
+        return self.matrix.column(row)
+
     def block_columns(self, name: str) -> Columns:
         return self.shares.tiles(name)
