@@ -14,8 +14,9 @@ from headwater.report.cases import TITLE, Known
 from headwater.report.live import Live
 from headwater.store.described import Described
 from headwater.store.identity import IDENTITY
+from headwater.store.kinds import kind_of
 from headwater.store.record import SCORES, read_record
-from headwater.store.scores import Scores
+from headwater.store.scores import HEAD, Scores
 
 
 def served(target: str, k: int | None = None, command: str = "") -> Live:
@@ -38,6 +39,8 @@ def _of_folder(folder: Path, k: int | None, command: str) -> Live:
     else:
         run, name = folder / record.verbs.get("score", {}).get("folder", SCORES), record.job or None
         settings = record.settings.get("report", {})
+    if not any((run / head).is_file() for head in (HEAD, IDENTITY)):
+        raise NotSaved(f"There are no scores at {run}{kind_of(run)}.")
     shown = ReportSettings(**settings)
     made = {"command": command or None, "job": name}
     return Live(Scores.open(run), Known(k=k or shown.k, title=shown.title or TITLE, lead=shown.lead, made=made))

@@ -72,6 +72,7 @@ class Server(ThreadingHTTPServer):
     """Listens from the beginning; `serve_forever` answers. Errors: InvalidSetting for a port that is not to be had."""
 
     daemon_threads = True
+    request_queue_size = 2 * AT_ONCE
     allow_reuse_address = os.name != "nt"  # there it lets two listen at one port
 
     def __init__(self, live: Live, port: int = 0):
