@@ -190,13 +190,13 @@ WORDS = {"query": "query", "row": "training row"}
 def _place_of(ids: np.ndarray, name: str) -> int | None:
     """The place of the id that is printed so. Numbers and words are compared as arrays: there may be millions."""
     if ids.dtype.kind == "U":
-        found: Sequence[Any] = np.flatnonzero(ids == name)
+        found = np.flatnonzero(ids == name).tolist()
     elif ids.dtype.kind in "iu":
         is_number = name.isascii() and name.removeprefix("-").isdigit() and len(name) < 20 and str(int(name)) == name
-        found = np.flatnonzero(ids == int(name)) if is_number else []
+        found = np.flatnonzero(ids == int(name)).tolist() if is_number else []
     else:
         found = [place for place, each in enumerate(ids.tolist()) if str(each) == name]
-    return int(found[0]) if len(found) else None
+    return found[0] if found else None
 
 
 def _called(ids: np.ndarray, place: int, shown: str) -> dict[str, Any]:
@@ -209,7 +209,7 @@ def _called(ids: np.ndarray, place: int, shown: str) -> dict[str, Any]:
 
 def _peek(card: dict[str, Any]) -> dict[str, Any]:
     """Of a card, what a list has room for."""
-    found = {field: card[field] for field in ("i", "l") if field in card}
+    found: dict[str, Any] = {field: card[field] for field in ("i", "l") if field in card}
     if "t" in card:
         found["t"] = card["t"][:100]
     if "k" in card:

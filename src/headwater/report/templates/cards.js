@@ -126,7 +126,7 @@ function draw(query, place, count, link) {
   pane.replaceChildren(
     el("div", { class: "bar-top" },
       el("h3", {}, words.one + " ", el("span", { dir: "auto", text: query.q })),
-      el("div", { class: "steps" }, step(-1, "Previous", "k or ←"),
+      words === ROW ? null : el("div", { class: "steps" }, step(-1, "Previous", "k or ←"),
         el("span", { class: "place", text: place < 0 ? "" : `${place + 1} of ${count}` }), step(1, "Next", "j or →"))),
     el("div", { class: "query " + data.kind }, el("div", { class: "thing" }, body(c, `${words.one} ${query.q}`)),
       el("div", { class: "about" },
