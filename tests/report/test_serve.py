@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from urllib.parse import quote, urlencode
 
 import numpy as np
@@ -208,6 +209,17 @@ def test_two_ask_at_once_and_both_are_answered(live, serving):
     for thread in threads:
         thread.join()
     assert found == {0: [0, 5, 0], 1: [1, 4, 1]}
+
+
+def test_nothing_is_read_for_who_has_gone(live, serving, monkeypatch):
+    read, at = [], serving(live)
+    monkeypatch.setattr(StoredMatrix, "_chunk", lambda self, *of: read.append(of))
+    with at.turn, socket.create_connection(("127.0.0.1", at.server_port), timeout=5) as connection:
+        asked = f"GET /query?id=1&token={at.token} HTTP/1.0\r\nHost: localhost:{at.server_port}\r\n\r\n"
+        connection.sendall(asked.encode())
+        while at.waiting:  # until it is the question's turn
+            time.sleep(0.01)
+    assert answer(at, "queries")["count"] == QUERIES and read == []
 
 
 # What goes wrong ------------------------------------------------------------------------------------------------------

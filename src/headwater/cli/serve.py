@@ -21,9 +21,9 @@ def serve(
 ) -> None:
     """Show finished scores as a page for this machine's browser: any query, and its rows at once; any train row, too.
 
-    Only 127.0.0.1 is listened at, the page's address has a token, and nothing is written or computed. Scores stay on
-    disk: a case is read when it is asked for. Of a job file, the setup says what rows are: it is your own code, and is
-    run. Ctrl-C ends it, with status 130.
+    Only 127.0.0.1 is listened at, the page's address has a token, and nothing is written or computed. A run's scores
+    stay on disk: a case is read when it is asked for. Of a job file, the setup says what rows are: it is your own code,
+    and is run. Ctrl-C ends it, with status 130.
 
     Parameters
     ----------
@@ -32,7 +32,8 @@ def serve(
     k
         Rows at each end at first, in place of the job's; the page offers others, up to 100.
     show
-        Open the page in a browser.
+        Open the page in a browser. Its address, with the token, is then among the browser's arguments, which other
+        users of this machine may be able to list.
     """
     check_whole("port", port, 0, 65535)
     if k is not None:

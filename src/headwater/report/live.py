@@ -11,7 +11,6 @@ has its place, at, and o, its id, where the one that is shown is another text (N
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
@@ -51,7 +50,7 @@ class NoSuchRow(InvalidInput):
 
 
 class Live:
-    """Answers one after the other, whoever asks: what reads files, and a user's own data set, is asked by one alone."""
+    """For one thread at a time: a run's files, and a user's own data set, are not read by two."""
 
     def __init__(self, scores: ScoreMatrix, known: Known):
         """Errors: as `headwater.report.job.page`, but of the scores themselves."""
@@ -59,7 +58,6 @@ class Live:
         check_whole("k", known.k, 1)
         self.scores, self.known, self.sides = scores, known, Sides.of(scores, known)
         self.turned = self.sides.turned()
-        self._turn = threading.Lock()
         self._rankings: OrderedDict[tuple[Kind, int, int], TopK] = OrderedDict()
 
     def page(self, token: str = "") -> str:
@@ -94,14 +92,13 @@ class Live:
 
         count: of all that were found. wrong: only those whose prediction is not the label.
         """
-        with self._turn:
-            places = self._found(search.strip(), wrong)
-            shown = places[start : start + count]
-            side = self.sides.query
-            cards = [side.card(place) for place in shown]
-            deck, kind, room = dealt(cards, THUMBNAILS)
-            drawn = [deck.draw(card) for card in cards]
-            images, _ = deck.images.encoded(room)
+        places = self._found(search.strip(), wrong)
+        shown = places[start : start + count]
+        side = self.sides.query
+        cards = [side.card(place) for place in shown]
+        deck, kind, room = dealt(cards, THUMBNAILS)
+        drawn = [deck.draw(card) for card in cards]
+        images, _ = deck.images.encoded(room)
         listed = [self.sides.about_query(place, card) for place, card in zip(shown, drawn, strict=True)]
         for query, place in zip(listed, shown, strict=True):
             query |= {"c": _peek(query["c"]), **_called(side.ids, place, query["q"])}
@@ -150,9 +147,8 @@ class Live:
         return self._case("row", self.turned, place, k)
 
     def _case(self, kind: Kind, sides: Sides, place: int, k: int) -> dict[str, Any]:
-        with self._turn:
-            drawn = Drawn(sides, [place], self._ranking(kind, place, k), room=SENT)
-            data, said = drawn.data()
+        drawn = Drawn(sides, [place], self._ranking(kind, place, k), room=SENT)
+        data, said = drawn.data()
         for query in data["queries"]:
             query |= _called(sides.query.ids, place, query["q"])
         for row, there in zip(data["rows"], drawn.place, strict=True):

@@ -80,6 +80,8 @@ class Server(ThreadingHTTPServer):
         self.live, self.token = live, secrets.token_urlsafe(24)
         self.waiting: dict[Any, float] = {}
         """Connections whose question is not there yet, and since when."""
+        self.turn = threading.Lock()
+        """Of whoever reads scores or a user's data set: one after the other."""
         self._slots = threading.BoundedSemaphore(AT_ONCE)
         try:
             super().__init__((HOST, port), Handler)
@@ -170,7 +172,7 @@ class Handler(BaseHTTPRequestHandler):
         self._check_host()
         path, _, question = self.path.partition("?")
         fields = _fields(question)
-        given = self.headers.get(TOKEN) or fields.pop("token", "")
+        given = self.headers.get(TOKEN, fields.pop("token", ""))
         if not secrets.compare_digest(given.encode("utf-8", "replace"), self.server.token.encode()):
             raise Refused(403, "The token is missing or another one: open the address that `headwater serve` printed.")
         if path not in FIELDS:
@@ -178,9 +180,12 @@ class Handler(BaseHTTPRequestHandler):
         unknown = [name for name in fields if name not in FIELDS[path]]
         if unknown:
             raise Refused(400, f"{path} has no field {unknown[0]!r}; it has {', '.join(FIELDS[path]) or 'none'}.")
-        if path == "/":
-            return "text/html", self.server.live.page(self.server.token).encode()
-        found = _queries(self.server.live, fields) if path == "/queries" else _case(self.server.live, path, fields)
+        live = self.server.live
+        with self.server.turn:
+            self._check_there()
+            if path == "/":
+                return "text/html", live.page(self.server.token).encode()
+            found = _queries(live, fields) if path == "/queries" else _case(live, path, fields)
         return "application/json", json.dumps(found, separators=(",", ":"), allow_nan=False).encode()
 
     def _check_host(self) -> None:
@@ -190,6 +195,18 @@ class Handler(BaseHTTPRequestHandler):
         origin = self.headers.get("Origin")
         if origin is not None and origin.lower() not in {f"http://{host}" for host in self.server.hosts}:
             raise Refused(403, "A page of another server asks.")
+
+    def _check_there(self) -> None:
+        """Who typed on has closed the connection meanwhile: nothing is read for nobody."""
+        self.connection.settimeout(0)
+        try:
+            gone = self.connection.recv(1, socket.MSG_PEEK) == b""
+        except BlockingIOError:  # nothing more is said, as it should be
+            gone = False
+        finally:
+            self.connection.settimeout(PATIENCE)
+        if gone:
+            raise Refused(408, "Whoever asked has gone.")
 
     # The answer -------------------------------------------------------------------------------------------------------
 
