@@ -502,7 +502,7 @@ class Attributor(ComposableInfluence[TensorType]):
         where that is quick.
         Errors: as `attribute` and `Scores.report`.
         """
-        from headwater.report.job import TITLE, Known
+        from headwater.report.cases import TITLE, Known
         from headwater.run.report import report
 
         known = Known(

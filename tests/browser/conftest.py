@@ -38,19 +38,23 @@ def browser() -> Iterator[object]:
 
 @pytest.fixture
 def visit(browser):
-    """Opens a file; at the end nothing may have been asked of a network, refused, or reported as an error."""
+    """Opens a file, or an address; at the end nothing may have been asked of a network, refused, or gone wrong.
+
+    A file asks for nothing at all; an address of 127.0.0.1 asks its own server alone.
+    """
     contexts, wrong = [], []
 
-    def opened(file, *, width=1280, height=900, fragment="", **options):
+    def opened(what, *, width=1280, height=900, fragment="", **options):
         context = browser.new_context(viewport={"width": width, "height": height}, **options)
         contexts.append(context)
         page = context.new_page()
+        address = what if isinstance(what, str) else what.as_uri()
         # Errors, warnings and refusals of the page's policy all come as messages of the console.
         page.on("console", lambda message: wrong.append(f"{message.type}: {message.text}"))
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("dialog", lambda dialog: (wrong.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-        page.on("request", lambda asked: None if allowed(asked.url, file) else wrong.append(f"request: {asked.url}"))
-        page.goto(file.as_uri() + fragment)
+        page.on("request", lambda asked: None if allowed(asked.url, address) else wrong.append(f"request: {asked.url}"))
+        page.goto(address + fragment)
         return page
 
     yield opened
@@ -59,5 +63,10 @@ def visit(browser):
     assert not wrong
 
 
-def allowed(url: str, file: Path) -> bool:
-    return url.startswith("data:image/") or url.partition("#")[0] == file.as_uri()
+def allowed(url: str, address: str) -> bool:
+    own = address.partition("?")[0] if address.startswith("http://127.0.0.1:") else None
+    return (
+        url.startswith("data:image/")
+        or url.partition("#")[0] == address.partition("#")[0]
+        or (own is not None and url.startswith(own))
+    )

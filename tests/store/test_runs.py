@@ -17,6 +17,7 @@ from headwater.errors import DamagedFile, InvalidInput, InvalidSetting
 from headwater.store.info import info
 from headwater.store.plan import Plan
 from headwater.store.runs import check, compact, delete
+from headwater.store.scores import Scores
 from headwater.torch import TorchBatch, TorchComposableInfluence
 
 torch.manual_seed(0)
@@ -55,6 +56,17 @@ def spans_of_three(monkeypatch):
     from headwater.store.plan import Sizes
 
     monkeypatch.setattr(attribute, "tile_sizes", lambda *given: Sizes(8, 3))
+
+
+@pytest.mark.parametrize("options", [{"by_block": True}, {"mode": "perturbation"}], ids=str)
+def test_a_train_row_has_its_column_also_where_others_are_deleted(options, influence, tmp_path, spans_of_three):
+    whole = influence.attribute(batches(range(50)), QUERIES, store=tmp_path / "run", **options).values
+    delete(tmp_path / "run", [NAMES[0], NAMES[8], NAMES[31]])
+    found = Scores.open(tmp_path / "run")
+    for place, row in ((0, 1), (7, 9), (46, 49)):
+        assert found.train_ids[place] == NAMES[row]
+        np.testing.assert_array_equal(found.column(place), whole[:, row])
+    assert "values" not in vars(found)
 
 
 @pytest.mark.parametrize("options", [{}, {"by_block": True}, {"mode": "perturbation"}], ids=str)

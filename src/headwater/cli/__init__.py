@@ -12,12 +12,25 @@ from typing import Literal, NoReturn
 from cyclopts import CycloptsError
 
 import headwater
-from headwater.cli import demo, job, results, store, verify
+from headwater.cli import demo, job, results, serve, store, verify
 from headwater.cli.app import EXITS, CheckFailed, Method, app, command
 from headwater.cli.stops import Stopped, stop_signals
 from headwater.errors import HeadwaterError
 
-__all__ = ["EXITS", "Method", "app", "completion", "demo", "job", "main", "results", "store", "verify", "version"]
+__all__ = [
+    "EXITS",
+    "Method",
+    "app",
+    "completion",
+    "demo",
+    "job",
+    "main",
+    "results",
+    "serve",
+    "store",
+    "verify",
+    "version",
+]
 
 
 @app.command

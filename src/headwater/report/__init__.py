@@ -8,6 +8,7 @@ the sections, `figures` draws, `page` fills the templates.
 """
 
 from headwater.report.cards import Card, Tokens
+from headwater.report.cases import Known
 from headwater.report.figures import (
     Bar,
     Bars,
@@ -25,7 +26,7 @@ from headwater.report.figures import (
     mean_and_spread,
 )
 from headwater.report.images import png
-from headwater.report.job import Known, page, write
+from headwater.report.job import page, write
 from headwater.report.rows import Suspects
 
 __all__ = [

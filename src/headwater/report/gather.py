@@ -67,11 +67,8 @@ def gather(
     Errors: InvalidSetting for scores that have more than a number for each pair; InvalidInput for none at all;
     NonFiniteValue; DamagedFile, of stored scores.
     """
-    if scores.mode != "up":
-        raise InvalidSetting("Scores of changed inputs have one number for each input value, and no ranking to report.")
-    queries, rows = len(scores.query_ids), len(scores.train_ids)
-    if not queries or not rows:
-        raise InvalidInput(f"There is nothing to report: the scores are {queries} queries x {rows} train rows.")
+    check_ranked(scores)
+    rows = len(scores.train_ids)
     sink, total, size = TopKSink(k, scores.query_ids[:shown]), np.zeros(rows), np.zeros(rows)
     between = None if train is None or query is None else np.zeros((len(query.names), len(train.names)))
     member = None if query is None else (query.of == np.arange(len(query.names))[:, None]).astype(np.float32)
@@ -87,6 +84,39 @@ def gather(
     if between is not None and train is not None and query is not None:
         between /= np.maximum(1, np.outer(query.counts, train.counts))
     return Gathered(sink.top(), total, size, between)
+
+
+def check_ranked(scores: ScoreMatrix) -> None:
+    """Errors: InvalidSetting for scores that have more than a number for each pair; InvalidInput for none at all."""
+    if scores.mode != "up":
+        raise InvalidSetting("Scores of changed inputs have one number for each input value, and no ranking to report.")
+    queries, rows = len(scores.query_ids), len(scores.train_ids)
+    if not queries or not rows:
+        raise InvalidInput(f"There is nothing to report: the scores are {queries} queries x {rows} train rows.")
+
+
+def ends_of_query(scores: ScoreMatrix, place: int, k: int) -> TopK:
+    """Both ends of one query's ranking, as `Gathered.top` has those of many; read tile by tile, of its rows alone.
+
+    Errors: NonFiniteValue; DamagedFile, of stored scores.
+    """
+    rows, sink = np.arange(len(scores.train_ids)), TopKSink(k, scores.query_ids[[place]])
+    for columns, tile in scores.columns(np.array([place])):
+        sink.add(_finite(tile, f"query {scores.query_ids[place]}"), rows[columns])
+    return sink.top()
+
+
+def ends_of_row(scores: ScoreMatrix, place: int, k: int) -> TopK:
+    """Which queries one train row helps and harms most, likewise: in place of ids it has places of queries."""
+    sink, column = TopKSink(k, scores.train_ids[[place]]), scores.column(place)
+    sink.add(_finite(column[None], f"train row {scores.train_ids[place]}"), np.arange(len(column)))
+    return sink.top()
+
+
+def _finite(tile: np.ndarray, what: str) -> np.ndarray:
+    if not np.isfinite(tile).all():
+        raise NonFiniteValue(f"Scores of {what} are not finite: they rank nothing.")
+    return tile
 
 
 def block_sizes(scores: ScoreMatrix) -> dict[str, float]:

@@ -20,23 +20,27 @@ from markupsafe import Markup
 from headwater.report.text import MINUS, visible
 
 
-def render(**shown: Any) -> str:
-    """The whole page as text. shown: what `templates/page.html.j2` names."""
-    style, script = _file("page.css"), _file("page.js")
+def render(live: bool = False, **shown: Any) -> str:
+    """The whole page as text. shown: what `templates/page.html.j2` names; live: of a server, as `live.html.j2` says."""
+    style, script = _file("page.css"), _script(live)
     return (
         _environment()
-        .get_template("page.html.j2")
+        .get_template("live.html.j2" if live else "page.html.j2")
         .render(
             **{**shown, "data": in_script(shown["data"])},
             minus=MINUS,
             style=Markup(style),
             script=Markup(script),
-            policy=(
-                f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
-                "base-uri 'none'; form-action 'none'"
-            ),
+            policy=policy(live),
         )
     )
+
+
+def policy(live: bool = False) -> str:
+    """The Content-Security-Policy of a page: its own style and script, pictures in it, and its own server."""
+    own = [f"style-src '{_hash(_file('page.css'))}'", f"script-src '{_hash(_script(live))}'"]
+    asks = ["connect-src 'self'"] if live else []
+    return "; ".join(["default-src 'none'", "img-src data:", *own, *asks, "base-uri 'none'", "form-action 'none'"])
 
 
 def in_script(data: Any) -> Markup:
@@ -50,6 +54,12 @@ def in_script(data: Any) -> Markup:
 @cache
 def _file(name: str) -> str:
     return (files("headwater.report") / "templates" / name).read_text(encoding="utf-8")
+
+
+@cache
+def _script(live: bool) -> str:
+    """What draws a case, and what finds it: in the page, or by asking the page's server."""
+    return f'"use strict";\n(() => {{\n{_file("cards.js")}\n{_file("live.js" if live else "page.js")}}})();\n'
 
 
 def _hash(text: str) -> str:

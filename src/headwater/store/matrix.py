@@ -40,6 +40,16 @@ class StoredMatrix:
                 yield slice(done, done + len(kept)), found if len(kept) == span.stop - span.start else found[:, kept]
                 done += len(kept)
 
+    def column(self, row: int) -> np.ndarray:
+        """Of one train row, the row-th of those that are shown: [query, ...]. Reads its own tiles, one after the other.
+
+        Errors: DamagedFile, naming the file.
+        """
+        number, place = divmod(int(self.columns[row]), self.folder.sizes.rows)
+        tiles = range(-(-self.shape[0] // self.folder.sizes.queries))
+        # A copy of each: a view would keep the whole tile in memory.
+        return np.concatenate([self._chunk(number, each)[:, place].copy() for each in tiles])
+
     def _tile(self, number: int, wanted: np.ndarray) -> np.ndarray:
         """[wanted, rows of the tile, ...]. Errors: DamagedFile, naming the file."""
         parts, step = [], self.folder.sizes.queries

@@ -85,6 +85,11 @@ class ScoreMatrix:
         """The scores in pieces that memory has room for. queries: positions; None for all."""
         yield slice(0, self.shape[1]), self.values if queries is None else self.values[queries]
 
+    def column(self, row: int) -> np.ndarray:
+        """The scores of one train row, by position: [query, ...]."""
+        found: np.ndarray = self.values[:, row]
+        return found
+
     def block_columns(self, name: str) -> Columns:
         """A block's share of them, likewise. Errors: KeyError for a block that was not kept apart."""
         yield slice(0, self.shape[1]), (self.by_block or {})[name]

@@ -246,7 +246,8 @@ class Scores(ScoreMatrix):
         Errors: InvalidSetting; InvalidInput, ShapeMismatch and NonFiniteValue for what does not fit the rows;
         NotWritten.
         """
-        from headwater.report.job import TITLE, Known, numbers, write
+        from headwater.report.cases import TITLE, Known, numbers
+        from headwater.report.job import write
         from headwater.report.rows import Suspects
 
         rows_there = self.shape[1]
@@ -404,6 +405,9 @@ class StoredScores(Scores):
 
     def columns(self, queries: slice | np.ndarray | None = None) -> Columns:
         return self.matrix.tiles(queries)
+
+    def column(self, row: int) -> np.ndarray:
+        return self.matrix.column(row)
 
     def block_columns(self, name: str) -> Columns:
         return self.shares.tiles(name)

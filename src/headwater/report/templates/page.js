@@ -1,238 +1,80 @@
-"use strict";
-// The queries of the page: found, sorted, chosen. Text goes in as textContent only, so that no data becomes markup.
-(() => {
-  const data = JSON.parse(document.getElementById("data").textContent);
-  const at = (id) => document.getElementById(id);
-  const list = at("list"), pane = at("case"), find = at("find"), sort = at("sort"), wrong = at("wrong");
-  const filters = [...document.querySelectorAll("select.filter")];
-  const MINUS = "\u2212", FOLD = 8, LONG = 420;
-  let shown = [], chosen = null;
+// The queries of a page that has them all: found, sorted, chosen.
+const list = at("list"), find = at("find"), sort = at("sort"), wrong = at("wrong");
+const filters = [...document.querySelectorAll("select.filter")];
+let shown = [], chosen = null;
 
-  function el(tag, props, ...children) {
-    const made = document.createElement(tag);
-    for (const [name, value] of Object.entries(props || {})) {
-      if (value === undefined || value === null || value === false) continue;
-      if (name === "class") made.className = value;
-      else if (name === "text") made.textContent = value;
-      else if (name === "on") for (const [event, act] of Object.entries(value)) made.addEventListener(event, act);
-      else made.setAttribute(name, value === true ? "" : value);
-    }
-    for (const child of children.flat()) if (child) made.append(child);
-    return made;
-  }
+const address = (query) => "#query=" + encodeURIComponent(query.q);
 
-  function said(score, power) {
-    const value = score / 10 ** (power || 0), size = Math.abs(value);
-    const digits = size >= 99.95 ? 0 : size >= 9.995 ? 1 : size >= 0.0995 || size === 0 ? 2 : 3;
-    return (value < 0 ? MINUS : "+") + size.toFixed(digits);
-  }
+data.queries.forEach((query, number) => {
+  const c = query.c;
+  query.number = number;
+  query.l = c.l;
+  query.find = [query.q, c.l, query.p, query.g, peek(c), ...(c.c || []).map(([n, v]) => data.names[n] + " " + v)].join("\n").toLowerCase();
+  query.link = item(query, address(query));
+  query.item = el("li", {}, query.link);
+});
 
-  function bar(score, largest) {
-    const svg = at("bar").content.firstElementChild.cloneNode(true);
-    svg.classList.add(score < 0 ? "harm" : "help");
-    svg.firstElementChild.setAttribute("width", largest ? (100 * Math.abs(score)) / largest : 0);
-    return svg;
-  }
+const first = (pairs) => (pairs.length ? pairs[0][1] : 0);
+const names = new Intl.Collator("en", { numeric: true });
+const orders = {
+  given: (a, b) => a.number - b.number,
+  id: (a, b) => names.compare(a.q, b.q),
+  harm: (a, b) => first(a.down) - first(b.down),
+  help: (a, b) => first(b.up) - first(a.up),
+  loss: (a, b) => b.z - a.z,
+  label: (a, b) => names.compare(a.l || "", b.l || ""),
+};
 
-  const amount = (text) => Number(text.replaceAll(",", "").replace(MINUS, "-"));
+function refresh() {
+  const wanted = find.value.trim().toLowerCase();
+  shown = data.queries.filter((q) => (!wanted || q.find.includes(wanted)) && (!wrong || !wrong.checked || q.w)
+    && filters.every((f) => !f.value || q[f.dataset.of] === f.value));
+  shown.sort((a, b) => orders[sort.value](a, b) || a.number - b.number);
+  list.replaceChildren(...shown.map((q) => q.item));
+  at("count").textContent = shown.length === data.queries.length ? `${shown.length} queries`
+    : `${shown.length} of ${data.queries.length} queries`;
+  if (shown.length && !shown.includes(chosen)) choose(shown[0]);
+  else if (chosen) show(chosen);
+}
 
-  // Cards ------------------------------------------------------------------------------------------------------------
+function choose(query, link) {
+  chosen = query;
+  // A page inside of another one may not be allowed to have an address.
+  if (link) try { history.replaceState(null, "", address(query)); } catch { /* it stays as it was */ }
+  show(query);
+}
 
-  function picture(card, alt) {
-    if (card.i === undefined) return null;
-    return el("div", { class: "frame" }, el("img", { src: data.images[card.i], alt, loading: "lazy" }));
-  }
+function show(query) {
+  draw(query, shown.indexOf(query), shown.length, query.link);
+}
 
-  function leftOff(card) {
-    return card.m ? el("span", { class: "cut", text: ` … ${card.m.toLocaleString("en")} more characters` }) : null;
-  }
+function move(by) {
+  const next = shown[shown.indexOf(chosen) + by];
+  if (!next) return;
+  const focused = document.activeElement && document.activeElement.id;
+  choose(next, true);
+  keepFocus(focused);
+}
 
-  function words(card) {
-    if (card.k) {
-      const pieces = card.k.map(([piece, colour, value]) => el("span", { class: colour, title: value, text: piece }));
-      return el("p", { class: "text", dir: "auto" }, pieces, leftOff(card));
-    }
-    if (card.t === undefined) return null;
-    if (card.t.length <= LONG * 1.2) return el("p", { class: "text", dir: "auto" }, card.t, leftOff(card));
-    const rest = el("span", { hidden: true }, card.t.slice(LONG), leftOff(card));
-    const more = el("button", { type: "button", class: "more", "aria-expanded": "false", text: "… more" });
-    more.addEventListener("click", () => {
-      rest.hidden = !rest.hidden;
-      more.textContent = rest.hidden ? "… more" : " less";
-      more.setAttribute("aria-expanded", String(!rest.hidden));
-    });
-    return el("p", { class: "text", dir: "auto" }, card.t.slice(0, LONG), rest, more);
-  }
-
-  function cells(card, against) {
-    if (!card.c) return null;
-    const other = against && against.c ? new Map(against.c) : null;
-    const differs = ([name, value]) => other !== null && other.has(name) && other.get(name) !== value;
-    const entry = (cell) => {
-      if (!differs(cell)) return el("div", { class: other ? "same" : null }, el("dt", { text: data.names[cell[0]] }), el("dd", { dir: "auto", text: cell[1] }));
-      const theirs = other.get(cell[0]), by = amount(cell[1]) - amount(theirs), how = by > 0 ? "more" : by < 0 ? "less" : "other";
-      return el("div", { class: "differs " + how, title: "the query has " + theirs }, el("dt", { text: data.names[cell[0]] }),
-        el("dd", { dir: "auto" }, el("span", { class: "unseen", text: `${how} than the query: ` }), cell[1]));
-    };
-    // Of a long row first what differs: the rest is folded away.
-    const ordered = card.c.length <= FOLD + 2 ? card.c : [...card.c.filter(differs), ...card.c.filter((c) => !differs(c))];
-    const made = el("div", {}, el("dl", { class: "cells" }, ordered.slice(0, ordered === card.c ? undefined : FOLD).map(entry)));
-    if (ordered !== card.c) {
-      const left = card.d ? `, of ${card.d} further ones nothing is on this page` : "";
-      made.append(el("details", {}, el("summary", { text: `${ordered.length - FOLD} more columns${left}` }),
-        el("dl", { class: "cells" }, ordered.slice(FOLD).map(entry))));
-    }
-    return made;
-  }
-
-  function body(card, alt, against) {
-    return [picture(card, alt), words(card), cells(card, against), card.n ? el("p", { class: "note", text: card.n }) : null];
-  }
-
-  function row([place, score], query, largest) {
-    const r = data.rows[place], c = r.c, other = c.l !== undefined && query.c.l !== undefined && c.l !== query.c.l;
-    const sign = score < 0 ? "harm" : "help";
-    return el("li", {},
-      el("div", { class: "head" },
-        el("p", { class: "score " + sign }, said(score, query.x)),
-        el("p", { class: "what" },
-          c.l === undefined ? null : el("b", { dir: "auto", class: other ? "other" : null, title: other ? "not the query's label" : null, text: c.l }),
-          el("span", { class: "id", dir: "auto", text: r.id }),
-          r.g === undefined ? null : el("span", { class: "group", dir: "auto", title: r.g, text: r.g }),
-          r.f === undefined ? null : el("span", { class: "doubt", text: r.f }))),
-      bar(score, largest),
-      body(c, `Training row ${r.id}` + (c.l ? `, labelled ${c.l}` : ""), query.c));
-  }
-
-  function end(name, sign, pairs, query, largest) {
-    const rows = pairs.map((pair) => row(pair, query, largest));
-    if (!rows.length) rows.push(el("li", { class: "none", text: sign === "help" ? "No row helps this query." : "No row harms this query." }));
-    const unit = query.x && pairs.length ? el("span", { class: "unit", text: query.u }) : null;
-    return el("div", { class: "end" }, el("h4", { class: sign }, name, unit), el("ol", { class: "deck " + data.kind }, rows));
-  }
-
-  function draw(query) {
-    const place = shown.indexOf(query), c = query.c;
-    const largest = Math.max(0, ...[...query.up, ...query.down].map(([, score]) => Math.abs(score)));
-    const step = (by, name, key) => el("button", { type: "button", class: "step", id: by < 0 ? "previous" : "next",
-      disabled: !shown.length || place + by < 0 || place + by >= shown.length, title: `${name} query (${key})`,
-      on: { click: () => move(by) } }, name);
-    const facts = [];
-    if (c.l !== undefined) facts.push(["label", c.l]);
-    if (query.p !== undefined) facts.push(["prediction", query.p, query.w]);
-    if (query.s !== undefined) facts.push(["own loss", query.s]);
-    if (query.g !== undefined) facts.push(["group", query.g]);
-    pane.replaceChildren(
-      el("div", { class: "bar-top" },
-        el("h3", {}, "Query ", el("span", { dir: "auto", text: query.q })),
-        el("div", { class: "steps" }, step(-1, "Previous", "k or ←"),
-          el("span", { class: "place", text: place < 0 ? "" : `${place + 1} of ${shown.length}` }), step(1, "Next", "j or →"))),
-      el("div", { class: "query " + data.kind }, el("div", { class: "thing" }, body(c, `Query ${query.q}`)),
-        el("div", { class: "about" },
-          el("dl", {}, facts.map(([name, value, bad]) => el("div", { class: bad ? "bad" : null }, el("dt", { text: name }),
-            el("dd", { dir: "auto" }, value, bad ? el("span", { class: "flag", text: "wrong" }) : null)))),
-          query.r ? el("p", { class: "alarm bad", text: query.r }) : null)),
-      el("div", { class: "ends " + data.kind }, end("Most helpful", "help", query.up, query, largest), end("Most harmful", "harm", query.down, query, largest)));
-    at("said").textContent = `Query ${query.q}` + (place < 0 ? "" : `, ${place + 1} of ${shown.length}`);
-    document.querySelectorAll("#list a[aria-current]").forEach((a) => a.removeAttribute("aria-current"));
-    const link = query.link;
-    if (link) {
-      link.setAttribute("aria-current", "true");
-      const box = list.getBoundingClientRect(), mine = link.getBoundingClientRect();
-      // Within the list alone: scrollIntoView would move the page.
-      if (mine.top < box.top) list.scrollTop += mine.top - box.top;
-      else if (mine.bottom > box.bottom) list.scrollTop += mine.bottom - box.bottom;
-    }
-  }
-
-  // The list ---------------------------------------------------------------------------------------------------------
-
-  const address = (query) => "#query=" + encodeURIComponent(query.q);
-  const peek = (c) => c.t || (c.k ? c.k.slice(0, 40).map(([piece]) => piece).join("") : "");
-
-  data.queries.forEach((query, number) => {
-    const c = query.c;
-    query.number = number;
-    query.l = c.l;
-    query.find = [query.q, c.l, query.p, query.g, peek(c), ...(c.c || []).map(([n, v]) => data.names[n] + " " + v)].join("\n").toLowerCase();
-    query.link = el("a", { href: address(query), class: c.i === undefined ? null : "pictured" },
-      c.i === undefined ? null : el("img", { src: data.images[c.i], alt: "", loading: "lazy" }),
-      el("span", { class: "name" }, el("span", { class: "id", dir: "auto", text: query.q }),
-        el("span", { class: "peek", dir: "auto", text: peek(c).slice(0, 90) })),
-      c.l === undefined && query.p === undefined ? null : el("span", { class: "tag" + (query.w ? " wrong" : "") },
-        [c.l, query.p].filter((v) => v !== undefined).filter((v, k, all) => all.indexOf(v) === k).join(" → ")));
-    query.item = el("li", {}, query.link);
-  });
-
-  const first = (pairs) => (pairs.length ? pairs[0][1] : 0);
-  const names = new Intl.Collator("en", { numeric: true });
-  const orders = {
-    given: (a, b) => a.number - b.number,
-    id: (a, b) => names.compare(a.q, b.q),
-    harm: (a, b) => first(a.down) - first(b.down),
-    help: (a, b) => first(b.up) - first(a.up),
-    loss: (a, b) => b.z - a.z,
-    label: (a, b) => names.compare(a.l || "", b.l || ""),
-  };
-
-  function refresh() {
-    const wanted = find.value.trim().toLowerCase();
-    shown = data.queries.filter((q) => (!wanted || q.find.includes(wanted)) && (!wrong || !wrong.checked || q.w)
-      && filters.every((f) => !f.value || q[f.dataset.of] === f.value));
-    shown.sort((a, b) => orders[sort.value](a, b) || a.number - b.number);
-    list.replaceChildren(...shown.map((q) => q.item));
-    at("count").textContent = shown.length === data.queries.length ? `${shown.length} queries`
-      : `${shown.length} of ${data.queries.length} queries`;
-    if (shown.length && !shown.includes(chosen)) choose(shown[0]);
-    else if (chosen) draw(chosen);
-  }
-
-  function choose(query, link) {
+function follow() {
+  const found = /^#query=(.*)$/.exec(location.hash);
+  if (!found) return false;
+  let name;
+  try { name = decodeURIComponent(found[1]); } catch { return false; }
+  const query = data.queries.find((q) => q.q === name);
+  if (!query) return false;
+  if (!shown.includes(query)) {
+    find.value = "";
+    filters.forEach((f) => { f.value = ""; });
+    if (wrong) wrong.checked = false;
     chosen = query;
-    // A page inside of another one may not be allowed to have an address.
-    if (link) try { history.replaceState(null, "", address(query)); } catch { /* it stays as it was */ }
-    draw(query);
-  }
+    refresh();
+  } else choose(query);
+  return true;
+}
 
-  function move(by) {
-    const next = shown[shown.indexOf(chosen) + by];
-    if (!next) return;
-    const focused = document.activeElement && document.activeElement.id;
-    choose(next, true);
-    // The buttons are new ones: the one that was pressed keeps the focus.
-    if (focused === "next" || focused === "previous") {
-      const same = at(focused), other = at(focused === "next" ? "previous" : "next");
-      (same.disabled ? other : same).focus();
-    }
-  }
-
-  function follow() {
-    const found = /^#query=(.*)$/.exec(location.hash);
-    if (!found) return false;
-    let name;
-    try { name = decodeURIComponent(found[1]); } catch { return false; }
-    const query = data.queries.find((q) => q.q === name);
-    if (!query) return false;
-    if (!shown.includes(query)) {
-      find.value = "";
-      filters.forEach((f) => { f.value = ""; });
-      if (wrong) wrong.checked = false;
-      chosen = query;
-      refresh();
-    } else choose(query);
-    return true;
-  }
-
-  addEventListener("hashchange", follow);
-  find.addEventListener("input", refresh);
-  [sort, wrong, ...filters].forEach((control) => control && control.addEventListener("change", refresh));
-  addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, select, textarea, .wide, pre")) return;
-    const by = { j: 1, ArrowRight: 1, k: -1, ArrowLeft: -1 }[event.key];
-    if (event.key === "/") { event.preventDefault(); find.focus(); }
-    if (by) { event.preventDefault(); move(by); }
-  });
-
-  at("browser").hidden = false;
-  if (data.queries.length) { refresh(); follow(); }
-})();
+addEventListener("hashchange", follow);
+find.addEventListener("input", refresh);
+[sort, wrong, ...filters].forEach((control) => control && control.addEventListener("change", refresh));
+at("browser").hidden = false;
+if (data.queries.length) { refresh(); follow(); }
