@@ -28,7 +28,7 @@ def address():
     texts = [EVIL, *(f"row {k} says this " * 60 for k in range(1, ROWS))]
     known = Known(
         rows={"text": texts, "label": np.arange(ROWS) % 4},
-        queries=(images, np.arange(QUERIES) % 4),
+        queries={f"q/{k} & co": (image, k % 4) for k, image in enumerate(images)},
         predictions=np.where(np.arange(QUERIES) % 5 == 0, (np.arange(QUERIES) + 1) % 4, np.arange(QUERIES) % 4),
         title="Live",
     )

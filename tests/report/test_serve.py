@@ -14,6 +14,7 @@ import time
 from urllib.parse import quote, urlencode
 
 import numpy as np
+import pandas
 import pytest
 import torch
 
@@ -51,7 +52,7 @@ def folder(tmp_path_factory):
 
 def known(**more):
     queries = {"label": LABELS[np.arange(QUERIES) % 3], "age": np.arange(QUERIES)}
-    rows = {"label": LABELS[np.arange(ROWS) % 3], "age": np.arange(ROWS)}
+    rows = pandas.DataFrame({"label": LABELS[np.arange(ROWS) % 3], "age": np.arange(ROWS)}, index=NAMES)
     return Known(rows=rows, queries=queries, predictions=["a"] * QUERIES, **more)
 
 
