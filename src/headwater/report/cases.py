@@ -173,7 +173,7 @@ def _notes(suspects: Suspects) -> dict[int, str]:
     return found
 
 
-def _is_wrong(label: Any, predicted: Any) -> bool:
+def is_wrong(label: Any, predicted: Any) -> bool:
     """Whether it is another label; of fractions, which are no labels, nothing is said."""
     if label is None:
         return False
@@ -233,7 +233,7 @@ class Sides:
         found: dict[str, Any] = {"q": one_line(str(self.query.ids[place]), NAME), "c": card}
         if self.predicted is not None:
             found["p"] = one_line(self.predicted[place])
-            if _is_wrong(self.query.label(place, card.get("l")), self.predicted[place]):
+            if is_wrong(self.query.label(place, card.get("l")), self.predicted[place]):
                 found["w"] = 1
         if self.query_groups is not None:
             _grouped(found, self.query_groups, place)

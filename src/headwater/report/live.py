@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from headwater.errors import InvalidInput
-from headwater.report.cases import NAME, Drawn, Known, Sides, dealt
+from headwater.report.cases import NAME, Drawn, Known, Sides, dealt, is_wrong
 from headwater.report.gather import check_ranked, ends_of_query, ends_of_row
 from headwater.report.job import around
 from headwater.report.page import render
@@ -134,7 +134,8 @@ class Live:
         label = self.sides.query.label_column
         if label is None or self.sides.predicted is None:
             return None
-        return np.array(self.sides.query.words(label)) != np.array(self.sides.predicted)
+        pairs = zip(self.sides.query.columns[label].tolist(), self.sides.predicted, strict=True)
+        return np.array([is_wrong(given, said) for given, said in pairs])
 
     # One case ---------------------------------------------------------------------------------------------------------
 
