@@ -479,6 +479,7 @@ class Attributor(ComposableInfluence[TensorType]):
         rows: Any = None,
         queries: Any = None,
         k: int = 5,
+        explain: str = "label",
         title: str | None = None,
         lead: str = "",
         groups: Any = None,
@@ -494,21 +495,26 @@ class Attributor(ComposableInfluence[TensorType]):
         """One HTML page: for each query the rows behind it, who influences most, suspicious rows, what to trust.
 
         rows, queries, k, title, groups, predictions, checks, made: as in `Scores.report`; rows and queries of None are
-        shown as the loaders give them, where they are images or numbers. scores: of these loaders, if they are there
-        already; else they are computed, as forecasts of removal where the method makes these. lead: what stands below
-        the title. sections: of your own (`headwater.report.Section`).
+        shown as the loaders give them: data frames, entries of data sets that are dicts, images, numbers. explain: as
+        in `attribute`. scores: of these loaders, if they are there already; else they are computed, as forecasts of
+        removal where the method makes these. lead: what stands below the title. sections: of your own
+        (`headwater.report.Section`).
         self_influence: whether each train row's is computed too, in the pass that takes their losses: of a method that
         solves, a solve for each. verify: whether a dozen random pairs are computed again the slow plain way; None
         where that is quick.
         Errors: as `attribute` and `Scores.report`.
         """
         from headwater.report.cases import TITLE, Known
-        from headwater.run.report import report
+        from headwater.run.report import described_by, report
 
+        own = queries is None  # then what the model says can be compared with their labels
+        rows = described_by(train_loader) if rows is None else rows
+        queries = described_by(query_loader) if queries is None else queries
         known = Known(
             rows, queries, k, title or TITLE, lead, groups, predictions, checks=checks, made=made, sections=sections
         )
         options: dict[str, Any] = {"self_influence": self_influence, "verified": verify, "progress": progress}
+        options |= {"explain": explain, "own_labels": own}
         with located():
             train, query = self._scored(train_loader), self.query_rows(query_loader)
             return report(self, train, query, path, known, scores=scores, **options)

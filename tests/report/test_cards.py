@@ -42,7 +42,7 @@ def test_a_table_row_is_its_cells():
 def test_an_item_of_a_data_set_shows_its_image_text_and_label():
     found, _ = drawn({"image": IMAGE, "label": 4, "text": "four", "source": "web", "boxes": {"a": 1}, "tokens": [1, 2]})
     assert found["i"] == 0 and found["l"] == "4" and found["t"] == "four"
-    assert [value for _, value in found["c"]] == ["web", "{'a': 1}"]
+    assert [value for _, value in found["c"]] == ["web", "dict of 1"]
 
 
 def test_numbers_in_a_row_are_cells():

@@ -61,6 +61,26 @@ def test_wrong_predictions_are_found_where_nobody_says_them(job, tmp_path):
     assert not any("p" in query for query in data["queries"])  # whose words these labels are is not known
 
 
+def test_frames_and_data_sets_say_by_themselves_what_their_rows_are(tmp_path):
+    pandas, sklearn = pytest.importorskip("pandas"), pytest.importorskip("sklearn.linear_model")
+    frame = pandas.DataFrame({"age": range(30), "n": np.arange(30) % 7}, index=[f"p{k}" for k in range(30)])
+    y = pandas.Series(np.where(frame.age > 14, "yes", "no"), index=frame.index)
+    model = sklearn.LogisticRegression().fit(frame, y)
+    _, data = page_of((hw.Influence(model).fit((frame, y)), (frame, y), (frame[:4], y[:4])), tmp_path, verify=False)
+    assert data["names"][:2] == ["age", "n"] and [query["q"] for query in data["queries"]] == ["p0", "p1", "p2", "p3"]
+    assert [query["c"]["l"] for query in data["queries"]] == [query["p"] for query in data["queries"]] == ["no"] * 4
+
+
+def test_a_page_of_why_it_was_said(job, tmp_path):
+    text, data = page_of(job, tmp_path, verify=False, explain="prediction")
+    influence, train, queries = job
+    top = influence.top(train, queries, 5, unit="removal", explain="prediction")
+    assert "loss under the predicted label" in text
+    assert [data["rows"][row]["id"] for row, _ in data["queries"][0]["up"]] == [
+        str(name) for name, score in zip(top.helpful_ids[0], top.helpful_scores[0], strict=True) if score > 0
+    ]
+
+
 def test_labels_are_shown_as_they_were_given(tmp_path):
     sklearn = pytest.importorskip("sklearn.linear_model")
     x = np.random.default_rng(0).normal(size=(40, 3))

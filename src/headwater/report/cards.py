@@ -137,6 +137,8 @@ def _is_list(value: Any) -> bool:
 
 
 def _is_scalar(value: Any) -> bool:
+    if isinstance(value, (Mapping, set)):
+        return False
     return isinstance(value, (str, bool, int, float, np.generic)) or value is None or np.ndim(value) == 0
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from headwater.arrays import is_array, to_numpy
+from headwater.arrays import Numbered, is_array, is_frame, to_numpy
 from headwater.errors import InvalidInput, InvalidSetting, UnsupportedModel
 from headwater.evaluate.verification import Verification
 from headwater.influence import ComposableInfluence
@@ -45,6 +45,8 @@ def report(
     scores: Scores | None = None,
     self_influence: bool = True,
     verified: bool | None = None,
+    explain: str = "label",
+    own_labels: bool = False,
     progress: bool = False,
 ) -> Path:
     """See `Attributor.report`."""
@@ -54,9 +56,11 @@ def report(
         _check_same(influence, scores)
     else:
         unit = "removal" if influence.method.predicts_removal else "influence"
-        scores = attribute(influence, train, query, unit=unit, by_block=False, progress=progress)
-    seen = _Seen.of(influence, train, scores.train_ids, "own losses", self_influence, known.rows is None, progress)
-    asked = _Seen.of(influence, query, scores.query_ids, "query losses", False, known.queries is None, progress)
+        scores = attribute(influence, train, query, unit=unit, by_block=False, explain=explain, progress=progress)
+    look = _Look(influence, self_influence, known.rows is None, False)
+    seen = _Seen.of(influence, train, scores.train_ids, "own losses", look, progress)
+    asked_look = _Look(influence, False, known.queries is None, own_labels)
+    asked = _Seen.of(influence, query, scores.query_ids, "query losses", asked_look, progress)
     checks = list(known.checks)
     if verified is None:
         verified = len(scores.train_ids) * (sum(influence.provider.sizes.values()) + ROW) <= VERIFIED
@@ -81,6 +85,16 @@ def report(
         made={"seed": influence.method.seed, "precision": influence.source.dtype, **(known.made or {})},
     )
     return write(scores, path, found)
+
+
+def described_by(loader: object) -> Any:
+    """What was given for rows, where it says by itself what they are: data frames, data sets of dicts. Else None."""
+    if isinstance(loader, tuple) and len(loader) == 2 and is_frame(loader[0]):
+        return loader[0] if isinstance(loader[1], str) else loader
+    if is_frame(loader):
+        return loader
+    numbered = isinstance(loader, Numbered) and not is_array(loader) and len(loader) > 0
+    return loader if numbered and isinstance(loader[0], Mapping) else None
 
 
 def _check_same(influence: ComposableInfluence, scores: Scores) -> None:
@@ -135,15 +149,14 @@ class _Seen:
         rows: Iterable[object],
         ids: np.ndarray,
         what: str,
-        itself: bool,
-        look: bool,
+        look: _Look,
         progress: bool,
     ) -> _Seen:
         places = {name: place for place, name in enumerate(ids.tolist())}
         if isinstance(rows, Rows) and rows.is_kept:  # gradients alone
             return cls(None, None, None, None, None, None, places)
         role = "query" if what.startswith("query") else "train"
-        visitor = Each[PlacedBatch, _Piece](_Look(influence, itself, look))
+        visitor = Each[PlacedBatch, _Piece](look)
         pieces = sweep_rows(influence.provider, rows, visitor, what, progress, role)
         names = [name for piece in pieces for name in piece.names.tolist()]
         order = np.argsort([places[name] for name in names if name in places], kind="stable")
@@ -183,8 +196,8 @@ def _joined(parts: Sequence[np.ndarray | None], chosen: np.ndarray, count: int) 
 class _Look:
     """What is asked of each piece of a pass; what it looks like only as long as there is room."""
 
-    def __init__(self, influence: ComposableInfluence, itself: bool, look: bool):
-        self.influence, self.itself, self.look, self.room = influence, itself, look, KEPT if look else 0
+    def __init__(self, influence: ComposableInfluence, itself: bool, look: bool, predict: bool):
+        self.influence, self.itself, self.predict, self.room = influence, itself, predict, KEPT if look else 0
 
     def __call__(self, piece: PlacedBatch) -> _Piece:
         provider, x = self.influence.provider, self._shown(piece.batch.x)
@@ -207,7 +220,7 @@ class _Look:
 
     def _predicted(self, piece: PlacedBatch) -> np.ndarray | None:
         """Where the rows are shown with the loader's own labels, which these can be compared with."""
-        if not self.look or self._labels(piece.batch.y) is None:
+        if not self.predict or self._labels(piece.batch.y) is None:
             return None
         try:
             return self._labels(self.influence.source.predicted(piece.batch).y)

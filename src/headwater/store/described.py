@@ -264,7 +264,8 @@ def _scalars(item: Any) -> dict[str, Any]:
     if isinstance(item, Mapping):
         found = {str(name): value for name, value in item.items()}
     elif isinstance(item, tuple) and len(item) > 1:
-        found = {LABEL: item[1], **({TEXT: item[0]} if isinstance(item[0], str) else {})}
+        inner = item[0] if isinstance(item[0], Mapping) else {TEXT: item[0]} if isinstance(item[0], str) else {}
+        found = {LABEL: item[1], **{str(name): value for name, value in inner.items()}}
     else:
         found = {TEXT if isinstance(item, str) else VALUE: item}
     return {name: as_scalar(value) for name, value in found.items() if _is_scalar(value)}
