@@ -87,7 +87,7 @@ def report(
     return write(scores, path, found)
 
 
-def described_by(loader: object) -> Any:
+def described_by(loader: Any) -> Any:
     """What was given for rows, where it says by itself what they are: data frames, data sets of dicts. Else None."""
     if isinstance(loader, tuple) and len(loader) == 2 and is_frame(loader[0]):
         return loader[0] if isinstance(loader[1], str) else loader
