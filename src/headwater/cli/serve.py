@@ -7,7 +7,6 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from headwater.cli.app import LOOK, app, command
-from headwater.settings import check_whole
 
 
 @app.command(group=LOOK)
@@ -35,6 +34,8 @@ def serve(
         Open the page in a browser. Its address, with the token, is then among the browser's arguments, which other
         users of this machine may be able to list.
     """
+    from headwater.settings import check_whole  # brings NumPy, which --help does without
+
     check_whole("port", port, 0, 65535)
     if k is not None:
         check_whole("k", k, 1, 100)

@@ -150,6 +150,9 @@ class EnsembleProvider(ProviderView):
         xp = namespace(*margins)
         return _sum([(1.0 + xp.tanh(margin / 2)) / 2 for margin in margins]) / len(margins)
 
+    def labels_of(self, y: Any) -> Any:
+        return self.members[0].labels_of(y)
+
     def predicted(self, batch: Batch) -> Batch:
         """Errors: UnsupportedModel where the members predict different labels: a row has one."""
         found = [member.predicted(batch) for member in self.members]

@@ -75,6 +75,9 @@ class ProviderView(StructuredGradientProvider[Any, Any]):
     def one_minus_p(self, batch: Batch) -> Array:
         return self.plain.one_minus_p(batch)
 
+    def labels_of(self, y: Any) -> Any:
+        return self.plain.labels_of(y)
+
     def predicted(self, batch: Batch) -> Batch:
         return self.plain.predicted(batch)
 
