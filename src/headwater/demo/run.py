@@ -58,8 +58,8 @@ DEMOS = {
         setup="headwater.demo.table:setup",
         title="Which patients made it wrong about this one?",
         lead="A logistic regression on ten measurements of cells says whether a tumour is benign. Here are patients "
-        "that it is wrong about, each with the patients of the training set behind the mistake. What is foretold for "
-        "a row that is left out is what fitting again without it gives.",
+        "that it is wrong about, each with the patients of the training set behind the mistake. What the scores "
+        "foretell of rows that are left out is held against fitting again without them.",
         retrain=RetrainSettings(calibrate=4, evaluate=12, repeated=0, leave_out=10, removed=5, runs=1),
         needs=(("sklearn", "scikit-learn"), ("pandas", "pandas")),
         extra="demo",
