@@ -161,6 +161,13 @@ def test_long_texts_are_cut_so_that_the_page_stays_small(tmp_path):
     assert len(text.encode()) < 1_000_000 and data_of(text)["rows"][0]["c"]["m"] > 9000
 
 
+def test_where_rows_are_large_there_are_fewer_queries(tmp_path):
+    columns = {f"a column of a long name {c}": RNG.random(1200) for c in range(60)}
+    text = written(make(300, 1200), tmp_path, rows=columns, queries={name: c[:300] for name, c in columns.items()})
+    shown = len(data_of(text)["queries"])
+    assert 5 <= shown < 300 and len(text.encode()) < 1_000_000 and f"Of 300 queries the first {shown}" in text
+
+
 def test_many_queries_are_said_to_be_left_off(tmp_path):
     text = written(make(450, 10), tmp_path)
     assert len(data_of(text)["queries"]) == 400 and "Of 450 queries the first 400" in text

@@ -24,9 +24,12 @@ from headwater.report.text import visible
 from headwater.report.trust import verdicts, warning
 from headwater.store.draft import explained_errors, write_whole
 from headwater.store.score_matrix import ScoreMatrix
+from headwater.store.topk import TopK
 
 SHOWN = 400
 """Queries of a page at most."""
+LARGEST, FEWEST = 1_000_000, 5
+"""Bytes of a page, which has fewer queries where it would be larger; but not fewer than that."""
 WITHOUT_SCRIPT = 3
 """Queries that are there without JavaScript too."""
 
@@ -55,7 +58,22 @@ def page(scores: ScoreMatrix, known: Known) -> str:
     sections = [influential(found, groups, query_groups, block_sizes(scores))]
     sections += [section for section in [known.suspects.section()] if section is not None]
     sections += [RowsSection(f"part-{n}", s.title, paragraphs(s.text), s.figures) for n, s in enumerate(known.sections)]
-    drawn = Drawn(sides, range(shown), found.top, [place for section in sections for place in section.places])
+    while True:
+        text = _rendered(scores, known, sides, found.top, sections, shown)
+        size = len(text.encode())
+        if size <= LARGEST or shown <= FEWEST:
+            return text
+        # Texts and pictures are made smaller first, as they are drawn; what is left over is queries.
+        shown = max(FEWEST, int(0.9 * shown * LARGEST / size))
+
+
+def _rendered(
+    scores: ScoreMatrix, known: Known, sides: Sides, top: TopK, sections: Sequence[RowsSection], shown: int
+) -> str:
+    """With so many queries, the first."""
+    drawn = Drawn(
+        sides, range(shown), top.take(slice(shown)), [place for section in sections for place in section.places]
+    )
     data, said = drawn.data()
     queries = data["queries"]
     sections = [section.numbered(drawn.place) for section in sections]
