@@ -130,12 +130,20 @@ model = GPT2LMHeadModel(GPT2Config(vocab_size=30, n_positions=8, n_embd=8, n_lay
 rows = [{"input_ids": [k % 7 + 1, 5, k % 3 + 9, 2]} for k in range(12)]
 assert HfComposableInfluence(model, hw.Ekfac()).fit(rows).attribute(rows, rows[:2]).shape == (2, 12)
 """
-DEMO = "from headwater.demo import Settings, explore; explore(Settings(train=120, queries=80, steps=80, explained=2, "
-DEMO += "retrains=1, removed=5, quiet=True))"
+DEMO = "from pathlib import Path; from headwater.demo import run; print(run('table', Path('found'), Path('page.html')))"
 HELD = "import numpy as np, headwater as hw; scores = hw.Scores(np.eye(3), np.arange(3), np.arange(3)); "
 TABLES = HELD + "assert len(scores.to_pandas()) == 3; scores.to_parquet('s.parquet')"
 PLOT = HELD + "import matplotlib; matplotlib.use('agg'); scores.plot_top(0)"
-SMOKE = {"sklearn": SKLEARN, "torch": TORCH, "jax": JAX, "hf": HF, "demo": DEMO, "tables": TABLES, "plot": PLOT}
+SMOKE = {
+    "sklearn": SKLEARN,
+    "torch": TORCH,
+    "jax": JAX,
+    "hf": HF,
+    "demo": DEMO,
+    "demo-text": DEMO.replace("table", "text"),
+    "tables": TABLES,
+    "plot": PLOT,
+}
 
 
 @pytest.mark.slow
