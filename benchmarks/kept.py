@@ -34,8 +34,8 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 import numpy as np  # noqa: E402
 
 from headwater.run.packing import FLAT  # noqa: E402
+from headwater.store.ends import TopKSink  # noqa: E402
 from headwater.store.segments import Segment, write_segment  # noqa: E402
-from headwater.store.topk import TopKSink  # noqa: E402
 
 TILE, K = 4096, 10
 QUERIES = (1, 20, 100)

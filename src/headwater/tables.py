@@ -25,9 +25,14 @@ def shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-def visible(text: str) -> str:
-    """Text as it can be shown: what steers a terminal, turns the direction of reading, or breaks a line, as escapes."""
-    return "".join(c if unicodedata.category(c) not in HIDDEN or c == " " else _escape(c) for c in text)
+def visible(text: str, kept: str = "") -> str:
+    """Text as it can be shown: what steers a terminal, turns the direction of reading, or breaks a line, as escapes.
+
+    kept: characters that stay all the same.
+    """
+    if text.isprintable():  # the common case, decided in C
+        return text
+    return "".join(c if c in kept or unicodedata.category(c) not in HIDDEN else _escape(c) for c in text)
 
 
 HIDDEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}

@@ -457,3 +457,38 @@ def test_many_numbers_for_each_pair_make_fewer_queries_a_tile(influence, monkeyp
 def test_what_is_no_worker_is_said_to_be_none(worker, influence, tmp_path):
     with pytest.raises(InvalidSetting, match="worker is"):
         influence.attribute(batches(range(50)), QUERIES, store=tmp_path / "run", worker=worker)
+
+
+def test_scores_in_hand_are_the_same_from_tiles_on_disk_and_from_memory(influence, tmp_path, spans_of_three):
+    """Tables, groups, sums and summaries read a run tile by tile; and a ranking found without the matrix agrees."""
+    pytest.importorskip("pandas")
+    train, labels = batches(range(50)), {name: f"group {n % 4}" for n, name in enumerate(NAMES)}
+    stored = influence.attribute(train, QUERIES, store=tmp_path / "run")
+    plain = Scores(stored[:], stored.query_ids, stored.train_ids, n_train=stored.n_train, method=stored.method)
+    for verb in (
+        lambda scores: scores.group(labels).to_pandas(),
+        lambda scores: scores.group(labels, of="mean").to_pandas(),
+        lambda scores: scores.sum([1, 5, 2]).to_pandas(),
+        lambda scores: scores.mean().to_pandas(),
+        lambda scores: scores.to_pandas(),
+        lambda scores: scores.to_pandas("long").sort_values(["query", "train"], ignore_index=True),
+        lambda scores: scores.top(4).to_pandas(),
+    ):
+        one, other = verb(stored), verb(plain)
+        assert list(one.columns) == list(other.columns) and len(one) == len(other)
+        for name in one.columns:
+            if one[name].dtype.kind == "f":
+                np.testing.assert_allclose(one[name], other[name], rtol=1e-5, atol=1e-6)
+            else:
+                assert one[name].tolist() == other[name].tolist()
+    told, in_memory = stored.describe().to_dict(), plain.describe().to_dict()
+    for name in ("mean", "std", "min", "max", "helpful", "half", "strongest_share"):
+        assert told[name] == pytest.approx(in_memory[name], rel=1e-9, abs=1e-12), name
+    assert told["strongest"] == in_memory["strongest"]
+    for ends, direct in (
+        (plain.group(labels).top(2), influence.top(train, QUERIES, 2, groups=labels)),
+        (plain.mean().top(3), influence.top(train, QUERIES, 3, queries_as="mean")),
+        (plain.sum().top(3), influence.top(train, QUERIES, 3, queries_as="sum")),
+    ):
+        assert ends.helpful_ids.tolist() == direct.helpful_ids.tolist()
+        np.testing.assert_allclose(ends.harmful_scores, direct.harmful_scores, rtol=1e-4, atol=1e-5)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from headwater.errors import InvalidInput, InvalidSetting
 from headwater.store.base import Tile
-from headwater.store.topk import GroupSink, TopKSink
+from headwater.store.ends import GroupSink, TopKSink
 
 
 class Sorting:

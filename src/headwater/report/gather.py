@@ -10,8 +10,9 @@ import numpy as np
 from headwater.errors import InvalidInput, InvalidSetting, NonFiniteValue
 from headwater.evaluate.checks import Floats
 from headwater.report.text import MINUS
+from headwater.store.ends import TopKSink
 from headwater.store.score_matrix import ScoreMatrix
-from headwater.store.topk import TopK, TopKSink
+from headwater.store.topk import TopK
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,12 +7,11 @@ that emoji and Persian are written with stay.
 
 from __future__ import annotations
 
-import unicodedata
 from typing import Any
 
 import numpy as np
 
-from headwater.tables import HIDDEN
+from headwater import tables
 
 KEPT = "\n\t\u200c\u200d"
 """Characters of the hidden kinds that stay."""
@@ -21,12 +20,7 @@ MINUS = "\N{MINUS SIGN}"
 
 def visible(text: str) -> str:
     """The text with its invisible characters as escapes; lone surrogates too, which no file can hold."""
-    if text.isprintable():  # the common case, decided in C
-        return text
-    text = text.replace("\r\n", "\n")
-    return "".join(
-        c if c in KEPT or unicodedata.category(c) not in HIDDEN else c.encode("unicode_escape").decode() for c in text
-    )
+    return tables.visible(text.replace("\r\n", "\n"), KEPT)
 
 
 def cut(text: str, limit: int) -> tuple[str, int]:

@@ -26,11 +26,12 @@ from headwater.run.runners.environment import Worker
 from headwater.run.runners.turns import check_worker
 from headwater.run.tiles import QuerySpan, Scorer, run_tiles
 from headwater.store.base import MemorySink, Sink, Tile
+from headwater.store.ends import GroupSink, TopKSink
 from headwater.store.plan import Sizes
 from headwater.store.score_matrix import UNIT_IN_WORDS
 from headwater.store.scores import Scores
 from headwater.store.tiles import TileStore
-from headwater.store.topk import GroupSink, TopK, TopKSink
+from headwater.store.topk import TopK
 from headwater.types import InfluenceMode
 
 Path = str | os.PathLike[str]

@@ -11,8 +11,9 @@ import numpy as np
 from headwater.run.queries import Asked
 from headwater.settings import check_word
 from headwater.store.base import Tile
+from headwater.store.ends import GroupSink, TopKSink
 from headwater.store.scores import Scores
-from headwater.store.topk import GroupSink, TopK, TopKSink
+from headwater.store.topk import TopK
 
 QueriesAs = Literal["each", "mean", "sum"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from copy import copy
 from typing import Any
 
@@ -20,6 +21,7 @@ class StepsHasher(NumpyHasher):
     def save(self, obj: Any) -> None:
         if isinstance(obj, CountVectorizer):
             obj = copy(obj)
-            vars(obj).pop("_stop_words_id", None)
+            with suppress(AttributeError):  # of one that was not fitted
+                del obj._stop_words_id
             self._copies.append(obj)
         super().save(obj)

@@ -239,7 +239,8 @@ def _by_index(index: Any, ids: np.ndarray, what: str) -> np.ndarray:
         missing = ids[int(np.argmax(best < 0))].item()
         raise InvalidInput(
             f"The index of {what} has no {missing!r}: rows are called {ids[:3].tolist()}, ..., and it has "
-            f"{index[:3].tolist()}, ... Where it is of other names, reset_index(drop=True) goes by the rows' order."
+            f"{index[:3].tolist()}, ... Rows that are called by their positions need no index: reset_index(drop=True) "
+            "takes it away."
         )
     return best
 

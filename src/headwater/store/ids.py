@@ -22,7 +22,7 @@ class NamedColumns:
         """The columns' entries for these rows, in the shape of `ids`. Errors: InvalidInput, naming one not there."""
         if not self.columns:
             return {}
-        places = positions(self.ids, ids.reshape(-1), "train").reshape(ids.shape)
+        places = places_of(self.ids, ids.reshape(-1), "train").reshape(ids.shape)
         return {name: column[places] for name, column in self.columns.items()}
 
 
@@ -31,7 +31,7 @@ def count_from_zero(ids: np.ndarray) -> bool:
     return ids.dtype.kind in "iu" and bool(np.array_equal(ids, np.arange(len(ids))))
 
 
-def positions(ids: np.ndarray, wanted: Any, what: str) -> np.ndarray:
+def places_of(ids: np.ndarray, wanted: Any, what: str) -> np.ndarray:
     """Errors: InvalidInput, naming an id that is not there."""
     if wanted is None:
         return np.arange(len(ids))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from headwater.errors import MissingExtra
-from headwater.store.ids import positions
+from headwater.store.ids import places_of
 from headwater.store.score_matrix import ScoreMatrix
 from headwater.store.summary import share_of_rows, totals
 from headwater.tables import cut, visible
@@ -33,7 +33,7 @@ def _axes(ax: Axes | None, width: float = 6, height: float = 4) -> Axes:
 
 def top(scores: ScoreMatrix, query: Any, k: int, ax: Axes | None) -> Axes:
     """The k most helpful and most harmful rows of a query, by its id, as bars."""
-    where = positions(scores.query_ids, query, "query")[:1]
+    where = places_of(scores.query_ids, query, "query")[:1]
     row = scores[where][0]
     order = np.argsort(-row, kind="stable")
     chosen = order if len(order) <= 2 * k else np.concatenate([order[:k], order[-k:]])

@@ -11,9 +11,10 @@ import numpy as np
 from headwater.errors import InvalidSetting, ShapeMismatch
 from headwater.evaluate.calibration import Calibration
 from headwater.store.diagnosis import Diagnosis
+from headwater.store.ends import TopKSink, check_labels
 from headwater.store.ids import NamedColumns, check_columns, count_from_zero
 from headwater.store.matrix import Columns
-from headwater.store.topk import TopK, TopKSink, check_labels
+from headwater.store.topk import TopK
 
 UNIT_IN_WORDS = {
     "influence": "decrease of the query's {of} per unit of weight on the train row in the mean objective",

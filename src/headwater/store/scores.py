@@ -16,17 +16,17 @@ from headwater.errors import InvalidInput, InvalidSetting, NotSaved
 from headwater.store.base import Tile
 from headwater.store.described import Described
 from headwater.store.draft import draft
+from headwater.store.ends import GroupSink
+from headwater.store.ends import TopKSink as TopKSink
 from headwater.store.identity import IDENTITY
-from headwater.store.ids import count_from_zero, positions
+from headwater.store.ids import count_from_zero, places_of
 from headwater.store.kinds import kind_of
 from headwater.store.matrix import BlockShares, Columns, StoredMatrix, deleted_rows, meaning_of
 from headwater.store.score_matrix import UNIT_IN_WORDS as UNIT_IN_WORDS
 from headwater.store.score_matrix import ScoreMatrix, from_attributes
 from headwater.store.seal import check_folder, open_arrays, seal_folder
 from headwater.store.tiles import AGAIN, TileFolder
-from headwater.store.topk import GroupSink
 from headwater.store.topk import TopK as TopK
-from headwater.store.topk import TopKSink as TopKSink
 from headwater.tables import html_table
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Scores(ScoreMatrix):
 
         Errors: InvalidInput, naming an id that is not there.
         """
-        queries, rows = positions(self.query_ids, query, "query"), positions(self.train_ids, train, "train")
+        queries, rows = places_of(self.query_ids, query, "query"), places_of(self.train_ids, train, "train")
         shares, residuals = self.by_block, self.residuals
         return Scores(
             values=self[queries][:, rows],
@@ -97,7 +97,8 @@ class Scores(ScoreMatrix):
     def group(self, by: Any, of: str = "sum") -> Scores:
         """Scores of groups of train rows, by the "sum" or the "mean" of their rows' scores: [query, group].
 
-        by: the name of an attached column; or a label for each train row, or a mapping from ids to labels.
+        by: the name of an attached column; a Series, by its index; a mapping from ids to labels; or a label for
+        each train row, in the order of `train_ids`.
         Errors: InvalidSetting; InvalidInput for labels that do not fit the rows.
         """
         self._check_plain("groups")
@@ -129,7 +130,7 @@ class Scores(ScoreMatrix):
 
     def _as_one(self, queries: Any, of: str) -> Scores:
         self._check_plain("sums of queries")
-        where = positions(self.query_ids, queries, "query")
+        where = places_of(self.query_ids, queries, "query")
         if not len(where):
             raise InvalidInput(f"The {of} of no queries is asked for.")
         total = np.empty((1, self.shape[1]))
