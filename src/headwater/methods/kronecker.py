@@ -85,7 +85,7 @@ class Kfac(KroneckerMethod[KroneckerOperator]):
         return isinstance(part, KroneckerOperator)
 
     def invert_part(self, part: KroneckerOperator, damping: float) -> LinearOperator:
-        return part.inverse(damping) if self.damping_form == "exact" else part.factored_inverse(damping)
+        return part.separable_inverse(damping) if self.damping_form == "exact" else part.factored_inverse(damping)
 
 
 @dataclass(frozen=True)
