@@ -45,7 +45,6 @@ from headwater.methods.base import Curvatures, Method
 from headwater.methods.damping import Damping, Relative, damping_by_block, in_units
 from headwater.operators.algebra import IdentityOperator, LinearOperator, ScaledOperator
 from headwater.operators.iterative import LastSolves, SolveReport, apply_path, joined, recorded_solves
-from headwater.operators.kronecker import SeparableOperator
 from headwater.operators.partial_penalty import PartialPenaltyInverse, penalised
 from headwater.operators.structured import BlockDiagonalOperator
 from headwater.rows import Rows, Runner, first_batch
@@ -319,8 +318,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
     def truncation_errors(self) -> dict[str, list[float]]:
         """For a separable inverse spectrum: each part's relative error, by block; exact parts have zero."""
         return {
-            name: [op.truncation_error if isinstance(op, SeparableOperator) else 0.0 for op in _parts(block)]
-            for name, block in self.block_mapper.operators.items()
+            name: [op.truncation_error for op in _parts(block)] for name, block in self.block_mapper.operators.items()
         }
 
     @property

@@ -6,6 +6,7 @@ import torch
 from multiply_adds import counted
 
 import headwater as hw
+from headwater.curvature.cheapest import kfac_inverse
 from headwater.gradients.algebra import Dense
 from headwater.gradients.outer import Outer
 from headwater.operators.kronecker import (
@@ -14,6 +15,7 @@ from headwater.operators.kronecker import (
     SeparableOperator,
     longest_sum,
 )
+from headwater.operators.parted import PartedOperator
 from headwater.operators.separation import separate_inverse, tolerated
 from headwater.torch import TorchComposableInfluence
 
@@ -95,8 +97,8 @@ def test_no_score_is_off_by_more_than_the_error_times_the_root_of_self_influence
 ) -> None:
     part = KroneckerOperator(covariance(130, 5), covariance(150, 6), psd=True)
     damping *= part.mean_eigenvalue()
-    exact, found = part.inverse(damping), part.separable_inverse(damping, error)
-    assert isinstance(found, SeparableOperator) and found.psd
+    exact, found = part.inverse(damping), kfac_inverse(part, damping, error)
+    assert isinstance(found, (SeparableOperator, PartedOperator)) and found.psd
     queries, train = rows(7, 130, 150), rows(9, 130, 150)
 
     def scores(operator) -> torch.Tensor:
@@ -113,14 +115,14 @@ def test_no_score_is_off_by_more_than_the_error_times_the_root_of_self_influence
 
 def test_rows_of_many_positions_and_small_parts_keep_the_dense_spectrum() -> None:
     small = KroneckerOperator(covariance(6, 5), covariance(8, 5), psd=True)
-    assert isinstance(small.separable_inverse(0.3 * small.mean_eigenvalue()), EigenKroneckerOperator)
-    part = KroneckerOperator(covariance(130, 5), covariance(150, 6), psd=True)
-    found = part.separable_inverse(0.3 * part.mean_eigenvalue(), 1e-6)
+    assert isinstance(kfac_inverse(small, 0.3 * small.mean_eigenvalue()), EigenKroneckerOperator)
+    part = KroneckerOperator(covariance(130, 0.5), covariance(150, 6), psd=True)
+    found = kfac_inverse(part, 1.0 * part.mean_eigenvalue(), 1e-4)
     assert isinstance(found, SeparableOperator)
     terms = len(found.u)
-    wide = Outer(torch.ones(2, 3, 150).double(), torch.ones(2, 3, 130).double())
-    # 9 pairs of positions meet for each pair of rows, and each as `terms` outer products.
-    assert 3 * terms * 280 < 130 * 150 and 9 * terms > longest_sum(130, 150)
+    wide = Outer(torch.ones(2, 4, 150).double(), torch.ones(2, 4, 130).double())
+    # 16 pairs of positions meet for each pair of rows, and each as `terms` outer products.
+    assert 4 * terms * 280 < 130 * 150 and 16 * terms > longest_sum(130, 150)
     left, _ = found.sides(wide, 1e9)
     assert isinstance(left.apply_gradient(wide), Dense)
     left, _ = found.sides(rows(2, 130, 150), 1e9)
@@ -148,7 +150,8 @@ def fitted(dtype: torch.dtype, damping: float) -> tuple[TorchComposableInfluence
 
 
 def with_dense_spectrum(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(KroneckerOperator, "separable_inverse", KroneckerOperator.inverse)
+    monkeypatch.setattr("headwater.methods.kronecker.kfac_inverse", lambda part, damping: part.inverse(damping))
+    monkeypatch.setattr("headwater.methods.kronecker.ekfac_inverse", lambda part, damping, _: part.inverse(damping))
 
 
 def test_exact_kfac_has_the_scores_of_the_dense_spectrum_and_says_what_was_cut(monkeypatch: pytest.MonkeyPatch) -> None:

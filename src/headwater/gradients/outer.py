@@ -125,7 +125,10 @@ class Outer(Gradient):
         for start in range(0, self.rows, step):
             mine = self.take(slice(start, start + step))
             grams = mine.a.reshape((mine.rows * t, -1)) @ a
-            grams = (grams + one if one else grams) * (mine.b.reshape((mine.rows * t, -1)) @ b)
+            # In place where the framework can: the products are of this call alone, and as large as the scores.
+            if one:
+                grams += one
+            grams *= mine.b.reshape((mine.rows * t, -1)) @ b
             out.append(grams if t == s == 1 else xp.sum(grams.reshape((mine.rows, t, other.rows, s)), axis=(1, 3)))
         if not out:
             return zeros_like(self.a, (0, other.rows))

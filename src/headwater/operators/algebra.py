@@ -27,6 +27,8 @@ class LinearOperator(Operator[Array, BilinearForm]):
 
     symmetric: bool = False
     psd: bool = False
+    truncation_error: float = 0.0
+    """How far a spectrum that is cut short is from the one it stands for, relative; see where it is."""
 
     def _validate_tensor_input(self, tensor: Array) -> None:
         if shape_of(tensor) is None:

@@ -12,12 +12,11 @@ from functools import cached_property
 
 import numpy as np
 
-from headwater.arrays import Array, as_like, identity, namespace, precise, to_numpy, transpose
+from headwater.arrays import Array, identity, namespace, precise, to_numpy, transpose
 from headwater.errors import InvalidSetting
 from headwater.gradients.algebra import Gradient, multiply_left, multiply_right
 from headwater.gradients.outer import Outer
 from headwater.operators.algebra import LinearOperator, ProductOperator, ends
-from headwater.operators.separation import separate_inverse, tolerated
 from headwater.operators.spectrum import Spectrum
 from headwater.operators.structured import DiagonalOperator, invert_spectrum
 
@@ -78,25 +77,13 @@ class KroneckerOperator(LinearOperator):
         """Exact: (left (x) right + damping I)^-1, in the eigenbasis; symmetric operators only."""
         return self.eigen.inverse(damping) if self.symmetric else super().inverse(damping)
 
-    def separable_inverse(
-        self, damping: float, error: float | None = None
-    ) -> EigenKroneckerOperator | SeparableOperator:
-        """`inverse`, its spectrum a sum of as few outer products as `error` takes, where pairs are cheaper by that.
-
-        error: the largest relative one of any entry of the spectrum; None for 1e-6 in float32, 1e-13 in float64. No
-        score is off by more than that times the geometric mean of the two rows' self-influences.
-        Errors: as `EigenKroneckerOperator.inverse`.
-        """
-        inverse = self.eigen.inverse(damping)
-        most = longest_sum(*inverse.spectrum.shape)
-        if self._eigenvalues is None or damping <= 0 or most < 1:
-            return inverse
-        limit = tolerated(float(namespace(self.right).finfo(self.right.dtype).eps)) if error is None else error
-        found = separate_inverse(*self._eigenvalues, damping, limit, most)
-        if found is None:
-            return inverse
-        u, v = (as_like(factor, self.right) for factor in found[:2])
-        return SeparableOperator(inverse, u, v, truncation_error=found[2])
+    @property
+    def eigenvalues_of_sides(self) -> tuple[np.ndarray, np.ndarray]:
+        """[o] and [i], on the host in float64: what the spectrum of `eigen` is the products of."""
+        if self._eigenvalues is None:
+            self._eigen = self._diagonalised()
+        assert self._eigenvalues is not None
+        return self._eigenvalues
 
     def factored_inverse(self, damping: float) -> KroneckerOperator:
         """(left + (s / p) I)^-1 (x) (right + s p I)^-1, with s the root of the damping and p the balance of the traces.
@@ -164,9 +151,14 @@ SUMMING = 32
 """What each term of a pair's sum costs beside its two dot products, in multiply-adds: it is written, read and added."""
 
 
+def sum_cost(terms: int, o: int, i: int) -> int:
+    """Multiply-adds in which so many outer products meet one, [o, i]: a dense matrix takes o i."""
+    return terms * (o + i + SUMMING)
+
+
 def longest_sum(o: int, i: int) -> int:
     """The most outer products that meet one in fewer multiply-adds than a dense matrix [o, i] does."""
-    return (o * i - 1) // (o + i + SUMMING)
+    return (o * i - 1) // sum_cost(1, o, i)
 
 
 class RotationOperator(LinearOperator):
@@ -367,7 +359,7 @@ class SeparableScale(LinearOperator):
         """Whether rows with as many positions meet in fewer multiply-adds than o i."""
         if not isinstance(value, Outer):
             return False
-        return int(self.u.shape[0]) * value.positions**2 <= longest_sum(*value.shape)
+        return sum_cost(int(self.u.shape[0]) * value.positions**2, *value.shape) < math.prod(value.shape)
 
     def _apply(self, tensor: Array) -> Array:
         return tensor * (transpose(self.u) @ self.v).reshape((-1,))
