@@ -126,6 +126,7 @@ class Attributor(ComposableInfluence[TensorType]):
         memory: int | str | None = None,
         worker: Worker = (0, 1),
         append: bool = False,
+        query_error: float | None = None,
         progress: bool = False,
     ) -> Scores:
         """Scores of all train rows on all query rows, labelled: every row goes through the model once.
@@ -143,6 +144,9 @@ class Attributor(ComposableInfluence[TensorType]):
         would do. memory: bytes that this process may hold in all (also "2GiB"); tiles are made as small as that takes.
         worker: as in `fit`, of processes that make the same call with the same store: each computes its share of the
         tiles, then what nobody else is at, and returns all scores.
+        query_error: None, or which share of the length of each query's factor may be lost, by keeping it as the fewest
+        outer products that leave no more: so many queries of a large model fit into memory. A score is then off by at
+        most that share of the two lengths' product; `scores.diagnosis` has what was lost.
         Errors: InvalidInput for a folder of another run, or other rows; InvalidSetting for too little memory.
         """
         from headwater.run.attribute import Storage, attribute
@@ -160,6 +164,7 @@ class Attributor(ComposableInfluence[TensorType]):
                 progress=progress,
                 storage=storage,
                 explain=explain,
+                query_error=query_error,
             )
 
     @in_own_precision
@@ -196,6 +201,7 @@ class Attributor(ComposableInfluence[TensorType]):
         memory: int | str | None = None,
         worker: Worker = (0, 1),
         append: bool = False,
+        query_error: float | None = None,
         progress: bool = False,
         queries_as: str = "each",
         groups: Sequence[Any] | Mapping[Any, Any] | None = None,
@@ -203,7 +209,7 @@ class Attributor(ComposableInfluence[TensorType]):
     ) -> TopK:
         """The k most helpful and the k most harmful train rows of each query, without the matrix of scores in memory.
 
-        explain, store, memory, worker, append: as in `attribute`; the folder is one run for both.
+        explain, store, memory, worker, append, query_error: as in `attribute`; the folder is one run for both.
 
         queries_as: "each" query by itself, or all of them as one, their "mean" or "sum", which is then its name.
         groups: a label for each train row (by source, author, ...), in the loader's order, or a mapping from what rows
@@ -227,6 +233,7 @@ class Attributor(ComposableInfluence[TensorType]):
                 storage=storage,
                 ranking=ranking,
                 explain=explain,
+                query_error=query_error,
             )
 
     @in_own_precision

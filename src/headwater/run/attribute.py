@@ -82,13 +82,17 @@ def attribute(
     storage: Storage | None = None,
     mode: InfluenceMode | str = InfluenceMode.Up,
     explain: str = "label",
+    query_error: float | None = None,
 ) -> Scores:
     """See `Attributor.attribute`."""
     mode, storage = InfluenceMode(mode), storage or Storage()
     if mode is InfluenceMode.Perturbation and isinstance(train_loader, Rows) and train_loader.is_kept:
         raise InvalidSetting("mode='perturbation' is about train rows' inputs, which are not kept: give their loader.")
     influence.ready()
-    run = PairRun(influence, Asked.of(influence, query_loader, explain), unit, by_block, mode, storage, progress)
+    if query_error is not None and mode is InfluenceMode.Perturbation:
+        raise InvalidSetting("mode='perturbation' meets queries whole: leave query_error= out.")
+    asked = Asked.of(influence, query_loader, explain).shortened(query_error)
+    run = PairRun(influence, asked, unit, by_block, mode, storage, progress)
     return run.stored(train_loader) if storage.store is not None else run.in_memory(train_loader)
 
 
@@ -103,11 +107,12 @@ def top(
     storage: Storage | None = None,
     ranking: Ranking | None = None,
     explain: str = "label",
+    query_error: float | None = None,
 ) -> TopK:
     """See `Attributor.top`."""
     storage, ranking = storage or Storage(), ranking or Ranking(k)
     influence.ready()
-    asked = Asked.of(influence, query_loader, explain)
+    asked = Asked.of(influence, query_loader, explain).shortened(query_error)
     if storage.store is not None:  # of scores in a folder each query has its own
         stored = PairRun(influence, asked, unit, False, InfluenceMode.Up, storage, progress).stored(train_loader)
         found, (asked_by, called_by) = ranking.of_scores(stored), stored.are_positions
@@ -145,6 +150,8 @@ class PairRun:
         self.influence, self.asked, self.unit, self.by_block = influence, asked, unit, by_block
         self.mode, self.storage, self.progress = mode, storage, progress
         self.scale = _scale(influence, unit)
+        self.lost: dict[str, float] = {}
+        """See `PairScorer.lost`: of all queries so far."""
         if mode is InfluenceMode.Perturbation and unit == "removal":
             raise InvalidSetting("unit='removal' is about a row that goes, mode='perturbation' about one that changes.")
 
@@ -161,7 +168,9 @@ class PairRun:
         return RunSums(self.influence.provider, store) if meets else None
 
     def _scorer(self, asked: Asked) -> PairScorer:
-        return PairScorer(self.influence, asked, self.mode, self.by_block, self.scale, self.progress)
+        scorer = PairScorer(self.influence, asked, self.mode, self.by_block, self.scale, self.progress)
+        self.lost = {name: max(off, self.lost.get(name, 0.0)) for name, off in scorer.lost.items()}
+        return scorer
 
     def _numbers(self, train: Iterable[object]) -> int:
         """Of each pair's score."""
@@ -221,7 +230,7 @@ class PairRun:
             by_block=dict(zip(self.influence.block_names, scores, strict=True)) if self.by_block else None,
             residuals={name: solve.residual for name, solve in solves.items()} or None,
             **self._meaning(),
-            diagnosis=diagnosis_of(self.influence, seen, solves),
+            diagnosis=diagnosis_of(self.influence, seen, solves).with_query_errors(self.lost),
         )
 
     def _check_room(self, loader: Iterable[object]) -> None:
@@ -310,7 +319,9 @@ class PairRun:
     def _described(self, seen: Any, solves: dict[str, SolveReport]) -> tuple[list[str], dict[str, Any]]:
         """Names of blocks, and what the scores mean as JSON has it."""
         blank = np.zeros((1, 1))
-        diagnosis = diagnosis_of(self.influence, seen, solves)
+        # Of queries that another process, or call, has seen there is the bound.
+        bound = {} if self.asked.error is None else dict.fromkeys(self.influence.block_names, self.asked.error)
+        diagnosis = diagnosis_of(self.influence, seen, solves).with_query_errors(bound)
         words = Scores(blank, blank[0], blank[0], **self._meaning(), diagnosis=diagnosis).attributes()
         # Those of an earlier call, for other queries, are not known here.
         known = all(len(solve.residual) == len(self.asked) for solve in solves.values())
@@ -430,7 +441,8 @@ def _column_sizes(influence: ComposableInfluence, train: Iterable[object], queri
 
 
 def run_identity(influence: ComposableInfluence, asked: Asked) -> dict[str, Any]:
-    return fit_identity(influence) | {"query_ids": asked.ids.tolist(), "query_rows": asked.keys.tolist()}
+    short = {} if asked.error is None else {"query_error": asked.error}
+    return fit_identity(influence) | {"query_ids": asked.ids.tolist(), "query_rows": asked.keys.tolist()} | short
 
 
 def rounding(influence: ComposableInfluence) -> float:
