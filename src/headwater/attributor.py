@@ -127,6 +127,7 @@ class Attributor(ComposableInfluence[TensorType]):
         worker: Worker = (0, 1),
         append: bool = False,
         query_error: float | None = None,
+        query_rank: int | None = None,
         progress: bool = False,
     ) -> Scores:
         """Scores of all train rows on all query rows, labelled: every row goes through the model once.
@@ -146,10 +147,12 @@ class Attributor(ComposableInfluence[TensorType]):
         tiles, then what nobody else is at, and returns all scores.
         query_error: None, or which share of the length of each query's factor may be lost, by keeping it as the fewest
         outer products that leave no more: so many queries of a large model fit into memory. A score is then off by at
-        most that share of the two lengths' product; `scores.diagnosis` has what was lost.
+        most that share of the two lengths' product; `scores.diagnosis` has what was lost. query_rank: at most so many,
+        whatever that loses, which the diagnosis says, too; more than a tenth is among its worries.
         Errors: InvalidInput for a folder of another run, or other rows; InvalidSetting for too little memory.
         """
         from headwater.run.attribute import Storage, attribute
+        from headwater.run.shortened import Shortening
 
         storage = Storage.of(self, store, memory, worker, append)
         with self._recorded():
@@ -164,7 +167,7 @@ class Attributor(ComposableInfluence[TensorType]):
                 progress=progress,
                 storage=storage,
                 explain=explain,
-                query_error=query_error,
+                short=Shortening.of(query_error, query_rank),
             )
 
     @in_own_precision
@@ -202,6 +205,7 @@ class Attributor(ComposableInfluence[TensorType]):
         worker: Worker = (0, 1),
         append: bool = False,
         query_error: float | None = None,
+        query_rank: int | None = None,
         progress: bool = False,
         queries_as: str = "each",
         groups: Sequence[Any] | Mapping[Any, Any] | None = None,
@@ -209,7 +213,8 @@ class Attributor(ComposableInfluence[TensorType]):
     ) -> TopK:
         """The k most helpful and the k most harmful train rows of each query, without the matrix of scores in memory.
 
-        explain, store, memory, worker, append, query_error: as in `attribute`; the folder is one run for both.
+        explain, store, memory, worker, append, query_error, query_rank: as in `attribute`; the folder is one run for
+        both.
 
         queries_as: "each" query by itself, or all of them as one, their "mean" or "sum", which is then its name.
         groups: a label for each train row (by source, author, ...), in the loader's order, or a mapping from what rows
@@ -218,6 +223,7 @@ class Attributor(ComposableInfluence[TensorType]):
         """
         from headwater.run.attribute import Storage, top
         from headwater.run.ranking import Ranking
+        from headwater.run.shortened import Shortening
 
         storage = Storage.of(self, store, memory, worker, append)
         ranking = Ranking(k, queries_as, groups, of)
@@ -233,7 +239,7 @@ class Attributor(ComposableInfluence[TensorType]):
                 storage=storage,
                 ranking=ranking,
                 explain=explain,
-                query_error=query_error,
+                short=Shortening.of(query_error, query_rank),
             )
 
     @in_own_precision

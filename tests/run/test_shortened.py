@@ -9,6 +9,7 @@ from headwater.gradients.algebra import Dense
 from headwater.gradients.outer import Outer
 from headwater.run import shortened
 from headwater.run.queries import PairScorer
+from headwater.run.shortened import Shortening
 from headwater.torch import TorchComposableInfluence
 
 rng = np.random.default_rng(0)
@@ -32,7 +33,7 @@ def least_rank(matrix: torch.Tensor, error: float) -> int:
 @pytest.mark.parametrize("steepness", [0.4, 0.8])
 def test_what_is_lost_is_measured_and_at_most_what_is_asked_for(steepness: float, error: float) -> None:
     values = falling(5, steepness)
-    found, lost = shortened._short(Dense(values), error)
+    found, lost = shortened._short(Dense(values), Shortening(error))
     assert isinstance(found, Outer)
     off = ((found.dense() - values) ** 2).sum((1, 2)).sqrt() / (values**2).sum((1, 2)).sqrt()
     assert lost <= error and float(off.max()) == pytest.approx(lost, rel=1e-6)
@@ -43,19 +44,19 @@ def test_what_is_lost_is_measured_and_at_most_what_is_asked_for(steepness: float
 
 def test_a_query_has_its_own_rank_whatever_it_is_asked_with() -> None:
     values = torch.cat([falling(2, 0.9), falling(2, 0.15)])
-    together, _ = shortened._short(Dense(values), 0.05)
+    together, _ = shortened._short(Dense(values), Shortening(0.05))
     for k in range(4):
-        alone, _ = shortened._short(Dense(values[k : k + 1]), 0.05)
+        alone, _ = shortened._short(Dense(values[k : k + 1]), Shortening(0.05))
         torch.testing.assert_close(together.take(slice(k, k + 1)).dense(), alone.dense(), rtol=0, atol=1e-12)
 
 
 def test_parts_that_are_small_or_need_all_they_have_stay_as_they_are() -> None:
     small = Dense(falling(3, 0.5, 10, 20))
-    assert shortened._short(small, 0.1) == (small, 0.0)
+    assert shortened._short(small, Shortening(0.1)) == (small, 0.0)
     noise = Dense(torch.tensor(rng.normal(size=(3, O, I))))
-    assert shortened._short(noise, 0.01) == (noise, 0.0)
+    assert shortened._short(noise, Shortening(0.01)) == (noise, 0.0)
     single = Outer(torch.ones(2, 1, I), torch.ones(2, 1, O))
-    assert shortened._short(single, 0.1) == (single, 0.0)
+    assert shortened._short(single, Shortening(0.1)) == (single, 0.0)
 
 
 def fitted() -> tuple[TorchComposableInfluence, list, list]:
@@ -119,6 +120,35 @@ def test_a_run_in_a_folder_says_the_bound_and_is_a_run_of_its_own(tmp_path) -> N
     assert {block.query_error for block in found.diagnosis.blocks.values()} == {0.05}
     with pytest.raises(hw.errors.InvalidInput, match="query_error"):
         influence.attribute(train, queries, store=tmp_path / "run")
+
+
+def test_a_rank_is_kept_to_and_what_it_loses_is_told() -> None:
+    influence, train, queries = fitted()
+    found = influence.attribute(train, queries, query_rank=3)
+    exact = np.asarray(influence.attribute(train, queries))
+    lost = {name: block.query_error for name, block in found.diagnosis.blocks.items()}
+    assert all(0.1 < off < 1 for off in lost.values()) and len(found.diagnosis.worries) >= len(lost)
+    assert 0.5 < np.corrcoef(np.asarray(found).ravel(), exact.ravel())[0, 1] < 1 - 1e-6
+    values = falling(4, 0.4)
+    kept, off = shortened._short(Dense(values), Shortening(rank=5))
+    assert isinstance(kept, Outer) and kept.positions == 5
+    best = torch.linalg.svdvals(values)[:, 5:].square().sum(1).sqrt() / values.square().sum((1, 2)).sqrt()
+    assert off == pytest.approx(float(best.max()), rel=0.02)
+    # With an error, too, no more than it needs.
+    few, off = shortened._short(Dense(values), Shortening(0.5, rank=5))
+    assert isinstance(few, Outer) and few.positions < 5 and off <= 0.5
+
+
+def test_a_rank_alone_has_no_bound_and_is_refused_in_a_folder(tmp_path) -> None:
+    influence, train, queries = fitted()
+    with pytest.raises(hw.errors.InvalidSetting, match="query_rank"):
+        influence.attribute(train, queries, query_rank=3, store=tmp_path / "run")
+
+
+@pytest.mark.parametrize("rank", [0, -1, 2.0, True])
+def test_a_rank_that_means_nothing_is_refused(rank: object) -> None:
+    with pytest.raises(hw.errors.InvalidSetting, match="query_rank"):
+        Shortening(rank=rank)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("error", [0.0, 1.0, -0.1, 1e-7])

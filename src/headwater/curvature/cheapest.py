@@ -96,7 +96,7 @@ class SortedBasis:
             to_numpy(xp.max(abs(spectrum / spectrum[:, :1] - 1), axis=0)),
         ]
         if inverse.left is None or inverse.right is None:  # a basis that is no matrix has no columns to sort
-            return cls(*(np.arange(len(found)) for found in differences), (0, 0), 0.0)
+            return cls(_in_order(differences[0]), _in_order(differences[1]), (0, 0), 0.0)
         alike = [found <= error for found in differences]
         # At least one direction is left for the core.
         alike = [found if not found.all() else np.arange(len(found)) < len(found) - 1 for found in alike]
@@ -124,7 +124,7 @@ class SortedBasis:
         if cut == self.cut:
             return self
         left, right = (
-            order if size else np.arange(len(order)) for order, size in zip((self.left, self.right), cut, strict=True)
+            order if size else _in_order(order) for order, size in zip((self.left, self.right), cut, strict=True)
         )
         return SortedBasis(left, right, cut, self.error if any(cut) else 0.0)
 
@@ -156,10 +156,17 @@ class SortedBasis:
         return PartedOperator(self._basis(inverse), scale, truncation_error=max(off, self.error))
 
     def _basis(self, inverse: EigenKroneckerOperator) -> EigenKroneckerOperator:
-        bases = [
-            None
-            if basis is None
-            else namespace(basis).take(basis, as_like(order, basis, namespace(basis).int64), axis=1)
-            for basis, order in ((inverse.left, self.left), (inverse.right, self.right))
-        ]
-        return EigenKroneckerOperator(*bases, self.sorted(inverse.spectrum), like=inverse.like)
+        left, right = self._columns(inverse.left, self.left), self._columns(inverse.right, self.right)
+        return EigenKroneckerOperator(left, right, self.sorted(inverse.spectrum), like=inverse.like)
+
+    @staticmethod
+    def _columns(basis: Array | None, order: np.ndarray) -> Array | None:
+        if basis is None:
+            return None
+        xp = namespace(basis)
+        found: Array = xp.take(basis, as_like(order, basis, xp.int64), axis=1)
+        return found
+
+
+def _in_order(values: np.ndarray) -> np.ndarray:
+    return np.arange(len(values))

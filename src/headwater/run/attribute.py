@@ -24,6 +24,7 @@ from headwater.run.ranking import Ranking
 from headwater.run.rows import FittedRows, check_scores, distinct, sweep_rows
 from headwater.run.runners.environment import Worker
 from headwater.run.runners.turns import check_worker
+from headwater.run.shortened import Shortening
 from headwater.run.tiles import QuerySpan, Scorer, run_tiles
 from headwater.store.base import MemorySink, Sink, Tile
 from headwater.store.ends import GroupSink, TopKSink
@@ -82,16 +83,16 @@ def attribute(
     storage: Storage | None = None,
     mode: InfluenceMode | str = InfluenceMode.Up,
     explain: str = "label",
-    query_error: float | None = None,
+    short: Shortening | None = None,
 ) -> Scores:
     """See `Attributor.attribute`."""
     mode, storage = InfluenceMode(mode), storage or Storage()
     if mode is InfluenceMode.Perturbation and isinstance(train_loader, Rows) and train_loader.is_kept:
         raise InvalidSetting("mode='perturbation' is about train rows' inputs, which are not kept: give their loader.")
     influence.ready()
-    if query_error is not None and mode is InfluenceMode.Perturbation:
-        raise InvalidSetting("mode='perturbation' meets queries whole: leave query_error= out.")
-    asked = Asked.of(influence, query_loader, explain).shortened(query_error)
+    if short is not None and mode is InfluenceMode.Perturbation:
+        raise InvalidSetting("mode='perturbation' meets queries whole: leave query_error= and query_rank= out.")
+    asked = Asked.of(influence, query_loader, explain).shortened(short)
     run = PairRun(influence, asked, unit, by_block, mode, storage, progress)
     return run.stored(train_loader) if storage.store is not None else run.in_memory(train_loader)
 
@@ -107,12 +108,12 @@ def top(
     storage: Storage | None = None,
     ranking: Ranking | None = None,
     explain: str = "label",
-    query_error: float | None = None,
+    short: Shortening | None = None,
 ) -> TopK:
     """See `Attributor.top`."""
     storage, ranking = storage or Storage(), ranking or Ranking(k)
     influence.ready()
-    asked = Asked.of(influence, query_loader, explain).shortened(query_error)
+    asked = Asked.of(influence, query_loader, explain).shortened(short)
     if storage.store is not None:  # of scores in a folder each query has its own
         stored = PairRun(influence, asked, unit, False, InfluenceMode.Up, storage, progress).stored(train_loader)
         found, (asked_by, called_by) = ranking.of_scores(stored), stored.are_positions
@@ -268,6 +269,11 @@ class PairRun:
 
     def stored(self, loader: Iterable[object]) -> Scores:
         """Compute what is missing; the scores stay on disk."""
+        if self.asked.short is not None and self.asked.short.rank is not None:
+            raise InvalidSetting(
+                "query_rank= has no bound on what is lost, and of other processes' queries a run in a folder would not "
+                "know it: give query_error=, or leave store= out."
+            )
         loader = self.influence.train_rows(loader)  # one object for all passes: its tiles are those of the run
         store = self.store(loader)
         sums = self.sums(loader, store)
@@ -320,7 +326,8 @@ class PairRun:
         """Names of blocks, and what the scores mean as JSON has it."""
         blank = np.zeros((1, 1))
         # Of queries that another process, or call, has seen there is the bound.
-        bound = {} if self.asked.error is None else dict.fromkeys(self.influence.block_names, self.asked.error)
+        short, names = self.asked.short, self.influence.block_names
+        bound = {} if short is None or short.error is None else dict.fromkeys(names, short.error)
         diagnosis = diagnosis_of(self.influence, seen, solves).with_query_errors(bound)
         words = Scores(blank, blank[0], blank[0], **self._meaning(), diagnosis=diagnosis).attributes()
         # Those of an earlier call, for other queries, are not known here.
@@ -441,7 +448,7 @@ def _column_sizes(influence: ComposableInfluence, train: Iterable[object], queri
 
 
 def run_identity(influence: ComposableInfluence, asked: Asked) -> dict[str, Any]:
-    short = {} if asked.error is None else {"query_error": asked.error}
+    short = {} if asked.short is None else asked.short.described()
     return fit_identity(influence) | {"query_ids": asked.ids.tolist(), "query_rows": asked.keys.tolist()} | short
 
 

@@ -18,7 +18,7 @@ from headwater.mapper import Queries, Sides, stack_queries
 from headwater.operators.iterative import unrecorded_solves
 from headwater.rows import Each, PlacedBatch, sweep_kept, within_tiles
 from headwater.run.rows import check_scores, distinct, sweep_rows
-from headwater.run.shortened import check_error, level, shorten
+from headwater.run.shortened import Shortening, level, shorten
 from headwater.run.tiles import Scorer
 from headwater.settings import check_word
 from headwater.types import Batch, InfluenceMode
@@ -50,8 +50,8 @@ class Asked:
     """Their factors, where these were computed before; there are no pieces then."""
     explain: str = "label"
     """Whose label the query rows have: their own, or the model's "prediction"."""
-    error: float | None = None
-    """Of each query's length, how much may be lost by keeping few outer products; None for all of it."""
+    short: Shortening | None = None
+    """Where few outer products are kept of each query."""
 
     @classmethod
     def of(cls, influence: ComposableInfluence, loader: Iterable[object], explain: str = "label") -> Asked:
@@ -78,11 +78,13 @@ class Asked:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def shortened(self, error: float | None) -> Asked:
+    def shortened(self, how: Shortening | None) -> Asked:
         """With few outer products for each query. Errors: InvalidSetting."""
-        if check_error(error) is not None and self.ready is not None:
-            raise InvalidSetting("query_error= is for query rows that are computed now; kept factors are whole.")
-        return replace(self, error=error)
+        if how is not None and self.ready is not None:
+            raise InvalidSetting(
+                "query_error= and query_rank= are for query rows that are computed now; kept factors are whole."
+            )
+        return replace(self, short=how)
 
     def explained(self, influence: ComposableInfluence) -> str:
         """What the scores are about, in words."""
@@ -102,7 +104,7 @@ class Asked:
         found = []
         for number, pieces in sorted(parts.items()):
             mine = slice(number * queries, (number + 1) * queries)
-            found.append(Asked(pieces, self.ids[mine], self.keys[mine], self.fitted, error=self.error))
+            found.append(Asked(pieces, self.ids[mine], self.keys[mine], self.fitted, short=self.short))
         return found
 
 
@@ -140,10 +142,10 @@ class PairScorer(Scorer):
         if asked.ready is not None:
             return asked.ready if asked.share is None else asked.ready.total(asked.share)
         # Whether rows are rotated or queries turned back depends on how many train rows each query meets.
-        factors = _Factors(influence, influence.n_train / len(asked), asked.error if asked.share is None else None)
+        factors = _Factors(influence, influence.n_train / len(asked), asked.short if asked.share is None else None)
         pieces = sweep_kept(asked.pieces, factors, "query factors", progress)
         self.lost = factors.lost
-        found = stack_queries(pieces if asked.error is None else level(pieces))
+        found = stack_queries(pieces if asked.short is None else level(pieces))
         return found if asked.share is None else found.total(asked.share)
 
     def scores(self, piece: PlacedBatch) -> np.ndarray:
@@ -197,9 +199,9 @@ def flat_factors(influence: ComposableInfluence, asked: Asked, progress: bool) -
 class _Factors(Each[PlacedBatch, Queries]):
     """Query gradients after their side of the operators, which the first of them decide."""
 
-    def __init__(self, influence: ComposableInfluence, train_per_query: float, error: float | None):
+    def __init__(self, influence: ComposableInfluence, train_per_query: float, short: Shortening | None):
         super().__init__(self._factors)
-        self.influence, self.train_per_query, self.error = influence, train_per_query, error
+        self.influence, self.train_per_query, self.short = influence, train_per_query, short
         self.sides: Sides | None = None
         self.lost: dict[str, float] = {}
 
@@ -207,8 +209,8 @@ class _Factors(Each[PlacedBatch, Queries]):
         grads = self.influence.provider.grads(piece.batch, query=True)
         self.sides = self.sides or self.influence.block_mapper.sides(grads, self.train_per_query)
         found = self.sides.queries(grads)
-        if self.error is None or found.forms:  # a form of its own meets whole gradients
+        if self.short is None or found.forms:  # a form of its own meets whole gradients
             return found
-        short, lost = shorten(found, self.error)
+        short, lost = shorten(found, self.short)
         self.lost = {name: max(off, self.lost.get(name, 0.0)) for name, off in lost.items()}
         return short

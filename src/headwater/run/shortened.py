@@ -15,8 +15,8 @@ Source: Halko, Martinsson and Tropp 2011, SIAM Review 53(2), algorithms 4.3 and 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -29,23 +29,56 @@ from headwater.mapper import Queries
 
 FIRST = 16
 """Random vectors at first; twice as many each time they are too few."""
+SPARE = 8
+"""Random vectors beyond a rank that is given: the range is found the better for them."""
 SMALLEST = 1e-5
 """The least error that can be asked for: float32 measures no smaller one."""
 
 
-def check_error(error: float | None) -> float | None:
-    """Errors: InvalidSetting."""
-    if error is not None and not SMALLEST <= error < 1:
-        raise InvalidSetting(f"query_error is {error!r}; expected None, or a number from {SMALLEST:g} to below 1.")
-    return error
+@dataclass(frozen=True)
+class Shortening:
+    """How short queries are kept. Errors: InvalidSetting."""
+
+    error: float | None = None
+    """Of a query's length, what may be lost; None for no bound."""
+    rank: int | None = None
+    """Outer products of a query's part, at most, whatever that loses; None for as many as the error takes."""
+
+    def __post_init__(self) -> None:
+        if self.error is not None and not SMALLEST <= self.error < 1:
+            raise InvalidSetting(
+                f"query_error is {self.error!r}; expected None, or a number from {SMALLEST:g} to below 1."
+            )
+        if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
+            raise InvalidSetting(f"query_rank is {self.rank!r}; expected None, or a whole number of at least 1.")
+
+    @classmethod
+    def of(cls, error: float | None, rank: int | None) -> Shortening | None:
+        """None where queries stay whole."""
+        return None if error is None and rank is None else cls(error, rank)
+
+    @property
+    def widths(self) -> Iterator[int]:
+        """Numbers of random vectors, one after the other, until the error is met."""
+        last = None if self.rank is None else self.rank + SPARE
+        width = FIRST if self.error is not None else last or FIRST
+        while last is None or width < last:
+            yield width
+            width *= 2
+        yield last
+
+    def described(self) -> dict[str, float]:
+        """As a run's identity has it."""
+        found = {"query_error": self.error, "query_rank": self.rank}
+        return {name: value for name, value in found.items() if value is not None}
 
 
-def shorten(queries: Queries, error: float) -> tuple[Queries, dict[str, float]]:
-    """Queries as few outer products as `error` allows, and the largest relative length that one has lost, by block."""
+def shorten(queries: Queries, how: Shortening) -> tuple[Queries, dict[str, float]]:
+    """Queries as few outer products, and the largest relative length that one has lost, by block."""
     left: OrderedDict[str, BlockGradient] = OrderedDict()
     lost: dict[str, float] = {}
     for name, value in queries.left.items():
-        parts, errors = zip(*(_short(part, error) for part in value.parts), strict=True)
+        parts, errors = zip(*(_short(part, how) for part in value.parts), strict=True)
         left[name], lost[name] = replace(value, parts=parts), max(errors)
     return replace(queries, left=left), lost
 
@@ -78,59 +111,57 @@ def _padded(values: Array, positions: int) -> Array:
     )
 
 
-def _short(part: Gradient, error: float) -> tuple[Gradient, float]:
+def _short(part: Gradient, how: Shortening) -> tuple[Gradient, float]:
     """The part as it is kept, and the largest relative length that a row has lost."""
     o, i = part.shape
-    if not isinstance(part, (Outer, Dense)) or FIRST * (o + i) >= o * i or _is_short(part):
+    enough = FIRST if how.rank is None else how.rank
+    short = isinstance(part, Outer) and part.positions <= enough
+    if not isinstance(part, (Outer, Dense)) or short or not part.rows or enough * (o + i) >= o * i:
         return part, 0.0
     pieces, lost = [], 0.0
     for _, rows in part.chunks(3 * o * i):
-        found, off = _low_rank(accumulable(rows.dense()), error)
+        found, off = _low_rank(accumulable(rows.dense()), how)
         if found is None:  # one that stays dense makes all dense: they meet as one
             return part, 0.0
         pieces.append(found)
         lost = max(lost, off)
-    if not pieces:
-        return part, 0.0
-    levelled, xp = _level_parts(pieces), namespace(pieces[0].a)
-    outers = [piece for piece in levelled if isinstance(piece, Outer)]
-    return Outer(xp.concat([p.a for p in outers], axis=0), xp.concat([p.b for p in outers], axis=0)), lost
+    return _under(pieces), lost
 
 
-def _is_short(part: Gradient) -> bool:
-    return isinstance(part, Outer) and part.positions <= FIRST
-
-
-def _low_rank(values: Array, error: float) -> tuple[Outer | None, float]:
+def _low_rank(values: Array, how: Shortening) -> tuple[Outer | None, float]:
     """Of matrices [n, o, i]; None where one of them needs as many numbers as it has."""
     n, o, i = values.shape
-    width = FIRST
-    waiting, lost = np.arange(n), 0.0
+    xp, waiting, lost = namespace(values), np.arange(n), 0.0
     found: list[tuple[np.ndarray, Outer]] = []
-    while len(waiting):
-        if width * (o + i) >= o * i:
+    for width in how.widths:
+        if how.rank is None and width * (o + i) >= o * i:
             return None, 0.0
-        some = values if len(waiting) == n else values[as_like(waiting, values, namespace(values).int64)]
-        short, off = _at_width(some, width, error)
-        done = off <= error
+        some = values if len(waiting) == n else values[as_like(waiting, values, xp.int64)]
+        last = how.rank is not None and width == how.rank + SPARE
+        short, off = _at_width(some, min(width, o, i), how.error or 0.0, how.rank or width)
+        done = (off <= (how.error or 0.0)) | last
         if done.any():
-            index = as_like(np.flatnonzero(done), values, namespace(values).int64)
-            found.append((waiting[done], short.take(index)))
+            found.append((waiting[done], short.take(as_like(np.flatnonzero(done), values, xp.int64))))
             lost = max(lost, float(off[done].max()))
-        waiting, width = waiting[~done], 2 * width
+        waiting = waiting[~done]
+        if not len(waiting):
+            break
     order = np.argsort(np.concatenate([rows for rows, _ in found]), kind="stable")
-    most = max(short.positions for _, short in found)
-    xp = namespace(values)
-    index = as_like(order, values, xp.int64)
+    return _under([short for _, short in found]).take(as_like(order, values, xp.int64)), lost
+
+
+def _under(pieces: Sequence[Outer]) -> Outer:
+    """Rows of several under one another."""
+    xp, most = namespace(pieces[0].a), max(piece.positions for piece in pieces)
     a, b = (
         xp.concat([_padded(side, most) for side in sides], axis=0)
-        for sides in zip(*((s.a, s.b) for _, s in found), strict=True)
+        for sides in ([piece.a for piece in pieces], [piece.b for piece in pieces])
     )
-    return Outer(a[index], b[index]), lost
+    return Outer(a, b)
 
 
-def _at_width(values: Array, width: int, error: float) -> tuple[Outer, np.ndarray]:
-    """Each matrix as up to `width` outer products, those that it does not need zero; and the relative length lost."""
+def _at_width(values: Array, width: int, error: float, rank: int) -> tuple[Outer, np.ndarray]:
+    """Each matrix as up to `rank` outer products, those that it does not need zero; and the relative length lost."""
     xp, (n, _, i) = namespace(values), values.shape
     start = as_like(np.random.default_rng(0).standard_normal((i, width)), values)
     seen = xp.linalg.qr(values @ start)[0]
@@ -139,13 +170,13 @@ def _at_width(values: Array, width: int, error: float) -> tuple[Outer, np.ndarra
     outside = _squares(values - basis @ rest)
     whole = np.maximum(_squares(values), np.finfo(np.float32).tiny)
     powers, turns = xp.linalg.eigh(rest @ transpose(rest))
-    # Ascending: what the smallest hold is what is lost without them.
-    tails = np.cumsum(np.maximum(to_numpy(powers).astype(np.float64), 0.0), axis=1) + outside[:, None]
-    dropped = np.sum(np.sqrt(tails / whole[:, None]) <= error, axis=1)
-    off = np.sqrt(np.where(dropped > 0, tails[np.arange(n), np.maximum(dropped, 1) - 1], outside) / whole)
-    kept = np.arange(width)[None, :] >= dropped[:, None]
-    first = int(dropped.min()) if n else 0
-    turns = (turns * as_like(kept.astype(np.float32), values)[:, None, :])[:, :, first:]
+    # Ascending: what the smallest hold is what is lost without them; [n, how many are dropped].
+    tails = np.cumsum(np.concatenate([outside[:, None], to_numpy(powers).clip(0.0)], axis=1), axis=1)
+    dropped = np.maximum(np.sum(np.sqrt(tails / whole[:, None]) <= error, axis=1) - 1, max(0, width - rank))
+    off = np.sqrt(tails[np.arange(n), dropped] / whole)
+    first = int(dropped.min())
+    kept = np.arange(width)[None, first:] >= dropped[:, None]
+    turns = turns[:, :, first:] * as_like(kept.astype(np.float32), values)[:, None, :]
     return Outer(transpose(turns) @ rest, transpose(basis @ turns)), off
 
 
