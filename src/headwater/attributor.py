@@ -205,7 +205,6 @@ class Attributor(ComposableInfluence[TensorType]):
         worker: Worker = (0, 1),
         append: bool = False,
         query_error: float | None = None,
-        query_rank: int | None = None,
         progress: bool = False,
         queries_as: str = "each",
         groups: Sequence[Any] | Mapping[Any, Any] | None = None,
@@ -213,8 +212,7 @@ class Attributor(ComposableInfluence[TensorType]):
     ) -> TopK:
         """The k most helpful and the k most harmful train rows of each query, without the matrix of scores in memory.
 
-        explain, store, memory, worker, append, query_error, query_rank: as in `attribute`; the folder is one run for
-        both.
+        explain, store, memory, worker, append, query_error: as in `attribute`; the folder is one run for both.
 
         queries_as: "each" query by itself, or all of them as one, their "mean" or "sum", which is then its name.
         groups: a label for each train row (by source, author, ...), in the loader's order, or a mapping from what rows
@@ -239,7 +237,7 @@ class Attributor(ComposableInfluence[TensorType]):
                 storage=storage,
                 ranking=ranking,
                 explain=explain,
-                short=Shortening.of(query_error, query_rank),
+                short=Shortening.of(query_error, None),
             )
 
     @in_own_precision
