@@ -17,6 +17,7 @@ from headwater.loaders.keys import RowKeys
 from headwater.mapper import Queries, Sides, stack_queries
 from headwater.operators.iterative import unrecorded_solves
 from headwater.rows import Each, PlacedBatch, sweep_kept, within_tiles
+from headwater.run.directions import Directions
 from headwater.run.rows import check_scores, distinct, sweep_rows
 from headwater.run.tiles import Scorer
 from headwater.settings import check_word
@@ -118,10 +119,12 @@ class PairScorer(Scorer):
         by_block: bool,
         scale: float,
         progress: bool,
+        directions: Directions | None = None,
     ):
         self.influence, self.asked, self.by_block, self.scale = influence, asked, by_block, scale
+        self.directions = directions
         perturbed = mode is InfluenceMode.Perturbation
-        self.queries: Queries | None = None if perturbed else _queries(influence, asked, progress)
+        self.queries: Queries | None = None if perturbed else _queries(influence, asked, progress, directions)
         self.factors: Any = flat_factors(influence, asked, progress) if perturbed else None
 
     def scores(self, piece: PlacedBatch) -> np.ndarray:
@@ -133,7 +136,7 @@ class PairScorer(Scorer):
             blocks = by_block if self.by_block else [sum(by_block[1:], by_block[0])]
             found = np.stack([to_numpy(block) for block in blocks])
         # In place: a tile may be large.
-        found *= self.scale
+        found *= self.scale if self.directions is None else self.directions.train(piece).astype(found.dtype)
         check_scores(found, self.asked.ids, piece.names, self.influence)
         return found
 
@@ -162,11 +165,18 @@ class PairScorer(Scorer):
         return found[:, few]
 
 
-def _queries(influence: ComposableInfluence, asked: Asked, progress: bool) -> Queries:
+def _queries(
+    influence: ComposableInfluence, asked: Asked, progress: bool, directions: Directions | None = None
+) -> Queries:
     if asked.ready is not None:
+        if directions is not None and directions.of_queries:
+            raise InvalidSetting(
+                "normalise='both' needs the queries' own lengths, which kept factors do not have: give their loader, "
+                "or take normalise='train', which ranks each query's rows alike."
+            )
         return asked.ready if asked.share is None else asked.ready.total(asked.share)
     # Whether rows are rotated or queries turned back depends on how many train rows each query meets.
-    factors = _Factors(influence, influence.n_train / len(asked))
+    factors = _Factors(influence, influence.n_train / len(asked), directions)
     found = stack_queries(sweep_kept(asked.pieces, factors, "query factors", progress))
     return found if asked.share is None else found.total(asked.share)
 
@@ -184,12 +194,13 @@ def flat_factors(influence: ComposableInfluence, asked: Asked, progress: bool) -
 class _Factors(Each[PlacedBatch, Queries]):
     """Query gradients after their side of the operators, which the first of them decide."""
 
-    def __init__(self, influence: ComposableInfluence, train_per_query: float):
+    def __init__(self, influence: ComposableInfluence, train_per_query: float, directions: Directions | None):
         super().__init__(self._factors)
-        self.influence, self.train_per_query = influence, train_per_query
+        self.influence, self.train_per_query, self.directions = influence, train_per_query, directions
         self.sides: Sides | None = None
 
     def _factors(self, piece: PlacedBatch) -> Queries:
         grads = self.influence.provider.grads(piece.batch, query=True)
         self.sides = self.sides or self.influence.block_mapper.sides(grads, self.train_per_query)
-        return self.sides.queries(grads)
+        found = self.sides.queries(grads)
+        return found if self.directions is None else self.directions.queries(found, grads, piece.names)

@@ -102,6 +102,7 @@ class Scores(ScoreMatrix):
         Errors: InvalidSetting; InvalidInput for labels that do not fit the rows.
         """
         self._check_plain("groups")
+        self._check_sizes(of)
         if isinstance(by, str):
             if by not in self.train_columns:
                 known = ", ".join(map(repr, self.train_columns)) or "none; attach(rows=...) brings them"
@@ -130,6 +131,7 @@ class Scores(ScoreMatrix):
 
     def _as_one(self, queries: Any, of: str) -> Scores:
         self._check_plain("sums of queries")
+        self._check_sizes(of)
         where = places_of(self.query_ids, queries, "query")
         if not len(where):
             raise InvalidInput(f"The {of} of no queries is asked for.")
@@ -148,6 +150,10 @@ class Scores(ScoreMatrix):
     def _check_plain(self, what: str) -> None:
         if self.mode != "up":
             raise InvalidSetting(f"Scores of changed inputs have one number for each input value, and no {what}.")
+
+    def _check_sizes(self, of: str) -> None:
+        if of == "sum" and self.is_ranking:
+            raise InvalidSetting(f"Scores of the unit {self.unit!r} rank rows, and add up to nothing; take the 'mean'.")
 
     def describe(self) -> Summary:
         """In a few numbers: unit, spread, and how far influence is with few rows; `print` shows a table."""
