@@ -25,7 +25,7 @@ METHODS = [
     hw.Cg(tolerance=1e-12),
     hw.Dual(),
     hw.DataInf(),
-    hw.Arnoldi(rank=6),
+    hw.Arnoldi(rank=6, tolerance=1e-10),
     hw.Nystroem(rank=6),
     hw.TracIn(0.3),
 ]

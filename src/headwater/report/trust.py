@@ -111,6 +111,12 @@ def _method(scores: ScoreMatrix, details: str) -> Verdict:
             "query has no advantage. Sums of directions forecast nothing: for what removing rows does, score in the "
             "unit 'removal'. "
         )
+    elif scores.errors is not None:
+        said = (
+            f"The {scores.unit_in_words}. Measured on models that were trained again without many rows at a time, not "
+            f"forecast from one; the median standard error is {np.median(scores.errors):.2g}, and that of the scores' "
+            f"sizes {np.median(np.abs(scores[:])):.2g}. "
+        )
     else:
         unit = "a forecast of what removing a row does" if scores.unit == "removal" else "an effect per unit of weight"
         said = (

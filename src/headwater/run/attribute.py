@@ -36,6 +36,8 @@ from headwater.store.topk import TopK
 from headwater.types import InfluenceMode
 
 Path = str | os.PathLike[str]
+SIZES = ("influence", "removal")
+"""Units that a method's scores have; `RANKINGS` are those of directions."""
 
 
 @dataclass(frozen=True)
@@ -453,9 +455,8 @@ def rounding(influence: ComposableInfluence) -> float:
 
 
 def _scale(influence: ComposableInfluence, unit: str) -> float:
-    if unit not in UNIT_IN_WORDS:
-        sizes = ", ".join(repr(word) for word in UNIT_IN_WORDS if word not in RANKINGS)
-        raise InvalidSetting(f"unit is {unit!r}; expected one of {sizes}.")
+    if unit not in (*SIZES, *RANKINGS):
+        raise InvalidSetting(f"unit is {unit!r}; expected one of {', '.join(map(repr, SIZES))}.")
     if unit == "removal" and not influence.method.predicts_removal:
         raise InvalidSetting(
             f"{influence.method.describe()} predicts no change of loss, only similarity; use unit='influence'."
