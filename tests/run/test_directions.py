@@ -241,3 +241,33 @@ def test_a_page_of_directions_says_that_they_rank(tmp_path: Path) -> None:
     page = influence.report(case.loader(), queries(case), tmp_path / "page.html", normalise="both").read_text()
     assert "cosine of the query" in page and "Sums of directions forecast nothing" in page
     assert "The mean of a row" in page and "The sum of a row" not in page
+
+
+def test_rows_kept_as_projections_have_their_lengths_there(tmp_path: Path) -> None:
+    case = mlp()
+    influence = fitted(case, hw.LoGra(2), "layer")
+    kept = influence.gradients(case.loader(), store=tmp_path, form="projected")
+    assert kept.identity["projection"]
+    expected = influence.attribute(case.loader(), queries(case), normalise="both").values
+    assert np.abs(influence.attribute(kept, queries(case), normalise="both").values - expected).max() < 1e-5
+
+
+def test_an_estimator_and_a_function_of_jax_have_directions_too() -> None:
+    import jax.numpy as jnp
+    from sklearn.linear_model import LogisticRegression
+
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((30, 4)), rng.integers(2, size=30)
+    train, asked = (x[:20], y[:20]), (x[20:], y[20:])
+    estimator = hw.Influence(LogisticRegression(C=0.5).fit(*train))
+    weights = {"w": jnp.asarray(rng.standard_normal((4, 2)), dtype=jnp.float32)}
+    function = hw.Influence((lambda p, one: one @ p["w"], weights), "cross_entropy", hw.Direct("ggn"))
+    cast = (lambda a: a, lambda a: a.astype(np.float32))
+    for influence, as_own in zip((estimator, function), cast, strict=True):
+        rows, others = ((as_own(part[0]), part[1]) for part in (train, asked))
+        influence.fit(rows)
+        plain, long = influence.attribute(rows, others).values, influence.self_influence(rows)
+        with pytest.warns(RowsNotFitted):
+            wide = influence.self_influence(others)
+        both = influence.attribute(rows, others, normalise="both").values
+        assert np.abs(both - plain / np.sqrt(np.outer(wide, long))).max() < 1e-4

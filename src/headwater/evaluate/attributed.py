@@ -55,7 +55,7 @@ def attribution(
 
 def _chosen(outputs: NDArray[np.float64], subsets: Sequence[int] | ArrayLike | None) -> NDArray[np.int64]:
     """Places of subsets that were run. Errors: InvalidInput for one asked for that was not."""
-    done = complete_runs(outputs).any(axis=1)
+    done: NDArray[np.bool_] = np.any(complete_runs(outputs), axis=1)
     if subsets is None:
         return np.flatnonzero(done)
     asked = row_positions(np.asarray(subsets), len(outputs), "The subsets")
