@@ -18,7 +18,7 @@ Three estimates, of which the linear ones are a *datamodel*, output ~ constant -
 Errors are those of the penalised estimate: what the penalty takes off (both linear ones shrink) is not in them.
 
 With m subsets of one size nobody can know what a row does by itself: one that goes makes room for another. Scores then
-add up to zero, and say what a row does in place of another at random.
+say what a row does in place of another at random; those of the first two add up to zero.
 
 Sources: Wang and Jia 2023, arXiv 2205.15466 (Banzhaf, sample reuse); Ilyas et al. 2022, arXiv 2202.00622 (datamodels);
 Allen 1974 (PRESS); Beck and Teboulle 2009 (FISTA); O'Donoghue and Candes 2015 (restarts).
