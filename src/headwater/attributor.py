@@ -121,6 +121,7 @@ class Attributor(ComposableInfluence[TensorType]):
         unit: str = "influence",
         by_block: bool = False,
         mode: InfluenceMode | str = InfluenceMode.Up,
+        normalise: str | None = None,
         explain: str = "label",
         store: str | os.PathLike[str] | None = None,
         memory: int | str | None = None,
@@ -135,6 +136,10 @@ class Attributor(ComposableInfluence[TensorType]):
         unit: "influence" (what `influences` gives), or "removal" (that over n_train: the predicted increase of the
         query's loss when the row is removed). by_block: keep each block's share. mode: "up", or "perturbation": values
         are then [query, train, *x_shape].
+        normalise: directions instead of sizes, which rank rows and forecast nothing: "both", the cosine of query and
+        train row in the metric of the inverse curvature; "train", the score over the root of the train row's influence
+        on itself. Shares of blocks are those of the whole. A method that solves then solves for each train row. See
+        `headwater.run.directions`. Warns: NoDirection for rows without a gradient, which score 0.
         explain: which label a query has, its own ("label": why is the model wrong about it, or right?) or what the
         model predicts ("prediction": why did it say this?), as `scores.explained` says then. Of a model that predicts
         numbers or text there is no such label: see docs/which-label.md for what to ask.
@@ -168,6 +173,7 @@ class Attributor(ComposableInfluence[TensorType]):
                 storage=storage,
                 explain=explain,
                 short=Shortening.of(query_error, query_rank),
+                normalise=normalise,
             )
 
     @in_own_precision
@@ -199,6 +205,7 @@ class Attributor(ComposableInfluence[TensorType]):
         k: int,
         *,
         unit: str = "influence",
+        normalise: str | None = None,
         explain: str = "label",
         store: str | os.PathLike[str] | None = None,
         memory: int | str | None = None,
@@ -212,7 +219,8 @@ class Attributor(ComposableInfluence[TensorType]):
     ) -> TopK:
         """The k most helpful and the k most harmful train rows of each query, without the matrix of scores in memory.
 
-        explain, store, memory, worker, append, query_error: as in `attribute`; the folder is one run for both.
+        normalise, explain, store, memory, worker, append, query_error: as in `attribute`; the folder is one run for both.
+        Directions of groups, and of all queries as one, are those of the "mean".
 
         queries_as: "each" query by itself, or all of them as one, their "mean" or "sum", which is then its name.
         groups: a label for each train row (by source, author, ...), in the loader's order, or a mapping from what rows
@@ -238,6 +246,7 @@ class Attributor(ComposableInfluence[TensorType]):
                 ranking=ranking,
                 explain=explain,
                 short=Shortening.of(query_error, None),
+                normalise=normalise,
             )
 
     @in_own_precision
@@ -366,6 +375,7 @@ class Attributor(ComposableInfluence[TensorType]):
         subsets: int = 10,
         seed: int = 0,
         progress: bool = False,
+        normalise: str | None = None,
     ) -> Self:
         """The same influence at the damping that forecasts retraining best; `calibration` says how sure that is.
 
@@ -377,7 +387,8 @@ class Attributor(ComposableInfluence[TensorType]):
         loss for minus a log-likelihood.
 
         dampings: the path, all relative or all absolute; None for seven decades of mean eigenvalues. by_block: a
-        damping for each block, kept only if subsets that were not looked at speak for it. Derivations are in
+        damping for each block, kept only if subsets that were not looked at speak for it. normalise: the damping is for
+        directions, as in `attribute`; there is a pass over the train rows for each damping then. Derivations are in
         `headwater.run.calibrate`. Errors: InvalidInput for a bank of other rows or queries, and for queries without a
         bank; InvalidSetting for a method without damping.
         """
@@ -396,6 +407,7 @@ class Attributor(ComposableInfluence[TensorType]):
                 subsets=subsets,
                 seed=seed,
                 progress=progress,
+                normalise=normalise,
             )
         return self.calibrated(found)
 
@@ -491,6 +503,7 @@ class Attributor(ComposableInfluence[TensorType]):
         queries: Any = None,
         k: int = 5,
         explain: str = "label",
+        normalise: str | None = None,
         title: str | None = None,
         lead: str = "",
         groups: Any = None,
@@ -506,9 +519,9 @@ class Attributor(ComposableInfluence[TensorType]):
         """One HTML page: for each query the rows behind it, who influences most, suspicious rows, what to trust.
 
         rows, queries, k, title, groups, predictions, checks, made: as in `Scores.report`; rows and queries of None are
-        shown as the loaders give them: data frames, entries of data sets that are dicts, images, numbers. explain: as
-        in `attribute`. scores: of these loaders, if they are there already; else they are computed, as forecasts of
-        removal where the method makes these. lead: what stands below the title. sections: of your own
+        shown as the loaders give them: data frames, entries of data sets that are dicts, images, numbers. explain,
+        normalise: as in `attribute`. scores: of these loaders, if they are there already; else they are computed, as
+        forecasts of removal where the method makes these. lead: what stands below the title. sections: of your own
         (`headwater.report.Section`).
         self_influence: whether each train row's is computed too, in the pass that takes their losses: of a method that
         solves, a solve for each. verify: whether a dozen random pairs are computed again the slow plain way; None
@@ -525,7 +538,7 @@ class Attributor(ComposableInfluence[TensorType]):
             rows, queries, k, title or TITLE, lead, groups, predictions, checks=checks, made=made, sections=sections
         )
         options: dict[str, Any] = {"self_influence": self_influence, "verified": verify, "progress": progress}
-        options |= {"explain": explain, "own_labels": own}
+        options |= {"explain": explain, "own_labels": own, "normalise": normalise}
         with located():
             train, query = self._scored(train_loader), self.query_rows(query_loader)
             return report(self, train, query, path, known, scores=scores, **options)

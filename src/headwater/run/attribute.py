@@ -17,6 +17,7 @@ from headwater.memory import resident_memory
 from headwater.operators.iterative import SolveReport, joined, recorded_solves
 from headwater.rows import Each, PlacedBatch, Rows, Visitor, first_batch
 from headwater.run.diagnosis import RunSums, diagnosis_of, meets_the_loss
+from headwater.run.directions import Directions
 from headwater.run.identity import fit_identity
 from headwater.run.plan import budget_of, factor_bytes, tile_sizes
 from headwater.run.queries import Asked, PairScorer
@@ -29,13 +30,15 @@ from headwater.run.tiles import QuerySpan, Scorer, run_tiles
 from headwater.store.base import MemorySink, Sink, Tile
 from headwater.store.ends import GroupSink, TopKSink
 from headwater.store.plan import Sizes
-from headwater.store.score_matrix import UNIT_IN_WORDS
+from headwater.store.score_matrix import RANKINGS, UNIT_IN_WORDS, unit_of
 from headwater.store.scores import Scores
 from headwater.store.tiles import TileStore
 from headwater.store.topk import TopK
 from headwater.types import InfluenceMode
 
 Path = str | os.PathLike[str]
+SIZES = ("influence", "removal")
+"""Units that a method's scores have; `RANKINGS` are those of directions."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +87,10 @@ def attribute(
     mode: InfluenceMode | str = InfluenceMode.Up,
     explain: str = "label",
     short: Shortening | None = None,
+    normalise: str | None = None,
 ) -> Scores:
     """See `Attributor.attribute`."""
-    mode, storage = InfluenceMode(mode), storage or Storage()
+    mode, storage, unit = InfluenceMode(mode), storage or Storage(), unit_of(unit, normalise)
     if mode is InfluenceMode.Perturbation and isinstance(train_loader, Rows) and train_loader.is_kept:
         raise InvalidSetting("mode='perturbation' is about train rows' inputs, which are not kept: give their loader.")
     influence.ready()
@@ -109,9 +113,12 @@ def top(
     ranking: Ranking | None = None,
     explain: str = "label",
     short: Shortening | None = None,
+    normalise: str | None = None,
 ) -> TopK:
     """See `Attributor.top`."""
-    storage, ranking = storage or Storage(), ranking or Ranking(k)
+    storage, ranking, unit = storage or Storage(), ranking or Ranking(k), unit_of(unit, normalise)
+    if unit in RANKINGS:
+        ranking.check_no_sum()
     influence.ready()
     asked = Asked.of(influence, query_loader, explain).shortened(short)
     if storage.store is not None:  # of scores in a folder each query has its own
@@ -153,6 +160,7 @@ class PairRun:
         self.scale = _scale(influence, unit)
         self.lost: dict[str, float] = {}
         """See `PairScorer.lost`: of all queries so far."""
+        self.directions = Directions.of(influence, unit, mode)
         if mode is InfluenceMode.Perturbation and unit == "removal":
             raise InvalidSetting("unit='removal' is about a row that goes, mode='perturbation' about one that changes.")
 
@@ -169,7 +177,7 @@ class PairRun:
         return RunSums(self.influence.provider, store) if meets else None
 
     def _scorer(self, asked: Asked) -> PairScorer:
-        scorer = PairScorer(self.influence, asked, self.mode, self.by_block, self.scale, self.progress)
+        scorer = PairScorer(self.influence, asked, self.mode, self.by_block, self.scale, self.progress, self.directions)
         self.lost = {name: max(off, self.lost.get(name, 0.0)) for name, off in scorer.lost.items()}
         return scorer
 
@@ -214,7 +222,13 @@ class PairRun:
                     self.influence.provider, loader, self._fitted & both, "train scores", self.progress
                 )
         assert names is not None
+        self._tell()
         return distinct(names, "train")
+
+    def _tell(self) -> None:
+        """Warns: as `Directions`."""
+        if self.directions is not None:
+            self.directions.tell()
 
     def in_memory(self, loader: Iterable[object]) -> Scores:
         self._check_room(loader)
@@ -293,6 +307,7 @@ class PairRun:
                 sums=sums,
                 tolerance=tolerance,
             )
+        self._tell()
         if store.finished_rows != len(train_ids):
             seen = None if sums is None else sums.finished(self.influence, loader, self.progress)
             store.finish(self.asked.ids, train_ids, *self._described(seen, joined(log)))
@@ -459,8 +474,8 @@ def rounding(influence: ComposableInfluence) -> float:
 
 
 def _scale(influence: ComposableInfluence, unit: str) -> float:
-    if unit not in UNIT_IN_WORDS:
-        raise InvalidSetting(f"unit is {unit!r}; expected one of {', '.join(map(repr, UNIT_IN_WORDS))}.")
+    if unit not in (*SIZES, *RANKINGS):
+        raise InvalidSetting(f"unit is {unit!r}; expected one of {', '.join(map(repr, SIZES))}.")
     if unit == "removal" and not influence.method.predicts_removal:
         raise InvalidSetting(
             f"{influence.method.describe()} predicts no change of loss, only similarity; use unit='influence'."

@@ -17,6 +17,7 @@ from headwater.loaders.keys import RowKeys
 from headwater.mapper import Queries, Sides, stack_queries
 from headwater.operators.iterative import unrecorded_solves
 from headwater.rows import Each, PlacedBatch, sweep_kept, within_tiles
+from headwater.run.directions import Directions
 from headwater.run.rows import check_scores, distinct, sweep_rows
 from headwater.run.shortened import Shortening, level, shorten
 from headwater.run.tiles import Scorer
@@ -129,8 +130,10 @@ class PairScorer(Scorer):
         by_block: bool,
         scale: float,
         progress: bool,
+        directions: Directions | None = None,
     ):
         self.influence, self.asked, self.by_block, self.scale = influence, asked, by_block, scale
+        self.directions = directions
         perturbed = mode is InfluenceMode.Perturbation
         self.lost: dict[str, float] = {}
         """Of the queries' lengths, by block, what the worst of them has lost; empty where they are whole."""
@@ -138,11 +141,17 @@ class PairScorer(Scorer):
         self.factors: Any = flat_factors(influence, asked, progress) if perturbed else None
 
     def _queries(self, progress: bool) -> Queries:
-        influence, asked = self.influence, self.asked
+        influence, asked, directions = self.influence, self.asked, self.directions
         if asked.ready is not None:
+            if directions is not None and directions.of_queries:
+                raise InvalidSetting(
+                    "normalise='both' needs the queries' own lengths, which kept factors do not have: give their "
+                    "loader, or take normalise='train', which ranks each query's rows alike."
+                )
             return asked.ready if asked.share is None else asked.ready.total(asked.share)
         # Whether rows are rotated or queries turned back depends on how many train rows each query meets.
-        factors = _Factors(influence, influence.n_train / len(asked), asked.short if asked.share is None else None)
+        short = asked.short if asked.share is None else None
+        factors = _Factors(influence, influence.n_train / len(asked), short, directions)
         pieces = sweep_kept(asked.pieces, factors, "query factors", progress)
         self.lost = factors.lost
         found = stack_queries(pieces if asked.short is None else level(pieces))
@@ -157,7 +166,7 @@ class PairScorer(Scorer):
             blocks = by_block if self.by_block else [sum(by_block[1:], by_block[0])]
             found = np.stack([to_numpy(block) for block in blocks])
         # In place: a tile may be large.
-        found *= self.scale
+        found *= self.scale if self.directions is None else self.directions.train(piece).astype(found.dtype)
         check_scores(found, self.asked.ids, piece.names, self.influence)
         return found
 
@@ -199,9 +208,16 @@ def flat_factors(influence: ComposableInfluence, asked: Asked, progress: bool) -
 class _Factors(Each[PlacedBatch, Queries]):
     """Query gradients after their side of the operators, which the first of them decide."""
 
-    def __init__(self, influence: ComposableInfluence, train_per_query: float, short: Shortening | None):
+    def __init__(
+        self,
+        influence: ComposableInfluence,
+        train_per_query: float,
+        short: Shortening | None,
+        directions: Directions | None,
+    ):
         super().__init__(self._factors)
-        self.influence, self.train_per_query, self.short = influence, train_per_query, short
+        self.influence, self.train_per_query = influence, train_per_query
+        self.short, self.directions = short, directions
         self.sides: Sides | None = None
         self.lost: dict[str, float] = {}
 
@@ -209,6 +225,8 @@ class _Factors(Each[PlacedBatch, Queries]):
         grads = self.influence.provider.grads(piece.batch, query=True)
         self.sides = self.sides or self.influence.block_mapper.sides(grads, self.train_per_query)
         found = self.sides.queries(grads)
+        if self.directions is not None:
+            found = self.directions.queries(found, grads, piece.names)
         if self.short is None or found.forms:  # a form of its own meets whole gradients
             return found
         short, lost = shorten(found, self.short)
