@@ -330,6 +330,8 @@ class _Products:
     by_draws: DrawsProduct
     rest: Array | None = None
     weight: float = 0.0
+    has_draws: bool = False
+    """Whether `by_draws` has any rows: else its value is an array of zeros, which costs three passes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -348,6 +350,7 @@ class _Product(Accumulator[DrawnRows, _Products, tuple[Array, float]]):
         # A batch may have draws and the next one none (a GGN that is no short sum there): sums of both kinds add up.
         if item.draws is not None:
             whole.by_draws.add([draw[block] for draw in item.draws], item.weights)
+            whole.has_draws = True
             return whole
         kind: Any = source.kind
         if item.linearised is not None:
@@ -359,12 +362,15 @@ class _Product(Accumulator[DrawnRows, _Products, tuple[Array, float]]):
 
     def merge(self, one: _Products, other: _Products) -> _Products:
         one.by_draws.include(other.by_draws)
+        one.has_draws = one.has_draws or other.has_draws
         if other.rest is not None:
             one.rest = other.rest if one.rest is None else one.rest + other.rest
         one.weight += other.weight
         return one
 
     def finish(self, whole: _Products) -> tuple[Array, float]:
+        if whole.rest is not None and not whole.has_draws:
+            return whole.rest, whole.weight
         value = whole.by_draws.value
         return value if whole.rest is None else value + whole.rest, whole.weight
 

@@ -889,7 +889,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
                 else:
                     products = hessian_product(loss_of(function(leaves)), leaves, tangents)
                 found.append(torch.cat([p.reshape(len(p), -1) for p in products], dim=1))
-        return wide(torch.cat(found).detach()) if found else vectors.clone()
+        return _joined(found, vectors)
 
     @undisturbed
     def linearised(self, batch: TorchBatch, block: str, kind: Kind) -> Linearised | None:
@@ -914,7 +914,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             for piece in self._vectors_at_once(block, vectors, rows):
                 products = kept.product(self._pieces(block, piece))
                 found.append(torch.cat([p.reshape(len(p), -1) for p in products], dim=1))
-        return wide(torch.cat(found).detach()) if found else vectors.clone()
+        return _joined(found, vectors)
 
     def _summed_loss(self, batch: TorchBatch, weights: torch.Tensor | None, output: object) -> torch.Tensor:
         losses = row_losses(self.loss, output, batch.y)
@@ -1001,6 +1001,13 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         flat = torch.cat([found[name].reshape(*batch.x.shape, -1) for name in names], dim=-1).detach()
         weights = self.row_weights(batch)
         return wide(flat if weights is None else flat * weights.reshape((-1,) + (1,) * (flat.ndim - 1)))
+
+
+def _joined(products: list[torch.Tensor], vectors: torch.Tensor) -> torch.Tensor:
+    """Products of pieces of vectors, one below the other; a single one as it is, without a copy."""
+    if not products:
+        return vectors.clone()
+    return wide((products[0] if len(products) == 1 else torch.cat(products)).detach())
 
 
 def _only(tensor: torch.Tensor) -> list[torch.Tensor]:
