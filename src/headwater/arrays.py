@@ -277,9 +277,11 @@ def _mirrored(full: Any) -> Array:
     return full
 
 
-def is_positions_last(rows: Array) -> bool:
+def is_positions_last(rows: Any) -> bool:
     """Whether [n, t, i] of torch lies in memory as [n, i, t], as what convolutions see does: reshaping copies that."""
-    return is_torch(rows) and rows.ndim == 3 and not rows.is_contiguous() and transpose(rows).is_contiguous()
+    if not is_torch(rows) or rows.ndim != 3:
+        return False
+    return bool(not rows.is_contiguous() and rows.mT.is_contiguous())
 
 
 def gram_by_rows(rows: Any, weights: Any | None) -> Array:

@@ -179,10 +179,10 @@ def _kept(method: Method, curvature: LinearOperator) -> dict[str, Any]:
     if isinstance(curvature, ProjectedOperator):
         return {"kept_rank": curvature.kept_rank, "kept_mass": curvature.kept_mass}
     if isinstance(method, LowRankMethod) and isinstance(curvature, ApproximatedOperator):
-        leading, trace = curvature.approximation, curvature.trace()
+        leading = curvature.approximation
         assert isinstance(leading, EigenpairsOperator)
         return {
             "kept_rank": int(leading.vectors.shape[0]),
-            "kept_mass": _share(leading, trace) if curvature.psd else None,
+            "kept_mass": _share(leading, curvature.trace()) if curvature.psd else None,
         }
     return {}

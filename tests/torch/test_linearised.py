@@ -168,8 +168,12 @@ def test_eigenpairs_are_those_of_the_dense_hessian_whatever_the_block(block: int
     np.testing.assert_allclose(sorted(found.values.tolist()), sorted(truth), rtol=1e-9)
 
 
-def test_absolute_damping_asks_for_no_trace_of_a_hessian() -> None:
-    method = hw.Cg(curvature="hessian")
+@pytest.mark.parametrize(
+    "method",
+    [hw.Cg(curvature="hessian"), hw.Arnoldi(rank=4, curvature="hessian", allow_indefinite=True)],
+    ids=["cg", "arnoldi"],
+)
+def test_absolute_damping_asks_for_no_trace_of_a_hessian(method: Any) -> None:
     influence = TorchComposableInfluence(model(), CE, method=method, damping=3.0, blocks="full").fit(rows())
     influence.attribute(rows(), [(X[:4], Y[:4])])
     operator = influence.curvature["full"].acts_as
