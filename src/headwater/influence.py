@@ -312,7 +312,11 @@ class ComposableInfluence(ABC, Generic[TensorType]):
     def absolute_damping(self) -> dict[str, float]:
         """The damping of each block in the units of its curvature."""
         curvature = self.curvature
-        return {name: in_units(self.damping[name], curvature[name].mean_eigenvalue()) for name in curvature}
+        return {
+            # The mean eigenvalue is asked for only where it is the unit: the trace of a Hessian costs 64 products.
+            name: in_units(given, curvature[name].mean_eigenvalue()) if isinstance(given, Relative) else given
+            for name, given in ((name, self.damping[name]) for name in curvature)
+        }
 
     @property
     def truncation_errors(self) -> dict[str, list[float]]:
@@ -348,7 +352,9 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
     def _invert(self, name: str, curvature: LinearOperator, rows: float) -> LinearOperator:
         """A block without any curvature and with relative damping has no scale, and no train row reaches it: zero."""
-        damping, mean = self.damping[name], curvature.mean_eigenvalue()
+        damping = self.damping[name]
+        # As in `absolute_damping`: a trace may be dear.
+        mean = curvature.mean_eigenvalue() if isinstance(damping, Relative) else 0.0
         # A trace of zero: no curvature at all, or (of a Hessian) positive and negative curvature that cancel.
         if isinstance(damping, Relative) and mean == 0.0:
             bounds = None if curvature.psd else curvature.spectrum_bounds()

@@ -141,6 +141,8 @@ class _Packer:
                 f"This method's fit cannot be saved: it holds train rows themselves ({type(value).__name__}). Fit "
                 "again; it reads them once or twice."
             )
+        if isinstance(value, CurvatureOperator):
+            value.trace()  # whoever reads the fit without its rows has the trace at hand
         arguments = {name: self.pack(getattr(value, name), name) for name in ARGUMENTS[type(value)]}
         return {"class": type(value).__name__, **arguments}
 

@@ -22,6 +22,8 @@ from headwater.arrays import (
     add_product,
     as_like,
     device,
+    gram_by_rows,
+    is_positions_last,
     namespace,
     rows_within_memory,
     scatter_rows,
@@ -82,6 +84,10 @@ class Outer(Gradient):
         return Outer(xp.concat([self.a, column], axis=2), self.b, kept=self.kept)
 
     def dense(self) -> Array:
+        if self.ones and 1 < self.shape[0] < self.positions:
+            # The bias column beside a small matrix, not a column of ones beside larger inputs: each is a whole copy.
+            matrix = transpose(self.b) @ self.a
+            return namespace(matrix).concat([matrix, namespace(self.b).sum(self.b, axis=1)[:, :, None]], axis=2)
         full = self.bordered()
         if self.positions == 1:
             # A broadcast, not n matrix products of one column with one row.
@@ -270,6 +276,9 @@ def _joined_kept(*uses: tuple[Array | None, Array]) -> Array | None:
 
 
 def _gram(total: Array | None, rows: Array, weights: Array | None, size: int) -> Array:
+    """total + the sum over rows and positions of w a a^T, for a [n, t, size]."""
+    if total is None and int(rows.shape[1]) * size * size >= LARGE_PRODUCT and is_positions_last(rows):
+        return gram_by_rows(rows, weights)
     flat = rows.reshape((-1, size))
     if weights is None:
         return add_product(total, flat, flat)

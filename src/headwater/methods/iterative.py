@@ -138,7 +138,9 @@ class PreconditionedMethod(ProductMethod[Preconditioned]):
         exact, preconditioner = curvature.exact, curvature.approximation
         if not self.allow_indefinite:
             refuse_indefinite(exact, damping)
-        inverse = None if preconditioner is None else near_inverse(preconditioner, damping, exact.mean_eigenvalue())
+        # The preconditioner's own mean eigenvalue: a Hessian's would cost 64 products.
+        mean = 0.0 if preconditioner is None else preconditioner.mean_eigenvalue()
+        inverse = None if preconditioner is None else near_inverse(preconditioner, damping, mean)
         return IterativeInverse(exact, damping, self.solver_for(exact), inverse, exact.block)
 
 

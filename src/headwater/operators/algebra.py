@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,10 @@ class LinearOperator(Operator[Array, BilinearForm]):
     @abstractmethod
     def adjoint(self) -> LinearOperator:
         """The transposed map."""
+
+    def repeated(self) -> AbstractContextManager[None]:
+        """Around many products in a row: what they share may be kept until its end."""
+        return nullcontext()
 
     def inverse(self, damping: float = 0.0) -> LinearOperator:
         """(self + damping I)^-1. Errors: SingularOperator where there is none."""

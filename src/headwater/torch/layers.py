@@ -91,18 +91,22 @@ def _conv_values(m: Any, x: torch.Tensor, g: torch.Tensor, weight: bool, bias: b
     # [n, o, *space] to [n, t, o]: every output position of the kernel is one position of the sum.
     b = g.flatten(2).transpose(1, 2)
     if m.groups == 1 or not weight:
-        return _outer(patches(m, x).flatten(2) if weight else b, b, weight, bias)
+        return _outer(patches(m, x) if weight else b, b, weight, bias)
     a = patches(m, x)
     groups: list[Gradient] = [
         # Contiguous: chunks of one array would be read with strides at every ghost product.
-        Outer(a_k.flatten(2).contiguous(), b_k.contiguous())
+        Outer(a_k.contiguous(), b_k.contiguous())
         for a_k, b_k in zip(a.chunk(m.groups, dim=2), b.chunk(m.groups, dim=2), strict=True)
     ]
     return groups + _outer(b, b, False, bias)
 
 
 def patches(m: Any, x: torch.Tensor) -> torch.Tensor:
-    """What each output position of a convolution sees: [n, t, channels, kernel]."""
+    """What each output position of a convolution sees: [n, t, channels * kernel], in memory [n, channels * kernel, t].
+
+    So they are copied whole lines of the image at a time, and meet the output-gradients, which lie the same way, as
+    they are.
+    """
     dims = x.ndim - 2
     # The layer's own padding, also "same" and circular: what an output sees includes it.
     mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
@@ -113,7 +117,8 @@ def patches(m: Any, x: torch.Tensor) -> torch.Tensor:
         x = x.unfold(2 + k, span, m.stride[k])[..., :: m.dilation[k]]
     n, channels = x.shape[:2]
     space, kernel = x.shape[2 : 2 + dims], x.shape[2 + dims :]
-    return x.movedim(1, 1 + dims).reshape(n, space.numel(), channels, kernel.numel())
+    axes = (0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
+    return x.permute(axes).reshape(n, channels * kernel.numel(), space.numel()).transpose(1, 2)
 
 
 CONVOLUTION = Rule(parts=_conv_parts, values=_conv_values)

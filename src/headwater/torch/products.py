@@ -11,7 +11,8 @@ of come from reverse mode, so J is then taken from it, too.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -77,14 +78,36 @@ def hessian_product(loss: torch.Tensor, leaves: Tensors, tangents: Tensors) -> l
 
     Errors: UnsupportedModel where an operation has no second derivative.
     """
+    return along_leaves(gradient_graph(loss, leaves), leaves, tangents)
+
+
+def gradient_graph(loss: torch.Tensor, leaves: Tensors) -> list[torch.Tensor] | None:
+    """The gradient by each leaf, to be differentiated once more; None where no leaf moves the loss.
+
+    Errors: UnsupportedModel where an operation has no second derivative.
+    """
     if not loss.requires_grad:
-        return [torch.zeros_like(t) for t in tangents]
-    try:
+        return None
+    with _needs_second_derivatives():
         slopes = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True, materialize_grads=True)
         # `once_differentiable` gives no error where its output is not on the path: part of the Hessian would be zero.
         if _is_cut_off(slopes):
             raise RuntimeError("one of its functions is once_differentiable")
-        return batched_vjp([dense(s) for s in slopes], leaves, tangents)
+        return [dense(s) for s in slopes]
+
+
+def along_leaves(slopes: Tensors | None, leaves: Tensors, tangents: Tensors) -> list[torch.Tensor]:
+    """The derivative of a `gradient_graph` along each tangent; the graph stays. Errors: as there."""
+    if slopes is None:
+        return [torch.zeros_like(t) for t in tangents]
+    with _needs_second_derivatives():
+        return batched_vjp(slopes, leaves, tangents)
+
+
+@contextmanager
+def _needs_second_derivatives() -> Iterator[None]:
+    try:
+        yield
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:

@@ -7,7 +7,7 @@ import re
 import weakref
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial, wraps
@@ -38,7 +38,14 @@ from headwater.gradients.identity import identity_of, name_of
 from headwater.gradients.likelihoods import predicted_labels
 from headwater.gradients.measurements import measurement_of
 from headwater.gradients.outer import Outer, with_inputs
-from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
+from headwater.gradients.provider import (
+    BlockGradients,
+    Fisher,
+    Kind,
+    Linearised,
+    OutputFunction,
+    StructuredGradientProvider,
+)
 from headwater.gradients.rowwise import differing
 from headwater.gradients.together import Together
 from headwater.loaders.frames import in_numbers
@@ -57,6 +64,7 @@ from headwater.torch.check import (
     with_a_gradient,
 )
 from headwater.torch.likelihoods import Likelihood, find_likelihood, fisher_cotangents, ggn_cotangents
+from headwater.torch.linearised import KeptGradient
 from headwater.torch.losses import Loss, check_finite, check_loss, normalisation, row_losses, slopes_at
 from headwater.torch.measurements import negative_logit, negative_margin
 from headwater.torch.plain import Choose, PlainRows, is_the_same, rows_of
@@ -851,8 +859,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         parameters = self._block_parameters(block)
         vectors = vectors.to(self._like.dtype)
         weights = self.row_weights(batch)
-        if vectors.ndim != 2 or vectors.shape[1] != self.layouts[block].size:
-            raise ShapeMismatch(f"Expected vectors (K, {self.layouts[block].size}), got {tuple(vectors.shape)}.")
+        self._check_vectors(block, vectors)
         if self._plain is not None:
             total = torch.zeros_like(vectors)
             for k, row in enumerate(rows_of(batch)):
@@ -866,16 +873,11 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
                 chosen = {} if self._shards else {p.name: t for p, t in zip(parameters, given, strict=True)}
                 return run(self.model, {**state, **chosen}, batch.x)
 
-            def loss_of(output: object) -> torch.Tensor:
-                losses = row_losses(self.loss, output, batch.y)
-                check_finite(losses)
-                return (losses if weights is None else losses * weights).sum()
-
+            loss_of = partial(self._summed_loss, batch, weights)
             found = []
             # All vectors of a piece go through together: each needs tangents of parameters and of activations.
-            step = rows_within_memory(8 * (self.layouts[block].size + len(batch) * 64), vectors)
-            for start in range(0, len(vectors), step):
-                tangents = self._pieces(block, vectors[start : start + step])
+            for piece in self._vectors_at_once(block, vectors, len(batch)):
+                tangents = self._pieces(block, piece)
                 if kind == "ggn":
                     # The first time in each block, and whenever one more vector costs next to nothing.
                     probe = block not in self._probed or len(tangents[0]) >= MANY
@@ -887,7 +889,47 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
                 else:
                     products = hessian_product(loss_of(function(leaves)), leaves, tangents)
                 found.append(torch.cat([p.reshape(len(p), -1) for p in products], dim=1))
-        return wide(torch.cat(found).detach()) if found else vectors.clone()
+        return _joined(found, vectors)
+
+    @undisturbed
+    def linearised(self, batch: TorchBatch, block: str, kind: Kind) -> Linearised | None:
+        # FSDP2 takes whole parameters away after each pass; the plain way is for checks, and in no hurry.
+        if kind != "hessian" or self._plain is not None or self._shards is not None:
+            return None
+        batch = self._prepare(batch)
+        with autograd_on(), twice_differentiable():
+            state, leaves = self._leaves([p.name for p in self._block_parameters(block)])
+            kept = KeptGradient(
+                lambda: self._summed_loss(batch, self.row_weights(batch), run(self.model, state, batch.x)), leaves
+            )
+        return Linearised(partial(self._along_kept, kept, block, len(batch)), kept.size)
+
+    @undisturbed
+    def _along_kept(self, kept: KeptGradient, block: str, rows: int, vectors: torch.Tensor) -> torch.Tensor:
+        """The Hessian of the kept loss times vectors (K, D_block). Errors: as `curvature_product`."""
+        vectors = vectors.to(self._like.dtype)
+        self._check_vectors(block, vectors)
+        found = []
+        with autograd_on(), twice_differentiable():
+            for piece in self._vectors_at_once(block, vectors, rows):
+                products = kept.product(self._pieces(block, piece))
+                found.append(torch.cat([p.reshape(len(p), -1) for p in products], dim=1))
+        return _joined(found, vectors)
+
+    def _summed_loss(self, batch: TorchBatch, weights: torch.Tensor | None, output: object) -> torch.Tensor:
+        losses = row_losses(self.loss, output, batch.y)
+        check_finite(losses)
+        return (losses if weights is None else losses * weights).sum()
+
+    def _vectors_at_once(self, block: str, vectors: torch.Tensor, rows: int) -> Sequence[torch.Tensor]:
+        """Pieces of vectors that go through together: each needs tangents of parameters and of activations."""
+        step = rows_within_memory(8 * (self.layouts[block].size + rows * 64), vectors)
+        return [vectors[start : start + step] for start in range(0, len(vectors), step)]
+
+    def _check_vectors(self, block: str, vectors: torch.Tensor) -> None:
+        """Errors: ShapeMismatch."""
+        if vectors.ndim != 2 or vectors.shape[1] != self.layouts[block].size:
+            raise ShapeMismatch(f"Expected vectors (K, {self.layouts[block].size}), got {tuple(vectors.shape)}.")
 
     def _leaves(self, names: list[str]) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
         """What to swap for a call, and what to differentiate by: stand-ins for these parameters where possible."""
@@ -959,6 +1001,13 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         flat = torch.cat([found[name].reshape(*batch.x.shape, -1) for name in names], dim=-1).detach()
         weights = self.row_weights(batch)
         return wide(flat if weights is None else flat * weights.reshape((-1,) + (1,) * (flat.ndim - 1)))
+
+
+def _joined(products: list[torch.Tensor], vectors: torch.Tensor) -> torch.Tensor:
+    """Products of pieces of vectors, one below the other; a single one as it is, without a copy."""
+    if not products:
+        return vectors.clone()
+    return wide((products[0] if len(products) == 1 else torch.cat(products)).detach())
 
 
 def _only(tensor: torch.Tensor) -> list[torch.Tensor]:
