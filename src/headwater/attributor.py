@@ -219,8 +219,8 @@ class Attributor(ComposableInfluence[TensorType]):
     ) -> TopK:
         """The k most helpful and the k most harmful train rows of each query, without the matrix of scores in memory.
 
-        normalise, explain, store, memory, worker, append, query_error: as in `attribute`; the folder is one run for both.
-        Directions of groups, and of all queries as one, are those of the "mean".
+        normalise, explain, store, memory, worker, append, query_error: as in `attribute`; the folder is one run for
+        both. Directions of groups, and of all queries as one, are those of the "mean".
 
         queries_as: "each" query by itself, or all of them as one, their "mean" or "sum", which is then its name.
         groups: a label for each train row (by source, author, ...), in the loader's order, or a mapping from what rows
