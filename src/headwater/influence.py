@@ -19,9 +19,6 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from headwater.arrays import Array, namespace, summed
-from headwater.curvature.exact import Curvature as Kind
-from headwater.curvature.model import ModelCurvature
-from headwater.curvature.saved import TakenApart, moved, put_together, take_apart
 from headwater.errors import (
     BatchMismatch,
     BlockMismatch,
@@ -53,6 +50,9 @@ from headwater.types import InfluenceMode, TensorType
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from headwater.curvature.exact import Curvature as Kind
+    from headwater.curvature.model import ModelCurvature
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
@@ -296,6 +296,8 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         penalty of the training objective where that is known. It needs no `fit`, and is the same for every method.
         See `headwater.curvature.model`.
         """
+        from headwater.curvature.model import ModelCurvature
+
         rows = self.train_rows(loader)
         return ModelCurvature(self.source, rows, kind, fisher=fisher, seed=seed, penalty=penalty, progress=progress)
 
@@ -390,6 +392,8 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         fitted = self._need_fit()
         # The user may have moved the model; a fit on another device would fail at the first product.
         if self.source.device != fitted.device:
+            from headwater.curvature.saved import moved
+
             curvature = moved(fitted.curvature, self.provider, self.like())
             self._keep(replace(fitted, curvature=curvature, device=self.source.device))
         return self.block_mapper
@@ -407,6 +411,8 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
     def _taken_apart(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """What `fit` found, as JSON has it, and its arrays. Errors: those of `save`."""
+        from headwater.curvature.saved import take_apart
+
         self.check_weights()
         parts = take_apart(self.curvature)
         keys = {} if self.fitted_keys is None else {ROW_KEYS: self.fitted_keys}
@@ -416,6 +422,8 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         self, where: str, saved: Mapping[str, Any], arrays: Mapping[str, np.ndarray], loader: Iterable[object] | None
     ) -> None:
         """Take what `_taken_apart` gave, in place of `fit`; `where` it was read is for messages. Errors: as `load`."""
+        from headwater.curvature.saved import TakenApart, put_together
+
         if loader is not None:  # a provider that has taken rows' gradients knows the parts of its blocks
             self.source.grads(first_batch(self.provider, self._read_as(loader, "train")))
         self._check_identity(saved, where)

@@ -327,6 +327,22 @@ class Rows(Iterable[Any]):
                 self.memory.expect(keys)
 
 
+class KeptTrainRows(ABC):
+    """Gradients of train rows that were kept: they stand for the loader in a run."""
+
+    @abstractmethod
+    def train_rows(self, influence: Any) -> Rows:
+        """The rows, for a run of this influence. Errors: InvalidInput where they are of another."""
+
+
+class KeptQueryRows(ABC):
+    """Factors of query rows that were kept: they stand for the loader in a run."""
+
+    @abstractmethod
+    def query_rows(self, influence: Any) -> Iterable[object]:
+        """The rows, for a run of this influence. Errors: InvalidInput where they are of another."""
+
+
 def sweep(
     provider: StructuredGradientProvider,
     loader: Iterable[object],
