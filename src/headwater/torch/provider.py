@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from headwater.arrays import rows_within_memory
-from headwater.blocks import Layout, Structure
+from headwater.blocks import Layout, Part, Structure
 from headwater.errors import (
     BatchMismatch,
     BlockMismatch,
@@ -117,6 +117,8 @@ class Attempt:
     """The same by another provider of the model, on the same rows."""
     slopes: Callable[[], list[torch.Tensor]]
     """Its gradient at each floating tensor of the output: [n, ...]."""
+    losses: torch.Tensor | None = None
+    """Of the rows, [n], where nobody has looked yet whether they are finite."""
 
 
 class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]):
@@ -387,7 +389,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             rows = [self._plain.gradient(row, self._names, loss) for row in rows_of(batch)]
             return rows_in_blocks(self.layouts, rows, self.row_weights(batch) if weighted else None)
         found = self._trusted(batch, lambda: self._of_loss(batch, loss))
-        return self._blocks(found.values[0], len(batch), batch.weights if weighted else None)
+        return self._blocks(found, len(batch), batch.weights if weighted else None)[0]
 
     @undisturbed
     def fisher_grads(
@@ -398,7 +400,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             return [self.grads(batch, weighted=False)]
         if fisher == "empirical":  # the loss's own gradients, whatever the model's output is
             found = self._trusted(batch, lambda: self._of_loss(batch, self.loss))
-            return [self._blocks(found.values[0], len(batch), None)]
+            return self._blocks(found, len(batch), None)
 
         def choose(rows: TorchBatch, output: object) -> list[torch.Tensor]:
             numbers = [partial(self._numbers, self.row_keys(rows), number, seed) for number in draws]
@@ -434,7 +436,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
     ) -> list[BlockGradients] | None:
         """Gradient values of the output along cotangents [n, ...] that are chosen when the output is known."""
         found = self._trusted(batch, lambda: self._of_output(batch, choose))
-        return None if found is None else [self._blocks(values, len(batch), None) for values in found.values]
+        return None if found is None else self._blocks(found, len(batch), None)
 
     def _trusted(self, batch: TorchBatch, attempt: Callable[[], AttemptType]) -> AttemptType:
         """An attempt whose layer rules hold for the rows that are looked at, after plain gradients replaced others."""
@@ -453,7 +455,6 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         with autograd_on():
             recording, state = self._record(batch)
             losses = row_losses(loss, recording.output, batch.y)
-            check_finite(losses)
             values, failed = self._filled(recording, recording.output_grads(losses.sum()), batch)
             # The graph is let go as soon as the gradients are there: it holds every activation.
             cold = map_tensors(torch.Tensor.detach, recording.output)
@@ -468,6 +469,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             score=lambda output, rows: row_losses(loss, output, batch.take(rows).y),
             repeat=lambda other, rows: other._of_loss(rows, other.loss if loss is self.loss else other.measurement),
             slopes=slopes,
+            losses=losses.detach(),
         )
 
     def _of_output(self, batch: TorchBatch, choose: Callable[[Any], list[torch.Tensor] | None]) -> Attempt | None:
@@ -642,22 +644,26 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
                 found[name].append(dense(grad))
         return {name: torch.stack(rows) for name, rows in found.items()}
 
-    def _blocks(self, values: Mapping[Place, Gradient], rows: int, weights: torch.Tensor | None) -> BlockGradients:
-        blocks: BlockGradients = OrderedDict()
-        for name, layout in self.layouts.items():
-            value = self._block(layout, values, rows)
-            blocks[name] = value if weights is None else value.weighted(weights.to(value.like.dtype))
-        check_finite_grads(blocks)
-        return blocks
+    def _blocks(self, found: Attempt, rows: int, weights: torch.Tensor | None) -> list[BlockGradients]:
+        """For each thing that was differentiated. Errors: NonFiniteValue."""
+        draws: list[BlockGradients] = []
+        for values in found.values:
+            blocks: BlockGradients = OrderedDict()
+            for name, layout in self.layouts.items():
+                value = self._block(layout, values, rows)
+                blocks[name] = value if weights is None else value.weighted(weights.to(value.like.dtype))
+            draws.append(blocks)
+        check_finite_grads(draws, found.losses)
+        return draws
 
     def _block(self, layout: Layout, values: Mapping[Place, Gradient], rows: int) -> BlockGradient:
         """The parts of a block; those that no layer call filled are zero."""
-        like = wide(self._like)
-        parts = (
-            values.get((layout.block.name, k)) or Dense(like.new_zeros((rows, *part.shape)))
-            for k, part in enumerate(layout.parts)
-        )
+        name = layout.block.name
+        parts = (values.get((name, k)) or self._nothing(part, rows) for k, part in enumerate(layout.parts))
         return BlockGradient(layout, tuple(parts))
+
+    def _nothing(self, part: Part, rows: int) -> Gradient:
+        return Dense(wide(self._like).new_zeros((rows, *part.shape)))
 
     # The check on the first rows ----------------------------------------------------------------------------------
 
@@ -754,7 +760,11 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
 
     def _wrong_by_autograd(self, batch: TorchBatch, found: Attempt) -> list[str]:
         rows = self._sampler.choose(len(batch), self._work_per_row, found.what)
-        return [] if rows is None else self._compared(batch, found, rows)
+        if rows is None:
+            return []
+        if found.losses is not None:  # NaN differs from everything: rows would be said to act on each other
+            check_finite(found.losses)
+        return self._compared(batch, found, rows)
 
     def _compared(self, batch: TorchBatch, found: Attempt, rows: np.ndarray) -> list[str]:
         """Parameters whose layer rules are wrong for these rows; see `rowcheck`. Errors: RowsInteract."""
