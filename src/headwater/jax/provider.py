@@ -7,7 +7,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, Self
 
 import jax
@@ -249,7 +249,7 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         if fisher == "empirical":  # needs no cotangents, so that the output may be any tree
             return [self.grads(batch, weighted=False)]
         batch = self._prepare(batch)
-        keys = self.row_keys(batch)
+        keys = cache(lambda: self.row_keys(batch))  # only where a label is drawn
         numbers = [partial(self._numbers, keys, number, seed) for number in draws]
         output, loss = self._output(batch), self._output_loss(batch)
         return self._pull_back(
@@ -279,9 +279,9 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         """Targets in the form of the outputs."""
         return jax.tree.map(self.asked, batch.y)
 
-    def _numbers(self, keys: np.ndarray, number: int, seed: int, count: int, normal: bool) -> Any:
+    def _numbers(self, keys: Callable[[], np.ndarray], number: int, seed: int, count: int, normal: bool) -> Any:
         """Random numbers [n, count] for the rows of a batch: uniform, or standard normal."""
-        return self.asked(row_numbers(keys, number, seed, count, normal))
+        return self.asked(row_numbers(keys(), number, seed, count, normal))
 
     def _cut(self, values: object, batch: JaxBatch) -> Any:
         """What compiled functions gave, as the caller gets it, without the rows that padded the batch."""

@@ -56,6 +56,7 @@ from headwater.torch.check import (
     one_row_alone,
     with_a_gradient,
 )
+from headwater.torch.checksums import crc32s
 from headwater.torch.likelihoods import Likelihood, find_likelihood, fisher_cotangents, ggn_cotangents
 from headwater.torch.losses import Loss, check_finite, check_loss, normalisation, row_losses, slopes_at
 from headwater.torch.measurements import negative_logit, negative_margin
@@ -299,8 +300,12 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         if self._shards is not None:
             self._shards.agree(GATHER)
             self._shards.put_back()
-        tensors = chain(self.model.parameters(), self.model.buffers())
-        return tuple(zlib.crc32(_host(_as_bytes(whole(t.detach()))).tobytes()) for t in tensors)
+        tensors = [whole(t.detach()) for t in chain(self.model.parameters(), self.model.buffers())]
+        away = [k for k, t in enumerate(tensors) if not _is_on_host(t)]
+        found = dict(zip(away, crc32s(_as_bytes(tensors[k]) for k in away), strict=True))
+        return tuple(
+            found[k] if k in found else zlib.crc32(memoryview(_as_bytes(t).numpy())) for k, t in enumerate(tensors)
+        )
 
     # Batches ------------------------------------------------------------------------------------------------------
 
@@ -403,7 +408,9 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             return self._blocks(found, len(batch), None)
 
         def choose(rows: TorchBatch, output: object) -> list[torch.Tensor]:
-            numbers = [partial(self._numbers, self.row_keys(rows), number, seed) for number in draws]
+            # Only where a label is drawn: keys are made of the rows' content, on the host.
+            keys = cache(lambda: self.row_keys(rows))
+            numbers = [partial(self._numbers, keys, number, seed) for number in draws]
             return list(fisher_cotangents(self.likelihood, self.loss, output, rows.y, fisher, numbers))
 
         grads = self._pull_back(batch, partial(choose, batch))
@@ -557,9 +564,11 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         state = dict(self.model.named_parameters())
         return wide(torch.cat([whole(state[p.name].detach()).reshape(-1) for p in self._block_parameters(block)]))
 
-    def _numbers(self, keys: np.ndarray, number: int, seed: int, count: int, normal: bool) -> torch.Tensor:
+    def _numbers(
+        self, keys: Callable[[], np.ndarray], number: int, seed: int, count: int, normal: bool
+    ) -> torch.Tensor:
         """Random numbers [n, count] for the rows of a batch: uniform, or standard normal."""
-        return torch.as_tensor(row_numbers(keys, number, seed, count, normal), device=self.device)
+        return torch.as_tensor(row_numbers(keys(), number, seed, count, normal), device=self.device)
 
     def host_arrays(self, batch: TorchBatch, weighted: bool = False) -> list[np.ndarray]:
         leaves = [_host(t) for t in tree_leaves((batch.x, batch.y)) if isinstance(t, ARRAYS)]
@@ -986,6 +995,10 @@ def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.detach().coalesce()
         return torch.cat([_as_bytes(tensor.indices()), _as_bytes(tensor.values())])
     return tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
+
+
+def _is_on_host(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 def _host(tensor: torch.Tensor | np.ndarray) -> np.ndarray:
