@@ -175,6 +175,15 @@ class Outer(Gradient):
         values = multiply_left(None if first_left else left, turned.dense())
         return Dense(multiply_right(values, None if first_right else right))
 
+    def scale(self, weights: Array) -> Gradient:
+        values: Any = self.dense()
+        if values.dtype != weights.dtype:
+            return Dense(values * weights)
+        # In place, where the framework can: the values are nobody else's, and a second array of their size costs more
+        # (in fresh pages) than the product.
+        values *= weights
+        return Dense(values)
+
     def _turn(self, left: Array | None, right: Array | None) -> Outer:
         b = multiply_right(self.b, left)
         if right is None:
