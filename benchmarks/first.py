@@ -11,7 +11,8 @@ attributes ("first"), and does the last two again ("next", the median of five). 
 the same rounds.
 
 Bytecode is kept in a folder of its own, as an installed package has it, and a process that is not counted fills it.
-With `jax`, "compiled" is how many programs XLA compiled for the first scores.
+With `jax`, "compiled" is how many programs XLA compiled for the first scores, those of the parameters included;
+"+cache" finds them in a folder where another process left them (`headwater.jax.compilation_cache`).
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from typing import Any
 
 SOURCE = Path(__file__).parents[1] / "src"
 METHODS = {"graddot": "GradDot()", "ekfac": "Ekfac()", "ekfac_sampled": "Ekfac(fisher='sampled')", "cg": "Cg()"}
-JOBS = ["torch.graddot", "torch.ekfac", "torch.ekfac_sampled", "jax.graddot", "jax.ekfac", "jax.ekfac_sampled"]
+JOBS = ["torch.graddot", "torch.ekfac", "torch.ekfac_sampled", "jax.graddot", "jax.ekfac", "jax.ekfac+cache"]
 
 WORK = """
 import json, sys, time
-framework, method, profile = sys.argv[1:4]
+framework, method, profile, kept = sys.argv[1:5]
 clock = time.process_time
 import numpy as np
 if framework == "torch":
@@ -55,6 +56,10 @@ if profile:
     profiler = cProfile.Profile(clock)
     profiler.enable()
 import headwater as hw
+if kept:
+    from headwater.jax import compilation_cache
+    cache = compilation_cache(kept)
+    cache.__enter__()
 random = np.random.RandomState(0)
 sizes = (64, 256, 256, 10)
 weights = [random.randn(o, i).astype("float32") / i**0.5 for i, o in zip(sizes, sizes[1:])]
@@ -107,21 +112,26 @@ def environment(source: Path, cache: Path) -> dict[str, str]:
     return found
 
 
-def run(job: str, source: Path, cache: Path, profile: str = "", python: tuple[str, ...] = ()) -> Any:
+def command(job: str, cache: Path, profile: str = "", python: tuple[str, ...] = ()) -> list[str]:
     framework, _, method = job.partition(".")
-    command = [sys.executable, *python, "-c", WORK, framework, METHODS[method], profile]
-    done = subprocess.run(command, env=environment(source, cache), capture_output=True, text=True)
+    method, _, kept = method.partition("+")
+    folder = str(cache / "compiled") if kept else ""
+    return [sys.executable, *python, "-c", WORK, framework, METHODS[method], profile, folder]
+
+
+def run(job: str, source: Path, cache: Path, profile: str = "") -> Any:
+    done = subprocess.run(command(job, cache, profile), env=environment(source, cache), capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{job}: {done.stderr[-3000:]}")
-    if profile or python:
+    if profile:
         print(done.stderr, file=sys.stderr)
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def imports(job: str, source: Path, cache: Path) -> None:
-    framework, _, method = job.partition(".")
-    command = [sys.executable, "-X", "importtime", "-c", WORK, framework, METHODS[method], ""]
-    done = subprocess.run(command, env=environment(source, cache), capture_output=True, text=True, check=True)
+    framework = job.partition(".")[0]
+    asked = command(job, cache, python=("-X", "importtime"))
+    done = subprocess.run(asked, env=environment(source, cache), capture_output=True, text=True, check=True)
     lines = [line.removeprefix("import time:").split("|") for line in done.stderr.splitlines() if "|" in line]
     own = [(int(line[0]), line[2].strip()) for line in lines[1:]]
     # What comes with the framework is not ours: what follows its own line is.
@@ -139,7 +149,7 @@ def table(found: dict[tuple[str, str], list[dict[str, Any]]], reference: str) ->
             row[name] = round(statistics.median(each[name] for each in runs), 4)
         row["sum"], row["heavy"] = runs[0]["sum"], " ".join(runs[0]["heavy"])
         row["against torch"] = ""
-        other = found.get((job.replace("jax.", "torch."), version))
+        other = found.get((job.replace("jax.", "torch.").partition("+")[0], version))
         if job.startswith("jax.") and other:
             pairs = list(zip(runs, other, strict=True))
             ratios = [statistics.median(a[name] / b[name] for a, b in pairs) for name in ("first", "next")]

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache as caches
+
+_SETTINGS = (
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+    "jax_persistent_cache_min_entry_size_bytes",
+)
 
 
 @contextmanager
@@ -19,21 +26,16 @@ def compilation_cache(folder: str | os.PathLike[str]) -> Iterator[None]:
     and at its end they are again what they were. The folder is no exchange format: another version of JAX, or another
     machine, compiles anew.
     """
-    before = (
-        jax.config.jax_compilation_cache_dir,
-        jax.config.jax_persistent_cache_min_compile_time_secs,
-        jax.config.jax_persistent_cache_min_entry_size_bytes,
-    )
-    _use(os.fspath(folder), 0.0, -1)
+    before = [jax.config.values[name] for name in _SETTINGS]
+    _use((os.fspath(folder), 0.0, -1))
     try:
         yield
     finally:
-        _use(*before)
+        _use(before)
 
 
-def _use(folder: str | None, seconds: float, size: int) -> None:
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", size)
+def _use(values: Sequence[Any]) -> None:
+    for name, value in zip(_SETTINGS, values, strict=True):
+        jax.config.update(name, value)
     # JAX opens its cache once, at the first compilation, and would not look at the settings again.
     caches.reset_cache()
