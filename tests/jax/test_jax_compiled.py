@@ -11,7 +11,14 @@ import pytest
 
 import headwater as hw
 from headwater.attributor import Attributor
-from headwater.jax import JaxBatch, JaxComposableInfluence, JaxGradientProvider, compilation_cache, cross_entropy
+from headwater.jax import (
+    CrossEntropy,
+    JaxBatch,
+    JaxComposableInfluence,
+    JaxGradientProvider,
+    compilation_cache,
+    cross_entropy,
+)
 
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(size=(40, 5)), RNG.integers(0, 3, 40)
@@ -106,6 +113,19 @@ def test_tensors_are_handed_out_as_jaxs_and_taken_back():
     found += [influence.influences(*rows, mode="perturbation")]
     assert all(isinstance(each, jax.Array) for each in found)
     assert jnp.allclose(found[0], found[1], rtol=1e-12)
+
+
+def test_a_users_likelihood_gets_arrays_of_jax():
+    seen = []
+
+    class Mine(CrossEntropy):
+        def exact(self, loss, output, target):
+            seen.extend([output, target])
+            return super().exact(loss, output, target)
+
+    provider = JaxGradientProvider(fresh(), PARAMS, cross_entropy, likelihood=Mine()).in_numpy()
+    provider.fisher_grads(JaxBatch(X[:4], Y[:4]), "exact")
+    assert seen and all(isinstance(each, jax.Array) for each in seen)
 
 
 def test_draws_of_a_weight_that_is_used_straight_and_transposed_have_inputs_of_their_own():

@@ -119,7 +119,7 @@ def check_finite_grads(draws: Sequence[BlockGradients]) -> None:
     arrays: list[Any] = [*{id(array): array for part in parts for array in part.arrays}.values()]
     if all(isinstance(array, np.ndarray) for array in arrays):
         with np.errstate(over="ignore", invalid="ignore"):
-            sums = [array.sum(dtype=np.float64) for array in arrays]
+            sums: Any = [array.sum(dtype=np.float64) for array in arrays]
     else:
         sums = np.asarray(_sums(arrays))
     if np.isfinite(sums).all():

@@ -162,7 +162,9 @@ _compiled_apart = jax.jit(apart, static_argnums=(0, 1))
 def _with_inputs(value: Gradient, inputs: Any) -> Gradient:
     if inputs is None:
         return value
-    return replace(value, a=inputs) if isinstance(value, Outer) else replace(value, ids=inputs)  # type: ignore[call-arg]
+    if isinstance(value, Outer):
+        return replace(value, a=inputs)
+    return replace(value, ids=inputs) if isinstance(value, RowSparse) else value
 
 
 def _points(filling: Filling, leaves: Leaves) -> tuple[dict[int, jax.Array], dict[str, jax.Array]]:

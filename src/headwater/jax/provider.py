@@ -21,7 +21,17 @@ from headwater.gradients.algebra import Gradient
 from headwater.gradients.block import rows_in_blocks
 from headwater.gradients.coverage import Coverage
 from headwater.gradients.identity import identity_of, name_of
-from headwater.gradients.likelihoods import Likelihood, fisher_cotangents, ggn_cotangents, predicted_labels
+from headwater.gradients.likelihoods import (
+    Bernoulli,
+    CrossEntropy,
+    Elementwise,
+    Likelihood,
+    OwnHessian,
+    SquaredError,
+    fisher_cotangents,
+    ggn_cotangents,
+    predicted_labels,
+)
 from headwater.gradients.measurements import measurement_of, negative_logit, negative_margin
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
 from headwater.gradients.rowwise import differing
@@ -45,6 +55,9 @@ from headwater.random import row_keys, row_numbers
 from headwater.types import Batch
 
 Apply = Callable[[Any, Any], Any]
+
+NEUTRAL = (CrossEntropy, Bernoulli, SquaredError, Elementwise, OwnHessian)
+"""Likelihoods that call no function of a user's with arrays."""
 
 SMALL, SMALL_WORK = 256, 2**25
 """Rows, and multiply-adds of their gradients, some CPU ms, up to which padding is cheaper than compiling again: that
@@ -250,15 +263,16 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
             return [self.grads(batch, weighted=False)]
         batch = self._prepare(batch)
         keys = cache(lambda: self.row_keys(batch))  # only where a label is drawn
-        numbers = [partial(self._numbers, keys, number, seed) for number in draws]
-        output, loss = self._output(batch), self._output_loss(batch)
-        return self._pull_back(
-            batch, list(fisher_cotangents(self.likelihood, loss, output, self._target(batch), fisher, numbers))
-        )
+        told = self._for_likelihood()
+        numbers = [partial(told._numbers, keys, number, seed) for number in draws]
+        output, target, loss = told._output(batch), told._target(batch), told._output_loss(batch)
+        return self._pull_back(batch, list(fisher_cotangents(self.likelihood, loss, output, target, fisher, numbers)))
 
     def ggn_grads(self, batch: JaxBatch) -> list[BlockGradients] | None:
         batch = self._prepare(batch)
-        cotangents = ggn_cotangents(self.likelihood, self._output_loss(batch), self._output(batch), self._target(batch))
+        told = self._for_likelihood()
+        output, target, loss = told._output(batch), told._target(batch), told._output_loss(batch)
+        cotangents = ggn_cotangents(self.likelihood, loss, output, target)
         return None if cotangents is None else self._pull_back(batch, cotangents)
 
     def _output(self, batch: JaxBatch) -> Any:
@@ -266,6 +280,10 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         losses, output = derivatives.outputs_and_losses(self._model, self._leaves, *batch.padded(self._least))
         check_finite(losses, len(batch))
         return self._cut(output, batch)
+
+    def _for_likelihood(self) -> Self:
+        """What gives the likelihood its arrays: NumPy's only to those of this library, as a user's asks for JAX's."""
+        return self if type(self.likelihood) in NEUTRAL else self.in_jax()
 
     def _output_loss(self, batch: JaxBatch) -> JaxOutputLoss:
         return JaxOutputLoss(self._model.loss, self._given, rounded(len(batch), self._least))
@@ -308,8 +326,9 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
 
     def predicted(self, batch: JaxBatch) -> JaxBatch:
         batch = self._prepare(batch, self._measured)
-        output = self._cut(derivatives.outputs(self._model, self._leaves, batch.padded()[0]), batch)
-        target = self.asked(batch.y) if is_array(batch.y) else batch.y
+        told = self._for_likelihood()
+        output = told._cut(derivatives.outputs(self._model, self._leaves, batch.padded()[0]), batch)
+        target = told.asked(batch.y) if is_array(batch.y) else batch.y
         return replace(batch, y=predicted_labels(self.likelihood, output, target))
 
     def of_output(self, function: OutputFunction) -> Self:

@@ -216,7 +216,8 @@ RULES_BY_NAME: dict[str, Rule] = {"transformers.pytorch_utils.Conv1D": TRANSPOSE
 
 def rule_for(module: nn.Module) -> Rule | None:
     """The rule of the nearest known base class; lazy and transposed layers have none."""
-    known, rule = _rule_of(type(module))
+    kind: Any = type(module)
+    known, rule = _rule_of(kind)
     return rule if known or not _is_own_rms_norm(module) else OWN_RMS_NORM
 
 

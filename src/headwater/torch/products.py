@@ -294,18 +294,20 @@ def _gradient(function: Callable[..., torch.Tensor]) -> Callable[..., dict[str, 
     except ImportError:
         return torch.func.grad(function)
 
-    def gradient(*given: Any) -> dict[str, torch.Tensor]:
+    undo: Callable[[Any, int], Any] = _undo_create_differentiable
+
+    def gradient(*given: Any) -> Any:
         with grad_increment_nesting() as level, torch.enable_grad():
             chosen, *others = _wrap_all_tensors(given, level)
             leaves = {name: _create_differentiable(t, level) for name, t in chosen.items()}
             value = function(leaves, *others)
             if not value.requires_grad:
-                return _undo_create_differentiable({name: torch.zeros_like(t) for name, t in leaves.items()}, level)
+                return undo({name: torch.zeros_like(t) for name, t in leaves.items()}, level)
             # No argument grad_outputs: given one, torch imports the algebra after all.
             grads = torch.autograd.grad(
                 value, [*leaves.values()], create_graph=True, allow_unused=True, materialize_grads=True
             )
-            return _undo_create_differentiable(dict(zip(leaves, grads, strict=True)), level)
+            return undo(dict(zip(leaves, grads, strict=True)), level)
 
     return gradient
 

@@ -303,9 +303,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         tensors = [whole(t.detach()) for t in chain(self.model.parameters(), self.model.buffers())]
         away = [k for k, t in enumerate(tensors) if not _is_on_host(t)]
         found = dict(zip(away, crc32s(_as_bytes(tensors[k]) for k in away), strict=True))
-        return tuple(
-            found[k] if k in found else zlib.crc32(memoryview(_as_bytes(t).numpy())) for k, t in enumerate(tensors)
-        )
+        return tuple(found[k] if k in found else _checksum(t) for k, t in enumerate(tensors))
 
     # Batches ------------------------------------------------------------------------------------------------------
 
@@ -995,6 +993,12 @@ def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.detach().coalesce()
         return torch.cat([_as_bytes(tensor.indices()), _as_bytes(tensor.values())])
     return tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    """Of a tensor on the host."""
+    data: Any = _as_bytes(tensor).numpy()
+    return zlib.crc32(data)
 
 
 def _is_on_host(tensor: torch.Tensor) -> bool:
