@@ -16,7 +16,7 @@ from headwater.influence import ComposableInfluence, in_own_precision
 from headwater.loaders.batches import check_one
 from headwater.loaders.places import located
 from headwater.methods.damping import Damping
-from headwater.rows import Rows, Runner
+from headwater.rows import KeptQueryRows, KeptTrainRows, Rows, Runner
 from headwater.types import InfluenceMode, TensorType
 
 if TYPE_CHECKING:
@@ -272,18 +272,14 @@ class Attributor(ComposableInfluence[TensorType]):
 
     def _scored(self, loader: Iterable[object]) -> Rows:
         """Train rows that need only be scored: a loader's, or kept gradients. Errors: as `KeptGradients`."""
-        from headwater.run.kept import KeptGradients
-
-        if isinstance(loader, KeptGradients):
+        if isinstance(loader, KeptTrainRows):
             self.check_weights()
             return loader.train_rows(self)
         return self.train_rows(loader)
 
     def _explained(self, loader: Iterable[object]) -> Iterable[object]:
         """Query rows that need only be scored: a loader's, or kept factors. Errors: as `KeptFactors`."""
-        from headwater.run.factors import KeptFactors
-
-        return loader.query_rows(self) if isinstance(loader, KeptFactors) else self.query_rows(loader)
+        return loader.query_rows(self) if isinstance(loader, KeptQueryRows) else self.query_rows(loader)
 
     @in_own_precision
     def factors(

@@ -19,9 +19,6 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from headwater.arrays import Array, namespace, summed
-from headwater.curvature.exact import Curvature as Kind
-from headwater.curvature.model import ModelCurvature
-from headwater.curvature.saved import TakenApart, moved, put_together, take_apart
 from headwater.errors import (
     BatchMismatch,
     BlockMismatch,
@@ -52,6 +49,9 @@ from headwater.types import InfluenceMode, TensorType
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from headwater.curvature.exact import Curvature as Kind
+    from headwater.curvature.model import ModelCurvature
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
@@ -184,6 +184,11 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         """An array, of x or y, that a user gave without making a batch of it, as the framework takes it."""
         return array
 
+    @property
+    def own_source(self) -> StructuredGradientProvider:
+        """The model's provider, with arrays of the model's own framework."""
+        return self.source
+
     def train_rows(self, loader: Iterable[object]) -> Rows:
         """A loader of train rows for a run; the same object gives the same rows as when it was last read."""
         if isinstance(loader, Rows):
@@ -295,8 +300,10 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         penalty of the training objective where that is known. It needs no `fit`, and is the same for every method.
         See `headwater.curvature.model`.
         """
+        from headwater.curvature.model import ModelCurvature
+
         rows = self.train_rows(loader)
-        return ModelCurvature(self.source, rows, kind, fisher=fisher, seed=seed, penalty=penalty, progress=progress)
+        return ModelCurvature(self.own_source, rows, kind, fisher=fisher, seed=seed, penalty=penalty, progress=progress)
 
     @property
     def calibration(self) -> Any:
@@ -394,6 +401,8 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         fitted = self._need_fit()
         # The user may have moved the model; a fit on another device would fail at the first product.
         if self.source.device != fitted.device:
+            from headwater.curvature.saved import moved
+
             curvature = moved(fitted.curvature, self.provider, self.like())
             self._keep(replace(fitted, curvature=curvature, device=self.source.device))
         return self.block_mapper
@@ -411,6 +420,8 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
     def _taken_apart(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """What `fit` found, as JSON has it, and its arrays. Errors: those of `save`."""
+        from headwater.curvature.saved import take_apart
+
         self.check_weights()
         parts = take_apart(self.curvature)
         keys = {} if self.fitted_keys is None else {ROW_KEYS: self.fitted_keys}
@@ -420,6 +431,8 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         self, where: str, saved: Mapping[str, Any], arrays: Mapping[str, np.ndarray], loader: Iterable[object] | None
     ) -> None:
         """Take what `_taken_apart` gave, in place of `fit`; `where` it was read is for messages. Errors: as `load`."""
+        from headwater.curvature.saved import TakenApart, put_together
+
         if loader is not None:  # a provider that has taken rows' gradients knows the parts of its blocks
             self.source.grads(first_batch(self.provider, self._read_as(loader, "train")))
         self._check_identity(saved, where)
@@ -496,8 +509,8 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         mapper, mode, test, train = self._asked(x_test, y_test, x, y, mode)
         with self._recorded():
             if mode is InfluenceMode.Perturbation and not mapper.own_forms:
-                return mapper.perturbation(mapper.transformed_grads(test), train)
-            return summed(mapper.interactions(test, train, mode).values())
+                return self.handed_out(mapper.perturbation(mapper.transformed_grads(test), train))
+            return self.handed_out(summed(mapper.interactions(test, train, mode).values()))
 
     @in_own_precision
     def damping_path(
@@ -516,7 +529,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         _, mode, test, train = self._asked(x_test, y_test, x, y, mode)
         others = [self.with_damping(damping).ready() for damping in dampings]
         if any(mapper.own_forms for mapper in others):  # factors are no help to a form that is not <Op left, right>
-            return [summed(mapper.interactions(test, train, mode).values()) for mapper in others]
+            return [self.handed_out(summed(mapper.interactions(test, train, mode).values())) for mapper in others]
         grads = self.provider.grads(test, query=True) if others else {}
         factors: list[dict[str, Array]] = [{} for _ in others]
         with self._recorded():
@@ -525,9 +538,9 @@ class ComposableInfluence(ABC, Generic[TensorType]):
                 for found, factor in zip(factors, apply_path(operators, operators[0].seen(value).flat()), strict=True):
                     found[name] = factor
         if mode is InfluenceMode.Perturbation:
-            return [mapper.perturbation(f, train) for mapper, f in zip(others, factors, strict=True)]
+            return [self.handed_out(mapper.perturbation(f, train)) for mapper, f in zip(others, factors, strict=True)]
         return [
-            summed(mapper.interactions_from_transformed_grads(f, train, mode).values())
+            self.handed_out(summed(mapper.interactions_from_transformed_grads(f, train, mode).values()))
             for mapper, f in zip(others, factors, strict=True)
         ]
 
@@ -543,7 +556,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         """`influences`, one summand for each block."""
         mapper, mode, test, train = self._asked(x_test, y_test, x, y, mode)
         with self._recorded():
-            return mapper.interactions(test, train, mode)
+            return self._each_handed_out(mapper.interactions(test, train, mode))
 
     @in_own_precision
     def influence_factors(self, x: object, y: object) -> TensorType:
@@ -556,7 +569,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         """Op(gradient) of each row: (N, D_block) by block."""
         mapper, batch = self.ready(), self._batch(x, y, "x and y")
         with self._recorded():
-            return mapper.transformed_grads(batch)
+            return self._each_handed_out(mapper.transformed_grads(batch))
 
     @in_own_precision
     def influences_from_factors(
@@ -568,9 +581,10 @@ class ComposableInfluence(ABC, Generic[TensorType]):
     ) -> TensorType:
         """`influences` from factors computed before: one tensor (N, D), or a dict by block."""
         mode, mapper, train = InfluenceMode(mode), self.ready(), self._batch(x, y, "x and y")
+        factors = self.taken_in(z_test_factors)
         if mode is InfluenceMode.Perturbation:
-            return mapper.perturbation(z_test_factors, train)
-        return summed(mapper.interactions_from_transformed_grads(z_test_factors, train, mode).values())
+            return self.handed_out(mapper.perturbation(factors, train))
+        return self.handed_out(summed(mapper.interactions_from_transformed_grads(factors, train, mode).values()))
 
     @in_own_precision
     def influences_from_factors_by_block(
@@ -582,7 +596,20 @@ class ComposableInfluence(ABC, Generic[TensorType]):
     ) -> OrderedDict[str, TensorType]:
         """`influences_from_factors`, one summand for each block."""
         mode, mapper, train = InfluenceMode(mode), self.ready(), self._batch(x, y, "x and y")
-        return mapper.interactions_from_transformed_grads(z_test_factors, train, mode)
+        factors = self.taken_in(z_test_factors)
+        return self._each_handed_out(mapper.interactions_from_transformed_grads(factors, train, mode))
+
+    def handed_out(self, array: Any) -> TensorType:
+        """An array of the maths as the caller gets it; of the provider's own framework, unless it says otherwise."""
+        found: TensorType = array
+        return found
+
+    def taken_in(self, arrays: Any) -> Any:
+        """Arrays that `handed_out` gave, one or by block, as the maths takes them."""
+        return arrays
+
+    def _each_handed_out(self, arrays: Mapping[str, Any]) -> OrderedDict[str, TensorType]:
+        return OrderedDict((name, self.handed_out(array)) for name, array in arrays.items())
 
     def _asked(
         self, x_test: object, y_test: object, x: object, y: object, mode: InfluenceMode | str

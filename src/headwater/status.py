@@ -12,7 +12,6 @@ import numpy as np
 from headwater.arrays import to_numpy
 from headwater.errors import NotFittedError
 from headwater.methods.base import Method
-from headwater.methods.low_rank import LowRankMethod
 from headwater.operators.algebra import LinearOperator
 from headwater.operators.approximated import ApproximatedOperator
 from headwater.operators.iterative import SolveReport
@@ -178,7 +177,7 @@ def _kept(method: Method, curvature: LinearOperator) -> dict[str, Any]:
     """Rank and share of the trace, where a method sees the curvature through few directions."""
     if isinstance(curvature, ProjectedOperator):
         return {"kept_rank": curvature.kept_rank, "kept_mass": curvature.kept_mass}
-    if isinstance(method, LowRankMethod) and isinstance(curvature, ApproximatedOperator):
+    if method.keeps_leading and isinstance(curvature, ApproximatedOperator):
         leading = curvature.approximation
         assert isinstance(leading, EigenpairsOperator)
         return {

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from headwater.errors import InvalidSetting, ShapeMismatch
-from headwater.evaluate.calibration import Calibration
 from headwater.settings import check_word
 from headwater.store.diagnosis import Diagnosis
 from headwater.store.ends import TopKSink, check_labels
 from headwater.store.ids import NamedColumns, check_columns, count_from_zero
 from headwater.store.matrix import Columns
 from headwater.store.topk import TopK
+
+if TYPE_CHECKING:
+    from headwater.evaluate.calibration import Calibration
 
 UNIT_IN_WORDS = {
     "influence": "decrease of the query's {of} per unit of weight on the train row in the mean objective",
@@ -204,6 +206,8 @@ class ScoreMatrix:
 
 def from_attributes(found: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of `Scores`, from what `Scores.attributes` gave."""
+    from headwater.evaluate.calibration import Calibration
+
     calibration, diagnosis = found.get("calibration"), found.get("diagnosis")
     return {
         **{name: found[name] for name in ("unit", "n_train", "method", "damping", "explained", "coverage")},

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -220,13 +221,20 @@ RULES_BY_NAME: dict[str, Rule] = {"transformers.pytorch_utils.Conv1D": TRANSPOSE
 
 def rule_for(module: nn.Module) -> Rule | None:
     """The rule of the nearest known base class; lazy and transposed layers have none."""
+    kind: Any = type(module)
+    known, rule = _rule_of(kind)
+    return rule if known or not _is_own_rms_norm(module) else OWN_RMS_NORM
+
+
+@lru_cache(maxsize=1024)
+def _rule_of(kind: type[nn.Module]) -> tuple[bool, Rule | None]:
+    """Whether the class says what the rule is, and the rule."""
     # A transposed convolution is a subclass of the convolutions' base and would take their rule.
-    if isinstance(module, (nn.modules.lazy.LazyModuleMixin, nn.modules.conv._ConvTransposeNd)):
-        return None
-    found = (
-        RULES.get(kind) or RULES_BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}") for kind in type(module).__mro__
-    )
-    return next((rule for rule in found if rule is not None), OWN_RMS_NORM if _is_own_rms_norm(module) else None)
+    if issubclass(kind, (nn.modules.lazy.LazyModuleMixin, nn.modules.conv._ConvTransposeNd)):
+        return True, None
+    found = (RULES.get(base) or RULES_BY_NAME.get(f"{base.__module__}.{base.__qualname__}") for base in kind.__mro__)
+    rule = next((rule for rule in found if rule is not None), None)
+    return rule is not None, rule
 
 
 def _is_own_rms_norm(module: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from headwater.arrays import rows_within_memory
-from headwater.blocks import Layout, Structure
+from headwater.blocks import Layout, Part, Structure
 from headwater.errors import (
     BatchMismatch,
     BlockMismatch,
@@ -63,6 +63,7 @@ from headwater.torch.check import (
     one_row_alone,
     with_a_gradient,
 )
+from headwater.torch.checksums import crc32s
 from headwater.torch.likelihoods import Likelihood, find_likelihood, fisher_cotangents, ggn_cotangents
 from headwater.torch.linearised import KeptGradient
 from headwater.torch.losses import Loss, check_finite, check_loss, normalisation, row_losses, slopes_at
@@ -125,6 +126,8 @@ class Attempt:
     """The same by another provider of the model, on the same rows."""
     slopes: Callable[[], list[torch.Tensor]]
     """Its gradient at each floating tensor of the output: [n, ...]."""
+    losses: torch.Tensor | None = None
+    """Of the rows, [n], where nobody has looked yet whether they are finite."""
 
 
 class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]):
@@ -305,8 +308,10 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         if self._shards is not None:
             self._shards.agree(GATHER)
             self._shards.put_back()
-        tensors = chain(self.model.parameters(), self.model.buffers())
-        return tuple(zlib.crc32(_host(_as_bytes(whole(t.detach()))).tobytes()) for t in tensors)
+        tensors = [whole(t.detach()) for t in chain(self.model.parameters(), self.model.buffers())]
+        away = [k for k, t in enumerate(tensors) if not _is_on_host(t)]
+        found = dict(zip(away, crc32s(_as_bytes(tensors[k]) for k in away), strict=True))
+        return tuple(found[k] if k in found else _checksum(t) for k, t in enumerate(tensors))
 
     # Batches ------------------------------------------------------------------------------------------------------
 
@@ -395,7 +400,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             rows = [self._plain.gradient(row, self._names, loss) for row in rows_of(batch)]
             return rows_in_blocks(self.layouts, rows, self.row_weights(batch) if weighted else None)
         found = self._trusted(batch, lambda: self._of_loss(batch, loss))
-        return self._blocks(found.values[0], len(batch), batch.weights if weighted else None)
+        return self._blocks(found, len(batch), batch.weights if weighted else None)[0]
 
     @undisturbed
     def fisher_grads(
@@ -406,10 +411,12 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             return [self.grads(batch, weighted=False)]
         if fisher == "empirical":  # the loss's own gradients, whatever the model's output is
             found = self._trusted(batch, lambda: self._of_loss(batch, self.loss))
-            return [self._blocks(found.values[0], len(batch), None)]
+            return self._blocks(found, len(batch), None)
 
         def choose(rows: TorchBatch, output: object) -> list[torch.Tensor]:
-            numbers = [partial(self._numbers, self.row_keys(rows), number, seed) for number in draws]
+            # Only where a label is drawn: keys are made of the rows' content, on the host.
+            keys = cache(lambda: self.row_keys(rows))
+            numbers = [partial(self._numbers, keys, number, seed) for number in draws]
             return list(fisher_cotangents(self.likelihood, self.loss, output, rows.y, fisher, numbers))
 
         grads = self._pull_back(batch, partial(choose, batch))
@@ -442,7 +449,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
     ) -> list[BlockGradients] | None:
         """Gradient values of the output along cotangents [n, ...] that are chosen when the output is known."""
         found = self._trusted(batch, lambda: self._of_output(batch, choose))
-        return None if found is None else [self._blocks(values, len(batch), None) for values in found.values]
+        return None if found is None else self._blocks(found, len(batch), None)
 
     def _trusted(self, batch: TorchBatch, attempt: Callable[[], AttemptType]) -> AttemptType:
         """An attempt whose layer rules hold for the rows that are looked at, after plain gradients replaced others."""
@@ -461,7 +468,6 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         with autograd_on():
             recording, state = self._record(batch)
             losses = row_losses(loss, recording.output, batch.y)
-            check_finite(losses)
             values, failed = self._filled(recording, recording.output_grads(losses.sum()), batch)
             # The graph is let go as soon as the gradients are there: it holds every activation.
             cold = map_tensors(torch.Tensor.detach, recording.output)
@@ -476,6 +482,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             score=lambda output, rows: row_losses(loss, output, batch.take(rows).y),
             repeat=lambda other, rows: other._of_loss(rows, other.loss if loss is self.loss else other.measurement),
             slopes=slopes,
+            losses=losses.detach(),
         )
 
     def _of_output(self, batch: TorchBatch, choose: Callable[[Any], list[torch.Tensor] | None]) -> Attempt | None:
@@ -563,9 +570,11 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         state = dict(self.model.named_parameters())
         return wide(torch.cat([whole(state[p.name].detach()).reshape(-1) for p in self._block_parameters(block)]))
 
-    def _numbers(self, keys: np.ndarray, number: int, seed: int, count: int, normal: bool) -> torch.Tensor:
+    def _numbers(
+        self, keys: Callable[[], np.ndarray], number: int, seed: int, count: int, normal: bool
+    ) -> torch.Tensor:
         """Random numbers [n, count] for the rows of a batch: uniform, or standard normal."""
-        return torch.as_tensor(row_numbers(keys, number, seed, count, normal), device=self.device)
+        return torch.as_tensor(row_numbers(keys(), number, seed, count, normal), device=self.device)
 
     def host_arrays(self, batch: TorchBatch, weighted: bool = False) -> list[np.ndarray]:
         leaves = [_host(t) for t in tree_leaves((batch.x, batch.y)) if isinstance(t, ARRAYS)]
@@ -650,22 +659,26 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
                 found[name].append(dense(grad))
         return {name: torch.stack(rows) for name, rows in found.items()}
 
-    def _blocks(self, values: Mapping[Place, Gradient], rows: int, weights: torch.Tensor | None) -> BlockGradients:
-        blocks: BlockGradients = OrderedDict()
-        for name, layout in self.layouts.items():
-            value = self._block(layout, values, rows)
-            blocks[name] = value if weights is None else value.weighted(weights.to(value.like.dtype))
-        check_finite_grads(blocks)
-        return blocks
+    def _blocks(self, found: Attempt, rows: int, weights: torch.Tensor | None) -> list[BlockGradients]:
+        """For each thing that was differentiated. Errors: NonFiniteValue."""
+        draws: list[BlockGradients] = []
+        for values in found.values:
+            blocks: BlockGradients = OrderedDict()
+            for name, layout in self.layouts.items():
+                value = self._block(layout, values, rows)
+                blocks[name] = value if weights is None else value.weighted(weights.to(value.like.dtype))
+            draws.append(blocks)
+        check_finite_grads(draws, found.losses)
+        return draws
 
     def _block(self, layout: Layout, values: Mapping[Place, Gradient], rows: int) -> BlockGradient:
         """The parts of a block; those that no layer call filled are zero."""
-        like = wide(self._like)
-        parts = (
-            values.get((layout.block.name, k)) or Dense(like.new_zeros((rows, *part.shape)))
-            for k, part in enumerate(layout.parts)
-        )
+        name = layout.block.name
+        parts = (values.get((name, k)) or self._nothing(part, rows) for k, part in enumerate(layout.parts))
         return BlockGradient(layout, tuple(parts))
+
+    def _nothing(self, part: Part, rows: int) -> Gradient:
+        return Dense(wide(self._like).new_zeros((rows, *part.shape)))
 
     # The check on the first rows ----------------------------------------------------------------------------------
 
@@ -762,7 +775,11 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
 
     def _wrong_by_autograd(self, batch: TorchBatch, found: Attempt) -> list[str]:
         rows = self._sampler.choose(len(batch), self._work_per_row, found.what)
-        return [] if rows is None else self._compared(batch, found, rows)
+        if rows is None:
+            return []
+        if found.losses is not None:  # NaN differs from everything: rows would be said to act on each other
+            check_finite(found.losses)
+        return self._compared(batch, found, rows)
 
     def _compared(self, batch: TorchBatch, found: Attempt, rows: np.ndarray) -> list[str]:
         """Parameters whose layer rules are wrong for these rows; see `rowcheck`. Errors: RowsInteract."""
@@ -1025,6 +1042,16 @@ def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.detach().coalesce()
         return torch.cat([_as_bytes(tensor.indices()), _as_bytes(tensor.values())])
     return tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    """Of a tensor on the host."""
+    data: Any = _as_bytes(tensor).numpy()
+    return zlib.crc32(data)
+
+
+def _is_on_host(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 def _host(tensor: torch.Tensor | np.ndarray) -> np.ndarray:
