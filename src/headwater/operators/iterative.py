@@ -152,8 +152,12 @@ class IterativeInverse(LinearOperator):
         label: str = "",
     ):
         self.curvature, self.damping, self.solver = curvature, float(damping), solver
-        self.preconditioner, self.label = preconditioner, label
+        self._preconditioner, self.label = preconditioner, label
         self.psd = curvature.psd
+
+    @property
+    def preconditioner(self) -> LinearOperator | None:
+        return self._preconditioner
 
     @property
     def input_size(self) -> int:
@@ -165,7 +169,7 @@ class IterativeInverse(LinearOperator):
         # C x = b is linear in b: scaling by rows, and back, changes no digit that counts.
         rhs, scale = _scaled(rhs, self.label)
         solution = self.solver.solve(self.curvature, self.damping, rhs, self.preconditioner, self.label)
-        _note(solution.report)
+        note(solution.report)
         return _unscaled(solution.x, scale, self.label).reshape(tensor.shape)
 
     def adjoint(self) -> IterativeInverse:
@@ -195,7 +199,7 @@ def _solved_path(inverses: Sequence[IterativeInverse], tensor: Array) -> list[Ar
     solutions = hardest.solver.solve_path(hardest.curvature, dampings, rhs, hardest.preconditioner, label)
     found: dict[int, Array] = {}
     for k, solution in zip(order, solutions, strict=True):
-        _note(solution.report)
+        note(solution.report)
         found[k] = _unscaled(solution.x, scale, label).reshape(tensor.shape)
     return [found[k] for k in range(len(inverses))]
 
@@ -241,7 +245,8 @@ def _unscaled(x: Array, scale: Array | None, label: str) -> Array:
     return refuse_nonfinite(x if scale is None else x * scale, f"Block {label!r}: what was solved for")
 
 
-def _note(report: SolveReport) -> None:
+def note(report: SolveReport) -> None:
+    """Tell whoever records solves, and warn of columns that missed the tolerance."""
     log = _LOG.get()
     if log is not None:
         log.append(report)
