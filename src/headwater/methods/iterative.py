@@ -70,7 +70,8 @@ class PreconditionedMethod(ProductMethod[Preconditioned]):
     """"dual" (the heaviest gradients of the outputs, inverted exactly through their Gram matrix), "ekfac", "kfac",
     "nystroem" (rank 50), "diagonal" (Hutchinson's estimate), None, or "auto": dual for few outputs, else EKFAC."""
     tolerance: float | None = None
-    """Relative residual of each solve; None for the square root of eps (3e-4 in float32)."""
+    """Relative residual of each solve; None for the square root of eps (3e-4 in float32). Of scores that no solve is needed
+    for: their error, relative to the roots of what both rows score on themselves."""
     allow_indefinite: bool = False
     """Solve with a Hessian although it has negative eigenvalues at the damping; refused otherwise."""
 
@@ -215,6 +216,9 @@ def refuse_indefinite(curvature: CurvatureOperator, damping: float, *, surely: b
 @dataclass(frozen=True, kw_only=True)
 class Cg(PreconditionedMethod):
     """Conjugate gradients on (C + damping) x = g for all queries together; columns that have converged leave.
+
+    Of few outputs no system is solved where a span of heavy gradients gives the scores within the tolerance: see
+    `headwater.curvature.span`.
 
     Sources: Hestenes and Stiefel 1952; Martens 2010 (curvature by products).
     """
