@@ -70,8 +70,8 @@ class PreconditionedMethod(ProductMethod[Preconditioned]):
     """"dual" (the heaviest gradients of the outputs, inverted exactly through their Gram matrix), "ekfac", "kfac",
     "nystroem" (rank 50), "diagonal" (Hutchinson's estimate), None, or "auto": dual for few outputs, else EKFAC."""
     tolerance: float | None = None
-    """Relative residual of each solve; None for the square root of eps (3e-4 in float32). Of scores that no solve is needed
-    for: their error, relative to the roots of what both rows score on themselves."""
+    """Relative residual of each solve; None for the square root of eps (3e-4 in float32). Where no solve is needed: the
+    error of a score, relative to the roots of what its two rows score on themselves."""
     allow_indefinite: bool = False
     """Solve with a Hessian although it has negative eigenvalues at the damping; refused otherwise."""
 

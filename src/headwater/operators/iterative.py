@@ -36,8 +36,8 @@ class SolveReport:
     label: str
     """What was inverted: the block's name."""
     residual: np.ndarray
-    """|b - (C + damping) x| / |b|, as the solver knows it; zero where b is. Where nothing was solved for (no iterations),
-    the largest error of a score that was measured, relative to the roots of what its two rows score on themselves."""
+    """|b - (C + damping) x| / |b|, as the solver knows it; zero where b is. Without iterations, where nothing was solved
+    for: the largest error of a score that was measured, relative to the roots of what its rows score on themselves."""
     iterations: np.ndarray
     """Steps that the column took part in."""
     outcome: np.ndarray
