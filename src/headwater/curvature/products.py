@@ -23,7 +23,7 @@ from headwater.arrays import Array, device, identity, itemsize, namespace, worki
 from headwater.curvature.exact import Curvature, check_kind
 from headwater.curvature.means import positive_weight, total_weight
 from headwater.errors import BatchMismatch, NonFiniteValue
-from headwater.gradients.draws import DrawsProduct, squared_norms
+from headwater.gradients.draws import DrawsProduct, are_single_products, squared_norms
 from headwater.gradients.provider import BlockGradients, Fisher, Linearised, StructuredGradientProvider
 from headwater.memory import as_many_as_fit
 from headwater.operators.algebra import LinearOperator, rowwise_inner
@@ -174,6 +174,11 @@ class RowDraws:
     @property
     def is_kept(self) -> bool:
         return self._kept is not None
+
+    def has_single_products(self, block: str) -> bool:
+        """Whether all draws are in memory, each of them one outer product for each part of the block."""
+        pieces = self._kept or ()
+        return bool(pieces) and all(are_single_products(draw[block]) for piece in pieces for draw in piece.draws or ())
 
 
 @dataclass(eq=False)
