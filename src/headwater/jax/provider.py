@@ -403,7 +403,7 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
 
     def _weigh(self, values: Mapping[Place, Gradient]) -> None:
         """What gradients of a row cost: numbers, and multiply-adds."""
-        self._numbers_per_row = sum(a.size for value in values.values() for a in value.arrays)
+        self._numbers_per_row = sum(math.prod(a.shape) for value in values.values() for a in value.arrays)
         self._work_per_row = sum((value.positions or 1) * math.prod(value.shape) for value in values.values())
 
     def _learn(self, x: object) -> None:
@@ -462,10 +462,9 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
             exact = plain.product(self._model, kind, vectors, chosen, self._leaves, rows, self.row_weights(batch))
             if exact is not None:
                 return self._given(exact)
-        (x, y), weights, found = batch.padded(), self.row_weights(batch), []
-        kind_of_weights = jnp.promote_types(self._like.dtype, jnp.float32)
-        weights = np.ones(len(batch), kind_of_weights) if weights is None else weights
-        weights = _padded_to(weights, rounded(len(batch)))
+        (x, y), given, found = batch.padded(), self.row_weights(batch), []
+        ones = np.ones(len(batch), jnp.promote_types(self._like.dtype, jnp.float32))
+        weights = _padded_to(ones if given is None else given, rounded(len(batch)))
         step = rows_within_memory(8 * (size + len(batch) * 64), self._like)
         for start in range(0, len(vectors), step):
             some, stop = vectors[start : start + step], min(step, len(vectors) - start)

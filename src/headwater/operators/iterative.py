@@ -36,7 +36,7 @@ class SolveReport:
     label: str
     """What was inverted: the block's name."""
     residual: np.ndarray
-    """|b - (C + damping) x| / |b|, as the solver knows it; zero where b is. Without iterations, where nothing was solved
+    """|b - (C + damping) x| / |b|, as the solver knows it; zero where b is. Without iterations, as nothing was solved
     for: the largest error of a score that was measured, relative to the roots of what its rows score on themselves."""
     iterations: np.ndarray
     """Steps that the column took part in."""
