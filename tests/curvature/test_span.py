@@ -21,8 +21,9 @@ DAMPING = 0.05
 
 @pytest.fixture(autouse=True)
 def small_spans(monkeypatch):
-    """Sizes at which a network of 144 parameters and 240 gradients has several spans."""
-    monkeypatch.setattr(span, "SIZES", (16, 48, 96))
+    """Sizes at which a network of 244 parameters and 240 gradients has several spans."""
+    monkeypatch.setattr(span, "FIRST", 16)
+    monkeypatch.setattr(span, "LARGEST", 150)
     monkeypatch.setattr(span, "PRECONDITIONER", 48)
     monkeypatch.setattr(span, "PROBES", 4)
     monkeypatch.setattr(iterative, "SPANNED", 0)
@@ -31,7 +32,7 @@ def small_spans(monkeypatch):
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    found = nn.Sequential(nn.Linear(5, 12), nn.Tanh(), nn.Linear(12, CLASSES)).double()
+    found = nn.Sequential(nn.Linear(5, 24), nn.Tanh(), nn.Linear(24, CLASSES)).double()
     for parameter in found.parameters():
         parameter.data *= 2.0  # confident: few gradients are heavy
     return found
@@ -121,7 +122,7 @@ def test_a_span_costs_the_products_of_a_few_probes_and_no_pass_over_the_rows(mod
     made.influences(XQ, YQ, X, Y)
     (report,) = made.solves.values()
     assert not passes
-    assert report.products <= 3 * span.PROBES
+    assert report.products <= 4 * span.PROBES
     assert (report.iterations == 0).all() and len(report.residual) == len(XQ)
 
 
@@ -137,10 +138,19 @@ def test_less_damping_takes_a_larger_span(model):
     def size(damping):
         made = influence(model, 1e-2, damping=damping)
         made.influences(XQ, YQ, X, Y)
-        return solve_of(made)._sizes[:1]
+        return solve_of(made)._size
 
-    assert size(100.0) == [16]
+    assert size(100.0) == 16
     assert size(0.2) > size(100.0)
+
+
+def test_the_span_of_all_gradients_is_exact(model, monkeypatch):
+    monkeypatch.setattr(span, "LARGEST", ROWS * CLASSES)
+    made = influence(model, 1e-9)
+    scores = made.influences(XQ, YQ, X, Y).numpy()
+    # Three of a row's four gradients are not zero: the output's Hessian has no curvature along ones.
+    assert solve_of(made)._size >= ROWS * (CLASSES - 1)
+    np.testing.assert_allclose(scores, exact(model)[0], rtol=1e-8, atol=1e-10 * np.abs(scores).max())
 
 
 def test_every_damping_reads_the_rows_once(model, monkeypatch):

@@ -1,6 +1,6 @@
 """A curvature on the span of its heaviest gradients: scores from m numbers a row, with an error that is measured.
 
-With Phi [m, D] the heaviest gradients of rows and draws, P the projection on their span, F all gradients (each times
+With Phi [m, D] the heaviest gradients of the rows, P the projection on their span, F all gradients (each times
 the root of its row's weight), W the rows' weight, C = F^T F / W:
 
     Phi Phi^T = L L^T,   B = L^-1 Phi F^T F Phi^T L^-T / W
@@ -48,7 +48,7 @@ from headwater.curvature.dual import (
 from headwater.curvature.products import CurvatureOperator, DrawnRows
 from headwater.errors import SingularOperator
 from headwater.gradients.block import BlockGradient
-from headwater.gradients.draws import are_single_products, inner_draws
+from headwater.gradients.draws import are_single_products, inner_draws, principal
 from headwater.operators.algebra import LinearOperator, rowwise_inner
 from headwater.operators.iterative import (
     CONVERGED,
@@ -63,25 +63,36 @@ from headwater.operators.iterative import (
 )
 from headwater.rows import Total
 
-SIZES = (1024, 2048, 3072, 4096)
-"""Gradients that a span is made of: as few of these as the error allows."""
+FIRST, LARGEST = 768, 4096
+"""Gradients of the first span that is tried, and of the largest there is."""
+STEEPNESS = 1.8
+"""The error falls with the trace outside of the span to at least about this power (on digits, at 10 to 900 mean
+eigenvalues): a guess at how many gradients will do, after which the error is measured again."""
 PRECONDITIONER = 2048
 """Gradients of the span that stands for the curvature where vectors are solved for."""
-GUESS = 1.5e-6
-"""Error to expect where what is left out of the span has a trace of one damping; it grows with the square. Of the
-digits network of the benchmarks, and only a guess where to begin: each error is measured."""
 COUNTED = 1.0 - 1e-5
 """Share of the trace that the gradients hold which are projected on the span; the lightest hold the rest."""
 PROBES = 8
 """Vectors on either side that an error is measured on."""
 
 
-class SpanOperator(DualOperator):
+class PrincipalRows(RowSumOperator):
+    """A sum over rows by its rows' principal gradients: the same sum, most of it in the fewest."""
+
+    def draws(self, rows: DrawnRows) -> list[BlockGradient]:
+        return principal(super().draws(rows))
+
+
+class SomePrincipalRows(PrincipalRows, DualOperator):
+    """Some of these."""
+
+
+class SpanOperator(SomePrincipalRows):
     """P C P, for the span of the kept gradients."""
 
     def __init__(self, curvature: CurvatureOperator, rows: float, held: HeldRows, counted: np.ndarray):
         """counted: whether each gradient [n k] counts in C; all but the lightest do."""
-        super().__init__(curvature, rows, held=held)
+        super().__init__(curvature, rows, held)
         self.counted = counted
 
     @property
@@ -92,8 +103,10 @@ class SpanOperator(DualOperator):
     def basis(self) -> Array:
         """L [m, m], lower triangular: L^-1 Phi are orthonormal, but for directions that rounding hides."""
         gram, xp = self.gram, namespace(self.gram)
-        # Of the gradients' dtype: Phi Phi^T is singular where rows are alike, and known to its rounding.
-        hidden = float(xp.finfo(self.curvature.like.dtype).eps) * float(xp.max(xp.sum(xp.abs(gram), axis=1)))
+        # Where rows are alike it is singular, and known to the rounding of the gradients, and of its own factorisation.
+        entries = float(xp.finfo(self.curvature.like.dtype).eps) * float(xp.max(xp.sum(xp.abs(gram), axis=1)))
+        factors = 4 * len(self.kept) * float(xp.finfo(gram.dtype).eps) * float(xp.max(gram))
+        hidden = max(entries, factors)
         return xp.linalg.cholesky(gram + hidden * identity(len(self.kept), gram))
 
     @cached_property
@@ -156,7 +169,7 @@ class SpanInverse(DualInverse):
         return 1.0 - host(rowwise_inner(transpose(inside), transpose(inside))) / np.where(squares > 0, squares, 1.0)
 
 
-class RowSpans(RowSumOperator):
+class RowSpans(PrincipalRows):
     """A sum over rows, and the spans of its heaviest gradients, each made when it is first asked for."""
 
     def __init__(self, curvature: CurvatureOperator, rows: float, norms: RowNorms):
@@ -164,15 +177,30 @@ class RowSpans(RowSumOperator):
         self.norms = norms
         self._made: dict[int, SpanOperator] = {}
 
-    @property
-    def sizes(self) -> list[int]:
-        """Gradients of the spans that there are, smallest first; the last one may be of them all."""
-        every = self.norms.squares.size
-        return [size for size in SIZES if size < every] + [every] * (every <= SIZES[-1])
+    @classmethod
+    def of(cls, curvature: CurvatureOperator, rows: float) -> RowSpans:
+        """Read all rows once."""
+        return cls(curvature, rows, RowNorms.of(PrincipalRows(curvature, rows)))
 
-    def trace_outside(self, size: int) -> float:
-        """Of the gradients that are not among the heaviest `size`."""
-        return float(np.sort(self.norms.squares.reshape(-1))[: self.norms.squares.size - size].sum()) / self.rows
+    @property
+    def count(self) -> int:
+        """Gradients in all."""
+        return self.norms.squares.size
+
+    @cached_property
+    def _outside(self) -> np.ndarray:
+        """The sum of the squares of all but the heaviest k, for each k: [count + 1]."""
+        ascending = np.cumsum(np.sort(self.norms.squares.reshape(-1)))
+        return np.concatenate([ascending[::-1], [0.0]])
+
+    def larger(self, size: int, missed: float) -> int | None:
+        """How many gradients would do, where `size` of them leave so many times the error; None where none will."""
+        allowed = self._outside[size] / missed ** (1.0 / STEEPNESS)
+        enough = max(int(np.argmax(self._outside <= allowed)), size + size // 8)
+        if self.count <= LARGEST:
+            # The span of all of them has no error.
+            return min(enough, self.count) if size < self.count else None
+        return min(enough, LARGEST) if size < LARGEST and enough <= LARGEST * 5 // 4 else None
 
     def span(self, size: int) -> SpanOperator:
         """Of the heaviest `size` gradients."""
@@ -186,18 +214,18 @@ class RowSpans(RowSumOperator):
 
     def inverse(self, damping: float = 0.0) -> DualInverse:
         """Of the part on one span: a preconditioner for the whole."""
-        return self.span(max(self.sizes[:1] + [size for size in self.sizes if size <= PRECONDITIONER])).inverse(damping)
+        return self.span(min(PRECONDITIONER, self.count)).inverse(damping)
 
     @cached_property
     def probes(self) -> BlockGradient:
         """Gradients of length one that are not easy: the heaviest outside of the largest span, and some at random."""
         flat = self.norms.squares.reshape(-1)
         order = self.norms.heaviest(1.0)
-        light = order[self.sizes[0] :]
+        light = order[FIRST:]
         light = light[flat[light] > 0]
         random = np.random.default_rng(0).permutation(len(light))[:PROBES]
         chosen = np.unique(np.concatenate([light[:PROBES], light[random]]))
-        held = DualOperator(self.curvature, self.rows, held=self.norms.held(chosen)).gradients_kept
+        held = SomePrincipalRows(self.curvature, self.rows, self.norms.held(chosen)).gradients_kept
         return held.weighted(1.0 / namespace(held.like).sqrt(held.squared_norms()))
 
 
@@ -222,8 +250,7 @@ class SpanSolve(IterativeInverse):
         """
         super().__init__(curvature, damping, solver, None, curvature.block)
         self.spans, self._near, self.tolerance = spans, near, tolerance
-        self._sizes: list[int] = []
-        self._begun = False
+        self._size: int | None = min(FIRST, spans.count)
         self._inverses: dict[int, DualInverse | None] = {}
         self._probed: dict[SpanInverse, _Missed] = {}
         self._last: tuple[Array, DualInverse, tuple[float, int]] | None = None
@@ -250,23 +277,14 @@ class SpanSolve(IterativeInverse):
         """The inverse on the smallest span that serves these vectors; None where none does."""
         if not self.spans.is_kept or not are_single_products(value):
             return None
-        # From the smallest on; what was too small for earlier vectors is not tried again.
-        self._begin(self.aim(value.like))
-        while self._sizes:
-            inverse = self._inverse(size := self._sizes[0])
+        # What was too small for earlier vectors is not tried again.
+        while self._size is not None:
+            inverse = self._inverse(self._size)
             missed = np.inf if inverse is None else self.error(inverse, value)[0] / self.aim(value.like)
             if missed <= 1.0:
                 return inverse
-            # Twice the gradients leave a sixteenth of the error at best: what would not do is not tried.
-            self._sizes = [larger for larger in self._sizes[1:] if larger >= size * missed**0.25]
+            self._size = self.spans.larger(self._size, missed)
         return None
-
-    def _begin(self, aim: float) -> None:
-        """With the smallest span that is likely to do."""
-        if not self._begun:
-            self._begun, sizes = True, self.spans.sizes
-            likely = [k for k in sizes if GUESS * (self.spans.trace_outside(k) / self.damping) ** 2 <= aim]
-            self._sizes = likely or sizes[-1:]
 
     def _inverse(self, size: int) -> DualInverse | None:
         """None where rounding hides the damping."""

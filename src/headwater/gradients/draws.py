@@ -7,9 +7,10 @@ Draws of a row share the inputs of its layers. With K draws, Q vectors and T pos
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from headwater.arrays import Array, add_product, namespace, rows_within_memory, transpose
+from headwater.arrays import Array, add_product, namespace, rows_within_memory, summed, transpose
 from headwater.blocks import Layout
 from headwater.gradients.algebra import Gradient
 from headwater.gradients.block import BlockGradient
@@ -63,6 +64,40 @@ def are_single_products(value: BlockGradient) -> bool:
     return all(isinstance(part, Outer) and part.positions == 1 for part in value.parts)
 
 
+def principal(draws: list[BlockGradient]) -> list[BlockGradient]:
+    """Other draws with the same sum of g g^T for each row: orthogonal ones, the longest first; the same ones if several
+    positions, or other inputs than each other's, leave no cheap way to them.
+
+    Any rotation of a row's draws among themselves leaves the sum. Its principal axes have most of it in the fewest.
+    """
+    firsts = [_with_inputs_of_all([draw.parts[k] for draw in draws]) for k in range(len(draws[0].parts))]
+    shared = [first for first in firsts if first is not None and first.positions == 1]
+    if len(draws) == 1 or len(shared) < len(firsts):
+        return draws
+    xp = namespace(draws[0].like)
+    outputs = [_over_positions(_stacked([draw.parts[k] for draw in draws], slice(None))) for k in range(len(shared))]
+    lengths = [xp.sum(first.a**2, axis=(1, 2)) + first.ones for first in shared]
+    gram = summed((b @ transpose(b)) * a[:, None, None] for a, b in zip(lengths, outputs, strict=True))
+    # Ascending: the last axis is the longest.
+    axes = transpose(xp.linalg.eigh(gram)[1])
+    turned = [axes @ b for b in outputs]  # [n, k, o]
+    return [
+        replace(
+            draws[0],
+            parts=tuple(replace(p, b=b[:, k : k + 1]) for p, b in zip(shared, turned, strict=True)),
+        )
+        for k in range(len(draws) - 1, -1, -1)
+    ]
+
+
+def _with_inputs_of_all(parts: Sequence[Gradient]) -> Outer | None:
+    """The first, if all are outer products of its inputs: by identity, as draws of a row have them."""
+    first = parts[0]
+    if not isinstance(first, Outer) or not all(isinstance(p, Outer) and p.a is first.a for p in parts):
+        return None
+    return first
+
+
 def inner_draws(value: BlockGradient, draws: Draws, rows: slice) -> Array:
     """Dot products of gradients [m] with every draw of some rows: [m, n, k]."""
     products = (_inner_part(part, [draw.parts[k] for draw in draws], rows) for k, part in enumerate(value.parts))
@@ -74,10 +109,8 @@ def inner_draws(value: BlockGradient, draws: Draws, rows: slice) -> Array:
 
 
 def _inner_part(part: Gradient, draws: Sequence[Gradient], rows: slice) -> Array:
-    first = draws[0]
-    # By identity: draws of a row share its inputs.
-    shared = isinstance(first, Outer) and all(isinstance(draw, Outer) and draw.a is first.a for draw in draws)
-    if not (shared and isinstance(first, Outer) and isinstance(part, Outer) and part.positions == first.positions == 1):
+    first = _with_inputs_of_all(draws)
+    if first is None or not isinstance(part, Outer) or not part.positions == first.positions == 1:
         return namespace(part.arrays[0]).stack([part.inner(draw.take(rows)) for draw in draws], axis=2)
     # (a . a') (b . b'), the first factor once for all draws of a row.
     inputs = part.a[:, 0] @ transpose(first.a[rows][:, 0])
@@ -188,8 +221,8 @@ def _over_positions(b: Array) -> Array:
 
 def _shared(parts: Sequence[Gradient], vectors: int) -> Outer | None:
     """The first draw, if all have its inputs and contracting with these first is the cheaper way; else None."""
-    first = parts[0]
-    if not isinstance(first, Outer) or not all(isinstance(p, Outer) and p.a is first.a for p in parts):
+    first = _with_inputs_of_all(parts)
+    if first is None:
         return None
     (o, i), t, k = first.shape, first.positions, len(parts)
     # Multiply-adds of a row; see the module's text.

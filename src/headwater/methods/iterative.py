@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeGuard, TypeVar, get_args
 
-from headwater.curvature.dual import DualInverse, DualOperator, RowNorms, RowSumOperator
+from headwater.curvature.dual import DualInverse, DualOperator
 from headwater.curvature.exact import Curvature, check_kind
 from headwater.curvature.kronecker import fit_ekfac, fit_kfac
 from headwater.curvature.products import CurvatureOperator, fit_products
@@ -177,7 +177,7 @@ def heaviest_rows(
 def _heaviest_of(curvature: CurvatureOperator, rows: float) -> LinearOperator:
     """Their span, where gradients are single outer products in memory, and many more numbers than a span has."""
     if curvature.source.has_single_products(curvature.block) and curvature.input_size > SPANNED:
-        return RowSpans(curvature, rows, RowNorms.of(RowSumOperator(curvature, rows)))
+        return RowSpans.of(curvature, rows)
     return DualOperator.of_heaviest(curvature, rows, HEAVIEST, MOST)
 
 
