@@ -71,6 +71,10 @@ class Storage:
         budget_of(self.memory)
 
 
+MakeScorer = Callable[[Asked, float, Storage, bool], Scorer]
+"""(queries, what a score is multiplied by, storage, progress) -> what computes their scores, of all blocks together."""
+
+
 def attribute(
     influence: ComposableInfluence,
     train_loader: Iterable[object],
@@ -82,13 +86,15 @@ def attribute(
     storage: Storage | None = None,
     mode: InfluenceMode | str = InfluenceMode.Up,
     explain: str = "label",
+    scorer: MakeScorer | None = None,
 ) -> Scores:
-    """See `Attributor.attribute`."""
+    """See `Attributor.attribute`. scorer: makes what computes scores; None for `PairScorer`."""
     mode, storage = InfluenceMode(mode), storage or Storage()
     if mode is InfluenceMode.Perturbation and isinstance(train_loader, Rows) and train_loader.is_kept:
         raise InvalidSetting("mode='perturbation' is about train rows' inputs, which are not kept: give their loader.")
     influence.ready()
-    run = PairRun(influence, Asked.of(influence, query_loader, explain), unit, by_block, mode, storage, progress)
+    asked = Asked.of(influence, query_loader, explain)
+    run = PairRun(influence, asked, unit, by_block, mode, storage, progress, scorer)
     return run.stored(train_loader) if storage.store is not None else run.in_memory(train_loader)
 
 
@@ -103,13 +109,15 @@ def top(
     storage: Storage | None = None,
     ranking: Ranking | None = None,
     explain: str = "label",
+    scorer: MakeScorer | None = None,
 ) -> TopK:
     """See `Attributor.top`."""
     storage, ranking = storage or Storage(), ranking or Ranking(k)
     influence.ready()
     asked = Asked.of(influence, query_loader, explain)
     if storage.store is not None:  # of scores in a folder each query has its own
-        stored = PairRun(influence, asked, unit, False, InfluenceMode.Up, storage, progress).stored(train_loader)
+        run = PairRun(influence, asked, unit, False, InfluenceMode.Up, storage, progress, scorer)
+        stored = run.stored(train_loader)
         found, (asked_by, called_by) = ranking.of_scores(stored), stored.are_positions
         return replace(
             found,
@@ -117,7 +125,7 @@ def top(
             query_positions=asked_by and ranking.queries_as == "each",
             train_positions=called_by and ranking.groups is None,
         )
-    run = PairRun(influence, ranking.asked(asked), unit, False, InfluenceMode.Up, storage, progress)
+    run = PairRun(influence, ranking.asked(asked), unit, False, InfluenceMode.Up, storage, progress, scorer)
     ends: list[TopKSink | GroupSink] = []
 
     def sink(_: int, part: Asked) -> Sink:
@@ -141,8 +149,10 @@ class PairRun:
         mode: InfluenceMode,
         storage: Storage,
         progress: bool,
+        scorer: MakeScorer | None = None,
     ):
         self.influence, self.asked, self.unit, self.by_block = influence, asked, unit, by_block
+        self.make_scorer = scorer
         self.mode, self.storage, self.progress = mode, storage, progress
         self.scale = _scale(influence, unit)
         if mode is InfluenceMode.Perturbation and unit == "removal":
@@ -160,7 +170,9 @@ class PairRun:
         meets = meets_the_loss(self.influence) and self.mode is InfluenceMode.Up and not kept
         return RunSums(self.influence.provider, store) if meets else None
 
-    def _scorer(self, asked: Asked) -> PairScorer:
+    def _scorer(self, asked: Asked) -> Scorer:
+        if self.make_scorer is not None:
+            return self.make_scorer(asked, self.scale, self.storage, self.progress)
         return PairScorer(self.influence, asked, self.mode, self.by_block, self.scale, self.progress)
 
     def _numbers(self, train: Iterable[object]) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,10 +37,25 @@ class Replay:
     rows: Rows
     held: int = 32
     dtype: str = "float32"
+    weigh: Callable[[Step], np.ndarray] | None = None
+    """Of a training that was not: what each row's share of a step is multiplied by; None for the record's own."""
 
-    def forward(self, state: State, number: int, step: Step | None = None) -> State:
-        """The state after step `number`, which may be another than the record's."""
-        step = self.record.step(number) if step is None else step
+    def step(self, number: int) -> Step:
+        step = self.record.step(number)
+        return step if self.weigh is None else replace(step, shares=step.shares * self.weigh(step))
+
+    def last(self) -> State:
+        """Where training ends: the record's last state, or of other weights by taking all steps."""
+        if self.weigh is None:
+            return self.kept(self.record.steps)
+        state = self.kept(self.record.kept[0])
+        for number in range(self.record.kept[0], self.record.steps):
+            state = self.forward(state, number)
+        return state
+
+    def forward(self, state: State, number: int) -> State:
+        """The state after step `number`."""
+        step = self.step(number)
         grads = self.model.gradient(state.parameters, self.rows(step))
         if self.record.clip is not None:
             grads = self.record.clip.clipped(grads)
@@ -57,7 +72,8 @@ class Replay:
         Errors: StaleFit, naming value and step, where the replay does not come to the next kept state.
         """
         stop = self.record.steps if until is None else until
-        starts = [step for step in self.record.kept if step < stop]
+        kept, check = (self.record.kept, check) if self.weigh is None else (self.record.kept[:1], False)
+        starts = [step for step in kept if step < stop]
         for start, after in reversed(list(zip(starts, [*starts[1:], stop], strict=True))):
             checked = check and after in self.record.kept
             yield from self._segment(self.kept(start), start, after, checked)

@@ -10,8 +10,6 @@ import numpy as np
 
 from headwater.trajectory.rules import Arrays, State
 
-CURVATURES = ("hessian", "ggn", "fisher", None)
-
 
 class Piece(NamedTuple):
     """Some rows of a step, as the framework's batch, and their shares [n]."""
@@ -44,6 +42,10 @@ class TrainingModel(ABC):
         """Arrays of NumPy as the framework's, in the dtype and at the place of the model's own."""
 
     @abstractmethod
+    def own(self) -> dict[str, np.ndarray]:
+        """The weights that the model has now, by name."""
+
+    @abstractmethod
     def at(self, parameters: Arrays, pieces: Sequence[Piece], curvature: str | None) -> Point:
         """The step's objective there. curvature: which H; None for zero."""
 
@@ -62,8 +64,3 @@ class TrainingModel(ABC):
     @abstractmethod
     def wide(self) -> TrainingModel | None:
         """A copy in float64; None where that is what it is, or where there is none."""
-
-    @property
-    def activations(self) -> int:
-        """Numbers that a row takes beside the parameters, about; for how many queries are taken at once."""
-        return 0

@@ -46,29 +46,45 @@ class Sweep:
         self,
         queries: Sequence[Any],
         *,
+        share: float | None = None,
         keep: Path | None = None,
         group: int | None = None,
         progress: Progress | None = None,
     ) -> np.ndarray:
         """[q, columns], float64. queries: batches of query rows; keep: a file for what a stopped sweep had.
 
-        group: queries at once; None for as many as the working memory takes. The numbers do not depend on it.
+        share: all queries are asked as one, their sum times this. group: queries at once; None for as many as the
+        working memory takes. The numbers do not depend on it.
         Errors: StaleFit where the replay does not come to the record's states; NonFiniteValue.
         """
-        final = self.replay.kept(self.replay.record.steps)
-        grads = _stacked([self.replay.model.query_grads(final.parameters, batch) for batch in queries])
+        grads = self._asked(queries, self.replay.last().parameters, share)
         count = len(next(iter(grads.values())))
-        sizes = _at_once(grads, len(self.replay.record.rule.remembers)) if group is None else group
+        size = _at_once(grads, len(self.replay.record.rule.remembers)) if group is None else group
         found = np.zeros((count, self.columns))
-        for start in range(0, count, sizes):
-            rows = slice(start, min(count, start + sizes))
+        for start in range(0, count, size):
+            rows = slice(start, min(count, start + size))
             file = None if keep is None else keep.with_name(f"{keep.name}-{start:06d}.npz")
             # Each group goes through the whole training: states are replayed once for each.
-            found[rows] = self._of(queries, {name: g[rows] for name, g in grads.items()}, rows, file, progress)
+            mine = {name: g[rows] for name, g in grads.items()}
+            found[rows] = self._of(queries, mine, rows, share, file, progress)
         return found
 
+    def _asked(self, queries: Sequence[Any], parameters: Arrays, share: float | None) -> Arrays:
+        """Gradients of what is explained: of each query [q, *shape], or of all as one [1, *shape]."""
+        each = [self.replay.model.query_grads(parameters, batch) for batch in queries]
+        found = {n: namespace(each[0][n]).concat([piece[n] for piece in each], axis=0) for n in each[0]}
+        if share is None:
+            return found
+        return {n: namespace(g).sum(g, axis=0, keepdims=True) * share for n, g in found.items()}
+
     def _of(
-        self, queries: Sequence[Any], grads: Arrays, rows: slice, keep: Path | None, progress: Progress | None
+        self,
+        queries: Sequence[Any],
+        grads: Arrays,
+        rows: slice,
+        share: float | None,
+        keep: Path | None,
+        progress: Progress | None,
     ) -> np.ndarray:
         record, rule = self.replay.record, self.replay.record.rule
         found = _Swept.read(keep, grads, rule.remembers) if keep is not None else None
@@ -82,9 +98,9 @@ class Sweep:
             clean = {kind: {n: namespace(v).zeros_like(v) for n, v in each.items()} for kind, each in clean.items()}
         for number, state in self.replay.backward(found.step):
             if self.at_each_step:
-                asked = _stacked([self.replay.model.query_grads(state.parameters, batch) for batch in queries])
+                asked = self._asked(queries, state.parameters, share)
                 cotangents = Cotangents({name: g[rows] for name, g in asked.items()}, clean)
-            step = record.step(number)
+            step = self.replay.step(number)
             point = self.replay.model.at(state.parameters, self.replay.rows(step), self.curvature)
             raw = point.grads
             grads_seen = raw if record.clip is None else record.clip.clipped(raw)
@@ -133,10 +149,6 @@ class _Swept:
                 return cls(int(found["step"]), found["tau"], Cotangents(parameters, kept))
         except Exception as error:  # of zipfile, NumPy and the system
             raise DamagedFile(f"{file} cannot be read ({error}); remove it, and the sweep begins anew.") from error
-
-
-def _stacked(pieces: Sequence[Arrays]) -> Arrays:
-    return {name: namespace(pieces[0][name]).concat([piece[name] for piece in pieces], axis=0) for name in pieces[0]}
 
 
 def _at_once(grads: Arrays, memory: int) -> int:
