@@ -189,6 +189,10 @@ def _of_jax(model: Any, loss: Any, method: Method | str | None, options: dict[st
     model, params = model if isinstance(model, tuple) else (model, given.pop("params", None))
     check_options(JaxComposableInfluence, given, "params")
     apply, params = as_function(model, params)
+    if isinstance(method, TrajectoryMethod):
+        from headwater.trajectory.jax.influence import JaxTrajectoryInfluence
+
+        return JaxTrajectoryInfluence(apply, params, _loss(loss, LOSSES), method, **given)
     return JaxComposableInfluence(apply, params, _loss(loss, LOSSES), method_of(method), **given)
 
 
