@@ -136,8 +136,8 @@ class JaxRecorder:
             if kind == "momentum" and self.optimizer.rates(0).first == 0.0:  # nothing depends on it
                 return {name: np.zeros(self.header.shapes[name]) for name in self._names}
             raise InvalidInput(
-                f"The state has no {kind} ({' or '.join(MEMORY[kind])}): give r.step(ids, params, state) optax's state, "
-                f"or {{{kind!r}: a tree like params, ...}}."
+                f"The state has no {kind} ({' or '.join(MEMORY[kind])}): give r.step(ids, params, state) the state of "
+                f"optax, or {{{kind!r}: a tree like params, ...}}."
             )
         return take_tree(found)[1]
 
