@@ -25,12 +25,13 @@ from headwater.run.attribute import Storage
 from headwater.run.queries import Asked
 from headwater.run.rows import check_scores
 from headwater.run.tiles import Scorer
-from headwater.store.scores import Scores
+from headwater.store.scores import Scores, TopK
 from headwater.trajectory.methods import TrajectoryMethod, Unrolled
 from headwater.trajectory.replay import Replay
 from headwater.trajectory.rows import HeldRows
 from headwater.trajectory.steps import TrainingModel
 from headwater.trajectory.sweep import Sweep
+from headwater.trajectory.verdict import Verdict, judge
 from headwater.types import InfluenceMode, TensorType
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class TrajectoryInfluence(Attributor[TensorType]):
 
     method: TrajectoryMethod
     _held: HeldRows | None = None
-    _doubts: tuple[str, ...] = ()
+    _verdict: Verdict | None = None
 
     @abstractmethod
     def training_model(self) -> TrainingModel:
@@ -73,24 +74,35 @@ class TrajectoryInfluence(Attributor[TensorType]):
 
     @property
     def doubts(self) -> tuple[str, ...]:
-        return self._doubts
+        return () if self._verdict is None else self._verdict.doubts
 
-    def sweep(self, model: TrainingModel | None = None, dtype: str | None = None) -> Sweep:
-        """Over the record's training, of the method's settings."""
+    @property
+    def verdict(self) -> Verdict | None:
+        """Whether training was smooth enough for its derivative to forecast anything; of the last scores."""
+        return self._verdict
+
+    def sweep(self, model: TrainingModel | None = None) -> Sweep:
+        """Over the record's training, with the method's settings. model: another than the provider's own."""
         method = self.method
         assert isinstance(method, Unrolled)
-        replay = self.replay(model, dtype)
-        return Sweep(replay, self.held.columns, len(self.held), method.curvature, method.at == "step")
-
-    def replay(self, model: TrainingModel | None = None, dtype: str | None = None) -> Replay:
-        model = self.training_model() if model is None else model
-        return Replay(self.method.trajectory, model, self.held.pieces, dtype=dtype or self.source.dtype)
+        own = self.training_model() if model is None else model
+        record = self.method.trajectory
+        replay = Replay(record, own, self.held.pieces, dtype=self.source.dtype, checked=model is None)
+        held = self.held
+        return Sweep(replay, held.columns, len(held), method.curvature, method.at == "step", held.places)
 
     def derivatives(self, asked: Asked, keep: Path | None, progress: bool) -> np.ndarray:
         """d query / d weight of every train row: [q, n]; and the verdict on it, where one is asked for."""
         sweep, queries = self.sweep(), [piece.batch for piece in asked.pieces]
         with bar("training, backwards", progress) as shown:
             tau = sweep.tau(queries, share=asked.share, keep=keep, progress=shown.update)
+        method = self.method
+        assert isinstance(method, Unrolled)
+        if method.removals and self._verdict is None:  # of several spans of queries, the first speaks for all
+            model = sweep.replay.model.wide()
+            wide = None if model is None else self.sweep(model)
+            options = {"share": asked.share, "wide": wide}
+            self._verdict = judge(sweep, queries, tau, method.removals, method.replays, **options)
         return tau
 
     def _check_end(self) -> None:
@@ -133,12 +145,18 @@ class TrajectoryInfluence(Attributor[TensorType]):
             raise _refused("by_block=True: a row's weight acts through all parameters of a step together")
         if InfluenceMode(mode) is not InfluenceMode.Up:
             raise _refused("mode='perturbation'")
-        self._doubts = ()
+        self._verdict = None
         found = super().attribute(train_loader, query_loader, store=store, **options)
         if store is not None:
             shutil.rmtree(_beside(Path(store)), ignore_errors=True)
-        for said in self._doubts:
-            warnings.warn(RoughForecast(said), stacklevel=2)
+        _tell(() if found.diagnosis is None else found.diagnosis.doubts)
+        return found
+
+    def top(self, train_loader: Iterable[object], query_loader: Iterable[object], k: int, **options: Any) -> TopK:
+        """As `Attributor.top`."""
+        self._verdict = None
+        found = super().top(train_loader, query_loader, k, **options)
+        _tell(self.doubts)
         return found
 
     def report(self, train_loader: Any, query_loader: Any, path: Any, **options: Any) -> Any:
@@ -195,6 +213,11 @@ class TrajectoryInfluence(Attributor[TensorType]):
 
 def _refused(what: str) -> InvalidSetting:
     return InvalidSetting(f"Scores of a trajectory have no {what}.")
+
+
+def _tell(doubts: Iterable[str]) -> None:
+    for said in doubts:
+        warnings.warn(RoughForecast(said), stacklevel=3)
 
 
 def _beside(store: Path) -> Path:

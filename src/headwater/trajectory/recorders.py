@@ -38,6 +38,6 @@ def record(model: Any, optimizer: Any, folder: str | os.PathLike[str], **options
 
         return JaxRecorder(model, optimizer, folder, **options)
     raise UnsupportedModel(
-        f"{type(model).__name__} with {type(optimizer).__name__} is no training that can be recorded: a "
-        "torch.nn.Module with its optimizer is, and parameters of JAX with headwater.trajectory.optimizers.Sgd or AdamW."
+        f"{type(model).__name__} with {type(optimizer).__name__} is no training that can be recorded: "
+        "a torch.nn.Module with its optimizer is, and parameters of JAX with those of headwater.trajectory.optimizers."
     )

@@ -40,6 +40,9 @@ class Replay:
     weigh: Callable[[Step], np.ndarray] | None = None
     """Of a training that was not: what each row's share of a step is multiplied by; None for the record's own."""
 
+    checked: bool = True
+    """Whether what does not come to the record's states is refused: not where another precision is meant."""
+
     def step(self, number: int) -> Step:
         step = self.record.step(number)
         return step if self.weigh is None else replace(step, shares=step.shares * self.weigh(step))
@@ -64,7 +67,7 @@ class Replay:
     def kept(self, number: int) -> State:
         return self.model.put(self.record.state(number))
 
-    def backward(self, until: int | None = None, *, check: bool = True) -> Iterator[tuple[int, State]]:
+    def backward(self, until: int | None = None) -> Iterator[tuple[int, State]]:
         """(step, the state before it), from the step before `until` (the end) to the first.
 
         Of the states between two kept ones `held` are in memory, and the rest is replayed from these: in all, each step
@@ -72,7 +75,7 @@ class Replay:
         Errors: StaleFit, naming value and step, where the replay does not come to the next kept state.
         """
         stop = self.record.steps if until is None else until
-        kept, check = (self.record.kept, check) if self.weigh is None else (self.record.kept[:1], False)
+        kept, check = (self.record.kept, self.checked) if self.weigh is None else (self.record.kept[:1], False)
         starts = [step for step in kept if step < stop]
         for start, after in reversed(list(zip(starts, [*starts[1:], stop], strict=True))):
             checked = check and after in self.record.kept

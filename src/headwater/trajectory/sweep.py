@@ -37,10 +37,16 @@ class Sweep:
 
     replay: Replay
     places: Callable[[np.ndarray], np.ndarray]
-    """(ids of a step's rows) -> their columns."""
+    """(ids of a step's rows) -> their columns, in the order that `replay.rows` has them in."""
     columns: int
     curvature: str | None = "hessian"
     at_each_step: bool = False
+    asked_places: Callable[[np.ndarray], np.ndarray] | None = None
+    """The same in the order of the ids; None where that is one."""
+
+    def replay_places(self, ids: np.ndarray) -> np.ndarray:
+        """Columns of rows, in the order of their ids."""
+        return self.places(ids) if self.asked_places is None else self.asked_places(ids)
 
     def tau(
         self,
