@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from headwater.run.kept import KeptGradients as KeptGradients
     from headwater.store.scores import Scores as Scores
     from headwater.store.topk import TopK as TopK
+    from headwater.trajectory.methods import Source as Source
     from headwater.trajectory.methods import Unrolled as Unrolled
     from headwater.trajectory.recorders import record as record
     from headwater.trajectory.trajectory import Trajectory as Trajectory
@@ -41,6 +42,7 @@ _HOMES = {entry.class_name: f"methods.{entry.module}" for entry in METHODS} | {
     "NotConverged": "errors",
     "Relative": "methods.damping",
     "Scores": "store.scores",
+    "Source": "trajectory.methods",
     "TopK": "store.topk",
     "Trajectory": "trajectory.trajectory",
     "Unrolled": "trajectory.methods",

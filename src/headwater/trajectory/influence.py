@@ -11,7 +11,7 @@ import shutil
 import warnings
 import zlib
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,6 +19,7 @@ import numpy as np
 
 from headwater.attributor import Attributor
 from headwater.errors import InvalidInput, InvalidSetting, NotFittedError, RoughForecast, StaleFit
+from headwater.gradients.provider import StructuredGradientProvider
 from headwater.progress import bar
 from headwater.rows import PlacedBatch
 from headwater.run.attribute import Storage
@@ -26,9 +27,10 @@ from headwater.run.queries import Asked
 from headwater.run.rows import check_scores
 from headwater.run.tiles import Scorer
 from headwater.store.scores import Scores, TopK
-from headwater.trajectory.methods import TrajectoryMethod, Unrolled
+from headwater.trajectory.methods import Source, TrajectoryMethod, Unrolled
 from headwater.trajectory.replay import Replay
 from headwater.trajectory.rows import HeldRows
+from headwater.trajectory.source import Segment, SourceScorer, fit_segments
 from headwater.trajectory.steps import TrainingModel
 from headwater.trajectory.sweep import Sweep
 from headwater.trajectory.verdict import Verdict, judge
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 
 
 class TrajectoryInfluence(Attributor[TensorType]):
-    """An influence whose method is `hw.Unrolled`: mixed into the framework's class.
+    """An influence whose method is `hw.Unrolled` or `hw.Source`: mixed into the framework's class.
 
     fit(train) takes all rows that were trained on, called as in the record, and holds them in memory. The model is the
     one that training came to. What needs an inverse or a gradient of its own (self_influence, calibrate, audit, kept
@@ -48,11 +50,16 @@ class TrajectoryInfluence(Attributor[TensorType]):
 
     method: TrajectoryMethod
     _held: HeldRows | None = None
+    _segments: list[Segment] | None = None
     _verdict: Verdict | None = None
 
     @abstractmethod
     def training_model(self) -> TrainingModel:
         """The provider's model, as its steps are taken again."""
+
+    @abstractmethod
+    def provider_at(self, parameters: Mapping[str, np.ndarray]) -> StructuredGradientProvider:
+        """A provider of the same model at other parameters."""
 
     def fit(self, loader: Any, *others: object, progress: bool = False, **options: Any) -> Self:
         """Hold the rows that were trained on. Errors: BatchMismatch for rows of the record that are not there."""
@@ -63,7 +70,16 @@ class TrajectoryInfluence(Attributor[TensorType]):
         held.check(self.method.trajectory)
         self._held = held
         self._check_end()
+        if isinstance(self.method, Source):
+            self._segments = fit_segments(self, self.method, self.train_rows(loader), progress)
         return self
+
+    @property
+    def segments(self) -> list[Segment]:
+        """Of hw.Source, in the order of training. Errors: NotFittedError."""
+        if self._segments is None:
+            raise NotFittedError("Call fit(loader) first.")
+        return self._segments
 
     @property
     def held(self) -> HeldRows:
@@ -128,7 +144,9 @@ class TrajectoryInfluence(Attributor[TensorType]):
 
     @property
     def _own_scorer(self) -> MakeScorer:
-        return lambda asked, scale, storage, progress: SweepScorer(self, asked, scale, storage, progress)
+        if isinstance(self.method, Source):
+            return lambda asked, scale, storage, progress: SourceScorer(self, _not_kept(asked), scale)
+        return lambda asked, scale, storage, progress: SweepScorer(self, _not_kept(asked), scale, storage, progress)
 
     def attribute(
         self,
@@ -215,6 +233,12 @@ def _refused(what: str) -> InvalidSetting:
     return InvalidSetting(f"Scores of a trajectory have no {what}.")
 
 
+def _not_kept(asked: Asked) -> Asked:
+    if asked.ready is not None:
+        raise _refused("kept factors: give the query rows' loader")
+    return asked
+
+
 def _tell(doubts: Iterable[str]) -> None:
     for said in doubts:
         warnings.warn(RoughForecast(said), stacklevel=3)
@@ -230,8 +254,6 @@ class SweepScorer(Scorer):
     def __init__(
         self, influence: TrajectoryInfluence, asked: Asked, scale: float, storage: Storage, progress: bool
     ) -> None:
-        if asked.ready is not None:
-            raise _refused("kept factors: give the query rows' loader")
         self.influence, self.asked, self.progress = influence, asked, progress
         # A row's weight over the mean objective: n times what it is in the sum that its removal is of.
         self.scale = -influence.n_train * scale

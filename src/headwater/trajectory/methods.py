@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from headwater.errors import InvalidSetting
-from headwater.gradients.provider import StructuredGradientProvider
+from headwater.gradients.provider import Fisher, StructuredGradientProvider
+from headwater.methods.base import check_fisher
 from headwater.methods.grad_dot import GradDot
-from headwater.settings import check_word
+from headwater.settings import check_whole, check_word
 from headwater.trajectory.trajectory import Trajectory, open_record
 
 CURVATURES = ("hessian", "ggn", "fisher", None)
@@ -46,7 +47,38 @@ class TrajectoryMethod(GradDot):
         return f"{said[:-1]}{', ' if said[-2] != '(' else ''}training #{self.trajectory.digest:08x})"
 
 
-@dataclass(frozen=True, repr=True)
+@dataclass(frozen=True)
+class Source(TrajectoryMethod):
+    """Unrolling in a few segments, each with the mean curvature of its kept states, diagonal in Kronecker bases.
+
+    Between the Unrolled derivative and influence functions: of a training that has not converged, at the cost of an
+    EKFAC fit for each state that is used. A segment of K steps with rates adding up to c (over 1 - momentum) answers a
+    row's gradient by (1 - exp(-c s)) / s for each eigenvalue s of its mean Fisher, and passes on exp(-c s). Of Adam,
+    the same with the Fisher scaled by the segment's mean 1 / (root + eps) on both sides, by Lanczos.
+    Damping has no meaning here. Source: Bae et al. 2024, arXiv 2405.12186. Errors: InvalidSetting.
+    """
+
+    segments: int = 3
+    """Of equal numbers of steps."""
+    checkpoints: int = 2
+    """States of each segment that are used, at most: of those kept, spread over it."""
+    fisher: Fisher = "auto"
+    """How labels are chosen; see `StructuredGradientProvider.fisher_grads`."""
+    samples: int = 1
+    """Labels drawn for each row, where they are drawn."""
+    random_seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in (("segments", self.segments), ("checkpoints", self.checkpoints), ("samples", self.samples)):
+            check_whole(name, value, 1)
+        check_fisher(self.fisher)
+
+    @property
+    def seed(self) -> int | None:
+        return self.random_seed
+
+
+@dataclass(frozen=True)
 class Unrolled(TrajectoryMethod):
     """What each row's weight did to each query, by differentiating the training that a record is of.
 

@@ -8,8 +8,8 @@ empirical Fisher, or zero. at="step" asks each step by itself: p = grad f_q(w_t)
 
 Removing row i changes f_q by about -tau[q, i]. What has been swept is kept at each kept state, where there is a place
 for it: a sweep that was stopped goes on from there, to the same bytes.
-Source: Ilyas and Engstrom 2025, arXiv 2503.13751 (the exact derivative); Wang et al. 2024, arXiv 2405.12186 (Adam's
-batch Fisher), 2406.11011 (at each step); Pruthi et al. 2020, arXiv 2002.08484 (no curvature).
+Source: Ilyas and Engstrom 2025, arXiv 2503.13751 (the exact derivative); Wang et al. 2024, arXiv 2406.11011 (at each
+step); Pruthi et al. 2020, arXiv 2002.08484 (no curvature).
 """
 
 from __future__ import annotations

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
 import torch
 
+from headwater.gradients.provider import StructuredGradientProvider
 from headwater.hf.influence import HfComposableInfluence
 from headwater.trajectory.influence import TrajectoryInfluence
 from headwater.trajectory.steps import TrainingModel
+from headwater.trajectory.torch.influence import at
 from headwater.trajectory.torch.steps import TorchTraining
 
 
@@ -15,3 +20,6 @@ class HfTrajectoryInfluence(TrajectoryInfluence[torch.Tensor], HfComposableInflu
 
     def training_model(self) -> TrainingModel:
         return TorchTraining(self._torch_provider)
+
+    def provider_at(self, parameters: Mapping[str, np.ndarray]) -> StructuredGradientProvider:
+        return self._provide(at(self._given, parameters))
