@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import warnings
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -48,9 +49,7 @@ def trained(recipe, x, y, seed=0, weights=None, folder=None):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         sizes = (64, 256, 256, 10)
-        layers = [layer for i, o in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(i, o), activation())][
-            :-1
-        ]
+        layers = [layer for i, o in pairwise(sizes) for layer in (nn.Linear(i, o), activation())][:-1]
         model = nn.Sequential(*layers)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     generator = torch.Generator().manual_seed(seed + 1)

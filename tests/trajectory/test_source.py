@@ -84,14 +84,14 @@ def test_source_equals_the_closed_form_on_a_quadratic(decay, tmp_path):
 
 def test_with_many_segments_source_comes_near_the_exact_derivative(tmp_path):
     """On a quadratic all that is left is that steps are taken for a flow."""
-    model, rows, query = quadratic(tmp_path / "r", lambda p: torch.optim.SGD(p, lr=0.005), steps=200)
+    model, rows, query = quadratic(tmp_path / "r", lambda p: torch.optim.SGD(p, lr=0.04), steps=24)
     exact = hw.Influence(model, "mse", hw.Unrolled(tmp_path / "r", removals=())).fit(rows).attribute(rows, query)
     gaps = []
-    for segments in (1, 10, 40):
+    for segments in (1, 3, 8):
         method = hw.Source(tmp_path / "r", segments=segments, checkpoints=1, fisher="exact")
         found = hw.Influence(model, "mse", method, blocks="full").fit(rows).attribute(rows, query)
         gaps.append(off(np.asarray(found), np.asarray(exact)))
-    assert gaps[0] > gaps[1] > gaps[2] and gaps[2] < 0.02
+    assert gaps[0] > gaps[1] > gaps[2] and gaps[2] < 0.1
 
 
 def test_adams_form_equals_dense_matrices(tmp_path):

@@ -24,6 +24,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,7 +68,7 @@ def spans(record: Trajectory, segments: int, checkpoints: int) -> list[Span]:
     """Errors: InvalidSetting for a segment without a kept state."""
     cuts = [round(k * record.steps / segments) for k in range(segments + 1)]
     found = []
-    for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+    for start, stop in pairwise(cuts):
         # The state before a segment's first step is that of its beginning; the last one, of the end.
         inside = [step for step in record.kept if start <= step < stop or (step == stop == record.steps)]
         if not inside or stop <= start:
