@@ -193,10 +193,12 @@ def speeds(record: Trajectory, span: Span) -> tuple[dict[str, np.ndarray], ...]:
 def _adam_scales(record: Trajectory, rule: AdamRule, span: Span) -> dict[str, np.ndarray]:
     """The mean over the segment's states of 1 / (root + eps); of the step after a state that is the first."""
     found: dict[str, list[np.ndarray]] = {name: [] for name in record.names}
-    for step in span.states:
-        count = record.header.first + step
-        if count == 0:  # nothing is remembered yet
-            continue
+    # Before the first step nothing is remembered: then what the segment ends with stands for it.
+    known = [step for step in span.states if record.count(step) > 1] or [
+        step for step in record.kept if span.start < step <= span.stop
+    ]
+    for step in known:
+        count = record.count(step) - 1
         rates = record.rates(record.step(max(0, step - 1)))
         for name, square in record.state(step).memory["square"].items():
             corrected = square.astype(np.float64) / (1 - rates[name].second ** count)

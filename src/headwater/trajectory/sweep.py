@@ -56,11 +56,12 @@ class Sweep:
         keep: Path | None = None,
         group: int | None = None,
         progress: Progress | None = None,
+        last: int | None = None,
     ) -> np.ndarray:
         """[q, columns], float64. queries: batches of query rows; keep: a file for what a stopped sweep had.
 
         share: all queries are asked as one, their sum times this. group: queries at once; None for as many as the
-        working memory takes. The numbers do not depend on it.
+        working memory takes. The numbers do not depend on it. last: of so many last steps alone.
         Errors: StaleFit where the replay does not come to the record's states; NonFiniteValue.
         """
         grads = self._asked(queries, self.replay.last().parameters, share)
@@ -72,7 +73,7 @@ class Sweep:
             file = None if keep is None else keep.with_name(f"{keep.name}-{start:06d}.npz")
             # Each group goes through the whole training: states are replayed once for each.
             mine = {name: g[rows] for name, g in grads.items()}
-            found[rows] = self._of(queries, mine, rows, share, file, progress)
+            found[rows] = self._of(queries, mine, rows, share, file, progress, last)
         return found
 
     def _asked(self, queries: Sequence[Any], parameters: Arrays, share: float | None) -> Arrays:
@@ -91,6 +92,7 @@ class Sweep:
         share: float | None,
         keep: Path | None,
         progress: Progress | None,
+        last: int | None,
     ) -> np.ndarray:
         record, rule = self.replay.record, self.replay.record.rule
         found = _Swept.read(keep, grads, rule.remembers) if keep is not None else None
@@ -102,7 +104,10 @@ class Sweep:
         clean = cotangents.memory if self.at_each_step else {}
         if self.at_each_step:
             clean = {kind: {n: namespace(v).zeros_like(v) for n, v in each.items()} for kind, each in clean.items()}
+        first = 0 if last is None else record.steps - last
         for number, state in self.replay.backward(found.step):
+            if number < first:
+                break
             if self.at_each_step:
                 asked = self._asked(queries, state.parameters, share)
                 cotangents = Cotangents({name: g[rows] for name, g in asked.items()}, clean)

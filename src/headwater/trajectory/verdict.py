@@ -8,7 +8,7 @@ weights (kinks of ReLU, steps larger than the curvature allows) it describes a n
    rows' derivatives: |change - forecast| / |change|, over queries and replays.
 2. Metasmoothness. The cosine between the derivative at the weights that were and at those of the first such replay,
    over the rows that stay, for the mean of the queries.
-3. Precision. The derivative of the first query once more in float64.
+3. Precision. The derivative of the first query by the last 32 steps, and once more in float64.
 Source: Engstrom et al. 2025, arXiv 2503.13751 (metasmoothness).
 """
 
@@ -31,6 +31,8 @@ Measured on the digits MLP at 1 % removals (docs/trajectory.md): LDS .99 at an e
 """
 SMOOTH = 0.7
 """Cosine of the two derivatives below which it is called rough, too."""
+LAST = 32
+"""Steps, from the end, over which numbers are compared with float64."""
 PRECISE = 0.98
 """Cosine with the derivative in float64 below which numbers are too coarse."""
 
@@ -117,7 +119,7 @@ def judge(
     precision = None
     if wide is not None:
         first = [queries[0].take(slice(0, 1))] if share is None else queries
-        precision = cosine(wide.tau(first, share=share)[0], tau[0])
+        precision = cosine(*(each.tau(first, share=share, last=LAST)[0] for each in (wide, sweep)))
     return Verdict(errors, metasmoothness, precision)
 
 

@@ -45,7 +45,7 @@ class JaxTraining(TrainingModel):
         for x, y, shares in self.ready(pieces):
             mine = _gradient(self.provider.trained, parameters, self.fixed(parameters), x, y, shares)
             found = mine if found is None else jax.tree.map(jnp.add, found, mine)
-        return dict(found)
+        return jax.tree.map(jnp.zeros_like, dict(parameters)) if found is None else dict(found)
 
     def query_grads(self, parameters: Arrays, batch: Any) -> Arrays:
         own = self.provider.as_batch(batch.x, batch.y)

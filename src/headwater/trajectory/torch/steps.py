@@ -60,6 +60,8 @@ class TorchTraining(TrainingModel):
         return TorchPoint(self, parameters, pieces, curvature)
 
     def gradient(self, parameters: Arrays, pieces: Sequence[Piece]) -> Arrays:
+        if not pieces:  # a step whose rows are not known
+            return {name: torch.zeros_like(value) for name, value in parameters.items()}  # type: ignore[arg-type]
         with autograd_on(), self.provider.own_precision():
             leaves = self.leaves(parameters)
             totals = []
