@@ -48,16 +48,15 @@ def function_of(
         mask = as_like(np.where(done, 0.0, 1.0), vectors)
         basis.append(w * (mask / xp.where(rest > 0, rest, xp.ones_like(rest)))[:, None])
     weights = _first_columns(np.stack(diagonal), np.stack(beside), function)
-    before = _first_columns(
-        *(np.stack(part)[: max(1, 3 * len(diagonal) // 4)] for part in (diagonal, beside)), function
-    )
+    earlier = max(1, 3 * len(diagonal) // 4)
+    before = _first_columns(np.stack(diagonal)[:earlier], np.stack(beside)[:earlier], function)
     padded = np.zeros_like(weights)
     padded[: len(before)] = before
     change = np.linalg.norm(weights - padded, axis=0) / np.maximum(np.linalg.norm(weights, axis=0), 1e-300)
     host = to_numpy(lengths).astype(np.float64)
     found = sum(as_like(weights[k] * host, vectors)[:, None] * b for k, b in enumerate(basis[: len(weights)]))
     exhausted = len(diagonal) < min(steps, size) or len(diagonal) == size
-    return found, 0.0 if exhausted else float(change.max(initial=0.0))  # type: ignore[return-value]
+    return found, 0.0 if exhausted else float(change.max(initial=0.0))
 
 
 def _first_columns(

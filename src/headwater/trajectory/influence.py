@@ -117,8 +117,7 @@ class TrajectoryInfluence(Attributor[TensorType]):
         if method.removals and self._verdict is None:  # of several spans of queries, the first speaks for all
             model = sweep.replay.model.wide()
             wide = None if model is None else self.sweep(model)
-            options = {"share": asked.share, "wide": wide}
-            self._verdict = judge(sweep, queries, tau, method.removals, method.replays, **options)
+            self._verdict = judge(sweep, queries, tau, method.removals, method.replays, share=asked.share, wide=wide)
         return tau
 
     def _check_end(self) -> None:

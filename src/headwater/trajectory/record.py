@@ -120,7 +120,7 @@ def step_of(
     several = isinstance(ids, (list, tuple)) and len(ids) > 0 and np.ndim(_host(ids[0])) == 1
     batches = [_host(batch) for batch in ids] if several else [_host(ids)]
     given = [None] * len(batches) if weights is None else [_host(w) for w in weights] if several else [_host(weights)]
-    totals = list(total) if isinstance(total, (list, tuple)) else [total] * len(batches)
+    totals: list[Any] = list(total) if isinstance(total, (list, tuple)) else [total] * len(batches)
     if not (len(batches) == len(given) == len(totals)):
         raise BatchMismatch(f"There are {len(batches)} batches, {len(given)} weights and {len(totals)} totals.")
     shares = []

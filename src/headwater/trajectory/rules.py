@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 from headwater.arrays import Array, namespace, precise
 from headwater.errors import InvalidInput, InvalidSetting
 
-Arrays = dict[str, Array]
-"""By the name of the parameter."""
+Arrays = dict[str, Any]
+"""Arrays of one framework, by the name of the parameter."""
 
 
 class Rates(NamedTuple):

@@ -78,7 +78,7 @@ def spans(record: Trajectory, segments: int, checkpoints: int) -> list[Span]:
             )
         # Spread over the segment, as one state of many may not stand for it.
         wanted = [start + (2 * k + 1) * (stop - start) / (2 * checkpoints) for k in range(checkpoints)]
-        chosen = {min(inside, key=lambda step, at=at: abs(step - at)) for at in wanted}
+        chosen = {inside[int(np.argmin(np.abs(np.array(inside) - at)))] for at in wanted}
         found.append(Span(start, stop, tuple(sorted(chosen))))
     return found
 
@@ -110,15 +110,15 @@ class Segment:
         speed, coupled, decoupled = self.speed[name], self.coupled[name], self.decoupled[name]
         block = self.curvature[name]
         if all(np.ptp(part) == 0 for part in (speed, coupled, decoupled)):
-            c, shift, beside = float(speed[0]), float(coupled[0]), float(decoupled[0])
+            c, added, beside = float(speed[0]), float(coupled[0]), float(decoupled[0])
             factor = c if after > 0 else 1.0  # S^1/2 S^1/2, or S^-1/2 S^1/2
             parts = [
-                part.with_spectrum(_on(part.spectrum, lambda s: factor * function(c * (s + shift) + beside)))
+                part.with_spectrum(_on(part.spectrum, lambda s: factor * function(c * (s + added) + beside)))
                 for part in block.operators
             ]
             return BlockDiagonalOperator(block.layout, parts).apply(q)
         root = as_like(speed**0.5, q)
-        shift, beside = as_like(coupled * speed + decoupled, q), None
+        shift = as_like(coupled * speed + decoupled, q)
 
         def product(v: Array) -> Array:
             return root * block.apply(root * v) + shift * v

@@ -119,7 +119,7 @@ class Sweep:
             if record.clip is not None:
                 through = record.clip.pull(raw, through)
             along, products = point.pull(through)
-            np.add.at(tau, (slice(None), self.places(step.ids)), along)
+            np.add.at(tau.T, self.places(step.ids), along.T)  # a row may be in a step twice
             if not self.at_each_step:
                 moved = {name: p + products[name] for name, p in direct.parameters.items()}
                 cotangents = Cotangents(moved, direct.memory)

@@ -61,7 +61,7 @@ class TorchTraining(TrainingModel):
 
     def gradient(self, parameters: Arrays, pieces: Sequence[Piece]) -> Arrays:
         if not pieces:  # a step whose rows are not known
-            return {name: torch.zeros_like(value) for name, value in parameters.items()}  # type: ignore[arg-type]
+            return {name: torch.zeros_like(value) for name, value in parameters.items()}
         with autograd_on(), self.provider.own_precision():
             leaves = self.leaves(parameters)
             totals = []

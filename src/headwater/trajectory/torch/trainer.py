@@ -56,4 +56,4 @@ def train_recorded(
     rule = optimizers.Sgd(sgd.rate, momentum=sgd.momentum, weight_decay=sgd.l2)
     steps = (np.asarray(rows) for rows in order)
     state = train(TorchTraining(provider), start, rule, steps, held.pieces, folder, keep=states, framework="torch")
-    return at(model, {name: value.cpu().numpy() for name, value in state.parameters.items()})  # type: ignore[attr-defined]
+    return at(model, {name: value.cpu().numpy() for name, value in state.parameters.items()})
