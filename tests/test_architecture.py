@@ -35,8 +35,8 @@ FOLDED = {"retraining", "trajectory"}
 
 # A library, or headwater's own package of that name -> the packages that may import it.
 HOMES = {
-    "torch": {"torch", "hf", "retraining/torch", "trajectory/torch", "run", "demo", "door"},
-    "jax": {"jax", "trajectory/jax", "door"},
+    "torch": {"torch", "hf", "retraining/torch", "trajectory/torch", "trajectory/recorders", "run", "demo", "door"},
+    "jax": {"jax", "trajectory/jax", "trajectory/recorders", "door"},
     "flax": {"jax"},
     "equinox": {"jax"},
     "transformers": {"hf", "demo", "trajectory/torch"},

@@ -71,7 +71,7 @@ class TrajectoryInfluence(Attributor[TensorType]):
         self._held = held
         self._check_end()
         if isinstance(self.method, Source):
-            self._segments = fit_segments(self, self.method, self.train_rows(loader), progress)
+            self._segments = fit_segments(self.provider_at, self.method, self.train_rows(loader), progress)
         return self
 
     @property
@@ -144,7 +144,7 @@ class TrajectoryInfluence(Attributor[TensorType]):
     @property
     def _own_scorer(self) -> MakeScorer:
         if isinstance(self.method, Source):
-            return lambda asked, scale, storage, progress: SourceScorer(self, _not_kept(asked), scale)
+            return lambda asked, scale, storage, progress: SourceScorer(self, self.segments, _not_kept(asked), scale)
         return lambda asked, scale, storage, progress: SweepScorer(self, _not_kept(asked), scale, storage, progress)
 
     def attribute(

@@ -22,10 +22,10 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +35,7 @@ from headwater.curvature.kronecker import fit_mean_ekfac
 from headwater.errors import InvalidSetting, NotConverged
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.provider import StructuredGradientProvider
+from headwater.influence import ComposableInfluence
 from headwater.operators.kronecker import EigenKroneckerOperator
 from headwater.operators.structured import BlockDiagonalOperator
 from headwater.rows import PlacedBatch, Rows
@@ -45,9 +46,6 @@ from headwater.trajectory.functions import function_of
 from headwater.trajectory.methods import Source
 from headwater.trajectory.rules import AdamRule, Rates
 from headwater.trajectory.trajectory import Trajectory
-
-if TYPE_CHECKING:
-    from headwater.trajectory.influence import TrajectoryInfluence
 
 Flat = OrderedDict[str, Array]
 """By block: [q, D_block]."""
@@ -149,13 +147,21 @@ def _on(spectrum: Array, function: Any) -> Array:
     return as_like(function(to_numpy(spectrum).astype(np.float64)), spectrum)
 
 
-def fit_segments(influence: TrajectoryInfluence[Any], method: Source, rows: Rows, progress: bool) -> list[Segment]:
-    """In the order of training. Two passes over the rows for each state that is used."""
+def fit_segments(
+    provider_at: Callable[[Mapping[str, np.ndarray]], StructuredGradientProvider],
+    method: Source,
+    rows: Rows,
+    progress: bool,
+) -> list[Segment]:
+    """In the order of training. Two passes over the rows for each state that is used.
+
+    provider_at: of the model at other parameters.
+    """
     record = method.trajectory
     found = []
     for span in spans(record, method.segments, method.checkpoints):
         states = [record.state(step) for step in span.states]
-        providers = [influence.provider_at(state.parameters) for state in states]
+        providers = [provider_at(state.parameters) for state in states]
         curvature = fit_mean_ekfac(
             providers, rows, fisher=method.fisher, samples=method.samples, seed=method.random_seed, progress=progress
         )
@@ -221,8 +227,8 @@ def _in_blocks(layouts: Mapping[str, Layout], values: Mapping[str, np.ndarray]) 
 class SourceScorer(Scorer):
     """Scores of train rows on some queries: at each state, the dot product of a query factor and a row's gradient."""
 
-    def __init__(self, influence: TrajectoryInfluence[Any], asked: Asked, scale: float) -> None:
-        self.influence, self.asked, self.scale = influence, asked, scale
+    def __init__(self, influence: ComposableInfluence, segments: Sequence[Segment], asked: Asked, scale: float) -> None:
+        self.influence, self.segments, self.asked, self.scale = influence, segments, asked, scale
         self._factors: list[tuple[StructuredGradientProvider, OrderedDict[str, BlockGradient]]] | None = None
 
     @property
@@ -235,7 +241,7 @@ class SourceScorer(Scorer):
     def _made(self) -> list[tuple[StructuredGradientProvider, OrderedDict[str, BlockGradient]]]:
         q = _query_grads(self.influence.provider, self.asked)
         found = []
-        for segment in reversed(self.influence.segments):
+        for segment in reversed(self.segments):
             share = 1.0 / len(segment.providers)
             answered = segment.reacted(q)
             for provider in segment.providers:
