@@ -35,7 +35,10 @@ def test_the_exact_derivative_equals_central_differences_of_retraining(kind, opt
     assert off(found[:, ROWS], truth) < 1e-6
 
 
-@pytest.mark.parametrize("curvature", ["hessian", "ggn", "fisher", None])
+SLOW = [pytest.param(word, marks=pytest.mark.slow) for word in ("ggn", "fisher")]
+
+
+@pytest.mark.parametrize("curvature", ["hessian", *SLOW, None])
 def test_numbers_do_not_depend_on_how_queries_are_grouped(curvature, tmp_path):
     what = training("mlp", adamw)
     x, y = draw("mlp", 5, 9)

@@ -110,7 +110,7 @@ def test_one_checkpoint_is_no_training(tmp_path):
         from_checkpoints(tmp_path / "r", {0: {"a": torch.ones(2)}, 1: {}}, Sgd(0.1))
 
 
-@pytest.mark.hf
+@pytest.mark.slow
 def test_a_trainer_of_hugging_face_is_recorded(tmp_path):
     transformers = pytest.importorskip("transformers")
     from headwater.trajectory.torch.callback import RecordCallback

@@ -115,7 +115,7 @@ def test_adams_form_equals_dense_matrices(tmp_path):
     assert off(np.asarray(found), total) < 1e-8
 
 
-@pytest.mark.parametrize("optimizer", [sgd, adamw])
+@pytest.mark.parametrize("optimizer", [pytest.param(sgd, marks=pytest.mark.slow), adamw])
 def test_source_ranks_rows_as_the_exact_derivative_does(optimizer, tmp_path):
     what = training("mlp", optimizer, steps=20, falling=False)
     model = what.run(recorder=lambda m, o: hw.record(m, o, tmp_path / "r", keep="all"))
