@@ -7,6 +7,7 @@ from recorded_trainings import off, recorded, sweep_of
 from small_trainings import adam, adamw, central_differences, draw, nesterov, sgd, training
 
 from headwater.torch.batch import TorchBatch
+from headwater.trajectory.torch.steps import TorchPoint, TorchTraining
 
 ROWS = [0, 3, 11]
 
@@ -99,3 +100,21 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_bytes(tmp_path):
     again = sweep.tau([TorchBatch(x, y)], keep=tmp_path / "sweep", progress=left.append)
     assert 0 < len(left) < 14
     assert again.tobytes() == whole.tobytes()
+
+
+def test_a_sweep_takes_each_step_once_forward_and_once_backward_whatever_the_number_of_queries(tmp_path, monkeypatch):
+    what = training("mlp", adamw)
+    sweep = sweep_of(what, *recorded(what, tmp_path / "r"))
+    for queries in (1, 9):
+        calls = {"gradient": 0, "at": 0, "pull": 0}
+        for owner, name in ((TorchTraining, "gradient"), (TorchTraining, "at"), (TorchPoint, "pull")):
+            plain = getattr(owner, name)
+
+            def counted(self, *args, name=name, plain=plain, calls=calls):
+                calls[name] += 1
+                return plain(self, *args)
+
+            monkeypatch.setattr(owner, name, counted)
+        sweep.tau([TorchBatch(*draw("mlp", queries, 9))])
+        monkeypatch.undo()
+        assert calls == {"gradient": 14, "at": 14, "pull": 14}
