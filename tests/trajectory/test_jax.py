@@ -16,7 +16,7 @@ from headwater.jax import cross_entropy
 from headwater.trajectory.jax.trainer import shuffled, train_recorded
 from headwater.trajectory.optimizers import AdamW, Sgd
 
-CURVATURES = ["hessian", "ggn", "fisher", None]
+CURVATURES = ["hessian", pytest.param("ggn", marks=pytest.mark.slow), "fisher", None]
 
 
 def apply(params, x):
@@ -64,8 +64,12 @@ def loop(folder, optimizer, settings, steps=9, start=0, **options):
     "optimizer, settings",
     [
         (optax.sgd(0.2, momentum=0.9), Sgd(0.2, momentum=0.9)),
-        (optax.sgd(0.2, momentum=0.9, nesterov=True), Sgd(0.2, momentum=0.9, nesterov=True)),
-        (optax.sgd(0.2), Sgd(0.2)),
+        pytest.param(
+            optax.sgd(0.2, momentum=0.9, nesterov=True),
+            Sgd(0.2, momentum=0.9, nesterov=True),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(optax.sgd(0.2), Sgd(0.2), marks=pytest.mark.slow),
         (optax.adamw(0.01, weight_decay=0.1), AdamW(0.01, weight_decay=0.1)),
     ],
     ids=["momentum", "nesterov", "plain", "adamw"],
