@@ -240,6 +240,17 @@ def add_product(total: Array | None, left: Array, right: Array) -> Array:
     return transpose(left) @ right if held is None else held.addmm_(left.T, right)
 
 
+def add_scaled(total: Array, array: Array, factor: float) -> Array:
+    """`total + factor array`; in place where the framework can, without an array between where it is torch."""
+    held: Any = total
+    if is_torch(held):
+        return held.add_(array, alpha=factor)
+    if isinstance(held, np.ndarray):
+        held += array * factor
+        return held
+    return held + array * factor
+
+
 PANELS = 4
 """Row panels of a symmetric product: with 4, five eighths of the multiplications are left."""
 
@@ -248,14 +259,45 @@ def _gram(rows: Array) -> Array:
     """rows^T rows, panel by panel up to the diagonal, the rest mirrored."""
     size = int(rows.shape[1])
     full: Any = zeros_like(rows, (size, size))  # of torch or NumPy, which can be written into
-    step = -(-size // PANELS)
-    for start in range(0, size, step):
-        stop = min(start + step, size)
+    for start, stop in _panels(size):
         # Only up to the diagonal; what is right of it is the transpose of what is below.
-        panel = rows[:, start:stop].T @ rows[:, :stop]
-        full[start:stop, :stop] = panel
-        full[:start, start:stop] = panel[:, :start].T
+        full[start:stop, :stop] = rows[:, start:stop].T @ rows[:, :stop]
+    return _mirrored(full)
+
+
+def _panels(size: int) -> list[tuple[int, int]]:
+    step = -(-size // PANELS)
+    return [(start, min(start + step, size)) for start in range(0, size, step)]
+
+
+def _mirrored(full: Any) -> Array:
+    """Above the panels' diagonal blocks, what is below."""
+    for start, stop in _panels(int(full.shape[0])):
+        full[:start, start:stop] = full[start:stop, :start].T
     return full
+
+
+def is_positions_last(rows: Any) -> bool:
+    """Whether [n, t, i] of torch lies in memory as [n, i, t], as what convolutions see does: reshaping copies that."""
+    if not is_torch(rows) or rows.ndim != 3:
+        return False
+    return bool(not rows.is_contiguous() and rows.mT.is_contiguous())
+
+
+def gram_by_rows(rows: Any, weights: Any | None) -> Array:
+    """The sum over n and t of w a a^T for `is_positions_last` rows [n, t, i], weights [n, t or 1, 1]: [i, i].
+
+    A product for each row reads them as they lie; one for all would first have to write them the other way round.
+    """
+    size = int(rows.shape[2])
+    full: Any = zeros_like(rows, (size, size))
+    right = transpose(rows)
+    left = right if weights is None else right * transpose(weights)
+    panels = _panels(size) if size >= PANELS * 32 else [(0, size)]
+    for mine, other in zip(left, right, strict=True):
+        for start, stop in panels:
+            full[start:stop, :stop].addmm_(mine[start:stop], other[:stop].T)
+    return _mirrored(full) if len(panels) > 1 else full
 
 
 def scatter_rows(values: Array, ids: Array, rows: int) -> Array:

@@ -16,7 +16,7 @@ from headwater.influence import ComposableInfluence, in_own_precision
 from headwater.loaders.batches import check_one
 from headwater.loaders.places import located
 from headwater.methods.damping import Damping
-from headwater.rows import Rows, Runner
+from headwater.rows import KeptQueryRows, KeptTrainRows, Rows, Runner
 from headwater.types import InfluenceMode, TensorType
 
 if TYPE_CHECKING:
@@ -122,11 +122,14 @@ class Attributor(ComposableInfluence[TensorType]):
         unit: str = "influence",
         by_block: bool = False,
         mode: InfluenceMode | str = InfluenceMode.Up,
+        normalise: str | None = None,
         explain: str = "label",
         store: str | os.PathLike[str] | None = None,
         memory: int | str | None = None,
         worker: Worker = (0, 1),
         append: bool = False,
+        query_error: float | None = None,
+        query_rank: int | None = None,
         progress: bool = False,
     ) -> Scores:
         """Scores of all train rows on all query rows, labelled: every row goes through the model once.
@@ -134,6 +137,10 @@ class Attributor(ComposableInfluence[TensorType]):
         unit: "influence" (what `influences` gives), or "removal" (that over n_train: the predicted increase of the
         query's loss when the row is removed). by_block: keep each block's share. mode: "up", or "perturbation": values
         are then [query, train, *x_shape].
+        normalise: directions instead of sizes, which rank rows and forecast nothing: "both", the cosine of query and
+        train row in the metric of the inverse curvature; "train", the score over the root of the train row's influence
+        on itself. Shares of blocks are those of the whole. A method that solves then solves for each train row. See
+        `headwater.run.directions`. Warns: NoDirection for rows without a gradient, which score 0.
         explain: which label a query has, its own ("label": why is the model wrong about it, or right?) or what the
         model predicts ("prediction": why did it say this?), as `scores.explained` says then. Of a model that predicts
         numbers or text there is no such label: see docs/which-label.md for what to ask.
@@ -144,9 +151,14 @@ class Attributor(ComposableInfluence[TensorType]):
         would do. memory: bytes that this process may hold in all (also "2GiB"); tiles are made as small as that takes.
         worker: as in `fit`, of processes that make the same call with the same store: each computes its share of the
         tiles, then what nobody else is at, and returns all scores.
+        query_error: None, or which share of the length of each query's factor may be lost, by keeping it as the fewest
+        outer products that leave no more: so many queries of a large model fit into memory. A score is then off by at
+        most that share of the two lengths' product; `scores.diagnosis` has what was lost. query_rank: at most so many,
+        whatever that loses, which the diagnosis says, too; more than a tenth is among its worries.
         Errors: InvalidInput for a folder of another run, or other rows; InvalidSetting for too little memory.
         """
         from headwater.run.attribute import Storage, attribute
+        from headwater.run.shortened import Shortening
 
         storage = Storage.of(self, store, memory, worker, append)
         with self._recorded():
@@ -162,6 +174,8 @@ class Attributor(ComposableInfluence[TensorType]):
                 storage=storage,
                 explain=explain,
                 scorer=self._own_scorer,
+                short=Shortening.of(query_error, query_rank),
+                normalise=normalise,
             )
 
     @in_own_precision
@@ -193,11 +207,13 @@ class Attributor(ComposableInfluence[TensorType]):
         k: int,
         *,
         unit: str = "influence",
+        normalise: str | None = None,
         explain: str = "label",
         store: str | os.PathLike[str] | None = None,
         memory: int | str | None = None,
         worker: Worker = (0, 1),
         append: bool = False,
+        query_error: float | None = None,
         progress: bool = False,
         queries_as: str = "each",
         groups: Sequence[Any] | Mapping[Any, Any] | None = None,
@@ -205,7 +221,8 @@ class Attributor(ComposableInfluence[TensorType]):
     ) -> TopK:
         """The k most helpful and the k most harmful train rows of each query, without the matrix of scores in memory.
 
-        explain, store, memory, worker, append: as in `attribute`; the folder is one run for both.
+        normalise, explain, store, memory, worker, append, query_error: as in `attribute`; the folder is one run for
+        both. Directions of groups, and of all queries as one, are those of the "mean".
 
         queries_as: "each" query by itself, or all of them as one, their "mean" or "sum", which is then its name.
         groups: a label for each train row (by source, author, ...), in the loader's order, or a mapping from what rows
@@ -214,6 +231,7 @@ class Attributor(ComposableInfluence[TensorType]):
         """
         from headwater.run.attribute import Storage, top
         from headwater.run.ranking import Ranking
+        from headwater.run.shortened import Shortening
 
         storage = Storage.of(self, store, memory, worker, append)
         ranking = Ranking(k, queries_as, groups, of)
@@ -230,6 +248,8 @@ class Attributor(ComposableInfluence[TensorType]):
                 ranking=ranking,
                 explain=explain,
                 scorer=self._own_scorer,
+                short=Shortening.of(query_error, None),
+                normalise=normalise,
             )
 
     @in_own_precision
@@ -260,18 +280,14 @@ class Attributor(ComposableInfluence[TensorType]):
 
     def _scored(self, loader: Iterable[object]) -> Rows:
         """Train rows that need only be scored: a loader's, or kept gradients. Errors: as `KeptGradients`."""
-        from headwater.run.kept import KeptGradients
-
-        if isinstance(loader, KeptGradients):
+        if isinstance(loader, KeptTrainRows):
             self.check_weights()
             return loader.train_rows(self)
         return self.train_rows(loader)
 
     def _explained(self, loader: Iterable[object]) -> Iterable[object]:
         """Query rows that need only be scored: a loader's, or kept factors. Errors: as `KeptFactors`."""
-        from headwater.run.factors import KeptFactors
-
-        return loader.query_rows(self) if isinstance(loader, KeptFactors) else self.query_rows(loader)
+        return loader.query_rows(self) if isinstance(loader, KeptQueryRows) else self.query_rows(loader)
 
     @in_own_precision
     def factors(
@@ -363,6 +379,7 @@ class Attributor(ComposableInfluence[TensorType]):
         subsets: int = 10,
         seed: int = 0,
         progress: bool = False,
+        normalise: str | None = None,
     ) -> Self:
         """The same influence at the damping that forecasts retraining best; `calibration` says how sure that is.
 
@@ -374,7 +391,8 @@ class Attributor(ComposableInfluence[TensorType]):
         loss for minus a log-likelihood.
 
         dampings: the path, all relative or all absolute; None for seven decades of mean eigenvalues. by_block: a
-        damping for each block, kept only if subsets that were not looked at speak for it. Derivations are in
+        damping for each block, kept only if subsets that were not looked at speak for it. normalise: the damping is for
+        directions, as in `attribute`; there is a pass over the train rows for each damping then. Derivations are in
         `headwater.run.calibrate`. Errors: InvalidInput for a bank of other rows or queries, and for queries without a
         bank; InvalidSetting for a method without damping.
         """
@@ -393,6 +411,7 @@ class Attributor(ComposableInfluence[TensorType]):
                 subsets=subsets,
                 seed=seed,
                 progress=progress,
+                normalise=normalise,
             )
         return self.calibrated(found)
 
@@ -488,6 +507,7 @@ class Attributor(ComposableInfluence[TensorType]):
         queries: Any = None,
         k: int = 5,
         explain: str = "label",
+        normalise: str | None = None,
         title: str | None = None,
         lead: str = "",
         groups: Any = None,
@@ -503,9 +523,9 @@ class Attributor(ComposableInfluence[TensorType]):
         """One HTML page: for each query the rows behind it, who influences most, suspicious rows, what to trust.
 
         rows, queries, k, title, groups, predictions, checks, made: as in `Scores.report`; rows and queries of None are
-        shown as the loaders give them: data frames, entries of data sets that are dicts, images, numbers. explain: as
-        in `attribute`. scores: of these loaders, if they are there already; else they are computed, as forecasts of
-        removal where the method makes these. lead: what stands below the title. sections: of your own
+        shown as the loaders give them: data frames, entries of data sets that are dicts, images, numbers. explain,
+        normalise: as in `attribute`. scores: of these loaders, if they are there already; else they are computed, as
+        forecasts of removal where the method makes these. lead: what stands below the title. sections: of your own
         (`headwater.report.Section`).
         self_influence: whether each train row's is computed too, in the pass that takes their losses: of a method that
         solves, a solve for each. verify: whether a dozen random pairs are computed again the slow plain way; None
@@ -522,7 +542,7 @@ class Attributor(ComposableInfluence[TensorType]):
             rows, queries, k, title or TITLE, lead, groups, predictions, checks=checks, made=made, sections=sections
         )
         options: dict[str, Any] = {"self_influence": self_influence, "verified": verify, "progress": progress}
-        options |= {"explain": explain, "own_labels": own}
+        options |= {"explain": explain, "own_labels": own, "normalise": normalise}
         with located():
             train, query = self._scored(train_loader), self.query_rows(query_loader)
             return report(self, train, query, path, known, scores=scores, **options)

@@ -14,17 +14,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from headwater.attributor import Attributor
 from headwater.blocks import Structure
-from headwater.curvature.exact import Curvature
-from headwater.curvature.model import ModelCurvature
 from headwater.errors import InvalidInput, InvalidSetting, UnsupportedModel
 from headwater.gradients.provider import Fisher
 from headwater.methods.base import Method
 from headwater.methods.registry import METHODS
 from headwater.trajectory.methods import TrajectoryMethod
+
+if TYPE_CHECKING:
+    from headwater.curvature.exact import Curvature
+    from headwater.curvature.model import ModelCurvature
 
 TAKEN = (
     "a torch.nn.Module, a transformers.PreTrainedModel (also with PEFT's adapters), a fitted scikit-learn estimator or "

@@ -24,6 +24,7 @@ HeadwaterError
 │   └── AlreadySaved (FileExistsError)      there is something of that name already
 ├── NotConverged (UserWarning)              a warning: solves missed their tolerance
 ├── RoughForecast (UserWarning)             a warning: rows whose removal takes most of the curvature with them
+├── NoDirection (UserWarning)               a warning: rows without a gradient, where directions were asked for
 └── MissingExtra (ImportError)              an optional package is not installed
 """
 
@@ -144,6 +145,10 @@ class NotConverged(HeadwaterError, UserWarning):
 
 class RoughForecast(HeadwaterError, UserWarning):
     """Rows whose removal takes most of the curvature with them; given as a warning, with how much stays."""
+
+
+class NoDirection(HeadwaterError, UserWarning):
+    """Rows whose gradient is zero, where directions were asked for; given as a warning, with which."""
 
 
 class Undetermined(HeadwaterError, UserWarning):

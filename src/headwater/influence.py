@@ -19,9 +19,6 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from headwater.arrays import Array, namespace, summed
-from headwater.curvature.exact import Curvature as Kind
-from headwater.curvature.model import ModelCurvature
-from headwater.curvature.saved import TakenApart, moved, put_together, take_apart
 from headwater.errors import (
     BatchMismatch,
     BlockMismatch,
@@ -45,7 +42,6 @@ from headwater.methods.base import Curvatures, Method
 from headwater.methods.damping import Damping, Relative, damping_by_block, in_units
 from headwater.operators.algebra import IdentityOperator, LinearOperator, ScaledOperator
 from headwater.operators.iterative import LastSolves, SolveReport, apply_path, joined, recorded_solves
-from headwater.operators.kronecker import SeparableOperator
 from headwater.operators.partial_penalty import PartialPenaltyInverse, penalised
 from headwater.operators.structured import BlockDiagonalOperator
 from headwater.rows import Rows, Runner, first_batch
@@ -53,6 +49,9 @@ from headwater.types import InfluenceMode, TensorType
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from headwater.curvature.exact import Curvature as Kind
+    from headwater.curvature.model import ModelCurvature
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
@@ -185,6 +184,11 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         """An array, of x or y, that a user gave without making a batch of it, as the framework takes it."""
         return array
 
+    @property
+    def own_source(self) -> StructuredGradientProvider:
+        """The model's provider, with arrays of the model's own framework."""
+        return self.source
+
     def train_rows(self, loader: Iterable[object]) -> Rows:
         """A loader of train rows for a run; the same object gives the same rows as when it was last read."""
         if isinstance(loader, Rows):
@@ -296,8 +300,10 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         penalty of the training objective where that is known. It needs no `fit`, and is the same for every method.
         See `headwater.curvature.model`.
         """
+        from headwater.curvature.model import ModelCurvature
+
         rows = self.train_rows(loader)
-        return ModelCurvature(self.source, rows, kind, fisher=fisher, seed=seed, penalty=penalty, progress=progress)
+        return ModelCurvature(self.own_source, rows, kind, fisher=fisher, seed=seed, penalty=penalty, progress=progress)
 
     @property
     def doubts(self) -> tuple[str, ...]:
@@ -318,14 +324,17 @@ class ComposableInfluence(ABC, Generic[TensorType]):
     def absolute_damping(self) -> dict[str, float]:
         """The damping of each block in the units of its curvature."""
         curvature = self.curvature
-        return {name: in_units(self.damping[name], curvature[name].mean_eigenvalue()) for name in curvature}
+        return {
+            # The mean eigenvalue is asked for only where it is the unit: the trace of a Hessian costs 64 products.
+            name: in_units(given, curvature[name].mean_eigenvalue()) if isinstance(given, Relative) else given
+            for name, given in ((name, self.damping[name]) for name in curvature)
+        }
 
     @property
     def truncation_errors(self) -> dict[str, list[float]]:
         """For a separable inverse spectrum: each part's relative error, by block; exact parts have zero."""
         return {
-            name: [op.truncation_error if isinstance(op, SeparableOperator) else 0.0 for op in _parts(block)]
-            for name, block in self.block_mapper.operators.items()
+            name: [op.truncation_error for op in _parts(block)] for name, block in self.block_mapper.operators.items()
         }
 
     @property
@@ -355,7 +364,9 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
     def _invert(self, name: str, curvature: LinearOperator, rows: float) -> LinearOperator:
         """A block without any curvature and with relative damping has no scale, and no train row reaches it: zero."""
-        damping, mean = self.damping[name], curvature.mean_eigenvalue()
+        damping = self.damping[name]
+        # As in `absolute_damping`: a trace may be dear.
+        mean = curvature.mean_eigenvalue() if isinstance(damping, Relative) else 0.0
         # A trace of zero: no curvature at all, or (of a Hessian) positive and negative curvature that cancel.
         if isinstance(damping, Relative) and mean == 0.0:
             bounds = None if curvature.psd else curvature.spectrum_bounds()
@@ -395,6 +406,8 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         fitted = self._need_fit()
         # The user may have moved the model; a fit on another device would fail at the first product.
         if self.source.device != fitted.device:
+            from headwater.curvature.saved import moved
+
             curvature = moved(fitted.curvature, self.provider, self.like())
             self._keep(replace(fitted, curvature=curvature, device=self.source.device))
         return self.block_mapper
@@ -412,6 +425,8 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
     def _taken_apart(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """What `fit` found, as JSON has it, and its arrays. Errors: those of `save`."""
+        from headwater.curvature.saved import take_apart
+
         self.check_weights()
         parts = take_apart(self.curvature)
         keys = {} if self.fitted_keys is None else {ROW_KEYS: self.fitted_keys}
@@ -421,6 +436,8 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         self, where: str, saved: Mapping[str, Any], arrays: Mapping[str, np.ndarray], loader: Iterable[object] | None
     ) -> None:
         """Take what `_taken_apart` gave, in place of `fit`; `where` it was read is for messages. Errors: as `load`."""
+        from headwater.curvature.saved import TakenApart, put_together
+
         if loader is not None:  # a provider that has taken rows' gradients knows the parts of its blocks
             self.source.grads(first_batch(self.provider, self._read_as(loader, "train")))
         self._check_identity(saved, where)
@@ -497,8 +514,8 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         mapper, mode, test, train = self._asked(x_test, y_test, x, y, mode)
         with self._recorded():
             if mode is InfluenceMode.Perturbation and not mapper.own_forms:
-                return mapper.perturbation(mapper.transformed_grads(test), train)
-            return summed(mapper.interactions(test, train, mode).values())
+                return self.handed_out(mapper.perturbation(mapper.transformed_grads(test), train))
+            return self.handed_out(summed(mapper.interactions(test, train, mode).values()))
 
     @in_own_precision
     def damping_path(
@@ -517,7 +534,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         _, mode, test, train = self._asked(x_test, y_test, x, y, mode)
         others = [self.with_damping(damping).ready() for damping in dampings]
         if any(mapper.own_forms for mapper in others):  # factors are no help to a form that is not <Op left, right>
-            return [summed(mapper.interactions(test, train, mode).values()) for mapper in others]
+            return [self.handed_out(summed(mapper.interactions(test, train, mode).values())) for mapper in others]
         grads = self.provider.grads(test, query=True) if others else {}
         factors: list[dict[str, Array]] = [{} for _ in others]
         with self._recorded():
@@ -526,9 +543,9 @@ class ComposableInfluence(ABC, Generic[TensorType]):
                 for found, factor in zip(factors, apply_path(operators, operators[0].seen(value).flat()), strict=True):
                     found[name] = factor
         if mode is InfluenceMode.Perturbation:
-            return [mapper.perturbation(f, train) for mapper, f in zip(others, factors, strict=True)]
+            return [self.handed_out(mapper.perturbation(f, train)) for mapper, f in zip(others, factors, strict=True)]
         return [
-            summed(mapper.interactions_from_transformed_grads(f, train, mode).values())
+            self.handed_out(summed(mapper.interactions_from_transformed_grads(f, train, mode).values()))
             for mapper, f in zip(others, factors, strict=True)
         ]
 
@@ -544,7 +561,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         """`influences`, one summand for each block."""
         mapper, mode, test, train = self._asked(x_test, y_test, x, y, mode)
         with self._recorded():
-            return mapper.interactions(test, train, mode)
+            return self._each_handed_out(mapper.interactions(test, train, mode))
 
     @in_own_precision
     def influence_factors(self, x: object, y: object) -> TensorType:
@@ -557,7 +574,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         """Op(gradient) of each row: (N, D_block) by block."""
         mapper, batch = self.ready(), self._batch(x, y, "x and y")
         with self._recorded():
-            return mapper.transformed_grads(batch)
+            return self._each_handed_out(mapper.transformed_grads(batch))
 
     @in_own_precision
     def influences_from_factors(
@@ -569,9 +586,10 @@ class ComposableInfluence(ABC, Generic[TensorType]):
     ) -> TensorType:
         """`influences` from factors computed before: one tensor (N, D), or a dict by block."""
         mode, mapper, train = InfluenceMode(mode), self.ready(), self._batch(x, y, "x and y")
+        factors = self.taken_in(z_test_factors)
         if mode is InfluenceMode.Perturbation:
-            return mapper.perturbation(z_test_factors, train)
-        return summed(mapper.interactions_from_transformed_grads(z_test_factors, train, mode).values())
+            return self.handed_out(mapper.perturbation(factors, train))
+        return self.handed_out(summed(mapper.interactions_from_transformed_grads(factors, train, mode).values()))
 
     @in_own_precision
     def influences_from_factors_by_block(
@@ -583,7 +601,20 @@ class ComposableInfluence(ABC, Generic[TensorType]):
     ) -> OrderedDict[str, TensorType]:
         """`influences_from_factors`, one summand for each block."""
         mode, mapper, train = InfluenceMode(mode), self.ready(), self._batch(x, y, "x and y")
-        return mapper.interactions_from_transformed_grads(z_test_factors, train, mode)
+        factors = self.taken_in(z_test_factors)
+        return self._each_handed_out(mapper.interactions_from_transformed_grads(factors, train, mode))
+
+    def handed_out(self, array: Any) -> TensorType:
+        """An array of the maths as the caller gets it; of the provider's own framework, unless it says otherwise."""
+        found: TensorType = array
+        return found
+
+    def taken_in(self, arrays: Any) -> Any:
+        """Arrays that `handed_out` gave, one or by block, as the maths takes them."""
+        return arrays
+
+    def _each_handed_out(self, arrays: Mapping[str, Any]) -> OrderedDict[str, TensorType]:
+        return OrderedDict((name, self.handed_out(array)) for name, array in arrays.items())
 
     def _asked(
         self, x_test: object, y_test: object, x: object, y: object, mode: InfluenceMode | str

@@ -149,6 +149,11 @@ class Queries:
         """Some of them."""
         return Queries(OrderedDict((n, value.take(rows)) for n, value in self.left.items()), self.right, self.forms)
 
+    def weighted(self, weights: Array) -> Queries:
+        """Each times a number: [q]."""
+        left = OrderedDict((name, value.weighted(weights)) for name, value in self.left.items())
+        return Queries(left, self.right, self.forms)
+
     def total(self, share: float) -> Queries:
         """Their sum, times `share`, as one query: a score is linear in the query's gradient."""
         left = OrderedDict((name, value.total(share)) for name, value in self.left.items())

@@ -32,8 +32,11 @@ Found = TypeVar("Found")
 OtherPart = TypeVar("OtherPart")
 OtherFound = TypeVar("OtherFound")
 
-FEW = 64
-"""Rows up to which batches are joined: below, what a call of a model costs by itself is most of its cost."""
+FEW = 256
+"""Rows up to which batches are joined: below, what a call of a model costs by itself is most of its cost.
+
+What a provider takes at once bounds it: rows with large gradients are cut again. On a digits MLP in batches of 32, 256
+in place of 64 saves a third of an EKFAC fit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -325,6 +328,22 @@ class Rows(Iterable[Any]):
             first = next(_whole_batches(self.provider, self.source, self.role), None)
             if first is not None and (keys := RowKeys.of(self.provider, first[1])).ids is None:
                 self.memory.expect(keys)
+
+
+class KeptTrainRows(ABC):
+    """Gradients of train rows that were kept: they stand for the loader in a run."""
+
+    @abstractmethod
+    def train_rows(self, influence: Any) -> Rows:
+        """The rows, for a run of this influence. Errors: InvalidInput where they are of another."""
+
+
+class KeptQueryRows(ABC):
+    """Factors of query rows that were kept: they stand for the loader in a run."""
+
+    @abstractmethod
+    def query_rows(self, influence: Any) -> Iterable[object]:
+        """The rows, for a run of this influence. Errors: InvalidInput where they are of another."""
 
 
 def sweep(

@@ -12,7 +12,6 @@ import numpy as np
 from headwater.arrays import to_numpy
 from headwater.errors import NotFittedError
 from headwater.methods.base import Method
-from headwater.methods.low_rank import LowRankMethod
 from headwater.operators.algebra import LinearOperator
 from headwater.operators.approximated import ApproximatedOperator
 from headwater.operators.iterative import SolveReport
@@ -32,10 +31,6 @@ class BlockStatus:
     """Parameters."""
     damping: float
     """Absolute, in the units of the curvature."""
-    mean_eigenvalue: float
-    """Of the undamped curvature, as the method damps it: of a projected one, over the projected numbers."""
-    mean_error: float
-    """Standard error of the mean eigenvalue where it is estimated; zero where it is exact."""
     curvature: LinearOperator = field(repr=False)
     """Undamped."""
     kept_rank: int | None = None
@@ -46,6 +41,20 @@ class BlockStatus:
     """Relative error of a separable inverse spectrum, of the worst part; zero for an exact one."""
     solve: SolveReport | None = None
     """How far the solves of the last call came."""
+
+    @property
+    def mean_eigenvalue(self) -> float:
+        """Of the undamped curvature, as the method damps it: of a projected one, over the projected numbers.
+
+        Of a Hessian asking costs up to 256 products, once.
+        """
+        return self.curvature.mean_eigenvalue()
+
+    @property
+    def mean_error(self) -> float:
+        """Standard error of the mean eigenvalue where it is estimated; zero where it is exact."""
+        self.curvature.trace()  # says so, too
+        return self.curvature.trace_error / self.size
 
     @cached_property
     def bounds(self) -> tuple[float, float] | None:
@@ -139,8 +148,6 @@ def status_of(influence: ComposableInfluence) -> Status:
         name: BlockStatus(
             size=operator.input_size,
             damping=damping[name],
-            mean_eigenvalue=curvature[name].mean_eigenvalue(),
-            mean_error=curvature[name].trace_error / operator.input_size,
             curvature=curvature[name],
             **_kept(influence.method, curvature[name]),
             truncation_error=max(influence.truncation_errors[name]),
@@ -170,11 +177,11 @@ def _kept(method: Method, curvature: LinearOperator) -> dict[str, Any]:
     """Rank and share of the trace, where a method sees the curvature through few directions."""
     if isinstance(curvature, ProjectedOperator):
         return {"kept_rank": curvature.kept_rank, "kept_mass": curvature.kept_mass}
-    if isinstance(method, LowRankMethod) and isinstance(curvature, ApproximatedOperator):
-        leading, trace = curvature.approximation, curvature.trace()
+    if method.keeps_leading and isinstance(curvature, ApproximatedOperator):
+        leading = curvature.approximation
         assert isinstance(leading, EigenpairsOperator)
         return {
             "kept_rank": int(leading.vectors.shape[0]),
-            "kept_mass": _share(leading, trace) if curvature.psd else None,
+            "kept_mass": _share(leading, curvature.trace()) if curvature.psd else None,
         }
     return {}

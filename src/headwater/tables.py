@@ -8,8 +8,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from markupsafe import Markup
-from rich.cells import cell_len as cell_len
 
 from headwater.errors import MissingExtra
 
@@ -41,6 +39,15 @@ HIDDEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 
 def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode()
+
+
+def cell_len(text: str) -> int:
+    """How many columns of a terminal the text takes."""
+    if text.isascii() and text.isprintable():  # one each, so that most tables need no table of widths
+        return len(text)
+    from rich.cells import cell_len as measured
+
+    return measured(text)
 
 
 def cut(text: str, width: int = WIDEST) -> str:
@@ -119,6 +126,8 @@ def _wrapped_line(line: str, width: int) -> str:
 def html_table(rows: Sequence[Sequence[str]], note: str = "") -> str:
     """The same for a notebook; the first row has the headings."""
     head, *body = [[cut(visible(cell), 4 * WIDEST) for cell in row] for row in rows]
+    from markupsafe import Markup
+
     titles = Markup().join(Markup("<th>{}</th>").format(cell) for cell in head)
     lines = Markup().join(
         Markup("<tr>{}</tr>").format(Markup().join(Markup("<td>{}</td>").format(cell) for cell in row)) for row in body

@@ -260,7 +260,7 @@ def test_a_separable_scale_keeps_an_outer_product_where_that_is_cheaper(rank, o,
 
 def test_a_separable_operator_on_wide_layers_is_its_matrix():
     """Wide enough that outer products are kept on both sides."""
-    o, i = 9, 8
+    o, i = 19, 18
     left, right, u, v = orthogonal(o), orthogonal(i), normal(2, o) ** 2, normal(2, i) ** 2
     basis = eigen_kronecker(np.asarray, left, right, np.ones((o, i)))
     op, matrix = SeparableOperator(basis, u, v), eigen_matrix(left, u.T @ v, right)

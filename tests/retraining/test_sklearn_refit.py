@@ -8,7 +8,12 @@ import pytest
 from scipy.sparse import csr_array
 from sklearn.compose import TransformedTargetRegressor
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_iris
-from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
+from sklearn.ensemble import (
+    GradientBoostingClassifier,
+    GradientBoostingRegressor,
+    RandomForestClassifier,
+    RandomForestRegressor,
+)
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.feature_selection import SelectFromModel
 from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
@@ -196,3 +201,47 @@ def test_an_estimator_around_another_is_a_regressor_too():
     refit = Refit(wrapped, PATIENTS[TRAIN], PROGRESS[TRAIN], PATIENTS[QUERY], PROGRESS[QUERY])
     fitted = LinearRegression().fit(PATIENTS[KEPT], np.log(PROGRESS[KEPT]))
     np.testing.assert_allclose(refit(KEPT, 0), (np.exp(fitted.predict(PATIENTS[QUERY])) - PROGRESS[QUERY]) ** 2 / 2)
+
+
+# Attribution without gradients ----------------------------------------------------------------------------------------
+
+
+def boosted(name):
+    """(classifier, regressor) of a library that may not be there; one thread, few trees."""
+    if name == "scikit-learn":
+        few = {"n_estimators": 10, "max_depth": 2, "subsample": 0.8}
+        return GradientBoostingClassifier(**few), GradientBoostingRegressor(**few)
+    if name == "LightGBM":
+        lightgbm = pytest.importorskip("lightgbm")
+        few = {"n_estimators": 10, "num_leaves": 4, "min_child_samples": 5, "n_jobs": 1, "verbose": -1}
+        return lightgbm.LGBMClassifier(**few), lightgbm.LGBMRegressor(**few)
+    xgboost = pytest.importorskip("xgboost")
+    few = {"n_estimators": 10, "max_depth": 2, "n_jobs": 1}
+    return xgboost.XGBClassifier(**few), xgboost.XGBRegressor(**few)
+
+
+@pytest.mark.parametrize("piped", [False, True])
+@pytest.mark.parametrize("kind", ["classifier", "regressor"])
+@pytest.mark.parametrize("library", ["scikit-learn", "LightGBM", "XGBoost"])
+def test_boosted_trees_are_attributed_as_they_are(library, kind, piped, tmp_path):
+    """A row that is copied into the queries with its own label helps its copy."""
+    estimator = boosted(library)[kind == "regressor"]
+    estimator = make_pipeline(StandardScaler(), estimator) if piped else estimator
+    X, y = (CELLS, BENIGN) if kind == "classifier" else (PATIENTS, PROGRESS)
+    order = np.random.default_rng(1).permutation(len(X))[:64]
+    X, y = X[order], y[order]
+    refit = Refit(estimator, X[:60], y[:60], X[56:64], y[56:64])
+    bank = retrain(tmp_path, refit, rows=60, queries=8, subsets=24, repeated=0, recipe={}, progress=False)
+    for method in ("banzhaf", "ridge"):
+        scores = bank.attribution(method)
+        own = [scores.values[k, 56 + k] for k in range(4)]
+        assert scores.shape == (8, 60) and np.isfinite(scores.values).all() and (scores.errors > 0).any()
+        assert np.mean(own) > np.median(scores.values)
+
+
+def test_a_forest_is_attributed_on_half_of_its_subsets_and_judged_on_the_others(tmp_path):
+    forest = RandomForestRegressor(n_estimators=5, max_depth=4)
+    refit = Refit(forest, PATIENTS[:40], PROGRESS[:40], PATIENTS[40:60], PROGRESS[40:60])
+    bank = retrain(tmp_path, refit, rows=40, queries=20, subsets=100, repeated=0, recipe={}, progress=False)
+    scores = bank.attribution("ridge", subsets=range(70))
+    assert lds(scores, bank.keep[70:], bank.outputs[70:]).raw.low > 0.1

@@ -166,7 +166,7 @@ def test_top_fits_and_scores_first_and_prints_both_ends(job, capsys):
 def test_settings_versions_command_and_times_are_beside_the_results(job, capsys):
     run("score", job, "--quiet", capsys=capsys)
     found = json.loads((job.parent / "found" / "job.json").read_text())
-    assert found["settings"]["score"] == {"unit": "removal", "by_block": False, "memory": None}
+    assert found["settings"]["score"] == {"unit": "removal", "normalise": None, "by_block": False, "memory": None}
     assert found["settings"]["top"] == {"k": 3} and found["versions"]["headwater"] == headwater.__version__
     assert found["verbs"]["score"]["command"] == f"headwater score {job} --quiet"
     assert (
@@ -535,3 +535,20 @@ def test_python_runs_the_package_and_help_brings_no_framework():
     imported = {line.split("|")[-1].strip().partition(".")[0] for line in shown.stderr.splitlines()}
     assert "Your own job" in shown.stdout and "cyclopts" in imported
     assert not imported & {"torch", "sklearn", "jax", "zarr", "numpy", "xarray"}
+
+
+# Directions -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_job_scores_directions_from_the_command_line(job, capsys):
+    write_job(job.parent, 'setup = "mine.py:setup"\nstore = "found"\n[score]\nnormalise = "both"\n[top]\nk = 2\n')
+    status, printed = run("top", "job.toml", "--json", "--quiet", capsys=capsys)
+    assert status == 0 and json.loads(printed.out)["unit"] == "cosine"
+    found = values(job.parent)
+    assert np.abs(found).max() <= 1 + 1e-6 and Scores.open(Path("found/scores")).is_ranking
+
+
+def test_a_job_refuses_forecasts_of_directions(job, capsys):
+    wrong = 'setup = "mine.py:setup"\n[score]\nnormalise = "both"\nunit = "removal"\n'
+    status, printed = run("score", write_job(job.parent, wrong), capsys=capsys)
+    assert status == 2 and "forecasts no removal" in printed.err

@@ -239,3 +239,10 @@ def test_a_measurement_takes_the_place_of_the_loss(tmp_path):
 
     truth = (trained(1e-5) - trained(-1e-5)) / 2e-5
     assert off(-np.asarray(scores)[:, 3], truth) < 1e-6
+
+
+@pytest.mark.parametrize("option", [{"normalise": "both"}, {"query_error": 0.1}, {"by_block": True}])
+def test_options_of_inverses_are_refused(case, option):
+    what, influence, query = case
+    with pytest.raises(InvalidSetting, match="Scores of a trajectory have no"):
+        influence.attribute((what.x, what.y), query, **option)

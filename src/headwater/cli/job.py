@@ -125,7 +125,7 @@ def top(
         found = call.top(k)
     chosen = _chosen(found, query)
     if json:
-        say({"unit": call.job.score.unit, "queries": [_as_json(found, q) for q in chosen]}, "", quiet)
+        say({"unit": call.job.score.scored_in, "queries": [_as_json(found, q) for q in chosen]}, "", quiet)
         return
     shown = chosen if query or every else chosen[:SHOWN]
     print(found.take(shown).table(get_terminal_size().columns))

@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -37,8 +38,7 @@ from headwater.curvature.products import KEPT_SHARE, CurvatureOperator, DrawnRow
 from headwater.errors import BatchMismatch, InvalidSetting, SingularOperator
 from headwater.gradients.algebra import Dense
 from headwater.gradients.block import BlockGradient, stack
-from headwater.gradients.draws import DrawsProduct, squared_norms
-from headwater.gradients.outer import Outer
+from headwater.gradients.draws import DrawsProduct, are_single_products, squared_norms
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
 from headwater.memory import refuse_too_large
 from headwater.operators.algebra import IdentityOperator, LinearOperator, rowwise_inner
@@ -109,7 +109,7 @@ class RowSumOperator(LinearOperator):
     def along(self, value: BlockGradient) -> Array:
         """Dot products of a block's gradients with Phi, every draw times the root of its row's weight: [n, m]."""
         # Roots of the weights on Phi alone: Phi^T Phi then has the weights, and Phi Phi^T stays symmetric.
-        found = self.each(lambda rows: value.inner(stack([_rooted(draw, rows) for draw in self.draws(rows)])))
+        found = self.each(lambda rows: value.inner(stack([rooted(draw, rows) for draw in self.draws(rows)])))
         return namespace(*found).concat(found, axis=1)
 
 
@@ -134,7 +134,7 @@ class InverseThroughRows(LinearOperator, ABC):
     def _meets_along_rows(self, value: BlockGradient) -> bool:
         """Whether a gradient is cheaper to meet along the rows than as D numbers: ghost products, rows at hand."""
         # With several positions a ghost product costs their square; and without rows in memory each meeting is a pass.
-        return self.curvature.is_kept and all(isinstance(p, Outer) and p.positions == 1 for p in value.parts)
+        return self.curvature.is_kept and are_single_products(value)
 
     def block_sides(self, queries: BlockGradient, train_per_query: float) -> tuple[LinearOperator, LinearOperator]:
         """Gradients that are one outer product meet as they are, and along the m fitted ones; nothing has D numbers."""
@@ -232,6 +232,44 @@ class _ShrunkProduct(_RowProduct[DrawnRows]):
 
 
 @dataclass(frozen=True, eq=False)
+class RowNorms:
+    """How long the gradients of all rows are, and which rows these are."""
+
+    keys: np.ndarray
+    """The rows' content keys, in the loader's order: uint64 [n]."""
+    squares: np.ndarray
+    """Squared norms, each times its row's weight: [n, draws]."""
+
+    @classmethod
+    def of(cls, curvature: RowSumOperator) -> RowNorms:
+        """Read all rows once."""
+        provider = curvature.curvature.source.provider
+
+        def seen(rows: DrawnRows) -> tuple[np.ndarray, np.ndarray]:
+            each = [host(rooted(draw, rows).squared_norms()) for draw in curvature.draws(rows)]
+            return provider.content_keys(rows.batch), np.stack(each, axis=1)
+
+        # Norms alone in this pass: which gradients are kept is known only after the last row.
+        keys, squares = zip(*curvature.each(seen), strict=True)
+        return cls(np.concatenate(keys), np.concatenate(squares))
+
+    def heaviest(self, share: float, most: int | None = None) -> np.ndarray:
+        """Positions of the largest that make up a share of the sum, `most` at most; largest first."""
+        flat = self.squares.reshape(-1)
+        order = np.argsort(-flat, kind="stable")
+        if share == 1.0:
+            return order[:most]
+        # The trace is the sum of squared norms: the heaviest rows hold most of it where norms are uneven.
+        held = np.cumsum(flat[order])
+        count = int(np.searchsorted(held, share * held[-1])) + 1
+        return order[: min(count, most or count)]
+
+    def held(self, kept: np.ndarray) -> HeldRows:
+        """Rows, of which the gradients at some positions, in order, are kept."""
+        return HeldRows(self.keys, kept, int(self.squares.shape[1]))
+
+
+@dataclass(frozen=True, eq=False)
 class HeldRows:
     """Which rows a dual form is made of, and which of their gradients."""
 
@@ -247,21 +285,13 @@ class HeldRows:
 class DualOperator(RowSumOperator):
     """A sum over rows whose Gram matrix is known: its damped inverse is exact.
 
-    heaviest: keep only the gradients that are largest in norm: as many as hold this share of the trace, `most` at most.
-    What is inverted is then the part of the curvature that they make up: a preconditioner for the whole.
+    held: which of its gradients are kept. What is inverted is then the part of the curvature that they make up: a
+    preconditioner for the whole.
     """
 
-    def __init__(
-        self,
-        curvature: CurvatureOperator,
-        rows: float,
-        *,
-        heaviest: float = 1.0,
-        most: int | None = None,
-        held: HeldRows | None = None,
-    ):
+    def __init__(self, curvature: CurvatureOperator, rows: float, held: HeldRows):
         super().__init__(curvature, rows)
-        self._held = held or self._choose_rows(heaviest, most)
+        self._held = held
 
     @property
     def held(self) -> HeldRows:
@@ -280,28 +310,29 @@ class DualOperator(RowSumOperator):
     def draws_per_row(self) -> int:
         return self._held.draws_per_row
 
-    def _choose_rows(self, heaviest: float, most: int | None) -> HeldRows:
-        """Read all rows once; remember which they are, and which of their gradients are kept.
+    @classmethod
+    def of_heaviest(
+        cls, curvature: CurvatureOperator, rows: float, heaviest: float = 1.0, most: int | None = None
+    ) -> DualOperator:
+        """Of the gradients that are largest in norm: as many as hold a share of the trace, `most` at most.
 
         Errors: InvalidSetting for more gradients than a Gram matrix may have.
         """
-        provider = self.curvature.source.provider
-
-        def seen(rows: DrawnRows) -> tuple[np.ndarray, np.ndarray]:
-            each = [host(_rooted(draw, rows).squared_norms()) for draw in self.draws(rows)]
-            return provider.content_keys(rows.batch), np.stack(each, axis=1)
-
-        # Norms alone in this pass: which gradients are kept is known only after the last row.
-        keys, norms = zip(*self.each(seen), strict=True)
-        flat = np.concatenate(norms)
-        kept = np.sort(_heaviest(flat.reshape(-1), heaviest, most))
+        norms = RowNorms.of(RowSumOperator(curvature, rows))
+        kept = np.sort(norms.heaviest(heaviest, most))
         # Before the Gram matrix is made: this costs one pass, that would cost hours.
         if len(kept) > LARGEST_GRAM:
             raise InvalidSetting(
-                f"Block {self.label!r}: {len(kept)} gradients (rows times draws) make too large a Gram matrix; at "
+                f"Block {curvature.block!r}: {len(kept)} gradients (rows times draws) make too large a Gram matrix; at "
                 f"most {LARGEST_GRAM} do. Use hw.Cg(), hw.Ekfac(), or fewer rows."
             )
-        return HeldRows(np.concatenate(keys), kept, flat.shape[1])
+        return cls(curvature, rows, norms.held(kept))
+
+    @cached_property
+    def gradients_kept(self) -> BlockGradient:
+        """The kept gradients as rows of one value, each times the root of its row's weight; only where these fit."""
+        pieces: list[BlockGradient] = self.sweep_held(Each(self.gradients))
+        return stack(pieces)
 
     def sweep_held(self, visitor: Visitor[HeldPiece, Part, Found]) -> Found:
         """Visit every batch, with which of its gradients are kept.
@@ -347,11 +378,14 @@ class DualOperator(RowSumOperator):
         # Positions count row by row and within a row draw by draw; draws come one after another, so that they are
         # sorted back.
         row, draw = np.divmod(piece.kept, self.draws_per_row)
-        pieces = [_rooted(value, piece.rows).take(row[draw == k]) for k, value in enumerate(self.draws(piece.rows))]
+        pieces = [rooted(value, piece.rows).take(row[draw == k]) for k, value in enumerate(self.draws(piece.rows))]
         back = np.argsort(np.concatenate([np.flatnonzero(draw == k) for k in range(self.draws_per_row)]))
         return stack(pieces).take(back)
 
     def along(self, value: BlockGradient) -> Array:
+        if self.is_kept and are_single_products(value):
+            # Stacked once for all batches that meet them; m outer products are small.
+            return value.inner(self.gradients_kept)
         found = self.sweep_held(Each(lambda piece: value.inner(self.gradients(piece))))
         return namespace(*found).concat(found, axis=1)
 
@@ -456,16 +490,20 @@ class DualInverse(InverseThroughRows):
         # W damping, not damping: Phi is not divided by the root of W.
         xp, shift = namespace(gram), self.curvature.rows * self.damping
         largest = float(xp.max(xp.sum(xp.abs(gram), axis=1)))  # no eigenvalue is larger
-        # Of the gradients' dtype, not the Gram matrix's: its entries were rounded before they came to float64.
-        rounding = float(xp.finfo(self.curvature.curvature.like.dtype).eps) * largest
-        if not shift > rounding:
-            raise SingularOperator(
-                f"At damping {self.damping:g} the smallest eigenvalue is zero to rounding of the gradients (largest "
-                f"{largest / self.curvature.rows:g}). Use more damping, {10 * rounding / self.curvature.rows:.2g} for "
-                "example, or float64."
-            )
+        self.refuse_hidden(largest / self.curvature.rows)
         # Once for each damping: every query after it costs two triangular solves.
         return xp.linalg.cholesky(gram + shift * identity(int(gram.shape[0]), gram))
+
+    def refuse_hidden(self, largest: float) -> None:
+        """Errors: SingularOperator where rounding hides the damping, beside the largest eigenvalue."""
+        # Of the gradients' dtype, not the Gram matrix's: its entries were rounded before they came to float64.
+        like = self.curvature.curvature.like
+        rounding = float(namespace(like).finfo(like.dtype).eps) * largest
+        if not self.damping > rounding:
+            raise SingularOperator(
+                f"At damping {self.damping:g} the smallest eigenvalue is zero to rounding of the gradients (largest "
+                f"{largest:g}). Use more damping, {10 * rounding:.2g} for example, or float64."
+            )
 
     def _apply(self, tensor: Array) -> Array:
         vectors = tensor.reshape((-1, self.input_size))
@@ -474,7 +512,9 @@ class DualInverse(InverseThroughRows):
         def along(piece: HeldPiece) -> Array:
             # [n, q, draws]; as q rows of n draws numbers, in the order of `kept`.
             products = _weighted(product.project(self.curvature.draws(piece.rows)), piece.rows)
-            return xp.take(xp.permute_dims(products, (1, 0, 2)).reshape((q, -1)), _index(piece.kept, vectors), axis=1)
+            return xp.take(
+                xp.permute_dims(products, (1, 0, 2)).reshape((q, -1)), index_like(piece.kept, vectors), axis=1
+            )
 
         # Two passes: Phi v has to be whole before S can be applied, and Phi^T comes after S.
         solved = self.solve(xp.concat(self.curvature.sweep_held(Each(along)), axis=1))
@@ -502,24 +542,13 @@ class _Combination(_RowProduct[HeldPiece]):
         mine = transpose(self.solved[:, item.first : item.first + len(item.kept)])
         # Gradients that were not kept count nothing in the sum.
         full = zeros_like(self.vectors, (len(rows.batch) * each, q))
-        full = put_rows(full, _index(item.kept, self.vectors), mine).reshape((len(rows.batch), each, q))
+        full = put_rows(full, index_like(item.kept, self.vectors), mine).reshape((len(rows.batch), each, q))
         by_query = namespace(full).permute_dims(full, (0, 2, 1))
         whole.combine(self.curvature.draws(rows), _weighted(by_query, rows))
         return whole
 
 
-def _heaviest(norms: np.ndarray, share: float, most: int | None) -> np.ndarray:
-    """Positions of the largest squared norms that make up a share of their sum, `most` at most."""
-    if share == 1.0 and most is None:
-        return np.arange(len(norms))
-    order = np.argsort(-norms, kind="stable")
-    # The trace is the sum of squared norms: the heaviest rows hold most of it where norms are uneven.
-    held = np.cumsum(norms[order])
-    count = int(np.searchsorted(held, share * held[-1])) + 1
-    return order[: min(count, most or count)]
-
-
-def _rooted(value: BlockGradient, rows: DrawnRows) -> BlockGradient:
+def rooted(value: BlockGradient, rows: DrawnRows) -> BlockGradient:
     """Each row times the root of its weight."""
     return value if rows.weights is None else value.weighted(namespace(rows.weights).sqrt(rows.weights))
 
@@ -529,7 +558,7 @@ def _weighted(values: Array, rows: DrawnRows) -> Array:
     return values if rows.weights is None else values * namespace(values).sqrt(rows.weights)[:, None, None]
 
 
-def _index(positions: np.ndarray, like: Array) -> Array:
+def index_like(positions: np.ndarray, like: Array) -> Array:
     return as_like(positions, like, dtype=namespace(like).int64)
 
 
@@ -540,6 +569,15 @@ def _cholesky_solve(lower: Array, sides: Array) -> Array:
     solve = namespace(lower).linalg.solve
     # The array-API standard has no triangular solve.
     return solve(transpose(lower), solve(lower, sides))
+
+
+def lower_solve(lower: Array, sides: Array, *, transposed: bool = False) -> Array:
+    """lower^-1 sides, or its transpose's; both [m, ...], lower triangular [m, m]."""
+    if is_torch(sides):
+        xp: Any = namespace(sides).linalg
+        return xp.solve_triangular(lower.T if transposed else lower, sides, upper=transposed)
+    # The array-API standard has no triangular solve.
+    return namespace(lower).linalg.solve(transpose(lower) if transposed else lower, sides)
 
 
 def _refuse_without_room(provider: StructuredGradientProvider, duals: OrderedDict[str, DualOperator]) -> None:
@@ -570,6 +608,6 @@ def fit_dual(
     Errors: InvalidSetting for a Hessian, for rows whose GGN is no short sum, and for too many rows.
     """
     operators, rows = fit_products(provider, loader, kind, fisher=fisher, seed=seed, progress=progress)
-    duals = OrderedDict((name, DualOperator(operator, rows)) for name, operator in operators.items())
+    duals = OrderedDict((name, DualOperator.of_heaviest(operator, rows)) for name, operator in operators.items())
     _refuse_without_room(provider, duals)
     return duals, rows

@@ -246,14 +246,24 @@ def _level_null_space(basis: EigenKroneckerOperator, spectrum: Array) -> Array:
 
 def _batch_moments(draws: list[BlockGradients], weights: Array | None, basis_only: bool) -> dict[Place, Moments]:
     """Sums over the batch's rows and draws; what the draws share, rows and layer inputs, is counted once."""
-    found: dict[Place, Moments] = {}
-    for draw in draws:
-        for name, block in draw.items():
-            for k, part in enumerate(block.parts):
-                mine = found.get((name, k))
-                # From the second draw on: the rows and their layer inputs were counted with the first.
-                moments = _part_moments(name, part, weights, mine is not None, basis_only)
-                found[name, k] = moments if mine is None else mine + moments
+    first, *others = draws
+    return {
+        (name, k): _draws_moments(name, part, [draw[name].parts[k] for draw in others], weights, basis_only)
+        for name, block in first.items()
+        for k, part in enumerate(block.parts)
+    }
+
+
+def _draws_moments(
+    name: str, part: Gradient, others: Sequence[Gradient], weights: Array | None, basis_only: bool
+) -> Moments:
+    together = part.moments_with(others, weights) if others else None
+    if together is not None:
+        return together
+    found = _part_moments(name, part, weights, False, basis_only)
+    for other in others:
+        # From the second draw on: the rows and their layer inputs were counted with the first.
+        found = found + _part_moments(name, other, weights, True, basis_only)
     return found
 
 

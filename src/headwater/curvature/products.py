@@ -8,8 +8,10 @@ Source: Pearlmutter 1994; Schraudolph 2002; Martens 2020, arXiv 1412.1193.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
@@ -21,8 +23,8 @@ from headwater.arrays import Array, device, identity, itemsize, namespace, worki
 from headwater.curvature.exact import Curvature, check_kind
 from headwater.curvature.means import positive_weight, total_weight
 from headwater.errors import BatchMismatch, NonFiniteValue
-from headwater.gradients.draws import DrawsProduct, squared_norms
-from headwater.gradients.provider import BlockGradients, Fisher, StructuredGradientProvider
+from headwater.gradients.draws import DrawsProduct, are_single_products, squared_norms
+from headwater.gradients.provider import BlockGradients, Fisher, Linearised, StructuredGradientProvider
 from headwater.memory import as_many_as_fit
 from headwater.operators.algebra import LinearOperator, rowwise_inner
 from headwater.operators.finite import REMEDY, refuse_nonfinite
@@ -30,13 +32,28 @@ from headwater.operators.iterative import host
 from headwater.operators.krylov import Bounds, extreme_eigenvalues
 from headwater.operators.sketch import normal_vectors, sign_vectors
 from headwater.random import row_uniforms
-from headwater.rows import Accumulator, Each, Found, Part, PlacedBatch, Rows, Total, Visitor, first_batch, fold, sweep
+from headwater.rows import (
+    Accumulator,
+    Each,
+    Found,
+    Part,
+    PlacedBatch,
+    Rows,
+    Total,
+    Visitor,
+    first_batch,
+    fold,
+    serial,
+    sweep,
+)
 from headwater.types import Batch, join
 
 EXACT_TRACE = 256
 """Parameters of a block up to which a trace that no gradients give is summed up exactly, from as many products."""
 PROBES = 64
 """Random vectors that estimate the trace of a larger block."""
+SHARED_VECTORS = 8
+"""Vectors up to which what a Hessian's products share is worth keeping: of 4 at a time it is a sixth, of 20 a tenth."""
 FEW_VECTORS = 4
 """Vectors up to which differentiating twice costs less than gradients of every output."""
 
@@ -51,6 +68,20 @@ class DrawnRows:
     draws: list[BlockGradients] | None
     weights: Array | None
     total: float
+    linearised: Linearised | None = None
+    """What products with few vectors share, where it is kept from one to the next."""
+
+
+class _Repeated(threading.local):
+    """Of this thread's solve: the block that it multiplies with, and the rows whose products it has linearised."""
+
+    def __init__(self) -> None:
+        self.block: str | None = None
+        self.rows: list[DrawnRows] | None = None
+        self.fits = True
+
+    def __reduce__(self) -> tuple[type[_Repeated], tuple[()]]:
+        return _Repeated, ()  # a copy is in the middle of nothing
 
 
 class RowDraws:
@@ -76,30 +107,56 @@ class RowDraws:
         """The rows' total weight, at the last full pass."""
         # A Hessian is no sum of g g^T, so that there is nothing to keep.
         self._fits = keep and kind != "hessian"
+        self._repeated = _Repeated()
 
     @property
     def label(self) -> str:
         return self.kind.replace("_", " ")
 
-    def sweep(self, visitor: Visitor[DrawnRows, Part, Found], with_draws: bool) -> Found:
-        """Visit every batch, once. Without draws where they would cost more than they save."""
-        if self._kept is not None:
-            return visitor.finish(fold(visitor, self._kept))
+    @contextmanager
+    def repeated(self, block: str) -> Iterator[None]:
+        """Several products of one block in a row: what they share is kept until the end, where all of it fits."""
+        now = self._repeated
+        # Nested, it is the outer one's. Other processes that visit rows cannot hand over a graph.
+        elsewhere = isinstance(self.loader, Rows) and self.loader.runner not in (None, serial)
+        if now.block is not None or self.kind != "hessian" or elsewhere:
+            yield
+            return
+        now.block, now.fits = block, True
+        try:
+            yield
+        finally:
+            now.block = now.rows = None
+
+    def sweep(self, visitor: Visitor[DrawnRows, Part, Found], with_draws: bool, linear: str | None = None) -> Found:
+        """Visit every batch, once. Without draws where they would cost more than they save.
+
+        linear: the block with which all rows are to be multiplied by few vectors, for what `repeated` keeps.
+        """
+        now = self._repeated
+        kept = now.rows if linear is not None and linear == now.block else self._kept
+        if kept is not None:
+            return visitor.finish(fold(visitor, kept))
+        linear = linear if now.fits and linear == now.block else None
         # After one pass in which they did not fit, none tries again: it would fill memory for nothing.
-        room = KEPT_SHARE * working_memory_limit() if with_draws and self._fits else -1.0
-        keeping = _Keeping(visitor, partial(self.drawn, with_draws=with_draws), room)
+        trying = linear is not None or (with_draws and self._fits)
+        room = KEPT_SHARE * working_memory_limit() if trying else -1.0
+        keeping = _Keeping(visitor, partial(self.drawn, with_draws=with_draws, linear=linear), room)
         met = sweep(self.provider, self.loader, keeping, self.label, self.progress)
         # A later pass without draws keeps what is known of draws, and still has to know the weight.
         self.weight = met.weight
         if with_draws:
             self.has_draws, self._kept, self._fits = met.has_draws, met.kept, met.kept is not None
+        if linear is not None:
+            now.rows, now.fits = met.kept, met.kept is not None
         return visitor.finish(met.part)
 
-    def drawn(self, piece: PlacedBatch, with_draws: bool) -> DrawnRows:
-        """Some rows with their draws, or without."""
+    def drawn(self, piece: PlacedBatch, with_draws: bool, linear: str | None = None) -> DrawnRows:
+        """Some rows with their draws, or without; linear: and the products of a block linearised."""
         batch, draws = piece.batch, self._draws(piece.batch) if with_draws else None
         weights, total = self.provider.row_weights(batch), total_weight(self.provider, batch)
-        return DrawnRows(batch, piece.start, draws, weights, total)
+        kept = None if linear is None else self.provider.linearised(batch, linear, "hessian")
+        return DrawnRows(batch, piece.start, draws, weights, total, kept)
 
     def _draws(self, batch: Batch) -> list[BlockGradients] | None:
         if self.kind == "hessian":
@@ -117,6 +174,11 @@ class RowDraws:
     @property
     def is_kept(self) -> bool:
         return self._kept is not None
+
+    def has_single_products(self, block: str) -> bool:
+        """Whether all draws are in memory, each of them one outer product for each part of the block."""
+        pieces = self._kept or ()
+        return bool(pieces) and all(are_single_products(draw[block]) for piece in pieces for draw in piece.draws or ())
 
 
 @dataclass(eq=False)
@@ -151,8 +213,9 @@ class _Keeping(Visitor[PlacedBatch, _Met[Part], _Met[Part]]):
         return self._joined(one, replace(other, part=self.inner.merge(one.part, other.part)))
 
     def _met(self, rows: DrawnRows, part: Part) -> _Met[Part]:
-        size = size_of(rows.draws)
-        kept = [rows] if rows.draws is not None and size <= self.room else None
+        size = size_of(rows.draws) if rows.linearised is None else rows.linearised.size
+        held = rows.draws is not None or rows.linearised is not None
+        kept = [rows] if held and size <= self.room else None
         return _Met(part, rows.total, rows.draws is not None, kept, size)
 
     def _joined(self, one: _Met[Part], other: _Met[Part]) -> _Met[Part]:
@@ -205,7 +268,9 @@ class CurvatureOperator(LinearOperator):
 
     def _apply(self, tensor: Array) -> Array:
         vectors = tensor.reshape((-1, self.input_size))
-        total, weight = self.source.sweep(_Product(self, vectors), self._want_draws(int(vectors.shape[0])))
+        count = int(vectors.shape[0])
+        linear = self.block if count <= SHARED_VECTORS else None
+        total, weight = self.source.sweep(_Product(self, vectors), self._want_draws(count), linear)
         found = refuse_nonfinite(
             total / positive_weight(weight), f"A product of the {self.source.label} of block {self.block!r}"
         )
@@ -216,6 +281,9 @@ class CurvatureOperator(LinearOperator):
         # Gradients of all outputs cost a backward pass each, once for all vectors; two derivative passes cost that for
         # each vector.
         return kind != "hessian" and (kind != "ggn" or self.source.is_kept or vectors > FEW_VECTORS)
+
+    def repeated(self) -> AbstractContextManager[None]:
+        return self.source.repeated(self.block)
 
     def adjoint(self) -> CurvatureOperator:
         return self
@@ -267,6 +335,8 @@ class _Products:
     by_draws: DrawsProduct
     rest: Array | None = None
     weight: float = 0.0
+    has_draws: bool = False
+    """Whether `by_draws` has any rows: else its value is an array of zeros, which costs three passes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -285,20 +355,27 @@ class _Product(Accumulator[DrawnRows, _Products, tuple[Array, float]]):
         # A batch may have draws and the next one none (a GGN that is no short sum there): sums of both kinds add up.
         if item.draws is not None:
             whole.by_draws.add([draw[block] for draw in item.draws], item.weights)
+            whole.has_draws = True
             return whole
         kind: Any = source.kind
-        found = source.provider.curvature_product(item.batch, block, self.vectors, kind)
+        if item.linearised is not None:
+            found = item.linearised.product(self.vectors)
+        else:
+            found = source.provider.curvature_product(item.batch, block, self.vectors, kind)
         whole.rest = found if whole.rest is None else whole.rest + found
         return whole
 
     def merge(self, one: _Products, other: _Products) -> _Products:
         one.by_draws.include(other.by_draws)
+        one.has_draws = one.has_draws or other.has_draws
         if other.rest is not None:
             one.rest = other.rest if one.rest is None else one.rest + other.rest
         one.weight += other.weight
         return one
 
     def finish(self, whole: _Products) -> tuple[Array, float]:
+        if whole.rest is not None and not whole.has_draws:
+            return whole.rest, whole.weight
         value = whole.by_draws.value
         return value if whole.rest is None else value + whole.rest, whole.weight
 

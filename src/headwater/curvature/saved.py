@@ -15,8 +15,9 @@ import numpy as np
 
 from headwater.arrays import Array, as_like, dtype_named, is_array, namespace, to_numpy
 from headwater.blocks import Layout
-from headwater.curvature.dual import DualOperator, HeldRows, RowSumOperator
+from headwater.curvature.dual import DualOperator, HeldRows, RowNorms, RowSumOperator
 from headwater.curvature.products import CurvatureOperator, RowDraws
+from headwater.curvature.span import RowSpans
 from headwater.errors import InvalidInput, InvalidSetting, NotFittedError
 from headwater.gradients.provider import StructuredGradientProvider
 from headwater.operators.algebra import IdentityOperator, LinearOperator, ScaledOperator
@@ -50,6 +51,8 @@ ARGUMENTS: dict[type, tuple[str, ...]] = {
     LowRankProjection: ("layout", "sides", "rank"),
     RowSumOperator: ("curvature", "rows"),
     DualOperator: ("curvature", "rows", "held"),
+    RowSpans: ("curvature", "rows", "norms"),
+    RowNorms: ("keys", "squares"),
     HeldRows: ("keys", "kept", "draws_per_row", "gram"),
     CurvatureOperator: ("source", "block", "known_trace", "trace_error"),
     RowDraws: ("kind", "fisher", "seed", "weight", "has_draws"),
@@ -141,6 +144,8 @@ class _Packer:
                 f"This method's fit cannot be saved: it holds train rows themselves ({type(value).__name__}). Fit "
                 "again; it reads them once or twice."
             )
+        if isinstance(value, CurvatureOperator):
+            value.trace()  # whoever reads the fit without its rows has the trace at hand
         arguments = {name: self.pack(getattr(value, name), name) for name in ARGUMENTS[type(value)]}
         return {"class": type(value).__name__, **arguments}
 

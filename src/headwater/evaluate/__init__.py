@@ -2,7 +2,8 @@
 
 Truth by retraining: `Bank`, `retrain`, `plan_subsets`, `plan_removals`. Forecasts of it: `lds`, `leave_one_out`,
 `plan_curve`, `brittleness`. Rows that ought to be found: `auc` and its kin, `mrr`, `recall_at_k`. Scores by themselves:
-`spread`. What any method should beat: `random_scores`, `similarity`, `bm25`, `loss_ranking`.
+`spread`. What any method should beat: `random_scores`, `similarity`, `bm25`, `loss_ranking`, `knn_shapley`,
+`out_of_bag`.
 """
 
 from headwater.evaluate.audited import Audit
@@ -20,6 +21,7 @@ from headwater.evaluate.patching import TailPatch, tail_patch
 from headwater.evaluate.rank_spread import Spread, spread
 from headwater.evaluate.removals import Agreement, agreement, leave_one_out, removal_forecast
 from headwater.evaluate.retrieval import duplicates, mrr, precision_at_k, ranking, recall_at_k, reciprocal_ranks
+from headwater.evaluate.valuation import knn_shapley, out_of_bag
 
 __all__ = [
     "Agreement",
@@ -47,11 +49,13 @@ __all__ = [
     "difference",
     "duplicates",
     "forecast",
+    "knn_shapley",
     "lds",
     "leave_one_out",
     "left_out",
     "loss_ranking",
     "mrr",
+    "out_of_bag",
     "over_queries",
     "pearson",
     "plan_curve",

@@ -24,7 +24,7 @@ from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -37,6 +37,9 @@ from headwater.settings import check_whole
 from headwater.store.draft import explained_errors, is_draft, remove_dead, write_new, write_whole
 from headwater.store.kinds import kind_of
 from headwater.store.seal import open_bytes, seal_bytes, sealed, unsealed
+
+if TYPE_CHECKING:
+    from headwater.store.scores import Scores
 
 Measure = Callable[[NDArray[np.int64], int], ArrayLike]
 """(rows kept, seed) -> outputs [q] of the model trained on them."""
@@ -367,6 +370,31 @@ class Bank:
         with suppress(OSError):  # another process may be writing
             (self.path / "runs").rmdir()
         return self
+
+    def attribution(
+        self,
+        method: str = "ridge",
+        *,
+        subsets: Sequence[int] | ArrayLike | None = None,
+        penalty: float | None = None,
+        explained: str = "loss",
+        seed: int = 0,
+    ) -> Scores:
+        """Which rows decide the outputs, of any model that can be trained again: hw.Scores with `errors`, [q, n].
+
+        method: "banzhaf", a row's mean output without it minus with it; "ridge" or "lasso", a linear model of the
+        outputs on the masks, whose penalty is chosen by subsets left out (see `headwater.evaluate.datamodels`). Where
+        all subsets have one size, scores are of the unit "replacement": a row in place of another at random.
+        subsets: positions of those that are used, so that others can judge, `lds(scores, keep[rest], outputs[rest])`;
+        None for all that were run. penalty: in place of one that is chosen. explained: what the outputs are, if no
+        loss. seed: of a lasso's folds.
+        Errors: InvalidInput for fewer than 4 subsets, for one that was not run, and of "banzhaf" for a row that fewer
+        than two subsets keep or leave out; InvalidSetting.
+        """
+        from headwater.evaluate.attributed import attribution
+
+        options: dict[str, Any] = {"subsets": subsets, "penalty": penalty, "explained": explained, "seed": seed}
+        return attribution(self.keep, self.outputs, method, **options)
 
     def _name(self, place: Place) -> str:
         return f"subset {place[0]}, seed {int(self.plan.seeds[place])}"

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from headwater.errors import BatchMismatch, InvalidInput, MissingExtra, NonFiniteValue, ShapeMismatch
-from headwater.evaluate.checks import Floats
+from headwater.evaluate.checks import Floats, row_features
 from headwater.evaluate.intervals import Interval, percentiles
 from headwater.settings import check_whole
 
@@ -39,7 +39,7 @@ def similarity(
     Errors: ShapeMismatch; BatchMismatch for labels of another length; NonFiniteValue; InvalidInput for labels of one
     side only.
     """
-    query, train = _features(query_features, "query"), _features(train_features, "train")
+    query, train = row_features(query_features, "query"), row_features(train_features, "train")
     if query.shape[1] != train.shape[1]:
         raise ShapeMismatch(f"Queries have {query.shape[1]} features, train rows {train.shape[1]}.")
     cosines = _unit(query) @ _unit(train).T
@@ -143,16 +143,6 @@ def against_random(
         percentiles(value[1], draws[:, 1], level),
         percentiles(value[0] - value[1], draws[:, 0] - draws[:, 1], level),
     )
-
-
-def _features(values: ArrayLike, name: str) -> Floats:
-    features = np.asarray(values, dtype=np.float64)
-    if features.ndim != 2 or not features.size:
-        raise ShapeMismatch(f"The {name} features are {features.shape}; expected (rows, d): flatten what a row has.")
-    if not np.isfinite(features).all():
-        row = int(np.isfinite(features).all(axis=1).argmin())
-        raise NonFiniteValue(f"The features of {name} row {row} are not finite.")
-    return features
 
 
 def _unit(features: Floats) -> Floats:

@@ -117,6 +117,17 @@ def effective_runs(outputs: Floats) -> float:
     return 1.0 / float(np.mean(1.0 / complete_runs(outputs).sum(axis=1)))
 
 
+def row_features(values: ArrayLike, name: str) -> Floats:
+    """Numbers of rows as [rows, d]. Errors: ShapeMismatch; NonFiniteValue naming the row."""
+    features = np.asarray(values, dtype=np.float64)
+    if features.ndim != 2 or not features.size:
+        raise ShapeMismatch(f"The {name} features are {features.shape}; expected (rows, d): flatten what a row has.")
+    if not np.isfinite(features).all():
+        row = int(np.isfinite(features).all(axis=1).argmin())
+        raise NonFiniteValue(f"The features of {name} row {row} are not finite.")
+    return features
+
+
 def query_outputs(values: ArrayLike, queries: int, said: str) -> Floats:
     """One model's outputs, a finite number for each query: [q].
 

@@ -151,6 +151,10 @@ class Gradient(ABC):
             total = moment if total is None else total + moment
         return zeros_like(self.arrays[0], self.shape) if total is None else total
 
+    def moments_with(self, others: Sequence[Gradient], weights: Array | None) -> Moments | None:
+        """`moments` of these draws and others of the same rows at once; None where one by one is the only way."""
+        return None
+
     def second_moment_with(
         self, others: Sequence[Gradient], weights: Array | None, left: Array | None, right: Array | None
     ) -> Array | None:

@@ -11,6 +11,7 @@ from headwater.arrays import Array, namespace, rows_within_memory, summed
 from headwater.blocks import Layout
 from headwater.gradients.algebra import Dense, Gradient
 from headwater.gradients.outer import Outer, RowSparse
+from headwater.gradients.tiled import Tiled
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +116,14 @@ def _stack_parts(parts: Sequence[Gradient]) -> Gradient:
     tables = [part for part in parts if _like_table(part, first)]
     if isinstance(first, RowSparse) and len(tables) == len(parts):
         return RowSparse(rows([p.ids for p in tables]), rows([p.values for p in tables]), first.size)
+    tiled = [part for part in parts if _like_tiled(part, first)]
+    if isinstance(first, Tiled) and len(tiled) == len(parts):
+        return Tiled(*(_stack_parts(tiles) for tiles in zip(*(part.tiles for part in tiled), strict=True)))
     return Dense(rows([part.dense() for part in parts]))
+
+
+def _like_tiled(part: Gradient, first: Gradient) -> TypeGuard[Tiled]:
+    return isinstance(first, Tiled) and isinstance(part, Tiled) and part.cut == first.cut
 
 
 def _like_table(part: Gradient, first: Gradient) -> TypeGuard[RowSparse]:

@@ -58,6 +58,38 @@ def squared_norms(draws: Draws) -> Array:
     return sum(norms[1:], norms[0])
 
 
+def are_single_products(value: BlockGradient) -> bool:
+    """Whether each gradient is one outer product."""
+    return all(isinstance(part, Outer) and part.positions == 1 for part in value.parts)
+
+
+def inner_draws(value: BlockGradient, draws: Draws, rows: slice) -> Array:
+    """Dot products of gradients [m] with every draw of some rows: [m, n, k]."""
+    products = (_inner_part(part, [draw.parts[k] for draw in draws], rows) for k, part in enumerate(value.parts))
+    total: Any = next(products)
+    for product in products:
+        # In place where the framework can: there are m n k numbers.
+        total += product
+    return total
+
+
+def _inner_part(part: Gradient, draws: Sequence[Gradient], rows: slice) -> Array:
+    first = draws[0]
+    # By identity: draws of a row share its inputs.
+    shared = isinstance(first, Outer) and all(isinstance(draw, Outer) and draw.a is first.a for draw in draws)
+    if not (shared and isinstance(first, Outer) and isinstance(part, Outer) and part.positions == first.positions == 1):
+        return namespace(part.arrays[0]).stack([part.inner(draw.take(rows)) for draw in draws], axis=2)
+    # (a . a') (b . b'), the first factor once for all draws of a row.
+    inputs = part.a[:, 0] @ transpose(first.a[rows][:, 0])
+    if part.ones and first.ones:
+        inputs = inputs + 1
+    outputs = _over_positions(_stacked(draws, rows))  # [n, k, o]
+    n, k, o = outputs.shape
+    found: Any = (part.b[:, 0] @ transpose(outputs.reshape((n * k, o)))).reshape((part.rows, n, k))
+    found *= inputs[:, :, None]
+    return found
+
+
 class _PartProduct:
     """One part's share. basis [q, o, i]; sums [q, o, i], with a bias column apart where inputs end with a one."""
 

@@ -18,7 +18,14 @@ import numpy as np
 from headwater.arrays import Array, namespace, to_numpy
 from headwater.blocks import Layout
 from headwater.errors import BlockMismatch, InvalidSetting, UnsupportedModel
-from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
+from headwater.gradients.provider import (
+    BlockGradients,
+    Fisher,
+    Kind,
+    Linearised,
+    OutputFunction,
+    StructuredGradientProvider,
+)
 from headwater.gradients.together import Together
 from headwater.gradients.view import ProviderView
 from headwater.types import Batch
@@ -128,6 +135,10 @@ class EnsembleProvider(ProviderView):
     def curvature_product(self, batch: Batch, block: str, vectors: Array, kind: Kind) -> Array:
         number, name = self._locate(block)
         return self.members[number].curvature_product(batch, name, vectors, kind)
+
+    def linearised(self, batch: Batch, block: str, kind: Kind) -> Linearised | None:
+        number, name = self._locate(block)
+        return self.members[number].linearised(batch, name, kind)
 
     def mixed_prod(self, batch: Batch, factors: Mapping[str, Array]) -> Array:
         pairs = zip(self.members, self.by_member(factors), strict=True)

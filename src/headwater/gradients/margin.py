@@ -9,7 +9,14 @@ import numpy as np
 
 from headwater.arrays import Array, namespace
 from headwater.errors import NonFiniteValue, UnsupportedModel
-from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
+from headwater.gradients.provider import (
+    BlockGradients,
+    Fisher,
+    Kind,
+    Linearised,
+    OutputFunction,
+    StructuredGradientProvider,
+)
 from headwater.gradients.view import ProviderView
 from headwater.types import Batch
 
@@ -126,6 +133,10 @@ class MarginGradientProvider(ProviderView):
     def curvature_product(self, batch: Batch, block: str, vectors: Array, kind: Kind) -> Array:
         self._check(batch)
         return self.margin.curvature_product(batch, block, vectors, kind)
+
+    def linearised(self, batch: Batch, block: str, kind: Kind) -> Linearised | None:
+        self._check(batch)
+        return self.margin.linearised(batch, block, kind)
 
     def of_output(self, function: OutputFunction) -> StructuredGradientProvider:
         return self.plain.of_output(function)

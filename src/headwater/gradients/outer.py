@@ -22,6 +22,8 @@ from headwater.arrays import (
     add_product,
     as_like,
     device,
+    gram_by_rows,
+    is_positions_last,
     namespace,
     rows_within_memory,
     scatter_rows,
@@ -82,6 +84,10 @@ class Outer(Gradient):
         return Outer(xp.concat([self.a, column], axis=2), self.b, kept=self.kept)
 
     def dense(self) -> Array:
+        if self.ones and 1 < self.shape[0] < self.positions:
+            # The bias column beside a small matrix, not a column of ones beside larger inputs: each is a whole copy.
+            matrix = transpose(self.b) @ self.a
+            return namespace(matrix).concat([matrix, namespace(self.b).sum(self.b, axis=1)[:, :, None]], axis=2)
         full = self.bordered()
         if self.positions == 1:
             # A broadcast, not n matrix products of one column with one row.
@@ -125,7 +131,10 @@ class Outer(Gradient):
         for start in range(0, self.rows, step):
             mine = self.take(slice(start, start + step))
             grams = mine.a.reshape((mine.rows * t, -1)) @ a
-            grams = (grams + one if one else grams) * (mine.b.reshape((mine.rows * t, -1)) @ b)
+            # In place where the framework can: the products are of this call alone, and as large as the scores.
+            if one:
+                grams += one
+            grams *= mine.b.reshape((mine.rows * t, -1)) @ b
             out.append(grams if t == s == 1 else xp.sum(grams.reshape((mine.rows, t, other.rows, s)), axis=(1, 3)))
         if not out:
             return zeros_like(self.a, (0, other.rows))
@@ -175,6 +184,15 @@ class Outer(Gradient):
         values = multiply_left(None if first_left else left, turned.dense())
         return Dense(multiply_right(values, None if first_right else right))
 
+    def scale(self, weights: Array) -> Gradient:
+        values: Any = self.dense()
+        if values.dtype != weights.dtype:
+            return Dense(values * weights)
+        # In place, where the framework can: the values are nobody else's, and a second array of their size costs more
+        # (in fresh pages) than the product.
+        values *= weights
+        return Dense(values)
+
     def _turn(self, left: Array | None, right: Array | None) -> Outer:
         b = multiply_right(self.b, left)
         if right is None:
@@ -209,14 +227,26 @@ class Outer(Gradient):
         self, others: Sequence[Gradient], weights: Array | None, left: Array | None, right: Array | None
     ) -> Array | None:
         """At one position, draws that share their inputs need one product for all; None if these do not."""
+        b = self._draws(others)
+        if b is None:
+            return None
+        a = self._turn(None, right).bordered().a
+        # sum_k (b_k a)^2 = (sum_k b_k^2) a^2: the inputs are squared and multiplied once.
+        squares = namespace(b).sum(multiply_right(b, left) ** 2, axis=1)
+        return transpose(squares if weights is None else squares * weights[:, None]) @ a[:, 0] ** 2
+
+    def moments_with(self, others: Sequence[Gradient], weights: Array | None) -> Moments | None:
+        """At one position, draws that share their inputs are so many more output-gradients in one product."""
+        b = self._draws(others)
+        return None if b is None else replace(self, b=b).moments(weights)
+
+    def _draws(self, others: Sequence[Gradient]) -> Array | None:
+        """The output-gradients of all draws side by side, [n, k, o], if all have one position and these inputs."""
         # Identity, not equality: draws of one batch share the very array.
         draws = [self, *(d for d in others if isinstance(d, Outer) and d.a is self.a)]
         if self.positions > 1 or len(draws) <= len(others):
             return None
-        turned = self._turn(left, right).bordered()
-        # sum_k (b_k a)^2 = (sum_k b_k^2) a^2: the inputs are squared and multiplied once.
-        b = sum(multiply_right(draw.b, left)[:, 0] ** 2 for draw in draws)
-        return transpose(b if weights is None else b * weights[:, None]) @ turned.a[:, 0] ** 2
+        return self.b if len(draws) == 1 else namespace(self.b).concat([draw.b for draw in draws], axis=1)
 
     def moments(self, weights: Array | None = None, again: bool = False) -> Moments:
         """Sums over rows and positions of b b^T and a a^T; means over rows, and positions, follow by the counts."""
@@ -267,6 +297,9 @@ def _joined_kept(*uses: tuple[Array | None, Array]) -> Array | None:
 
 
 def _gram(total: Array | None, rows: Array, weights: Array | None, size: int) -> Array:
+    """total + the sum over rows and positions of w a a^T, for a [n, t, size]."""
+    if total is None and int(rows.shape[1]) * size * size >= LARGE_PRODUCT and is_positions_last(rows):
+        return gram_by_rows(rows, weights)
     flat = rows.reshape((-1, size))
     if weights is None:
         return add_product(total, flat, flat)

@@ -10,6 +10,7 @@ from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal
 from zlib import crc32
 
@@ -30,6 +31,16 @@ Kind = Literal["hessian", "ggn"]
 OutputFunction = Literal["margin", "logit"]
 EXPLAIN = ("label", "prediction")
 """Whose label a query gets: its own, or what the model predicts (`StructuredGradientProvider.predicted`)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Linearised:
+    """The curvature of some rows at the weights of the moment, for several products."""
+
+    product: Callable[[Any], Any]
+    """Of vectors (K, D_block), as `curvature_product` gives it."""
+    size: int
+    """Bytes that it holds, at most."""
 
 
 class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
@@ -73,6 +84,13 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
     @abstractmethod
     def curvature_product(self, batch: BatchType, block: str, vectors: TensorType, kind: Kind) -> TensorType:
         """Weighted sum over the rows of the block's own square of the Hessian or GGN, times vectors: (K, D_block)."""
+
+    def linearised(self, batch: BatchType, block: str, kind: Kind) -> Linearised | None:
+        """`curvature_product` of these rows, with what all vectors share computed once; None where nothing is saved.
+
+        It holds on to that, and is right as long as the weights stay: for one solve, not for keeping.
+        """
+        return None
 
     @abstractmethod
     def mixed_prod(self, batch: BatchType, factors: Mapping[str, TensorType]) -> TensorType:

@@ -17,7 +17,14 @@ import numpy as np
 from headwater.arrays import Array
 from headwater.blocks import Layout
 from headwater.gradients.likelihoods import Likelihood
-from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
+from headwater.gradients.provider import (
+    BlockGradients,
+    Fisher,
+    Kind,
+    Linearised,
+    OutputFunction,
+    StructuredGradientProvider,
+)
 from headwater.gradients.together import Together
 from headwater.types import Batch
 
@@ -62,6 +69,9 @@ class ProviderView(StructuredGradientProvider[Any, Any]):
 
     def curvature_product(self, batch: Batch, block: str, vectors: Array, kind: Kind) -> Array:
         return self.plain.curvature_product(batch, block, vectors, kind)
+
+    def linearised(self, batch: Batch, block: str, kind: Kind) -> Linearised | None:
+        return self.plain.linearised(batch, block, kind)
 
     def mixed_prod(self, batch: Batch, factors: Mapping[str, Array]) -> Array:
         return self.plain.mixed_prod(batch, factors)

@@ -18,6 +18,7 @@ from headwater.gradients.likelihoods import (
 )
 from headwater.gradients.measurements import negative_logit, negative_margin
 from headwater.jax.batch import JaxBatch
+from headwater.jax.cache import compilation_cache
 from headwater.jax.influence import JaxComposableInfluence
 from headwater.jax.losses import binary_cross_entropy, cross_entropy, squared_error
 from headwater.jax.provider import JaxGradientProvider
@@ -34,6 +35,7 @@ __all__ = [
     "SquaredError",
     "TargetSampler",
     "binary_cross_entropy",
+    "compilation_cache",
     "cross_entropy",
     "negative_logit",
     "negative_margin",

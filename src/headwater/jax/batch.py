@@ -41,15 +41,19 @@ class JaxBatch(Batch[jax.Array]):
             raise BatchMismatch("The batch has no rows.")
         return JaxBatch(jax.tree.map(_as_array, self.x), jax.tree.map(_as_array, self.y), self.weights, self.ids)
 
-    def padded(self) -> tuple[Any, Any]:
+    def padded(self, least: int = 1) -> tuple[Any, Any]:
         """x and y with the last row repeated up to a rounded number of rows, so that few shapes are compiled."""
-        extra = rounded(len(self)) - len(self)
-        return tuple(jax.tree.map(lambda v: _repeat_last(v, extra), part) for part in (self.x, self.y))
+        return padded_rows((self.x, self.y), rounded(len(self), least))
 
 
-def rounded(count: int) -> int:
-    """Up to the next power of two, beyond 16 to the next multiple of 16."""
-    return 1 << (count - 1).bit_length() if count <= 16 else -(-count // 16) * 16
+def rounded(count: int, least: int = 1) -> int:
+    """Up to the next power of two, beyond 16 to the next multiple of 16; at least `least`."""
+    return max(least, 1 << (count - 1).bit_length() if count <= 16 else -(-count // 16) * 16)
+
+
+def padded_rows(arrays: Any, count: int) -> Any:
+    """Arrays, one or more, with their last row repeated up to so many rows."""
+    return jax.tree.map(lambda v: _repeat_last(v, count - len(v)), arrays)
 
 
 def _repeat_last(array: Any, extra: int) -> Any:

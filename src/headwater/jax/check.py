@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +12,57 @@ import numpy as np
 
 from headwater.errors import HeadwaterError, InvalidInput, NonFiniteValue, RowsInteract, UnsupportedModel
 from headwater.gradients.provider import BlockGradients
-from headwater.jax.derivatives import Model, outputs_together
-from headwater.jax.losses import describe
+from headwater.jax.derivatives import Model, gradient_alone, rows_alone
+from headwater.jax.losses import describe, explain_failure, row_losses
 from headwater.jax.tree import Leaves
+
+
+class FirstLook(NamedTuple):
+    """What some rows give, by the plain ways."""
+
+    together: Any
+    """The output, as the model has it for a batch."""
+    alone: Any
+    """The outputs of rows that each are a batch by themselves."""
+    loss: Any
+    """Of the batch."""
+    losses: jax.Array
+    """Of each row: [n]."""
+    last_loss: jax.Array
+    gradient: Leaves
+    """Of the last row, alone, by the chosen parameters."""
+
+
+def first_look(model: Model, names: tuple[str, ...], leaves: Leaves, x: Any, y: Any) -> FirstLook:
+    """One program, compiled without optimisations: it runs once.
+
+    Errors: InvalidInput where the function or the loss fails; UnsupportedModel; UnsupportedLoss.
+    """
+    return _compiled_look(jax.default_backend())(model, names, leaves, x, y)
+
+
+@cache
+def _compiled_look(backend: str) -> Callable[..., FirstLook]:
+    # Half the time of compiling, on CPUs; other backends may not know the option.
+    options = {"xla_backend_optimization_level": 0} if backend == "cpu" else None
+    return jax.jit(_look, static_argnums=(0, 1), compiler_options=options)
+
+
+def _look(model: Model, names: tuple[str, ...], leaves: Leaves, x: Any, y: Any) -> FirstLook:
+    together = first_outputs(model, leaves, x)
+    check_rows(together, len(jax.tree.leaves(x)[0]))
+    with explain_failure(together, y):
+        loss = model.loss(together, y)
+        losses = row_losses(model.loss, together, y)
+    last = jax.tree.map(lambda v: v[-1:], (x, y))
+    last_loss, gradient = gradient_alone(model, {name: leaves[name] for name in names}, leaves, *last)
+    return FirstLook(together, rows_alone(model, leaves, x), loss, losses, last_loss, gradient)
 
 
 def first_outputs(model: Model, leaves: Leaves, x: object) -> Any:
     """The output of a batch. Errors: InvalidInput where the function fails, with what it was called with."""
     try:
-        return outputs_together(model, leaves, x)
+        return model(leaves, x)
     except HeadwaterError:
         raise
     except Exception as error:
@@ -40,9 +83,9 @@ def check_rows(output: object, rows: int) -> None:
 
 
 def check_independence(together: object, alone: object, row: int) -> None:
-    """Errors: RowsInteract if the output for `row` is another when the row is alone."""
+    """Errors: RowsInteract if the output for `row` is another when each row is alone."""
     for one, both in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
-        expected, got = np.asarray(one)[0], np.asarray(both)[row]
+        expected, got = np.asarray(one)[row], np.asarray(both)[row]
         if not jnp.issubdtype(one.dtype, jnp.floating):
             continue
         if not np.isfinite(expected).all():
@@ -65,16 +108,23 @@ def close(got: Any, expected: Any) -> bool:
 
 
 @jax.jit
-def _sums(arrays: list[jax.Array]) -> jax.Array:
+def _sums(arrays: list[Any]) -> jax.Array:
     return jnp.stack([jnp.sum(array.astype(jnp.float32)) for array in arrays])
 
 
-def check_finite_grads(blocks: BlockGradients) -> None:
+def check_finite_grads(draws: Sequence[BlockGradients]) -> None:
     """Errors: NonFiniteValue naming the block and the rows. A sum is finite only if all of it is: one look for all."""
-    arrays = [array for value in blocks.values() for part in value.parts for array in part.arrays]
-    if np.isfinite(np.asarray(_sums(arrays))).all():
+    parts = [part for blocks in draws for value in blocks.values() for part in value.parts]
+    # By identity: draws share their inputs.
+    arrays: list[Any] = [*{id(array): array for part in parts for array in part.arrays}.values()]
+    if all(isinstance(array, np.ndarray) for array in arrays):
+        with np.errstate(over="ignore", invalid="ignore"):
+            sums: Any = [array.sum(dtype=np.float64) for array in arrays]
+    else:
+        sums = np.asarray(_sums(arrays))
+    if np.isfinite(sums).all():
         return
-    for name, value in blocks.items():
+    for name, value in ((name, value) for blocks in draws for name, value in blocks.items()):
         for array in (array for part in value.parts for array in part.arrays):
             bad = np.flatnonzero(~np.isfinite(np.asarray(array)).reshape(len(array), -1).all(axis=1))[:5].tolist()
             if bad:

@@ -7,7 +7,7 @@ plan of its parameters. So equal providers, and a loop over batches of one shape
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -60,27 +60,22 @@ def rows_alone(model: Model, leaves: Leaves, x: object) -> Any:
 
 
 @partial(jax.jit, static_argnums=0)
-def outputs_together(model: Model, leaves: Leaves, x: object) -> Any:
-    """Of a batch, as the model has it."""
-    return model(leaves, x)
-
-
-@partial(jax.jit, static_argnums=0)
 def outputs(model: Model, leaves: Leaves, x: object) -> Any:
     """Of the rows of a batch."""
     return rows_alone(model, leaves, x)
 
 
 @partial(jax.jit, static_argnums=0)
-def batch_loss(loss: Loss, output: object, target: object) -> tuple[Any, jax.Array]:
-    """What the loss makes of a batch, and of its rows alone [n]."""
-    return loss(output, target), row_losses(loss, output, target)
-
-
-@partial(jax.jit, static_argnums=0)
 def losses(model: Model, leaves: Leaves, x: object, y: object) -> jax.Array:
     """Of each row: [n]."""
     return row_losses(model.loss, rows_alone(model, leaves, x), y)
+
+
+@partial(jax.jit, static_argnums=0)
+def outputs_and_losses(model: Model, leaves: Leaves, x: object, y: object) -> tuple[jax.Array, Any]:
+    """The losses [n] and the outputs of rows."""
+    output = rows_alone(model, leaves, x)
+    return row_losses(model.loss, output, y), output
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -103,8 +98,13 @@ def gradients(model: Model, plan: Plan, leaves: Leaves, x: Any, y: Any) -> tuple
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def pulled_back(model: Model, plan: Plan, leaves: Leaves, x: Any, cotangents: jax.Array) -> list[dict[Place, Gradient]]:
-    """Gradient values of the output contracted with each of the cotangents [c, n, ...]."""
+def pulled_back(
+    model: Model, plan: Plan, leaves: Leaves, x: Any, cotangents: jax.Array
+) -> tuple[dict[Place, jax.Array], dict[Place, Gradient]]:
+    """Gradient values of the output contracted with each of the cotangents [c, n, ...], for `draw`.
+
+    Layer inputs [n, ...], which cotangents share, where a value has such; and the values without them, [c, n, ...].
+    """
     filling = fill(plan, model.program(leaves, x))
     nudges, chosen = _points(filling, leaves)
 
@@ -117,8 +117,54 @@ def pulled_back(model: Model, plan: Plan, leaves: Leaves, x: Any, cotangents: ja
 
     # Operands once for each row, gradients for each cotangent: draws share their inputs.
     operands, slopes, grads = jax.vmap(one, in_axes=(0, 1), out_axes=(0, 1, 1))(x, cotangents)
-    each = [jax.tree.map(lambda v, c=c: v[c], (slopes, grads)) for c in range(len(cotangents))]
-    return [filling.values(operands, *mine) for mine in each]
+    shared = filling.sharing
+
+    def apart(slopes: Any, grads: Any) -> tuple[dict[Place, Any], dict[Place, Gradient]]:
+        values = filling.values(operands, slopes, grads)
+        pairs = {place: _without_inputs(value) if place in shared else (None, value) for place, value in values.items()}
+        inputs = {place: mine for place, (mine, _) in pairs.items() if mine is not None}
+        return inputs, {place: value for place, (_, value) in pairs.items()}
+
+    # One program for all, whose size does not depend on how many there are; inputs once, not once for each.
+    inputs, _ = apart(*jax.tree.map(lambda v: v[0], (slopes, grads)))
+    return inputs, jax.vmap(lambda *mine: apart(*mine)[1])(slopes, grads)
+
+
+def _without_inputs(value: Gradient) -> tuple[Any, Gradient]:
+    if isinstance(value, Outer):
+        return value.a, replace(value, a=None)  # type: ignore[arg-type]
+    if isinstance(value, RowSparse):
+        return value.ids, replace(value, ids=None)  # type: ignore[arg-type]
+    return None, value
+
+
+def drawn(
+    count: int, rows: int, found: tuple[dict[Place, Any], dict[Place, Gradient]], cut: Callable[..., Any] | None = None
+) -> list[dict[Place, Gradient]]:
+    """The values of each of the cotangents of `pulled_back`, of the first rows; inputs are the same array in all.
+
+    cut: how they are cut out, compiled by default; `apart` for NumPy's arrays, which have views.
+    """
+    inputs, each = (cut or _compiled_apart)(count, rows, found)
+    return [{place: _with_inputs(value, inputs.get(place)) for place, value in mine.items()} for mine in each]
+
+
+def apart(count: int, rows: int, found: Any) -> tuple[dict[Place, Any], list[dict[Place, Any]]]:
+    """Of the first rows: shared inputs, and each cotangent's values."""
+    inputs, values = found
+    each = [jax.tree.map(lambda v, c=c: v[c, :rows], values) for c in range(count)]
+    return {place: v[:rows] for place, v in inputs.items()}, each
+
+
+_compiled_apart = jax.jit(apart, static_argnums=(0, 1))
+
+
+def _with_inputs(value: Gradient, inputs: Any) -> Gradient:
+    if inputs is None:
+        return value
+    if isinstance(value, Outer):
+        return replace(value, a=inputs)
+    return replace(value, ids=inputs) if isinstance(value, RowSparse) else value
 
 
 def _points(filling: Filling, leaves: Leaves) -> tuple[dict[int, jax.Array], dict[str, jax.Array]]:
@@ -126,14 +172,16 @@ def _points(filling: Filling, leaves: Leaves) -> tuple[dict[int, jax.Array], dic
     return filling.program.zeros(filling.steps), {name: leaves[name] for name in filling.parameters}
 
 
-@partial(jax.jit, static_argnums=0)
-def plain_gradient(model: Model, chosen: Leaves, leaves: Leaves, x: Any, y: Any) -> tuple[jax.Array, Leaves]:
+def gradient_alone(model: Model, chosen: Leaves, leaves: Leaves, x: Any, y: Any) -> tuple[jax.Array, Leaves]:
     """The loss of one row, and its gradient by the chosen parameters; x and y are a batch of that row."""
 
     def loss(chosen: Any) -> Any:
         return loss_of_row(model.loss, model({**leaves, **chosen}, x), y)
 
     return jax.value_and_grad(loss)(dict(chosen))
+
+
+plain_gradient = jax.jit(gradient_alone, static_argnums=0)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -230,13 +278,6 @@ def mixed_gradients(
     losses, found = jax.vmap(one)(x, y)
     flat = [found[name].reshape(*x.shape, -1) for name in chosen]
     return losses, wide(jnp.concatenate(flat, axis=-1))
-
-
-@partial(jax.jit, static_argnums=0)
-def flattened(layouts: tuple[Layout, ...], values: Mapping[Place, Gradient]) -> jax.Array:
-    """Gradient values of all blocks as flat vectors: (n, D)."""
-    flat: list[Any] = [block_gradient(layout, values).flat() for layout in layouts]
-    return jnp.concatenate(flat, axis=1)
 
 
 def block_gradient(layout: Layout, values: Mapping[Place, Gradient]) -> BlockGradient:

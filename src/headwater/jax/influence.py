@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from headwater.arrays import is_array, is_jax, to_numpy
 from headwater.attributor import Attributor
@@ -60,7 +61,7 @@ class JaxComposableInfluence(Attributor[jax.Array]):
     ):
         self._jax_provider = JaxGradientProvider(
             apply, params, loss, blocks=blocks, measurement=measurement, likelihood=likelihood, example=example
-        )
+        ).in_numpy()
         provider: StructuredGradientProvider = self._jax_provider
         if checkpoints is not None:
             provider = EnsembleProvider(_load_all(self._jax_provider, checkpoints))
@@ -76,6 +77,17 @@ class JaxComposableInfluence(Attributor[jax.Array]):
         found = to_numpy(array)
         return found.astype(self._jax_provider.dtype) if found.dtype.kind == "f" else found
 
+    def handed_out(self, array: Any) -> jax.Array:
+        return jnp.asarray(array)
+
+    def taken_in(self, arrays: Any) -> Any:
+        return jax.tree.map(self._jax_provider.asked, arrays)
+
+    @property
+    def own_source(self) -> StructuredGradientProvider:
+        found: StructuredGradientProvider = self.source.each(_in_jax)
+        return found
+
     @property
     def params(self) -> Any:
         """The parameters, as a pytree."""
@@ -85,6 +97,10 @@ class JaxComposableInfluence(Attributor[jax.Array]):
     def coverage(self) -> Coverage:
         """How many of the floating-point parameters are attributed, and which are not."""
         return self._jax_provider.coverage
+
+
+def _in_jax(provider: StructuredGradientProvider) -> StructuredGradientProvider:
+    return provider.in_jax() if isinstance(provider, JaxGradientProvider) else provider
 
 
 def _load_all(provider: JaxGradientProvider, checkpoints: Sequence[object]) -> list[JaxGradientProvider]:

@@ -29,6 +29,7 @@ from headwater.gradients.likelihoods import (
 )
 from headwater.gradients.rowwise import Slopes, explain_loss_failure, is_weighted_sum
 from headwater.gradients.spreading import spread_in_words
+from headwater.jax.batch import padded_rows
 
 Loss = Callable[[Any, Any], Any]
 
@@ -168,18 +169,27 @@ def split_floating(output: object) -> tuple[list[jax.Array], Callable[[list[jax.
 class JaxOutputLoss(OutputLoss[jax.Array]):
     """A loss of JAX as a function of the output."""
 
-    def __init__(self, loss: Loss):
+    def __init__(self, loss: Loss, given: Callable[[Any], Any] = lambda value: value, padded: int = 0):
+        """given: makes of what was computed what is handed out. padded: how many rows are compiled for, if more."""
         self.loss = loss
         self.name = name_of(loss)
+        self._given = given
+        self._padded = padded
 
     def gradient(self, output: object, target: object) -> Any:
-        return _gradient(self.loss, output, target)
+        return self._of(_gradient, output, target)
 
     def hessian_row_sums(self, output: object, target: object) -> Any:
-        return _hessian_row_sums(self.loss, output, target)
+        return self._of(_hessian_row_sums, output, target)
 
     def hessian(self, output: object, target: object) -> Any:
-        return _hessian(self.loss, output, target)
+        return self._of(_hessian, output, target)
+
+    def _of(self, function: Callable[[Loss, Any, Any], Any], output: Any, target: Any) -> Any:
+        if not isinstance(output, np.ndarray) or len(output) >= self._padded:
+            return self._given(function(self.loss, output, target))
+        # As the batch was, so that few shapes are compiled.
+        return self._given(function(self.loss, *padded_rows((output, target), self._padded)))[: len(output)]
 
 
 @partial(jax.jit, static_argnums=0)

@@ -150,6 +150,15 @@ class Filling:
         return sorted({site.step for _, sites in self.uses.values() for site, _ in sites})
 
     @property
+    def sharing(self) -> set[Place]:
+        """Parts whose inputs are operands alone, so that they are the same whatever is differentiated."""
+        return {
+            place
+            for place, (part, uses) in self.uses.items()
+            if all(site.is_table or site.pieces[k] == part.weight for site, k in uses)
+        }
+
+    @property
     def parameters(self) -> list[str]:
         """Those that are differentiated plainly."""
         return sorted({piece.parameter for part in self.plain.values() for piece in part.pieces})

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, Self
 
 import jax
@@ -20,9 +21,18 @@ from headwater.gradients.algebra import Gradient
 from headwater.gradients.block import rows_in_blocks
 from headwater.gradients.coverage import Coverage
 from headwater.gradients.identity import identity_of, name_of
-from headwater.gradients.likelihoods import Likelihood, fisher_cotangents, ggn_cotangents, predicted_labels
+from headwater.gradients.likelihoods import (
+    Bernoulli,
+    CrossEntropy,
+    Elementwise,
+    Likelihood,
+    OwnHessian,
+    SquaredError,
+    fisher_cotangents,
+    ggn_cotangents,
+    predicted_labels,
+)
 from headwater.gradients.measurements import measurement_of, negative_logit, negative_margin
-from headwater.gradients.outer import with_inputs
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
 from headwater.gradients.rowwise import differing
 from headwater.jax import derivatives, plain
@@ -33,10 +43,11 @@ from headwater.jax.check import (
     check_independence,
     check_rows,
     close,
+    first_look,
     first_outputs,
 )
 from headwater.jax.derivatives import Model
-from headwater.jax.losses import JaxOutputLoss, Loss, check_finite, explain_failure, find_likelihood, normalisation
+from headwater.jax.losses import JaxOutputLoss, Loss, check_finite, find_likelihood, normalisation
 from headwater.jax.plan import Place, make_plan
 from headwater.jax.tree import Leaves, checksums, take_tree, wide
 from headwater.loaders.frames import in_numbers
@@ -44,6 +55,13 @@ from headwater.random import row_keys, row_numbers
 from headwater.types import Batch
 
 Apply = Callable[[Any, Any], Any]
+
+NEUTRAL = (CrossEntropy, Bernoulli, SquaredError, Elementwise, OwnHessian)
+"""Likelihoods that call no function of a user's with arrays."""
+
+SMALL, SMALL_WORK = 256, 2**25
+"""Rows, and multiply-adds of their gradients, some CPU ms, up to which padding is cheaper than compiling again: that
+takes a CPU second."""
 
 
 class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
@@ -94,8 +112,10 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         self._distrusted: frozenset[str] = frozenset()
         self._normalisation: str | None = None
         self._numbers_per_row: int | None = None
+        self._work_per_row: int | None = None
         self._fingerprint: tuple[int, ...] | None = None
         self._plain = plain
+        self._in_numpy = False
         if plain and self._like.dtype != jnp.float64:
             raise InvalidSetting(
                 f"plain=True takes parameters in float64, not {self.dtype}; in_float64() makes a copy."
@@ -135,6 +155,26 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
             )
         # The plan stays: it depends on the function and the shapes, not on the numbers.
         return self._changed(_leaves=leaves, _fingerprint=None, _checked=0, _measured_rows=0)
+
+    def in_numpy(self) -> Self:
+        """The same, with NumPy's arrays where JAX's lie in the host's memory: they are views, and nothing is copied.
+
+        JAX compiles each operation of the gradient algebra anew for each shape, 50 to 150 CPU ms apiece; NumPy has them
+        at hand. On another device arrays stay JAX's.
+        """
+        return self._changed(_in_numpy=self._like.sharding.device_set == {_host_device()})
+
+    def in_jax(self) -> Self:
+        """The same, with JAX's arrays."""
+        return self._changed(_in_numpy=False)
+
+    def _given(self, values: Any) -> Any:
+        """What compiled functions gave, as the caller gets it."""
+        return jax.tree.map(np.asarray, values) if self._in_numpy else values
+
+    def asked(self, array: Any) -> Any:
+        """An array of the caller's, in the same form."""
+        return np.asarray(array) if self._in_numpy else jnp.asarray(array)
 
     def _changed(self, **changes: Any) -> Self:
         other = copy.copy(self)
@@ -208,7 +248,8 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         return rows_within_memory(self._numbers_per_row or 1, self._like)
 
     def row_weights(self, batch: JaxBatch) -> jax.Array | None:
-        return None if batch.weights is None else jnp.asarray(batch.weights, dtype=wide(self._like[:0]).dtype)
+        kind = jnp.promote_types(self._like.dtype, jnp.float32)
+        return None if batch.weights is None else self.asked(np.asarray(batch.weights, dtype=kind))
 
     def host_arrays(self, batch: JaxBatch, weighted: bool = False) -> list[np.ndarray]:
         batch = batch.ready()
@@ -224,11 +265,11 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
             rows = plain.gradients(model, self._chosen(names), self._leaves, plain.rows_of(batch))
             return rows_in_blocks(self.layouts, rows, self.row_weights(batch) if weighted else None)
         # Padded to a few sizes: each number of rows would compile anew.
-        found = derivatives.gradients(model, self._plan, self._leaves, *batch.padded())
+        found = derivatives.gradients(model, self._plan, self._leaves, *batch.padded(self._least))
         # Padding's rows are cut off before anything is summed.
-        losses, values = _cut(found, batch)
+        losses, values = self._cut(found, batch)
         check_finite(losses, len(batch))
-        return self._blocks(values, self.row_weights(batch) if weighted else None)
+        return self._blocks([values], self.row_weights(batch) if weighted else None)[0]
 
     def fisher_grads(
         self, batch: JaxBatch, fisher: Fisher, *, draws: range = range(1), seed: int = 0
@@ -236,40 +277,73 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         if fisher == "empirical":  # needs no cotangents, so that the output may be any tree
             return [self.grads(batch, weighted=False)]
         batch = self._prepare(batch)
-        keys = self.row_keys(batch)
-        numbers = [partial(_numbers, keys, number, seed) for number in draws]
-        output, loss = self._output(batch), JaxOutputLoss(self._model.loss)
-        return self._pull_back(batch, list(fisher_cotangents(self.likelihood, loss, output, batch.y, fisher, numbers)))
+        keys = cache(lambda: self.row_keys(batch))  # only where a label is drawn
+        told = self._for_likelihood()
+        numbers = [partial(told._numbers, keys, number, seed) for number in draws]
+        output, target, loss = told._output(batch), told._target(batch), told._output_loss(batch)
+        return self._pull_back(batch, list(fisher_cotangents(self.likelihood, loss, output, target, fisher, numbers)))
 
     def ggn_grads(self, batch: JaxBatch) -> list[BlockGradients] | None:
         batch = self._prepare(batch)
-        cotangents = ggn_cotangents(self.likelihood, JaxOutputLoss(self._model.loss), self._output(batch), batch.y)
+        told = self._for_likelihood()
+        output, target, loss = told._output(batch), told._target(batch), told._output_loss(batch)
+        cotangents = ggn_cotangents(self.likelihood, loss, output, target)
         return None if cotangents is None else self._pull_back(batch, cotangents)
 
     def _output(self, batch: JaxBatch) -> Any:
         """Errors: NonFiniteValue where a loss is not finite."""
-        x, y = batch.padded()
-        check_finite(derivatives.losses(self._model, self._leaves, x, y), len(batch))
-        return _cut(derivatives.outputs(self._model, self._leaves, x), batch)
+        losses, output = derivatives.outputs_and_losses(self._model, self._leaves, *batch.padded(self._least))
+        check_finite(losses, len(batch))
+        return self._cut(output, batch)
+
+    def _for_likelihood(self) -> Self:
+        """What gives the likelihood its arrays: NumPy's only to those of this library, as a user's asks for JAX's."""
+        return self if type(self.likelihood) in NEUTRAL else self.in_jax()
+
+    def _output_loss(self, batch: JaxBatch) -> JaxOutputLoss:
+        return JaxOutputLoss(self._model.loss, self._given, rounded(len(batch), self._least))
+
+    @property
+    def _least(self) -> int:
+        """Rows that gradients are compiled for, also where a batch has fewer: for small models one program for all."""
+        return SMALL if self._work_per_row is not None and self._work_per_row * SMALL <= SMALL_WORK else 1
+
+    def _target(self, batch: JaxBatch) -> Any:
+        """Targets in the form of the outputs."""
+        return jax.tree.map(self.asked, batch.y)
+
+    def _numbers(self, keys: Callable[[], np.ndarray], number: int, seed: int, count: int, normal: bool) -> Any:
+        """Random numbers [n, count] for the rows of a batch: uniform, or standard normal."""
+        return self.asked(row_numbers(keys(), number, seed, count, normal))
+
+    def _cut(self, values: object, batch: JaxBatch) -> Any:
+        """What compiled functions gave, as the caller gets it, without the rows that padded the batch."""
+        values, count = self._given(values), len(batch)
+        if self._in_numpy:
+            return jax.tree.map(lambda v: v[:count], values)  # views; JAX compiles it
+        padded = len(jax.tree.leaves(values)[0])
+        return values if padded == count else derivatives.first(count, values)
 
     def _pull_back(self, batch: JaxBatch, cotangents: list[jax.Array]) -> list[BlockGradients]:
         """Gradient values of the output along cotangents [n, ...]; layer inputs are those of the first."""
-        stacked = _padded_to(jnp.stack(cotangents), rounded(len(batch)), axis=1)
-        found = _cut(derivatives.pulled_back(self._model, self._plan, self._leaves, batch.padded()[0], stacked), batch)
-        return [
-            self._blocks({place: with_inputs(value, found[0][place]) for place, value in values.items()}, None)
-            for values in found
-        ]
+        xp = np if self._in_numpy else jnp
+        stacked = _padded_to(xp.stack([self.asked(v) for v in cotangents]), rounded(len(batch), self._least), axis=1)
+        x, _ = batch.padded(self._least)
+        found = derivatives.pulled_back(self._model, self._plan, self._leaves, x, stacked)
+        cut = derivatives.apart if self._in_numpy else None
+        draws = derivatives.drawn(len(cotangents), len(batch), self._given(found), cut)
+        return self._blocks(draws, None)
 
     def losses(self, batch: JaxBatch, *, query: bool = False) -> jax.Array:
         model = self._measured if query else self._model
         batch = self._prepare(batch, model)
-        return _cut(derivatives.losses(model, self._leaves, *batch.padded()), batch)
+        return self._cut(derivatives.losses(model, self._leaves, *batch.padded()), batch)
 
     def predicted(self, batch: JaxBatch) -> JaxBatch:
         batch = self._prepare(batch, self._measured)
-        output = _cut(derivatives.outputs(self._model, self._leaves, batch.padded()[0]), batch)
-        target = jnp.asarray(batch.y) if is_array(batch.y) else batch.y  # of NumPy's, too
+        told = self._for_likelihood()
+        output = told._cut(derivatives.outputs(self._model, self._leaves, batch.padded()[0]), batch)
+        target = told.asked(batch.y) if is_array(batch.y) else batch.y
         return replace(batch, y=predicted_labels(self.likelihood, output, target))
 
     def of_output(self, function: OutputFunction) -> Self:
@@ -292,16 +366,21 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         return {name: self._leaves[name] for name in names}
 
     def parameters(self, block: str) -> jax.Array:
-        flat = [self._leaves[p.name].reshape(-1) for p in self._block(block).block.parameters]
-        return wide(jnp.concatenate(flat))
+        leaves = [wide(self._leaves[p.name]) for p in self._block(block).block.parameters]
+        xp: Any = np if self._in_numpy else jnp
+        return xp.concatenate([self._given(leaf).reshape(-1) for leaf in leaves])
 
-    def _blocks(self, values: Mapping[Place, Gradient], weights: jax.Array | None) -> BlockGradients:
-        blocks: BlockGradients = OrderedDict()
-        for name, layout in self.layouts.items():
-            value = derivatives.block_gradient(layout, values)
-            blocks[name] = value if weights is None else value.weighted(weights)
-        check_finite_grads(blocks)
-        return blocks
+    def _blocks(self, draws: list[dict[Place, Gradient]], weights: Any) -> list[BlockGradients]:
+        """Errors: NonFiniteValue."""
+        found = []
+        for values in draws:
+            blocks: BlockGradients = OrderedDict()
+            for name, layout in self.layouts.items():
+                value = derivatives.block_gradient(layout, values)
+                blocks[name] = value if weights is None else value.weighted(weights)
+            found.append(blocks)
+        check_finite_grads(found)
+        return found
 
     # The first rows -----------------------------------------------------------------------------------------------
 
@@ -317,7 +396,9 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         if checked < min(2, len(batch)):  # one row, or two alike, do not show whether rows act on each other
             chosen = differing(row_keys(host_leaves(batch.x)))
             if checked < len(chosen):
-                self._check(batch.take(chosen), self._measured if measured else self._model)
+                # Where it is not known how many rows fit into memory, few are taken.
+                fit = rows_within_memory(self._numbers_per_row, self._like) if self._numbers_per_row else 1
+                self._check(batch.take(chosen), self._measured if measured else self._model, min(len(batch), fit))
                 if measured:
                     self._measured_rows = len(chosen)
                 else:
@@ -333,7 +414,12 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
             summed = Model(self._model.apply, self._model.tree, _sum_of_outputs)
             gradients = partial(derivatives.gradients, summed, self._plan)
             _, values = jax.eval_shape(gradients, self._leaves, row.x, row.y)  # shapes alone: nothing is compiled
-            self._numbers_per_row = sum(a.size for value in values.values() for a in value.arrays)
+            self._weigh(values)
+
+    def _weigh(self, values: Mapping[Place, Gradient]) -> None:
+        """What gradients of a row cost: numbers, and multiply-adds."""
+        self._numbers_per_row = sum(math.prod(a.shape) for value in values.values() for a in value.arrays)
+        self._work_per_row = sum((value.positions or 1) * math.prod(value.shape) for value in values.values())
 
     def _learn(self, x: object) -> None:
         """The parts that the parameters form, from some rows."""
@@ -342,37 +428,37 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
             self._plan = make_plan(self._model.tree, self._structure, program)
             self._traced = True
 
-    def _check(self, rows: JaxBatch, model: Model) -> None:
-        """Compare this loss's gradients with plain ones, one row at a time; see the class."""
+    def _check(self, rows: JaxBatch, model: Model, size: int) -> None:
+        """Compare this loss's gradients with plain ones, one row at a time; see the class. size: of the whole batch."""
         last = len(rows) - 1
-        together = first_outputs(self._model, self._leaves, rows.x)
-        check_rows(together, len(rows))
+        names = tuple(p.name for layout in self._plan.layouts for p in layout.block.parameters)
+        found = first_look(model, names, self._leaves, rows.x, rows.y)
         # First and last: what a model does with one of them it need not do with the other.
         for k in {0, last} if last else set():
-            alone = derivatives.outputs(self._model, self._leaves, rows.take(slice(k, k + 1)).x)
-            check_independence(together, alone, k)
-        with explain_failure(together, rows.y):
-            value, alone = derivatives.batch_loss(model.loss, together, rows.y)
-        treats_rows = normalisation(model.loss, together, rows.y, value, alone)
+            check_independence(found.together, found.alone, k)
+        treats_rows = normalisation(model.loss, found.together, rows.y, found.loss, found.losses)
         self._normalisation = treats_rows if model is self._model else self._normalisation
         self._learn(rows.x)
-        wrong = self._disagreeing(rows.take(slice(last, last + 1)), model)
+        check_finite(found.last_loss, 1)
+        wrong = self._disagreeing(rows.take(slice(last, last + 1)), model, found.gradient, size)
         if wrong:
             self._distrusted |= set(wrong)
             program = self._model.program(self._leaves, rows.x)
             # Plain gradients for these parameters from now on.
             self._plan = make_plan(self._model.tree, self._structure, program, sorted(self._distrusted))
 
-    def _disagreeing(self, row: JaxBatch, model: Model) -> list[str]:
+    def _disagreeing(self, row: JaxBatch, model: Model, expected: Leaves, size: int) -> list[str]:
         """Parameters whose gradient for this row, from their uses, is not that of plain differentiation."""
-        chosen = {p.name: self._leaves[p.name] for layout in self._plan.layouts for p in layout.block.parameters}
-        loss, expected = derivatives.plain_gradient(model, chosen, self._leaves, row.x, row.y)
-        check_finite(loss, 1)
-        _, values = derivatives.gradients(model, self._plan, self._leaves, row.x, row.y)
-        self._numbers_per_row = sum(a.size for value in values.values() for a in value.arrays)
-        flat = np.asarray(derivatives.flattened(self._plan.layouts, values))[0]
+        # As many rows as the batch has: what is compiled for these is what the batch itself will need.
+        many = jax.tree.map(lambda v: np.repeat(np.asarray(v), rounded(size, self._least), axis=0), (row.x, row.y))
+        _, values = derivatives.gradients(model, self._plan, self._leaves, *many)
+        values = jax.tree.map(lambda v: np.asarray(v)[:1], values)
+        self._weigh(values)
+        flat = np.concatenate([derivatives.block_gradient(layout, values).flat() for layout in self._plan.layouts], 1)[
+            0
+        ]
         wrong, start = [], 0
-        for name in chosen:
+        for name in (p.name for layout in self._plan.layouts for p in layout.block.parameters):
             if not close(flat[start : start + expected[name].size], expected[name]):
                 wrong.append(name)
             start += expected[name].size
@@ -390,10 +476,10 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
             chosen, rows = self._chosen([p.name for p in self._block(block).block.parameters]), plain.rows_of(batch)
             exact = plain.product(self._model, kind, vectors, chosen, self._leaves, rows, self.row_weights(batch))
             if exact is not None:
-                return exact
-        (x, y), weights, found = batch.padded(), self.row_weights(batch), []
-        weights = jnp.ones(len(batch), wide(self._like[:0]).dtype) if weights is None else weights
-        weights = _padded_to(weights, rounded(len(batch)))
+                return self._given(exact)
+        (x, y), given, found = batch.padded(), self.row_weights(batch), []
+        ones = np.ones(len(batch), jnp.promote_types(self._like.dtype, jnp.float32))
+        weights = _padded_to(ones if given is None else given, rounded(len(batch)))
         step = rows_within_memory(8 * (size + len(batch) * 64), self._like)
         for start in range(0, len(vectors), step):
             some, stop = vectors[start : start + step], min(step, len(vectors) - start)
@@ -401,7 +487,7 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
                 self._model, self._block(block), kind, _padded_to(some, rounded(stop)), self._leaves, x, y, weights
             )
             check_finite(losses, len(batch))
-            found.append(products[:stop])
+            found.append(self._given(products)[:stop])
         return _stacked(found) if found else vectors
 
     def _block(self, block: str) -> Layout:
@@ -423,8 +509,9 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
             some = [_padded_to(factor[start : start + stop], rounded(stop)) for factor in factors.values()]
             losses, products = derivatives.mixed_products(self._model, layouts, some, self._leaves, *given)
             check_finite(losses, len(batch))
-            found.append(jnp.moveaxis(products[: len(batch), :stop], 1, 0))
-        whole = _stacked(found) if found else jnp.zeros((0, *x.shape), self._like.dtype)
+            mine = self._given(products)
+            found.append((np if self._in_numpy else jnp).moveaxis(mine[: len(batch), :stop], 1, 0))
+        whole = _stacked(found) if found else self.asked(np.zeros((0, *x.shape), self._like.dtype))
         return whole if weights is None else whole * weights.reshape((-1,) + (1,) * (whole.ndim - 2))
 
     def flat_mixed_grads(self, batch: JaxBatch) -> jax.Array:
@@ -432,7 +519,7 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         batch = self._prepare(batch)
         differentiable_input(batch.x)
         found = derivatives.mixed_gradients(self._model, self._plan.layouts, self._leaves, *batch.padded())
-        losses, flat = _cut(found, batch)
+        losses, flat = self._cut(found, batch)
         check_finite(losses, len(batch))
         weights = self.row_weights(batch)
         return flat if weights is None else flat * weights.reshape((-1,) + (1,) * (flat.ndim - 1))
@@ -444,19 +531,24 @@ def _sum_of_outputs(output: object, target: object) -> jax.Array:
     )
 
 
-def _stacked(pieces: list[jax.Array]) -> jax.Array:
-    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)
+def _stacked(pieces: list[Any]) -> Any:
+    xp: Any = np if isinstance(pieces[0], np.ndarray) else jnp
+    return pieces[0] if len(pieces) == 1 else xp.concatenate(pieces)
 
 
-def _cut(values: object, batch: JaxBatch) -> Any:
-    """Without the rows that padded the batch."""
-    return values if rounded(len(batch)) == len(batch) else derivatives.first(len(batch), values)
+def _host_device() -> Any:
+    """The CPU that JAX computes on by default; None where it computes elsewhere, or on several."""
+    devices = jax.local_devices()
+    return devices[0] if len(devices) == 1 and devices[0].platform == "cpu" else None
 
 
-def _padded_to(array: jax.Array, count: int, axis: int = 0) -> jax.Array:
+def _padded_to(array: Any, count: int, axis: int = 0) -> Any:
     """With zeros up to a number of rows."""
     missing = count - array.shape[axis]
-    return array if not missing else jnp.pad(array, [(0, missing if k == axis else 0) for k in range(array.ndim)])
+    if not missing:
+        return array
+    xp: Any = np if isinstance(array, np.ndarray) else jnp
+    return xp.pad(array, [(0, missing if k == axis else 0) for k in range(array.ndim)])
 
 
 def _hashable(function: Any) -> Any:
@@ -470,8 +562,3 @@ def _hashable(function: Any) -> Any:
 
 def _difference(names: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]) -> str:
     return ", ".join(f"{name} {shape}" for name, shape in zip(names, shapes, strict=True))
-
-
-def _numbers(keys: np.ndarray, number: int, seed: int, count: int, normal: bool) -> jax.Array:
-    """Random numbers [n, count] for the rows of a batch: uniform, or standard normal."""
-    return jnp.asarray(row_numbers(keys, number, seed, count, normal))

@@ -107,6 +107,7 @@ class Call:
                     setup.query_loader,
                     many,
                     unit=job.score.unit,
+                    normalise=job.score.normalise,
                     progress=self.progress,
                     store=job.scores,
                     memory=job.score.memory,
@@ -203,6 +204,11 @@ class Call:
 
     def _judged(self, setup: Setup, influence: Attributor, scores: Scores) -> Evaluation:
         settings, matrix = self.job.retrain, scores[:]  # in the order of the loaders, as banks are
+        if settings.leave_out and scores.is_ranking:
+            raise InvalidSetting(
+                f"leave_out compares what leaving rows out does with a forecast, and scores of unit {scores.unit!r} "
+                "are none: set [retrain] leave_out = 0, or leave [score] normalise out."
+            )
         if scores.unit == "influence":  # what is foretold is what removal does
             matrix = matrix / scores.n_train
         queries, rows = matrix.shape
@@ -219,7 +225,9 @@ class Call:
     def _calibration(self, setup: Setup, fitted: Attributor) -> Calibration:
         file, settings = self.job.store / CALIBRATION, self.job.retrain
         recipe = self._recipe(setup, fitted)
+        normalise = self.job.score.normalise  # files from before have none, which is None
         chosen_for = {**recipe, "method": fitted.method.describe(), "number of models": settings.calibrate}
+        chosen_for["normalise"] = normalise
         if file.is_file():
             known, _ = unsealed(file, remedy=CALIBRATE_AGAIN)
             changed = [name for name, value in chosen_for.items() if known["recipe"].get(name) != value]
@@ -230,7 +238,9 @@ class Call:
             sizes = fitted.plan(setup.train, setup.query_loader)
             plan = plan_subsets(sizes.train_rows, subsets=settings.calibrate, repeated=0, seed=settings.seed)
             bank = self._bank(setup, CALIBRATING, plan, sizes.query_rows, recipe)
-            damped = fitted.calibrate(setup.train, setup.query_loader, bank, progress=self.progress)
+            damped = fitted.calibrate(
+                setup.train, setup.query_loader, bank, normalise=normalise, progress=self.progress
+            )
             chosen = damped.calibration
             assert chosen is not None
             write_whole(file, json.dumps(sealed({"recipe": chosen_for, "found": chosen.to_json()}), indent=1).encode())
@@ -310,6 +320,7 @@ class Call:
                 setup.train,
                 setup.query_loader,
                 unit=self.job.score.unit,
+                normalise=self.job.score.normalise,
                 by_block=self.job.score.by_block,
                 store=self.job.scores,
                 memory=self.job.score.memory,

@@ -63,6 +63,8 @@ class ScoreSettings:
 
     unit: str = "influence"
     """"influence", or "removal": the predicted rise of the query's loss when the row is removed."""
+    normalise: str | None = None
+    """Directions instead of sizes, which only rank: "both" sides, or that of the "train" rows."""
     by_block: bool = False
     """Keep each block's share."""
     memory: str | int | None = None
@@ -72,8 +74,16 @@ class ScoreSettings:
         if self.memory is not None:
             bytes_of(self.memory)
         check_word("unit", self.unit, ("influence", "removal"))
+        _ = self.scored_in
         if not isinstance(self.by_block, bool):
             raise InvalidSetting(f"by_block is {self.by_block!r}; expected true or false.")
+
+    @property
+    def scored_in(self) -> str:
+        """The unit of the scores. Errors: InvalidSetting."""
+        from headwater.store.score_matrix import unit_of
+
+        return unit_of(self.unit, self.normalise)
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,11 @@ class Method(ABC, Generic[C]):
         return "auto"
 
     @property
+    def keeps_leading(self) -> bool:
+        """Whether it sees the curvature through its leading eigenvectors, which are kept as its approximation."""
+        return False
+
+    @property
     def allow_indefinite(self) -> bool:
         """Whether negative curvature is accepted."""
         return False

@@ -6,12 +6,14 @@ from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, TypeGuard, TypeVar, get_args
 
-from headwater.curvature.dual import DualInverse, DualOperator
+from headwater.curvature.dual import DualInverse, DualOperator, RowNorms, RowSumOperator
 from headwater.curvature.exact import Curvature, check_kind
 from headwater.curvature.kronecker import fit_ekfac, fit_kfac
 from headwater.curvature.products import CurvatureOperator, fit_products
+from headwater.curvature.span import RowSpans, SpanSolve
 from headwater.errors import IndefiniteCurvature, InvalidSetting, SingularOperator, UnsupportedLoss
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
 from headwater.methods.base import Method, check_fisher
@@ -68,7 +70,8 @@ class PreconditionedMethod(ProductMethod[Preconditioned]):
     """"dual" (the heaviest gradients of the outputs, inverted exactly through their Gram matrix), "ekfac", "kfac",
     "nystroem" (rank 50), "diagonal" (Hutchinson's estimate), None, or "auto": dual for few outputs, else EKFAC."""
     tolerance: float | None = None
-    """Relative residual of each solve; None for the square root of eps (3e-4 in float32)."""
+    """Relative residual of each solve; None for the square root of eps (3e-4 in float32). Where no solve is needed: the
+    error of a score, relative to the roots of what its two rows score on themselves."""
     allow_indefinite: bool = False
     """Solve with a Hessian although it has negative eigenvalues at the damping; refused otherwise."""
 
@@ -138,12 +141,19 @@ class PreconditionedMethod(ProductMethod[Preconditioned]):
         exact, preconditioner = curvature.exact, curvature.approximation
         if not self.allow_indefinite:
             refuse_indefinite(exact, damping)
-        inverse = None if preconditioner is None else near_inverse(preconditioner, damping, exact.mean_eigenvalue())
-        return IterativeInverse(exact, damping, self.solver_for(exact), inverse, exact.block)
+        if preconditioner is None:
+            return IterativeInverse(exact, damping, self.solver_for(exact), None, exact.block)
+        # The preconditioner's own mean eigenvalue: a Hessian's would cost 64 products.
+        near = partial(near_inverse, preconditioner, damping, preconditioner.mean_eigenvalue())
+        if isinstance(preconditioner, RowSpans) and self.curvature != "hessian":
+            return SpanSolve(exact, damping, self.solver_for(exact), preconditioner, near, self.tolerance)
+        return IterativeInverse(exact, damping, self.solver_for(exact), near(), exact.block)
 
 
 SKETCH, PROBES = 50, 32
 """Vectors that a Nystroem, and a diagonal preconditioner are made from."""
+SPANNED = 4096
+"""Parameters of a block beyond which it is worth a span of rows' gradients."""
 HEAVIEST, MOST = 0.99, 4096
 """Share of the trace, and number, up to which gradients go into a dual preconditioner."""
 
@@ -155,13 +165,20 @@ def heaviest_rows(
     curvature: Curvature,
     progress: bool,
 ) -> dict[str, LinearOperator] | None:
-    """For each block the part of its GGN (or Fisher) that the heaviest gradients make up; None where rows have none."""
+    """For each block what the heaviest gradients make of its GGN (or Fisher); None where rows have none."""
     if curvature == "hessian":
         operators, _ = fit_products(provider, loader, "ggn", progress=progress)
     if not all(op.source.has_draws for op in operators.values()):
         return None
     rows = next(iter(operators.values())).source.weight
-    return {n: DualOperator(op, rows, heaviest=HEAVIEST, most=MOST) for n, op in operators.items()}
+    return {n: _heaviest_of(op, rows) for n, op in operators.items()}
+
+
+def _heaviest_of(curvature: CurvatureOperator, rows: float) -> LinearOperator:
+    """Their span, where gradients are single outer products in memory, and many more numbers than a span has."""
+    if curvature.source.has_single_products(curvature.block) and curvature.input_size > SPANNED:
+        return RowSpans(curvature, rows, RowNorms.of(RowSumOperator(curvature, rows)))
+    return DualOperator.of_heaviest(curvature, rows, HEAVIEST, MOST)
 
 
 def near_inverse(preconditioner: LinearOperator, damping: float, mean: float) -> LinearOperator:
@@ -201,6 +218,9 @@ def refuse_indefinite(curvature: CurvatureOperator, damping: float, *, surely: b
 @dataclass(frozen=True, kw_only=True)
 class Cg(PreconditionedMethod):
     """Conjugate gradients on (C + damping) x = g for all queries together; columns that have converged leave.
+
+    Of few outputs no system is solved where a span of heavy gradients gives the scores within the tolerance: see
+    `headwater.curvature.span`.
 
     Sources: Hestenes and Stiefel 1952; Martens 2010 (curvature by products).
     """

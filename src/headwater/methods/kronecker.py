@@ -8,15 +8,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeGuard, TypeVar, get_args
 
-from headwater.arrays import namespace
+from headwater.curvature.cheapest import ekfac_inverse, kfac_inverse
 from headwater.curvature.kronecker import fit_ekfac, fit_kfac
-from headwater.curvature.separable import separate
 from headwater.errors import InvalidSetting
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
 from headwater.methods.base import Method, check_fisher
 from headwater.methods.damping import Damping, Relative
 from headwater.operators.algebra import LinearOperator
-from headwater.operators.kronecker import EigenKroneckerOperator, KroneckerOperator, SeparableOperator
+from headwater.operators.kronecker import EigenKroneckerOperator, KroneckerOperator
 from headwater.operators.structured import BlockDiagonalOperator
 
 Piece = TypeVar("Piece", bound=LinearOperator)
@@ -85,7 +84,7 @@ class Kfac(KroneckerMethod[KroneckerOperator]):
         return isinstance(part, KroneckerOperator)
 
     def invert_part(self, part: KroneckerOperator, damping: float) -> LinearOperator:
-        return part.inverse(damping) if self.damping_form == "exact" else part.factored_inverse(damping)
+        return kfac_inverse(part, damping) if self.damping_form == "exact" else part.factored_inverse(damping)
 
 
 @dataclass(frozen=True)
@@ -113,10 +112,4 @@ class Ekfac(KroneckerMethod[EigenKroneckerOperator]):
         return isinstance(part, EigenKroneckerOperator)
 
     def invert_part(self, part: EigenKroneckerOperator, damping: float) -> LinearOperator:
-        inverse = part.inverse(damping)
-        if self.rank is None or self.rank >= min(part.spectrum.shape):
-            return inverse
-        u, v, error = separate(inverse.spectrum, part.spectrum, self.rank)
-        xp = namespace(u)
-        u, v = (xp.astype(factor, part.like.dtype) for factor in (u, v))
-        return SeparableOperator(inverse, u, v, truncation_error=error)
+        return ekfac_inverse(part, damping, self.rank)

@@ -35,6 +35,10 @@ class LowRankMethod(ProductMethod[Leading]):
         if not isinstance(self.rank, int) or self.rank < 1:
             raise InvalidSetting(f"rank is {self.rank!r}; expected a whole number of at least 1.")
 
+    @property
+    def keeps_leading(self) -> bool:
+        return True
+
     def fit(
         self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool
     ) -> tuple[OrderedDict[str, Leading], float]:

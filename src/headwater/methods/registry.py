@@ -73,7 +73,7 @@ METHODS: tuple[MethodEntry, ...] = (
     MethodEntry("representer", "Representer", "representer", "representer points", Costs("l2, on one layer", "nothing", "nothing", "o + i", "little", "a last layer where its regularised loss is stationary")),  # noqa: E501
     MethodEntry("direct", "Direct", "direct", "exact GGN", Costs("any, exact; dense", "N P^2 + P^3", "P^2", "P", "P^2", "blocks of 10,000 parameters at most or so")),  # noqa: E501
     MethodEntry("dual", "Dual", "dual", "dual form", Costs("empirical Fisher (or GGN), exact; N x N", "N^2 (o + i) + N^3", "2 N (o + i)", "o i", "N^2, Q P", "few rows; for the GGN few outputs")),  # noqa: E501
-    MethodEntry("cg", "Cg", "iterative", "conjugate gradients", Costs("GGN or Hessian, exact; conjugate gradients", "a preconditioner", "3 to 40 products", "o i", "4 Q P", "C + damping positive")),  # noqa: E501
+    MethodEntry("cg", "Cg", "iterative", "conjugate gradients", Costs("GGN or Hessian, exact; conjugate gradients", "a preconditioner", "few outputs: m numbers; else 3 to 40 products", "o i", "few outputs: m^2; else 4 Q P", "C + damping positive")),  # noqa: E501
     MethodEntry("block-krylov", "BlockKrylov", "iterative", "block Krylov", Costs("as Cg; one space for all queries and dampings", "a preconditioner", "3 to 50 products", "o i", "2 k Q P, in groups", "as Cg")),  # noqa: E501
     MethodEntry("lissa", "Lissa", "stochastic", "LiSSA", Costs("as Cg; steps of few rows", "nothing", "200 steps of 64 rows", "o i", "Q P, all steps' rows", "a scale above half the top eigenvalue")),  # noqa: E501
     MethodEntry("astra", "Astra", "stochastic", "ASTRA", Costs("as Cg; steps of few rows, after EKFAC", "EKFAC", "50 steps of 256 rows", "o i", "2 Q P, all steps' rows", "as EKFAC")),  # noqa: E501

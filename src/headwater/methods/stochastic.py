@@ -117,7 +117,7 @@ class Astra(SteppedMethod[Preconditioned]):
     def invert(self, curvature: Preconditioned, damping: float) -> LinearOperator:
         stepped, whole = curvature.exact, curvature.exact.whole
         refuse_indefinite(whole, damping, surely=True)
-        preconditioner = near_inverse(curvature.approximation, damping, whole.mean_eigenvalue())
+        preconditioner = near_inverse(curvature.approximation, damping, curvature.approximation.mean_eigenvalue())
         step = self.step_size or 1.0 / max(
             steepness(part, damping, preconditioner, whole.start) for part in (whole, *stepped.parts)
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ class LinearOperator(Operator[Array, BilinearForm]):
 
     symmetric: bool = False
     psd: bool = False
+    truncation_error: float = 0.0
+    """How far a spectrum that is cut short is from the one it stands for, relative; see where it is."""
 
     def _validate_tensor_input(self, tensor: Array) -> None:
         if shape_of(tensor) is None:
@@ -38,6 +41,10 @@ class LinearOperator(Operator[Array, BilinearForm]):
     @abstractmethod
     def adjoint(self) -> LinearOperator:
         """The transposed map."""
+
+    def repeated(self) -> AbstractContextManager[None]:
+        """Around many products in a row: what they share may be kept until its end."""
+        return nullcontext()
 
     def inverse(self, damping: float = 0.0) -> LinearOperator:
         """(self + damping I)^-1. Errors: SingularOperator where there is none."""

@@ -53,7 +53,9 @@ class ConjugateGradient(Solver):
     ) -> Solution:
         state = _Columns(rhs, self.tolerance, label)
         run = _block_steps if self.block else _steps
-        if state.live.size:
+        if not state.live.size:
+            return state.solution()
+        with curvature.repeated():
             run(self, _Damped(curvature, damping), preconditioner or IdentityOperator(curvature.input_size), state)
         return state.solution()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from contextlib import AbstractContextManager
 
 from headwater.arrays import Array
 from headwater.operators.algebra import LinearOperator
@@ -25,6 +26,9 @@ class ForwardedOperator(LinearOperator):
 
     def _apply(self, tensor: Array) -> Array:
         return self.acts_as.apply(tensor)
+
+    def repeated(self) -> AbstractContextManager[None]:
+        return self.acts_as.repeated()
 
     def adjoint(self) -> LinearOperator:
         return self

@@ -36,7 +36,8 @@ class SolveReport:
     label: str
     """What was inverted: the block's name."""
     residual: np.ndarray
-    """|b - (C + damping) x| / |b|, as the solver knows it; zero where b is."""
+    """|b - (C + damping) x| / |b|, as the solver knows it; zero where b is. Without iterations, as nothing was solved
+    for: the largest error of a score that was measured, relative to the roots of what its rows score on themselves."""
     iterations: np.ndarray
     """Steps that the column took part in."""
     outcome: np.ndarray
@@ -152,8 +153,12 @@ class IterativeInverse(LinearOperator):
         label: str = "",
     ):
         self.curvature, self.damping, self.solver = curvature, float(damping), solver
-        self.preconditioner, self.label = preconditioner, label
+        self._preconditioner, self.label = preconditioner, label
         self.psd = curvature.psd
+
+    @property
+    def preconditioner(self) -> LinearOperator | None:
+        return self._preconditioner
 
     @property
     def input_size(self) -> int:
@@ -165,7 +170,7 @@ class IterativeInverse(LinearOperator):
         # C x = b is linear in b: scaling by rows, and back, changes no digit that counts.
         rhs, scale = _scaled(rhs, self.label)
         solution = self.solver.solve(self.curvature, self.damping, rhs, self.preconditioner, self.label)
-        _note(solution.report)
+        note(solution.report)
         return _unscaled(solution.x, scale, self.label).reshape(tensor.shape)
 
     def adjoint(self) -> IterativeInverse:
@@ -195,7 +200,7 @@ def _solved_path(inverses: Sequence[IterativeInverse], tensor: Array) -> list[Ar
     solutions = hardest.solver.solve_path(hardest.curvature, dampings, rhs, hardest.preconditioner, label)
     found: dict[int, Array] = {}
     for k, solution in zip(order, solutions, strict=True):
-        _note(solution.report)
+        note(solution.report)
         found[k] = _unscaled(solution.x, scale, label).reshape(tensor.shape)
     return [found[k] for k in range(len(inverses))]
 
@@ -241,7 +246,8 @@ def _unscaled(x: Array, scale: Array | None, label: str) -> Array:
     return refuse_nonfinite(x if scale is None else x * scale, f"Block {label!r}: what was solved for")
 
 
-def _note(report: SolveReport) -> None:
+def note(report: SolveReport) -> None:
+    """Tell whoever records solves, and warn of columns that missed the tolerance."""
     log = _LOG.get()
     if log is not None:
         log.append(report)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from functools import cached_property
 
+import numpy as np
+
 from headwater.arrays import Array, identity, namespace, precise, to_numpy, transpose
 from headwater.errors import InvalidSetting
 from headwater.gradients.algebra import Gradient, multiply_left, multiply_right
@@ -36,6 +38,7 @@ class KroneckerOperator(LinearOperator):
         self.symmetric = symmetric or psd
         self.psd = psd
         self._eigen: EigenKroneckerOperator | None = None
+        self._eigenvalues: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def input_size(self) -> int:
@@ -67,11 +70,20 @@ class KroneckerOperator(LinearOperator):
         (left_values, left_basis), (right_values, right_basis) = _diagonalise(self.left), _diagonalise(self.right)
         # Eigenvalues of a Kronecker product are all products of the factors' eigenvalues.
         spectrum = left_values[:, None] * right_values[None, :]
+        self._eigenvalues = to_numpy(left_values), to_numpy(right_values)
         return EigenKroneckerOperator(left_basis, right_basis, spectrum, like=self.right)
 
     def inverse(self, damping: float = 0.0) -> LinearOperator:
         """Exact: (left (x) right + damping I)^-1, in the eigenbasis; symmetric operators only."""
         return self.eigen.inverse(damping) if self.symmetric else super().inverse(damping)
+
+    @property
+    def eigenvalues_of_sides(self) -> tuple[np.ndarray, np.ndarray]:
+        """[o] and [i], on the host in float64: what the spectrum of `eigen` is the products of."""
+        if self._eigenvalues is None:
+            self._eigen = self._diagonalised()
+        assert self._eigenvalues is not None
+        return self._eigenvalues
 
     def factored_inverse(self, damping: float) -> KroneckerOperator:
         """(left + (s / p) I)^-1 (x) (right + s p I)^-1, with s the root of the damping and p the balance of the traces.
@@ -133,6 +145,20 @@ def _invert_side(side: Array, shift: float) -> Array:
     values, basis = _diagonalise(side)
     inverse = invert_spectrum(values, shift, diagonalised=_side_size(side))
     return xp.astype(inverse if basis is None else (basis * inverse) @ transpose(basis), side.dtype)
+
+
+SUMMING = 32
+"""What each term of a pair's sum costs beside its two dot products, in multiply-adds: it is written, read and added."""
+
+
+def sum_cost(terms: int, o: int, i: int) -> int:
+    """Multiply-adds in which so many outer products meet one, [o, i]: a dense matrix takes o i."""
+    return terms * (o + i + SUMMING)
+
+
+def longest_sum(o: int, i: int) -> int:
+    """The most outer products that meet one in fewer multiply-adds than a dense matrix [o, i] does."""
+    return (o * i - 1) // sum_cost(1, o, i)
 
 
 class RotationOperator(LinearOperator):
@@ -258,7 +284,7 @@ class SeparableOperator(LinearOperator):
 
     An outer product stays one (R positions instead of one), so that pairs cost R (o + i) instead of o i.
     Shapes: basis as in `EigenKroneckerOperator`; u [R, o], v [R, i]. `truncation_error`: how far the spectrum is from
-    the one it stands for, relative, weighted by the squared curvature.
+    the one it stands for, relative; of KFAC the worst entry, of EKFAC a mean weighted by the squared curvature.
     """
 
     symmetric = True
@@ -297,8 +323,8 @@ class SeparableOperator(LinearOperator):
         return self._exact.quadratic_gradient(value)
 
     def sides(self, queries: Gradient, train_per_query: float) -> tuple[LinearOperator, LinearOperator]:
-        # Many positions times R terms may be more numbers than the dense matrix: then exact is cheaper, too.
-        if not self._expansion.pays_for(queries):
+        # Many positions times R terms may cost more than the dense matrix: then exact is cheaper, too.
+        if not self._expansion.pays_for_pairs(queries):
             return self._exact.sides(queries, train_per_query)
         return ProductOperator(self._expansion, self.basis.rotation), self.basis.rotation
 
@@ -328,6 +354,12 @@ class SeparableScale(LinearOperator):
         """Whether R (o + i) numbers for each position are fewer than o i."""
         o, i = value.shape
         return isinstance(value, Outer) and int(self.u.shape[0]) * value.positions * (o + i) < o * i
+
+    def pays_for_pairs(self, value: Gradient) -> bool:
+        """Whether rows with as many positions meet in fewer multiply-adds than o i."""
+        if not isinstance(value, Outer):
+            return False
+        return sum_cost(int(self.u.shape[0]) * value.positions**2, *value.shape) < math.prod(value.shape)
 
     def _apply(self, tensor: Array) -> Array:
         return tensor * (transpose(self.u) @ self.v).reshape((-1,))

@@ -88,7 +88,11 @@ class Bounds:
 
 def extreme_eigenvalues(operator: LinearOperator, start: Array, steps: int = 60, tolerance: float = 1e-2) -> Bounds:
     """Both ends of the spectrum by Lanczos from one vector [1, D]; stops when both have converged."""
-    space = KrylovSpace(operator, start)
+    with operator.repeated():
+        return _extremes(KrylovSpace(operator, start), steps, tolerance)
+
+
+def _extremes(space: KrylovSpace, steps: int, tolerance: float) -> Bounds:
     for _ in range(steps):
         # One vector's chain: the ends of a spectrum converge first (Saad 2011, chapter 6), so a few dozen steps do.
         space.extend()
@@ -273,7 +277,14 @@ def leading_eigenpairs(
        that belongs to the leading ones, or has all but surely no such eigenvalue before it (`_overlooked`).
     3. Where it meets one, it goes on together with b more vectors, until all pairs have converged again; then step 2.
     """
-    space = KrylovSpace(operator, start)
+    with operator.repeated():
+        return _search_leading(KrylovSpace(operator, start), start, rank, tolerance, max_products, label)
+
+
+def _search_leading(
+    space: KrylovSpace, start: Array, rank: int, tolerance: float, max_products: int, label: str
+) -> EigenpairsOperator:
+    """`leading_eigenpairs`, in a space of the start vectors."""
     # Before the first step, `next` is the start vectors' own basis: their coordinates in it count copies later.
     coordinates = host(start @ transpose(space.next))
     search = _Search(space, rank, tolerance, max(max_products, 1), float(namespace(start).finfo(start.dtype).eps))
@@ -288,7 +299,7 @@ def leading_eigenpairs(
             break
         chains += 1
         # One vector looks; the b others join only if it finds something, as each costs a product at every step.
-        fresh = as_like(row_normals(np.arange(len(start) + 1), operator.input_size, draw=chains, seed=0), start)
+        fresh = as_like(row_normals(np.arange(len(start) + 1), space.operator.input_size, draw=chains, seed=0), start)
         if not search.finds_more(fresh[:1]):
             break
         space.join(fresh[1:])

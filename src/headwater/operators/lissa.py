@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from headwater.arrays import Array, namespace
+from headwater.arrays import Array, add_scaled, namespace
 from headwater.errors import Diverged
 from headwater.operators.algebra import IdentityOperator, LinearOperator, rowwise_inner
 from headwater.operators.forwarded import ForwardedOperator
@@ -64,14 +64,19 @@ class Descent(Solver):
         assert isinstance(curvature, SteppedOperator)
         approximate = preconditioner or IdentityOperator(curvature.input_size)
         sizes = host(row_norms(rhs))
-        x = approximate.apply(rhs)
-        x = x if self.warm_start else x * self.step_size
-        move = x * 0
+        # A copy in any case: the steps write into x, and an operator may hand back what it was given.
+        x = approximate.apply(rhs) * (1.0 if self.warm_start else self.step_size)
+        move = x * 0 if self.momentum else None
         for step in range(self.steps):
-            rest = rhs - curvature.at(step).apply(x) - x * damping
-            self._check(curvature.at(step), damping, x, host(row_norms(rest)), sizes, step, preconditioner is None)
-            move = move * self.momentum + approximate.apply(rest) * self.step_size
-            x = x + move
+            # In place: columns times parameters outgrow the cache, so that a step costs what is read and written.
+            rest = add_scaled(rhs - curvature.at(step).apply(x), x, -damping)
+            self._check(curvature.at(step), damping, x, _lengths(rest), sizes, step, preconditioner is None)
+            turned = approximate.apply(rest)
+            if move is None:
+                x = add_scaled(x, turned, self.step_size)
+                continue
+            move = add_scaled(move * self.momentum, turned, self.step_size)
+            x = add_scaled(x, move, 1.0)
         rest = host(row_norms(rhs - curvature.apply(x) - x * damping))
         residual = rest / np.where(sizes > 0, sizes, 1.0)
         outcome = np.full(len(sizes), FINISHED)
@@ -95,6 +100,12 @@ class Descent(Solver):
                 else f"Try step_size={self.step_size / 4:.3g}, or less momentum than {self.momentum:g}."
             )
         )
+
+
+def _lengths(rows: Array) -> np.ndarray:
+    """Euclidean norms of [k, D], in one reading pass; infinite where a square is too large for the dtype."""
+    squares: Any = rows[:, None, :] @ rows[:, :, None]
+    return np.sqrt(host(squares)[:, 0, 0])
 
 
 def _steepest(curvature: LinearOperator, x: Array) -> float:

@@ -56,6 +56,8 @@ class Gathered:
     """[n]: each train row's scores, summed over all queries."""
     size: Floats
     """[n]: their sizes, summed likewise."""
+    added: str = "sum"
+    """What became of a row's scores: the "mean" over queries where scores only rank, and have no sum."""
     between: Floats | None = None
     """[query groups, train groups]: mean score of the pairs; None without groups of both."""
 
@@ -84,7 +86,9 @@ def gather(
         raise NonFiniteValue(f"Scores of train row {scores.train_ids[row]} are not finite: they rank nothing.", [row])
     if between is not None and train is not None and query is not None:
         between /= np.maximum(1, np.outer(query.counts, train.counts))
-    return Gathered(sink.top(), total, size, between)
+    added = "mean" if scores.is_ranking else "sum"
+    share = 1.0 / len(scores.query_ids) if scores.is_ranking else 1.0
+    return Gathered(sink.top(), total * share, size * share, added, between)
 
 
 def check_ranked(scores: ScoreMatrix) -> None:

@@ -126,10 +126,11 @@ def _by_group(found: Gathered, groups: Groups) -> Figure:
         Bar(groups.names[g], float(mean[g]), f"{size[g] / whole:.0%} from {counts[g] / len(groups.of):.0%} of rows")
         for g in order
     ]
+    added = "summed" if found.added == "sum" else "averaged"
     rest = "" if len(order) == len(groups.names) else f" The {len(order)} largest of {len(groups.names)} groups."
     return Bars(
         "Influence by group of training rows",
-        "Bars: what a row of the group does on average, summed over queries; to the right it helps, to the left it "
+        f"Bars: what a row of the group does on average, {added} over queries; to the right it helps, to the left it "
         f"harms. Beside them: the group's share of all influence by size, and of the rows.{rest}",
         bars,
         signed=True,
@@ -156,7 +157,7 @@ def _overall(found: Gathered) -> list[Listing]:
         ("Rows that harm most, over all queries", [r for r in harm if found.total[r] < 0], "harm"),
     )
     unit = f", {scale.in_words}" if scale.power else ""
-    reading = f"The sum of a row's scores over all queries{unit}."
+    reading = f"The {found.added} of a row's scores over all queries{unit}."
     return [
         Listing(title, reading, [(int(r), scale.said(float(found.total[r])), sign) for r in rows])
         for title, rows, sign in ends

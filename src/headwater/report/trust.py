@@ -105,13 +105,28 @@ def warning(found: Sequence[Verdict]) -> tuple[str, str, str] | None:
 
 
 def _method(scores: ScoreMatrix, details: str) -> Verdict:
-    unit = "a forecast of what removing a row does" if scores.unit == "removal" else "an effect per unit of weight"
+    if scores.is_ranking:
+        said = (
+            f"The {scores.unit_in_words}. Each query's rows are ranked by it; a row whose gradient is large for every "
+            "query has no advantage. Sums of directions forecast nothing: for what removing rows does, score in the "
+            "unit 'removal'. "
+        )
+    elif scores.errors is not None:
+        said = (
+            f"The {scores.unit_in_words}. Measured on models that were trained again without many rows at a time, not "
+            f"forecast from one; the median standard error is {np.median(scores.errors):.2g}, and that of the scores' "
+            f"sizes {np.median(np.abs(scores[:])):.2g}. "
+        )
+    else:
+        unit = "a forecast of what removing a row does" if scores.unit == "removal" else "an effect per unit of weight"
+        said = (
+            f"The {scores.unit_in_words}: {unit}, to first order, for one row at a time. Sums over many rows overlap, "
+            "and are no forecast of removing them together. "
+        )
     return Verdict(
         "told",
         "What a score is",
-        f"The {scores.unit_in_words}: {unit}, to first order, for one row at a time. Sums over many rows overlap, and "
-        "are no forecast of removing them together. "
-        f"Computed by {scores.method or 'a method that is not recorded'}, for {scores.n_train:g} training rows.",
+        f"{said}Computed by {scores.method or 'a method that is not recorded'}, for {scores.n_train:g} training rows.",
         table=details,
         table_name="The blocks",
     )

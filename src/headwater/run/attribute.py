@@ -17,6 +17,7 @@ from headwater.memory import resident_memory
 from headwater.operators.iterative import SolveReport, joined, recorded_solves
 from headwater.rows import Each, PlacedBatch, Rows, Visitor, first_batch
 from headwater.run.diagnosis import RunSums, diagnosis_of, meets_the_loss
+from headwater.run.directions import Directions
 from headwater.run.identity import fit_identity
 from headwater.run.plan import budget_of, factor_bytes, tile_sizes
 from headwater.run.queries import Asked, PairScorer
@@ -24,17 +25,20 @@ from headwater.run.ranking import Ranking
 from headwater.run.rows import FittedRows, check_scores, distinct, sweep_rows
 from headwater.run.runners.environment import Worker
 from headwater.run.runners.turns import check_worker
+from headwater.run.shortened import Shortening
 from headwater.run.tiles import QuerySpan, Scorer, run_tiles
 from headwater.store.base import MemorySink, Sink, Tile
 from headwater.store.ends import GroupSink, TopKSink
 from headwater.store.plan import Sizes
-from headwater.store.score_matrix import UNIT_IN_WORDS
+from headwater.store.score_matrix import RANKINGS, UNIT_IN_WORDS, unit_of
 from headwater.store.scores import Scores
 from headwater.store.tiles import TileStore
 from headwater.store.topk import TopK
 from headwater.types import InfluenceMode
 
 Path = str | os.PathLike[str]
+SIZES = ("influence", "removal")
+"""Units that a method's scores have; `RANKINGS` are those of directions."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +90,18 @@ def attribute(
     storage: Storage | None = None,
     mode: InfluenceMode | str = InfluenceMode.Up,
     explain: str = "label",
+    short: Shortening | None = None,
+    normalise: str | None = None,
     scorer: MakeScorer | None = None,
 ) -> Scores:
     """See `Attributor.attribute`. scorer: makes what computes scores; None for `PairScorer`."""
-    mode, storage = InfluenceMode(mode), storage or Storage()
+    mode, storage, unit = InfluenceMode(mode), storage or Storage(), unit_of(unit, normalise)
     if mode is InfluenceMode.Perturbation and isinstance(train_loader, Rows) and train_loader.is_kept:
         raise InvalidSetting("mode='perturbation' is about train rows' inputs, which are not kept: give their loader.")
     influence.ready()
-    asked = Asked.of(influence, query_loader, explain)
+    if short is not None and mode is InfluenceMode.Perturbation:
+        raise InvalidSetting("mode='perturbation' meets queries whole: leave query_error= and query_rank= out.")
+    asked = Asked.of(influence, query_loader, explain).shortened(short)
     run = PairRun(influence, asked, unit, by_block, mode, storage, progress, scorer)
     return run.stored(train_loader) if storage.store is not None else run.in_memory(train_loader)
 
@@ -109,12 +117,16 @@ def top(
     storage: Storage | None = None,
     ranking: Ranking | None = None,
     explain: str = "label",
+    short: Shortening | None = None,
+    normalise: str | None = None,
     scorer: MakeScorer | None = None,
 ) -> TopK:
     """See `Attributor.top`."""
-    storage, ranking = storage or Storage(), ranking or Ranking(k)
+    storage, ranking, unit = storage or Storage(), ranking or Ranking(k), unit_of(unit, normalise)
+    if unit in RANKINGS:
+        ranking.check_no_sum()
     influence.ready()
-    asked = Asked.of(influence, query_loader, explain)
+    asked = Asked.of(influence, query_loader, explain).shortened(short)
     if storage.store is not None:  # of scores in a folder each query has its own
         run = PairRun(influence, asked, unit, False, InfluenceMode.Up, storage, progress, scorer)
         stored = run.stored(train_loader)
@@ -155,6 +167,9 @@ class PairRun:
         self.make_scorer = scorer
         self.mode, self.storage, self.progress = mode, storage, progress
         self.scale = _scale(influence, unit)
+        self.lost: dict[str, float] = {}
+        """See `PairScorer.lost`: of all queries so far."""
+        self.directions = Directions.of(influence, unit, mode)
         if mode is InfluenceMode.Perturbation and unit == "removal":
             raise InvalidSetting("unit='removal' is about a row that goes, mode='perturbation' about one that changes.")
 
@@ -173,7 +188,9 @@ class PairRun:
     def _scorer(self, asked: Asked) -> Scorer:
         if self.make_scorer is not None:
             return self.make_scorer(asked, self.scale, self.storage, self.progress)
-        return PairScorer(self.influence, asked, self.mode, self.by_block, self.scale, self.progress)
+        scorer = PairScorer(self.influence, asked, self.mode, self.by_block, self.scale, self.progress, self.directions)
+        self.lost = {name: max(off, self.lost.get(name, 0.0)) for name, off in scorer.lost.items()}
+        return scorer
 
     def _numbers(self, train: Iterable[object]) -> int:
         """Of each pair's score."""
@@ -216,7 +233,13 @@ class PairRun:
                     self.influence.provider, loader, self._fitted & both, "train scores", self.progress
                 )
         assert names is not None
+        self._tell()
         return distinct(names, "train")
+
+    def _tell(self) -> None:
+        """Warns: as `Directions`."""
+        if self.directions is not None:
+            self.directions.tell()
 
     def in_memory(self, loader: Iterable[object]) -> Scores:
         self._check_room(loader)
@@ -233,7 +256,7 @@ class PairRun:
             by_block=dict(zip(self.influence.block_names, scores, strict=True)) if self.by_block else None,
             residuals={name: solve.residual for name, solve in solves.items()} or None,
             **self._meaning(),
-            diagnosis=diagnosis_of(self.influence, seen, solves),
+            diagnosis=diagnosis_of(self.influence, seen, solves).with_query_errors(self.lost),
         )
 
     def _check_room(self, loader: Iterable[object]) -> None:
@@ -271,6 +294,11 @@ class PairRun:
 
     def stored(self, loader: Iterable[object]) -> Scores:
         """Compute what is missing; the scores stay on disk."""
+        if self.asked.short is not None and self.asked.short.rank is not None:
+            raise InvalidSetting(
+                "query_rank= has no bound on what is lost, and of other processes' queries a run in a folder would not "
+                "know it: give query_error=, or leave store= out."
+            )
         loader = self.influence.train_rows(loader)  # one object for all passes: its tiles are those of the run
         store = self.store(loader)
         sums = self.sums(loader, store)
@@ -290,6 +318,7 @@ class PairRun:
                 sums=sums,
                 tolerance=tolerance,
             )
+        self._tell()
         if store.finished_rows != len(train_ids):
             seen = None if sums is None else sums.finished(self.influence, loader, self.progress)
             store.finish(self.asked.ids, train_ids, *self._described(seen, joined(log)))
@@ -322,7 +351,10 @@ class PairRun:
     def _described(self, seen: Any, solves: dict[str, SolveReport]) -> tuple[list[str], dict[str, Any]]:
         """Names of blocks, and what the scores mean as JSON has it."""
         blank = np.zeros((1, 1))
-        diagnosis = diagnosis_of(self.influence, seen, solves)
+        # Of queries that another process, or call, has seen there is the bound.
+        short, names = self.asked.short, self.influence.block_names
+        bound = {} if short is None or short.error is None else dict.fromkeys(names, short.error)
+        diagnosis = diagnosis_of(self.influence, seen, solves).with_query_errors(bound)
         words = Scores(blank, blank[0], blank[0], **self._meaning(), diagnosis=diagnosis).attributes()
         # Those of an earlier call, for other queries, are not known here.
         known = all(len(solve.residual) == len(self.asked) for solve in solves.values())
@@ -442,7 +474,8 @@ def _column_sizes(influence: ComposableInfluence, train: Iterable[object], queri
 
 
 def run_identity(influence: ComposableInfluence, asked: Asked) -> dict[str, Any]:
-    return fit_identity(influence) | {"query_ids": asked.ids.tolist(), "query_rows": asked.keys.tolist()}
+    short = {} if asked.short is None else asked.short.described()
+    return fit_identity(influence) | {"query_ids": asked.ids.tolist(), "query_rows": asked.keys.tolist()} | short
 
 
 def rounding(influence: ComposableInfluence) -> float:
@@ -452,8 +485,8 @@ def rounding(influence: ComposableInfluence) -> float:
 
 
 def _scale(influence: ComposableInfluence, unit: str) -> float:
-    if unit not in UNIT_IN_WORDS:
-        raise InvalidSetting(f"unit is {unit!r}; expected one of {', '.join(map(repr, UNIT_IN_WORDS))}.")
+    if unit not in (*SIZES, *RANKINGS):
+        raise InvalidSetting(f"unit is {unit!r}; expected one of {', '.join(map(repr, SIZES))}.")
     if unit == "removal" and not influence.method.predicts_removal:
         raise InvalidSetting(
             f"{influence.method.describe()} predicts no change of loss, only similarity; use unit='influence'."

@@ -35,7 +35,10 @@ from headwater.influence import ComposableInfluence
 from headwater.methods.damping import Damping, Relative, relative
 from headwater.operators.iterative import recorded_solves
 from headwater.rows import Each, PlacedBatch, Total, Visitor
+from headwater.run.directions import check_inverse, inverse_lengths
 from headwater.run.rows import FittedRows, distinct, sweep_rows
+from headwater.settings import check_word
+from headwater.store.score_matrix import NORMALISE
 
 PATH = tuple(relative(float(amount)) for amount in np.round(np.logspace(-3, 4, 15), 10))
 """Seven decades of mean eigenvalues, two dampings in each."""
@@ -57,6 +60,7 @@ def calibrate(
     subsets: int,
     seed: int,
     progress: bool,
+    normalise: str | None = None,
 ) -> Calibration:
     """See `ComposableInfluence.calibrate`.
 
@@ -66,6 +70,13 @@ def calibrate(
     if not influence.method.predicts_removal:
         raise InvalidSetting(f"{influence.method.describe()} has no damping to calibrate.")
     path, unit = _path(dampings)
+    if normalise is not None:
+        check_word("normalise", normalise, tuple(NORMALISE))
+        if by_block or bank is None:
+            raise InvalidSetting(
+                "normalise= divides by lengths over all blocks, at one damping for all, and the evidence knows no "
+                "ranking: give a bank, and leave by_block out."
+            )
     if bank is None:
         if query_loader is not None:
             raise InvalidInput(
@@ -81,9 +92,11 @@ def calibrate(
         asked = sweep_rows(influence.provider, query_loader, lengths, "queries", progress, "query")
         bank = _retrain(bank, rows, asked, subsets, seed)
     keep, outputs = _retrained(bank)
-    along = path_forecasts(influence, train_loader, query_loader, keep, outputs, dampings=dampings, progress=progress)
+    options: dict[str, Any] = {"dampings": dampings, "directions": normalise is not None, "progress": progress}
+    along = path_forecasts(influence, train_loader, query_loader, keep, outputs, **options)
     found = choose_damping(along.path, along.forecasts, outputs, unit=along.unit, by_block=by_block, seed=seed)
-    return replace(found, notes=(*found.notes, *along.notes))
+    ranked = () if normalise is None else (f"for directions, normalise={normalise!r}",)
+    return replace(found, notes=(*found.notes, *along.notes, *ranked))
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,22 +119,33 @@ def path_forecasts(
     outputs: np.ndarray,
     *,
     dampings: Sequence[Damping] | None = None,
+    directions: bool = False,
     progress: bool = False,
 ) -> PathForecasts:
     """Forecasts of subsets keep [m, n], along the path. outputs, of the first subsets or all, say where to stop.
 
+    directions: each train row's score is over its length at that damping, for which there is a pass over the train rows
+    at each of them. (A query's own length is the same for all subsets.)
     Errors: InvalidInput for subsets of other rows, or outputs of other queries.
     """
     path, unit = _path(dampings)
     ids = _ids(influence, train_loader, progress)
     if keep.shape[1] != len(ids):
         raise InvalidInput(f"The bank's subsets are of {keep.shape[1]} rows, and the train loader has {len(ids)}.")
-    right = _subset_sums(influence, train_loader, keep[:, places(ids)], progress)
+    kept = keep[:, places(ids)]
+    plain = None if directions else _subset_sums(influence, train_loader, kept, progress)
+
+    def right(damped: ComposableInfluence) -> dict[str, Array]:
+        if plain is not None:
+            return plain
+        check_inverse(damped)
+        return _subset_sums(damped, train_loader, kept, progress, directions)
+
     left = _queries(influence, query_loader, progress)
     rows = next(iter(left.values())).rows
     if outputs.shape[2] != rows:
         raise InvalidInput(f"The bank has outputs of {outputs.shape[2]} queries, and the query loader has {rows}.")
-    forecasts, notes = _forecasts(influence, path, unit, left, right, outputs)
+    forecasts, notes = _forecasts(influence, path, unit, left, right, outputs, len(keep))
     return PathForecasts(path, unit, forecasts, notes)
 
 
@@ -172,10 +196,15 @@ def _ids(influence: ComposableInfluence, loader: Iterable[object], progress: boo
 
 
 def _subset_sums(
-    influence: ComposableInfluence, loader: Iterable[object], keep: np.ndarray, progress: bool
+    influence: ComposableInfluence,
+    loader: Iterable[object],
+    keep: np.ndarray,
+    progress: bool,
+    directions: bool = False,
 ) -> dict[str, Array]:
     """Summed gradients of each subset, as the operators see them, by block: [m, D]; keep in the loader's order."""
-    return sweep_rows(influence.provider, loader, SubsetSums(influence, keep), "sums over subsets", progress)
+    sums = SubsetSums(influence, keep, directions)
+    return sweep_rows(influence.provider, loader, sums, "sums over subsets", progress)
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,14 +213,20 @@ class SubsetSums(Visitor[PlacedBatch, dict[str, Array], dict[str, Array]]):
 
     influence: ComposableInfluence
     keep: np.ndarray
+    directions: bool = False
+    """Whether each row counts with one over its length, at the influence's damping."""
 
     def of(self, item: PlacedBatch) -> dict[str, Array]:
         found: dict[str, Array] = {}
         operators, rows = self.influence.block_mapper.operators, slice(item.start, item.start + len(item.batch))
-        for name, value in self.influence.provider.grads(item.batch).items():
+        grads = self.influence.provider.grads(item.batch)
+        shares = self.keep[:, rows].astype(np.float64)
+        if self.directions:
+            shares = shares * inverse_lengths(self.influence, grads)
+        for name, value in grads.items():
             xp, like = namespace(value.like), value.like
             # Sums over each subset in the same pass: [m, D] numbers, and no score of a single row.
-            mask = xp.asarray(self.keep[:, rows].astype(np.float64), device=device(like))
+            mask = xp.asarray(shares, device=device(like))
             found[name] = operators[name].seen(value).combine(xp.astype(mask, like.dtype))
         return found
 
@@ -222,23 +257,24 @@ def _forecasts(
     path: Sequence[float],
     unit: str,
     left: Mapping[str, BlockGradient],
-    right: Mapping[str, Array],
+    right: Callable[[ComposableInfluence], Mapping[str, Array]],
     outputs: np.ndarray,
+    subsets: int,
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Of each block: [k, m, q], NaN where a damping was left out; and why any was."""
-    subsets = len(next(iter(right.values())))
     found = {name: np.full((len(path), subsets, outputs.shape[2]), np.nan) for name in left}
     truth = mean_over_runs(outputs)
     best, worse, solved, missed = -1.0, 0, False, []
     # From the largest damping down: solves grow dearer, and one may stop early.
     for k in reversed(range(len(path))):
         try:
-            operators = influence.with_damping(in_unit(path[k], unit)).ready().operators
+            damped = influence.with_damping(in_unit(path[k], unit))
+            operators, sums = damped.ready().operators, right(damped)
             with recorded_solves() as log, warnings.catch_warnings():
                 warnings.simplefilter("ignore", NotConverged)
                 for name, value in left.items():
                     operator = operators[name]
-                    found[name][k] = -to_numpy(_through(operator, value, right[name]))
+                    found[name][k] = -to_numpy(_through(operator, value, sums[name]))
         except SingularOperator as error:
             for values in found.values():
                 values[k] = np.nan

@@ -19,7 +19,7 @@ from headwater.influence import ComposableInfluence
 from headwater.loaders.places import located
 from headwater.mapper import Queries
 from headwater.operators.algebra import LinearOperator
-from headwater.rows import PlacedBatch, Visitor, first_batch, sweep
+from headwater.rows import KeptQueryRows, PlacedBatch, Visitor, first_batch, sweep
 from headwater.run.identity import fit_identity, fit_tolerance
 from headwater.run.kept import TILE_BYTES, KeptFolder, RowFacts, SharedSegments, key_arrays, keys_of, packed_tile
 from headwater.run.packing import Packing, unpacked
@@ -34,7 +34,7 @@ from headwater.types import InfluenceMode
 KIND = "factors of query rows"
 
 
-class KeptFactors(KeptFolder):
+class KeptFactors(KeptFolder, KeptQueryRows):
     """Factors of query rows in a folder: `influence.factors(loader, store=...)` makes it, `open` finds it again.
 
     It stands for the query loader in `influence.attribute` and `top`, and scores batches by itself (`influences`).

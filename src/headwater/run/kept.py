@@ -29,7 +29,7 @@ from headwater.loaders.keys import RowKeys, is_among
 from headwater.loaders.places import Place, here, located, move_to
 from headwater.mapper import Queries
 from headwater.progress import track
-from headwater.rows import Each, PlacedBatch, Read, Rows, Visitor, first_batch, sweep
+from headwater.rows import Each, KeptTrainRows, PlacedBatch, Read, Rows, Visitor, first_batch, sweep
 from headwater.run.index import KeptIndex, make_index
 from headwater.run.packing import FLAT, Packed, Packing, described, is_flat, joined, unpacked
 from headwater.run.rows import distinct
@@ -100,7 +100,7 @@ class KeptFolder:
         raise InvalidInput(f"{self!r} stands for {self.stands_for}; this needs the rows themselves: give their loader.")
 
 
-class KeptGradients(KeptFolder):
+class KeptGradients(KeptFolder, KeptTrainRows):
     """Gradients of train rows in a folder: `influence.gradients(loader, store=...)` makes it, `open` finds it again.
 
     It stands for the train loader in `influence.attribute`, `top` and `self_influence`, whatever the damping and the

@@ -17,7 +17,9 @@ from headwater.loaders.keys import RowKeys
 from headwater.mapper import Queries, Sides, stack_queries
 from headwater.operators.iterative import unrecorded_solves
 from headwater.rows import Each, PlacedBatch, sweep_kept, within_tiles
+from headwater.run.directions import Directions
 from headwater.run.rows import check_scores, distinct, sweep_rows
+from headwater.run.shortened import Shortening, level, shorten
 from headwater.run.tiles import Scorer
 from headwater.settings import check_word
 from headwater.types import Batch, InfluenceMode
@@ -49,6 +51,8 @@ class Asked:
     """Their factors, where these were computed before; there are no pieces then."""
     explain: str = "label"
     """Whose label the query rows have: their own, or the model's "prediction"."""
+    short: Shortening | None = None
+    """Where few outer products are kept of each query."""
 
     @classmethod
     def of(cls, influence: ComposableInfluence, loader: Iterable[object], explain: str = "label") -> Asked:
@@ -75,6 +79,14 @@ class Asked:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def shortened(self, how: Shortening | None) -> Asked:
+        """With few outer products for each query. Errors: InvalidSetting."""
+        if how is not None and self.ready is not None:
+            raise InvalidSetting(
+                "query_error= and query_rank= are for query rows that are computed now; kept factors are whole."
+            )
+        return replace(self, short=how)
+
     def explained(self, influence: ComposableInfluence) -> str:
         """What the scores are about, in words."""
         return influence.explained + (" under the predicted label" if self.explain == "prediction" else "")
@@ -93,7 +105,7 @@ class Asked:
         found = []
         for number, pieces in sorted(parts.items()):
             mine = slice(number * queries, (number + 1) * queries)
-            found.append(Asked(pieces, self.ids[mine], self.keys[mine], self.fitted))
+            found.append(Asked(pieces, self.ids[mine], self.keys[mine], self.fitted, short=self.short))
         return found
 
 
@@ -118,11 +130,32 @@ class PairScorer(Scorer):
         by_block: bool,
         scale: float,
         progress: bool,
+        directions: Directions | None = None,
     ):
         self.influence, self.asked, self.by_block, self.scale = influence, asked, by_block, scale
+        self.directions = directions
         perturbed = mode is InfluenceMode.Perturbation
-        self.queries: Queries | None = None if perturbed else _queries(influence, asked, progress)
+        self.lost: dict[str, float] = {}
+        """Of the queries' lengths, by block, what the worst of them has lost; empty where they are whole."""
+        self.queries: Queries | None = None if perturbed else self._queries(progress)
         self.factors: Any = flat_factors(influence, asked, progress) if perturbed else None
+
+    def _queries(self, progress: bool) -> Queries:
+        influence, asked, directions = self.influence, self.asked, self.directions
+        if asked.ready is not None:
+            if directions is not None and directions.of_queries:
+                raise InvalidSetting(
+                    "normalise='both' needs the queries' own lengths, which kept factors do not have: give their "
+                    "loader, or take normalise='train', which ranks each query's rows alike."
+                )
+            return asked.ready if asked.share is None else asked.ready.total(asked.share)
+        # Whether rows are rotated or queries turned back depends on how many train rows each query meets.
+        short = asked.short if asked.share is None else None
+        factors = _Factors(influence, influence.n_train / len(asked), short, directions)
+        pieces = sweep_kept(asked.pieces, factors, "query factors", progress)
+        self.lost = factors.lost
+        found = stack_queries(pieces if asked.short is None else level(pieces))
+        return found if asked.share is None else found.total(asked.share)
 
     def scores(self, piece: PlacedBatch) -> np.ndarray:
         """[block, q, n, ...]. Errors: NonFiniteValue."""
@@ -133,7 +166,7 @@ class PairScorer(Scorer):
             blocks = by_block if self.by_block else [sum(by_block[1:], by_block[0])]
             found = np.stack([to_numpy(block) for block in blocks])
         # In place: a tile may be large.
-        found *= self.scale
+        found *= self.scale if self.directions is None else self.directions.train(piece).astype(found.dtype)
         check_scores(found, self.asked.ids, piece.names, self.influence)
         return found
 
@@ -162,15 +195,6 @@ class PairScorer(Scorer):
         return found[:, few]
 
 
-def _queries(influence: ComposableInfluence, asked: Asked, progress: bool) -> Queries:
-    if asked.ready is not None:
-        return asked.ready if asked.share is None else asked.ready.total(asked.share)
-    # Whether rows are rotated or queries turned back depends on how many train rows each query meets.
-    factors = _Factors(influence, influence.n_train / len(asked))
-    found = stack_queries(sweep_kept(asked.pieces, factors, "query factors", progress))
-    return found if asked.share is None else found.total(asked.share)
-
-
 def flat_factors(influence: ComposableInfluence, asked: Asked, progress: bool) -> dict[str, Array]:
     """Op(gradient) by block: [q, D_block]."""
     if asked.ready is not None:
@@ -184,12 +208,27 @@ def flat_factors(influence: ComposableInfluence, asked: Asked, progress: bool) -
 class _Factors(Each[PlacedBatch, Queries]):
     """Query gradients after their side of the operators, which the first of them decide."""
 
-    def __init__(self, influence: ComposableInfluence, train_per_query: float):
+    def __init__(
+        self,
+        influence: ComposableInfluence,
+        train_per_query: float,
+        short: Shortening | None,
+        directions: Directions | None,
+    ):
         super().__init__(self._factors)
         self.influence, self.train_per_query = influence, train_per_query
+        self.short, self.directions = short, directions
         self.sides: Sides | None = None
+        self.lost: dict[str, float] = {}
 
     def _factors(self, piece: PlacedBatch) -> Queries:
         grads = self.influence.provider.grads(piece.batch, query=True)
         self.sides = self.sides or self.influence.block_mapper.sides(grads, self.train_per_query)
-        return self.sides.queries(grads)
+        found = self.sides.queries(grads)
+        if self.directions is not None:
+            found = self.directions.queries(found, grads, piece.names)
+        if self.short is None or found.forms:  # a form of its own meets whole gradients
+            return found
+        short, lost = shorten(found, self.short)
+        self.lost = {name: max(off, self.lost.get(name, 0.0)) for name, off in lost.items()}
+        return short

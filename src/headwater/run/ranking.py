@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from headwater.errors import InvalidSetting
 from headwater.run.queries import Asked
 from headwater.settings import check_word
 from headwater.store.base import Tile
@@ -30,6 +31,12 @@ class Ranking:
     def __post_init__(self) -> None:
         check_word("queries_as", self.queries_as, get_args(QueriesAs))
         self.sink(np.empty(0))
+
+    def check_no_sum(self) -> None:
+        """Errors: InvalidSetting where directions would be summed."""
+        if self.queries_as == "sum" or (self.groups is not None and self.of == "sum"):
+            asked = "queries_as='sum'" if self.queries_as == "sum" else "of='sum'"
+            raise InvalidSetting(f"normalise= ranks rows by direction, and {asked} adds sizes; take the 'mean'.")
 
     def sink(self, query_ids: np.ndarray) -> TopKSink | GroupSink:
         """For the scores of these queries."""

@@ -47,6 +47,7 @@ def report(
     verified: bool | None = None,
     explain: str = "label",
     own_labels: bool = False,
+    normalise: str | None = None,
     progress: bool = False,
 ) -> Path:
     """See `Attributor.report`."""
@@ -55,8 +56,9 @@ def report(
     if scores is not None:
         _check_same(influence, scores)
     else:
-        unit = "removal" if influence.method.predicts_removal else "influence"
-        scores = attribute(influence, train, query, unit=unit, by_block=False, explain=explain, progress=progress)
+        unit = "removal" if influence.method.predicts_removal and normalise is None else "influence"
+        asked_for: dict[str, Any] = {"unit": unit, "by_block": False, "explain": explain, "normalise": normalise}
+        scores = attribute(influence, train, query, **asked_for, progress=progress)
     look = _Look(influence, self_influence, known.rows is None, False)
     seen = _Seen.of(influence, train, scores.train_ids, "own losses", look, progress)
     asked_look = _Look(influence, False, known.queries is None, own_labels)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
 from headwater.tables import shown, table
@@ -100,6 +100,8 @@ class BlockDiagnosis:
     """Share of the trace that these hold: of the curvature, or of the projected one."""
     truncation_error: float = 0.0
     """Relative error of a separable inverse spectrum; zero for an exact one."""
+    query_error: float = 0.0
+    """Of a query's factor the share of its length that was lost, at most, where few outer products stand for it."""
 
     @property
     def lowest_damped(self) -> float | None:
@@ -208,7 +210,13 @@ class Diagnosis:
             missed=sum(block.missed for block in blocks),
             residual=max(residuals, default=None),
             truncation_error=max((block.truncation_error for block in blocks), default=0.0),
+            query_error=max((block.query_error for block in blocks), default=0.0),
         )
+
+    def with_query_errors(self, lost: Mapping[str, float]) -> Self:
+        """With what queries have lost, by block."""
+        blocks = {name: replace(block, query_error=lost.get(name, 0.0)) for name, block in self.blocks.items()}
+        return replace(self, blocks=blocks) if lost else self
 
     def to_json(self) -> str:
         """As text, for `from_json`; NaN and infinity are kept."""
@@ -249,6 +257,8 @@ def _about_block(block: BlockDiagnosis) -> list[str]:
         found.append(f"the {block.kept_rank} directions that are kept hold {block.kept_mass:.0%} of the trace.")
     if block.truncation_error > CUT:
         found.append(f"the truncated inverse spectrum is {block.truncation_error:.0%} off.")
+    if block.query_error > CUT:
+        found.append(f"queries are kept as few outer products, and lack up to {block.query_error:.0%} of their length.")
     return found
 
 
@@ -268,7 +278,7 @@ def _cells(block: BlockDiagnosis) -> list[str]:
         ">= 0" if block.nonnegative and block.lowest is None else shown(block.lowest),
         dof,
         kept + ("" if block.kept_mass is None else f" ({block.kept_mass:.1%})"),
-        shown(block.truncation_error or None),
+        shown(max(block.truncation_error, block.query_error) or None),
         shown(block.residual),
         "-" if not block.solves else f"{block.missed} of {block.solves}",
     ]

@@ -111,6 +111,8 @@ def _lines(scores: ScoreMatrix, queries: slice, train: slice, values: np.ndarray
         "train": np.tile(scores.train_ids[train], q),
         "score": values.reshape(-1),
     }
+    if scores.errors is not None:
+        found["error"] = scores.errors[queries, train].reshape(-1)
     for name, column in scores.train_columns.items():
         found[f"train_{name}"] = np.tile(column[train], q)
     for name, column in scores.query_columns.items():

@@ -4,23 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from headwater.errors import InvalidSetting, ShapeMismatch
-from headwater.evaluate.calibration import Calibration
+from headwater.settings import check_word
 from headwater.store.diagnosis import Diagnosis
 from headwater.store.ends import TopKSink, check_labels
 from headwater.store.ids import NamedColumns, check_columns, count_from_zero
 from headwater.store.matrix import Columns
 from headwater.store.topk import TopK
 
+if TYPE_CHECKING:
+    from headwater.evaluate.calibration import Calibration
+
 UNIT_IN_WORDS = {
     "influence": "decrease of the query's {of} per unit of weight on the train row in the mean objective",
     "removal": "predicted increase of the query's {of} when the train row is removed",
+    "replacement": "mean increase of the query's {of} when another train row, at random, takes the place of this one",
+    "cosine": "cosine of the query's and the train row's gradient of the {of} in the metric of the inverse curvature: "
+    "a ranking, and no change of the {of}",
+    "relative": "influence on the query's {of} over the root of the train row's influence on itself: a ranking, and no "
+    "change of the {of}",
 }
+NORMALISE = {"both": "cosine", "train": "relative"}
+"""What is asked for, and the unit that scores then have."""
+RANKINGS = tuple(NORMALISE.values())
+"""Units of scores that only rank rows: their sums forecast nothing."""
 SIGN_IN_WORDS = "positive: the train row helps (it lowers the query's {of})"
+
+
+def unit_of(unit: str, normalise: str | None) -> str:
+    """The unit of the scores. Errors: InvalidSetting for a forecast of removal in directions."""
+    if unit in RANKINGS:
+        word = next(word for word, found in NORMALISE.items() if found == unit)
+        raise InvalidSetting(f"unit={unit!r} is what normalise={word!r} gives; pass that.")
+    if normalise is None:
+        return unit
+    check_word("normalise", normalise, tuple(NORMALISE))
+    if unit == "removal":
+        raise InvalidSetting(
+            f"normalise={normalise!r} ranks rows by direction, and forecasts no removal; leave unit='removal' out."
+        )
+    return NORMALISE[normalise]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +61,8 @@ class ScoreMatrix:
     train_ids: np.ndarray
     """[train]."""
     unit: str = "influence"
-    """"influence" or "removal"; `unit_in_words` says what they mean."""
+    """"influence" or "removal", "replacement" of retrained models, "cosine" or "relative" of directions;
+    `unit_in_words` says what they mean."""
     n_train: float = 1.0
     """Rows that the curvature was fitted on."""
     method: str = ""
@@ -49,6 +77,8 @@ class ScoreMatrix:
     """The share of the model's trainable parameters that was attributed."""
     residuals: Mapping[str, np.ndarray] | None = None
     """By block, each query's relative residual [query], for a method that solves; None for the others."""
+    errors: np.ndarray | None = None
+    """Each score's standard error, [query, train], for scores that were measured on retrained models; else None."""
     calibration: Calibration | None = None
     """How the damping was chosen; None for one that was given, or the method's default."""
     diagnosis: Diagnosis | None = None
@@ -75,6 +105,8 @@ class ScoreMatrix:
         for name, residual in (self.residuals or {}).items():
             if residual.shape != self.query_ids.shape:
                 raise ShapeMismatch(f"There are {len(self.query_ids)} queries, and {residual.shape} for {name!r}.")
+        if self.errors is not None and self.errors.shape != self.values.shape:
+            raise ShapeMismatch(f"The scores are {self.values.shape}, their errors {self.errors.shape}.")
         if self.unit not in UNIT_IN_WORDS:
             raise InvalidSetting(f"unit is {self.unit!r}; expected one of {', '.join(map(repr, UNIT_IN_WORDS))}.")
 
@@ -108,6 +140,11 @@ class ScoreMatrix:
     @property
     def dtype(self) -> np.dtype:
         return self.values.dtype
+
+    @property
+    def is_ranking(self) -> bool:
+        """Whether scores only rank rows (directions), so that sums of them forecast nothing."""
+        return self.unit in RANKINGS
 
     @property
     def are_positions(self) -> tuple[bool, bool]:
@@ -169,6 +206,8 @@ class ScoreMatrix:
 
 def from_attributes(found: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of `Scores`, from what `Scores.attributes` gave."""
+    from headwater.evaluate.calibration import Calibration
+
     calibration, diagnosis = found.get("calibration"), found.get("diagnosis")
     return {
         **{name: found[name] for name in ("unit", "n_train", "method", "damping", "explained", "coverage")},

@@ -69,6 +69,7 @@ class Scores(ScoreMatrix):
             train_ids=self.train_ids[rows],
             by_block=None if shares is None else {name: share[queries][:, rows] for name, share in shares.items()},
             residuals=None if residuals is None else {name: found[queries] for name, found in residuals.items()},
+            errors=None if self.errors is None else self.errors[queries][:, rows],
             train_columns={name: column[rows] for name, column in self.train_columns.items()},
             query_columns={name: column[queries] for name, column in self.query_columns.items()},
             query_positions=self.are_positions[0],
@@ -102,6 +103,7 @@ class Scores(ScoreMatrix):
         Errors: InvalidSetting; InvalidInput for labels that do not fit the rows.
         """
         self._check_plain("groups")
+        self._check_sizes(of)
         if isinstance(by, str):
             if by not in self.train_columns:
                 known = ", ".join(map(repr, self.train_columns)) or "none; attach(rows=...) brings them"
@@ -130,6 +132,7 @@ class Scores(ScoreMatrix):
 
     def _as_one(self, queries: Any, of: str) -> Scores:
         self._check_plain("sums of queries")
+        self._check_sizes(of)
         where = places_of(self.query_ids, queries, "query")
         if not len(where):
             raise InvalidInput(f"The {of} of no queries is asked for.")
@@ -148,6 +151,10 @@ class Scores(ScoreMatrix):
     def _check_plain(self, what: str) -> None:
         if self.mode != "up":
             raise InvalidSetting(f"Scores of changed inputs have one number for each input value, and no {what}.")
+
+    def _check_sizes(self, of: str) -> None:
+        if of == "sum" and self.is_ranking:
+            raise InvalidSetting(f"Scores of the unit {self.unit!r} rank rows, and add up to nothing; take the 'mean'.")
 
     def describe(self) -> Summary:
         """In a few numbers: unit, spread, and how far influence is with few rows; `print` shows a table."""
@@ -319,6 +326,7 @@ class Scores(ScoreMatrix):
                 train_ids=_words(data["train"].values),
                 by_block=dict(zip(attributes["blocks"], shares, strict=True)) if attributes["blocks"] else None,
                 residuals=dict(zip(solved, residuals, strict=True)) if solved else None,
+                errors=data["errors"].values if "errors" in data else None,
                 train_columns=_columns_of(data, "train"),
                 query_columns=_columns_of(data, "query"),
                 **from_attributes(attributes),
@@ -326,8 +334,8 @@ class Scores(ScoreMatrix):
 
     def to_xarray(self) -> xarray.Dataset:
         """A labelled data set with attributes: `scores` (query, train); where there are any, `block_scores` (block,
-        query, train) and `residuals` (solved_block, query). What was attached is a coordinate, train_NAME or
-        query_NAME.
+        query, train), `errors` (query, train) and `residuals` (solved_block, query). What was attached is a
+        coordinate, train_NAME or query_NAME.
         """
         import xarray as xr
 
@@ -339,6 +347,8 @@ class Scores(ScoreMatrix):
         if self.by_block is not None:
             data["block_scores"] = (("block", *axes), np.stack(list(self.by_block.values())))
             coords["block"] = np.array(list(self.by_block))
+        if self.errors is not None:
+            data["errors"] = (axes, self.errors)
         if self.residuals:
             data["residuals"] = (("solved_block", "query"), np.stack(list(self.residuals.values())))
             coords["solved_block"] = np.array(list(self.residuals))
@@ -383,6 +393,7 @@ class StoredScores(Scores):
         shares = [StoredMatrix(folder, query_rows, columns, rows, k) for k in range(len(names))]
         self._keep("shares", BlockShares(dict(zip(names, shares, strict=True))) if names else BlockShares({}))
         known["by_block"] = self.shares if names else None
+        known["errors"] = None
         known |= {"train_columns": {}, "query_columns": {}}
         known |= {"query_positions": count_from_zero(ids["query"]), "train_positions": count_from_zero(ids["train"])}
         for name, value in {**known, "query_ids": ids["query"], "train_ids": ids["train"][columns]}.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from headwater.errors import NonFiniteValue, RowsInteract, UnsupportedLoss, Unsu
 from headwater.gradients.provider import BlockGradients
 from headwater.torch.batch import TorchBatch
 from headwater.torch.capture import run
-from headwater.torch.losses import Loss, explain_failure
+from headwater.torch.losses import Loss, check_finite, explain_failure
 from headwater.torch.surroundings import twice_differentiable
 from headwater.torch.tree import dense, map_tensors, tensors_in
 from headwater.torch.wrapped import check_unwrapped
@@ -153,13 +153,22 @@ def rounding_of(kind: torch.dtype) -> float:
     return {torch.float64: 1e6, torch.float32: 1e3}.get(kind, 10) * torch.finfo(kind).eps
 
 
-def check_finite_grads(blocks: BlockGradients) -> None:
-    """Errors: NonFiniteValue naming the block and the rows. A sum is finite only if all of it is: one look for all."""
-    arrays: list[Any] = [array for value in blocks.values() for part in value.parts for array in part.arrays]
-    sums = [array.sum().double() for array in arrays]
+def check_finite_grads(draws: Sequence[BlockGradients], losses: torch.Tensor | None = None) -> None:
+    """Errors: NonFiniteValue naming the block and the rows, or the rows whose losses are not finite.
+
+    A sum is finite only if all of it is: one look for the losses and all draws, as each look waits for the device.
+    """
+    parts = [part for blocks in draws for value in blocks.values() for part in value.parts]
+    # By identity: draws share their inputs.
+    arrays: dict[int, Any] = {id(array): array for part in parts for array in part.arrays}
+    sums = [array.sum().double() for array in arrays.values()]
+    if losses is not None:
+        sums.append(losses.detach().sum().double())
     if bool(torch.isfinite(torch.stack(sums).sum())):
         return
-    for name, value in blocks.items():
+    if losses is not None:
+        check_finite(losses)
+    for name, value in ((name, value) for blocks in draws for name, value in blocks.items()):
         for part in value.parts:
             held: Any = part.arrays
             bad = {int(k) for a in held for k in (~torch.isfinite(a.reshape(len(a), -1)).all(1)).nonzero()[:, 0]}

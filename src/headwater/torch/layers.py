@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -91,18 +92,22 @@ def _conv_values(m: Any, x: torch.Tensor, g: torch.Tensor, weight: bool, bias: b
     # [n, o, *space] to [n, t, o]: every output position of the kernel is one position of the sum.
     b = g.flatten(2).transpose(1, 2)
     if m.groups == 1 or not weight:
-        return _outer(patches(m, x).flatten(2) if weight else b, b, weight, bias)
+        return _outer(patches(m, x) if weight else b, b, weight, bias)
     a = patches(m, x)
     groups: list[Gradient] = [
         # Contiguous: chunks of one array would be read with strides at every ghost product.
-        Outer(a_k.flatten(2).contiguous(), b_k.contiguous())
+        Outer(a_k.contiguous(), b_k.contiguous())
         for a_k, b_k in zip(a.chunk(m.groups, dim=2), b.chunk(m.groups, dim=2), strict=True)
     ]
     return groups + _outer(b, b, False, bias)
 
 
 def patches(m: Any, x: torch.Tensor) -> torch.Tensor:
-    """What each output position of a convolution sees: [n, t, channels, kernel]."""
+    """What each output position of a convolution sees: [n, t, channels * kernel], in memory [n, channels * kernel, t].
+
+    So they are copied whole lines of the image at a time, and meet the output-gradients, which lie the same way, as
+    they are.
+    """
     dims = x.ndim - 2
     # The layer's own padding, also "same" and circular: what an output sees includes it.
     mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
@@ -113,7 +118,8 @@ def patches(m: Any, x: torch.Tensor) -> torch.Tensor:
         x = x.unfold(2 + k, span, m.stride[k])[..., :: m.dilation[k]]
     n, channels = x.shape[:2]
     space, kernel = x.shape[2 : 2 + dims], x.shape[2 + dims :]
-    return x.movedim(1, 1 + dims).reshape(n, space.numel(), channels, kernel.numel())
+    axes = (0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
+    return x.permute(axes).reshape(n, channels * kernel.numel(), space.numel()).transpose(1, 2)
 
 
 CONVOLUTION = Rule(parts=_conv_parts, values=_conv_values)
@@ -215,13 +221,20 @@ RULES_BY_NAME: dict[str, Rule] = {"transformers.pytorch_utils.Conv1D": TRANSPOSE
 
 def rule_for(module: nn.Module) -> Rule | None:
     """The rule of the nearest known base class; lazy and transposed layers have none."""
+    kind: Any = type(module)
+    known, rule = _rule_of(kind)
+    return rule if known or not _is_own_rms_norm(module) else OWN_RMS_NORM
+
+
+@lru_cache(maxsize=1024)
+def _rule_of(kind: type[nn.Module]) -> tuple[bool, Rule | None]:
+    """Whether the class says what the rule is, and the rule."""
     # A transposed convolution is a subclass of the convolutions' base and would take their rule.
-    if isinstance(module, (nn.modules.lazy.LazyModuleMixin, nn.modules.conv._ConvTransposeNd)):
-        return None
-    found = (
-        RULES.get(kind) or RULES_BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}") for kind in type(module).__mro__
-    )
-    return next((rule for rule in found if rule is not None), OWN_RMS_NORM if _is_own_rms_norm(module) else None)
+    if issubclass(kind, (nn.modules.lazy.LazyModuleMixin, nn.modules.conv._ConvTransposeNd)):
+        return True, None
+    found = (RULES.get(base) or RULES_BY_NAME.get(f"{base.__module__}.{base.__qualname__}") for base in kind.__mro__)
+    rule = next((rule for rule in found if rule is not None), None)
+    return rule is not None, rule
 
 
 def _is_own_rms_norm(module: nn.Module) -> bool:

@@ -11,7 +11,8 @@ of come from reverse mode, so J is then taken from it, too.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -77,14 +78,36 @@ def hessian_product(loss: torch.Tensor, leaves: Tensors, tangents: Tensors) -> l
 
     Errors: UnsupportedModel where an operation has no second derivative.
     """
+    return along_leaves(gradient_graph(loss, leaves), leaves, tangents)
+
+
+def gradient_graph(loss: torch.Tensor, leaves: Tensors) -> list[torch.Tensor] | None:
+    """The gradient by each leaf, to be differentiated once more; None where no leaf moves the loss.
+
+    Errors: UnsupportedModel where an operation has no second derivative.
+    """
     if not loss.requires_grad:
-        return [torch.zeros_like(t) for t in tangents]
-    try:
+        return None
+    with _needs_second_derivatives():
         slopes = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True, materialize_grads=True)
         # `once_differentiable` gives no error where its output is not on the path: part of the Hessian would be zero.
         if _is_cut_off(slopes):
             raise RuntimeError("one of its functions is once_differentiable")
-        return batched_vjp([dense(s) for s in slopes], leaves, tangents)
+        return [dense(s) for s in slopes]
+
+
+def along_leaves(slopes: Tensors | None, leaves: Tensors, tangents: Tensors) -> list[torch.Tensor]:
+    """The derivative of a `gradient_graph` along each tangent; the graph stays. Errors: as there."""
+    if slopes is None:
+        return [torch.zeros_like(t) for t in tangents]
+    with _needs_second_derivatives():
+        return batched_vjp(slopes, leaves, tangents)
+
+
+@contextmanager
+def _needs_second_derivatives() -> Iterator[None]:
+    try:
+        yield
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -278,6 +301,40 @@ def _by_rows(output: torch.Tensor, leaves: Tensors, tangents: Tensors) -> torch.
     return torch.stack(columns, dim=1).reshape(-1, *output.shape)
 
 
+def _gradient(function: Callable[..., torch.Tensor]) -> Callable[..., dict[str, torch.Tensor]]:
+    """`torch.func.grad` by the first argument, without its import of a compiler and a computer algebra.
+
+    That costs 3 CPU seconds in torch 2.13, to switch off compiled autograd, which is not on here. Where torch has moved
+    these parts, the public way serves.
+    """
+    try:
+        from torch._functorch.eager_transforms import (
+            _create_differentiable,
+            _undo_create_differentiable,
+            _wrap_all_tensors,
+            grad_increment_nesting,
+        )
+    except ImportError:
+        return torch.func.grad(function)
+
+    undo: Callable[[Any, int], Any] = _undo_create_differentiable
+
+    def gradient(*given: Any) -> Any:
+        with grad_increment_nesting() as level, torch.enable_grad():
+            chosen, *others = _wrap_all_tensors(given, level)
+            leaves = {name: _create_differentiable(t, level) for name, t in chosen.items()}
+            value = function(leaves, *others)
+            if not value.requires_grad:
+                return undo({name: torch.zeros_like(t) for name, t in leaves.items()}, level)
+            # No argument grad_outputs: given one, torch imports the algebra after all.
+            grads = torch.autograd.grad(
+                value, [*leaves.values()], create_graph=True, allow_unused=True, materialize_grads=True
+            )
+            return undo(dict(zip(leaves, grads, strict=True)), level)
+
+    return gradient
+
+
 def rowwise_grads(function: Any, chosen: dict[str, torch.Tensor], x: Any, y: Any) -> dict[str, torch.Tensor]:
     """The gradient of function(chosen, row of x, row of y) by what is chosen, for all rows: [n, *shape] each.
 
@@ -286,7 +343,7 @@ def rowwise_grads(function: Any, chosen: dict[str, torch.Tensor], x: Any, y: Any
     try:
         with quiet():
             # Plain per-sample gradients [n, *shape]: whole matrices, only for parameters without a rule.
-            return torch.func.vmap(torch.func.grad(function), in_dims=(None, 0, 0))(chosen, x, y)
+            return torch.func.vmap(_gradient(function), in_dims=(None, 0, 0))(chosen, x, y)
     except Exception:  # of many kinds, as in `push_forward`; what is really wrong is raised again below
         leaves = {name: t.detach().requires_grad_() for name, t in chosen.items()}
         each = []

@@ -7,7 +7,7 @@ import re
 import weakref
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial, wraps
@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from headwater.arrays import rows_within_memory
-from headwater.blocks import Layout, Structure
+from headwater.blocks import Layout, Part, Structure
 from headwater.errors import (
     BatchMismatch,
     BlockMismatch,
@@ -38,7 +38,14 @@ from headwater.gradients.identity import identity_of, name_of
 from headwater.gradients.likelihoods import predicted_labels
 from headwater.gradients.measurements import measurement_of
 from headwater.gradients.outer import Outer, with_inputs
-from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
+from headwater.gradients.provider import (
+    BlockGradients,
+    Fisher,
+    Kind,
+    Linearised,
+    OutputFunction,
+    StructuredGradientProvider,
+)
 from headwater.gradients.rowwise import differing
 from headwater.gradients.together import Together
 from headwater.loaders.frames import in_numbers
@@ -56,7 +63,9 @@ from headwater.torch.check import (
     one_row_alone,
     with_a_gradient,
 )
+from headwater.torch.checksums import crc32s
 from headwater.torch.likelihoods import Likelihood, find_likelihood, fisher_cotangents, ggn_cotangents
+from headwater.torch.linearised import KeptGradient
 from headwater.torch.losses import Loss, check_finite, check_loss, normalisation, row_losses, slopes_at
 from headwater.torch.measurements import negative_logit, negative_margin
 from headwater.torch.plain import Choose, PlainRows, is_the_same, rows_of
@@ -117,6 +126,8 @@ class Attempt:
     """The same by another provider of the model, on the same rows."""
     slopes: Callable[[], list[torch.Tensor]]
     """Its gradient at each floating tensor of the output: [n, ...]."""
+    losses: torch.Tensor | None = None
+    """Of the rows, [n], where nobody has looked yet whether they are finite."""
 
 
 class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]):
@@ -297,8 +308,10 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         if self._shards is not None:
             self._shards.agree(GATHER)
             self._shards.put_back()
-        tensors = chain(self.model.parameters(), self.model.buffers())
-        return tuple(zlib.crc32(_host(_as_bytes(whole(t.detach()))).tobytes()) for t in tensors)
+        tensors = [whole(t.detach()) for t in chain(self.model.parameters(), self.model.buffers())]
+        away = [k for k, t in enumerate(tensors) if not _is_on_host(t)]
+        found = dict(zip(away, crc32s(_as_bytes(tensors[k]) for k in away), strict=True))
+        return tuple(found[k] if k in found else _checksum(t) for k, t in enumerate(tensors))
 
     # Batches ------------------------------------------------------------------------------------------------------
 
@@ -387,7 +400,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             rows = [self._plain.gradient(row, self._names, loss) for row in rows_of(batch)]
             return rows_in_blocks(self.layouts, rows, self.row_weights(batch) if weighted else None)
         found = self._trusted(batch, lambda: self._of_loss(batch, loss))
-        return self._blocks(found.values[0], len(batch), batch.weights if weighted else None)
+        return self._blocks(found, len(batch), batch.weights if weighted else None)[0]
 
     @undisturbed
     def fisher_grads(
@@ -398,10 +411,12 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             return [self.grads(batch, weighted=False)]
         if fisher == "empirical":  # the loss's own gradients, whatever the model's output is
             found = self._trusted(batch, lambda: self._of_loss(batch, self.loss))
-            return [self._blocks(found.values[0], len(batch), None)]
+            return self._blocks(found, len(batch), None)
 
         def choose(rows: TorchBatch, output: object) -> list[torch.Tensor]:
-            numbers = [partial(self._numbers, self.row_keys(rows), number, seed) for number in draws]
+            # Only where a label is drawn: keys are made of the rows' content, on the host.
+            keys = cache(lambda: self.row_keys(rows))
+            numbers = [partial(self._numbers, keys, number, seed) for number in draws]
             return list(fisher_cotangents(self.likelihood, self.loss, output, rows.y, fisher, numbers))
 
         grads = self._pull_back(batch, partial(choose, batch))
@@ -434,7 +449,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
     ) -> list[BlockGradients] | None:
         """Gradient values of the output along cotangents [n, ...] that are chosen when the output is known."""
         found = self._trusted(batch, lambda: self._of_output(batch, choose))
-        return None if found is None else [self._blocks(values, len(batch), None) for values in found.values]
+        return None if found is None else self._blocks(found, len(batch), None)
 
     def _trusted(self, batch: TorchBatch, attempt: Callable[[], AttemptType]) -> AttemptType:
         """An attempt whose layer rules hold for the rows that are looked at, after plain gradients replaced others."""
@@ -453,7 +468,6 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         with autograd_on():
             recording, state = self._record(batch)
             losses = row_losses(loss, recording.output, batch.y)
-            check_finite(losses)
             values, failed = self._filled(recording, recording.output_grads(losses.sum()), batch)
             # The graph is let go as soon as the gradients are there: it holds every activation.
             cold = map_tensors(torch.Tensor.detach, recording.output)
@@ -468,6 +482,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
             score=lambda output, rows: row_losses(loss, output, batch.take(rows).y),
             repeat=lambda other, rows: other._of_loss(rows, other.loss if loss is self.loss else other.measurement),
             slopes=slopes,
+            losses=losses.detach(),
         )
 
     def _of_output(self, batch: TorchBatch, choose: Callable[[Any], list[torch.Tensor] | None]) -> Attempt | None:
@@ -555,9 +570,11 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         state = dict(self.model.named_parameters())
         return wide(torch.cat([whole(state[p.name].detach()).reshape(-1) for p in self._block_parameters(block)]))
 
-    def _numbers(self, keys: np.ndarray, number: int, seed: int, count: int, normal: bool) -> torch.Tensor:
+    def _numbers(
+        self, keys: Callable[[], np.ndarray], number: int, seed: int, count: int, normal: bool
+    ) -> torch.Tensor:
         """Random numbers [n, count] for the rows of a batch: uniform, or standard normal."""
-        return torch.as_tensor(row_numbers(keys, number, seed, count, normal), device=self.device)
+        return torch.as_tensor(row_numbers(keys(), number, seed, count, normal), device=self.device)
 
     def host_arrays(self, batch: TorchBatch, weighted: bool = False) -> list[np.ndarray]:
         leaves = [_host(t) for t in tree_leaves((batch.x, batch.y)) if isinstance(t, ARRAYS)]
@@ -642,22 +659,26 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
                 found[name].append(dense(grad))
         return {name: torch.stack(rows) for name, rows in found.items()}
 
-    def _blocks(self, values: Mapping[Place, Gradient], rows: int, weights: torch.Tensor | None) -> BlockGradients:
-        blocks: BlockGradients = OrderedDict()
-        for name, layout in self.layouts.items():
-            value = self._block(layout, values, rows)
-            blocks[name] = value if weights is None else value.weighted(weights.to(value.like.dtype))
-        check_finite_grads(blocks)
-        return blocks
+    def _blocks(self, found: Attempt, rows: int, weights: torch.Tensor | None) -> list[BlockGradients]:
+        """For each thing that was differentiated. Errors: NonFiniteValue."""
+        draws: list[BlockGradients] = []
+        for values in found.values:
+            blocks: BlockGradients = OrderedDict()
+            for name, layout in self.layouts.items():
+                value = self._block(layout, values, rows)
+                blocks[name] = value if weights is None else value.weighted(weights.to(value.like.dtype))
+            draws.append(blocks)
+        check_finite_grads(draws, found.losses)
+        return draws
 
     def _block(self, layout: Layout, values: Mapping[Place, Gradient], rows: int) -> BlockGradient:
         """The parts of a block; those that no layer call filled are zero."""
-        like = wide(self._like)
-        parts = (
-            values.get((layout.block.name, k)) or Dense(like.new_zeros((rows, *part.shape)))
-            for k, part in enumerate(layout.parts)
-        )
+        name = layout.block.name
+        parts = (values.get((name, k)) or self._nothing(part, rows) for k, part in enumerate(layout.parts))
         return BlockGradient(layout, tuple(parts))
+
+    def _nothing(self, part: Part, rows: int) -> Gradient:
+        return Dense(wide(self._like).new_zeros((rows, *part.shape)))
 
     # The check on the first rows ----------------------------------------------------------------------------------
 
@@ -754,7 +775,11 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
 
     def _wrong_by_autograd(self, batch: TorchBatch, found: Attempt) -> list[str]:
         rows = self._sampler.choose(len(batch), self._work_per_row, found.what)
-        return [] if rows is None else self._compared(batch, found, rows)
+        if rows is None:
+            return []
+        if found.losses is not None:  # NaN differs from everything: rows would be said to act on each other
+            check_finite(found.losses)
+        return self._compared(batch, found, rows)
 
     def _compared(self, batch: TorchBatch, found: Attempt, rows: np.ndarray) -> list[str]:
         """Parameters whose layer rules are wrong for these rows; see `rowcheck`. Errors: RowsInteract."""
@@ -851,8 +876,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         parameters = self._block_parameters(block)
         vectors = vectors.to(self._like.dtype)
         weights = self.row_weights(batch)
-        if vectors.ndim != 2 or vectors.shape[1] != self.layouts[block].size:
-            raise ShapeMismatch(f"Expected vectors (K, {self.layouts[block].size}), got {tuple(vectors.shape)}.")
+        self._check_vectors(block, vectors)
         if self._plain is not None:
             total = torch.zeros_like(vectors)
             for k, row in enumerate(rows_of(batch)):
@@ -866,16 +890,11 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
                 chosen = {} if self._shards else {p.name: t for p, t in zip(parameters, given, strict=True)}
                 return run(self.model, {**state, **chosen}, batch.x)
 
-            def loss_of(output: object) -> torch.Tensor:
-                losses = row_losses(self.loss, output, batch.y)
-                check_finite(losses)
-                return (losses if weights is None else losses * weights).sum()
-
+            loss_of = partial(self._summed_loss, batch, weights)
             found = []
             # All vectors of a piece go through together: each needs tangents of parameters and of activations.
-            step = rows_within_memory(8 * (self.layouts[block].size + len(batch) * 64), vectors)
-            for start in range(0, len(vectors), step):
-                tangents = self._pieces(block, vectors[start : start + step])
+            for piece in self._vectors_at_once(block, vectors, len(batch)):
+                tangents = self._pieces(block, piece)
                 if kind == "ggn":
                     # The first time in each block, and whenever one more vector costs next to nothing.
                     probe = block not in self._probed or len(tangents[0]) >= MANY
@@ -887,7 +906,47 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
                 else:
                     products = hessian_product(loss_of(function(leaves)), leaves, tangents)
                 found.append(torch.cat([p.reshape(len(p), -1) for p in products], dim=1))
-        return wide(torch.cat(found).detach()) if found else vectors.clone()
+        return _joined(found, vectors)
+
+    @undisturbed
+    def linearised(self, batch: TorchBatch, block: str, kind: Kind) -> Linearised | None:
+        # FSDP2 takes whole parameters away after each pass; the plain way is for checks, and in no hurry.
+        if kind != "hessian" or self._plain is not None or self._shards is not None:
+            return None
+        batch = self._prepare(batch)
+        with autograd_on(), twice_differentiable():
+            state, leaves = self._leaves([p.name for p in self._block_parameters(block)])
+            kept = KeptGradient(
+                lambda: self._summed_loss(batch, self.row_weights(batch), run(self.model, state, batch.x)), leaves
+            )
+        return Linearised(partial(self._along_kept, kept, block, len(batch)), kept.size)
+
+    @undisturbed
+    def _along_kept(self, kept: KeptGradient, block: str, rows: int, vectors: torch.Tensor) -> torch.Tensor:
+        """The Hessian of the kept loss times vectors (K, D_block). Errors: as `curvature_product`."""
+        vectors = vectors.to(self._like.dtype)
+        self._check_vectors(block, vectors)
+        found = []
+        with autograd_on(), twice_differentiable():
+            for piece in self._vectors_at_once(block, vectors, rows):
+                products = kept.product(self._pieces(block, piece))
+                found.append(torch.cat([p.reshape(len(p), -1) for p in products], dim=1))
+        return _joined(found, vectors)
+
+    def _summed_loss(self, batch: TorchBatch, weights: torch.Tensor | None, output: object) -> torch.Tensor:
+        losses = row_losses(self.loss, output, batch.y)
+        check_finite(losses)
+        return (losses if weights is None else losses * weights).sum()
+
+    def _vectors_at_once(self, block: str, vectors: torch.Tensor, rows: int) -> Sequence[torch.Tensor]:
+        """Pieces of vectors that go through together: each needs tangents of parameters and of activations."""
+        step = rows_within_memory(8 * (self.layouts[block].size + rows * 64), vectors)
+        return [vectors[start : start + step] for start in range(0, len(vectors), step)]
+
+    def _check_vectors(self, block: str, vectors: torch.Tensor) -> None:
+        """Errors: ShapeMismatch."""
+        if vectors.ndim != 2 or vectors.shape[1] != self.layouts[block].size:
+            raise ShapeMismatch(f"Expected vectors (K, {self.layouts[block].size}), got {tuple(vectors.shape)}.")
 
     def _leaves(self, names: list[str]) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
         """What to swap for a call, and what to differentiate by: stand-ins for these parameters where possible."""
@@ -961,6 +1020,13 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         return wide(flat if weights is None else flat * weights.reshape((-1,) + (1,) * (flat.ndim - 1)))
 
 
+def _joined(products: list[torch.Tensor], vectors: torch.Tensor) -> torch.Tensor:
+    """Products of pieces of vectors, one below the other; a single one as it is, without a copy."""
+    if not products:
+        return vectors.clone()
+    return wide((products[0] if len(products) == 1 else torch.cat(products)).detach())
+
+
 def _only(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [tensor]
 
@@ -976,6 +1042,16 @@ def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.detach().coalesce()
         return torch.cat([_as_bytes(tensor.indices()), _as_bytes(tensor.values())])
     return tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    """Of a tensor on the host."""
+    data: Any = _as_bytes(tensor).numpy()
+    return zlib.crc32(data)
+
+
+def _is_on_host(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 def _host(tensor: torch.Tensor | np.ndarray) -> np.ndarray:

@@ -162,6 +162,7 @@ class TrajectoryInfluence(Attributor[TensorType]):
             raise _refused("by_block=True: a row's weight acts through all parameters of a step together")
         if InfluenceMode(mode) is not InfluenceMode.Up:
             raise _refused("mode='perturbation'")
+        _refuse_options(options)
         self._verdict = None
         found = super().attribute(train_loader, query_loader, store=store, **options)
         if store is not None:
@@ -171,6 +172,7 @@ class TrajectoryInfluence(Attributor[TensorType]):
 
     def top(self, train_loader: Iterable[object], query_loader: Iterable[object], k: int, **options: Any) -> TopK:
         """As `Attributor.top`."""
+        _refuse_options(options)
         self._verdict = None
         found = super().top(train_loader, query_loader, k, **options)
         _tell(self.doubts)
@@ -230,6 +232,13 @@ class TrajectoryInfluence(Attributor[TensorType]):
 
 def _refused(what: str) -> InvalidSetting:
     return InvalidSetting(f"Scores of a trajectory have no {what}.")
+
+
+def _refuse_options(options: Mapping[str, Any]) -> None:
+    """Errors: InvalidSetting for what belongs to an inverse, or to factors."""
+    for name in ("normalise", "query_error", "query_rank"):
+        if options.get(name) is not None:
+            raise _refused(f"{name}=: no inverse and no query factors are there")
 
 
 def _not_kept(asked: Asked) -> Asked:

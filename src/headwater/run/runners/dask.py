@@ -37,6 +37,7 @@ from headwater.run.queries import Asked
 from headwater.run.runners.shared import ROWS, SharedFolder, on_host, rows_of, shared_folder
 from headwater.run.runners.turns import Turn
 from headwater.run.tiles import QuerySpan, TilePass, probe_run
+from headwater.store.score_matrix import unit_of
 from headwater.store.scores import Scores
 from headwater.store.tiles import TileStore
 from headwater.types import InfluenceMode
@@ -44,7 +45,7 @@ from headwater.types import InfluenceMode
 Make = Callable[[], tuple[ComposableInfluence[Any], Iterable[object], Iterable[object]]]
 Done = Mapping[str, Sequence[Turn]]
 """The tiles of each pass of a fit that is complete, by its label."""
-DEFAULTS = {"unit": "influence", "by_block": False, "mode": "up", "memory": None, "explain": "label"}
+DEFAULTS = {"unit": "influence", "by_block": False, "mode": "up", "memory": None, "explain": "label", "normalise": None}
 """Of `attribute`."""
 TRIES = 3
 """Times that tiles are sent out again when the workers that were at them died."""
@@ -257,7 +258,8 @@ class _Job:
         known: dict[str, Any] = {**DEFAULTS, **options}
         storage, mode = Storage(self.folder / "scores", known["memory"]), InfluenceMode(known["mode"])
         asked = Asked.of(self.influence, self.influence.query_rows(self.query), known["explain"])
-        return PairRun(self.influence, asked, known["unit"], known["by_block"], mode, storage, False)
+        unit = unit_of(known["unit"], known["normalise"])
+        return PairRun(self.influence, asked, unit, known["by_block"], mode, storage, False)
 
     def scores(self, done: Done, options: Mapping[str, Any]) -> tuple[TileStore, Sequence[QuerySpan]]:
         """The store, and spans of queries; the model is known by its probe, in every process."""

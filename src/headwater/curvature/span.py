@@ -1,0 +1,351 @@
+"""A curvature on the span of its heaviest gradients: scores from m numbers a row, with an error that is measured.
+
+With Phi [m, D] the heaviest gradients of rows and draws, P the projection on their span, F all gradients (each times
+the root of its row's weight), W the rows' weight, C = F^T F / W:
+
+    Phi Phi^T = L L^T,   B = L^-1 Phi F^T F Phi^T L^-T / W
+    M = (P C P + d)^-1 = (I - Phi^T S Phi) / d,   S = L^-T (B + d)^-1 B L^-1                                    [m, m]
+
+A solution x = M v misses by r = v - (C + d) x, so that, with y = M u and s = u - (C + d) y for another vector u,
+
+    v^T (C + d)^-1 u = v^T y + r^T y + r^T (C + d)^-1 s,   the last within |r| |s| / d.
+
+Within the span r^T y is zero (Galerkin), and the error is of second order in what is left out. To leave the light
+gradients out of the curvature, in place of projecting them, needs three times as many for the same error. One product
+of the curvature with a few of the vectors tells it; where it is too large the span grows, and where that does not help
+the vectors are solved for (see `IterativeInverse`).
+
+Sources: Woodbury 1950; Rasmussen and Williams 2006, section 8.3 (projected processes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from headwater.arrays import (
+    Array,
+    add_product,
+    identity,
+    namespace,
+    precise,
+    rows_within_memory,
+    transpose,
+)
+from headwater.curvature.dual import (
+    AlongRows,
+    DualInverse,
+    DualOperator,
+    HeldRows,
+    RowNorms,
+    RowSumOperator,
+    index_like,
+    lower_solve,
+)
+from headwater.curvature.products import CurvatureOperator, DrawnRows
+from headwater.errors import SingularOperator
+from headwater.gradients.block import BlockGradient
+from headwater.gradients.draws import are_single_products, inner_draws
+from headwater.operators.algebra import LinearOperator, rowwise_inner
+from headwater.operators.iterative import (
+    CONVERGED,
+    STAGNATED,
+    IterativeInverse,
+    Solver,
+    SolveReport,
+    default_tolerance,
+    host,
+    note,
+    row_norms,
+)
+from headwater.rows import Total
+
+SIZES = (1024, 2048, 3072, 4096)
+"""Gradients that a span is made of: as few of these as the error allows."""
+PRECONDITIONER = 2048
+"""Gradients of the span that stands for the curvature where vectors are solved for."""
+GUESS = 1.5e-6
+"""Error to expect where what is left out of the span has a trace of one damping; it grows with the square. Of the
+digits network of the benchmarks, and only a guess where to begin: each error is measured."""
+COUNTED = 1.0 - 1e-5
+"""Share of the trace that the gradients hold which are projected on the span; the lightest hold the rest."""
+PROBES = 8
+"""Vectors on either side that an error is measured on."""
+
+
+class SpanOperator(DualOperator):
+    """P C P, for the span of the kept gradients."""
+
+    def __init__(self, curvature: CurvatureOperator, rows: float, held: HeldRows, counted: np.ndarray):
+        """counted: whether each gradient [n k] counts in C; all but the lightest do."""
+        super().__init__(curvature, rows, held=held)
+        self.counted = counted
+
+    @property
+    def is_everything(self) -> bool:
+        return len(self.kept) == len(self.counted)
+
+    @cached_property
+    def basis(self) -> Array:
+        """L [m, m], lower triangular: L^-1 Phi are orthonormal, but for directions that rounding hides."""
+        gram, xp = self.gram, namespace(self.gram)
+        # Of the gradients' dtype: Phi Phi^T is singular where rows are alike, and known to its rounding.
+        hidden = float(xp.finfo(self.curvature.like.dtype).eps) * float(xp.max(xp.sum(xp.abs(gram), axis=1)))
+        return xp.linalg.cholesky(gram + hidden * identity(len(self.kept), gram))
+
+    @cached_property
+    def image(self) -> Array:
+        """B [m, m]: the curvature in the coordinates of `basis`."""
+        total = self.sweep(Total(self._image_of))
+        half = lower_solve(self.basis, total)
+        found = lower_solve(self.basis, transpose(half)) / self.rows
+        return (found + transpose(found)) / 2
+
+    def _image_of(self, rows: DrawnRows) -> Array:
+        """The batch's share of Phi F^T F Phi^T: [m, m]."""
+        draws, each, total = self.draws(rows), self.draws_per_row, None
+        step = rows_within_memory(len(self.kept) * each, self.gradients_kept.like)
+        roots = None if rows.weights is None else namespace(rows.weights).sqrt(rows.weights)
+        for start in range(0, len(rows.batch), step):
+            piece = slice(start, start + step)
+            along = inner_draws(self.gradients_kept, draws, piece)
+            if roots is not None:
+                along = along * roots[piece][None, :, None]
+            along = along.reshape((len(self.kept), -1))
+            first = (rows.start + start) * each
+            here = np.flatnonzero(self.counted[first : first + int(along.shape[1])])
+            along = namespace(along).take(along, index_like(here, along), axis=1)
+            along = precise(transpose(along))
+            total = add_product(total, along, along)
+        assert total is not None
+        return total
+
+    def inverse(self, damping: float = 0.0) -> DualInverse:
+        """(P C P + damping)^-1; that of the whole where the span has all gradients."""
+        return DualInverse(self, damping) if self.is_everything else SpanInverse(self, damping)
+
+
+class SpanInverse(DualInverse):
+    """(P C P + damping)^-1."""
+
+    curvature: SpanOperator
+
+    @cached_property
+    def factor(self) -> Array:
+        """The lower Cholesky factor of B + damping. Errors: SingularOperator where rounding hides the damping."""
+        image, xp = self.curvature.image, namespace(self.curvature.image)
+        largest = float(xp.max(xp.sum(xp.abs(image), axis=1)))
+        self.refuse_hidden(largest)
+        return xp.linalg.cholesky(image + self.damping * identity(int(image.shape[0]), image))
+
+    def solve(self, along: Array) -> Array:
+        basis = self.curvature.basis
+        within = lower_solve(basis, precise(transpose(along)))
+        # (B + d)^-1 B = I - d (B + d)^-1.
+        solved = within - self.damping * lower_solve(self.factor, lower_solve(self.factor, within), transposed=True)
+        found = lower_solve(basis, solved, transposed=True)
+        return namespace(along).astype(transpose(found), along.dtype)
+
+    def outside(self, value: BlockGradient) -> np.ndarray:
+        """The share of each gradient's square that lies outside of the span: [n]."""
+        inside = lower_solve(self.curvature.basis, precise(transpose(self.curvature.along(value))))
+        squares = host(value.squared_norms())
+        return 1.0 - host(rowwise_inner(transpose(inside), transpose(inside))) / np.where(squares > 0, squares, 1.0)
+
+
+class RowSpans(RowSumOperator):
+    """A sum over rows, and the spans of its heaviest gradients, each made when it is first asked for."""
+
+    def __init__(self, curvature: CurvatureOperator, rows: float, norms: RowNorms):
+        super().__init__(curvature, rows)
+        self.norms = norms
+        self._made: dict[int, SpanOperator] = {}
+
+    @property
+    def sizes(self) -> list[int]:
+        """Gradients of the spans that there are, smallest first; the last one may be of them all."""
+        every = self.norms.squares.size
+        return [size for size in SIZES if size < every] + [every] * (every <= SIZES[-1])
+
+    def trace_outside(self, size: int) -> float:
+        """Of the gradients that are not among the heaviest `size`."""
+        return float(np.sort(self.norms.squares.reshape(-1))[: self.norms.squares.size - size].sum()) / self.rows
+
+    def span(self, size: int) -> SpanOperator:
+        """Of the heaviest `size` gradients."""
+        if size not in self._made:
+            flat = self.norms.squares.reshape(-1)
+            counted = np.zeros(len(flat), dtype=bool)
+            counted[self.norms.heaviest(COUNTED)] = True
+            held = self.norms.held(np.sort(self.norms.heaviest(1.0, size)))
+            self._made[size] = SpanOperator(self.curvature, self.rows, held, counted)
+        return self._made[size]
+
+    def inverse(self, damping: float = 0.0) -> DualInverse:
+        """Of the part on one span: a preconditioner for the whole."""
+        return self.span(max(self.sizes[:1] + [size for size in self.sizes if size <= PRECONDITIONER])).inverse(damping)
+
+    @cached_property
+    def probes(self) -> BlockGradient:
+        """Gradients of length one that are not easy: the heaviest outside of the largest span, and some at random."""
+        flat = self.norms.squares.reshape(-1)
+        order = self.norms.heaviest(1.0)
+        light = order[self.sizes[0] :]
+        light = light[flat[light] > 0]
+        random = np.random.default_rng(0).permutation(len(light))[:PROBES]
+        chosen = np.unique(np.concatenate([light[:PROBES], light[random]]))
+        held = DualOperator(self.curvature, self.rows, held=self.norms.held(chosen)).gradients_kept
+        return held.weighted(1.0 / namespace(held.like).sqrt(held.squared_norms()))
+
+
+class SpanSolve(IterativeInverse):
+    """(C + damping)^-1 along a span of heavy gradients where the error of the scores allows it; else solved for.
+
+    Vectors, as `apply` takes them, are always solved for.
+    """
+
+    def __init__(
+        self,
+        curvature: CurvatureOperator,
+        damping: float,
+        solver: Solver,
+        spans: RowSpans,
+        near: Callable[[], LinearOperator],
+        tolerance: float | None,
+    ):
+        """near: gives an inverse that is near to this one, once vectors have to be solved for.
+
+        tolerance: of a score, relative to the roots of what its two rows score on themselves; None for the root of eps.
+        """
+        super().__init__(curvature, damping, solver, None, curvature.block)
+        self.spans, self._near, self.tolerance = spans, near, tolerance
+        self._sizes: list[int] = []
+        self._begun = False
+        self._inverses: dict[int, DualInverse | None] = {}
+        self._probed: dict[SpanInverse, _Missed] = {}
+        self._last: tuple[Array, DualInverse, tuple[float, int]] | None = None
+
+    @cached_property
+    def preconditioner(self) -> LinearOperator:
+        return self._near()
+
+    def aim(self, like: Array) -> float:
+        """The error that is allowed, in the dtype of `like`."""
+        return default_tolerance(like) if self.tolerance is None else self.tolerance
+
+    def block_sides(self, queries: BlockGradient, train_per_query: float) -> tuple[LinearOperator, LinearOperator]:
+        inverse = self._good_enough(queries)
+        if inverse is None:
+            return super().block_sides(queries, train_per_query)
+        return MeasuredAlongRows(self, inverse), AlongRows(inverse, solved=False)
+
+    def quadratic(self, value: BlockGradient) -> Array:
+        inverse = self._good_enough(value)
+        return super().quadratic(value) if inverse is None else inverse.quadratic(value)
+
+    def _good_enough(self, value: BlockGradient) -> DualInverse | None:
+        """The inverse on the smallest span that serves these vectors; None where none does."""
+        if not self.spans.is_kept or not are_single_products(value):
+            return None
+        # From the smallest on; what was too small for earlier vectors is not tried again.
+        self._begin(self.aim(value.like))
+        while self._sizes:
+            inverse = self._inverse(size := self._sizes[0])
+            missed = np.inf if inverse is None else self.error(inverse, value)[0] / self.aim(value.like)
+            if missed <= 1.0:
+                return inverse
+            # Twice the gradients leave a sixteenth of the error at best: what would not do is not tried.
+            self._sizes = [larger for larger in self._sizes[1:] if larger >= size * missed**0.25]
+        return None
+
+    def _begin(self, aim: float) -> None:
+        """With the smallest span that is likely to do."""
+        if not self._begun:
+            self._begun, sizes = True, self.spans.sizes
+            likely = [k for k in sizes if GUESS * (self.spans.trace_outside(k) / self.damping) ** 2 <= aim]
+            self._sizes = likely or sizes[-1:]
+
+    def _inverse(self, size: int) -> DualInverse | None:
+        """None where rounding hides the damping."""
+        if size not in self._inverses:
+            found = self.spans.span(size).inverse(self.damping)
+            try:
+                found.factor  # noqa: B018  # found out when it is made
+                self._inverses[size] = found
+            except SingularOperator:
+                self._inverses[size] = None
+        return self._inverses[size]
+
+    def error(self, inverse: DualInverse, value: BlockGradient) -> tuple[float, int]:
+        """Of scores of these rows, relative to the roots of what both rows score on themselves; and products made.
+
+        On a few of them, those that reach furthest out of the span among them, and gradients of train rows.
+        """
+        if not isinstance(inverse, SpanInverse):
+            return 0.0, 0
+        # A run asks twice about its first queries: to choose the sides, and as they go through theirs.
+        if self._last is None or self._last[0] is not value.like or self._last[1] is not inverse:
+            self._last = value.like, inverse, self._error(inverse, value)
+        return self._last[2]
+
+    def _error(self, inverse: SpanInverse, value: BlockGradient) -> tuple[float, int]:
+        mine = self._missed(inverse, value.take(self._suspects(inverse, value)).flat())
+        theirs = self._of_train_rows(inverse)
+        first = np.abs(host(mine.residual @ transpose(theirs.solution)))
+        second = np.outer(mine.length, theirs.length) / self.damping
+        scale = np.sqrt(np.outer(mine.own, theirs.own))
+        found = (first + second)[scale > 0] / scale[scale > 0]
+        return float(found.max(initial=0.0)), len(mine.own) + len(theirs.own)
+
+    def _of_train_rows(self, inverse: SpanInverse) -> _Missed:
+        if inverse not in self._probed:
+            self._probed[inverse] = self._missed(inverse, self.spans.probes.flat())
+        return self._probed[inverse]
+
+    def _suspects(self, inverse: SpanInverse, value: BlockGradient) -> Array:
+        """Rows that reach furthest out of the span, and as many at even distances."""
+        furthest = np.argsort(-inverse.outside(value), kind="stable")[: PROBES // 2]
+        even = np.linspace(0, value.rows - 1, min(PROBES // 2, value.rows)).astype(int)
+        return index_like(np.unique(np.concatenate([furthest, even])), value.like)
+
+    def _missed(self, inverse: SpanInverse, vectors: Array) -> _Missed:
+        solution = inverse.apply(vectors)
+        residual = vectors - self.curvature.apply(solution) - solution * self.damping
+        return _Missed(solution, residual, host(row_norms(residual)), host(rowwise_inner(vectors, solution)))
+
+
+@dataclass(frozen=True, eq=False)
+class _Missed:
+    """Some vectors' solutions on a span [k, D], by what these miss [k, D], and how long that is [k]."""
+
+    solution: Array
+    residual: Array
+    length: np.ndarray
+    own: np.ndarray
+    """What the vectors score on themselves: [k]."""
+
+
+class MeasuredAlongRows(AlongRows):
+    """The queries' side, which tells how far it may be off: `SolveReport.residual` is the error of the scores."""
+
+    def __init__(self, solve: SpanSolve, inverse: DualInverse):
+        super().__init__(inverse, solved=True)
+        self.solve, self.found = solve, inverse
+
+    def apply_block(self, value: BlockGradient) -> BlockGradient:
+        error, products = self.solve.error(self.found, value)
+        outcome = CONVERGED if error <= self.solve.aim(value.like) else STAGNATED
+        count = value.rows
+        note(
+            SolveReport(
+                self.solve.label,
+                residual=np.full(count, error),
+                iterations=np.zeros(count, dtype=np.int64),
+                outcome=np.full(count, outcome),
+                products=products,
+            )
+        )
+        return super().apply_block(value)

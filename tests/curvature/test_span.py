@@ -1,0 +1,213 @@
+"""Curvature on the span of heavy gradients: what it inverts, how far scores are off, and what is said of that."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import headwater as hw
+from headwater.curvature import span
+from headwater.curvature.span import RowSpans, SpanInverse, SpanSolve
+from headwater.methods import iterative
+from headwater.torch import TorchBatch, TorchComposableInfluence
+
+ROWS, CLASSES = 60, 4
+X = torch.randn(ROWS, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(ROWS) % CLASSES
+XQ = torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+YQ = torch.arange(7) % CLASSES
+DAMPING = 0.05
+
+
+@pytest.fixture(autouse=True)
+def small_spans(monkeypatch):
+    """Sizes at which a network of 144 parameters and 240 gradients has several spans."""
+    monkeypatch.setattr(span, "SIZES", (16, 48, 96))
+    monkeypatch.setattr(span, "PRECONDITIONER", 48)
+    monkeypatch.setattr(span, "PROBES", 4)
+    monkeypatch.setattr(iterative, "SPANNED", 0)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    found = nn.Sequential(nn.Linear(5, 12), nn.Tanh(), nn.Linear(12, CLASSES)).double()
+    for parameter in found.parameters():
+        parameter.data *= 2.0  # confident: few gradients are heavy
+    return found
+
+
+def batches(size, x=X, y=Y):
+    return list(zip(x.split(size), y.split(size), strict=True))
+
+
+def influence(model, tolerance, *, size=17, damping=DAMPING, method=None, **options):
+    method = method or hw.Cg(curvature="ggn", tolerance=tolerance)
+    made = TorchComposableInfluence(
+        model, nn.CrossEntropyLoss(), method=method, blocks="full", damping=damping, **options
+    )
+    return made.fit(batches(size))
+
+
+def flat(values):
+    return np.concatenate([v.detach().numpy().reshape(-1) for v in values])
+
+
+def jacobian(model, x):
+    """By autograd, one output at a time: [classes, D]."""
+    output = model(x[None])[0]
+    parameters = list(model.parameters())
+    return np.stack([flat(torch.autograd.grad(o, parameters, retain_graph=True)) for o in output])
+
+
+def ggn(model):
+    """The dense mean of J^T (diag p - p p^T) J: [D, D]."""
+    total = 0.0
+    for x in X:
+        j, p = jacobian(model, x), torch.softmax(model(x[None])[0], 0).detach().numpy()
+        total = total + j.T @ (np.diag(p) - np.outer(p, p)) @ j
+    return total / ROWS
+
+
+def gradients(model, x, y):
+    """[n, D]."""
+    parameters = list(model.parameters())
+    losses = nn.CrossEntropyLoss(reduction="none")(model(x), y)
+    return np.stack([flat(torch.autograd.grad(loss, parameters, retain_graph=True)) for loss in losses])
+
+
+def exact(model, damping=DAMPING):
+    """Scores of all pairs by a dense solve, and what each row scores on itself."""
+    damped = ggn(model) + damping * np.eye(sum(p.numel() for p in model.parameters()))
+    query, train = gradients(model, XQ, YQ), gradients(model, X, Y)
+    own = [np.einsum("nd,nd->n", g, np.linalg.solve(damped, g.T).T) for g in (query, train)]
+    return query @ np.linalg.solve(damped, train.T), *own
+
+
+def solve_of(made):
+    found = made.block_mapper.operators["full"]
+    return found if isinstance(found, SpanSolve) else found.inner
+
+
+@pytest.mark.parametrize("size", [16, 48, 96])
+def test_it_is_the_inverse_of_the_curvature_projected_on_the_span(model, size):
+    spans = influence(model, 1e-2).curvature["full"].approximation
+    assert isinstance(spans, RowSpans)
+    inverse = spans.span(size).inverse(DAMPING)
+    assert isinstance(inverse, SpanInverse)
+    kept = spans.span(size).gradients_kept.flat().numpy()
+    vectors = np.linalg.svd(kept, full_matrices=False)
+    within = vectors[2][vectors[1] > 1e-7 * vectors[1][0]]
+    projection = within.T @ within
+    expected = np.linalg.inv(projection @ ggn(model) @ projection + DAMPING * np.eye(len(projection)))
+    np.testing.assert_allclose(inverse.dense(torch.zeros(0, dtype=torch.float64)), expected, atol=2e-5 / DAMPING)
+
+
+@pytest.mark.parametrize("tolerance", [0.3, 3e-2, 1e-3, 1e-6])
+def test_scores_are_off_by_no_more_than_the_tolerance_and_no_more_than_is_said(model, tolerance):
+    made = influence(model, tolerance)
+    scores = made.attribute(batches(17), batches(3, XQ, YQ)).values
+    expected, query, train = exact(model)
+    off = np.abs(scores - expected) / np.sqrt(np.outer(query, train))
+    assert off.max() <= tolerance
+    assert max(report.residual.max() for report in made.solves.values()) <= tolerance
+
+
+def test_a_span_costs_the_products_of_a_few_probes_and_no_pass_over_the_rows(model, monkeypatch):
+    made = influence(model, 0.1)
+    passes = []
+    source = made.curvature["full"].exact.source
+    monkeypatch.setattr(type(source), "drawn", lambda *_, **__: passes.append(1))
+    made.influences(XQ, YQ, X, Y)
+    (report,) = made.solves.values()
+    assert not passes
+    assert report.products <= 3 * span.PROBES
+    assert (report.iterations == 0).all() and len(report.residual) == len(XQ)
+
+
+def test_where_no_span_serves_the_vectors_are_solved_for(model):
+    made = influence(model, 1e-9)
+    scores = made.influences(XQ, YQ, X, Y).numpy()
+    (report,) = made.solves.values()
+    assert report.iterations.min() > 0
+    np.testing.assert_allclose(scores, exact(model)[0], rtol=1e-6, atol=1e-8 * np.abs(scores).max())
+
+
+def test_less_damping_takes_a_larger_span(model):
+    def size(damping):
+        made = influence(model, 1e-2, damping=damping)
+        made.influences(XQ, YQ, X, Y)
+        return solve_of(made)._sizes[:1]
+
+    assert size(100.0) == [16]
+    assert size(0.2) > size(100.0)
+
+
+def test_every_damping_reads_the_rows_once(model, monkeypatch):
+    made = influence(model, 0.5)
+    counted = []
+    images = span.SpanOperator._image_of
+    monkeypatch.setattr(span.SpanOperator, "_image_of", lambda self, rows: counted.append(1) or images(self, rows))
+    for damping in (1.0, 2.0, 3.0, 4.0):
+        made.with_damping(damping).influences(XQ, YQ, X, Y)
+    assert len(counted) == len(batches(17)) * len(made.curvature["full"].approximation._made)
+
+
+def test_scores_do_not_depend_on_the_batches(model):
+    one = influence(model, 0.1, size=60).attribute(batches(60), batches(7, XQ, YQ)).values
+    other = influence(model, 0.1, size=7).attribute(batches(11), batches(7, XQ, YQ)).values
+    np.testing.assert_allclose(one, other, rtol=1e-7, atol=1e-8)
+
+
+def test_self_influence_is_within_the_tolerance(model):
+    made = influence(model, 1e-2)
+    found = np.asarray(made.self_influence(batches(17)))
+    own = exact(model)[2]
+    np.testing.assert_allclose(found, own, rtol=1e-2)
+
+
+def test_duplicated_rows_leave_a_singular_gram_matrix_and_the_same_scores(model):
+    method = hw.Cg(curvature="ggn", tolerance=1e-2)
+    made = TorchComposableInfluence(model, nn.CrossEntropyLoss(), method=method, blocks="full", damping=DAMPING).fit(
+        batches(17) + batches(17)
+    )
+    expected, query, train = exact(model)
+    off = np.abs(made.influences(XQ, YQ, X, Y).numpy() - expected) / np.sqrt(np.outer(query, train))
+    assert off.max() <= 1e-2
+
+
+def test_row_weights_count(model):
+    weights = torch.linspace(0.5, 2.0, ROWS, dtype=torch.float64)
+    loader = [TorchBatch(X[k : k + 20], Y[k : k + 20], weights=weights[k : k + 20]) for k in (0, 20, 40)]
+
+    def scores(method):
+        made = TorchComposableInfluence(
+            model, nn.CrossEntropyLoss(), method=method, blocks="full", damping=DAMPING
+        ).fit(loader)
+        return made.influences(XQ, YQ, X, Y).numpy()
+
+    expected = scores(hw.Direct(curvature="ggn"))
+    _, query, train = exact(model)
+    off = np.abs(scores(hw.Cg(curvature="ggn", tolerance=1e-2)) - expected) / np.sqrt(np.outer(query, train))
+    assert off.max() <= 2e-2
+
+
+def test_a_fit_is_saved_with_its_norms_and_makes_its_spans_again(model, tmp_path):
+    made = influence(model, 0.1)
+    scores = made.influences(XQ, YQ, X, Y)
+    made.save(tmp_path / "fit")
+    again = TorchComposableInfluence(
+        model, nn.CrossEntropyLoss(), method=hw.Cg(curvature="ggn", tolerance=0.1), blocks="full", damping=DAMPING
+    ).load(tmp_path / "fit", batches(17))
+    found = again.influences(XQ, YQ, X, Y)
+    np.testing.assert_allclose(found, scores, atol=0.1 * np.abs(scores.numpy()).max())
+
+
+def test_a_query_whose_gradient_is_zero_scores_zero(model):
+    made = influence(model, 0.1)
+    with torch.no_grad():
+        model[2].weight.zero_()
+        model[2].bias.copy_(torch.tensor([100.0, 0.0, 0.0, 0.0], dtype=torch.float64))
+    made.fit(batches(17))
+    scores = made.influences(XQ[:3], torch.zeros(3, dtype=torch.long), X, Y)
+    assert torch.isfinite(scores).all() and scores.abs().max() < 1e-30

@@ -1,0 +1,94 @@
+"""What a call costs beyond the arithmetic, by counts: fingerprints, hooks, looks at the device, walks for keys."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import headwater as hw
+from headwater import rows
+from headwater.gradients import outer
+from headwater.torch import TorchBatch, TorchComposableInfluence, TorchGradientProvider
+
+X, Y = torch.randn(640, 6, generator=torch.Generator().manual_seed(0)), torch.arange(640) % 3
+TRAIN = [(X[k : k + 32], Y[k : k + 32]) for k in range(0, 640, 32)]
+QUERY = [(X[:9], Y[:9])]
+
+
+@pytest.fixture
+def many(monkeypatch):
+    """Joined as outside of tests."""
+    monkeypatch.setattr(rows, "FEW", 256)
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).eval()
+
+
+def counted(monkeypatch, owner, name, found):
+    plain = getattr(owner, name)
+
+    def counting(*args, **kwargs):
+        found[name] += 1
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counting)
+
+
+def test_small_batches_are_joined_and_weights_are_looked_at_twice_in_a_call(many, monkeypatch):
+    influence = TorchComposableInfluence(model(), nn.CrossEntropyLoss(), hw.GradDot()).fit(TRAIN)
+    influence.attribute(TRAIN, QUERY)  # the first rows are looked at
+    found = Counter()
+    counted(monkeypatch, TorchGradientProvider, "fingerprint", found)
+    counted(monkeypatch, TorchGradientProvider, "grads", found)
+    counted(monkeypatch, nn.Module, "register_forward_hook", found)
+    influence.attribute(TRAIN, QUERY)
+    # 20 batches of 32 are three calls of the model; each watches two layers for that call alone.
+    assert found == {"fingerprint": found["fingerprint"], "grads": 4, "register_forward_hook": 8}
+    assert found["fingerprint"] <= 2
+
+
+class Looks(TorchDispatchMode):
+    """Counts what waits for a device: numbers that Python reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        said = str(function)
+        self.found += any(name in said for name in ("_local_scalar_dense", "is_nonzero", "aten.nonzero", "aten.equal"))
+        return function(*args, **(kwargs or {}))
+
+
+def test_gradients_of_a_batch_look_at_the_device_once():
+    provider = TorchGradientProvider(model(), nn.CrossEntropyLoss(), blocks="layer")
+    batches = [TorchBatch(X[k : k + 40], Y[k : k + 40]) for k in range(0, 640, 40)]
+    provider.grads(batches[0])  # compared with autograd, as the first of a pass
+    provider._sampler._random.random = lambda: 1.0  # no later batch is
+    for batch in batches[1:]:
+        with Looks() as looks:
+            provider.grads(batch)
+        assert looks.found == 1
+
+
+def test_rows_have_no_keys_where_no_label_is_drawn(monkeypatch):
+    provider = TorchGradientProvider(model(), nn.CrossEntropyLoss())
+    batch = TorchBatch(X[:40], Y[:40])
+    found = Counter()
+    counted(monkeypatch, TorchGradientProvider, "row_keys", found)
+    provider.fisher_grads(batch, "exact")
+    assert not found
+    provider.fisher_grads(batch, "sampled", draws=range(3))
+    assert found["row_keys"] == 1
+
+
+def test_draws_of_a_batch_meet_in_one_product_for_each_factor(many, monkeypatch):
+    influence = TorchComposableInfluence(model(), nn.CrossEntropyLoss(), hw.Kfac(fisher="exact"))
+    found = Counter()
+    counted(monkeypatch, outer, "_gram", found)
+    influence.fit(TRAIN)
+    assert found["_gram"] == 3 * 2 * 2  # pieces of rows, layers, and a factor on each side; not for each of 3 labels
