@@ -136,12 +136,12 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         return self._leaves
 
     @property
-    def trained(self) -> Model:
+    def trained_model(self) -> Model:
         """The function with its form of parameters and its loss."""
         return self._model
 
     @property
-    def asked(self) -> Model:
+    def explained_model(self) -> Model:
         """The same with the measurement in the loss's place, where there is one."""
         return self._measured
 

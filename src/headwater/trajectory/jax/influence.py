@@ -24,4 +24,4 @@ class JaxTrajectoryInfluence(TrajectoryInfluence[jax.Array], JaxComposableInflue
     def provider_at(self, parameters: Mapping[str, np.ndarray]) -> StructuredGradientProvider:
         own = self._jax_provider.leaves
         new = {name: jnp.asarray(value, dtype=own[name].dtype) for name, value in parameters.items()}
-        return self._jax_provider.with_params(self._jax_provider.trained.tree.build({**own, **new}))
+        return self._jax_provider.with_params(self._jax_provider.trained_model.tree.build({**own, **new}))

@@ -43,17 +43,17 @@ class JaxTraining(TrainingModel):
     def gradient(self, parameters: Arrays, pieces: Sequence[Piece]) -> Arrays:
         found: Any = None
         for x, y, shares in self.ready(pieces):
-            mine = _gradient(self.provider.trained, parameters, self.fixed(parameters), x, y, shares)
+            mine = _gradient(self.provider.trained_model, parameters, self.fixed(parameters), x, y, shares)
             found = mine if found is None else jax.tree.map(jnp.add, found, mine)
         return jax.tree.map(jnp.zeros_like, dict(parameters)) if found is None else dict(found)
 
     def query_grads(self, parameters: Arrays, batch: Any) -> Arrays:
         own = self.provider.as_batch(batch.x, batch.y)
-        return dict(_row_gradients(self.provider.asked, parameters, self.fixed(parameters), own.x, own.y))
+        return dict(_row_gradients(self.provider.explained_model, parameters, self.fixed(parameters), own.x, own.y))
 
     def query_losses(self, parameters: Arrays, batch: Any) -> np.ndarray:
         own = self.provider.as_batch(batch.x, batch.y)
-        found = _losses(self.provider.asked, parameters, self.fixed(parameters), own.x, own.y)
+        found = _losses(self.provider.explained_model, parameters, self.fixed(parameters), own.x, own.y)
         return np.asarray(found, dtype=np.float64)
 
     def wide(self) -> TrainingModel | None:
@@ -86,7 +86,7 @@ class JaxPoint(Point):
 
     def pull(self, through: Arrays) -> tuple[np.ndarray, Arrays]:
         along, products = [], None
-        fixed, trained = self.model.fixed(self.parameters), self.model.provider.trained
+        fixed, trained = self.model.fixed(self.parameters), self.model.provider.trained_model
         for x, y, shares in self.model.ready(self.pieces):
             tau, mine = _pulled(trained, self.curvature, self.parameters, fixed, x, y, shares, through)
             along.append(np.asarray(tau, dtype=np.float64))

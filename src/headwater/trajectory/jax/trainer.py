@@ -46,7 +46,7 @@ def train_recorded(
     state = train(
         JaxTraining(provider), start, optimizer, order, held.pieces, folder, keep=keep, clip=clip, framework="jax"
     )
-    return provider.trained.tree.build({**provider.leaves, **state.parameters})
+    return provider.trained_model.tree.build({**provider.leaves, **state.parameters})
 
 
 def shuffled(rows: int, steps: int, batch_size: int, seed: int) -> np.ndarray:
