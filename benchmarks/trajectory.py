@@ -124,4 +124,7 @@ def _spearman(one, other):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for each in sys.argv[1:] or RECIPES:
-        measure(each)
+        try:
+            measure(each)
+        except hw.errors.NonFiniteValue as error:
+            print(f"\n{each}: {error}")
