@@ -9,6 +9,7 @@ from torch import nn
 
 import headwater as hw
 from headwater import rows
+from headwater.curvature.products import room_for_draws
 from headwater.errors import BatchMismatch, InvalidInput, NonFiniteValue
 from headwater.loaders.places import located
 from headwater.rows import Each, Rows, Total, fold, serial, sweep
@@ -106,9 +107,17 @@ def test_verbs_find_the_same_of_merged_parts(request):
 def test_a_gram_matrix_in_groups_is_that_of_one(monkeypatch):
     """Where gradients do not fit into memory, each group of batches meets all batches in a pass of its own."""
     expected = influence(hw.Dual()).attribute(TRAIN, QUERIES).values
-    monkeypatch.setattr("headwater.curvature.dual.KEPT_SHARE", 0)
-    monkeypatch.setattr("headwater.curvature.products.KEPT_SHARE", 0)
+    for module in ("dual", "products"):
+        monkeypatch.setattr(f"headwater.curvature.{module}.room_for_draws", lambda place: 0.0)
     np.testing.assert_allclose(influence(hw.Dual()).attribute(TRAIN, QUERIES).values, expected, rtol=1e-9)
+
+
+def test_gradients_are_kept_in_an_eighth_of_what_is_free_unless_the_working_memory_is_bounded(monkeypatch):
+    monkeypatch.setattr("headwater.curvature.products.available_memory", lambda: 8e12)
+    assert room_for_draws("cpu") == 1e12
+    assert room_for_draws("cuda:0") == 4 * 64 * 2**20
+    with hw.working_memory(10**6):
+        assert room_for_draws("cpu") == 4e6
 
 
 def test_a_runner_meets_every_pass_over_its_rows():
