@@ -273,7 +273,8 @@ class SpanSolve(IterativeInverse):
 
     def _good_enough(self, value: BlockGradient) -> DualInverse | None:
         """The inverse on the smallest span that serves these vectors; None where none does."""
-        if not self.spans.is_kept or not are_single_products(value):
+        # Kept for good: a fit that was loaded gives the scores of the one that was saved.
+        if self._size is None or not are_single_products(value) or not self.spans.curvature.source.keep():
             return None
         # What was too small for earlier vectors is not tried again. Read once: other threads ask, too.
         size = self._size
