@@ -134,6 +134,29 @@ def test_where_no_span_serves_the_vectors_are_solved_for(model):
     np.testing.assert_allclose(scores, exact(model)[0], rtol=1e-6, atol=1e-8 * np.abs(scores).max())
 
 
+@pytest.mark.parametrize("size", [16, 96, 150])
+def test_an_error_is_measured_on_gradients_outside_of_the_span_that_it_is_about(model, size):
+    spans = influence(model, 1e-2).curvature["full"].approximation
+    probes = spans.probes(size)
+    assert probes.rows >= span.PROBES
+    assert (spans.span(size).inverse(DAMPING).outside(probes) > 1e-6).all()
+
+
+def test_a_thread_that_needs_a_larger_span_leaves_others_theirs(model, monkeypatch):
+    made = influence(model, 1e-2)
+    solve, inverse = solve_of(made), SpanSolve._inverse
+
+    def meanwhile(self, size):
+        solve._size = None  # another thread has found that no span serves its vectors
+        solve._last = None
+        return inverse(self, size)
+
+    monkeypatch.setattr(SpanSolve, "_inverse", meanwhile)
+    expected, query, train = exact(model)
+    off = np.abs(made.influences(XQ, YQ, X, Y).numpy() - expected) / np.sqrt(np.outer(query, train))
+    assert off.max() <= 1e-2
+
+
 def test_less_damping_takes_a_larger_span(model):
     def size(damping):
         made = influence(model, 1e-2, damping=damping)
@@ -210,7 +233,20 @@ def test_a_fit_is_saved_with_its_norms_and_makes_its_spans_again(model, tmp_path
         model, nn.CrossEntropyLoss(), method=hw.Cg(curvature="ggn", tolerance=0.1), blocks="full", damping=DAMPING
     ).load(tmp_path / "fit", batches(17))
     found = again.influences(XQ, YQ, X, Y)
-    np.testing.assert_allclose(found, scores, atol=0.1 * np.abs(scores.numpy()).max())
+    assert all((report.iterations == 0).all() for report in again.solves.values())
+    np.testing.assert_allclose(found, scores, rtol=1e-9, atol=1e-12)
+
+
+def test_a_run_of_a_loose_tolerance_is_resumed_by_a_fit_that_was_loaded(model, tmp_path):
+    made = influence(model, 0.1)
+    made.save(tmp_path / "fit")
+    scores = made.attribute(batches(17), batches(7, XQ, YQ), store=tmp_path / "run").values
+    again = TorchComposableInfluence(
+        model, nn.CrossEntropyLoss(), method=hw.Cg(curvature="ggn", tolerance=0.1), blocks="full", damping=DAMPING
+    ).load(tmp_path / "fit", batches(17))
+    more = [*batches(17), (X[:5] + 1.0, Y[:5])]
+    found = again.attribute(more, batches(7, XQ, YQ), store=tmp_path / "run", append=True).values
+    np.testing.assert_allclose(found[:, :ROWS], scores)
 
 
 def test_a_query_whose_gradient_is_zero_scores_zero(model):

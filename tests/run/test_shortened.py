@@ -59,6 +59,12 @@ def test_parts_that_are_small_or_need_all_they_have_stay_as_they_are() -> None:
     assert shortened._short(single, Shortening(0.1)) == (single, 0.0)
 
 
+def test_queries_that_are_all_zero_meet_rows_as_zero() -> None:
+    found, lost = shortened._short(Dense(torch.zeros(2, O, I, dtype=torch.float64)), Shortening(0.1))
+    scores = found.inner(Dense(falling(3, 0.5)))
+    assert lost == 0.0 and scores.shape == (2, 3) and not scores.any()
+
+
 def fitted() -> tuple[TorchComposableInfluence, list, list]:
     """Sequences of 24 positions through layers of 96 x 97 and 97 x 80."""
 

@@ -185,6 +185,12 @@ class RowDraws:
     def is_kept(self) -> bool:
         return self._kept is not None
 
+    def keep(self) -> bool:
+        """Whether the rows' draws are in memory; after a pass, where none has tried (a fit that was loaded)."""
+        if self._kept is None and self._fits and self.has_draws:
+            self.sweep(Each(lambda rows: len(rows.batch)), with_draws=True)
+        return self.is_kept
+
     def has_single_products(self, block: str) -> bool:
         """Whether all draws are in memory, each of them one outer product for each part of the block."""
         pieces = self._kept or ()

@@ -216,12 +216,10 @@ class RowSpans(PrincipalRows):
         """Of the part on one span: a preconditioner for the whole."""
         return self.span(min(PRECONDITIONER, self.count)).inverse(damping)
 
-    @cached_property
-    def probes(self) -> BlockGradient:
-        """Gradients of length one that are not easy: the heaviest outside of the largest span, and some at random."""
+    def probes(self, size: int) -> BlockGradient:
+        """Gradients of length one outside of the span of `size`: the heaviest of them, and some at random."""
         flat = self.norms.squares.reshape(-1)
-        order = self.norms.heaviest(1.0)
-        light = order[FIRST:]
+        light = self.norms.heaviest(1.0)[size:]
         light = light[flat[light] > 0]
         random = np.random.default_rng(0).permutation(len(light))[:PROBES]
         chosen = np.unique(np.concatenate([light[:PROBES], light[random]]))
@@ -275,15 +273,17 @@ class SpanSolve(IterativeInverse):
 
     def _good_enough(self, value: BlockGradient) -> DualInverse | None:
         """The inverse on the smallest span that serves these vectors; None where none does."""
-        if not self.spans.is_kept or not are_single_products(value):
+        # Kept for good: a fit that was loaded gives the scores of the one that was saved.
+        if self._size is None or not are_single_products(value) or not self.spans.curvature.source.keep():
             return None
-        # What was too small for earlier vectors is not tried again.
-        while self._size is not None:
-            inverse = self._inverse(self._size)
+        # What was too small for earlier vectors is not tried again. Read once: other threads ask, too.
+        size = self._size
+        while size is not None:
+            inverse = self._inverse(size)
             missed = np.inf if inverse is None else self.error(inverse, value)[0] / self.aim(value.like)
             if missed <= 1.0:
                 return inverse
-            self._size = self.spans.larger(self._size, missed)
+            self._size = size = self.spans.larger(size, missed)
         return None
 
     def _inverse(self, size: int) -> DualInverse | None:
@@ -305,10 +305,10 @@ class SpanSolve(IterativeInverse):
         if not isinstance(inverse, SpanInverse):
             return 0.0, 0
         # A run asks twice about its first queries: to choose the sides, and as they go through theirs.
-        known = self._last
-        if known is None or known[0] is not value.like or known[1] is not inverse:
-            known = self._last = value.like, inverse, self._error(inverse, value)
-        return known[2]
+        last = self._last  # read once: another thread may put its own here
+        if last is None or last[0] is not value.like or last[1] is not inverse:
+            last = self._last = value.like, inverse, self._error(inverse, value)
+        return last[2]
 
     def _error(self, inverse: SpanInverse, value: BlockGradient) -> tuple[float, int]:
         mine = self._missed(inverse, value.take(self._suspects(inverse, value)).flat())
@@ -321,7 +321,7 @@ class SpanSolve(IterativeInverse):
 
     def _of_train_rows(self, inverse: SpanInverse) -> _Missed:
         if inverse not in self._probed:
-            self._probed[inverse] = self._missed(inverse, self.spans.probes.flat())
+            self._probed[inverse] = self._missed(inverse, self.spans.probes(len(inverse.curvature.kept)).flat())
         return self._probed[inverse]
 
     def _suspects(self, inverse: SpanInverse, value: BlockGradient) -> Array:

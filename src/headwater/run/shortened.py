@@ -173,6 +173,8 @@ def _at_width(values: Array, width: int, error: float, rank: int) -> tuple[Outer
     # Ascending: what the smallest hold is what is lost without them; [n, how many are dropped].
     tails = np.cumsum(np.concatenate([outside[:, None], to_numpy(powers).clip(0.0)], axis=1), axis=1)
     dropped = np.maximum(np.sum(np.sqrt(tails / whole[:, None]) <= error, axis=1) - 1, max(0, width - rank))
+    # A matrix of zeros needs none; one stays, as arrays without positions meet nothing.
+    dropped = np.minimum(dropped, width - 1)
     off = np.sqrt(tails[np.arange(n), dropped] / whole)
     first = int(dropped.min())
     kept = np.arange(width)[None, first:] >= dropped[:, None]
