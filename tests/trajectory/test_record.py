@@ -183,3 +183,11 @@ def test_the_rates_of_several_groups_and_of_a_schedule_are_those_of_the_step(tmp
     rates = record.rates(record.step(1))
     assert rates["weight"].lr == 0.05 and rates["bias"].lr == 0.1 and rates["bias"].weight_decay == 0.5
     assert record.step(1).ids.tolist() == ["a", "b", "c"] and record.step(0).shares.tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.1), nn.BatchNorm1d(2)])
+def test_steps_that_cannot_be_taken_again_are_refused_before_the_training(layer, tmp_path):
+    model = nn.Sequential(nn.Linear(2, 2), layer)
+    with pytest.raises(UnsupportedModel, match=f"1 is {type(layer).__name__}.*p=0"):
+        TorchRecorder(model, torch.optim.SGD(model.parameters(), lr=0.1), tmp_path / "r")
+    assert not (tmp_path / "r").exists()

@@ -26,6 +26,7 @@ from headwater.errors import BlockMismatch, InvalidInput, InvalidSetting, StaleF
 from headwater.torch.wrapped import unwrapped
 from headwater.trajectory.record import Header, Writer, expected_bytes, kept_states, step_of
 from headwater.trajectory.rules import AdamRule, Rates, Rule, SgdRule
+from headwater.trajectory.torch.steps import check_repeatable
 from headwater.trajectory.trajectory import Trajectory
 
 REDUCTIONS = ("mean", "sum")
@@ -57,6 +58,7 @@ class TorchRecorder:
         if reduction not in REDUCTIONS:
             raise InvalidSetting(f"reduction is {reduction!r}; expected one of {', '.join(map(repr, REDUCTIONS))}.")
         self.model, self.optimizer, self.folder, self._mean = unwrapped(model), optimizer, folder, reduction == "mean"
+        check_repeatable(self.model)  # now, and not when the training is over and asked about
         self._named = trained(self.model, optimizer)
         self._names = {id(p): name for name, p in self._named.items()}
         self._resume = resume and _is_begun(folder)
