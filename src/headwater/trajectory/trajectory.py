@@ -180,7 +180,10 @@ class Trajectory:
     def resumed(self) -> Writer:
         """For whoever goes on with a training that did not end: from its last kept state. Errors: InvalidInput."""
         if self.is_ended:
-            raise InvalidInput(f"{self.folder} is the record of a training that came to its end.")
+            raise InvalidInput(
+                f"{self.folder} is the record of a training that came to its end, after {self.steps} steps: nothing is "
+                "left to resume. Ask it (hw.Unrolled), or record another training into another folder."
+            )
         for name in os.listdir(self.folder):
             found = STEPS.fullmatch(name)
             if found and int(found[1]) >= self.steps:

@@ -106,6 +106,7 @@ class TorchRecorder:
         self._hook.remove()
         writer = self._writing
         if kind is None:
+            self._check_said()
             if writer.waiting:
                 writer.keep(self._arrays())
             writer.end()
@@ -116,13 +117,12 @@ class TorchRecorder:
         ids: of the batch's rows; where gradients of several batches were accumulated to their mean, a list of those.
         weights: what each row's loss was multiplied by. total: what the weighted sum of the rows' losses was divided
         by; None for the number of rows.
-        Errors: InvalidInput where there was no step of the optimizer, or more than one; those of `step_of`.
+        Errors: InvalidInput where there was no step of the optimizer; those of `step_of`.
         """
         writer = self._writing
-        if self._taken != 1:
+        if not self._taken:
             raise InvalidInput(
-                f"optimizer.step() was called {self._taken} times since the last r.step(ids); call r.step once after "
-                "each of them."
+                "optimizer.step() was not called since the last r.step(ids); call r.step once after each of them."
             )
         ids, weights = _on_host(ids), _on_host(weights)
         writer.add(step_of(ids, weights, total, self._seen, self._mean))
@@ -137,7 +137,8 @@ class TorchRecorder:
         return self._writer
 
     def _look(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        """At the rates, when the optimizer begins a step."""
+        """At the rates, when the optimizer begins a step. Errors: InvalidInput where the last one had no r.step."""
+        self._check_said()
         missing = [name for name, p in self._named.items() if p.grad is None]
         if missing:
             raise InvalidInput(
@@ -147,6 +148,13 @@ class TorchRecorder:
             )
         self._seen = [rates_of(group) for group in optimizer.param_groups]
         self._taken += 1
+
+    def _check_said(self) -> None:
+        if self._taken:
+            raise InvalidInput(
+                f"Of step {self._writing.step} of the optimizer r.step(ids) was not told which rows it was of; call it "
+                "after each optimizer.step()."
+            )
 
     def _arrays(self) -> dict[str, np.ndarray]:
         found = {f"w/{name}": to_numpy(p) for name, p in self._named.items()}
@@ -250,15 +258,19 @@ def _count(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) 
 
 def _check_same(one: Header, other: Header) -> None:
     """Errors: StaleFit where a record is gone on with by another training."""
+    shapes, others = one.shapes, other.shapes
     for what, mine, theirs in (
         ("optimizer", one.rule, other.rule),
-        ("groups", one.groups, other.groups),
-        ("shapes", dict(one.shapes), dict(other.shapes)),
+        *((f"shape of {name}", shapes.get(name), others.get(name)) for name in {**shapes, **others}),
+        ("groups of parameters", one.groups, other.groups),
         ("keep", one.keep, other.keep),
         ("clip", one.clip, other.clip),
     ):
         if mine != theirs:
-            raise StaleFit(f"The record has another {what} than the training that goes on with it: {mine}, {theirs}.")
+            raise StaleFit(
+                f"The training that goes on with the record is another one: its {what} is {theirs}, in the record "
+                f"{mine}. Give the same model, optimizer and options, or another folder."
+            )
 
 
 # Random states --------------------------------------------------------------------------------------------------------
