@@ -118,7 +118,18 @@ class TrajectoryInfluence(Attributor[TensorType]):
         if method.removals and self._verdict is None:  # of several spans of queries, the first speaks for all
             model = sweep.replay.model.wide()
             wide = None if model is None else self.sweep(model)
-            self._verdict = judge(sweep, queries, tau, method.removals, method.replays, share=asked.share, wide=wide)
+            total = len(method.removals) * method.replays
+            with bar("verdict, trainings without some rows", progress, total) as shown:
+                self._verdict = judge(
+                    sweep,
+                    queries,
+                    tau,
+                    method.removals,
+                    method.replays,
+                    share=asked.share,
+                    wide=wide,
+                    progress=shown.update,
+                )
         return tau
 
     def _check_end(self) -> None:
