@@ -146,6 +146,7 @@ def test_a_parameter_without_a_gradient_is_refused(tmp_path):
     "make, said",
     [
         (lambda p: torch.optim.RMSprop(p), "RMSprop"),
+        (lambda p: None, "optimizer is None; expected torch's SGD"),
         (lambda p: torch.optim.Adam(p, amsgrad=True), "amsgrad"),
         (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.5), "dampening"),
     ],

@@ -195,6 +195,8 @@ def _on_host(values: Any) -> Any:
 def trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
     """The parameters that the optimizer moves, by name. Errors: BlockMismatch for one that is not the model's."""
     names = {id(p): name for name, p in model.named_parameters()}
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UnsupportedModel(f"The optimizer is {optimizer!r}; expected torch's SGD, Adam or AdamW of this model.")
     moved = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     if not moved or not all(id(p) in names for p in moved):
         raise BlockMismatch("The optimizer has parameters that are not the model's; give the model that it trains.")
