@@ -126,7 +126,7 @@ def _cells(block: BlockStatus) -> list[str]:
     kept = "all" if block.kept_rank is None else str(block.kept_rank)
     kept += "" if block.kept_mass is None else f" ({block.kept_mass:.1%} of the trace)"
     solve = block.solve
-    residual = "-" if solve is None else f"{solve.residual.max(initial=0.0):.2g} ({len(solve.residual)} solves)"
+    residual = "-" if solve is None else f"{solve.residual.max(initial=0.0):.2g} ({solve.columns})"
     return [
         str(block.size),
         shown(block.damping),

@@ -124,13 +124,17 @@ def test_a_span_costs_the_products_of_a_few_probes_and_no_pass_over_the_rows(mod
     assert not passes
     assert report.products <= 4 * span.PROBES
     assert (report.iterations == 0).all() and len(report.residual) == len(XQ)
+    told = f"({len(XQ)} queries, on a span)"
+    assert report.on_span and told in str(made.status)
+    assert f"{len(XQ)} queries, on a span; error of a score, measured, up to" in str(made.solves)
 
 
 def test_where_no_span_serves_the_vectors_are_solved_for(model):
     made = influence(model, 1e-9)
     scores = made.influences(XQ, YQ, X, Y).numpy()
     (report,) = made.solves.values()
-    assert report.iterations.min() > 0
+    assert report.iterations.min() > 0 and not report.on_span
+    assert "solves; relative residual up to" in str(report)
     np.testing.assert_allclose(scores, exact(model)[0], rtol=1e-6, atol=1e-8 * np.abs(scores).max())
 
 

@@ -377,6 +377,7 @@ def test_retraining_in_one_call(tmp_path):
     first = retrain(tmp_path / "b", train, **options)
     measured = retrain(tmp_path / "c", train, lambda model: 2 * model, **options)
     np.testing.assert_array_equal(measured.outputs, 2 * first.outputs)
+    assert "5 subsets of 12 rows, 8 of 8 runs done, 2 queries" in repr(first)
     assert len(asked) == 16
     retrain(tmp_path / "b", train, **options)
     assert len(asked) == 16

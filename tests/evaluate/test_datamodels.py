@@ -173,6 +173,8 @@ def test_a_bank_is_an_attribution_like_any_other(tmp_path, method):
     assert lds(scores, keep[40:], bank.outputs[40:]).raw.value > 0.8
     ends = scores.top(2)
     assert ends.helpful_ids[1][0] == scores.values[1].argmax()
+    rows = ends.to_pandas()
+    assert (rows["error"] == scores.errors[rows["query"], rows["id"]]).all()
     part = scores.sel(query=1, train=[3, 4])
     assert (part.errors == scores.errors[1:2, 3:5]).all()
     scores.save(tmp_path / "kept")

@@ -45,6 +45,13 @@ def test_only_the_order_of_subsets_matters():
     assert found.raw.value == pytest.approx(1.0)
 
 
+def test_a_score_above_its_ceiling_asks_whether_it_was_made_from_these_subsets():
+    outputs = noisy(2)
+    fitted = np.linalg.lstsq(KEEP - KEEP.mean(), -(outputs.mean(axis=1) - outputs.mean()), rcond=None)[0].T
+    assert "were the scores made from these very subsets?" in str(lds(fitted, KEEP, outputs))
+    assert "very subsets" not in str(lds(SCORES, KEEP, outputs))
+
+
 def test_a_scrambled_score_is_zero_within_its_interval():
     scrambled = np.random.default_rng(5).permutation(SCORES, axis=1)
     found = lds(scrambled, KEEP, noisy(2))

@@ -79,6 +79,7 @@ def test_what_has_no_value_is_refused():
         (lambda: knn_shapley(QUERY, TRAIN, ASKED, GIVEN, k=0), InvalidSetting, "k is 0"),
         (lambda: knn_shapley(QUERY, TRAIN[:, :1], ASKED, GIVEN), ShapeMismatch, "2 features, train rows 1"),
         (lambda: knn_shapley(QUERY, TRAIN, ASKED[:2], GIVEN), BatchMismatch, r"\(2,\) and \(8,\)"),
+        (lambda: knn_shapley(QUERY, TRAIN, ASKED, GIVEN + 0.5), InvalidInput, r"label is \S+\.5: labels are classes"),
         (lambda: knn_shapley(QUERY, TRAIN * np.inf, ASKED, GIVEN), NonFiniteValue, "train row 0"),
         (lambda: out_of_bag(keep, np.ones((3, 2)), 1), InvalidInput, "Every model was trained on row 0"),
         (lambda: out_of_bag(keep, np.ones((3, 1, 5)), 1), ShapeMismatch, "of the n train rows themselves"),

@@ -157,8 +157,8 @@ def test_a_rank_that_means_nothing_is_refused(rank: object) -> None:
         Shortening(rank=rank)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("error", [0.0, 1.0, -0.1, 1e-7])
-def test_an_error_that_means_nothing_is_refused(error: float) -> None:
+@pytest.mark.parametrize("error", [0.0, 1.0, -0.1, 1e-7, "5%", True])
+def test_an_error_that_means_nothing_is_refused(error: object) -> None:
     influence, train, queries = fitted()
     with pytest.raises(hw.errors.InvalidSetting, match="query_error"):
         influence.attribute(train, queries, query_error=error)

@@ -7,12 +7,14 @@ from recorded_trainings import recorded, sweep_of
 from small_trainings import adamw, sgd, training
 from torch import nn
 
+import headwater as hw
 from headwater.errors import (
     AlreadySaved,
     BatchMismatch,
     DamagedFile,
     InvalidInput,
     NotSaved,
+    NotWritten,
     StaleFit,
     UnsupportedModel,
 )
@@ -73,6 +75,8 @@ def test_a_training_that_was_killed_goes_on_to_the_same_record(optimizer, tmp_pa
         recorded(what.changed(stop=11), tmp_path / "r")
     broken = Trajectory(tmp_path / "r")
     assert broken.steps == 9 and not broken.is_ended
+    with pytest.raises(StaleFit, match=r"broken off, and step 9 .*resume=True"):
+        hw.Influence(what.make(), "cross_entropy", hw.Unrolled(broken)).fit((what.x, what.y))
     again, record = recorded(what, tmp_path / "r", resume=True)
     assert record.steps == 14 and record.is_ended and record.digest == whole.digest
     for name, p in model.named_parameters():
@@ -118,7 +122,7 @@ def test_a_step_is_recorded_once_for_each_step_of_the_optimizer(tmp_path):
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with TorchRecorder(model, optimizer, tmp_path / "r") as r:
-        with pytest.raises(InvalidInput, match="called 0 times"):
+        with pytest.raises(InvalidInput, match="was not called since"):
             r.step([0])
         model(torch.ones(1, 2)).sum().backward()
         optimizer.step()
@@ -142,6 +146,7 @@ def test_a_parameter_without_a_gradient_is_refused(tmp_path):
     "make, said",
     [
         (lambda p: torch.optim.RMSprop(p), "RMSprop"),
+        (lambda p: None, "optimizer is None; expected torch's SGD"),
         (lambda p: torch.optim.Adam(p, amsgrad=True), "amsgrad"),
         (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.5), "dampening"),
     ],
@@ -183,3 +188,64 @@ def test_the_rates_of_several_groups_and_of_a_schedule_are_those_of_the_step(tmp
     rates = record.rates(record.step(1))
     assert rates["weight"].lr == 0.05 and rates["bias"].lr == 0.1 and rates["bias"].weight_decay == 0.5
     assert record.step(1).ids.tolist() == ["a", "b", "c"] and record.step(0).shares.tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.1), nn.BatchNorm1d(2)])
+def test_steps_that_cannot_be_taken_again_are_refused_before_the_training(layer, tmp_path):
+    model = nn.Sequential(nn.Linear(2, 2), layer)
+    with pytest.raises(UnsupportedModel, match=f"1 is {type(layer).__name__}.*p=0"):
+        TorchRecorder(model, torch.optim.SGD(model.parameters(), lr=0.1), tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_step_that_was_not_told_is_refused_at_the_next_one_and_at_the_end(tmp_path):
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.ones(1, 2)).sum().backward()
+    with TorchRecorder(model, optimizer, tmp_path / "r") as r:
+        optimizer.step()
+        r.step([0])
+        optimizer.step()
+        with pytest.raises(InvalidInput, match=r"step 1 of the optimizer r\.step\(ids\) was not told"):
+            optimizer.step()
+        r.step([0])
+    with (
+        pytest.raises(InvalidInput, match=r"step 0 of the optimizer r\.step\(ids\) was not told"),
+        TorchRecorder(model, optimizer, tmp_path / "s"),
+    ):
+        optimizer.step()
+    assert not Trajectory(tmp_path / "s").is_ended
+
+
+def test_a_record_that_ended_or_is_of_another_training_says_so_when_it_is_resumed(tmp_path):
+    what = training("mlp", sgd)
+    recorded(what, tmp_path / "r")
+    with pytest.raises(InvalidInput, match="after 14 steps: nothing is left to resume"):
+        recorded(what, tmp_path / "r", resume=True)
+    other = nn.Linear(2, 1)
+    with (
+        pytest.raises(StaleFit, match=r"its shape of 0\.weight is None, in the record"),
+        TorchRecorder(other, torch.optim.SGD(other.parameters(), lr=0.1), tmp_path / "r", resume=True),
+    ):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "r").write_text("")
+    model = nn.Linear(2, 1)
+    with (
+        pytest.raises(NotWritten, match="r could not be written"),
+        TorchRecorder(model, torch.optim.SGD(model.parameters(), lr=0.1), tmp_path / "r"),
+    ):
+        pass
+
+
+def test_words_that_are_numbers_name_other_rows(tmp_path):
+    model, x, y = nn.Linear(2, 2), torch.randn(4, 2), torch.tensor([0, 1, 0, 1])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with TorchRecorder(model, optimizer, tmp_path / "r") as r:
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        r.step(["0", "1", "2", "3"])
+    with pytest.raises(BatchMismatch, match=r"saw row '0', .*called 0 to 3.*Words are not numbers"):
+        hw.Influence(model, "cross_entropy", hw.Unrolled(tmp_path / "r")).fit((x, y))

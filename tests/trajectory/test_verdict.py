@@ -84,3 +84,15 @@ def test_no_verdict_is_made_where_none_is_asked_for(tmp_path):
     influence = influence_of(what, tmp_path / "r", removals=())
     influence.attribute((what.x, what.y), draw("mlp", 2, 9))
     assert influence.verdict is None
+
+
+def test_rows_of_weight_zero_are_not_those_whose_removal_is_tried(tmp_path):
+    counted = [3, 7, 11]
+    weights = torch.zeros(20, dtype=torch.float64)
+    weights[counted] = 1.0
+    what = training("mlp", sgd, n=20, weights=weights)
+    influence = influence_of(what, tmp_path / "r", removals=(0.05,), replays=1)
+    assert hw.Trajectory(tmp_path / "r").weighed.tolist() == counted
+    scores = influence.attribute((what.x, what.y), draw("mlp", 3, 9))
+    assert influence.verdict.errors[0.05] > 0  # of another row it would be zero, and look smooth
+    assert not np.delete(np.asarray(scores), counted, axis=1).any()

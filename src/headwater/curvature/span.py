@@ -365,6 +365,7 @@ class MeasuredAlongRows(AlongRows):
                 iterations=np.zeros(count, dtype=np.int64),
                 outcome=np.full(count, outcome),
                 products=products,
+                on_span=True,
             )
         )
         return super().apply_block(value)

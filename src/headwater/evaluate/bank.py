@@ -209,6 +209,11 @@ class Bank:
         for place in plan.places:
             self._read(place)
 
+    def __repr__(self) -> str:
+        subsets, rows = self.plan.keep.shape
+        runs = f"{int(self._done.sum())} of {len(self.plan.places)} runs done"
+        return f"Bank({str(self.path)!r}: {subsets} subsets of {rows} rows, {runs}, {self.queries} queries)"
+
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
         """The bank in a folder, whatever its recipe. Errors: NotSaved; DamagedFile; InvalidInput if it is no bank."""

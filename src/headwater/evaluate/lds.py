@@ -75,6 +75,8 @@ class Lds:
             found += f"; ceiling {self.ceiling:.3f}"
         if self.corrected is not None:
             found += f", corrected {self.corrected}"
+        if self.ceiling is not None and self.raw.low > self.ceiling:
+            found += "; above what a perfect forecast gets: were the scores made from these very subsets?"
         return found + (f"; {self.undefined} queries undefined, counted as 0" if self.undefined else "")
 
 

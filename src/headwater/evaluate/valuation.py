@@ -36,7 +36,8 @@ def knn_shapley(
 
     Shapes: features [q, d] and [n, d], inputs or embeddings, scaled as distances should count them; labels [q], [n].
     Of rows as near as each other, the first in the data is nearer. The values of a query add up to the share of its k
-    nearest rows that have its label. Errors: ShapeMismatch; BatchMismatch; NonFiniteValue; InvalidSetting.
+    nearest rows that have its label. Errors: ShapeMismatch; BatchMismatch; NonFiniteValue; InvalidSetting; InvalidInput
+    for targets that are no classes.
     """
     check_whole("k", k, 1)
     query, train = row_features(query_features, "query"), row_features(train_features, "train")
@@ -47,6 +48,10 @@ def knn_shapley(
         raise BatchMismatch(
             f"The labels are {asked.shape} and {given.shape}; expected ({len(query)},) and ({len(train)},)."
         )
+    for name, labels in (("query", asked), ("train", given)):
+        if labels.dtype.kind == "f" and (labels != np.floor(labels)).any():
+            value = labels[labels != np.floor(labels)][0]
+            raise InvalidInput(f"A {name} label is {value:g}: labels are classes, not a regression's targets.")
     count = len(train)
     places = np.arange(1, count + 1)
     share = np.minimum(k, places) / (k * places)  # of the step from row i + 1 to row i

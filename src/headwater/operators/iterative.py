@@ -29,15 +29,15 @@ FAR = 0.25
 """Relative residual up to which steps that were asked for and done count as an answer."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SolveReport:
-    """How far a solve came, column by column; arrays [k]."""
+    """How far a solve came, column by column; arrays [k]. `print` says it in a sentence."""
 
     label: str
     """What was inverted: the block's name."""
     residual: np.ndarray
-    """|b - (C + damping) x| / |b|, as the solver knows it; zero where b is. Without iterations, as nothing was solved
-    for: the largest error of a score that was measured, relative to the roots of what its rows score on themselves."""
+    """|b - (C + damping) x| / |b|, as the solver knows it; zero where b is. On a span, where nothing was solved for:
+    the largest error of a score that was measured, relative to the roots of what its rows score on themselves."""
     iterations: np.ndarray
     """Steps that the column took part in."""
     outcome: np.ndarray
@@ -45,6 +45,20 @@ class SolveReport:
     iterations", "another damping's space" (in which there was no more) or "breakdown"."""
     products: int
     """Vectors that went through the curvature, over all columns."""
+    on_span: bool = False
+    """Whether some columns were answered on a span of gradients, without iterations (docs/methods.md)."""
+
+    @property
+    def columns(self) -> str:
+        """What the columns are: how many solves, or queries that were answered on a span."""
+        return f"{len(self.residual)} {'queries, on a span' if self.on_span else 'solves'}"
+
+    def __repr__(self) -> str:
+        outcomes = ", ".join(sorted(set(self.outcome.tolist())))
+        most = f"{self.residual.max(initial=0.0):.2g}"
+        done = f"{outcomes}; up to {self.iterations.max(initial=0)} iterations, {self.products} products"
+        what = "error of a score, measured," if self.on_span else "relative residual"
+        return f"SolveReport({self.label!r}: {self.columns}; {what} up to {most}; {done})"
 
     @property
     def converged(self) -> np.ndarray:
@@ -133,6 +147,7 @@ def _join(label: str, reports: Sequence[SolveReport]) -> SolveReport:
         iterations=np.concatenate([report.iterations for report in reports]),
         outcome=np.concatenate([report.outcome for report in reports]),
         products=sum(report.products for report in reports),
+        on_span=any(report.on_span for report in reports),
     )
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 
 import numpy as np
 
@@ -45,7 +46,7 @@ class Shortening:
     """Outer products of a query's part, at most, whatever that loses; None for as many as the error takes."""
 
     def __post_init__(self) -> None:
-        if self.error is not None and not SMALLEST <= self.error < 1:
+        if self.error is not None and not (isinstance(self.error, Real) and SMALLEST <= self.error < 1):
             raise InvalidSetting(
                 f"query_error is {self.error!r}; expected None, or a number from {SMALLEST:g} to below 1."
             )

@@ -174,7 +174,7 @@ class ScoreMatrix:
         return f"{type(self).__name__}({size}, unit={self.unit!r}, {self.method}{partly})"
 
     def top(self, k: int) -> TopK:
-        """The k most helpful and the k most harmful train rows of each query."""
+        """The k most helpful and the k most harmful train rows of each query; with `errors`, these in a column."""
         if self.mode != "up":
             raise InvalidSetting("Scores of changed inputs have one number for each input value, and no ranking.")
         sink = TopKSink(k, self.query_ids)
@@ -182,6 +182,14 @@ class ScoreMatrix:
             sink.add(tile, self.train_ids[columns])
         known = NamedColumns(self.train_ids, self.train_columns)
         found = sink.top().with_columns(known, self.query_columns, self.unit_in_words)
+        if self.errors is not None:
+            ends = (found.helpful_ids, found.harmful_ids)
+            helpful, harmful = ({"error": _at(self.errors, self.train_ids, ids)} for ids in ends)
+            found = replace(
+                found,
+                helpful_columns=helpful | dict(found.helpful_columns),
+                harmful_columns=harmful | dict(found.harmful_columns),
+            )
         return replace(found, query_positions=self.are_positions[0], train_positions=self.are_positions[1])
 
     def attributes(self) -> dict[str, Any]:
@@ -215,3 +223,9 @@ def from_attributes(found: Mapping[str, Any]) -> dict[str, Any]:
         "calibration": None if calibration is None else Calibration.from_json(calibration),
         "diagnosis": None if diagnosis is None else Diagnosis.from_json(diagnosis),
     }
+
+
+def _at(values: np.ndarray, train_ids: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """values [q, n] at the rows of these names [q, k]: [q, k]."""
+    order = np.argsort(train_ids, kind="stable")
+    return np.take_along_axis(values, order[np.searchsorted(train_ids, ids, sorter=order)], axis=1)

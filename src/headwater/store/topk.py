@@ -19,7 +19,7 @@ SHOWN = 5
 """Queries that a printed table has room for."""
 ALWAYS = ("query", "end", "rank", "id", "score")
 """Columns of every table."""
-NUMBERS = ("rank", "score")
+NUMBERS = ("rank", "score", "error")
 """Those that are no text."""
 WIDTH = 120
 """Characters of a line, where there is no terminal to ask."""

@@ -33,6 +33,7 @@ from headwater.trajectory.rows import HeldRows
 from headwater.trajectory.source import Segment, SourceScorer, fit_segments
 from headwater.trajectory.steps import TrainingModel
 from headwater.trajectory.sweep import Sweep
+from headwater.trajectory.trajectory import Trajectory
 from headwater.trajectory.verdict import Verdict, judge
 from headwater.types import InfluenceMode, TensorType
 
@@ -117,7 +118,18 @@ class TrajectoryInfluence(Attributor[TensorType]):
         if method.removals and self._verdict is None:  # of several spans of queries, the first speaks for all
             model = sweep.replay.model.wide()
             wide = None if model is None else self.sweep(model)
-            self._verdict = judge(sweep, queries, tau, method.removals, method.replays, share=asked.share, wide=wide)
+            total = len(method.removals) * method.replays
+            with bar("verdict, trainings without some rows", progress, total) as shown:
+                self._verdict = judge(
+                    sweep,
+                    queries,
+                    tau,
+                    method.removals,
+                    method.replays,
+                    share=asked.share,
+                    wide=wide,
+                    progress=shown.update,
+                )
         return tau
 
     def _check_end(self) -> None:
@@ -136,7 +148,7 @@ class TrajectoryInfluence(Attributor[TensorType]):
                 far = float(np.abs(value - last[name]).max())
                 raise StaleFit(
                     f"{name} of the model is off by {far:.3g} from where the record's training ended (step "
-                    f"{record.steps}). Give the model that it trained."
+                    f"{record.steps}). {_whose(record)}"
                 )
 
     # Scores -------------------------------------------------------------------------------------------------------
@@ -228,6 +240,15 @@ class TrajectoryInfluence(Attributor[TensorType]):
 
     influences_by_block = influence_factors = influence_factors_by_block = influences
     influences_from_factors = influences_from_factors_by_block = damping_path = influences
+
+
+def _whose(record: Trajectory) -> str:
+    if record.is_ended:
+        return "Give the model that it trained."
+    return (
+        f"That training was broken off, and step {record.steps} is its last kept state: go on with it "
+        "(hw.record(..., resume=True)), or give the model that such a resumed record puts back."
+    )
 
 
 def _refused(what: str) -> InvalidSetting:

@@ -26,7 +26,7 @@ import numpy as np
 
 from headwater.errors import AlreadySaved, BatchMismatch, InvalidInput, InvalidSetting, NonFiniteValue
 from headwater.settings import check_word
-from headwater.store.draft import write_whole
+from headwater.store.draft import explained_errors, write_whole
 from headwater.trajectory.rules import Clip, Rates, Rule
 
 FORMAT = 1
@@ -163,7 +163,8 @@ class Writer:
         path = Path(folder)
         if (path / HEAD).exists():
             raise AlreadySaved(f"{path} has a record already; give another folder, or resume=True to go on with it.")
-        path.mkdir(parents=True, exist_ok=True)
+        with explained_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
         write_whole(path / HEAD, json.dumps(header.as_json()).encode())
         return cls(path, header)
 

@@ -26,7 +26,8 @@ def record(model: Any, optimizer: Any, folder: str | os.PathLike[str], **options
     back to its last state, and `r.start` says with which step to go on. `r.bytes_for(steps, rows)` says beforehand how
     large the folder becomes.
 
-    Errors: UnsupportedModel for other optimizers; AlreadySaved where there is a record; NotWritten.
+    Errors: UnsupportedModel for other optimizers, dropout and batch normalisation; AlreadySaved where there is a
+    record; NotWritten.
     """
     kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(model).__mro__}
     if "torch.nn.modules.module.Module" in kinds:

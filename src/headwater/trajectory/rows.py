@@ -55,11 +55,12 @@ class HeldRows:
         """Errors: BatchMismatch where the record is of rows that are not here."""
         places = self.places(record.rows)
         if (places < 0).any():
-            row = record.rows[places < 0][0]
+            row, first, last = (each.item() for each in (record.rows[places < 0][0], self.names[0], self.names[-1]))
+            words = "" if type(row) is type(first) else " Words are not numbers: '7' is another row than 7."
             raise BatchMismatch(
                 f"The training saw row {row!r}, which the train loader does not have ({int((places < 0).sum())} of the "
-                f"{len(record.rows)} rows of the record; the loader's are called {self.names[0]!r} to "
-                f"{self.names[-1]!r}). Give all rows that were trained on, called as in r.step(ids)."
+                f"{len(record.rows)} rows of the record; the loader's are called {first!r} to {last!r}). Give all rows "
+                f"that were trained on, called as in r.step(ids).{words}"
             )
 
     def pieces(self, step: Step) -> list[Piece]:

@@ -133,6 +133,12 @@ class Trajectory:
         """Ids of all rows that any step saw, sorted."""
         return np.unique(np.concatenate([self._piece(k)["ids"] for k in range(len(self.kept) - 1)]))
 
+    @cached_property
+    def weighed(self) -> np.ndarray:
+        """Ids of the rows that some step gave a share other than zero, sorted."""
+        pieces = [self._piece(k) for k in range(len(self.kept) - 1)]
+        return np.unique(np.concatenate([piece["ids"][piece["shares"] != 0] for piece in pieces]))
+
     def visits(self, ids: np.ndarray) -> np.ndarray:
         """How often each of these rows was seen: [n]."""
         found, counts = np.unique(
@@ -180,7 +186,10 @@ class Trajectory:
     def resumed(self) -> Writer:
         """For whoever goes on with a training that did not end: from its last kept state. Errors: InvalidInput."""
         if self.is_ended:
-            raise InvalidInput(f"{self.folder} is the record of a training that came to its end.")
+            raise InvalidInput(
+                f"{self.folder} is the record of a training that came to its end, after {self.steps} steps: nothing is "
+                "left to resume. Ask it (hw.Unrolled), or record another training into another folder."
+            )
         for name in os.listdir(self.folder):
             found = STEPS.fullmatch(name)
             if found and int(found[1]) >= self.steps:

@@ -22,7 +22,7 @@ import numpy as np
 
 from headwater.errors import NonFiniteValue
 from headwater.tables import table
-from headwater.trajectory.sweep import Sweep
+from headwater.trajectory.sweep import Progress, Sweep
 
 ROUGH = 0.6
 """First-order error above which a forecast is called rough: its correlation with what happens is then about .8 at most.
@@ -98,10 +98,16 @@ def judge(
     share: float | None = None,
     wide: Sweep | None = None,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> Verdict:
-    """tau: the derivative of these queries [q, n]; share: of what the queries were asked as one. wide: in float64."""
+    """tau: the derivative of these queries [q, n]; share: of what the queries were asked as one. wide: in float64.
+
+    progress: told of each training that was taken again.
+    """
     replay, columns = sweep.replay, tau.shape[1]
-    seen = np.unique(sweep.places(replay.record.rows))
+    # A row whose weight was zero all along is out already: that nothing happens without it says nothing.
+    rows = replay.record.weighed
+    seen = np.unique(sweep.places(rows if len(rows) else replay.record.rows))
     base = _losses(sweep, queries, share)
     generator = np.random.default_rng(seed)
     errors, metasmoothness = {}, None
@@ -114,6 +120,8 @@ def judge(
             with np.errstate(invalid="ignore", over="ignore"):
                 missed += np.square(change + tau[:, out].sum(axis=1))
                 changed += np.square(change)
+            if progress is not None:
+                progress(1)
             if number == k == 0 and not sweep.at_each_step:
                 metasmoothness = _cosine(other, queries, tau, out, share)
         errors[removed] = _ratio(missed, changed)

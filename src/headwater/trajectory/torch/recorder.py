@@ -26,6 +26,7 @@ from headwater.errors import BlockMismatch, InvalidInput, InvalidSetting, StaleF
 from headwater.torch.wrapped import unwrapped
 from headwater.trajectory.record import Header, Writer, expected_bytes, kept_states, step_of
 from headwater.trajectory.rules import AdamRule, Rates, Rule, SgdRule
+from headwater.trajectory.torch.steps import check_repeatable
 from headwater.trajectory.trajectory import Trajectory
 
 REDUCTIONS = ("mean", "sum")
@@ -57,6 +58,7 @@ class TorchRecorder:
         if reduction not in REDUCTIONS:
             raise InvalidSetting(f"reduction is {reduction!r}; expected one of {', '.join(map(repr, REDUCTIONS))}.")
         self.model, self.optimizer, self.folder, self._mean = unwrapped(model), optimizer, folder, reduction == "mean"
+        check_repeatable(self.model)  # now, and not when the training is over and asked about
         self._named = trained(self.model, optimizer)
         self._names = {id(p): name for name, p in self._named.items()}
         self._resume = resume and _is_begun(folder)
@@ -104,6 +106,7 @@ class TorchRecorder:
         self._hook.remove()
         writer = self._writing
         if kind is None:
+            self._check_said()
             if writer.waiting:
                 writer.keep(self._arrays())
             writer.end()
@@ -114,13 +117,12 @@ class TorchRecorder:
         ids: of the batch's rows; where gradients of several batches were accumulated to their mean, a list of those.
         weights: what each row's loss was multiplied by. total: what the weighted sum of the rows' losses was divided
         by; None for the number of rows.
-        Errors: InvalidInput where there was no step of the optimizer, or more than one; those of `step_of`.
+        Errors: InvalidInput where there was no step of the optimizer; those of `step_of`.
         """
         writer = self._writing
-        if self._taken != 1:
+        if not self._taken:
             raise InvalidInput(
-                f"optimizer.step() was called {self._taken} times since the last r.step(ids); call r.step once after "
-                "each of them."
+                "optimizer.step() was not called since the last r.step(ids); call r.step once after each of them."
             )
         ids, weights = _on_host(ids), _on_host(weights)
         writer.add(step_of(ids, weights, total, self._seen, self._mean))
@@ -135,7 +137,8 @@ class TorchRecorder:
         return self._writer
 
     def _look(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        """At the rates, when the optimizer begins a step."""
+        """At the rates, when the optimizer begins a step. Errors: InvalidInput where the last one had no r.step."""
+        self._check_said()
         missing = [name for name, p in self._named.items() if p.grad is None]
         if missing:
             raise InvalidInput(
@@ -145,6 +148,13 @@ class TorchRecorder:
             )
         self._seen = [rates_of(group) for group in optimizer.param_groups]
         self._taken += 1
+
+    def _check_said(self) -> None:
+        if self._taken:
+            raise InvalidInput(
+                f"Of step {self._writing.step} of the optimizer r.step(ids) was not told which rows it was of; call it "
+                "after each optimizer.step()."
+            )
 
     def _arrays(self) -> dict[str, np.ndarray]:
         found = {f"w/{name}": to_numpy(p) for name, p in self._named.items()}
@@ -185,6 +195,8 @@ def _on_host(values: Any) -> Any:
 def trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
     """The parameters that the optimizer moves, by name. Errors: BlockMismatch for one that is not the model's."""
     names = {id(p): name for name, p in model.named_parameters()}
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UnsupportedModel(f"The optimizer is {optimizer!r}; expected torch's SGD, Adam or AdamW of this model.")
     moved = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     if not moved or not all(id(p) in names for p in moved):
         raise BlockMismatch("The optimizer has parameters that are not the model's; give the model that it trains.")
@@ -248,15 +260,19 @@ def _count(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) 
 
 def _check_same(one: Header, other: Header) -> None:
     """Errors: StaleFit where a record is gone on with by another training."""
+    shapes, others = one.shapes, other.shapes
     for what, mine, theirs in (
         ("optimizer", one.rule, other.rule),
-        ("groups", one.groups, other.groups),
-        ("shapes", dict(one.shapes), dict(other.shapes)),
+        *((f"shape of {name}", shapes.get(name), others.get(name)) for name in {**shapes, **others}),
+        ("groups of parameters", one.groups, other.groups),
         ("keep", one.keep, other.keep),
         ("clip", one.clip, other.clip),
     ):
         if mine != theirs:
-            raise StaleFit(f"The record has another {what} than the training that goes on with it: {mine}, {theirs}.")
+            raise StaleFit(
+                f"The training that goes on with the record is another one: its {what} is {theirs}, in the record "
+                f"{mine}. Give the same model, optimizer and options, or another folder."
+            )
 
 
 # Random states --------------------------------------------------------------------------------------------------------

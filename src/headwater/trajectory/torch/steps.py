@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from headwater.arrays import to_numpy
 from headwater.errors import UnsupportedModel
@@ -30,6 +31,16 @@ from headwater.trajectory.steps import Piece, Point, TrainingModel
 Tensors = dict[str, torch.Tensor]
 
 
+def check_repeatable(model: nn.Module) -> None:
+    """Errors: UnsupportedModel for dropout and batch normalisation, in whatever mode: see `TorchTraining`."""
+    for name, module in model.named_modules():
+        if differs_in_training(module):
+            raise UnsupportedModel(
+                f"{name or 'The model'} is {type(module).__name__}, whose training steps are random or mix rows: "
+                "they cannot be taken again row by row. Train with p=0, and with layer or group norm."
+            )
+
+
 class TorchTraining(TrainingModel):
     """The model of a provider, in eval mode, whatever its present weights.
 
@@ -37,12 +48,7 @@ class TorchTraining(TrainingModel):
     """
 
     def __init__(self, provider: TorchGradientProvider):
-        for name, module in provider.model.named_modules():
-            if differs_in_training(module):
-                raise UnsupportedModel(
-                    f"{name or 'The model'} is {type(module).__name__}, whose training steps are random or mix rows: "
-                    "they cannot be taken again row by row. Train with p=0, and with layer or group norm."
-                )
+        check_repeatable(provider.model)
         self.provider = provider
         self._own: dict[str, torch.Tensor] = {n: p.detach() for n, p in provider.model.named_parameters()}
         self._fixed = detached_state(provider.model)
