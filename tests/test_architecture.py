@@ -1,7 +1,7 @@
 """Which packages may import which, and which libraries each may use.
 
 A package here is a module or folder directly under `headwater`; its own `__init__` is the package "". The folders of
-`retraining`, one for each framework, count one by one where libraries are concerned.
+`retraining` and `trajectory`, one for each framework, count one by one where libraries are concerned.
 """
 
 import ast
@@ -31,14 +31,15 @@ MATHS = {
 }
 RESULTS = {"store", "evaluate", "report"}
 FACES = {"headwater.torch", "headwater.sklearn"}  # offer names of `retraining` without importing it: see `moved.py`
+FOLDED = {"retraining", "trajectory"}
 
 # A library, or headwater's own package of that name -> the packages that may import it.
 HOMES = {
-    "torch": {"torch", "hf", "retraining/torch", "run", "demo", "door"},
-    "jax": {"jax", "door"},
+    "torch": {"torch", "hf", "retraining/torch", "trajectory/torch", "trajectory/recorders", "run", "demo", "door"},
+    "jax": {"jax", "trajectory/jax", "trajectory/recorders", "door"},
     "flax": {"jax"},
     "equinox": {"jax"},
-    "transformers": {"hf", "demo"},
+    "transformers": {"hf", "demo", "trajectory/torch"},
     "peft": {"hf"},
     "datasets": {"hf"},
     "safetensors": {"store"},
@@ -116,9 +117,9 @@ def inside() -> list[Import]:
 
 
 def home(module: str) -> str:
-    """The package, or the folder within `retraining`."""
+    """The package, or the folder within one that has a folder for each framework."""
     first, *rest = module.removeprefix("headwater.").split(".")
-    return f"{first}/{rest[0]}" if first == "retraining" and rest else first
+    return f"{first}/{rest[0]}" if first in FOLDED and rest else first
 
 
 def importing(sources: set[str], targets: set[str]) -> list[str]:
@@ -129,14 +130,14 @@ def importing(sources: set[str], targets: set[str]) -> list[str]:
 def test_each_library_is_known_only_in_its_packages():
     misplaced = []
     for found in imports():
-        library = home(found.target).removeprefix("retraining/")
+        library = home(found.target).removeprefix("retraining/").removeprefix("trajectory/")
         if library in HOMES and home(found.source) not in HOMES[library] | {library}:
             misplaced.append(str(found))
     assert not misplaced
 
 
 def test_maths_imports_neither_results_nor_what_trains_again():
-    above = RESULTS | {"run", "retraining"}
+    above = RESULTS | {"run", "retraining", "trajectory"}
     assert not importing(MATHS, above)
 
 

@@ -25,7 +25,12 @@ FENCED = re.compile(r"(?P<skip><!-- not run -->\s*)?^ *```(?P<language>\w+)[^\n]
 RUN = re.compile(r"^<!-- run -->\s*^```sh\n(.*?)^```", re.M | re.S)
 COMMAND = re.compile(r"^\s*(?:\$ )?(?P<program>headwater|\./dev) (?P<verb>[a-z][\w-]*)", re.M)
 
-SLOW = ("docs/trust.md", "docs/tutorials/images.md", "docs/tutorials/text.md")  # they train a few dozen networks
+SLOW = (
+    "docs/trajectory.md",
+    "docs/trust.md",
+    "docs/tutorials/images.md",
+    "docs/tutorials/text.md",
+)  # they train a few dozen networks
 
 
 def named(path):

@@ -9,7 +9,9 @@ from torch import nn
 
 import headwater as hw
 from headwater import rows
+from headwater.curvature.products import room_for_draws
 from headwater.errors import BatchMismatch, InvalidInput, NonFiniteValue
+from headwater.gradients.outer import Outer
 from headwater.loaders.places import located
 from headwater.rows import Each, Rows, Total, fold, serial, sweep
 from headwater.torch import TorchBatch, TorchComposableInfluence
@@ -106,9 +108,17 @@ def test_verbs_find_the_same_of_merged_parts(request):
 def test_a_gram_matrix_in_groups_is_that_of_one(monkeypatch):
     """Where gradients do not fit into memory, each group of batches meets all batches in a pass of its own."""
     expected = influence(hw.Dual()).attribute(TRAIN, QUERIES).values
-    monkeypatch.setattr("headwater.curvature.dual.KEPT_SHARE", 0)
-    monkeypatch.setattr("headwater.curvature.products.KEPT_SHARE", 0)
+    for module in ("dual", "products"):
+        monkeypatch.setattr(f"headwater.curvature.{module}.room_for_draws", lambda place: 0.0)
     np.testing.assert_allclose(influence(hw.Dual()).attribute(TRAIN, QUERIES).values, expected, rtol=1e-9)
+
+
+def test_gradients_are_kept_in_an_eighth_of_what_is_free_unless_the_working_memory_is_bounded(monkeypatch):
+    monkeypatch.setattr("headwater.curvature.products.available_memory", lambda: 8e12)
+    assert room_for_draws("cpu") == 1e12
+    assert room_for_draws("cuda:0") == 4 * 64 * 2**20
+    with hw.working_memory(10**6):
+        assert room_for_draws("cpu") == 4e6
 
 
 def test_a_runner_meets_every_pass_over_its_rows():
@@ -217,3 +227,24 @@ def test_joined_batches_give_the_same_scores(method, monkeypatch):
     apart = scores()
     monkeypatch.setattr(rows, "FEW", 64)
     np.testing.assert_allclose(scores(), apart, rtol=1e-5, atol=1e-6 * abs(apart).max())
+
+
+def test_gradients_of_many_positions_are_made_dense_once_for_scores_and_sums(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    x, y = torch.randn(12, 9, 4, dtype=torch.float64), torch.randn(12, 9, 3, dtype=torch.float64)
+
+    def loss(output, target):
+        return ((output - target) ** 2).sum((1, 2)).mean()
+
+    made = TorchComposableInfluence(model, loss, hw.GradDot()).fit([(x, y)])
+    expected = made.influences(x[:2], y[:2], x, y)
+    train, queries = [(x[:6], y[:6]), (x[6:], y[6:])], [(x[:2], y[:2])]
+    counted = []
+    dense = Outer.dense
+    monkeypatch.setattr(Outer, "dense", lambda self: counted.append(self.rows) or dense(self))
+    scores = made.attribute(train, queries)
+    # Each train row once, not again for the mean gradient of the diagnosis; the first ones are checked, too.
+    assert counted.count(6) == 3
+    np.testing.assert_allclose(scores.values, expected, rtol=1e-12)
+    assert scores.diagnosis is not None

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from headwater.run.kept import KeptGradients as KeptGradients
     from headwater.store.scores import Scores as Scores
     from headwater.store.topk import TopK as TopK
+    from headwater.trajectory.methods import Source as Source
+    from headwater.trajectory.methods import Unrolled as Unrolled
+    from headwater.trajectory.recorders import record as record
+    from headwater.trajectory.trajectory import Trajectory as Trajectory
     from headwater.types import Batch as Batch
     from headwater.types import InfluenceMode as InfluenceMode
 
@@ -38,9 +42,13 @@ _HOMES = {entry.class_name: f"methods.{entry.module}" for entry in METHODS} | {
     "NotConverged": "errors",
     "Relative": "methods.damping",
     "Scores": "store.scores",
+    "Source": "trajectory.methods",
     "TopK": "store.topk",
+    "Trajectory": "trajectory.trajectory",
+    "Unrolled": "trajectory.methods",
     "curvature_of": "door",
     "errors": "",
+    "record": "trajectory.recorders",
     "relative": "methods.damping",
     "working_memory": "arrays",
 }

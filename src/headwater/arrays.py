@@ -59,7 +59,8 @@ class Array(Protocol):
     def __ge__(self, other: Any, /) -> Any: ...
 
 
-_WORKING_MEMORY: ContextVar[int] = ContextVar("headwater_working_memory", default=64 * 2**20)
+_WORKING_MEMORY: ContextVar[int | None] = ContextVar("headwater_working_memory", default=None)
+DEFAULT_WORKING_MEMORY = 64 * 2**20
 
 
 @contextmanager
@@ -74,12 +75,18 @@ def working_memory(limit: int) -> Iterator[None]:
 
 def working_memory_limit() -> int:
     """Bytes."""
-    return _WORKING_MEMORY.get()
+    found = _WORKING_MEMORY.get()
+    return DEFAULT_WORKING_MEMORY if found is None else found
+
+
+def working_memory_is_bounded() -> bool:
+    """Whether somebody said how much it may be."""
+    return _WORKING_MEMORY.get() is not None
 
 
 def rows_within_memory(numbers_per_row: int, like: Array) -> int:
     """How many rows of `numbers_per_row` numbers of `like`'s dtype fit into the working memory; at least one."""
-    return max(1, _WORKING_MEMORY.get() // max(1, numbers_per_row * itemsize(like)))
+    return max(1, working_memory_limit() // max(1, numbers_per_row * itemsize(like)))
 
 
 def itemsize(array: Array) -> int:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from headwater.evaluate.verification import Verification
     from headwater.report.figures import Section
     from headwater.report.trust import Check
+    from headwater.run.attribute import MakeScorer
     from headwater.run.audit import Audit
     from headwater.run.calibrate import Calibration, Retrained
     from headwater.run.diagnosis import EffectiveDof
@@ -172,6 +173,7 @@ class Attributor(ComposableInfluence[TensorType]):
                 progress=progress,
                 storage=storage,
                 explain=explain,
+                scorer=self._own_scorer,
                 short=Shortening.of(query_error, query_rank),
                 normalise=normalise,
             )
@@ -245,6 +247,7 @@ class Attributor(ComposableInfluence[TensorType]):
                 storage=storage,
                 ranking=ranking,
                 explain=explain,
+                scorer=self._own_scorer,
                 short=Shortening.of(query_error, None),
                 normalise=normalise,
             )
@@ -269,6 +272,11 @@ class Attributor(ComposableInfluence[TensorType]):
         storage = Storage.of(self, store, memory, worker, append)
         with self._recorded():
             return self_influence(self, self._scored(train_loader), progress=progress, storage=storage)
+
+    @property
+    def _own_scorer(self) -> MakeScorer | None:
+        """What computes scores in place of operators and gradients; None where these do."""
+        return None
 
     def _scored(self, loader: Iterable[object]) -> Rows:
         """Train rows that need only be scored: a loader's, or kept gradients. Errors: as `KeptGradients`."""

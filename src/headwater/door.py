@@ -22,6 +22,7 @@ from headwater.errors import InvalidInput, InvalidSetting, UnsupportedModel
 from headwater.gradients.provider import Fisher
 from headwater.methods.base import Method
 from headwater.methods.registry import METHODS
+from headwater.trajectory.methods import TrajectoryMethod
 
 if TYPE_CHECKING:
     from headwater.curvature.exact import Curvature
@@ -139,6 +140,11 @@ def _of_torch(model: Any, loss: Any, method: Method | str | None, options: dict[
     from headwater.torch.influence import TorchComposableInfluence
     from headwater.torch.losses import LOSSES
 
+    if isinstance(method, TrajectoryMethod):
+        from headwater.trajectory.torch.influence import TorchTrajectoryInfluence
+
+        check_options(TorchTrajectoryInfluence, options)
+        return TorchTrajectoryInfluence(model, _loss(loss, LOSSES), method, **options)
     check_options(TorchComposableInfluence, options)
     return TorchComposableInfluence(model, _loss(loss, LOSSES), method_of(method), **options)
 
@@ -152,6 +158,11 @@ def _of_pretrained(model: Any, loss: Any, method: Method | str | None, options: 
             "it is taken; measurement= explains something else about query rows. For a loss of your own wrap the model "
             "in a torch.nn.Module that returns the logits."
         )
+    if isinstance(method, TrajectoryMethod):
+        from headwater.trajectory.torch.hf import HfTrajectoryInfluence
+
+        check_options(HfTrajectoryInfluence, options)
+        return HfTrajectoryInfluence(model, method, **options)
     check_options(HfComposableInfluence, options)
     return HfComposableInfluence(model, method_of(method), **options)
 
@@ -180,6 +191,10 @@ def _of_jax(model: Any, loss: Any, method: Method | str | None, options: dict[st
     model, params = model if isinstance(model, tuple) else (model, given.pop("params", None))
     check_options(JaxComposableInfluence, given, "params")
     apply, params = as_function(model, params)
+    if isinstance(method, TrajectoryMethod):
+        from headwater.trajectory.jax.influence import JaxTrajectoryInfluence
+
+        return JaxTrajectoryInfluence(apply, params, _loss(loss, LOSSES), method, **given)
     return JaxComposableInfluence(apply, params, _loss(loss, LOSSES), method_of(method), **given)
 
 

@@ -306,6 +306,11 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         return ModelCurvature(self.own_source, rows, kind, fisher=fisher, seed=seed, penalty=penalty, progress=progress)
 
     @property
+    def doubts(self) -> tuple[str, ...]:
+        """What the method itself found that speaks against the scores of the last call, in words."""
+        return ()
+
+    @property
     def calibration(self) -> Any:
         """What chose the damping; None for a damping that was given, or the method's default."""
         return self._calibration

@@ -13,6 +13,7 @@ from typing import Any
 
 from headwater.arrays import Array, itemsize, transpose
 from headwater.errors import InvalidInput
+from headwater.gradients.algebra import Dense
 from headwater.gradients.block import BlockGradient, stack
 from headwater.gradients.provider import BlockGradients, BlockProvider, StructuredGradientProvider
 from headwater.operators.algebra import IdentityOperator, LinearOperator
@@ -164,6 +165,20 @@ class Queries:
         """Of one query's factors, made dense."""
         one = self.take(slice(0, 1)).left
         return sum(value.layout.size * itemsize(value.like) for value in one.values())
+
+    def as_met(self, train: BlockGradients) -> BlockGradients:
+        """Train gradients in the form in which they meet dense queries as they are: dense where that is no larger.
+
+        For all who ask for the rows, so that none makes them dense again.
+        """
+        return OrderedDict((name, self._as_met(name, value)) for name, value in train.items())
+
+    def _as_met(self, name: str, value: BlockGradient) -> BlockGradient:
+        side, left = self.right[name], self.left[name]
+        turned = name in self.forms or not side.keeps_rows or side.stored_layout is not None
+        if turned or not all(isinstance(part, Dense) for part in left.parts):
+            return value
+        return value.cheapest_form(left)
 
     def scores(self, train: BlockGradients) -> ByBlock:
         """By block: [q, n]."""

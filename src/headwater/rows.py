@@ -82,7 +82,8 @@ class PlacedBatch:
 
     def scores(self, queries: Any, provider: StructuredGradientProvider, by_block: bool) -> list[Array]:
         """Scores of `mapper.Queries` on the rows, [q, n]: of each block, or terms that sum to those of all."""
-        return list(queries.scores(self.grads(provider)).values())
+        self._grads[:] = [(provider, queries.as_met(self.grads(provider)))]
+        return list(queries.scores(self._grads[0][1]).values())
 
     def take(self, rows: slice) -> PlacedBatch:
         """Some of the rows, one after the other."""

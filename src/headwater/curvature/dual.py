@@ -30,11 +30,10 @@ from headwater.arrays import (
     precise,
     put_rows,
     transpose,
-    working_memory_limit,
     zeros_like,
 )
 from headwater.curvature.exact import Curvature
-from headwater.curvature.products import KEPT_SHARE, CurvatureOperator, DrawnRows, fit_products, size_of
+from headwater.curvature.products import CurvatureOperator, DrawnRows, fit_products, room_for_draws, size_of
 from headwater.errors import BatchMismatch, InvalidSetting, SingularOperator
 from headwater.gradients.algebra import Dense
 from headwater.gradients.block import BlockGradient, stack
@@ -365,7 +364,7 @@ class DualOperator(RowSumOperator):
         if self._held.gram is not None:
             return self._held.gram
         # Gradients are not kept all at once: m x D numbers are what the dual form avoids.
-        tiles = self.sweep_held(_GramTiles(self, KEPT_SHARE * working_memory_limit()))
+        tiles = self.sweep_held(_GramTiles(self, room_for_draws(self.curvature.source.provider.device)))
         numbers = sorted({number for _, number in tiles})
         xp = namespace(next(iter(tiles.values())))
         # The lower triangle is the upper one transposed: half the ghost products.

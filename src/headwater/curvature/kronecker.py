@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any, TypeVar
 
 from headwater.arrays import Array, accumulable, add_product, device, itemsize, namespace
@@ -148,6 +149,35 @@ def fit_ekfac(
         for place, basis in bases.items()
     }
     return _by_block(provider, parts), weight
+
+
+def fit_mean_ekfac(
+    providers: Sequence[StructuredGradientProvider],
+    loader: Iterable[object],
+    *,
+    fisher: Fisher = "auto",
+    samples: int = 1,
+    seed: int = 0,
+    progress: bool = False,
+) -> OrderedDict[str, BlockDiagonalOperator[EigenKroneckerOperator]]:
+    """`fit_ekfac` of the mean over several weights of one model: factors, and then spectra, summed over all of them.
+
+    Two passes for each. Errors: as `fit_ekfac`.
+    """
+    first = providers[0]
+    factors = [_Factors(provider, fisher, range(samples), seed, True) for provider in providers]
+    sums = [sweep(each.provider, loader, each, "Kronecker factors", progress) for each in factors]
+    whole = reduce(factors[0].merge, sums)
+    positive_weight(whole.weight)
+    bases = {place: _kronecker(place, moments).eigen for place, moments in whole.moments.items()}
+    draws = range(samples, 2 * samples)
+    seen = [_Spectra(provider, bases, fisher, draws, seed) for provider in providers]
+    spectra = reduce(seen[0].merge, [sweep(each.provider, loader, each, "EKFAC spectrum", progress) for each in seen])
+    parts = {
+        place: basis.with_spectrum(_level_null_space(basis, _finite(place, spectra[place].value)))
+        for place, basis in bases.items()
+    }
+    return _by_block(first, parts)
 
 
 Spectra = dict[Place, WeightedMean[Array]]

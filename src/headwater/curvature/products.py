@@ -19,13 +19,21 @@ from typing import Any, Generic
 
 import numpy as np
 
-from headwater.arrays import Array, device, identity, itemsize, namespace, working_memory_limit
+from headwater.arrays import (
+    Array,
+    device,
+    identity,
+    itemsize,
+    namespace,
+    working_memory_is_bounded,
+    working_memory_limit,
+)
 from headwater.curvature.exact import Curvature, check_kind
 from headwater.curvature.means import positive_weight, total_weight
 from headwater.errors import BatchMismatch, NonFiniteValue
 from headwater.gradients.draws import DrawsProduct, are_single_products, squared_norms
 from headwater.gradients.provider import BlockGradients, Fisher, Linearised, StructuredGradientProvider
-from headwater.memory import as_many_as_fit
+from headwater.memory import as_many_as_fit, available_memory, on_host
 from headwater.operators.algebra import LinearOperator, rowwise_inner
 from headwater.operators.finite import REMEDY, refuse_nonfinite
 from headwater.operators.iterative import host
@@ -140,7 +148,9 @@ class RowDraws:
         linear = linear if now.fits and linear == now.block else None
         # After one pass in which they did not fit, none tries again: it would fill memory for nothing.
         trying = linear is not None or (with_draws and self._fits)
-        room = KEPT_SHARE * working_memory_limit() if trying else -1.0
+        room = -1.0
+        if trying:
+            room = room_for_draws(self.provider.device) if with_draws else KEPT_SHARE * working_memory_limit()
         keeping = _Keeping(visitor, partial(self.drawn, with_draws=with_draws, linear=linear), room)
         met = sweep(self.provider, self.loader, keeping, self.label, self.progress)
         # A later pass without draws keeps what is known of draws, and still has to know the weight.
@@ -231,8 +241,18 @@ class _Keeping(Visitor[PlacedBatch, _Met[Part], _Met[Part]]):
 
 STEP_DRAWS = 1 << 20
 """Where the numbers begin that put rows into order; those of labels are below."""
-KEPT_SHARE = 4
-"""Times the working memory that draws may take up between passes."""
+KEPT_SHARE, FREE_SHARE = 4.0, 0.125
+"""Times the working memory that may be taken up between passes; and the part of what is free, for draws where nobody
+has bounded the working memory."""
+
+
+def room_for_draws(place: object) -> float:
+    """Bytes that draws may take up between passes, on a provider's device."""
+    room = KEPT_SHARE * working_memory_limit()
+    if working_memory_is_bounded() or not on_host(place):
+        return room
+    # Rows whose gradients are not kept go through the model again for every product.
+    return max(room, FREE_SHARE * available_memory())
 
 
 def size_of(draws: list[BlockGradients] | None) -> int:

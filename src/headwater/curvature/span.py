@@ -305,9 +305,10 @@ class SpanSolve(IterativeInverse):
         if not isinstance(inverse, SpanInverse):
             return 0.0, 0
         # A run asks twice about its first queries: to choose the sides, and as they go through theirs.
-        if self._last is None or self._last[0] is not value.like or self._last[1] is not inverse:
-            self._last = value.like, inverse, self._error(inverse, value)
-        return self._last[2]
+        known = self._last
+        if known is None or known[0] is not value.like or known[1] is not inverse:
+            known = self._last = value.like, inverse, self._error(inverse, value)
+        return known[2]
 
     def _error(self, inverse: SpanInverse, value: BlockGradient) -> tuple[float, int]:
         mine = self._missed(inverse, value.take(self._suspects(inverse, value)).flat())

@@ -130,6 +130,21 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
         """The parameters, as a pytree like the one that was given."""
         return self._model.tree.build(self._leaves)
 
+    @property
+    def leaves(self) -> Leaves:
+        """All parameters, by name."""
+        return self._leaves
+
+    @property
+    def trained_model(self) -> Model:
+        """The function with its form of parameters and its loss."""
+        return self._model
+
+    @property
+    def explained_model(self) -> Model:
+        """The same with the measurement in the loss's place, where there is one."""
+        return self._measured
+
     def with_params(self, params: object) -> Self:
         """The same function, loss and blocks at other parameters. Errors: InvalidInput for another architecture."""
         tree, leaves = take_tree(params)

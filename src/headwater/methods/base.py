@@ -72,6 +72,11 @@ class Method(ABC, Generic[C]):
         """
         return None
 
+    @property
+    def assumes_minimum(self) -> bool:
+        """Whether scores mean what they say only where the mean train gradient is zero."""
+        return True
+
     # Settings that many methods have, as a field with a default, and what holds of those that have not.
 
     @property

@@ -75,6 +75,10 @@ class Storage:
         budget_of(self.memory)
 
 
+MakeScorer = Callable[[Asked, float, Storage, bool], Scorer]
+"""(queries, what a score is multiplied by, storage, progress) -> what computes their scores, of all blocks together."""
+
+
 def attribute(
     influence: ComposableInfluence,
     train_loader: Iterable[object],
@@ -88,8 +92,9 @@ def attribute(
     explain: str = "label",
     short: Shortening | None = None,
     normalise: str | None = None,
+    scorer: MakeScorer | None = None,
 ) -> Scores:
-    """See `Attributor.attribute`."""
+    """See `Attributor.attribute`. scorer: makes what computes scores; None for `PairScorer`."""
     mode, storage, unit = InfluenceMode(mode), storage or Storage(), unit_of(unit, normalise)
     if mode is InfluenceMode.Perturbation and isinstance(train_loader, Rows) and train_loader.is_kept:
         raise InvalidSetting("mode='perturbation' is about train rows' inputs, which are not kept: give their loader.")
@@ -97,7 +102,7 @@ def attribute(
     if short is not None and mode is InfluenceMode.Perturbation:
         raise InvalidSetting("mode='perturbation' meets queries whole: leave query_error= and query_rank= out.")
     asked = Asked.of(influence, query_loader, explain).shortened(short)
-    run = PairRun(influence, asked, unit, by_block, mode, storage, progress)
+    run = PairRun(influence, asked, unit, by_block, mode, storage, progress, scorer)
     return run.stored(train_loader) if storage.store is not None else run.in_memory(train_loader)
 
 
@@ -114,6 +119,7 @@ def top(
     explain: str = "label",
     short: Shortening | None = None,
     normalise: str | None = None,
+    scorer: MakeScorer | None = None,
 ) -> TopK:
     """See `Attributor.top`."""
     storage, ranking, unit = storage or Storage(), ranking or Ranking(k), unit_of(unit, normalise)
@@ -122,7 +128,8 @@ def top(
     influence.ready()
     asked = Asked.of(influence, query_loader, explain).shortened(short)
     if storage.store is not None:  # of scores in a folder each query has its own
-        stored = PairRun(influence, asked, unit, False, InfluenceMode.Up, storage, progress).stored(train_loader)
+        run = PairRun(influence, asked, unit, False, InfluenceMode.Up, storage, progress, scorer)
+        stored = run.stored(train_loader)
         found, (asked_by, called_by) = ranking.of_scores(stored), stored.are_positions
         return replace(
             found,
@@ -130,7 +137,7 @@ def top(
             query_positions=asked_by and ranking.queries_as == "each",
             train_positions=called_by and ranking.groups is None,
         )
-    run = PairRun(influence, ranking.asked(asked), unit, False, InfluenceMode.Up, storage, progress)
+    run = PairRun(influence, ranking.asked(asked), unit, False, InfluenceMode.Up, storage, progress, scorer)
     ends: list[TopKSink | GroupSink] = []
 
     def sink(_: int, part: Asked) -> Sink:
@@ -154,8 +161,10 @@ class PairRun:
         mode: InfluenceMode,
         storage: Storage,
         progress: bool,
+        scorer: MakeScorer | None = None,
     ):
         self.influence, self.asked, self.unit, self.by_block = influence, asked, unit, by_block
+        self.make_scorer = scorer
         self.mode, self.storage, self.progress = mode, storage, progress
         self.scale = _scale(influence, unit)
         self.lost: dict[str, float] = {}
@@ -176,7 +185,9 @@ class PairRun:
         meets = meets_the_loss(self.influence) and self.mode is InfluenceMode.Up and not kept
         return RunSums(self.influence.provider, store) if meets else None
 
-    def _scorer(self, asked: Asked) -> PairScorer:
+    def _scorer(self, asked: Asked) -> Scorer:
+        if self.make_scorer is not None:
+            return self.make_scorer(asked, self.scale, self.storage, self.progress)
         scorer = PairScorer(self.influence, asked, self.mode, self.by_block, self.scale, self.progress, self.directions)
         self.lost = {name: max(off, self.lost.get(name, 0.0)) for name, off in scorer.lost.items()}
         return scorer

@@ -378,7 +378,7 @@ def diagnose(influence: ComposableInfluence, train_loader: Iterable[object], *, 
 
 def meets_the_loss(influence: ComposableInfluence) -> bool:
     """Whether the train gradients that the method sees are the loss's own: not unit gradients, or margins'."""
-    return influence.provider is influence.source
+    return influence.provider is influence.source and influence.method.assumes_minimum
 
 
 def diagnosis_of(
@@ -400,6 +400,8 @@ def diagnosis_of(
         ),
         stationarity=whole,
         inverts=influence.method.approximates is not None,
+        assumes_minimum=influence.method.assumes_minimum,
+        doubts=influence.doubts,
     )
 
 

@@ -69,7 +69,7 @@ EXACT_WORK = 1e8
 """Work beyond which there is no exact inverse to compare with: train rows times (parameters + ROW)."""
 EXACT_NUMBERS = 3e7
 """Numbers of all rows' gradients of the outputs up to which it is found by conjugate gradients: 240 MB, which are kept
-between products (see `KEPT_SHARE`)."""
+between products (see `room_for_draws`)."""
 EXACT_PRODUCTS = 2e6
 """Work of one product up to which that is done without such gradients, which takes hundreds of plain products."""
 TOLERANCES = {"float64": 1e-8, "float32": 1e-3}

@@ -131,6 +131,10 @@ class Diagnosis:
     """Of all blocks together; None where the train gradients of the loss were not met."""
     inverts: bool = True
     """Whether the method inverts a curvature."""
+    assumes_minimum: bool = True
+    """Whether the method's scores are about a minimum of the training objective."""
+    doubts: tuple[str, ...] = ()
+    """What the method itself found that speaks against its scores, in words."""
 
     @property
     def effective_dof(self) -> float | None:
@@ -142,7 +146,7 @@ class Diagnosis:
     @property
     def worries(self) -> tuple[str, ...]:
         """What speaks against the scores, in words; empty if nothing does."""
-        found = list(self._about_weights())
+        found = [*self.doubts, *self._about_weights()]
         for name, block in self.blocks.items():
             found.extend(f"block {name!r}: {said}" for said in _about_block(block))
         return tuple(found)
@@ -163,7 +167,7 @@ class Diagnosis:
     def unknown(self) -> tuple[str, ...]:
         """What was not looked at, and would take `influence.diagnose` to know."""
         found = []
-        if self.stationarity is None:
+        if self.stationarity is None and self.assumes_minimum:
             found.append("whether the weights are a minimum")
         if self.inverts:
             for what, missing in (
@@ -222,7 +226,8 @@ class Diagnosis:
     def from_json(cls, text: str) -> Self:
         found = json.loads(text)
         blocks = {name: BlockDiagnosis(**_with_stationarity(block)) for name, block in found.pop("blocks").items()}
-        return cls(**_with_stationarity(found), blocks=blocks)
+        doubts = tuple(found.pop("doubts", ()))  # not in what was written before there were any
+        return cls(**_with_stationarity(found), blocks=blocks, doubts=doubts)
 
 
 def _with_stationarity(values: dict[str, Any]) -> dict[str, Any]:

@@ -81,6 +81,7 @@ class TorchComposableInfluence(Attributor[torch.Tensor]):
     ) -> None:
         """One provider, or one for each checkpoint of the model; and the influence on top."""
         model = unwrapped(model)
+        self._provide, self._given = provide, model
         self._torch_provider = provide(model)
         provider: StructuredGradientProvider = self._torch_provider
         if checkpoints is not None:

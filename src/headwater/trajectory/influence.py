@@ -1,0 +1,296 @@
+"""Scores of what training did, with the verbs that all influences have.
+
+A sweep makes the scores of all train rows on some queries at once, where other methods make query factors that meet
+train gradients: it is a scorer of its own, and queries, tiles, stores, units and rankings are those of every run.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+import zlib
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from headwater.attributor import Attributor
+from headwater.errors import InvalidInput, InvalidSetting, NotFittedError, RoughForecast, StaleFit
+from headwater.gradients.provider import StructuredGradientProvider
+from headwater.progress import bar
+from headwater.rows import PlacedBatch
+from headwater.run.attribute import Storage
+from headwater.run.queries import Asked
+from headwater.run.rows import check_scores
+from headwater.run.tiles import Scorer
+from headwater.store.scores import Scores, TopK
+from headwater.trajectory.methods import Source, TrajectoryMethod, Unrolled
+from headwater.trajectory.replay import Replay
+from headwater.trajectory.rows import HeldRows
+from headwater.trajectory.source import Segment, SourceScorer, fit_segments
+from headwater.trajectory.steps import TrainingModel
+from headwater.trajectory.sweep import Sweep
+from headwater.trajectory.verdict import Verdict, judge
+from headwater.types import InfluenceMode, TensorType
+
+if TYPE_CHECKING:
+    from headwater.run.attribute import MakeScorer
+
+
+class TrajectoryInfluence(Attributor[TensorType]):
+    """An influence whose method is `hw.Unrolled` or `hw.Source`: mixed into the framework's class.
+
+    fit(train) takes all rows that were trained on, called as in the record, and holds them in memory. The model is the
+    one that training came to. What needs an inverse or a gradient of its own (self_influence, calibrate, audit, kept
+    gradients and factors, shares of blocks) is refused.
+    """
+
+    method: TrajectoryMethod
+    _held: HeldRows | None = None
+    _segments: list[Segment] | None = None
+    _verdict: Verdict | None = None
+
+    @abstractmethod
+    def training_model(self) -> TrainingModel:
+        """The provider's model, as its steps are taken again."""
+
+    @abstractmethod
+    def provider_at(self, parameters: Mapping[str, np.ndarray]) -> StructuredGradientProvider:
+        """A provider of the same model at other parameters."""
+
+    def fit(self, loader: Any, *others: object, progress: bool = False, **options: Any) -> Self:
+        """Hold the rows that were trained on. Errors: BatchMismatch for rows of the record that are not there."""
+        if options:
+            raise InvalidSetting(f"{', '.join(options)}: nothing is summed over rows here that could be shared.")
+        super().fit(loader, *others, progress=progress)
+        held = HeldRows.of(self.provider, self.train_rows(loader), progress)
+        held.check(self.method.trajectory)
+        self._held = held
+        self._check_end()
+        if isinstance(self.method, Source):
+            self._segments = fit_segments(self.provider_at, self.method, self.train_rows(loader), progress)
+        return self
+
+    @property
+    def segments(self) -> list[Segment]:
+        """Of hw.Source, in the order of training. Errors: NotFittedError."""
+        if self._segments is None:
+            raise NotFittedError("Call fit(loader) first.")
+        return self._segments
+
+    @property
+    def held(self) -> HeldRows:
+        """The train rows. Errors: NotFittedError."""
+        if self._held is None:
+            raise NotFittedError("Call fit(loader) first.")
+        return self._held
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        return () if self._verdict is None else self._verdict.doubts
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """Whether training was smooth enough for its derivative to forecast anything; of the last scores."""
+        return self._verdict
+
+    def sweep(self, model: TrainingModel | None = None) -> Sweep:
+        """Over the record's training, with the method's settings. model: another than the provider's own."""
+        method = self.method
+        assert isinstance(method, Unrolled)
+        own = self.training_model() if model is None else model
+        record = self.method.trajectory
+        replay = Replay(record, own, self.held.pieces, dtype=self.source.dtype, checked=model is None)
+        held = self.held
+        return Sweep(replay, held.columns, len(held), method.curvature, method.at == "step", held.places)
+
+    def derivatives(self, asked: Asked, keep: Path | None, progress: bool) -> np.ndarray:
+        """d query / d weight of every train row: [q, n]; and the verdict on it, where one is asked for."""
+        sweep, queries = self.sweep(), [piece.batch for piece in asked.pieces]
+        with bar("training, backwards", progress) as shown:
+            tau = sweep.tau(queries, share=asked.share, keep=keep, progress=shown.update)
+        method = self.method
+        assert isinstance(method, Unrolled)
+        if method.removals and self._verdict is None:  # of several spans of queries, the first speaks for all
+            model = sweep.replay.model.wide()
+            wide = None if model is None else self.sweep(model)
+            self._verdict = judge(sweep, queries, tau, method.removals, method.replays, share=asked.share, wide=wide)
+        return tau
+
+    def _check_end(self) -> None:
+        """Errors: InvalidInput for blocks that leave parameters out; StaleFit for a model of another training."""
+        record = self.method.trajectory
+        shapes = {p.name: tuple(p.shape) for layout in self.provider.layouts.values() for p in layout.block.parameters}
+        if {name: shapes.get(name) for name in record.names} != dict(record.header.shapes):
+            missing = [name for name in record.names if shapes.get(name) != record.header.shapes[name]]
+            raise InvalidInput(
+                f"The record has parameters that the model has not, or in another shape: {missing[:4]}. Give the model "
+                "that was trained, and blocks that hold all of it."
+            )
+        last = record.state(record.steps).parameters
+        for name, value in self.training_model().own().items():
+            if name in last and not np.allclose(value, last[name], rtol=1e-5, atol=1e-7):
+                far = float(np.abs(value - last[name]).max())
+                raise StaleFit(
+                    f"{name} of the model is off by {far:.3g} from where the record's training ended (step "
+                    f"{record.steps}). Give the model that it trained."
+                )
+
+    # Scores -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _own_scorer(self) -> MakeScorer:
+        if isinstance(self.method, Source):
+            return lambda asked, scale, storage, progress: SourceScorer(self, self.segments, _not_kept(asked), scale)
+        return lambda asked, scale, storage, progress: SweepScorer(self, _not_kept(asked), scale, storage, progress)
+
+    def attribute(
+        self,
+        train_loader: Iterable[object],
+        query_loader: Iterable[object],
+        *,
+        by_block: bool = False,
+        mode: InfluenceMode | str = InfluenceMode.Up,
+        store: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> Scores:
+        """As `Attributor.attribute`; a sweep that was stopped goes on from the last kept state, beside the store."""
+        if by_block:
+            raise _refused("by_block=True: a row's weight acts through all parameters of a step together")
+        if InfluenceMode(mode) is not InfluenceMode.Up:
+            raise _refused("mode='perturbation'")
+        _refuse_options(options)
+        self._verdict = None
+        found = super().attribute(train_loader, query_loader, store=store, **options)
+        if store is not None:
+            shutil.rmtree(_beside(Path(store)), ignore_errors=True)
+        _tell(() if found.diagnosis is None else found.diagnosis.doubts)
+        return found
+
+    def top(self, train_loader: Iterable[object], query_loader: Iterable[object], k: int, **options: Any) -> TopK:
+        """As `Attributor.top`."""
+        _refuse_options(options)
+        self._verdict = None
+        found = super().top(train_loader, query_loader, k, **options)
+        _tell(self.doubts)
+        return found
+
+    def report(self, train_loader: Any, query_loader: Any, path: Any, **options: Any) -> Any:
+        """As `Attributor.report`, without what is refused here."""
+        if options.get("scores") is None:
+            explain = options.get("explain", "label")
+            options["scores"] = self.attribute(train_loader, query_loader, unit="removal", explain=explain)
+        options |= {"self_influence": False, "verify": False}
+        return super().report(train_loader, query_loader, path, **options)
+
+    def removal(
+        self, train_loader: Iterable[object], query_loader: Iterable[object], groups: Any = None, **options: Any
+    ) -> np.ndarray:
+        """The rise of each query's loss when a row, or a group, is left out of training, to first order: [q, n]."""
+        scores = self.attribute(train_loader, query_loader, unit="removal", **options)
+        values = np.asarray(scores)
+        if groups is None:
+            return values
+        places = {name: place for place, name in enumerate(scores.train_ids.tolist())}
+        return np.stack([values[:, [places[row] for row in np.asarray(group).tolist()]].sum(1) for group in groups], 1)
+
+    # What has no meaning here -------------------------------------------------------------------------------------
+
+    def self_influence(self, *_: Any, **__: Any) -> Any:
+        raise _refused("self_influence: ask attribute(train, train), a sweep for each row")
+
+    def calibrate(self, *_: Any, **__: Any) -> Any:
+        raise _refused("calibrate: there is no damping")
+
+    def audit(self, *_: Any, **__: Any) -> Any:
+        raise _refused("audit: there is no inverse; the verdict in scores.diagnosis is what stands in its place")
+
+    def verify(self, *_: Any, **__: Any) -> Any:
+        raise _refused("verify: a replay that does not come to the record's states is refused by itself")
+
+    def factors(self, *_: Any, **__: Any) -> Any:
+        raise _refused("factors")
+
+    def gradients(self, *_: Any, **__: Any) -> Any:
+        raise _refused("gradients")
+
+    def save(self, *_: Any, **__: Any) -> None:
+        raise _refused("save: the record is what there is to keep")
+
+    def load(self, *_: Any, **__: Any) -> Any:
+        raise _refused("load: the record is what there is to keep")
+
+    def influences(self, *_: Any, **__: Any) -> Any:
+        raise _refused("influences of loose tensors: rows are known by their ids. Use attribute(train, query)")
+
+    influences_by_block = influence_factors = influence_factors_by_block = influences
+    influences_from_factors = influences_from_factors_by_block = damping_path = influences
+
+
+def _refused(what: str) -> InvalidSetting:
+    return InvalidSetting(f"Scores of a trajectory have no {what}.")
+
+
+def _refuse_options(options: Mapping[str, Any]) -> None:
+    """Errors: InvalidSetting for what belongs to an inverse, or to factors."""
+    for name in ("normalise", "query_error", "query_rank"):
+        if options.get(name) is not None:
+            raise _refused(f"{name}=: no inverse and no query factors are there")
+
+
+def _not_kept(asked: Asked) -> Asked:
+    if asked.ready is not None:
+        raise _refused("kept factors: give the query rows' loader")
+    return asked
+
+
+def _tell(doubts: Iterable[str]) -> None:
+    for said in doubts:
+        warnings.warn(RoughForecast(said), stacklevel=3)
+
+
+def _beside(store: Path) -> Path:
+    return store.with_name(f"{store.name}.sweep")
+
+
+class SweepScorer(Scorer):
+    """Scores of all train rows on some queries, by one sweep when the first of them are asked for."""
+
+    def __init__(
+        self, influence: TrajectoryInfluence, asked: Asked, scale: float, storage: Storage, progress: bool
+    ) -> None:
+        self.influence, self.asked, self.progress = influence, asked, progress
+        # A row's weight over the mean objective: n times what it is in the sum that its removal is of.
+        self.scale = -influence.n_train * scale
+        self.keep = None
+        if storage.store is not None:
+            folder = _beside(Path(storage.store))
+            folder.mkdir(parents=True, exist_ok=True)
+            name = f"{_digest(asked.keys):08x}-{influence.method.trajectory.digest:08x}-{storage.worker[0]}"
+            self.keep = folder / name
+        self._tau: np.ndarray | None = None
+
+    @property
+    def tau(self) -> np.ndarray:
+        """[q, train rows of the fit]."""
+        if self._tau is None:
+            self._tau = self.influence.derivatives(self.asked, self.keep, self.progress)
+        return self._tau
+
+    def scores(self, piece: PlacedBatch) -> np.ndarray:
+        places = self.influence.held.places(piece.names)
+        # Rows that training did not see have no part in it.
+        found = np.where(places >= 0, self.tau[:, np.maximum(places, 0)], 0.0)[None] * self.scale
+        check_scores(found, self.asked.ids, piece.names, self.influence)
+        return found
+
+    def probe(self, piece: PlacedBatch) -> np.ndarray:
+        """How often training saw the rows: what a run is known by beside its identity, without a sweep."""
+        return self.influence.method.trajectory.visits(piece.names).astype(np.float64)[None, None]
+
+
+def _digest(keys: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(keys).tobytes())

@@ -1,0 +1,1 @@
+"""Records of JAX trainings, and their steps once more."""

@@ -1,0 +1,1 @@
+"""Records of torch trainings, and their steps once more."""
