@@ -7,9 +7,11 @@
     python benchmarks/run.py W1 --peers FOLDER --python PEER_PYTHON --rounds 5
 
 Every driver runs in its own process on one thread, in rounds (A B C, A B C, ...), so that a machine that slows down
-slows all of them. Within a process the first repeat is a warm-up and is dropped, unless the method is so slow that one
-repeat is all there is; the table says so. Figures are medians over rounds; a ratio is taken within each round first.
-CPU seconds are those of the process, not of the wall.
+slows all of them; headwater's by the Python that runs this, the peers' by theirs. Within a process the first repeat is
+cold: with all that comes before it, imports but torch's, it is told apart as the process's first scores, and the other
+figures leave it out, unless the method is so slow that one repeat is all there is; the table says so. Figures are
+medians over rounds; a ratio is taken within each round first. CPU seconds are those of the process, not of the wall.
+A floor is what the arithmetic alone would take, from shapes and this machine's rate in the same round: see floors.py.
 """
 
 import argparse
@@ -26,8 +28,10 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from floors import Floors
 from peers import one_thread, peer_python, peerbench_folder
 
 HERE = Path(__file__).resolve().parent
@@ -172,9 +176,12 @@ class Measurement:
     fit: tuple[float, ...]  # CPU seconds
     score: tuple[float, ...]  # CPU seconds
     peak: float  # MB, the highest of all rounds
-    repeats: int  # in one process, the warm-up included; the fewest of all rounds
     scores: np.ndarray  # [train, query]
     fault: str | None  # why no ratio is taken to this item, if none is
+    repeats: int  # in one process, the cold one included; the fewest of all rounds
+    first: tuple[float, ...]  # CPU seconds of the process beyond importing torch, until its first scores
+    floor: tuple[float, ...] | None  # CPU seconds of fit and score, where it is known
+    torch: str  # its version
 
     @property
     def total(self) -> np.ndarray:
@@ -186,12 +193,24 @@ class Measurement:
         """CPU seconds of fit and score, the median over rounds."""
         return float(np.median(self.total))
 
+    @property
+    def times_floor(self) -> str:
+        return "" if self.floor is None else f"{np.median(self.total / np.asarray(self.floor)):.3g}"
+
+    def times_faster(self, other: "Measurement") -> float:
+        return float(np.median(other.total / np.maximum(self.total, 1e-3)))
+
+    def times_sooner(self, other: "Measurement") -> float:
+        """By first scores."""
+        return float(np.median(np.asarray(other.first) / np.maximum(self.first, 1e-3)))
+
 
 @dataclass(frozen=True)
 class Bench:
     """Where the drivers are, and how long they may run."""
 
-    python: str
+    python: str  # has the peers
+    own_python: str  # has what headwater needs
     peerbench: Path
     rounds: int
     budget: float  # wall seconds after which a process begins no further repeat
@@ -209,7 +228,9 @@ def drive(bench: Bench, workload: str, item: str, out: Path) -> dict:
     name, _, option = item.partition("@")
     peer, _, method = name.partition(".")
     folder = HERE if peer == "headwater" else bench.peerbench
-    command = [bench.python, str(folder / f"peer_{peer}.py"), "--workload", workload, "--method", method]
+    python = bench.own_python if peer == "headwater" else bench.python
+    command = [python, str(HERE / "first_scores.py"), str(folder / f"peer_{peer}.py")]
+    command += ["--workload", workload, "--method", method]
     command += ["--out", str(out), "--repeats", str(REPEATS[workload]), "--budget", str(bench.budget)]
     for setting in filter(None, option.split(",")):
         key, _, value = setting.partition("=")
@@ -229,20 +250,43 @@ def drive(bench: Bench, workload: str, item: str, out: Path) -> dict:
         return too_long
     if -ended.returncode in (signal.SIGXCPU, signal.SIGKILL):
         return too_long
-    lines = [line[5:] for line in ended.stdout.splitlines() if line.startswith("JSON ")]
-    if lines:
-        return json.loads(lines[-1])
+    row, first = said(ended.stdout, "JSON "), said(ended.stdout, "FIRST ")
+    if row is not None:
+        return row | {"first_cpu_s": first}
     last = ended.stderr.strip().splitlines()[-1:] or [f"exit status {ended.returncode}"]
     return {"ok": False, "error": last[0]}
+
+
+def said(output: str, word: str) -> Any:
+    """What the last line that begins with this word has in JSON; None where there is none."""
+    lines = [line.removeprefix(word) for line in output.splitlines() if line.startswith(word)]
+    return json.loads(lines[-1]) if lines else None
+
+
+def ask_floors(bench: Bench, workload: str) -> Floors | None:
+    """Counted and measured in a process of its own; None, and why on stderr, where that fails."""
+    ended = subprocess.run(
+        [bench.own_python, str(HERE / "floors.py"), workload],
+        capture_output=True,
+        text=True,
+        env=one_thread(bench.peerbench),
+    )
+    row = said(ended.stdout, "JSON ")
+    if row is None:
+        print(f"{workload}: no floors: {ended.stderr.strip()[-300:]}", file=sys.stderr, flush=True)
+        return None
+    return Floors.of(row)
 
 
 def measure(bench: Bench, workload: str, items: list[str]) -> tuple[list[Measurement], dict[str, str]]:
     """All items, round after round. Returns what was measured, and for each item that failed the reason."""
     rows: dict[str, list[dict]] = {item: [] for item in items}
     failed: dict[str, str] = {}
+    floors: list[Floors | None] = []
     with tempfile.TemporaryDirectory() as folder:
         out = {item: Path(folder) / f"{item}.npy" for item in items}
         for turn in range(bench.rounds):
+            floors.append(ask_floors(bench, workload))
             for item in items:
                 if item in failed:
                     continue
@@ -255,16 +299,19 @@ def measure(bench: Bench, workload: str, items: list[str]) -> tuple[list[Measure
                     cost = f"fit {row['fit_cpu_s']:.3f} score {row['score_cpu_s']:.3f} CPU s"
                     print(f"{workload} round {turn + 1} {item}: {cost}", file=sys.stderr, flush=True)
         done = [item for item in items if item not in failed]
-        return [summary(workload, item, rows[item], np.load(out[item])) for item in done], failed
+        return [summary(workload, item, rows[item], np.load(out[item]), floors) for item in done], failed
 
 
-def summary(workload: str, item: str, rows: list[dict], scores: np.ndarray) -> Measurement:
-    fit, score = (tuple(row[key] for row in rows) for key in ("fit_cpu_s", "score_cpu_s"))
+def summary(workload: str, item: str, rows: list[dict], scores: np.ndarray, floors: list[Floors | None]) -> Measurement:
+    fit, score, first = (tuple(row[key] for row in rows) for key in ("fit_cpu_s", "score_cpu_s", "first_cpu_s"))
+    known = [None if each is None else each.seconds(item) for each in floors]
+    floor = None if None in known else tuple(known)
     peak, repeats = max(row["peak_rss_mb"] for row in rows), min(row["n_rep"] for row in rows)
     lost = int((~np.isfinite(scores).all(0)).sum())
     not_finite = f"scores of {lost} of {scores.shape[1]} queries are not finite" if lost else None
     reasons = [reason for reason in (known_fault(workload, item), not_finite) if reason]
-    return Measurement(item, fit, score, peak, repeats, scores, "; ".join(reasons) or None)
+    fault = "; ".join(reasons) or None
+    return Measurement(item, fit, score, peak, scores, fault, repeats, first, floor, rows[0]["torch"])
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
@@ -338,18 +385,20 @@ def quality(m: Measurement, truth: dict[str, np.ndarray] | None) -> list[str]:
 
 
 def comparison(m: Measurement, by_item: dict[str, Measurement]) -> list[str]:
-    """Speed, memory and agreement beside each peer that computes the same and is right, the fastest first."""
+    """Speed warm and cold, memory, agreement beside each peer that computes the same rightly; the fastest first."""
     peers = [by_item[item] for item in counterparts(m.item) if item in by_item]
     against = sorted((c for c in peers if c.fault is None), key=lambda c: c.cost)
-    speed = (f"{c.item} {np.median(c.total / np.maximum(m.total, 1e-3)):.3g}" for c in against)
+    speed = (f"{c.item} {m.times_faster(c):.3g}" for c in against)
+    sooner = (f"{m.times_sooner(c):.3g}" for c in against)
     memory = (f"{m.peak / c.peak:.2f}" for c in against)
     agreement = (f"{mean_of_known(spearman(m.scores, c.scores)):.4f}" for c in against)
-    return ["; ".join(values) for values in (speed, memory, agreement)]
+    return ["; ".join(values) for values in (speed, sooner, memory, agreement)]
 
 
 HEADINGS = [
-    *("method", "fit, CPU s", "score, CPU s", "total: least - most", "warm repeats", "peak MB"),
-    *("LDS", "LOO Pearson", "times the speed of", "times its memory", "Spearman with it"),
+    *("method", "times the speed of", "first scores: times", "times its floor", "times its memory"),
+    *("Spearman with it", "fit, CPU s", "score, CPU s", "total: least - most", "warm repeats", "first scores, CPU s"),
+    *("peak MB", "LDS", "LOO Pearson"),
 ]
 
 
@@ -360,14 +409,19 @@ def table(measured: list[Measurement], failed: dict[str, str], truth: dict[str, 
     for m in measured:
         spread = f"{m.total.min():.3g} - {m.total.max():.3g}"
         repeats = str(m.repeats - 1) if m.repeats > 1 else "none: 1 repeat"
-        cost = [seconds(m.fit), seconds(m.score), spread, repeats, f"{m.peak:.0f}"]
+        cost = [seconds(m.fit), seconds(m.score), spread, repeats, seconds(m.first), f"{m.peak:.0f}"]
         name = m.item if m.fault is None else f"{m.item} (wrong)"
-        rows.append([name, *cost, *quality(m, truth), *comparison(m, by_item)])
+        speed, sooner, *like = comparison(m, by_item)
+        rows.append([name, speed, sooner, m.times_floor, *like, *cost, *quality(m, truth)])
     kept = [k for k in range(len(HEADINGS)) if k == 0 or any(row[k] for row in rows)]
     lines = [[HEADINGS[k] for k in kept], ["---"] * len(kept), *([row[k] for k in kept] for row in rows)]
     out = ["| " + " | ".join(line) + " |" for line in lines]
     out += [f"| {item} | failed: {reason} |" for item, reason in failed.items()]
     wrong = [f"- {m.item}: {m.fault}." for m in measured if m.fault is not None]
+    versions = {m.torch: m.item.partition(".")[0] for m in reversed(measured)}
+    if len(versions) > 1:
+        said_so = ", ".join(f"{version} ({peer})" for version, peer in versions.items())
+        out += ["", f"Not all ran with one build of torch; that is part of the ratios, too: {said_so}."]
     return "\n".join([*out, *(["", "Wrong, and so left out of the ratios:", "", *wrong] if wrong else [])])
 
 
@@ -394,6 +448,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("workloads", nargs="*", default=["W1"], metavar="WORKLOAD", help="W1 (default), W3, W4")
     parser.add_argument("--peers", help="folder of the peers' drivers")
     parser.add_argument("--python", help="a Python that has the peers installed")
+    parser.add_argument("--own-python", default=sys.executable, help="a Python that has what headwater needs (this)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds over all methods (3)")
     parser.add_argument("--budget", type=float, default=150.0, help="wall seconds that begin no further repeat (150)")
     parser.add_argument("--limit", type=float, default=600.0, help="CPU seconds for one process (600)")
@@ -416,7 +471,7 @@ def main() -> int:
     given = arguments()
     python = peer_python(given.python)
     folder = peerbench_folder(given.peers)
-    bench = Bench(python, folder, given.rounds, given.budget, given.limit, given.memory)
+    bench = Bench(python, given.own_python, folder, given.rounds, given.budget, given.limit, given.memory)
     print(f"{datetime.date.today()}, {os.cpu_count()}-core {platform.machine()}, one thread, {given.rounds} rounds")
     any_failed = False
     for workload in given.workloads:

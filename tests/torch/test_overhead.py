@@ -75,6 +75,20 @@ def test_gradients_of_a_batch_look_at_the_device_once():
         assert looks.found == 1
 
 
+def test_a_comparison_with_autograd_looks_at_the_device_as_often_whatever_the_number_of_layers():
+    found = []
+    for depth in (1, 6):
+        deep = nn.Sequential(*(nn.Linear(X.shape[1], X.shape[1]) for _ in range(depth)), nn.Linear(X.shape[1], 3))
+        provider = TorchGradientProvider(deep.to(X.dtype), nn.CrossEntropyLoss(), blocks="layer")
+        batch = TorchBatch(X[:40], Y[:40])
+        provider.grads(batch)  # the first rows are looked at once for all
+        provider.begin_pass()
+        with Looks() as looks:
+            provider.grads(batch)
+        found.append(looks.found)
+    assert found[0] == found[1] > 1
+
+
 def test_rows_have_no_keys_where_no_label_is_drawn(monkeypatch):
     provider = TorchGradientProvider(model(), nn.CrossEntropyLoss())
     batch = TorchBatch(X[:40], Y[:40])

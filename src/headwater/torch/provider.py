@@ -789,7 +789,8 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         }
         weights = random_weights(blocks.values(), len(rows))
         got, kind = weighted_sums(blocks, weights), coarse(found.dtype)
-        if not all(bool(torch.isfinite(sums).all()) for sums in (weights, *got.values())):
+        # One look at the device for all of them.
+        if not bool(torch.stack([torch.isfinite(sums).all() for sums in (weights, *got.values())]).all()):
             # NaN differs from everything: the sums would blame a rule.
             return []  # refused elsewhere, by the name of the rows
         with autograd_on():
