@@ -277,7 +277,7 @@ class SpanSolve(IterativeInverse):
         if self._size is None or not are_single_products(value) or not self.spans.curvature.source.keep():
             return None
         # What was too small for earlier vectors is not tried again. Read once: other threads ask, too.
-        size = self._size
+        size: int | None = self._size
         while size is not None:
             inverse = self._inverse(size)
             missed = np.inf if inverse is None else self.error(inverse, value)[0] / self.aim(value.like)
