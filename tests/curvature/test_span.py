@@ -26,6 +26,7 @@ def small_spans(monkeypatch):
     monkeypatch.setattr(span, "LARGEST", 150)
     monkeypatch.setattr(span, "PRECONDITIONER", 48)
     monkeypatch.setattr(span, "PROBES", 4)
+    monkeypatch.setattr(span, "SOLVED_IN", 10**6)
     monkeypatch.setattr(iterative, "SPANNED", 0)
 
 
@@ -169,6 +170,16 @@ def test_less_damping_takes_a_larger_span(model):
 
     assert size(100.0) == 16
     assert size(0.2) > size(100.0)
+
+
+def test_no_span_is_made_that_costs_more_than_solving_would(model, monkeypatch):
+    monkeypatch.setattr(span, "SOLVED_IN", 1)
+    made = influence(model, 1e-3)
+    made.influences(XQ, YQ, X, Y)
+    spans = made.curvature["full"].approximation
+    assert spans.affordable(len(XQ)) < span.LARGEST
+    # The first is tried, and one stands for the curvature as a preconditioner.
+    assert set(spans._made) <= {span.FIRST, span.PRECONDITIONER}
 
 
 def test_the_span_of_all_gradients_is_exact(model, monkeypatch):

@@ -68,8 +68,10 @@ FIRST, LARGEST = 768, 4096
 STEEPNESS = 1.8
 """The error falls with the trace outside of the span to at least about this power (on digits, at 10 to 900 mean
 eigenvalues): a guess at how many gradients will do, after which the error is measured again."""
-PRECONDITIONER = 2048
+PRECONDITIONER = 1024
 """Gradients of the span that stands for the curvature where vectors are solved for."""
+SOLVED_IN = 50
+"""Products that a query is taken to need where it is solved for."""
 COUNTED = 1.0 - 1e-5
 """Share of the trace that the gradients hold which are projected on the span; the lightest hold the rest."""
 PROBES = 8
@@ -193,14 +195,20 @@ class RowSpans(PrincipalRows):
         ascending = np.cumsum(np.sort(self.norms.squares.reshape(-1)))
         return np.concatenate([ascending[::-1], [0.0]])
 
-    def larger(self, size: int, missed: float) -> int | None:
+    def affordable(self, queries: float) -> int:
+        """Gradients of the largest span that costs no more than to solve for so many queries would."""
+        # m^2 multiply-adds in float64 for each gradient; a product of a query meets every row's numbers twice.
+        products = SOLVED_IN * queries * 2 * len(self.norms.keys) * self.input_size
+        return min(LARGEST, max(FIRST, int((products / (2 * self.count)) ** 0.5)))
+
+    def larger(self, size: int, missed: float, most: int) -> int | None:
         """How many gradients would do, where `size` of them leave so many times the error; None where none will."""
         allowed = self._outside[size] / missed ** (1.0 / STEEPNESS)
-        enough = max(int(np.argmax(self._outside <= allowed)), size + size // 8)
-        if self.count <= LARGEST:
+        enough = max(int(np.argmax(self._outside <= allowed)), size + size // 4)
+        if self.count <= most:
             # The span of all of them has no error.
             return min(enough, self.count) if size < self.count else None
-        return min(enough, LARGEST) if size < LARGEST and enough <= LARGEST * 5 // 4 else None
+        return min(enough, most) if size < most and enough <= most * 5 // 4 else None
 
     def span(self, size: int) -> SpanOperator:
         """Of the heaviest `size` gradients."""
@@ -262,17 +270,18 @@ class SpanSolve(IterativeInverse):
         return default_tolerance(like) if self.tolerance is None else self.tolerance
 
     def block_sides(self, queries: BlockGradient, train_per_query: float) -> tuple[LinearOperator, LinearOperator]:
-        inverse = self._good_enough(queries)
+        inverse = self._good_enough(queries, len(self.spans.norms.keys) / train_per_query)
         if inverse is None:
             return super().block_sides(queries, train_per_query)
         return MeasuredAlongRows(self, inverse), AlongRows(inverse, solved=False)
 
     def quadratic(self, value: BlockGradient) -> Array:
-        inverse = self._good_enough(value)
+        # Rows on themselves: as many as there are.
+        inverse = self._good_enough(value, len(self.spans.norms.keys))
         return super().quadratic(value) if inverse is None else inverse.quadratic(value)
 
-    def _good_enough(self, value: BlockGradient) -> DualInverse | None:
-        """The inverse on the smallest span that serves these vectors; None where none does."""
+    def _good_enough(self, value: BlockGradient, queries: float) -> DualInverse | None:
+        """The inverse on the smallest span that serves these vectors, of so many in all; None where none does."""
         # Kept for good: a fit that was loaded gives the scores of the one that was saved.
         if self._size is None or not are_single_products(value) or not self.spans.curvature.source.keep():
             return None
@@ -283,7 +292,7 @@ class SpanSolve(IterativeInverse):
             missed = np.inf if inverse is None else self.error(inverse, value)[0] / self.aim(value.like)
             if missed <= 1.0:
                 return inverse
-            self._size = size = self.spans.larger(size, missed)
+            self._size = size = self.spans.larger(size, missed, self.spans.affordable(queries))
         return None
 
     def _inverse(self, size: int) -> DualInverse | None:
