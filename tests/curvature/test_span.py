@@ -224,6 +224,17 @@ def test_duplicated_rows_leave_a_singular_gram_matrix_and_the_same_scores(model)
     assert off.max() <= 1e-2
 
 
+@pytest.mark.parametrize("damping", [1e-2, 1e-4, 1e-6, 1e-8])
+def test_spans_of_few_dimensions_are_left_for_solves_where_rounding_hides_the_damping(monkeypatch, damping):
+    monkeypatch.setattr(span, "FIRST", 64)
+    torch.manual_seed(0)
+    linear = nn.Linear(5, CLASSES).double()  # 15 dimensions of gradients
+    made = influence(linear, 1e-3, damping=damping)
+    expected, query, train = exact(linear, damping)
+    off = np.abs(made.influences(XQ, YQ, X, Y).numpy() - expected) / np.sqrt(np.outer(query, train))
+    assert off.max() <= 1e-3
+
+
 def test_row_weights_count(model):
     weights = torch.linspace(0.5, 2.0, ROWS, dtype=torch.float64)
     loader = [TorchBatch(X[k : k + 20], Y[k : k + 20], weights=weights[k : k + 20]) for k in (0, 20, 40)]

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +31,7 @@ from headwater.arrays import (
     Array,
     add_product,
     identity,
+    is_torch,
     namespace,
     precise,
     rows_within_memory,
@@ -154,7 +156,10 @@ class SpanInverse(DualInverse):
         image, xp = self.curvature.image, namespace(self.curvature.image)
         largest = float(xp.max(xp.sum(xp.abs(image), axis=1)))
         self.refuse_hidden(largest)
-        return xp.linalg.cholesky(image + self.damping * identity(int(image.shape[0]), image))
+        found = _cholesky(image + self.damping * identity(int(image.shape[0]), image))
+        if found is None:  # along directions that the gradients do not have, B is rounding, divided by rounding
+            raise SingularOperator(f"Block {self.curvature.label!r}: rounding of like rows hides {self.damping:g}.")
+        return found
 
     def solve(self, along: Array) -> Array:
         basis = self.curvature.basis
@@ -169,6 +174,19 @@ class SpanInverse(DualInverse):
         inside = lower_solve(self.curvature.basis, precise(transpose(self.curvature.along(value))))
         squares = host(value.squared_norms())
         return 1.0 - host(rowwise_inner(transpose(inside), transpose(inside))) / np.where(squares > 0, squares, 1.0)
+
+
+def _cholesky(matrix: Array) -> Array | None:
+    """The lower factor; None of a matrix that is not positive."""
+    xp: Any = namespace(matrix)
+    if is_torch(matrix):
+        found, failed = xp.linalg.cholesky_ex(matrix)
+        return None if bool(failed) else found
+    try:
+        found = xp.linalg.cholesky(matrix)
+    except np.linalg.LinAlgError:
+        return None
+    return found if bool(xp.all(xp.isfinite(found))) else None  # JAX gives NaN
 
 
 class RowSpans(PrincipalRows):
