@@ -283,3 +283,17 @@ def test_a_query_whose_gradient_is_zero_scores_zero(model):
     made.fit(batches(17))
     scores = made.influences(XQ[:3], torch.zeros(3, dtype=torch.long), X, Y)
     assert torch.isfinite(scores).all() and scores.abs().max() < 1e-30
+
+
+def test_rounding_counts_where_damping_is_small(model, monkeypatch):
+    """In float32 the span of all gradients subtracts numbers that are far larger than their difference."""
+    monkeypatch.setattr(span, "LARGEST", ROWS * CLASSES)
+    small = model.float()
+    made = TorchComposableInfluence(
+        small, nn.CrossEntropyLoss(), method=hw.Cg(curvature="ggn"), blocks="full", damping=1e-2
+    ).fit([(X.float(), Y)])
+    every = made.curvature["full"].approximation.span(ROWS * CLASSES)
+    gradients = made.provider.grads(made.provider.as_batch(XQ.float(), YQ), query=True)["full"]
+    told = [solve_of(made.with_damping(d)).error(every.inverse(d), gradients)[0] for d in (1e-2, 1e-4)]
+    assert 0 < told[0] < 1e-3
+    assert told[1] > 10 * told[0]

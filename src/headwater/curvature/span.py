@@ -327,24 +327,38 @@ class SpanSolve(IterativeInverse):
     def error(self, inverse: DualInverse, value: BlockGradient) -> tuple[float, int]:
         """Of scores of these rows, relative to the roots of what both rows score on themselves; and products made.
 
-        On a few of them, those that reach furthest out of the span among them, and gradients of train rows.
+        On a few of them, those that reach furthest out of the span among them, with each other and with gradients of
+        train rows.
         """
-        if not isinstance(inverse, SpanInverse):
-            return 0.0, 0
         # A run asks twice about its first queries: to choose the sides, and as they go through theirs.
         last = self._last  # read once: another thread may put its own here
         if last is None or last[0] is not value.like or last[1] is not inverse:
-            last = self._last = value.like, inverse, self._error(inverse, value)
+            found = self._error(inverse, value) if isinstance(inverse, SpanInverse) else self._rounding(inverse, value)
+            last = self._last = value.like, inverse, found
         return last[2]
 
     def _error(self, inverse: SpanInverse, value: BlockGradient) -> tuple[float, int]:
         mine = self._missed(inverse, value.take(self._suspects(inverse, value)).flat())
         theirs = self._of_train_rows(inverse)
-        first = np.abs(host(mine.residual @ transpose(theirs.solution)))
-        second = np.outer(mine.length, theirs.length) / self.damping
-        scale = np.sqrt(np.outer(mine.own, theirs.own))
-        found = (first + second)[scale > 0] / scale[scale > 0]
-        return float(found.max(initial=0.0)), len(mine.own) + len(theirs.own)
+        error = max(self._between(mine, theirs), self._between(mine, mine))
+        return error, len(mine.own) + len(theirs.own)
+
+    def _between(self, one: _Missed, other: _Missed) -> float:
+        """The largest error of a score of one's vectors with the other's; see the module's text."""
+        first = np.abs(host(one.residual @ transpose(other.solution)))
+        second = np.outer(one.missed, other.missed) / self.damping
+        rounding = self._eps(one.solution) * np.outer(one.length, other.length) / self.damping
+        scale = np.sqrt(np.outer(one.own, other.own))
+        return float(((first + second + rounding)[scale > 0] / scale[scale > 0]).max(initial=0.0))
+
+    def _rounding(self, inverse: DualInverse, value: BlockGradient) -> tuple[float, int]:
+        """Of the span of all gradients: what is left is a difference of numbers of the size |v|^2 / damping."""
+        squares, own = host(value.squared_norms()), host(inverse.quadratic(value))
+        shares = squares[own > 0] / own[own > 0]
+        return self._eps(value.like) * float(shares.max(initial=0.0)) / self.damping, 0
+
+    def _eps(self, like: Array) -> float:
+        return float(namespace(like).finfo(like.dtype).eps)
 
     def _of_train_rows(self, inverse: SpanInverse) -> _Missed:
         if inverse not in self._probed:
@@ -360,15 +374,17 @@ class SpanSolve(IterativeInverse):
     def _missed(self, inverse: SpanInverse, vectors: Array) -> _Missed:
         solution = inverse.apply(vectors)
         residual = vectors - self.curvature.apply(solution) - solution * self.damping
-        return _Missed(solution, residual, host(row_norms(residual)), host(rowwise_inner(vectors, solution)))
+        own = host(rowwise_inner(vectors, solution))
+        return _Missed(solution, residual, host(row_norms(residual)), host(row_norms(vectors)), own)
 
 
 @dataclass(frozen=True, eq=False)
 class _Missed:
-    """Some vectors' solutions on a span [k, D], by what these miss [k, D], and how long that is [k]."""
+    """Some vectors' solutions on a span [k, D], by what these miss [k, D], how long that is, and the vectors, [k]."""
 
     solution: Array
     residual: Array
+    missed: np.ndarray
     length: np.ndarray
     own: np.ndarray
     """What the vectors score on themselves: [k]."""
