@@ -246,3 +246,9 @@ def test_options_of_inverses_are_refused(case, option):
     what, influence, query = case
     with pytest.raises(InvalidSetting, match="Scores of a trajectory have no"):
         influence.attribute((what.x, what.y), query, **option)
+
+
+def test_damping_is_refused_as_nothing_is_inverted(tmp_path):
+    model = recorded(training("mlp", adamw), tmp_path / "r")
+    with pytest.raises(InvalidSetting, match=r"damping is 0.1, and Unrolled inverts nothing"):
+        hw.Influence(model, "cross_entropy", hw.Unrolled(tmp_path / "r"), damping=0.1)

@@ -60,6 +60,11 @@ class Method(ABC, Generic[C]):
         return Relative(0.1)
 
     @property
+    def is_damped(self) -> bool:
+        """Whether damping means anything; where it does not, none is taken."""
+        return True
+
+    @property
     def predicts_removal(self) -> bool:
         """Whether score / n_train predicts the change of the query's loss when the row is removed."""
         return True

@@ -31,6 +31,10 @@ class TrajectoryMethod(GradDot):
         return open_record(self.record)
 
     @property
+    def is_damped(self) -> bool:
+        return False
+
+    @property
     def predicts_removal(self) -> bool:
         return True
 
