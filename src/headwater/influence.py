@@ -105,7 +105,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
             raise InvalidInput(f"method is {method!r}; expected settings such as hw.Ekfac() or hw.Direct().")
         if damping is not None and not method.is_damped:
             raise InvalidSetting(
-                f"damping is {damping!r}, and {type(method).__name__} inverts nothing: leave it out, or take hw.Ekfac()."
+                f"damping is {damping!r}, and {type(method).__name__} inverts nothing: leave it out."
             )
         self.method = method
         self.source = provider
