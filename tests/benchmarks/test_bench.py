@@ -100,6 +100,8 @@ def bench(modules, tmp_path, monkeypatch):
     return run.Bench(str(theirs / "python"), str(own / "python"), theirs, rounds=1, budget=9, limit=60, memory=12)
 
 
+# The bounds of a driver are set between fork and exec, which JAX warns of where another test has imported it.
+pytestmark = pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
 ITEMS = ["kronfluence.identity", "headwater.graddot"]
 
 

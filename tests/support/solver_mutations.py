@@ -402,8 +402,8 @@ def _without_the_last_batch(add: Any) -> Any:
 
 
 def _without_weights(drawn: Any) -> Any:
-    def wrong(self: products.RowDraws, piece: Any, with_draws: bool) -> Any:
-        return replace(drawn(self, piece, with_draws), weights=None)
+    def wrong(self: products.RowDraws, *arguments: Any, **options: Any) -> Any:
+        return replace(drawn(self, *arguments, **options), weights=None)
 
     return wrong
 
