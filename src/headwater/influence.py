@@ -104,9 +104,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         if not isinstance(method, Method):
             raise InvalidInput(f"method is {method!r}; expected settings such as hw.Ekfac() or hw.Direct().")
         if damping is not None and not method.is_damped:
-            raise InvalidSetting(
-                f"damping is {damping!r}, and {type(method).__name__} inverts nothing: leave it out."
-            )
+            raise InvalidSetting(f"damping is {damping!r}, and {type(method).__name__} inverts nothing: leave it out.")
         self.method = method
         self.source = provider
         self.provider = method.view(provider)
