@@ -67,7 +67,7 @@ from headwater.rows import Total
 
 FIRST, LARGEST = 768, 4096
 """Gradients of the first span that is tried, and of the largest there is."""
-STEEPNESS = 1.8
+STEEPNESS = 1.4
 """The error falls with the trace outside of the span to at least about this power (on digits, at 10 to 900 mean
 eigenvalues): a guess at how many gradients will do, after which the error is measured again."""
 PRECONDITIONER = 1024
@@ -243,12 +243,16 @@ class RowSpans(PrincipalRows):
         return self.span(min(PRECONDITIONER, self.count)).inverse(damping)
 
     def probes(self, size: int) -> BlockGradient:
-        """Gradients of length one outside of the span of `size`: the heaviest of them, and some at random."""
-        flat = self.norms.squares.reshape(-1)
+        """Gradients of length one outside of the span of `size`: the heaviest of them, and some at random.
+
+        At random not from the lightest, which together hold next to nothing (`COUNTED`).
+        """
+        flat, counted = self.norms.squares.reshape(-1), self.norms.heaviest(COUNTED)
         light = self.norms.heaviest(1.0)[size:]
         light = light[flat[light] > 0]
-        random = np.random.default_rng(0).permutation(len(light))[:PROBES]
-        chosen = np.unique(np.concatenate([light[:PROBES], light[random]]))
+        among = light[: max(len(counted) - size, PROBES)]
+        random = np.random.default_rng(0).permutation(len(among))[:PROBES]
+        chosen = np.unique(np.concatenate([light[:PROBES], among[random]]))
         held = SomePrincipalRows(self.curvature, self.rows, self.norms.held(chosen)).gradients_kept
         return held.weighted(1.0 / namespace(held.like).sqrt(held.squared_norms()))
 
@@ -327,8 +331,7 @@ class SpanSolve(IterativeInverse):
     def error(self, inverse: DualInverse, value: BlockGradient) -> tuple[float, int]:
         """Of scores of these rows, relative to the roots of what both rows score on themselves; and products made.
 
-        On a few of them, those that reach furthest out of the span among them, with each other and with gradients of
-        train rows.
+        On a few of them, those that reach furthest out of the span among them, and gradients of train rows.
         """
         # A run asks twice about its first queries: to choose the sides, and as they go through theirs.
         last = self._last  # read once: another thread may put its own here
@@ -340,8 +343,7 @@ class SpanSolve(IterativeInverse):
     def _error(self, inverse: SpanInverse, value: BlockGradient) -> tuple[float, int]:
         mine = self._missed(inverse, value.take(self._suspects(inverse, value)).flat())
         theirs = self._of_train_rows(inverse)
-        error = max(self._between(mine, theirs), self._between(mine, mine))
-        return error, len(mine.own) + len(theirs.own)
+        return self._between(mine, theirs), len(mine.own) + len(theirs.own)
 
     def _between(self, one: _Missed, other: _Missed) -> float:
         """The largest error of a score of one's vectors with the other's; see the module's text."""
