@@ -297,3 +297,30 @@ def test_rounding_counts_where_damping_is_small(model, monkeypatch):
     told = [solve_of(made.with_damping(d)).error(every.inverse(d), gradients)[0] for d in (1e-2, 1e-4)]
     assert 0 < told[0] < 1e-3
     assert told[1] > 10 * told[0]
+
+
+def test_spans_of_jax_give_the_scores_of_torch_within_the_tolerance(model):
+    jax = pytest.importorskip("jax")
+    from headwater.jax import JaxComposableInfluence, cross_entropy
+
+    weights = {name: jax.numpy.asarray(value.detach().numpy()) for name, value in model.named_parameters()}
+
+    def apply(w, x):
+        return jax.numpy.tanh(x @ w["0.weight"].T + w["0.bias"]) @ w["2.weight"].T + w["2.bias"]
+
+    made = JaxComposableInfluence(
+        apply, weights, cross_entropy, hw.Cg(curvature="ggn", tolerance=3e-2), blocks="full", damping=DAMPING
+    ).fit([(X.numpy(), Y.numpy())])
+    scores = np.asarray(made.attribute([(X.numpy(), Y.numpy())], [(XQ.numpy(), YQ.numpy())]).values)
+    expected, query, train = exact(model)
+    assert all(report.on_span for report in made.solves.values())
+    assert np.abs(scores - expected).max() <= 3e-2 * np.sqrt(np.outer(query, train)).max()
+
+
+def test_scores_in_a_folder_and_of_any_cut_of_the_queries_are_those_of_memory(model, tmp_path):
+    made = influence(model, 3e-2)
+    whole = made.attribute(batches(17), batches(7, XQ, YQ)).values
+    stored = made.attribute(batches(17), batches(7, XQ, YQ), store=tmp_path / "run").values
+    one_by_one = made.attribute(batches(17), batches(1, XQ, YQ)).values
+    np.testing.assert_allclose(stored, whole, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(one_by_one, whole, rtol=1e-9, atol=1e-9)

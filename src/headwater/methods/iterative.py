@@ -67,8 +67,9 @@ class PreconditionedMethod(ProductMethod[Preconditioned]):
     """A solver with a preconditioner: an operator near to the curvature, which is easy to invert."""
 
     preconditioner: Preconditioner | None = "auto"
-    """"dual" (the heaviest gradients of the outputs, inverted exactly through their Gram matrix), "ekfac", "kfac",
-    "nystroem" (rank 50), "diagonal" (Hutchinson's estimate), None, or "auto": dual for few outputs, else EKFAC."""
+    """"dual" (the heaviest gradients of the outputs, or their span, inverted exactly through a matrix over them),
+    "ekfac", "kfac", "nystroem" (rank 50), "diagonal" (Hutchinson's estimate), None, or "auto": dual for few outputs,
+    else EKFAC."""
     tolerance: float | None = None
     """Relative residual of each solve; None for the square root of eps (3e-4 in float32). Where no solve is needed: the
     error of a score, relative to the roots of what its two rows score on themselves."""
