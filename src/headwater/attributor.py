@@ -517,6 +517,7 @@ class Attributor(ComposableInfluence[TensorType]):
         sections: Sequence[Section] = (),
         self_influence: bool = True,
         verify: bool | None = None,
+        token_scores: bool | None = None,
         made: Mapping[str, object] | None = None,
         progress: bool = False,
     ) -> Path:
@@ -529,8 +530,10 @@ class Attributor(ComposableInfluence[TensorType]):
         (`headwater.report.Section`).
         self_influence: whether each train row's is computed too, in the pass that takes their losses: of a method that
         solves, a solve for each. verify: whether a dozen random pairs are computed again the slow plain way; None
-        where that is quick.
-        Errors: as `attribute` and `Scores.report`.
+        where that is quick. token_scores: whether each token of a language model's row has the colour of what it adds
+        to the score, beside the queries that are shown (`tokenizer=` makes tokens words again); None where that is
+        quick. Errors: as `attribute` and `Scores.report`; UnsupportedModel and InvalidSetting for token scores that
+        were asked for, where tokens have none.
         """
         from headwater.report.cases import TITLE, Known
         from headwater.run.report import described_by, report
@@ -542,7 +545,7 @@ class Attributor(ComposableInfluence[TensorType]):
             rows, queries, k, title or TITLE, lead, groups, predictions, checks=checks, made=made, sections=sections
         )
         options: dict[str, Any] = {"self_influence": self_influence, "verified": verify, "progress": progress}
-        options |= {"explain": explain, "own_labels": own, "normalise": normalise}
+        options |= {"explain": explain, "own_labels": own, "normalise": normalise, "token_scores": token_scores}
         with located():
             train, query = self._scored(train_loader), self.query_rows(query_loader)
             return report(self, train, query, path, known, scores=scores, **options)

@@ -130,6 +130,10 @@ class HfGradientProvider(TorchGradientProvider):
 
     # Batches ------------------------------------------------------------------------------------------------------
 
+    def canonical(self, batch: TorchBatch) -> TorchBatch:
+        """The batch as the model takes it: each row begins at its first token, on the model's device."""
+        return self._ready(batch)
+
     def _made_ready(self, batch: TorchBatch) -> TorchBatch:
         x = batch.x
         if isinstance(x, Mapping) or len(shape_of(x) or ()) == 2:

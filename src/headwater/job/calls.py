@@ -181,6 +181,7 @@ class Call:
                 k=settings.k,
                 title=settings.title,
                 lead=settings.lead,
+                token_scores=settings.token_scores,
                 predictions=setup.predictions,
                 scores=scores,
                 checks=[] if judged is None else [judged.lds],

@@ -109,9 +109,13 @@ class ReportSettings:
     """What stands below it."""
     k: int = 5
     """Rows at each end of a query's ranking."""
+    token_scores: bool | None = None
+    """Whether the tokens of a language model's rows are coloured by what they add; None where that is quick."""
 
     def __post_init__(self) -> None:
         check_whole("k", self.k, 1)
+        if self.token_scores is not None and not isinstance(self.token_scores, bool):
+            raise InvalidSetting(f"token_scores is {self.token_scores!r}; expected true or false.")
         for name, given in (("file", self.file), ("title", self.title or "-")):
             if not isinstance(given, str) or not given:
                 raise InvalidSetting(f"{name} is {given!r}; expected text.")

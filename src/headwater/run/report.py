@@ -7,8 +7,8 @@ and what they look like where nobody says. Rows are matched by what they are cal
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,13 @@ from headwater.arrays import Numbered, is_array, is_frame, to_numpy
 from headwater.errors import InvalidInput, InvalidSetting, UnsupportedModel
 from headwater.evaluate.verification import Verification
 from headwater.influence import ComposableInfluence
+from headwater.loaders.texts import Text
 from headwater.report import Card, Known, Suspects, write
+from headwater.report.colours import TokenScores
 from headwater.rows import Each, PlacedBatch, Rows
 from headwater.run.attribute import attribute
 from headwater.run.rows import sweep_rows
+from headwater.run.tokens import token_scores as scores_of_tokens
 from headwater.run.verify import ROW, verify
 from headwater.status import BlockStatus, status_of
 from headwater.store.scores import Scores
@@ -48,6 +51,7 @@ def report(
     explain: str = "label",
     own_labels: bool = False,
     normalise: str | None = None,
+    token_scores: bool | None = None,
     progress: bool = False,
 ) -> Path:
     """See `Attributor.report`."""
@@ -75,8 +79,16 @@ def report(
         copies=_copies(seen.keys),
         leaks=_leaks(seen.keys, asked.keys, scores.query_ids),
     )
+    tokens = TokenScores(seen.pieces, asked.pieces)
+    if token_scores and seen.tokens is None:
+        raise InvalidSetting("token_scores=True needs rows that are texts: a language model's, with tokenizer=.")
+    if token_scores is not False and seen.tokens is not None:
+        wanted: dict[str, Any] = {"k": known.k, "explain": explain, "wanted": token_scores, "progress": progress}
+        values = scores_of_tokens(influence, train, query, scores, seen.tokens, seen.text, **wanted)
+        tokens = replace(tokens, values=values)
     found = replace(
         known,
+        tokens=tokens,
         rows=seen.card if known.rows is None and not scores.train_columns else known.rows,
         queries=asked.card if known.queries is None and not scores.query_columns else known.queries,
         suspects=suspects,
@@ -90,13 +102,23 @@ def report(
 
 
 def described_by(loader: Any) -> Any:
-    """What was given for rows, where it says by itself what they are: data frames, data sets of dicts. Else None."""
+    """What was given for rows, where it says by itself what they are: data frames, texts, data sets of dicts."""
     if isinstance(loader, tuple) and len(loader) == 2 and is_frame(loader[0]):
         return loader[0] if isinstance(loader[1], str) else loader
     if is_frame(loader):
         return loader
+    if isinstance(loader, tuple) and len(loader) == 2 and _are_texts(loader[0]) and not isinstance(loader[1], str):
+        return {"text": loader[0], "label": loader[1]} if is_array(loader[1]) or _is_list(loader[1]) else None
     numbered = isinstance(loader, Numbered) and not is_array(loader) and len(loader) > 0
     return loader if numbered and isinstance(loader[0], Mapping) else None
+
+
+def _are_texts(held: Any) -> bool:
+    return (is_array(held) or _is_list(held)) and len(held) > 0 and isinstance(held[0], str)
+
+
+def _is_list(held: Any) -> bool:
+    return isinstance(held, (list, tuple))
 
 
 def _check_same(influence: ComposableInfluence, scores: Scores) -> None:
@@ -130,6 +152,8 @@ class _Piece:
     y: np.ndarray | None
     said: np.ndarray | None
     """What the model predicts, as labels."""
+    tokens: Sequence[np.ndarray] | None
+    """Of each row, where rows are texts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +166,12 @@ class _Seen:
     x: np.ndarray | None
     y: np.ndarray | None
     said: np.ndarray | None
+    tokens: Mapping[int, np.ndarray] | None
+    """Of each row, by its place."""
+    read: Callable[[np.ndarray], Text]
     places: Mapping[Any, int]
+    texts: dict[int, Text] = field(default_factory=dict)
+    """Those that were read."""
 
     @classmethod
     def of(
@@ -156,7 +185,7 @@ class _Seen:
     ) -> _Seen:
         places = {name: place for place, name in enumerate(ids.tolist())}
         if isinstance(rows, Rows) and rows.is_kept:  # gradients alone
-            return cls(None, None, None, None, None, None, places)
+            return cls(None, None, None, None, None, None, None, influence.text_of, places)
         role = "query" if what.startswith("query") else "train"
         visitor = Each[PlacedBatch, _Piece](look)
         pieces = sweep_rows(influence.provider, rows, visitor, what, progress, role)
@@ -171,8 +200,21 @@ class _Seen:
             x=_joined([piece.x for piece in pieces], chosen, count),
             y=_joined([piece.y for piece in pieces], chosen, count),
             said=_joined([piece.said for piece in pieces], chosen, count),
+            tokens=_tokens(pieces, places),
+            read=influence.text_of,
             places=places,
         )
+
+    def text(self, place: int) -> Text:
+        assert self.tokens is not None
+        if place not in self.texts:
+            self.texts[place] = self.read(self.tokens[place])
+        return self.texts[place]
+
+    @property
+    def pieces(self) -> Callable[[int], Sequence[str]] | None:
+        """Of a row's text, by its place; None where rows are no texts."""
+        return None if self.tokens is None else lambda place: self.text(place).pieces
 
     def card(self, name: Any) -> Card | None:
         """What the row looks like, of its id."""
@@ -195,11 +237,23 @@ def _joined(parts: Sequence[np.ndarray | None], chosen: np.ndarray, count: int) 
     return found
 
 
+def _tokens(pieces: Sequence[_Piece], places: Mapping[Any, int]) -> dict[int, np.ndarray] | None:
+    """By the rows' places; None where a part is missing, as in `_joined`."""
+    found: dict[int, np.ndarray] = {}
+    for piece in pieces:
+        if piece.tokens is None:
+            return None
+        named = zip(piece.names.tolist(), piece.tokens, strict=True)
+        found |= {places[name]: tokens for name, tokens in named if name in places}
+    return found if len(found) == len(places) else None
+
+
 class _Look:
     """What is asked of each piece of a pass; what it looks like only as long as there is room."""
 
     def __init__(self, influence: ComposableInfluence, itself: bool, look: bool, predict: bool):
         self.influence, self.itself, self.predict, self.room = influence, itself, predict, KEPT if look else 0
+        self.texts = KEPT
 
     def __call__(self, piece: PlacedBatch) -> _Piece:
         provider, x = self.influence.provider, self._shown(piece.batch.x)
@@ -212,7 +266,13 @@ class _Look:
             x=x,
             y=self._labels(piece.batch.y),
             said=self._predicted(piece),
+            tokens=self._tokens(piece),
         )
+
+    def _tokens(self, piece: PlacedBatch) -> Sequence[np.ndarray] | None:
+        found = self.influence.tokens_of(piece.batch)
+        self.texts -= sum(tokens.nbytes for tokens in found or ())
+        return found if self.texts >= 0 else None
 
     def _losses(self, piece: PlacedBatch) -> np.ndarray | None:
         try:
