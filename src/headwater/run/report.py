@@ -63,7 +63,7 @@ def report(
         unit = "removal" if influence.method.predicts_removal and normalise is None else "influence"
         asked_for: dict[str, Any] = {"unit": unit, "by_block": False, "explain": explain, "normalise": normalise}
         scores = attribute(influence, train, query, **asked_for, progress=progress)
-    look = _Look(influence, self_influence, known.rows is None, False)
+    look = _Look(influence, self_influence, known.rows is None, True)
     seen = _Seen.of(influence, train, scores.train_ids, "own losses", look, progress)
     asked_look = _Look(influence, False, known.queries is None, own_labels)
     asked = _Seen.of(influence, query, scores.query_ids, "query losses", asked_look, progress)
@@ -76,6 +76,7 @@ def report(
     suspects = Suspects(
         self_influence=seen.itself if given.self_influence is None else given.self_influence,
         losses=seen.losses if given.losses is None else given.losses,
+        disagrees=None if seen.said is None or seen.y is None else seen.said != seen.y,
         copies=_copies(seen.keys),
         leaks=_leaks(seen.keys, asked.keys, scores.query_ids),
     )
@@ -281,7 +282,7 @@ class _Look:
             return None
 
     def _predicted(self, piece: PlacedBatch) -> np.ndarray | None:
-        """Where the rows are shown with the loader's own labels, which these can be compared with."""
+        """Where rows have labels of their own, which these can be compared with."""
         if not self.predict or self._labels(piece.batch.y) is None:
             return None
         try:
