@@ -212,7 +212,7 @@ def test_rows_with_high_self_influence_and_loss_are_suspicious(tmp_path):
     text = written(make(), tmp_path, self_influence=itself, losses=losses)
     listed = re.search(r"Labels that may be wrong.*?</ol>", text, re.S)[0]
     assert re.findall(r'class="id" dir="auto">(\d+)<', listed) == ["7"]
-    assert "over 35 times the median row" in text and ": 1 row of 40." in text
+    assert "more than 35 times the median row" in text and f": 1 row of {ROWS}." in text
     assert "own loss" in text and "Suspicious" in text
     assert "Suspicious" not in written(make(), tmp_path)
 
