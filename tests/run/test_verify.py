@@ -34,6 +34,7 @@ RIGHT = [
     hw.Direct(curvature="fisher", fisher="sampled", seed=3),
     hw.Ekfac(),
     hw.Ekfac(rank=2, fisher="sampled"),
+    hw.Ekfac(fisher="empirical"),
     hw.Kfac(damping_form="factored"),
     hw.Cg(),
     hw.Dual(),
@@ -91,6 +92,24 @@ def test_right_methods_pass_every_check(method, dtype):
     assert found.passed, str(found)
     assert all(found[name].figure is not None for name in (GRADIENTS, PLAIN, REFIT, SIZES, ORDER))
     assert found.largest_error <= (1e-8 if dtype is torch.float64 else 1e-3)
+
+
+@pytest.mark.parametrize("fisher", ["auto", "sampled", "empirical"])
+def test_ekfac_in_float32_is_that_of_float64_near_a_minimum_that_fits_every_row(fisher):
+    """More units than rows, and labels learned by heart: curvature of all sizes, down to none."""
+    torch.manual_seed(0)
+    x, y = torch.randn(28, 12), torch.randint(0, 5, (28,))
+    model = nn.Sequential(nn.Linear(12, 40), nn.ReLU(), nn.Linear(40, 5))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(30):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x[:24]), y[:24]).backward()
+        optimizer.step()
+    train, query = [(x[:24], y[:24])], [(x[24:], y[24:])]
+    method = hw.Ekfac(fisher=fisher)
+    influence = TorchComposableInfluence(model, nn.CrossEntropyLoss(), method, damping=hw.relative(0.001)).fit(train)
+    found = influence.verify(train, query, rows=3, queries=2)
+    assert found.passed and found[REFIT].figure < 1e-3, str(found)
 
 
 @pytest.mark.parametrize("method", [hw.Direct(), hw.Cg(), hw.Dual(), hw.Direct(curvature="empirical_fisher")])

@@ -407,11 +407,15 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         self, batch: TorchBatch, fisher: Fisher, *, draws: range = range(1), seed: int = 0
     ) -> list[BlockGradients]:
         batch = self._prepare(batch)
-        if fisher == "empirical" and self._plain is not None:
-            return [self.grads(batch, weighted=False)]
+        # Kronecker factors need layer inputs, which plain rows lack: a part of the rows shows that the layers' values
+        # are right.
+        few = slice(0, max(1, len(batch) // 4))  # each row costs a backward pass for every draw
         if fisher == "empirical":  # the loss's own gradients, whatever the model's output is
             found = self._trusted(batch, lambda: self._of_loss(batch, self.loss))
-            return self._blocks(found, len(batch), None)
+            own = self._blocks(found, len(batch), None)
+            if self._plain is None or is_the_same(self.grads(batch.take(few), weighted=False), own[0], few):
+                return own
+            return [self.grads(batch, weighted=False)]
 
         def choose(rows: TorchBatch, output: object) -> list[torch.Tensor]:
             # Only where a label is drawn: keys are made of the rows' content, on the host.
@@ -423,9 +427,6 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         assert grads is not None
         if self._plain is None:
             return grads
-        # Kronecker factors need layer inputs, which plain rows lack: a part of the rows shows that the layers' values
-        # are right.
-        few = slice(0, max(1, len(batch) // 4))  # each row costs a backward pass for every draw
         alone = self._by_row(rows_of(batch.take(few)), choose) or []
         if all(is_the_same(plain, layered, few) for plain, layered in zip(alone, grads, strict=True)):
             return grads
