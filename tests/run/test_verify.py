@@ -131,6 +131,18 @@ def test_the_distance_of_an_approximation_is_that_of_the_dense_matrices():
     assert 0.01 < approximation.relative_error < 1
 
 
+def test_a_distance_fails_nothing_and_a_ranking_is_judged_in_words():
+    found = verified(hw.Ekfac())
+    distance, ranks = (found[name] for name in EXACT[:2])
+    assert distance.allowed is None and "no size fails" in distance.verdict
+    assert "ranks rows" in ranks.verdict and "alike from 0.9, differently below 0.6" in ranks.verdict
+    scores = np.arange(12.0).reshape(1, 12)
+    for exact, said in ((scores * 3, "alike"), (scores[:, [1, 3, 0, 2, 7, 4, 6, 5, 10, 8, 11, 9]], "alike")):
+        assert home.Approximation("", scores, exact, np.zeros(12, int), False).in_words.endswith(said)
+    backwards = home.Approximation("", scores, -scores, np.zeros(12, int), False)
+    assert backwards.in_words == "ranks rows differently"
+
+
 def test_large_blocks_are_compared_by_conjugate_gradients_and_give_the_same(monkeypatch):
     influence, train, query = fitted(hw.Ekfac(), torch.float64)
     dense = verified(hw.Ekfac(), torch.float64)
