@@ -36,6 +36,7 @@ from headwater.gradients.identity import identity_of
 from headwater.gradients.provider import BlockGradients, Fisher, StructuredGradientProvider
 from headwater.loaders.batches import Unpack, check_loader, check_one, paired
 from headwater.loaders.forms import Form
+from headwater.loaders.frames import as_pandas
 from headwater.loaders.keys import LoadersSeen, RowMemory
 from headwater.loaders.places import RAW, located
 from headwater.loaders.texts import Text
@@ -175,7 +176,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
     def _read_as(self, loader: Iterable[object], role: str) -> Iterable[object]:
         """What a user gave for rows, as it is read: as batches, in the framework's way. Errors: InvalidInput."""
-        return self.as_loader(loader if isinstance(loader, Rows) else self.as_batches(loader, role))
+        return self.as_loader(loader if isinstance(loader, Rows) else self.as_batches(as_pandas(loader), role))
 
     def as_batches(self, held: Any, role: str) -> Iterable[object]:
         """What a user gave for rows, as batches. Errors: InvalidInput."""
@@ -647,6 +648,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
     def _batch(self, x: object, y: object, what: str) -> Any:
         try:
+            x, y = as_pandas(x), as_pandas(y)
             return paired(self.provider, x, y) or self.provider.as_batch(x, y)
         except (BatchMismatch, InvalidInput) as error:
             raise type(error)(f"{what}: {error}") from error

@@ -96,6 +96,7 @@ class Call:
         many = job.top.k if k is None else k
         if self._has_deleted():
             return Scores.open(job.scores).top(many)
+        self._check_none_comes_back()
         setup = self._loaded_with_queries()
         with self._working():
             influence = self._damped(setup, self._fitted(setup))
@@ -277,6 +278,16 @@ class Call:
         known = read_record(self.job.store)
         return known is not None and "delete" in known.verbs and self.job.scores.is_dir()
 
+    def _check_none_comes_back(self) -> None:
+        """Errors: InvalidSetting for scores at a new damping, where rows were taken out at the others."""
+        known = read_record(self.job.store)
+        if known is not None and "delete" in known.verbs and not self.job.scores.is_dir():
+            raise InvalidSetting(
+                f"Rows were deleted from the scores in {self.job.store}, but the fitted loader still has them: "
+                f"scoring at another damping, in {self.job.scores.name}, would bring them back. Take them out of the "
+                "loader, and fit and score in another --store; or score at all dampings before rows are deleted."
+            )
+
     def _check_all_rows(self) -> None:
         """Errors: InvalidSetting where rows were taken out: `retrain` counts those of the loader."""
         if self._has_deleted():
@@ -316,6 +327,7 @@ class Call:
         return setup.influence.load(saved)
 
     def _scores(self, setup: Setup, influence: Attributor, append: bool = False) -> Scores:
+        self._check_none_comes_back()
         with self._recorded("score") as found:
             scores = influence.attribute(
                 setup.train,

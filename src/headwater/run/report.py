@@ -18,6 +18,7 @@ from headwater.arrays import Numbered, is_array, is_frame, to_numpy
 from headwater.errors import InvalidInput, InvalidSetting, UnsupportedModel
 from headwater.evaluate.verification import Verification
 from headwater.influence import ComposableInfluence
+from headwater.loaders.frames import as_pandas
 from headwater.loaders.texts import Text
 from headwater.report import Card, Known, Suspects, write
 from headwater.report.colours import TokenScores
@@ -104,6 +105,7 @@ def report(
 
 def described_by(loader: Any) -> Any:
     """What was given for rows, where it says by itself what they are: data frames, texts, data sets of dicts."""
+    loader = as_pandas(loader)
     if isinstance(loader, tuple) and len(loader) == 2 and is_frame(loader[0]):
         return loader[0] if isinstance(loader[1], str) else loader
     if is_frame(loader):
