@@ -153,3 +153,9 @@ def as_ids(given: Iterable[Any], what: str) -> np.ndarray:
     if any(whole) or ("str" in kinds and len(kinds) > 1):
         raise InvalidInput(f"{what} has labels of several kinds: {', '.join(sorted(kinds))}. Make words of them all.")
     return np.array([str(label) for label in found])
+
+
+def missing_column(name: str) -> str:
+    """What is said of a batch without x, or without y."""
+    said = f"{name} is None; a batch needs inputs and targets."
+    return f"{said} Query rows need no targets with explain='prediction'." if name == "y" else said

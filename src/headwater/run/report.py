@@ -51,6 +51,7 @@ def report(
     verified: bool | None = None,
     explain: str = "label",
     own_labels: bool = False,
+    query_labels: bool = True,
     normalise: str | None = None,
     token_scores: bool | None = None,
     progress: bool = False,
@@ -66,7 +67,7 @@ def report(
         scores = attribute(influence, train, query, **asked_for, progress=progress)
     look = _Look(influence, self_influence, known.rows is None, True)
     seen = _Seen.of(influence, train, scores.train_ids, "own losses", look, progress)
-    asked_look = _Look(influence, False, known.queries is None, own_labels)
+    asked_look = _Look(influence, False, known.queries is None, own_labels or not query_labels, query_labels)
     asked = _Seen.of(influence, query, scores.query_ids, "query losses", asked_look, progress)
     checks = list(known.checks)
     if verified is None:
@@ -106,6 +107,10 @@ def report(
 def described_by(loader: Any) -> Any:
     """What was given for rows, where it says by itself what they are: data frames, texts, data sets of dicts."""
     loader = as_pandas(loader)
+    if isinstance(loader, tuple) and len(loader) == 2 and loader[1] is None:
+        loader = loader[0]
+    if isinstance(loader, list) and _are_texts(loader):
+        return {"text": loader}
     if isinstance(loader, tuple) and len(loader) == 2 and is_frame(loader[0]):
         return loader[0] if isinstance(loader[1], str) else loader
     if is_frame(loader):
@@ -254,9 +259,9 @@ def _tokens(pieces: Sequence[_Piece], places: Mapping[Any, int]) -> dict[int, np
 class _Look:
     """What is asked of each piece of a pass; what it looks like only as long as there is room."""
 
-    def __init__(self, influence: ComposableInfluence, itself: bool, look: bool, predict: bool):
+    def __init__(self, influence: ComposableInfluence, itself: bool, look: bool, predict: bool, labelled: bool = True):
         self.influence, self.itself, self.predict, self.room = influence, itself, predict, KEPT if look else 0
-        self.texts = KEPT
+        self.texts, self.labelled = KEPT, labelled
 
     def __call__(self, piece: PlacedBatch) -> _Piece:
         provider, x = self.influence.provider, self._shown(piece.batch.x)
@@ -267,7 +272,7 @@ class _Look:
             keys=None if piece.keys is None else piece.keys.content,
             itself=None if itself is None else to_numpy(itself).astype(np.float64),
             x=x,
-            y=self._labels(piece.batch.y),
+            y=self._labels(piece.batch.y) if self.labelled else None,
             said=self._predicted(piece),
             tokens=self._tokens(piece),
         )
@@ -278,6 +283,8 @@ class _Look:
         return found if self.texts >= 0 else None
 
     def _losses(self, piece: PlacedBatch) -> np.ndarray | None:
+        if not self.labelled:  # of a label that stands in for none
+            return None
         try:
             return to_numpy(self.influence.provider.losses(piece.batch)).astype(np.float64)
         except UnsupportedModel:  # the page says nothing of losses then

@@ -48,7 +48,7 @@ from headwater.gradients.provider import (
 )
 from headwater.gradients.rowwise import differing
 from headwater.gradients.together import Together
-from headwater.loaders.frames import in_numbers
+from headwater.loaders.frames import in_numbers, missing_column
 from headwater.random import row_keys, row_numbers
 from headwater.torch.batch import TorchBatch, as_tensor, differentiable_input
 from headwater.torch.capture import Recording, detached_state, own_leaves, record, run, summed_products
@@ -340,7 +340,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         if not isinstance(batch, TorchBatch):
             batch = TorchBatch(batch.x, batch.y, batch.weights, batch.ids)
         if batch.x is None or batch.y is None:
-            raise InvalidInput(f"{'x' if batch.x is None else 'y'} is None; a batch needs inputs and targets.")
+            raise InvalidInput(missing_column("x" if batch.x is None else "y"))
         if len(batch) == 0:
             raise BatchMismatch("The batch has no rows.")
         batch = batch.to(self.device)
