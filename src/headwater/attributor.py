@@ -11,10 +11,10 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
+from headwater.arrays import as_pandas
 from headwater.errors import InvalidInput, InvalidSetting
 from headwater.influence import ComposableInfluence, in_own_precision
 from headwater.loaders.batches import check_one
-from headwater.loaders.frames import as_pandas
 from headwater.loaders.places import located
 from headwater.loaders.unlabelled import has_no_labels, repeated, with_stand_ins
 from headwater.methods.damping import Damping

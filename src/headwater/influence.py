@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
-from headwater.arrays import Array, namespace, summed
+from headwater.arrays import Array, as_pandas, namespace, summed
 from headwater.errors import (
     BatchMismatch,
     BlockMismatch,
@@ -36,7 +36,6 @@ from headwater.gradients.identity import identity_of
 from headwater.gradients.provider import BlockGradients, Fisher, StructuredGradientProvider
 from headwater.loaders.batches import Unpack, check_loader, check_one, paired
 from headwater.loaders.forms import Form
-from headwater.loaders.frames import as_pandas
 from headwater.loaders.keys import LoadersSeen, RowMemory
 from headwater.loaders.places import RAW, located
 from headwater.loaders.texts import Text

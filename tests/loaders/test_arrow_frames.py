@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import headwater as hw
+from headwater import arrays
 from headwater.errors import InvalidInput, MissingExtra
-from headwater.loaders import frames
 
 arrow, pandas = pytest.importorskip("pyarrow"), pytest.importorskip("pandas")
 sklearn = pytest.importorskip("sklearn.linear_model")
@@ -87,6 +87,6 @@ def test_without_pyarrow_the_extra_is_named(monkeypatch):
     def missing(name):
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-    monkeypatch.setattr(frames, "import_module", missing)
+    monkeypatch.setattr(arrays, "import_module", missing)
     with pytest.raises(MissingExtra, match=r"pyarrow.*headwater\[tables\]"):
-        frames.as_pandas(kinds(frame())["foreign"])
+        arrays.as_pandas(kinds(frame())["foreign"])

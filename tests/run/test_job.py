@@ -166,7 +166,13 @@ def test_top_fits_and_scores_first_and_prints_both_ends(job, capsys):
 def test_settings_versions_command_and_times_are_beside_the_results(job, capsys):
     run("score", job, "--quiet", capsys=capsys)
     found = json.loads((job.parent / "found" / "job.json").read_text())
-    assert found["settings"]["score"] == {"unit": "removal", "normalise": None, "by_block": False, "memory": None}
+    assert found["settings"]["score"] == {
+        "unit": "removal",
+        "normalise": None,
+        "explain": "label",
+        "by_block": False,
+        "memory": None,
+    }
     assert found["settings"]["top"] == {"k": 3} and found["versions"]["headwater"] == headwater.__version__
     assert found["verbs"]["score"]["command"] == f"headwater score {job} --quiet"
     assert (

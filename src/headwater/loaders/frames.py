@@ -1,6 +1,6 @@
 """Data frames and their columns, as pandas has them: their numbers, and their index as the rows' ids.
 
-pandas is not imported for its own: a frame brings its own methods. Frames of other libraries become pandas'.
+pandas is not imported: a frame brings its own methods. Frames of other libraries are made pandas' before (`as_pandas`).
 
     index            what the rows are called
     0, 1, ..., n-1   nothing: their positions in the loader (a RangeIndex, as pandas gives by itself)
@@ -12,33 +12,12 @@ pandas is not imported for its own: a frame brings its own methods. Frames of ot
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from importlib import import_module
 from typing import Any
 
 import numpy as np
 
 from headwater.arrays import is_frame
-from headwater.errors import BatchMismatch, InvalidInput, MissingExtra
-
-ARROW = "__arrow_c_stream__"
-"""What frames of other libraries (polars, pyarrow, DuckDB) have, and columns of them: Arrow's PyCapsule interface."""
-
-
-def as_pandas(value: Any) -> Any:
-    """Frames and columns of other libraries as pandas has them, by Arrow; a tuple by its parts; all else as it is.
-
-    Their rows have no index: they are called by their positions. Errors: MissingExtra without pandas and pyarrow.
-    """
-    if type(value) is tuple:
-        return tuple(as_pandas(part) for part in value)
-    if is_frame(value) or not hasattr(value, ARROW):
-        return value
-    try:
-        arrow, _ = import_module("pyarrow"), import_module("pandas")
-    except ImportError as error:
-        raise MissingExtra(str(error.name), "tables") from None
-    return (arrow.table(value) if hasattr(value, "columns") else arrow.chunked_array(value)).to_pandas()
-
+from headwater.errors import BatchMismatch, InvalidInput
 
 POSITIONS = "reset_index(drop=True) on x and y names them by their positions."
 

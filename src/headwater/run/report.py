@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from headwater.arrays import Numbered, is_array, is_frame, to_numpy
+from headwater.arrays import Numbered, as_pandas, is_array, is_frame, to_numpy
 from headwater.errors import InvalidInput, InvalidSetting, UnsupportedModel
 from headwater.evaluate.verification import Verification
 from headwater.influence import ComposableInfluence
-from headwater.loaders.frames import as_pandas
 from headwater.loaders.texts import Text
 from headwater.report import Card, Known, Suspects, write
 from headwater.report.colours import TokenScores

@@ -21,9 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from headwater.arrays import Numbered, described, is_array, is_frame, to_numpy
+from headwater.arrays import Numbered, as_pandas, described, is_array, is_frame, to_numpy
 from headwater.errors import InvalidInput
-from headwater.loaders.frames import as_pandas
 
 SCALARS = (bool, int, float, str, np.generic, datetime.date, datetime.timedelta)
 LABEL, TEXT, VALUE = "label", "text", "value"
