@@ -237,7 +237,7 @@ def read_scores(folder: PathLike, *, helps: bool) -> Floats:
         raise InvalidInput(
             f"{Path(folder) / INFO} has scores of {sorted(set(scores))}; known are {', '.join(READABLE)}."
         )
-    kind = np.dtype({key: layout[key] for key in ("names", "formats", "offsets", "itemsize")})
+    kind = _record({key: layout[key] for key in ("names", "formats", "offsets", "itemsize")})
     if not file.exists():
         raise NotSaved(f"{folder} holds no scores: there is no {BINARY} in it.")
     if file.stat().st_size != rows * kind.itemsize:
@@ -264,10 +264,15 @@ def write_scores(folder: PathLike, scores: ArrayLike) -> None:
     # As its writer lays them out: a score and whether it was written take eight bytes together.
     offsets = [place for query in range(queries) for place in (8 * query, 8 * query + 4)]
     layout = {"names": names, "formats": ["float32", "bool"] * queries, "offsets": offsets, "itemsize": 8 * queries}
-    table = np.zeros(rows, dtype=np.dtype(layout))  # type: ignore[call-overload]
+    table: NDArray[Any] = np.zeros(rows, dtype=_record(layout))
     for query in range(queries):
         table[f"score_{query}"], table[f"written_{query}"] = -given[query], True
     target.mkdir(parents=True, exist_ok=True)
     table.tofile(target / BINARY)
     info = {"num_items": rows, "num_scores": queries, "dtype": layout}
     (target / INFO).write_text(json.dumps(info, indent=2), encoding="utf-8")
+
+
+def _record(layout: Any) -> np.dtype[Any]:
+    """A train row's scores, as `info.json` has it: names, formats, offsets, itemsize."""
+    return np.dtype(layout)
