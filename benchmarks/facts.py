@@ -56,6 +56,7 @@ from headwater.evaluate import (
     reciprocal_ranks,
     similarity,
 )
+from headwater.evaluate.retrieval import in_top
 from headwater.tables import table
 
 TAUGHT, ASKED, CHOOSING = 56, 24, 8
@@ -396,12 +397,17 @@ def best(scores: Mapping[str, Floats], relevant: NDArray[np.bool_]) -> str:
 
 
 def first_rows(scores: Floats, facts: Facts, asked: NDArray[np.int64]) -> dict[str, float]:
-    """What kind of row comes first, as shares of the queries; "others" are about something else."""
-    shares = {}
-    top = scores.argmax(1)[:, None]
-    for kind in ("fact", "rumour", "decoy", "echo"):
-        shares[kind] = float(np.take_along_axis(facts.of_kind(kind)[asked], top, 1).mean())
+    """What kind of row comes first, as shares of the queries, ties shared out; "others" are about something else."""
+    first = in_top(scores, 1)
+    kinds = ("fact", "rumour", "decoy", "echo")
+    shares = {kind: float((first * facts.of_kind(kind)[asked]).sum(1).mean()) for kind in kinds}
     return shares | {"others": 1.0 - sum(shares.values())}
+
+
+def mrr_without(kind: str, scores: Floats, facts: Facts, asked: NDArray[np.int64]) -> Interval:
+    """The MRR where the rows of a kind about what is asked come last."""
+    last = facts.of_kind(kind)[asked]
+    return mrr(np.where(last, scores.min() - 1.0, scores), facts.relevant[asked], level=LEVEL)
 
 
 # The run --------------------------------------------------------------------------------------------------------------
@@ -450,17 +456,17 @@ class Run:
 
     def scores(self) -> tuple[dict[str, Floats], dict[str, Floats]]:
         """By name: those of our methods, those of the baselines."""
-        ours = {name: self._kept(name, partial(self._score, method)) for name, method in OURS.items()}
+        ours = {name: self._kept(name, partial(self._score, name, method)) for name, method in OURS.items()}
         return ours, baseline_scores(self.facts, self.models[-1], *self.data)
 
-    def _score(self, ours: Ours) -> Floats:
+    def _score(self, name: str, ours: Ours) -> Floats:
         start = time.process_time()
         key = replace(ours, normalise=None, damping=None)
         if key not in self._fitted:
-            self._fitted.clear()  # of one method at a time
+            self._fitted.clear()  # one method's at a time
             self._fitted[key] = fitted(key, self.models, self.data[0])
         scores = influence_scores(ours, self._fitted[key], *self.data)
-        self.said(f"{ours}: {time.process_time() - start:.0f} CPU s")
+        self.said(f"{name}: {time.process_time() - start:.0f} CPU s")
         return scores
 
     def losses_without(self, name: str, rows: Sequence[int]) -> Floats:
@@ -479,80 +485,57 @@ class Run:
         return np.load(file, allow_pickle=False)
 
 
+HEAD = ("ranked by", "MRR", "recall@1", "recall@5", "recall@10", "MRR without rumours")
+KINDS = ("first: fact", "rumour", "decoy", "echo", "others")
+
+
 def report(run: Run, choosing: int = CHOOSING) -> str:
     """How well the model answers, and how well each ranking finds the facts."""
-    train, queries = run.data
+    (train, queries), relevant = run.data, run.facts.relevant
     right, _ = answered(run.models[-1], queries)
-    people = sorted({query.person for query in run.facts.queries})
-    chooses = np.array([query.person in people[:choosing] for query in run.facts.queries])
-    judges, choosers = np.flatnonzero(right & ~chooses), np.flatnonzero(right & chooses)
-    relevant = run.facts.relevant
+    people = np.array([query.person for query in run.facts.queries])
+    chooses = np.isin(people, np.unique(people)[:choosing])
+    choosers, judges = np.flatnonzero(right & chooses), np.flatnonzero(right & ~chooses)
     ours, baselines = run.scores()
     chosen, rival = (
         best({name: scores[choosers] for name, scores in group.items()}, relevant[choosers])
         for group in (ours, baselines)
     )
-    lines = [
-        [
-            "ranked by",
-            "MRR",
-            "recall@1",
-            "recall@5",
-            "recall@10",
-            "fact first",
-            "rumour",
-            "decoy",
-            "echo",
-            "others",
-            "ahead",
-        ]
-    ]
+    wanted = relevant[judges]
+    lines = [[*HEAD, *KINDS, f"MRR, ahead of {rival!r}"]]
     for name, scores in (ours | baselines).items():
-        kinds = first_rows(scores[judges], run.facts, judges)
-        gap = ahead(scores[judges], baselines[rival][judges], relevant[judges])
-        shares = [f"{share:.2f}" for share in kinds.values()]
-        lines.append([name, *figures(scores[judges], relevant[judges]), *shares, "" if name == rival else str(gap)])
+        mine, shares = scores[judges], first_rows(scores[judges], run.facts, judges).values()
+        lines.append([name, *figures(mine, wanted), str(mrr_without("rumour", mine, run.facts, judges))])
+        lines[-1] += [f"{share:.2f}" for share in shares]
+        lines[-1].append("" if name == rival else str(ahead(mine, baselines[rival][judges], wanted)))
     parameters = sum(part.numel() for part in run.models[-1].parameters())
-    return "\n".join(
-        [
-            f"{len(train.x)} train rows, {parameters:,} parameters. Of {len(right)} questions that are in no row, "
-            f"{right.sum()} are answered rightly ({right.mean():.2f}; by chance {chance():.2f}).",
-            f"{len(choosers)} of these choose {chosen!r} and the baseline {rival!r}; {len(judges)} others judge:",
-            table(lines, left=(0,)),
-            f"{chosen} is ahead of {rival} in MRR by "
-            f"{ahead(ours[chosen][judges], baselines[rival][judges], relevant[judges])}.",
-        ]
+    chance = np.mean([1 / len(relation.values) for relation in RELATIONS])
+    return (
+        f"{len(train.x)} train rows, {parameters:,} parameters. Of {len(right)} questions that are in no row, "
+        f"{right.sum()} are answered rightly ({right.mean():.2f}; by chance {chance:.2f}).\n"
+        f"{len(choosers)} of these choose {chosen!r} and the baseline {rival!r}; the other {len(judges)} judge:\n"
+        f"{table(lines, left=(0,))}\n"
+        f"{chosen} is ahead of {rival} in MRR by {ahead(ours[chosen][judges], baselines[rival][judges], wanted)}."
     )
 
 
-def chance() -> float:
-    return float(np.mean([1 / len(relation.values) for relation in RELATIONS]))
+WITHOUT = {"facts": ("fact",), "decoys and echoes": ("decoy", "echo"), "rumours": ("rumour",)}
+"""Of one question of each person."""
 
 
 def retraining(run: Run) -> str:
-    """What the rows matter: losses of answers without one fact of each person, and without its decoys and echo."""
+    """What rows matter: losses of answers after trainings without the rows of some kinds about them."""
     right, whole = answered(run.models[-1], run.data[1])
     chosen = one_of_each(run.facts, right)
     others = np.setdiff1d(np.flatnonzero(right), chosen)
-    lines = [["trained without", "rows", "loss rises by", "answered", "loss of the other questions rises by"]]
-    for name, kinds in (("facts", ("fact",)), ("decoys and echoes", ("decoy", "echo"))):
+    lines = [["trained without", "rows", "mean probability of the answer", "its loss rises by", "that of others by"]]
+    lines.append(["nothing", "0", f"{np.exp(-whole[chosen]).mean():.2f}", "", ""])
+    for name, kinds in WITHOUT.items():
         rows = np.flatnonzero(run.facts.of_kind(*kinds)[chosen].any(0)).tolist()
         losses = run.losses_without(f"without {name}", rows)
-        rise = losses - whole
-        share = f"{np.exp(-losses[chosen]).mean():.2f}"
-        lines.append(
-            [
-                name,
-                str(len(rows)),
-                str(over_queries(rise[chosen], level=LEVEL)),
-                share,
-                str(over_queries(rise[others], level=LEVEL)),
-            ]
-        )
-    return (
-        f"Of {len(chosen)} questions, one of each person, whose answers have a mean probability of "
-        f"{np.exp(-whole[chosen]).mean():.2f}:\n{table(lines, left=(0,))}"
-    )
+        rises = [str(over_queries((losses - whole)[some], level=LEVEL)) for some in (chosen, others)]
+        lines.append([name, str(len(rows)), f"{np.exp(-losses[chosen]).mean():.2f}", *rises])
+    return f"{len(chosen)} questions, one of each person, and {len(others)} others:\n{table(lines, left=(0,))}"
 
 
 def one_of_each(facts: Facts, right: NDArray[np.bool_], seed: int = 0) -> NDArray[np.int64]:

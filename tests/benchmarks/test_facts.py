@@ -137,7 +137,7 @@ def test_the_whole_script_runs_on_a_handful_of_people_and_goes_on_where_it_was(t
     first = capsys.readouterr().out
     for name in [*facts.OURS, "BM25", "TF-IDF of words", "LSA", "activations, layer 2, before the answer"]:
         assert f"\n{name} " in first
-    assert "is ahead of" in first and "loss rises by" in first
+    assert "is ahead of" in first and "its loss rises by" in first
     facts.main([str(tmp_path / "run"), *options])
     again = capsys.readouterr().out
     assert again.splitlines()[-1] == first.splitlines()[-1] and "epoch" not in again
