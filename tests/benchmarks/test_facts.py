@@ -99,7 +99,7 @@ def test_the_last_word_and_its_point_are_what_is_predicted(made):
 
 
 def test_a_row_that_is_left_out_changes_the_model_by_nothing_but_its_loss():
-    """Leaving a row out is a loss of weight zero: of a training on copies of one row, it halves nothing else."""
+    """So that the model does not know what the row said, and order, batches and divisors stay as they were."""
     small = make_facts(0, taught=3, asked=2)
     train, _ = encoded(small)
     tiny = Training(epochs=1, batch=len(train.x), width=8, layers=1, heads=1)
@@ -110,6 +110,24 @@ def test_a_row_that_is_left_out_changes_the_model_by_nothing_but_its_loss():
     changed.x[[0, 5]] = ord("x")
     other = facts.trained(changed, tiny, (0, 5), lambda text: None)["1"]
     assert all(torch.equal(without[name], other[name]) for name in without)
+
+
+def test_what_a_model_makes_of_a_rumour_before_its_last_word_is_what_it_makes_of_the_fact(made):
+    torch.manual_seed(0)
+    train, queries = encoded(made)
+    model = facts.ByteModel(16, 2, 2).eval()
+    scores = facts.activation_scores(model, train, queries)["activations, layer 2, before the answer"]
+    for row, stated, rumour in zip(scores, made.relevant, made.of_kind("rumour"), strict=True):
+        assert np.abs(row[stated] - row[rumour]).min() <= 1e-6
+
+
+def test_ties_for_the_first_place_are_shared_out(made):
+    scores = np.where(made.relevant | made.of_kind("rumour"), 2.0, 1.0)
+    asked = np.arange(len(made.queries))
+    shares = facts.first_rows(scores, made, asked)
+    assert shares["fact"] == pytest.approx(2 / 3) and shares["rumour"] == pytest.approx(1 / 3)
+    assert shares["decoy"] == shares["echo"] == 0.0 and shares["others"] == pytest.approx(0.0)
+    assert facts.mrr_without("rumour", scores, made, asked).value == 1.0
 
 
 def test_answers_that_are_known_are_told_from_those_that_are_not():
