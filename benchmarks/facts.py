@@ -1,6 +1,8 @@
 """Which row told a model what it answers? Facts in two wordings, among rows of the same words.
 
-    python benchmarks/facts.py FOLDER [--seed 0]    train, score, retrain, print tables; goes on where it was stopped
+    python benchmarks/facts.py FOLDER [--seed 0]    train, score, print a table; goes on where it was stopped
+    python benchmarks/facts.py FOLDER --retrain     and train again without what should matter
+    python benchmarks/facts.py OTHER --seed 1 --leader "EKFAC, both sides" --only EKFAC    judge what seed 0 has chosen
 
 Synthetic people have a home town, a trade, an instrument and a pet. Of a person Bem, say:
 
@@ -18,9 +20,10 @@ Rumours are about half of what is known of the taught, and about all that is ask
 A byte transformer is trained from nothing to end each row, whose last word counts alone, and is asked. Only what it
 answers rightly is traced: rows are ranked by each method for the loss of the answer, and the two facts should come
 first. Words cannot tell them from the decoys, nor what the model makes of the words before the last from the rumour.
-The queries of the first `CHOOSING` people choose which of our methods and which baseline are compared; those of the
-others judge. That the facts are what mattered is not only declared: the model is trained again without the facts of one
-question of each person, and once more with these facts and without their decoys and echoes.
+All people, their facts and the training are another seed's: settings are chosen on one, and judged on another.
+
+That the facts are what mattered is not only declared: the model is trained again without the facts of one question of
+each person, once more with these facts and without their decoys and echoes, and once without their rumours.
 """
 
 from __future__ import annotations
@@ -59,7 +62,7 @@ from headwater.evaluate import (
 from headwater.evaluate.retrieval import in_top
 from headwater.tables import table
 
-TAUGHT, ASKED, CHOOSING = 56, 24, 8
+TAUGHT, ASKED = 56, 24
 DECOYS = 3
 """Of each question."""
 LEVEL = 0.95
@@ -301,7 +304,6 @@ OURS: Mapping[str, Ours] = {
     "EKFAC, damping 10, both sides": Ours(hw.Ekfac(), "both", 10.0),
     "EKFAC, damping .001, both sides": Ours(hw.Ekfac(), "both", 0.001),
     "Dual (empirical Fisher)": Ours(hw.Dual(), blocks="full"),
-    "Dual, both sides": Ours(hw.Dual(), "both", blocks="full"),
     "DataInf": Ours(hw.DataInf()),
     "LoGra": Ours(hw.LoGra()),
     "LoGra, both sides": Ours(hw.LoGra(), "both"),
@@ -331,7 +333,8 @@ def baseline_scores(facts: Facts, model: nn.Module, train: Encoded, queries: Enc
     given, asked = [row.text for row in facts.rows], [row.text for row in facts.queries]
     words = TfidfVectorizer(sublinear_tf=True).fit(given)
     letters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True).fit(given)
-    latent = TruncatedSVD(min(100, len(given) - 1), random_state=0).fit(words.transform(given))
+    counts = words.transform(given)
+    latent = TruncatedSVD(min(100, *(size - 1 for size in counts.shape)), random_state=0).fit(counts)
     found = {
         "random": random_scores(len(asked), len(given)),
         "BM25": bm25(asked, given),
@@ -387,9 +390,9 @@ def figures(scores: Floats, relevant: NDArray[np.bool_]) -> list[str]:
     return [str(found) for found in (mrr(scores, relevant, level=LEVEL), *recalls)]
 
 
-def ahead(ours: Floats, theirs: Floats, relevant: NDArray[np.bool_]) -> Interval:
-    """By how much the MRR of our scores is above that of others, query by query."""
-    return over_queries(reciprocal_ranks(ours, relevant) - reciprocal_ranks(theirs, relevant), level=LEVEL)
+def lead(first: Floats, other: Floats, relevant: NDArray[np.bool_]) -> Interval:
+    """By how much the MRR of the first scores is above that of the others, query by query."""
+    return over_queries(reciprocal_ranks(first, relevant) - reciprocal_ranks(other, relevant), level=LEVEL)
 
 
 def best(scores: Mapping[str, Floats], relevant: NDArray[np.bool_]) -> str:
@@ -454,10 +457,12 @@ class Run:
             states.setdefault(int(step), {})[name] = value
         return [model_of(self.settings, states[step]) for step in sorted(states)]
 
-    def scores(self) -> tuple[dict[str, Floats], dict[str, Floats]]:
-        """By name: those of our methods, those of the baselines."""
-        ours = {name: self._kept(name, partial(self._score, name, method)) for name, method in OURS.items()}
-        return ours, baseline_scores(self.facts, self.models[-1], *self.data)
+    def scores(self, methods: Mapping[str, Ours]) -> dict[str, Floats]:
+        """By name: [q, n]."""
+        return {name: self._kept(name, partial(self._score, name, method)) for name, method in methods.items()}
+
+    def baselines(self) -> dict[str, Floats]:
+        return baseline_scores(self.facts, self.models[-1], *self.data)
 
     def _score(self, name: str, ours: Ours) -> Floats:
         start = time.process_time()
@@ -489,33 +494,27 @@ HEAD = ("ranked by", "MRR", "recall@1", "recall@5", "recall@10", "MRR without ru
 KINDS = ("first: fact", "rumour", "decoy", "echo", "others")
 
 
-def report(run: Run, choosing: int = CHOOSING) -> str:
-    """How well the model answers, and how well each ranking finds the facts."""
-    (train, queries), relevant = run.data, run.facts.relevant
+def report(run: Run, methods: Mapping[str, Ours] = OURS, leader: str | None = None) -> str:
+    """How well the model answers, how well each ranking finds the facts, and how far ahead of it the leader is.
+
+    leader: one of our methods, chosen elsewhere; None for the best here, in hindsight.
+    """
+    (train, queries), ours = run.data, run.scores(methods)
     right, _ = answered(run.models[-1], queries)
-    people = np.array([query.person for query in run.facts.queries])
-    chooses = np.isin(people, np.unique(people)[:choosing])
-    choosers, judges = np.flatnonzero(right & chooses), np.flatnonzero(right & ~chooses)
-    ours, baselines = run.scores()
-    chosen, rival = (
-        best({name: scores[choosers] for name, scores in group.items()}, relevant[choosers])
-        for group in (ours, baselines)
-    )
-    wanted = relevant[judges]
-    lines = [[*HEAD, *KINDS, f"MRR, ahead of {rival!r}"]]
-    for name, scores in (ours | baselines).items():
-        mine, shares = scores[judges], first_rows(scores[judges], run.facts, judges).values()
-        lines.append([name, *figures(mine, wanted), str(mrr_without("rumour", mine, run.facts, judges))])
-        lines[-1] += [f"{share:.2f}" for share in shares]
-        lines[-1].append("" if name == rival else str(ahead(mine, baselines[rival][judges], wanted)))
+    asked = np.flatnonzero(right)
+    relevant = run.facts.relevant[asked]
+    scores = {name: found[asked] for name, found in (ours | run.baselines()).items()}
+    first = leader or best({name: scores[name] for name in ours}, relevant)
+    lines = [[*HEAD, *KINDS, f"MRR, behind {first!r}{'' if leader else ' (in hindsight)'}"]]
+    for name, found in scores.items():
+        shares = [f"{share:.2f}" for share in first_rows(found, run.facts, asked).values()]
+        lines.append([name, *figures(found, relevant), str(mrr_without("rumour", found, run.facts, asked)), *shares])
+        lines[-1].append("" if name == first else str(lead(scores[first], found, relevant)))
     parameters = sum(part.numel() for part in run.models[-1].parameters())
     chance = np.mean([1 / len(relation.values) for relation in RELATIONS])
     return (
         f"{len(train.x)} train rows, {parameters:,} parameters. Of {len(right)} questions that are in no row, "
-        f"{right.sum()} are answered rightly ({right.mean():.2f}; by chance {chance:.2f}).\n"
-        f"{len(choosers)} of these choose {chosen!r} and the baseline {rival!r}; the other {len(judges)} judge:\n"
-        f"{table(lines, left=(0,))}\n"
-        f"{chosen} is ahead of {rival} in MRR by {ahead(ours[chosen][judges], baselines[rival][judges], wanted)}."
+        f"{right.sum()} are answered rightly ({right.mean():.2f}; by chance {chance:.2f}).\n{table(lines, left=(0,))}"
     )
 
 
@@ -553,12 +552,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given.add_argument("--width", type=int, default=Training.width)
     given.add_argument("--taught", type=int, default=TAUGHT, help="people whose questions are train rows")
     given.add_argument("--asked", type=int, default=ASKED, help="people whose questions are asked")
+    given.add_argument("--only", nargs="*", default=[], help="methods whose name contains one of these")
+    given.add_argument("--leader", choices=OURS, help="the method that others are compared with")
+    given.add_argument("--retrain", action="store_true", help="see which rows matter, by three more trainings")
     asked = given.parse_args(arguments)
     torch.set_num_threads(1)
     settings = Training(epochs=asked.epochs, width=asked.width, seed=asked.seed)
     run = Run(asked.folder, make_facts(asked.seed, asked.taught, asked.asked), settings)
-    print(report(run, min(CHOOSING, asked.asked // 2)))
-    print(retraining(run))
+    chosen = [name for name in OURS if name == asked.leader or not asked.only or any(o in name for o in asked.only)]
+    print(report(run, {name: OURS[name] for name in chosen}, asked.leader))
+    if asked.retrain:
+        print(retraining(run))
 
 
 if __name__ == "__main__":

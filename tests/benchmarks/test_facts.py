@@ -151,14 +151,17 @@ def test_the_whole_script_runs_on_a_handful_of_people_and_goes_on_where_it_was(t
         facts, "answered", lambda model, queries: (np.ones(len(queries.x), dtype=bool), ANSWERED(model, queries)[1])
     )
     options = ["--epochs", "3", "--width", "16", "--taught", "4", "--asked", "4"]
-    facts.main([str(tmp_path / "run"), *options])
+    facts.main([str(tmp_path / "run"), *options, "--retrain"])
     first = capsys.readouterr().out
     for name in [*facts.OURS, "BM25", "TF-IDF of words", "LSA", "activations, layer 2, before the answer"]:
         assert f"\n{name} " in first
-    assert "is ahead of" in first and "its loss rises by" in first
-    facts.main([str(tmp_path / "run"), *options])
+    assert "(in hindsight)" in first and "its loss rises by" in first
+    facts.main([str(tmp_path / "run"), *options, "--retrain"])
     again = capsys.readouterr().out
     assert again.splitlines()[-1] == first.splitlines()[-1] and "epoch" not in again
+    facts.main([str(tmp_path / "run"), *options, "--only", "grad", "--leader", "EKFAC, both sides"])
+    led = capsys.readouterr().out
+    assert "MRR, behind 'EKFAC, both sides'" in led and "DataInf" not in led and "its loss rises by" not in led
     with pytest.raises(SystemExit, match="is of another run"):
         Run(tmp_path / "run", make_facts(1, 4, 4), Training(epochs=3, width=16))
 
