@@ -32,7 +32,7 @@ MUCH = 1_750_000_000
 """Bytes of memory beyond which a process drops what JAX compiled, which is kept for ever otherwise."""
 
 
-SAMPLES = ((20, 4), (12, 3), (6, 2))
+SAMPLES = ((40, 12), (20, 7), (12, 5), (6, 3))
 """(cases, n): of a test with at least so many cases one in n is fast."""
 
 
