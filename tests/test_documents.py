@@ -27,11 +27,12 @@ COMMAND = re.compile(r"^\s*(?:\$ )?(?P<program>headwater|\./dev) (?P<verb>[a-z][
 
 SLOW = (
     "docs/evaluation.md",
+    "docs/jax.md",
     "docs/trajectory.md",
     "docs/trust.md",
     "docs/tutorials/images.md",
     "docs/tutorials/text.md",
-)  # they train dozens of networks
+)  # they train dozens of networks, or compile for long
 
 
 def named(path):
