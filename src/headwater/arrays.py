@@ -99,7 +99,22 @@ def itemsize(array: Array) -> int:
 
 def namespace(*arrays: object) -> Any:
     """The array-API namespace that the arrays share."""
+    if len(arrays) == 1:
+        found = _NAMESPACES.get(type(arrays[0]))
+        return _of_one(arrays[0]) if found is None else found
     return array_api_compat.array_namespace(*arrays)
+
+
+_NAMESPACES: dict[type, Any] = {}
+"""Namespaces by the type of an array: small calls ask hundreds of times."""
+
+
+def _of_one(array: object) -> Any:
+    found = array_api_compat.array_namespace(array)
+    # A NumPy array may stand for JAX's gradient of zero: its type does not say.
+    if not isinstance(array, (np.ndarray, np.generic)):
+        _NAMESPACES[type(array)] = found
+    return found
 
 
 def is_array(value: object) -> bool:

@@ -791,7 +791,9 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         weights = random_weights(blocks.values(), len(rows))
         got, kind = weighted_sums(blocks, weights), coarse(found.dtype)
         # One look at the device for all of them.
-        if not bool(torch.stack([torch.isfinite(sums).all() for sums in (weights, *got.values())]).all()):
+        # A sum is finite only if all of it is; in double, which sums of finite numbers do not exceed.
+        sums = [values.sum(dtype=torch.float64) for values in (weights, *got.values())]
+        if not bool(torch.isfinite(torch.stack(sums).sum())):
             # NaN differs from everything: the sums would blame a rule.
             return []  # refused elsewhere, by the name of the rows
         with autograd_on():
