@@ -31,7 +31,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import more
 import numpy as np
 from floors import Floors
 from peers import one_thread, peer_python, peerbench_folder
@@ -96,7 +95,7 @@ for plan in (ROW_WISE, CONVEX):
     plan["perturbation"] = PERTURBATION
 for plan in (ROW_WISE, SEQUENCES):
     plan["self"] = SELF
-LARGE = {  # the workloads of more.py
+LARGE = {
     "grad-dot": ["kronfluence.identity", "captum.tracin_sw", "headwater.graddot"],
     "kronecker": ["kronfluence.ekfac", "headwater.ekfac", "headwater.ekfac_r4"],
     "self": SELF,
@@ -116,6 +115,8 @@ PLAN = {  # {workload: {family: items}}
     "GPT": LARGE,
     "GLM": GENERALISED_LINEAR,
 }
+LARGER = ("MLP", "CNN", "GPT", "GLM")
+"""The workloads of more.py."""
 REPEATS = {"W1": 4, "W3": 2, "W4": 4, "MLP": 2, "CNN": 2, "GPT": 1, "GLM": 2}  # in one process, the warm-up included
 
 # What each method of headwater is measured against. No peer has separable EKFAC, factored damping, or products with
@@ -259,7 +260,8 @@ def drive(bench: Bench, workload: str, item: str, out: Path) -> dict:
     peer, _, method = name.partition(".")
     folder = HERE if (HERE / f"peer_{peer}.py").is_file() else bench.peerbench
     python = bench.own_python if peer == "headwater" else bench.python
-    command = [python, str(HERE / "first_scores.py"), str(folder / f"peer_{peer}.py")]
+    command = [python, str(HERE / "first_scores.py"), *(["--more"] if workload in LARGER else [])]
+    command.append(str(folder / f"peer_{peer}.py"))
     command += ["--workload", workload, "--method", method]
     command += ["--out", str(out), "--repeats", str(REPEATS[workload]), "--budget", str(bench.budget)]
     for setting in filter(None, option.split(",")):
@@ -313,12 +315,12 @@ def measure(bench: Bench, workload: str, items: list[str]) -> tuple[list[Measure
     rows: dict[str, list[dict]] = {item: [] for item in items}
     failed: dict[str, str] = {}
     floors: list[Floors | None] = []
-    if workload in more.WORKLOADS:
-        more.prepare(workload)
+    if workload in LARGER:
+        subprocess.run([bench.own_python, str(HERE / "more.py"), workload], check=True)
     with tempfile.TemporaryDirectory() as folder:
         out = {item: Path(folder) / f"{item}.npy" for item in items}
         for turn in range(bench.rounds):
-            floors.append(None if workload in more.WORKLOADS else ask_floors(bench, workload))
+            floors.append(None if workload in LARGER else ask_floors(bench, workload))
             for item in items:
                 if item in failed:
                     continue

@@ -117,7 +117,7 @@ def inner_draws(value: BlockGradient, draws: Draws, rows: slice, chosen: np.ndar
 
 def _inner_part(part: Gradient, draws: Sequence[Gradient], rows: slice, chosen: np.ndarray) -> Array:
     first, xp = _with_inputs_of_all(draws), namespace(part.arrays[0])
-    places = as_like(chosen, part.arrays[0], dtype=xp.int64)
+    places, of_rows = (as_like(each, part.arrays[0], dtype=xp.int64) for each in (chosen, chosen // len(draws)))
     if first is None or not isinstance(part, Outer) or not part.positions == first.positions == 1:
         products = xp.stack([part.inner(draw.take(rows)) for draw in draws], axis=2)
         return xp.take(products.reshape((part.rows, -1)), places, axis=1)
@@ -127,7 +127,7 @@ def _inner_part(part: Gradient, draws: Sequence[Gradient], rows: slice, chosen: 
         inputs = inputs + 1
     outputs = _over_positions(_stacked(draws, rows))  # [n, k, o]
     found: Any = part.b[:, 0] @ transpose(xp.take(outputs.reshape((-1, outputs.shape[2])), places, axis=0))
-    found *= xp.take(inputs, places // len(draws), axis=1)
+    found *= xp.take(inputs, of_rows, axis=1)
     return found
 
 
