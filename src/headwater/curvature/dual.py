@@ -37,7 +37,7 @@ from headwater.curvature.products import CurvatureOperator, DrawnRows, fit_produ
 from headwater.errors import BatchMismatch, InvalidSetting, SingularOperator
 from headwater.gradients.algebra import Dense
 from headwater.gradients.block import BlockGradient, stack
-from headwater.gradients.draws import DrawsProduct, are_single_products, squared_norms
+from headwater.gradients.draws import DrawsProduct, are_single_products, principal, squared_norms
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
 from headwater.memory import refuse_too_large
 from headwater.operators.algebra import IdentityOperator, LinearOperator, rowwise_inner
@@ -54,8 +54,9 @@ class RowSumOperator(LinearOperator):
 
     symmetric = psd = True
 
-    def __init__(self, curvature: CurvatureOperator, rows: float):
-        self.curvature, self.rows = curvature, rows
+    def __init__(self, curvature: CurvatureOperator, rows: float, *, by_axes: bool = False):
+        """by_axes: take a row's gradients along their principal axes: the same sum, most of it in the fewest."""
+        self.curvature, self.rows, self.by_axes = curvature, rows, by_axes
 
     @property
     def input_size(self) -> int:
@@ -98,7 +99,12 @@ class RowSumOperator(LinearOperator):
                 f"Block {self.label!r}: a row's GGN is no short sum of g g^T here (many outputs, or a loss that "
                 "is not convex in them). Use curvature='empirical_fisher' or 'fisher', or hw.Cg()."
             )
-        return [draw[self.label] for draw in rows.draws]
+        found = [draw[self.label] for draw in rows.draws]
+        if not self.by_axes:
+            return found
+        if self.label not in rows.principal:
+            rows.principal[self.label] = principal(found)
+        return rows.principal[self.label]
 
     @property
     def is_kept(self) -> bool:
@@ -288,8 +294,8 @@ class DualOperator(RowSumOperator):
     preconditioner for the whole.
     """
 
-    def __init__(self, curvature: CurvatureOperator, rows: float, held: HeldRows):
-        super().__init__(curvature, rows)
+    def __init__(self, curvature: CurvatureOperator, rows: float, held: HeldRows, *, by_axes: bool = False):
+        super().__init__(curvature, rows, by_axes=by_axes)
         self._held = held
 
     @property

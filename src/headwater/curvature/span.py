@@ -51,7 +51,7 @@ from headwater.curvature.dual import (
 from headwater.curvature.products import CurvatureOperator, DrawnRows
 from headwater.errors import SingularOperator
 from headwater.gradients.block import BlockGradient
-from headwater.gradients.draws import are_single_products, inner_draws, principal
+from headwater.gradients.draws import are_single_products, inner_draws
 from headwater.operators.algebra import LinearOperator, rowwise_inner
 from headwater.operators.iterative import (
     CONVERGED,
@@ -81,25 +81,12 @@ PROBES = 8
 """Vectors on either side that an error is measured on."""
 
 
-class PrincipalRows(RowSumOperator):
-    """A sum over rows by its rows' principal gradients: the same sum, most of it in the fewest."""
-
-    def draws(self, rows: DrawnRows) -> list[BlockGradient]:
-        if self.label not in rows.principal:
-            rows.principal[self.label] = principal(super().draws(rows))
-        return rows.principal[self.label]
-
-
-class SomePrincipalRows(PrincipalRows, DualOperator):
-    """Some of these."""
-
-
-class SpanOperator(SomePrincipalRows):
+class SpanOperator(DualOperator):
     """P C P, for the span of the kept gradients."""
 
     def __init__(self, curvature: CurvatureOperator, rows: float, held: HeldRows, counted: np.ndarray):
         """counted: whether each gradient [n k] counts in C; all but the lightest do."""
-        super().__init__(curvature, rows, held)
+        super().__init__(curvature, rows, held, by_axes=True)
         self.counted = counted
 
     @property
@@ -187,18 +174,18 @@ def _cholesky(matrix: Array) -> Array | None:
     return found if bool(xp.all(xp.isfinite(found))) else None  # JAX gives NaN
 
 
-class RowSpans(PrincipalRows):
+class RowSpans(RowSumOperator):
     """A sum over rows, and the spans of its heaviest gradients, each made when it is first asked for."""
 
     def __init__(self, curvature: CurvatureOperator, rows: float, norms: RowNorms):
-        super().__init__(curvature, rows)
+        super().__init__(curvature, rows, by_axes=True)
         self.norms = norms
         self._made: dict[int, SpanOperator] = {}
 
     @classmethod
     def of(cls, curvature: CurvatureOperator, rows: float) -> RowSpans:
         """Read all rows once."""
-        return cls(curvature, rows, RowNorms.of(PrincipalRows(curvature, rows)))
+        return cls(curvature, rows, RowNorms.of(RowSumOperator(curvature, rows, by_axes=True)))
 
     @property
     def count(self) -> int:
@@ -251,7 +238,7 @@ class RowSpans(PrincipalRows):
         among = light[: max(len(counted) - size, PROBES)]
         random = np.random.default_rng(0).permutation(len(among))[:PROBES]
         chosen = np.unique(np.concatenate([light[:PROBES], among[random]]))
-        held = SomePrincipalRows(self.curvature, self.rows, self.norms.held(chosen)).gradients_kept
+        held = DualOperator(self.curvature, self.rows, self.norms.held(chosen), by_axes=True).gradients_kept
         return held.weighted(1.0 / namespace(held.like).sqrt(held.squared_norms()))
 
 
