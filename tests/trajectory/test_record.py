@@ -165,6 +165,16 @@ def test_a_training_that_did_more_than_the_record_says_is_refused_with_value_and
         sweep.tau([TorchBatch(what.x[:2], what.y[:2])])
 
 
+def test_a_bias_whose_gradient_is_rounding_is_no_reason_to_refuse_a_replay(tmp_path):
+    """Attention's key bias has no effect; Adam makes steps of what rounding leaves of its gradient of zero."""
+    what = training("gpt", adamw)
+    what = what.changed(make=lambda make=what.make: make().float())
+    model = what.run(recorder=lambda m, o: hw.record(m, o, tmp_path / "r"))
+    loss = lambda output, y: what.loss(output, y, reduction="none")  # noqa: E731
+    influence = hw.Influence(model, loss, hw.Unrolled(tmp_path / "r", removals=())).fit((what.x, what.y))
+    assert np.isfinite(np.asarray(influence.attribute((what.x, what.y), (what.x[:2], what.y[:2])))).all()
+
+
 def test_a_model_that_draws_at_random_is_refused(tmp_path):
     what = training("mlp", sgd)
     model, record = recorded(what, tmp_path / "r")
