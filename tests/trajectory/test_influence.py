@@ -1,6 +1,8 @@
 """Scores of a trajectory have the verbs, units, stores and pages of every influence."""
 
 import copy
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -92,6 +94,31 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(case, tmp_path, monkeyp
     assert np.asarray(scores).tobytes() == whole.tobytes()
     assert len(taken) == calls[-1] < 14
     assert not (tmp_path / "s.sweep").exists()
+
+
+def test_progress_knows_how_many_steps_there_are_also_in_groups_and_asked_as_one(case, monkeypatch):
+    what, influence, query = case
+    shown = []
+
+    @contextmanager
+    def bar(what, show, total=None, unit=""):
+        done = []
+        yield SimpleNamespace(update=lambda n=1: done.append(n))
+        shown.append((what, total, sum(done)))
+
+    monkeypatch.setattr("headwater.trajectory.influence.bar", bar)
+    influence.attribute((what.x, what.y), query, progress=True)
+    monkeypatch.setattr(sweeps.Sweep, "at_once", 3)
+    influence.attribute((what.x, what.y), query, progress=True)
+    influence.top((what.x, what.y), query, 1, queries_as="mean", progress=True)
+    assert shown == [("training, backwards", steps, steps) for steps in (14, 28, 14)]
+
+
+def test_a_status_says_what_there_is(case):
+    _, influence, _ = case
+    said = str(influence.status)
+    assert "Unrolled(" in said and "14 steps, 5 states kept" in said and "20 rows held" in said
+    assert "damping" not in said and "mean" not in said
 
 
 def test_a_finished_run_is_read_without_a_sweep(case, tmp_path, monkeypatch):

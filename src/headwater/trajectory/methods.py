@@ -59,6 +59,8 @@ class Source(TrajectoryMethod):
     EKFAC fit for each state that is used. A segment of K steps with rates adding up to c (over 1 - momentum) answers a
     row's gradient by (1 - exp(-c s)) / s for each eigenvalue s of its mean Fisher, and passes on exp(-c s). Of Adam,
     the same with the Fisher scaled by the segment's mean 1 / (root + eps) on both sides, by Lanczos.
+    `fit` takes some of the record's steps again, of as many rows as there are train rows, where the record has them:
+    one pass beside two for each state.
     Damping has no meaning here. Source: Bae et al. 2024, arXiv 2405.12186. Errors: InvalidSetting.
     """
 
@@ -71,11 +73,15 @@ class Source(TrajectoryMethod):
     samples: int = 1
     """Labels drawn for each row, where they are drawn."""
     random_seed: int = 0
+    checked: bool = True
+    """Whether steps that do not come to the record's states are refused, naming value and step; False for a training
+    that is known to have done a little more than the record says, such as mixed precision."""
 
     def __post_init__(self) -> None:
         for name, value in (("segments", self.segments), ("checkpoints", self.checkpoints), ("samples", self.samples)):
             check_whole(name, value, 1)
         check_fisher(self.fisher)
+        check_word("checked", self.checked, (True, False))
 
     @property
     def seed(self) -> int | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,39 @@ class Replay:
     def kept(self, number: int) -> State:
         return self.model.put(self.record.state(number))
 
+    def verify(self, rows: int) -> int:
+        """Take some of the record's steps again, from one kept state to the next: how many steps.
+
+        The shortest stretch, then the last, then others from the first on, as long as these have no more than so many
+        rows together. Left out is what cannot be taken again: steps whose rows are not known, and states without the
+        optimizer's memory, as checkpoints may have it. Errors: StaleFit, as of `backward`.
+        """
+        stretches = [(start, stop) for start, stop in pairwise(self.record.kept) if self._is_known(start, stop)]
+        if not stretches:
+            return 0
+        first = min(stretches, key=lambda stretch: stretch[1] - stretch[0])
+        taken = left = 0
+        for start, stop in dict.fromkeys([first, stretches[-1], *stretches]):
+            size = sum(len(self.record.step(number).ids) for number in range(start, stop))
+            if taken and size > left:
+                continue
+            left = (left if taken else rows) - size
+            taken += stop - start
+            before = state = self.kept(start)
+            for number in range(start, stop):
+                state = self.forward(state, number)
+            self._check(before, state, stop)
+        return taken
+
+    def _is_known(self, start: int, stop: int) -> bool:
+        first = self.record.step(start)
+        if not all(len(self.record.step(number).ids) for number in range(start, stop)):
+            return False
+        if self.record.count(start) == 1 or not any(rates.first for rates in first.rates):
+            return True
+        memory = self.record.state(start).memory
+        return any(value.any() for values in memory.values() for value in values.values())
+
     def backward(self, until: int | None = None) -> Iterator[tuple[int, State]]:
         """(step, the state before it), from the step before `until` (the end) to the first.
 
@@ -120,7 +154,8 @@ class Replay:
                     f"{mine[worst]:.9g}, and was {theirs[worst]:.9g}; it is off by {share:.2g} "
                     f"of the way since the state before, where {tolerance:g} is allowed. Training did something that "
                     "the record does not say: dropout, another loss (or a penalty, label smoothing, an average over "
-                    "tokens instead of rows), clipping (record(..., clip=)), other rows or weights, mixed precision."
+                    "tokens instead of rows), clipping (record(..., clip=)), a step that r.step was not told of, other "
+                    "rows or weights, mixed precision."
                 )
 
 
