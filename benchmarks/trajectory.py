@@ -1,7 +1,7 @@
 """Does the derivative of training forecast retraining? LDS at several removals, and what the verdict says of a recipe.
 
     python benchmarks/trajectory.py [RECIPE ...] [--removed .01 .05 .5] [--curvatures hessian ggn fisher none]
-                                    [--seeds 3] [--queries 20] [--subsets 40] [--json FILE]
+                                    [--seeds 3] [--queries 20] [--subsets 40] [--margin] [--json FILE]
 
 digits: an MLP 64-256-256-10 (scikit-learn's digits, 1400 train rows), SGD with momentum .9, cosine to zero, batches of
 64. text: the leaderboard's byte transformer (2 layers, width 64, 99,456 trained parameters), which has read the Old
@@ -20,7 +20,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,12 @@ class Recipe:
     steps: int
     lr: float
     batch: int
+    outputs: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    """What is forecast of each query; None for its loss."""
+
+    @property
+    def asked(self) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        return self.outputs or self.losses
 
 
 # Digits ---------------------------------------------------------------------------------------------------------------
@@ -77,6 +83,12 @@ def mlp(activation: type[nn.Module], seed: int) -> nn.Module:
 
 def label_losses(outputs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return cross_entropy(outputs, y, reduction="none")
+
+
+def margins(outputs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Minus the label's logit over the others': it rises as the loss does, without its saturation."""
+    others = outputs.scatter(1, y[:, None], -torch.inf).logsumexp(1)
+    return others - outputs.gather(1, y[:, None])[:, 0]
 
 
 def momentum(parameters: Any, lr: float) -> torch.optim.Optimizer:
@@ -161,7 +173,7 @@ def outputs(recipe: Recipe, rows, keep, seed):
     for kept in keep:
         model = trained(recipe, x, y, seed, torch.as_tensor(kept.astype(np.float32)))
         with torch.no_grad():
-            found.append(recipe.losses(model(xq), yq).numpy())
+            found.append(recipe.asked(model(xq), yq).numpy())
     return np.stack(found)
 
 
@@ -174,7 +186,7 @@ def subsets(n: int, removed: float, count: int) -> np.ndarray:
 
 
 def measure(name: str, given: argparse.Namespace) -> dict[str, Any]:
-    recipe = RECIPES[name]
+    recipe = replace(RECIPES[name], outputs=margins) if given.margin else RECIPES[name]
     rows = recipe.rows(given.queries)
     x, y, *query = rows
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -187,12 +199,16 @@ def measure(name: str, given: argparse.Namespace) -> dict[str, Any]:
         scores, cost = {}, {}
         for curvature in given.curvatures:
             method = hw.Unrolled(Path(folder) / "r", curvature=curvature, removals=())
-            influence = hw.Influence(model, recipe.losses, method, likelihood="cross_entropy").fit((x, y))
+            influence = hw.Influence(
+                model, recipe.losses, method, likelihood="cross_entropy", measurement=recipe.outputs
+            ).fit((x, y))
             start = time.process_time()
             scores[curvature] = np.asarray(influence.attribute((x, y), tuple(query), unit="removal"))
             cost[curvature] = (time.process_time() - start) / once
         method = hw.Unrolled(Path(folder) / "r", curvature=given.curvatures[0], removals=given.removed)
-        judged = hw.Influence(model, recipe.losses, method, likelihood="cross_entropy").fit((x, y))
+        judged = hw.Influence(model, recipe.losses, method, likelihood="cross_entropy", measurement=recipe.outputs).fit(
+            (x, y)
+        )
         start = time.process_time()
         judged.attribute((x, y), tuple(query), unit="removal")
         verdict_cost = (time.process_time() - start) / once - cost[given.curvatures[0]]
@@ -234,6 +250,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, choices=(1, 2, 3), default=3)
     parser.add_argument("--queries", type=int, default=20)
     parser.add_argument("--subsets", type=int, default=40)
+    parser.add_argument("--margin", action="store_true", help="of digits, forecast the margin in place of the loss")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     given.curvatures = [None if word == "none" else word for word in given.curvatures]
