@@ -189,6 +189,7 @@ def measure(name: str, given: argparse.Namespace) -> dict[str, Any]:
     recipe = replace(RECIPES[name], outputs=margins) if given.margin else RECIPES[name]
     rows = recipe.rows(given.queries)
     x, y, *query = rows
+    options = {"likelihood": "cross_entropy", "measurement": recipe.outputs}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", hw.errors.RoughForecast)
         trained(recipe, x, y)  # what is loaded at first is no part of the cost
