@@ -200,16 +200,12 @@ def measure(name: str, given: argparse.Namespace) -> dict[str, Any]:
         scores, cost = {}, {}
         for curvature in given.curvatures:
             method = hw.Unrolled(Path(folder) / "r", curvature=curvature, removals=())
-            influence = hw.Influence(
-                model, recipe.losses, method, likelihood="cross_entropy", measurement=recipe.outputs
-            ).fit((x, y))
+            influence = hw.Influence(model, recipe.losses, method, **options).fit((x, y))
             start = time.process_time()
             scores[curvature] = np.asarray(influence.attribute((x, y), tuple(query), unit="removal"))
             cost[curvature] = (time.process_time() - start) / once
         method = hw.Unrolled(Path(folder) / "r", curvature=given.curvatures[0], removals=given.removed)
-        judged = hw.Influence(model, recipe.losses, method, likelihood="cross_entropy", measurement=recipe.outputs).fit(
-            (x, y)
-        )
+        judged = hw.Influence(model, recipe.losses, method, **options).fit((x, y))
         start = time.process_time()
         judged.attribute((x, y), tuple(query), unit="removal")
         verdict_cost = (time.process_time() - start) / once - cost[given.curvatures[0]]
