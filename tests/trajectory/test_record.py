@@ -200,10 +200,10 @@ def test_the_rates_of_several_groups_and_of_a_schedule_are_those_of_the_step(tmp
     assert record.step(1).ids.tolist() == ["a", "b", "c"] and record.step(0).shares.tolist() == [1.0] * 3
 
 
-@pytest.mark.parametrize("layer", [nn.Dropout(0.1), nn.BatchNorm1d(2)])
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d(2), nn.LSTM(2, 2, num_layers=2, dropout=0.1)])
 def test_steps_that_cannot_be_taken_again_are_refused_before_the_training(layer, tmp_path):
     model = nn.Sequential(nn.Linear(2, 2), layer)
-    with pytest.raises(UnsupportedModel, match=f"1 is {type(layer).__name__}.*p=0"):
+    with pytest.raises(UnsupportedModel, match=f"1 is {type(layer).__name__}, which mixes the rows of a step"):
         TorchRecorder(model, torch.optim.SGD(model.parameters(), lr=0.1), tmp_path / "r")
     assert not (tmp_path / "r").exists()
 

@@ -1,8 +1,8 @@
 """Steps of a record taken again, from its kept states; what does not come to the next kept state is refused.
 
-A record's rows, its rates and its states are what training did. That they say all of it (no dropout, no loader that
-gave other rows, no penalty beside the rows' losses, no kernel of another machine) shows only in a replay: from each
-kept state it must come to the next one.
+A record's rows, its rates and its states are what training did. That they say all of it (no other masks of dropout, no
+loader that gave other rows, no penalty beside the rows' losses, no kernel of another machine) shows only in a replay:
+from each kept state it must come to the next one.
 """
 
 from __future__ import annotations
@@ -153,9 +153,9 @@ class Replay:
                     f"The replay does not come to the record's state before step {step}: {name}[{worst}] is "
                     f"{mine[worst]:.9g}, and was {theirs[worst]:.9g}; it is off by {share:.2g} "
                     f"of the way since the state before, where {tolerance:g} is allowed. Training did something that "
-                    "the record does not say: dropout, another loss (or a penalty, label smoothing, an average over "
-                    "tokens instead of rows), clipping (record(..., clip=)), a step that r.step was not told of, other "
-                    "rows or weights, mixed precision."
+                    "the record does not say: dropout by a function (record(..., random=True)) or in a fused kernel, "
+                    "another loss (or a penalty, label smoothing, an average over tokens instead of rows), clipping "
+                    "(record(..., clip=)), a step that r.step was not told of, other rows or weights, mixed precision."
                 )
 
 

@@ -136,7 +136,9 @@ class Sweep:
             if record.clip is not None:
                 through = record.clip.pull(raw, through)
             along, products = point.pull(through)
-            np.add.at(tau.T, self.places(step.ids), along.T)  # a row may be in a step twice
+            # Calls of a model that draws random numbers are in the order of the ids, whatever batches rows are held in.
+            columns = self.replay_places(step.ids) if step.calls else self.places(step.ids)
+            np.add.at(tau.T, columns, along.T)  # a row may be in a step twice
             if not self.at_each_step:
                 moved = {name: p + products[name] for name, p in direct.parameters.items()}
                 cotangents = Cotangents(moved, direct.memory)
