@@ -224,6 +224,20 @@ def test_what_has_no_meaning_for_a_trajectory_is_refused(case, verb):
         getattr(influence, verb)([])
 
 
+def test_what_is_refused_says_what_it_would_cost_and_what_to_ask(case):
+    what, influence, query = case
+    with pytest.raises(InvalidSetting, match=r"a sweep for each row, at 1 to 1\.5 trainings.*np\.diag\(attribute"):
+        influence.self_influence((what.x, what.y))
+    with pytest.raises(InvalidSetting, match=r"each block, query and step.*hw\.Ekfac\(\) with by_block=True"):
+        influence.attribute((what.x, what.y), query, by_block=True)
+    with pytest.raises(InvalidSetting, match=r"score on itself.*hw\.Ekfac\(\) or hw\.Dual\(\) with normalise="):
+        influence.attribute((what.x, what.y), query, normalise="train")
+    some = [hw.Batch(what.x[2:4], what.y[2:4], ids=np.array([2, 3]))]
+    own = np.diag(np.asarray(influence.attribute(some, (what.x[2:4], what.y[2:4]))))
+    whole = np.asarray(influence.attribute((what.x, what.y), (what.x, what.y)))
+    np.testing.assert_allclose(own, np.diag(whole)[2:4], rtol=1e-9)
+
+
 def test_a_loader_without_the_rows_that_were_trained_on_is_refused(tmp_path):
     what = training("mlp", adamw)
     model = recorded(what, tmp_path / "r")

@@ -44,6 +44,14 @@ if TYPE_CHECKING:
     from headwater.run.attribute import MakeScorer
 
 
+OWN = "that takes a sweep for each row, at 1 to 1.5 trainings: a thousand trainings for a thousand rows"
+SHARES = (
+    "a row's weight acts through all parameters of a step together, and what passed through some of them would take "
+    "another backward pass for each block, query and step. To score by some parameters alone, train with the others "
+    "frozen, or ask an inverse: hw.Ekfac() with by_block=True"
+)
+
+
 class TrajectoryInfluence(Attributor[TensorType]):
     """An influence whose method is `hw.Unrolled` or `hw.Source`: mixed into the framework's class.
 
@@ -193,7 +201,7 @@ class TrajectoryInfluence(Attributor[TensorType]):
     ) -> Scores:
         """As `Attributor.attribute`; a sweep that was stopped goes on from the last kept state, beside the store."""
         if by_block:
-            raise _refused("by_block=True: a row's weight acts through all parameters of a step together")
+            raise _refused(f"by_block=True: {SHARES}")
         if InfluenceMode(mode) is not InfluenceMode.Up:
             raise _refused("mode='perturbation'")
         _refuse_options(options)
@@ -234,7 +242,10 @@ class TrajectoryInfluence(Attributor[TensorType]):
     # What has no meaning here -------------------------------------------------------------------------------------
 
     def self_influence(self, *_: Any, **__: Any) -> Any:
-        raise _refused("self_influence: ask attribute(train, train), a sweep for each row")
+        raise _refused(
+            f"self_influence: {OWN}. For rows that you name, np.diag(attribute(some, some)) has it, where `some` are "
+            "batches with the record's ids"
+        )
 
     def calibrate(self, *_: Any, **__: Any) -> Any:
         raise _refused("calibrate: there is no damping")
@@ -279,9 +290,14 @@ def _refused(what: str) -> InvalidSetting:
 
 def _refuse_options(options: Mapping[str, Any]) -> None:
     """Errors: InvalidSetting for what belongs to an inverse, or to factors."""
-    for name in ("normalise", "query_error", "query_rank"):
+    if options.get("normalise") is not None:
+        raise _refused(
+            f"normalise=: a row's length would be the root of its score on itself, and {OWN}. Directions are those of "
+            "an inverse: hw.Ekfac() or hw.Dual() with normalise="
+        )
+    for name in ("query_error", "query_rank"):
         if options.get(name) is not None:
-            raise _refused(f"{name}=: no inverse and no query factors are there")
+            raise _refused(f"{name}=: there are no query factors")
 
 
 def _not_kept(asked: Asked) -> Asked:
