@@ -150,7 +150,7 @@ def test_clipping_that_the_record_does_not_state_is_found_by_taking_some_steps_a
         hw.Influence(model, "cross_entropy", hw.Source(tmp_path / "r", segments=1)).fit(rows)
     taken, gradient = [], TorchTraining.gradient
     monkeypatch.setattr(TorchTraining, "gradient", lambda *a: (taken.append(1), gradient(*a))[1])
-    hw.Influence(model, "cross_entropy", hw.Source(tmp_path / "r", segments=1, checked=False)).fit(rows)
+    hw.Influence(model, "cross_entropy", hw.Source(tmp_path / "r", segments=1, replay=False)).fit(rows)
     assert not taken
 
 

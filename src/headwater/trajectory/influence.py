@@ -84,7 +84,7 @@ class TrajectoryInfluence(Attributor[TensorType]):
         self._check_end()
         if isinstance(self.method, Source):
             spans(self.method.trajectory, self.method.segments, self.method.checkpoints)  # refused before any step
-            if self.method.checked:
+            if self.method.replay:
                 self.replay().verify(len(held))
             self._segments = fit_segments(self.provider_at, self.method, self.train_rows(loader), progress)
         return self

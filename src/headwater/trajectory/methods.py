@@ -73,15 +73,14 @@ class Source(TrajectoryMethod):
     samples: int = 1
     """Labels drawn for each row, where they are drawn."""
     random_seed: int = 0
-    checked: bool = True
-    """Whether steps that do not come to the record's states are refused, naming value and step; False for a training
-    that is known to have done a little more than the record says, such as mixed precision."""
+    replay: bool = field(default=True, repr=False)
+    """Whether `fit` takes some steps again, and refuses those that do not come to the record's states, naming value and
+    step; False for a training that is known to have done a little more than the record says, as of mixed precision."""
 
     def __post_init__(self) -> None:
         for name, value in (("segments", self.segments), ("checkpoints", self.checkpoints), ("samples", self.samples)):
             check_whole(name, value, 1)
         check_fisher(self.fisher)
-        check_word("checked", self.checked, (True, False))
 
     @property
     def seed(self) -> int | None:
