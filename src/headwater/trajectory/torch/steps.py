@@ -24,7 +24,7 @@ from headwater.torch.plan import differs_in_training
 from headwater.torch.precision import wide
 from headwater.torch.products import batched_vjp, ggn_product
 from headwater.torch.provider import TorchGradientProvider
-from headwater.torch.surroundings import autograd_on, twice_differentiable
+from headwater.torch.surroundings import autograd_on, lock_of, twice_differentiable
 from headwater.torch.tree import dense
 from headwater.trajectory.rules import Arrays, State
 from headwater.trajectory.steps import Piece, Point, TrainingModel
@@ -58,16 +58,14 @@ def check_repeatable(model: nn.Module, random: bool = False) -> None:
 
 @contextmanager
 def drawing(model: nn.Module, random: np.ndarray | None, device: torch.device) -> Iterator[None]:
-    """In train mode, with the generator in this state; both are put back. None: the model as it is.
-
-    The model's modes and the process's generator: one thread at a time.
-    """
+    """In train mode, with the generator in this state; both are put back. None: the model as it is."""
     if random is None:
         yield
         return
     modes = [(module, module.training) for module in model.modules()]
     state = torch.as_tensor(random)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    # The model's modes and the process's generator: one thread at a time.
+    with lock_of(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         if device.type == "cuda":
             torch.cuda.set_rng_state(state, device)
         else:
