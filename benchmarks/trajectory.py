@@ -151,6 +151,7 @@ RECIPES = {
     "text16 adamw 200 steps lr .0001": text(adamw, 1e-4, 16),
     "text16 adamw eps .0003 200 steps lr .0003": text(damped_adamw, 3e-4, 16),
     "text16 sgd 200 steps lr .05": text(momentum, 0.05, 16),
+    "text16 sgd 200 steps lr .01": text(momentum, 0.01, 16),
 }
 
 
