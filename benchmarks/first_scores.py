@@ -1,7 +1,8 @@
 """Run a driver, and print what the first scores of its process took beyond importing torch, in CPU seconds.
 
-    python benchmarks/first_scores.py peer_NAME.py --workload W1 --method METHOD ...
+    python benchmarks/first_scores.py [--more] peer_NAME.py --workload W1 --method METHOD ...
 
+--more: the workload is one of `more.py`, not of the drivers' folder.
 Everything after `import torch` counts: importing the library, loading the workload, the first fit and scores. Drivers
 time their phases with `common.Meter`, one for each repeat; the first one's last phase ends the first scores.
 """
@@ -18,10 +19,18 @@ START = time.process_time()
 
 
 def main() -> None:
-    driver = sys.argv[1]
-    sys.argv = sys.argv[1:]
+    of_ours = sys.argv[1] == "--more"
+    sys.argv = sys.argv[2:] if of_ours else sys.argv[1:]
+    driver = sys.argv[0]
+    sys.path.append(str(Path(__file__).resolve().parent))
     sys.path[0] = str(Path(driver).resolve().parent)  # as Python would have it
     import common
+
+    if of_ours:
+        import more
+        import workloads
+
+        workloads.load = more.load
 
     meters: list = []
 

@@ -50,6 +50,45 @@ def attribute_with(make_method: Callable, *, blocks: str = "layer", damping=None
     return run
 
 
+def influence_of(w, method) -> TorchComposableInfluence:
+    """Of the workload's model, layer by layer."""
+    loss = w.loss_vec if w.seq else torch.nn.CrossEntropyLoss()
+    added = hw.relative(0.1) if w.damping is None else w.damping
+    return TorchComposableInfluence(
+        w.model, loss, method=method, blocks="layer", damping=added, likelihood="cross_entropy"
+    )
+
+
+def on_themselves(make_method: Callable) -> Callable[..., np.ndarray]:
+    """Self-influence; each row's score stands in every query's column, since drivers return scores [train, query]."""
+
+    def run(w, meter, args) -> np.ndarray:
+        influence, train = influence_of(w, make_method()), batches(w.x, w.y, args.batch)
+        with meter("fit"):
+            influence.fit(train)
+        with meter("score"):
+            found = np.asarray(influence.self_influence(train).values)
+        return np.repeat(found[:, None], len(w.xq), axis=1)
+
+    return run
+
+
+def perturbed(make_method: Callable) -> Callable[..., np.ndarray]:
+    """Perturbation mode: the norm over a row's features, as the peer's driver has it."""
+
+    def run(w, meter, args) -> np.ndarray:
+        influence, train = influence_of(w, make_method()), batches(w.x, w.y, 64)
+        with meter("fit"):
+            influence.fit(batches(w.x, w.y, args.batch))
+        with meter("score"):
+            found = [
+                influence.influences(w.xq, w.yq, x, y, mode="perturbation").flatten(2).norm(dim=2) for x, y in train
+            ]
+        return np.asarray(torch.cat(found, 1)).T
+
+    return run
+
+
 def on_all_parameters(make_method: Callable) -> Callable[..., np.ndarray]:
     """As the peers that take all parameters jointly do."""
     return attribute_with(make_method, blocks="full")
@@ -102,6 +141,9 @@ METHODS = {
     "logra_pca": attribute_with(lambda: hw.LoGra(dimension=16, init="pca")),
     "lorif": attribute_with(lambda: hw.LoRif(dimension=16)),
     "factgrass": attribute_with(lambda: hw.FactGrass(dimension=16)),
+    "graddot_self": on_themselves(lambda: hw.GradDot()),
+    "ekfac_self": on_themselves(lambda: hw.Ekfac(**ONE_LABEL)),
+    "perturbation": perturbed(lambda: hw.DataInf()),
 }
 
 if __name__ == "__main__":

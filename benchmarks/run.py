@@ -4,6 +4,7 @@
     python benchmarks/run.py W1 --family cg nystroem        some families of methods
     python benchmarks/run.py W1 --only headwater.ekfac kronfluence.ekfac
     python benchmarks/run.py W4 --without-headwater         the peers alone
+    python benchmarks/run.py MLP CNN GPT GLM                the larger workloads of more.py
     python benchmarks/run.py W1 --peers FOLDER --python PEER_PYTHON --rounds 5
 
 Every driver runs in its own process on one thread, in rounds (A B C, A B C, ...), so that a machine that slows down
@@ -88,8 +89,35 @@ SEQUENCES = {
     "grad-dot": ["kronfluence.identity", "captum.tracin_sw", "headwater.graddot"],
     "kronecker": ["kronfluence.ekfac", "headwater.ekfac", "headwater.ekfac_r4"],
 }
-PLAN = {"W1": ROW_WISE, "W3": SEQUENCES, "W4": CONVEX}  # {workload: {family: items}}
-REPEATS = {"W1": 4, "W3": 2, "W4": 4}  # in one process, the warm-up included
+SELF = ["kronfluence_self.identity", "headwater.graddot_self", "kronfluence_self.ekfac", "headwater.ekfac_self"]
+PERTURBATION = ["pydvl.perturbation@nq=4", "headwater.perturbation@nq=4"]
+for plan in (ROW_WISE, CONVEX):
+    plan["perturbation"] = PERTURBATION
+for plan in (ROW_WISE, SEQUENCES):
+    plan["self"] = SELF
+LARGE = {
+    "grad-dot": ["kronfluence.identity", "captum.tracin_sw", "headwater.graddot"],
+    "kronecker": ["kronfluence.ekfac", "headwater.ekfac", "headwater.ekfac_r4"],
+    "self": SELF,
+}
+MANY = "@batch=4096"
+GENERALISED_LINEAR = {
+    "grad-dot": [item + MANY for item in ("kronfluence.identity", "captum.tracin_sw", "headwater.graddot")],
+    "kronecker": [item + MANY for item in ("kronfluence.ekfac", "headwater.ekfac")],
+    "direct": [item + MANY for item in ("pydvl.direct", "headwater.direct", "headwater.direct_gn")],
+}
+PLAN = {  # {workload: {family: items}}
+    "W1": ROW_WISE,
+    "W3": SEQUENCES,
+    "W4": CONVEX,
+    "MLP": LARGE,
+    "CNN": {**LARGE, "perturbation": PERTURBATION},
+    "GPT": LARGE,
+    "GLM": GENERALISED_LINEAR,
+}
+LARGER = ("MLP", "CNN", "GPT", "GLM")
+"""The workloads of more.py."""
+REPEATS = {"W1": 4, "W3": 2, "W4": 4, "MLP": 2, "CNN": 2, "GPT": 1, "GLM": 2}  # in one process, the warm-up included
 
 # What each method of headwater is measured against. No peer has separable EKFAC, factored damping, or products with
 # the Gauss-Newton matrix (pyDVL means the empirical Fisher by that): cg and its kin stand beside CG on the Hessian.
@@ -126,6 +154,9 @@ COUNTERPART = {
     "logra_pca": ("dattri.logra",),
     "lorif": ("dattri.logra",),
     "factgrass": ("dattri.factgrass",),
+    "graddot_self": ("kronfluence_self.identity",),
+    "ekfac_self": ("kronfluence_self.ekfac",),
+    "perturbation": ("pydvl.perturbation",),
 }
 
 # Shown, but never what a ratio is taken to. Each was compared with dense float64 matrices on W4, and on W1 where these
@@ -227,9 +258,10 @@ def drive(bench: Bench, workload: str, item: str, out: Path) -> dict:
     """Run one driver in a process of its own; return the JSON line it prints, or one that says why there is none."""
     name, _, option = item.partition("@")
     peer, _, method = name.partition(".")
-    folder = HERE if peer == "headwater" else bench.peerbench
+    folder = HERE if (HERE / f"peer_{peer}.py").is_file() else bench.peerbench
     python = bench.own_python if peer == "headwater" else bench.python
-    command = [python, str(HERE / "first_scores.py"), str(folder / f"peer_{peer}.py")]
+    command = [python, str(HERE / "first_scores.py"), *(["--more"] if workload in LARGER else [])]
+    command.append(str(folder / f"peer_{peer}.py"))
     command += ["--workload", workload, "--method", method]
     command += ["--out", str(out), "--repeats", str(REPEATS[workload]), "--budget", str(bench.budget)]
     for setting in filter(None, option.split(",")):
@@ -283,10 +315,12 @@ def measure(bench: Bench, workload: str, items: list[str]) -> tuple[list[Measure
     rows: dict[str, list[dict]] = {item: [] for item in items}
     failed: dict[str, str] = {}
     floors: list[Floors | None] = []
+    if workload in LARGER:
+        subprocess.run([bench.own_python, str(HERE / "more.py"), workload], check=True)
     with tempfile.TemporaryDirectory() as folder:
         out = {item: Path(folder) / f"{item}.npy" for item in items}
         for turn in range(bench.rounds):
-            floors.append(ask_floors(bench, workload))
+            floors.append(None if workload in LARGER else ask_floors(bench, workload))
             for item in items:
                 if item in failed:
                     continue
@@ -445,7 +479,9 @@ def chosen_items(given: argparse.Namespace, workload: str) -> list[str]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("workloads", nargs="*", default=["W1"], metavar="WORKLOAD", help="W1 (default), W3, W4")
+    parser.add_argument(
+        "workloads", nargs="*", default=["W1"], metavar="WORKLOAD", help=", ".join(PLAN) + "; default W1"
+    )
     parser.add_argument("--peers", help="folder of the peers' drivers")
     parser.add_argument("--python", help="a Python that has the peers installed")
     parser.add_argument("--own-python", default=sys.executable, help="a Python that has what headwater needs (this)")

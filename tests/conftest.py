@@ -32,8 +32,18 @@ MUCH = 1_750_000_000
 """Bytes of memory beyond which a process drops what JAX compiled, which is kept for ever otherwise."""
 
 
-SAMPLES = ((20, 4), (12, 3), (6, 2))
+SAMPLES = ((40, 12), (20, 7), (12, 5), (6, 3))
 """(cases, n): of a test with at least so many cases one in n is fast."""
+
+
+def pytest_collection() -> None:
+    """Modules and tests by the thousand are made and none is dropped: the collector would walk over all in vain."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # neither do tests have to walk over what stays to the end
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -168,6 +168,7 @@ READERS = {
     "headwater.hf.rows": "items of a loader as batches, when they are read",
     "headwater.loaders.forms": "batches that are dicts or frames, as inputs and targets, when they are read",
     "headwater.loaders.batches": "items of a loader unpacked, when they are read",
+    "headwater.loaders.unlabelled": "batches without labels, with stand-ins, when they are read",
     "headwater.progress": "items counted on their way",
     "headwater.sklearn.influence": "batches that go through a pipeline once",
 }

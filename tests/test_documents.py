@@ -26,11 +26,13 @@ RUN = re.compile(r"^<!-- run -->\s*^```sh\n(.*?)^```", re.M | re.S)
 COMMAND = re.compile(r"^\s*(?:\$ )?(?P<program>headwater|\./dev) (?P<verb>[a-z][\w-]*)", re.M)
 
 SLOW = (
+    "docs/evaluation.md",
+    "docs/jax.md",
     "docs/trajectory.md",
     "docs/trust.md",
     "docs/tutorials/images.md",
     "docs/tutorials/text.md",
-)  # they train a few dozen networks
+)  # they train dozens of networks, or compile for long
 
 
 def named(path):

@@ -16,6 +16,8 @@ from headwater.loaders.places import located
 from headwater.rows import Each, Rows, Total, fold, serial, sweep
 from headwater.torch import TorchBatch, TorchComposableInfluence
 
+pytestmark = pytest.mark.sampled
+
 torch.manual_seed(0)
 X, Y = torch.randn(11, 4, dtype=torch.float64), torch.arange(11) % 3
 MODEL = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double()

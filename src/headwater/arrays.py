@@ -12,10 +12,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib import import_module
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import array_api_compat
 import numpy as np
+
+from headwater.errors import MissingExtra
 
 
 class Array(Protocol):
@@ -96,7 +99,22 @@ def itemsize(array: Array) -> int:
 
 def namespace(*arrays: object) -> Any:
     """The array-API namespace that the arrays share."""
+    if len(arrays) == 1:
+        found = _NAMESPACES.get(type(arrays[0]))
+        return _of_one(arrays[0]) if found is None else found
     return array_api_compat.array_namespace(*arrays)
+
+
+_NAMESPACES: dict[type, Any] = {}
+"""Namespaces by the type of an array: small calls ask hundreds of times."""
+
+
+def _of_one(array: object) -> Any:
+    found = array_api_compat.array_namespace(array)
+    # A NumPy array may stand for JAX's gradient of zero: its type does not say.
+    if not isinstance(array, (np.ndarray, np.generic)):
+        _NAMESPACES[type(array)] = found
+    return found
 
 
 def is_array(value: object) -> bool:
@@ -146,6 +164,26 @@ class Numbered(Protocol):
 def is_frame(value: object) -> bool:
     """Whether it is a data frame or a column of one, as pandas has them: rows by position are `value.iloc[rows]`."""
     return hasattr(value, "iloc")
+
+
+ARROW = "__arrow_c_stream__"
+"""What frames of other libraries (polars, pyarrow, DuckDB) have, and columns of them: Arrow's PyCapsule interface."""
+
+
+def as_pandas(value: Any) -> Any:
+    """Frames and columns of other libraries as pandas has them, by Arrow; a tuple by its parts; all else as it is.
+
+    Their rows have no index: they are called by their positions. Errors: MissingExtra without pandas and pyarrow.
+    """
+    if type(value) is tuple:
+        return tuple(as_pandas(part) for part in value)
+    if is_frame(value) or not hasattr(value, ARROW):
+        return value
+    try:
+        arrow, _ = import_module("pyarrow"), import_module("pandas")
+    except ImportError as error:
+        raise MissingExtra(str(error.name), "tables") from None
+    return (arrow.table(value) if hasattr(value, "columns") else arrow.chunked_array(value)).to_pandas()
 
 
 def is_sparse(value: object) -> bool:

@@ -11,12 +11,14 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
-from headwater.errors import InvalidSetting
+from headwater.arrays import as_pandas
+from headwater.errors import InvalidInput, InvalidSetting
 from headwater.influence import ComposableInfluence, in_own_precision
 from headwater.loaders.batches import check_one
 from headwater.loaders.places import located
+from headwater.loaders.unlabelled import has_no_labels, repeated, with_stand_ins
 from headwater.methods.damping import Damping
-from headwater.rows import KeptQueryRows, KeptTrainRows, Rows, Runner
+from headwater.rows import KeptQueryRows, KeptTrainRows, Rows, Runner, first_batch
 from headwater.types import InfluenceMode, TensorType
 
 if TYPE_CHECKING:
@@ -142,7 +144,8 @@ class Attributor(ComposableInfluence[TensorType]):
         on itself. Shares of blocks are those of the whole. A method that solves then solves for each train row. See
         `headwater.run.directions`. Warns: NoDirection for rows without a gradient, which score 0.
         explain: which label a query has, its own ("label": why is the model wrong about it, or right?) or what the
-        model predicts ("prediction": why did it say this?), as `scores.explained` says then. Of a model that predicts
+        model predicts ("prediction": why did it say this? Then query rows need no labels: x, (x, None), or batches of
+        these), as `scores.explained` says then. Of a model that predicts
         numbers or text there is no such label: see docs/which-label.md for what to ask.
 
         store: a folder where finished tiles are kept, so that the same call goes on where a stopped one ended; scores
@@ -162,7 +165,8 @@ class Attributor(ComposableInfluence[TensorType]):
 
         storage = Storage.of(self, store, memory, worker, append)
         with self._recorded():
-            train, query = self._scored(train_loader), self._explained(query_loader)
+            train = self._scored(train_loader)
+            query = self._explained(query_loader, train, explain)
             return attribute(
                 self,
                 train,
@@ -236,7 +240,8 @@ class Attributor(ComposableInfluence[TensorType]):
         storage = Storage.of(self, store, memory, worker, append)
         ranking = Ranking(k, queries_as, groups, of)
         with self._recorded():
-            train, query = self._scored(train_loader), self._explained(query_loader)
+            train = self._scored(train_loader)
+            query = self._explained(query_loader, train, explain)
             return top(
                 self,
                 train,
@@ -285,9 +290,31 @@ class Attributor(ComposableInfluence[TensorType]):
             return loader.train_rows(self)
         return self.train_rows(loader)
 
-    def _explained(self, loader: Iterable[object]) -> Iterable[object]:
+    def _explained(self, loader: Iterable[object], train: Rows, explain: str) -> Iterable[object]:
         """Query rows that need only be scored: a loader's, or kept factors. Errors: as `KeptFactors`."""
-        return loader.query_rows(self) if isinstance(loader, KeptQueryRows) else self.query_rows(loader)
+        if isinstance(loader, KeptQueryRows):
+            return loader.query_rows(self)
+        return self.query_rows(self._labelled(loader, train, explain))
+
+    def _labelled(self, loader: Any, train: Rows, explain: str) -> Any:
+        """The query loader, with labels that stand in for those that the model will say.
+
+        Errors: InvalidInput where nothing shows what labels look like.
+        """
+        if not self._asks_for_labels(loader, explain):
+            return loader
+        if train.is_kept:
+            raise InvalidInput(
+                "The query rows have no labels, and kept gradients do not show what labels look like: give the train "
+                "rows' loader, or the query rows any label."
+            )
+        labels = self.source.labels_of(first_batch(self.provider, train).y)
+        return with_stand_ins(as_pandas(loader), repeated(labels))
+
+    def _asks_for_labels(self, loader: Any, explain: str) -> bool:
+        """Whether query rows have no labels, and need none: the model says them."""
+        asks = explain == "prediction" and not isinstance(loader, (Rows, KeptQueryRows))
+        return asks and has_no_labels(as_pandas(loader), self._form.target)
 
     @in_own_precision
     def factors(
@@ -364,7 +391,8 @@ class Attributor(ComposableInfluence[TensorType]):
 
         storage = Storage.of(self, store, None, worker)
         with self._recorded():
-            train, query = self.train_rows(train_loader), self.query_rows(query_loader)
+            train = self.train_rows(train_loader)
+            query = self.query_rows(self._labelled(query_loader, train, explain))
             return removal(self, train, query, groups, progress=progress, storage=storage, explain=explain)
 
     @in_own_precision
@@ -517,6 +545,7 @@ class Attributor(ComposableInfluence[TensorType]):
         sections: Sequence[Section] = (),
         self_influence: bool = True,
         verify: bool | None = None,
+        token_scores: bool | None = None,
         made: Mapping[str, object] | None = None,
         progress: bool = False,
     ) -> Path:
@@ -529,8 +558,10 @@ class Attributor(ComposableInfluence[TensorType]):
         (`headwater.report.Section`).
         self_influence: whether each train row's is computed too, in the pass that takes their losses: of a method that
         solves, a solve for each. verify: whether a dozen random pairs are computed again the slow plain way; None
-        where that is quick.
-        Errors: as `attribute` and `Scores.report`.
+        where that is quick. token_scores: whether each token of a language model's row has the colour of what it adds
+        to the score, beside the queries that are shown (`tokenizer=` makes tokens words again); None where that is
+        quick. Errors: as `attribute` and `Scores.report`; UnsupportedModel and InvalidSetting for token scores that
+        were asked for, where tokens have none.
         """
         from headwater.report.cases import TITLE, Known
         from headwater.run.report import described_by, report
@@ -542,9 +573,11 @@ class Attributor(ComposableInfluence[TensorType]):
             rows, queries, k, title or TITLE, lead, groups, predictions, checks=checks, made=made, sections=sections
         )
         options: dict[str, Any] = {"self_influence": self_influence, "verified": verify, "progress": progress}
-        options |= {"explain": explain, "own_labels": own, "normalise": normalise}
+        options |= {"explain": explain, "own_labels": own, "normalise": normalise, "token_scores": token_scores}
         with located():
-            train, query = self._scored(train_loader), self.query_rows(query_loader)
+            options["query_labels"] = not self._asks_for_labels(query_loader, explain)
+            train = self._scored(train_loader)
+            query = self.query_rows(self._labelled(query_loader, train, explain))
             return report(self, train, query, path, known, scores=scores, **options)
 
     @in_own_precision

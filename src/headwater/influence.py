@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
-from headwater.arrays import Array, namespace, summed
+from headwater.arrays import Array, as_pandas, namespace, summed
 from headwater.errors import (
     BatchMismatch,
     BlockMismatch,
@@ -30,6 +30,7 @@ from headwater.errors import (
     RulesChanged,
     SingularOperator,
     StaleFit,
+    UnsupportedModel,
 )
 from headwater.gradients.identity import identity_of
 from headwater.gradients.provider import BlockGradients, Fisher, StructuredGradientProvider
@@ -37,6 +38,7 @@ from headwater.loaders.batches import Unpack, check_loader, check_one, paired
 from headwater.loaders.forms import Form
 from headwater.loaders.keys import LoadersSeen, RowMemory
 from headwater.loaders.places import RAW, located
+from headwater.loaders.texts import Text
 from headwater.mapper import InfluenceMapper
 from headwater.methods.base import Curvatures, Method
 from headwater.methods.damping import Damping, Relative, damping_by_block, in_units
@@ -173,7 +175,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
     def _read_as(self, loader: Iterable[object], role: str) -> Iterable[object]:
         """What a user gave for rows, as it is read: as batches, in the framework's way. Errors: InvalidInput."""
-        return self.as_loader(loader if isinstance(loader, Rows) else self.as_batches(loader, role))
+        return self.as_loader(loader if isinstance(loader, Rows) else self.as_batches(as_pandas(loader), role))
 
     def as_batches(self, held: Any, role: str) -> Iterable[object]:
         """What a user gave for rows, as batches. Errors: InvalidInput."""
@@ -185,6 +187,22 @@ class ComposableInfluence(ABC, Generic[TensorType]):
     def as_own(self, name: str, array: Any) -> Any:
         """An array, of x or y, that a user gave without making a batch of it, as the framework takes it."""
         return array
+
+    def tokens_of(self, batch: Any) -> Sequence[np.ndarray] | None:
+        """Numbers of each row's tokens, without padding, where rows are texts that `text_of` can read; else None."""
+        return None
+
+    def text_of(self, tokens: np.ndarray) -> Text:
+        """The text of a row's tokens. Errors: UnsupportedModel where rows are no texts."""
+        raise UnsupportedModel(f"{type(self).__name__} reads no texts.")
+
+    def token_scores_of(self, query: Any, train: Any) -> Sequence[np.ndarray]:
+        """What each token of a train row adds to the row's scores: [q, tokens of the row] for each row of a batch.
+
+        The sum over a row's tokens is its score in the unit "influence". Errors: UnsupportedModel, InvalidSetting where
+        tokens have no scores of their own.
+        """
+        raise UnsupportedModel(f"{type(self).__name__} has no scores of tokens.")
 
     @property
     def own_source(self) -> StructuredGradientProvider:
@@ -629,6 +647,7 @@ class ComposableInfluence(ABC, Generic[TensorType]):
 
     def _batch(self, x: object, y: object, what: str) -> Any:
         try:
+            x, y = as_pandas(x), as_pandas(y)
             return paired(self.provider, x, y) or self.provider.as_batch(x, y)
         except (BatchMismatch, InvalidInput) as error:
             raise type(error)(f"{what}: {error}") from error

@@ -21,6 +21,7 @@ from headwater.errors import BatchMismatch, HeadwaterError
 from headwater.gradients.provider import BlockGradients, StructuredGradientProvider
 from headwater.loaders.batches import as_batch, check_loader
 from headwater.loaders.forms import Cut
+from headwater.loaders.frames import as_ids
 from headwater.loaders.keys import RowKeys, RowMemory
 from headwater.loaders.places import JoinedPlace, Place, here, move_to, raise_at
 from headwater.progress import track
@@ -60,6 +61,8 @@ class PlacedBatch:
         ids = self.batch.ids
         if ids is None:
             return np.arange(self.start, self.start + len(self.batch))
+        if isinstance(ids, (list, tuple)) and any(isinstance(each, str) for each in ids):
+            return as_ids(ids, "ids")
         return np.asarray(to_numpy(ids) if is_array(ids) else ids)
 
     @property

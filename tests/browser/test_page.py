@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from headwater.evaluate.verification import Check, Verification
-from headwater.report import Tokens
+from headwater.report import Known, Tokens, write
+from headwater.report.colours import TokenScores
 from headwater.store.scores import Scores
 
 QUERIES, ROWS = 20, 30
@@ -258,3 +259,35 @@ def test_the_page_can_be_printed(visit, pictures):
     page.emulate_media(media="print")
     assert not page.locator(".side").is_visible() and not page.locator("nav").is_visible()
     assert page.locator("#case").is_visible() and len(page.pdf()) > 10_000
+
+
+@pytest.fixture(scope="session")
+def coloured(tmp_path_factory):
+    """A page on which each pair has colours of its own: row 3 is [1, -1, ...] times its score; the evil is a token."""
+    pieces = ["Once", " upon", EVIL, " a", " time"]
+    shares = np.array([0.5, -0.25, 0.75, 0.0, 0.0])
+    found = scores()
+    values = {(q, n): shares * found[q, n] for q in range(QUERIES) for n in range(ROWS)}
+    known = Known(tokens=TokenScores(lambda row: pieces, lambda query: ["asked ", str(query)], values))
+    return write(found, tmp_path_factory.mktemp("pages") / "coloured.html", known)
+
+
+def test_tokens_of_a_row_have_the_colours_of_the_query_that_they_stand_beside(visit, coloured):
+    page, own = visit(coloured), scores()
+    for query in (0, 1):
+        for end in ("help", "harm"):
+            row = page.locator(f".end:has(h4.{end}) li").first
+            score = own[query, int(row.locator(".id").inner_text())]
+            spans = row.locator(".text span[class]")
+            said = [float(s.get_attribute("title").replace("\N{MINUS SIGN}", "-")) for s in spans.all()]
+            np.testing.assert_allclose(sum(said), score, rtol=0.02)
+            up, down = ("p", "n") if score > 0 else ("n", "p")
+            assert [s.get_attribute("class") for s in spans.all()] == [up + "4", down + "2", up + "5", "z", "z"]
+            assert "<b>bold</b>" in spans.nth(2).inner_text()
+        page.keyboard.press("j")
+    assert page.locator("#list .peek").first.inner_text() == "asked 0"
+    page.fill("#find", "asked 13")
+    assert page.locator("#count").inner_text() == "1 of 20 queries"
+    narrow = visit(coloured, width=390, height=800)
+    assert narrow.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.locator("#influence .deck .text").first.inner_text().startswith("Once upon")

@@ -94,6 +94,7 @@ def test_a_flax_model_with_attention_and_a_table():
     assert type(parts["params.Embed_0.embedding"]) is RowSparse
 
 
+@pytest.mark.slow
 def test_a_flax_nnx_model():
     class Two(nnx.Module):
         def __init__(self, rngs):
@@ -151,6 +152,7 @@ def test_an_equinox_table():
     assert type(parts_of(provider, IDS, Y)["weight"]) is RowSparse
 
 
+@pytest.mark.slow
 def test_a_function_with_a_derivative_of_its_own_keeps_it():
     @jax.custom_vjp
     def rounded(x):

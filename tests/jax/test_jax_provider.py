@@ -194,6 +194,7 @@ def test_a_weight_of_two_means_the_row_twice():
     same(provider.flat_mixed_grads(weighted)[0], 2 * provider.flat_mixed_grads(plain)[0])
 
 
+@pytest.mark.slow
 def test_losses_margins_and_own_ggn():
     case, provider = case_of("mlp"), provider_of("mlp")
     twin = TorchGradientProvider(case.twin.model, case.twin.loss)
@@ -212,6 +213,7 @@ def test_parameters_are_in_the_order_of_flat_gradients():
     assert provider_of("odd").coverage_fraction == 1.0
 
 
+@pytest.mark.slow
 def test_gradients_in_float64_are_plain_and_know_their_rows():
     case = case_of("kernels")
     narrow = jax_models.jax.tree.map(lambda v: v.astype("float32"), case.params)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from html import unescape
 from html.parser import HTMLParser
 
 import numpy as np
@@ -12,7 +13,7 @@ from headwater.errors import InvalidInput, InvalidSetting, NonFiniteValue, NotWr
 from headwater.evaluate.audited import audited
 from headwater.evaluate.calibration import choose_damping
 from headwater.evaluate.verification import Check, Verification
-from headwater.report import Tokens
+from headwater.report import Suspects, Tokens
 from headwater.report.gather import Groups, Scale, gather
 from headwater.store.diagnosis import BlockDiagnosis, Diagnosis, Stationarity
 from headwater.store.scores import Scores
@@ -207,12 +208,34 @@ def test_groups_come_as_a_column_as_labels_or_by_id(tmp_path, groups):
 
 def test_rows_with_high_self_influence_and_loss_are_suspicious(tmp_path):
     itself, losses = np.ones(ROWS), np.ones(ROWS)
-    itself[[3, 7]], losses[[7, 9]] = 5.0, 5.0
+    itself[[3, 7]], losses[[7, 9]] = 50.0, 50.0
     text = written(make(), tmp_path, self_influence=itself, losses=losses)
     listed = re.search(r"Labels that may be wrong.*?</ol>", text, re.S)[0]
-    assert re.findall(r'class="id" dir="auto">(\d+)<', listed)[0] == "7"
+    assert re.findall(r'class="id" dir="auto">(\d+)<', listed) == ["7"]
+    assert "more than 35 times the median row" in text and f": 1 row of {ROWS}." in text
     assert "own loss" in text and "Suspicious" in text
     assert "Suspicious" not in written(make(), tmp_path)
+
+
+def test_rows_are_not_suspicious_because_somebody_must_be_first(tmp_path):
+    rng = np.random.default_rng(0)
+    text = written(make(), tmp_path, self_influence=rng.normal(size=ROWS) ** 2, losses=rng.normal(size=ROWS) ** 2)
+    assert "None stands out" in text and "Labels that may be wrong" not in text and "label may be wrong" not in text
+    text = written(make(), tmp_path, losses=np.zeros(ROWS))
+    assert "not said: the median row's own loss is 0" in unescape(text) and "Labels that may be wrong" not in text
+
+
+def test_a_row_whose_label_the_model_would_not_give_stands_out():
+    losses, itself = np.arange(1.0, ROWS + 1), np.arange(1.0, ROWS + 1)[::-1]
+    disagrees = np.isin(np.arange(ROWS), [2, 20, 30])
+    found = Suspects(itself, losses, disagrees=disagrees)
+    assert found.mislabelled.tolist() == [20, 30, 2]  # first what is high in both
+    assert f"3 rows of {ROWS}" in found.rule and "predicts another label" in found.rule
+    none = Suspects(itself, losses, disagrees=np.zeros(ROWS, bool))
+    assert not len(none.mislabelled) and "None stands out" in none.rule and "by heart" in none.rule
+    assert not any(each.title == "Labels that may be wrong" for each in none.section().lists)
+    many = Suspects(disagrees=np.ones(ROWS, bool)).section()
+    assert many.lists[0].reading == f"The first 10 of {ROWS}."
 
 
 # What to trust --------------------------------------------------------------------------------------------------------

@@ -130,16 +130,13 @@ def test_frames_sparse_matrices_and_texts_are_rows_too():
     assert words(np.arange(4), 0)[0] < words([0, 2, 3], 0)[0]
 
 
-def test_workers_and_processes_give_the_same_bank(tmp_path):
+@pytest.mark.parametrize("processes", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_workers_in_threads_or_processes_give_the_same_bank(tmp_path, processes):
     plan = plan_subsets(60, subsets=4, repeated=2)
     refit = cells(make_pipeline(StandardScaler(), FOREST))
-    serial, threads, processes = (
+    serial, both = (
         Bank(tmp_path / name, plan, 12, {"model": "forest"}).fill(refit, **options)
-        for name, options in (
-            ("serial", {}),
-            ("threads", {"workers": 2}),
-            ("processes", {"workers": 2, "processes": True}),
-        )
+        for name, options in (("serial", {}), ("both", {"workers": 2, "processes": processes}))
     )
     by_hand = [
         [refit(np.flatnonzero(mask), seed) for seed in row if seed >= 0]
@@ -147,8 +144,7 @@ def test_workers_and_processes_give_the_same_bank(tmp_path):
     ]
     for outputs, hand in zip(serial.outputs, by_hand, strict=True):
         np.testing.assert_array_equal(outputs[: len(hand)], hand)
-    np.testing.assert_array_equal(threads.outputs, serial.outputs)
-    np.testing.assert_array_equal(processes.outputs, serial.outputs)
+    np.testing.assert_array_equal(both.outputs, serial.outputs)
     again = pickle.loads(pickle.dumps(refit))
     np.testing.assert_array_equal(again(KEPT, 2), refit(KEPT, 2))
 

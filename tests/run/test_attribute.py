@@ -308,3 +308,24 @@ def test_sampled_ekfac_does_not_depend_on_the_batches_where_the_basis_is_not_det
     ]
     for other in scores[1:]:
         torch.testing.assert_close(other, scores[0], rtol=1e-8, atol=1e-9 * float(scores[0].abs().max()))
+
+
+@pytest.mark.parametrize("role", ["train", "query"])
+@pytest.mark.parametrize("others", [np.array(["a", "b"]), np.array(["0", "1"]), np.array([2.5, 3.5])])
+def test_ids_of_several_kinds_are_refused_by_row(role: str, others: Any) -> None:
+    model, loss = torch.nn.Linear(2, 2), torch.nn.CrossEntropyLoss()
+    x, y = torch.randn(5, 2), torch.randint(0, 2, (5,))
+    influence = TorchComposableInfluence(model, loss, hw.Direct(), damping=0.1).fit([(x, y)])
+    mixed = [TorchBatch(x[:3], y[:3], ids=np.arange(3)), TorchBatch(x[3:], y[3:], ids=others)]
+    pair = (mixed, [(x, y)]) if role == "train" else ([(x, y)], mixed)
+    for verb in (influence.attribute, lambda *given: influence.top(*given, 2)):
+        # Words that are numbers already given are the same name twice, in a ranking too.
+        with pytest.raises(InvalidInput, match=f"The {role} rows have ids of several kinds: whole numbers.*row 3"):
+            verb(*pair)
+
+
+def test_ids_of_several_kinds_within_a_batch_are_refused() -> None:
+    x, y = torch.randn(3, 2), torch.randint(0, 2, (3,))
+    influence = TorchComposableInfluence(torch.nn.Linear(2, 2), torch.nn.CrossEntropyLoss(), hw.Direct(), damping=0.1)
+    with pytest.raises(InvalidInput, match="several kinds: int, str"):
+        influence.fit([(x, y)]).attribute([TorchBatch(x, y, ids=[0, "a", 2])], [(x, y)])

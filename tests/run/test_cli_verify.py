@@ -2,6 +2,7 @@
 
 import pytest
 
+import headwater as hw
 from headwater import cli
 from headwater.attributor import Attributor
 
@@ -114,6 +115,22 @@ def test_options_go_to_the_verification(write, capsys, monkeypatch):
     assert seen == {"rows": 3, "queries": 2, "seed": 5, "tolerance": 0.5, "progress": False}
 
 
+def test_the_demo_has_a_setup_that_is_verified(capsys, monkeypatch):
+    seen = []
+
+    def fake(self, train, query, **options):
+        seen.append((self, train, query))
+        return type("Found", (), {"passed": True, "__str__": lambda self: "a table"})()
+
+    monkeypatch.setattr(Attributor, "verify", fake)
+    monkeypatch.setattr(Attributor, "fit", lambda self, *args, **options: self)
+    status, printed = verify("--demo", "--quiet", capsys=capsys)
+    assert status == 0 and printed.out == "a table\n"
+    ((influence, train, query),) = seen
+    assert influence.method == hw.Direct() and len(train) and len(query)
+
+
+@pytest.mark.slow
 def test_the_demo_is_verified(capsys):
     status, printed = verify("--demo", "--rows", 1, "--queries", 1, "--quiet", capsys=capsys)
     assert status == 0 and printed.out.startswith("Direct(")

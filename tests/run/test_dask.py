@@ -29,10 +29,18 @@ def alone(tmp_path, monkeypatch):
     return hashlib.blake2b(scores.values.tobytes()).hexdigest()
 
 
+def test_workers_in_threads_give_the_bytes_of_one_process(alone, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    dask_job.run(tmp_path / "run", 2, processes=False)
+    digest, seen, killed = capsys.readouterr().out.split()
+    assert (digest, seen, killed) == (alone, "61", "0")
+
+
 @pytest.mark.parametrize(
     ("workers", "kill"),
     [
-        (2, "kill"),
+        pytest.param(2, "once", marks=pytest.mark.slow),
+        pytest.param(2, "kill", marks=pytest.mark.slow),
         pytest.param(1, "no", marks=pytest.mark.slow),
         pytest.param(2, "no", marks=pytest.mark.slow),
         pytest.param(3, "no", marks=pytest.mark.slow),
@@ -49,4 +57,4 @@ def test_any_number_of_workers_gives_the_bytes_of_one_process(workers, kill, alo
     )
     assert done.returncode == 0, done.stderr
     digest, seen, killed = done.stdout.split()[-3:]
-    assert (digest, seen) == (alone, "61") and int(killed) == (2 if kill == "kill" else 0)
+    assert (digest, seen) == (alone, "61") and int(killed) == {"no": 0, "once": 1, "kill": 2}[kill]

@@ -166,7 +166,13 @@ def test_top_fits_and_scores_first_and_prints_both_ends(job, capsys):
 def test_settings_versions_command_and_times_are_beside_the_results(job, capsys):
     run("score", job, "--quiet", capsys=capsys)
     found = json.loads((job.parent / "found" / "job.json").read_text())
-    assert found["settings"]["score"] == {"unit": "removal", "normalise": None, "by_block": False, "memory": None}
+    assert found["settings"]["score"] == {
+        "unit": "removal",
+        "normalise": None,
+        "explain": "label",
+        "by_block": False,
+        "memory": None,
+    }
     assert found["settings"]["top"] == {"k": 3} and found["versions"]["headwater"] == headwater.__version__
     assert found["verbs"]["score"]["command"] == f"headwater score {job} --quiet"
     assert (
@@ -389,6 +395,16 @@ def test_rows_are_deleted_at_every_damping(more, capsys):
     assert run("score", more, "--quiet", capsys=capsys)[0] == run("delete", more, "103", capsys=capsys)[0] == 0
     for folder in ("scores", "scores-0.7"):
         assert 103 not in Scores.open(f"found/{folder}").train_ids
+
+
+@pytest.mark.parametrize("verb", ["score", "top", "report"])
+def test_deleted_rows_do_not_come_back_at_another_damping(verb, more, capsys):
+    assert run("score", more, "--quiet", capsys=capsys)[0] == run("delete", more, "103", capsys=capsys)[0] == 0
+    assert run("report", more, "--quiet", capsys=capsys)[0] == 0
+    assert '"id":"103"' not in Path("report.html").read_text()
+    more.write_text(more.read_text().replace("[score]", "[fit]\ndamping = 0.7\n[score]"))
+    status, printed = run(verb, more, "--quiet", capsys=capsys)
+    assert status == 2 and "would bring them back" in printed.err and not Path("found/scores-0.7").exists()
 
 
 def test_settings_may_change_between_the_verbs(more, capsys):

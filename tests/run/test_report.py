@@ -122,6 +122,18 @@ def test_losses_copies_and_queries_among_the_rows_are_found(job, tmp_path):
     assert "Labels that may be wrong" in text and "not checked" in text
 
 
+def test_labels_that_may_be_wrong_are_those_that_the_model_would_not_give(job, tmp_path):
+    influence, train, _ = job
+    text, data = page_of(job, tmp_path, verify=False)
+    model = influence.provider.model
+    wrong = torch.cat([model(x).argmax(1) != y for x, y in train]).nonzero()[:, 0].tolist()
+    listed = re.search(r"Labels that may be wrong.*?</ol>", text, re.S)[0]
+    shown = [int(row) for row in re.findall(r'class="id" dir="auto">(\d+)<', listed)]
+    assert len(shown) == 10 and set(shown) <= set(wrong) and f"{len(wrong)} rows of {ROWS}" in text
+    noted = {int(row["id"]) for row in data["rows"] if "its label may be wrong" in row.get("f", "")}
+    assert noted == set(shown)
+
+
 def test_a_small_job_is_verified_unasked_and_a_page_says_so(job, tmp_path):
     text, _ = page_of(job, tmp_path)
     assert "were computed again plainly, and agree" in text

@@ -34,6 +34,7 @@ RIGHT = [
     hw.Direct(curvature="fisher", fisher="sampled", seed=3),
     hw.Ekfac(),
     hw.Ekfac(rank=2, fisher="sampled"),
+    hw.Ekfac(fisher="empirical"),
     hw.Kfac(damping_form="factored"),
     hw.Cg(),
     hw.Dual(),
@@ -93,6 +94,24 @@ def test_right_methods_pass_every_check(method, dtype):
     assert found.largest_error <= (1e-8 if dtype is torch.float64 else 1e-3)
 
 
+@pytest.mark.parametrize("fisher", ["auto", "sampled", "empirical"])
+def test_ekfac_in_float32_is_that_of_float64_near_a_minimum_that_fits_every_row(fisher):
+    """More units than rows, and labels learned by heart: curvature of all sizes, down to none."""
+    torch.manual_seed(0)
+    x, y = torch.randn(28, 12), torch.randint(0, 5, (28,))
+    model = nn.Sequential(nn.Linear(12, 40), nn.ReLU(), nn.Linear(40, 5))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(30):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x[:24]), y[:24]).backward()
+        optimizer.step()
+    train, query = [(x[:24], y[:24])], [(x[24:], y[24:])]
+    method = hw.Ekfac(fisher=fisher)
+    influence = TorchComposableInfluence(model, nn.CrossEntropyLoss(), method, damping=hw.relative(0.001)).fit(train)
+    found = influence.verify(train, query, rows=3, queries=2)
+    assert found.passed and found[REFIT].figure < 1e-3, str(found)
+
+
 @pytest.mark.parametrize("method", [hw.Direct(), hw.Cg(), hw.Dual(), hw.Direct(curvature="empirical_fisher")])
 def test_exact_methods_are_at_no_distance_from_the_exact_inverse(method):
     found = verified(method, torch.float64)
@@ -110,6 +129,18 @@ def test_the_distance_of_an_approximation_is_that_of_the_dense_matrices():
         nearest = np.abs(scores[..., None] - all_scores.reshape(-1)).min(axis=-1)
         assert nearest.max() < 1e-9 * np.abs(all_scores).max()
     assert 0.01 < approximation.relative_error < 1
+
+
+def test_a_distance_fails_nothing_and_a_ranking_is_judged_in_words():
+    found = verified(hw.Ekfac())
+    distance, ranks = (found[name] for name in EXACT[:2])
+    assert distance.allowed is None and "no size fails" in distance.verdict
+    assert "ranks rows" in ranks.verdict and "alike from 0.9, differently below 0.6" in ranks.verdict
+    scores = np.arange(12.0).reshape(1, 12)
+    for exact, said in ((scores * 3, "alike"), (scores[:, [1, 3, 0, 2, 7, 4, 6, 5, 10, 8, 11, 9]], "alike")):
+        assert home.Approximation("", scores, exact, np.zeros(12, int), False).in_words.endswith(said)
+    backwards = home.Approximation("", scores, -scores, np.zeros(12, int), False)
+    assert backwards.in_words == "ranks rows differently"
 
 
 def test_large_blocks_are_compared_by_conjugate_gradients_and_give_the_same(monkeypatch):

@@ -36,29 +36,33 @@ def slowly():
 
 
 def main() -> None:
+    folder, workers, kills = sys.argv[1], int(sys.argv[2]), {"no": (), "once": (3,), "kill": (3, 20)}[sys.argv[3]]
+    run(folder, workers, kills)
 
+
+def run(folder, workers, kills=(), processes=True) -> None:
+    """processes: of the workers; else they are threads of this one."""
     from distributed import Client, LocalCluster
 
-    folder, workers, kill = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "kill"
     setup()  # the sizes of tiles, in this process too
     with (
-        LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None, processes=processes) as cluster,
         Client(cluster) as client,
     ):
-        if kill:
-            threading.Thread(target=killing, args=(client, folder), daemon=True).start()
-        run = dask.DaskRun(client, slowly, folder)
-        run.fit()
-        scores = run.attribute()
+        if kills:
+            threading.Thread(target=killing, args=(client, folder, kills), daemon=True).start()
+        job = dask.DaskRun(client, slowly if processes else setup, folder)
+        job.fit()
+        scores = job.attribute()
         said = hashlib.blake2b(scores.values.tobytes()).hexdigest()
         print(said, f"{scores.diagnosis.rows_seen:g}", sum("killed" in line for line in os.listdir(folder)))
 
 
-def killing(client, folder) -> None:
-    """Two workers, one after the other, once they have done something."""
-    for done in (3, 20):
+def killing(client, folder, kills) -> None:
+    """Workers, one after the other, once they have written so many files."""
+    for done in kills:
         while sum(len(files) for _, _, files in os.walk(folder)) < done:
-            time.sleep(0.01)
+            time.sleep(0.03)
         pids = list(client.run(os.getpid).values())
         os.kill(pids[0], signal.SIGKILL)
         with open(os.path.join(folder, f"killed {done}"), "w") as note:

@@ -1,16 +1,19 @@
 """What a call costs beyond the arithmetic, by counts: fingerprints, hooks, looks at the device, walks for keys."""
 
 from collections import Counter
+from itertools import chain
 
+import array_api_compat
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import headwater as hw
-from headwater import rows
+from headwater import arrays, rows
 from headwater.gradients import outer
-from headwater.torch import TorchBatch, TorchComposableInfluence, TorchGradientProvider
+from headwater.torch import TorchBatch, TorchComposableInfluence, TorchGradientProvider, capture
 
 X, Y = torch.randn(640, 6, generator=torch.Generator().manual_seed(0)), torch.arange(640) % 3
 TRAIN = [(X[k : k + 32], Y[k : k + 32]) for k in range(0, 640, 32)]
@@ -106,3 +109,29 @@ def test_draws_of_a_batch_meet_in_one_product_for_each_factor(many, monkeypatch)
     counted(monkeypatch, outer, "_gram", found)
     influence.fit(TRAIN)
     assert found["_gram"] == 3 * 2 * 2  # pieces of rows, layers, and a factor on each side; not for each of 3 labels
+
+
+def test_places_of_tied_and_shared_parameters_have_their_canonical_names_by_one_walk(monkeypatch):
+    tied = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
+    tied[2].weight = tied[0].weight
+    tied.append(tied[0])
+    names = {id(t): name for name, t in chain(tied.named_parameters(), tied.named_buffers())}
+    expected = {
+        f"{prefix}.{role}": names[id(tensor)]
+        for prefix, module in tied.named_modules()
+        for role, tensor in chain(module._parameters.items(), module._buffers.items())
+    }
+    found = Counter()
+    counted(monkeypatch, nn.Module, "named_modules", found)
+    assert capture._slots(tied) == expected and expected["2.weight"] == "0.weight"
+    assert found["named_modules"] == 1 + len(tied)  # of the model and, within it, of each child
+
+
+@pytest.mark.parametrize("array", [torch.ones(2), np.ones(2), np.float64(1.0)], ids=lambda array: type(array).__name__)
+def test_the_namespace_of_a_tensor_is_looked_up_once(array, monkeypatch):
+    expected = array_api_compat.array_namespace(array)
+    arrays.namespace(array)
+    found = Counter()
+    counted(monkeypatch, array_api_compat, "array_namespace", found)
+    assert arrays.namespace(array) is arrays.namespace(array) is expected
+    assert found["array_namespace"] == (0 if isinstance(array, torch.Tensor) else 2)

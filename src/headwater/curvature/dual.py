@@ -521,7 +521,7 @@ class DualInverse(InverseThroughRows):
         return ((vectors - total) / self.damping).reshape(tensor.shape)
 
     def solve(self, along: Array) -> Array:
-        solved = _cholesky_solve(self.factor, precise(transpose(along)))
+        solved = cholesky_solve(self.factor, precise(transpose(along)))
         return namespace(along).astype(transpose(solved), along.dtype)
 
 
@@ -561,8 +561,8 @@ def index_like(positions: np.ndarray, like: Array) -> Array:
     return as_like(positions, like, dtype=namespace(like).int64)
 
 
-def _cholesky_solve(lower: Array, sides: Array) -> Array:
-    """Two triangular systems, where the framework has them; else two general ones."""
+def cholesky_solve(lower: Array, sides: Array) -> Array:
+    """(L L^T)^-1 sides: two triangular systems, where the framework has them; else two general ones."""
     if is_torch(sides):
         return sides.cholesky_solve(lower)
     solve = namespace(lower).linalg.solve

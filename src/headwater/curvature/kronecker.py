@@ -233,8 +233,11 @@ def _level_null_space(basis: EigenKroneckerOperator, spectrum: Array) -> Array:
         if turned is None:
             continue
         sizes = xp.max(basis.spectrum, axis=axis)
-        # What an eigendecomposition in the gradients' dtype may take for zero.
-        null = sizes <= float(xp.max(sizes)) * max(spectrum.shape) * 8 * float(xp.finfo(basis.like.dtype).eps)
+        # What stands for zero: what an eigendecomposition in the factors' own precision leaves there, and the square of
+        # what the gradients' dtype rounds, since a factor is a sum of their squares. More than that would level
+        # directions that are known: with eps of float32 itself, those below 6e-5 of the largest in a layer of 64.
+        eps = max(float(xp.finfo(basis.spectrum.dtype).eps), float(xp.finfo(basis.like.dtype).eps) ** 2)
+        null = sizes <= float(xp.max(sizes)) * max(spectrum.shape) * 8 * eps
         count = int(xp.count_nonzero(null))
         if count > 1:
             mask = xp.astype(null, spectrum.dtype)

@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain
 from typing import Any, Generic
@@ -31,6 +31,7 @@ from headwater.arrays import (
 from headwater.curvature.exact import Curvature, check_kind
 from headwater.curvature.means import positive_weight, total_weight
 from headwater.errors import BatchMismatch, NonFiniteValue
+from headwater.gradients.block import BlockGradient
 from headwater.gradients.draws import DrawsProduct, are_single_products, squared_norms
 from headwater.gradients.provider import BlockGradients, Fisher, Linearised, StructuredGradientProvider
 from headwater.memory import as_many_as_fit, available_memory, on_host
@@ -78,6 +79,8 @@ class DrawnRows:
     total: float
     linearised: Linearised | None = None
     """What products with few vectors share, where it is kept from one to the next."""
+    principal: dict[str, list[BlockGradient]] = field(default_factory=dict)
+    """For each block that has asked for them, other draws with the same sum, the longest first."""
 
 
 class _Repeated(threading.local):

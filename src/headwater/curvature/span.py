@@ -3,8 +3,8 @@
 With Phi [m, D] the heaviest gradients of the rows, P the projection on their span, F all gradients (each times
 the root of its row's weight), W the rows' weight, C = F^T F / W:
 
-    Phi Phi^T = L L^T,   B = L^-1 Phi F^T F Phi^T L^-T / W
-    M = (P C P + d)^-1 = (I - Phi^T S Phi) / d,   S = L^-T (B + d)^-1 B L^-1                                    [m, m]
+    G = Phi Phi^T,   A = Phi F^T F Phi^T / W,   M = (P C P + d)^-1 = (I - Phi^T S Phi) / d
+    S = G^-1 - d (A + d G)^-1                                                                                   [m, m]
 
 A solution x = M v misses by r = v - (C + d) x, so that, with y = M u and s = u - (C + d) y for another vector u,
 
@@ -44,6 +44,7 @@ from headwater.curvature.dual import (
     HeldRows,
     RowNorms,
     RowSumOperator,
+    cholesky_solve,
     index_like,
     lower_solve,
 )
@@ -67,14 +68,14 @@ from headwater.rows import Total
 
 FIRST, LARGEST = 768, 4096
 """Gradients of the first span that is tried, and of the largest there is."""
-STEEPNESS = 1.4
+STEEPNESS = 1.6
 """The error falls with the trace outside of the span to at least about this power (on digits, at 10 to 900 mean
 eigenvalues): a guess at how many gradients will do, after which the error is measured again."""
 PRECONDITIONER = 1024
 """Gradients of the span that stands for the curvature where vectors are solved for."""
 SOLVED_IN = 50
 """Products that a query is taken to need where it is solved for."""
-COUNTED = 1.0 - 1e-5
+COUNTED = 1.0 - 1e-4
 """Share of the trace that the gradients hold which are projected on the span; the lightest hold the rest."""
 PROBES = 8
 """Vectors on either side that an error is measured on."""
@@ -84,7 +85,9 @@ class PrincipalRows(RowSumOperator):
     """A sum over rows by its rows' principal gradients: the same sum, most of it in the fewest."""
 
     def draws(self, rows: DrawnRows) -> list[BlockGradient]:
-        return principal(super().draws(rows))
+        if self.label not in rows.principal:
+            rows.principal[self.label] = principal(super().draws(rows))
+        return rows.principal[self.label]
 
 
 class SomePrincipalRows(PrincipalRows, DualOperator):
@@ -104,22 +107,23 @@ class SpanOperator(SomePrincipalRows):
         return len(self.kept) == len(self.counted)
 
     @cached_property
-    def basis(self) -> Array:
-        """L [m, m], lower triangular: L^-1 Phi are orthonormal, but for directions that rounding hides."""
+    def visible(self) -> Array:
+        """G [m, m], with directions that rounding hides raised to what can be told from zero."""
         gram, xp = self.gram, namespace(self.gram)
         # Where rows are alike it is singular, and known to the rounding of the gradients, and of its own factorisation.
         entries = float(xp.finfo(self.curvature.like.dtype).eps) * float(xp.max(xp.sum(xp.abs(gram), axis=1)))
         factors = 4 * len(self.kept) * float(xp.finfo(gram.dtype).eps) * float(xp.max(gram))
-        hidden = max(entries, factors)
-        return xp.linalg.cholesky(gram + hidden * identity(len(self.kept), gram))
+        return gram + max(entries, factors) * identity(len(self.kept), gram)
+
+    @cached_property
+    def basis(self) -> Array:
+        """L [m, m], lower triangular: L^-1 Phi are orthonormal, but for directions that rounding hides."""
+        return namespace(self.visible).linalg.cholesky(self.visible)
 
     @cached_property
     def image(self) -> Array:
-        """B [m, m]: the curvature in the coordinates of `basis`."""
-        total = self.sweep(Total(self._image_of))
-        half = lower_solve(self.basis, total)
-        found = lower_solve(self.basis, transpose(half)) / self.rows
-        return (found + transpose(found)) / 2
+        """A [m, m]: the curvature's products with the kept gradients, along these."""
+        return self.sweep(Total(self._image_of)) / self.rows
 
     def _image_of(self, rows: DrawnRows) -> Array:
         """The batch's share of Phi F^T F Phi^T: [m, m]."""
@@ -127,14 +131,12 @@ class SpanOperator(SomePrincipalRows):
         step = rows_within_memory(len(self.kept) * each, self.gradients_kept.like)
         roots = None if rows.weights is None else namespace(rows.weights).sqrt(rows.weights)
         for start in range(0, len(rows.batch), step):
-            piece = slice(start, start + step)
-            along = inner_draws(self.gradients_kept, draws, piece)
+            piece = slice(start, min(start + step, len(rows.batch)))
+            first, last = ((rows.start + place) * each for place in (piece.start, piece.stop))
+            here = np.flatnonzero(self.counted[first:last])
+            along = inner_draws(self.gradients_kept, draws, piece, here)
             if roots is not None:
-                along = along * roots[piece][None, :, None]
-            along = along.reshape((len(self.kept), -1))
-            first = (rows.start + start) * each
-            here = np.flatnonzero(self.counted[first : first + int(along.shape[1])])
-            along = namespace(along).take(along, index_like(here, along), axis=1)
+                along = along * namespace(roots).take(roots[piece], index_like(here // each, roots), axis=0)
             along = precise(transpose(along))
             total = add_product(total, along, along)
         assert total is not None
@@ -152,22 +154,18 @@ class SpanInverse(DualInverse):
 
     @cached_property
     def factor(self) -> Array:
-        """The lower Cholesky factor of B + damping. Errors: SingularOperator where rounding hides the damping."""
-        image, xp = self.curvature.image, namespace(self.curvature.image)
-        largest = float(xp.max(xp.sum(xp.abs(image), axis=1)))
-        self.refuse_hidden(largest)
-        found = _cholesky(image + self.damping * identity(int(image.shape[0]), image))
-        if found is None:  # along directions that the gradients do not have, B is rounding, divided by rounding
+        """The lower Cholesky factor of A + d G. Errors: SingularOperator where rounding hides the damping."""
+        gram, xp = self.curvature.visible, namespace(self.curvature.gram)
+        self.refuse_hidden(float(xp.max(xp.sum(xp.abs(gram), axis=1))) / self.curvature.rows)
+        found = _cholesky(self.curvature.image + self.damping * gram)
+        if found is None:  # along directions that the gradients do not have, all of it is rounding
             raise SingularOperator(f"Block {self.curvature.label!r}: rounding of like rows hides {self.damping:g}.")
         return found
 
     def solve(self, along: Array) -> Array:
-        basis = self.curvature.basis
-        within = lower_solve(basis, precise(transpose(along)))
-        # (B + d)^-1 B = I - d (B + d)^-1.
-        solved = within - self.damping * lower_solve(self.factor, lower_solve(self.factor, within), transposed=True)
-        found = lower_solve(basis, solved, transposed=True)
-        return namespace(along).astype(transpose(found), along.dtype)
+        sides = precise(transpose(along))
+        solved = cholesky_solve(self.curvature.basis, sides) - self.damping * cholesky_solve(self.factor, sides)
+        return namespace(along).astype(transpose(solved), along.dtype)
 
     def outside(self, value: BlockGradient) -> np.ndarray:
         """The share of each gradient's square that lies outside of the span: [n]."""
@@ -232,9 +230,9 @@ class RowSpans(PrincipalRows):
         """Of the heaviest `size` gradients."""
         if size not in self._made:
             flat = self.norms.squares.reshape(-1)
-            counted = np.zeros(len(flat), dtype=bool)
-            counted[self.norms.heaviest(COUNTED)] = True
-            held = self.norms.held(np.sort(self.norms.heaviest(1.0, size)))
+            kept, counted = np.sort(self.norms.heaviest(1.0, size)), np.zeros(len(flat), dtype=bool)
+            counted[self.norms.heaviest(COUNTED)] = counted[kept] = True
+            held = self.norms.held(kept)
             self._made[size] = SpanOperator(self.curvature, self.rows, held, counted)
         return self._made[size]
 
@@ -274,7 +272,7 @@ class SpanSolve(IterativeInverse):
     ):
         """near: gives an inverse that is near to this one, once vectors have to be solved for.
 
-        tolerance: of a score, relative to the roots of what its two rows score on themselves; None for the root of eps.
+        tolerance: of a score, relative to |q| |(C + d)^-1 g|, as of a solve; None for the root of eps.
         """
         super().__init__(curvature, damping, solver, None, curvature.block)
         self.spans, self._near, self.tolerance = spans, near, tolerance
@@ -329,7 +327,7 @@ class SpanSolve(IterativeInverse):
         return self._inverses[size]
 
     def error(self, inverse: DualInverse, value: BlockGradient) -> tuple[float, int]:
-        """Of scores of these rows, relative to the roots of what both rows score on themselves; and products made.
+        """Of scores of these rows, relative to |q| |(C + d)^-1 g|; and products made.
 
         On a few of them, those that reach furthest out of the span among them, and gradients of train rows.
         """
@@ -350,7 +348,8 @@ class SpanSolve(IterativeInverse):
         first = np.abs(host(one.residual @ transpose(other.solution)))
         second = np.outer(one.missed, other.missed) / self.damping
         rounding = self._eps(one.solution) * np.outer(one.length, other.length) / self.damping
-        scale = np.sqrt(np.outer(one.own, other.own))
+        # What a residual bounds the error of a score by: |q| |(C + d)^-1 g|, the latter from below.
+        scale = np.outer(one.length, other.solved(self.damping))
         return float(((first + second + rounding)[scale > 0] / scale[scale > 0]).max(initial=0.0))
 
     def _rounding(self, inverse: DualInverse, value: BlockGradient) -> tuple[float, int]:
@@ -390,6 +389,14 @@ class _Missed:
     length: np.ndarray
     own: np.ndarray
     """What the vectors score on themselves: [k]."""
+
+    def solved(self, damping: float) -> np.ndarray:
+        """A lower bound of |(C + damping)^-1 v|: [k]."""
+        nearest = host(row_norms(self.solution)) - self.missed / damping
+        # With A = C + d: v^T A^-1 v is at least (v^T x)^2 / x^T A x (Cauchy and Schwarz), and A x = v - r.
+        onto = self.length * (self.own - host(rowwise_inner(self.residual, self.solution)))
+        along = np.divide(self.own**2, onto, out=np.zeros_like(onto), where=onto > 0)
+        return np.maximum(nearest, along)
 
 
 class MeasuredAlongRows(AlongRows):

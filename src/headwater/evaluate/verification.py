@@ -22,6 +22,8 @@ GRADIENTS, PLAIN, REFIT = "plain gradients", "plain gradients, own operator", "f
 SIZES, ORDER = "batch sizes", "row order of the fit"
 COMPARISONS = (PLAIN, REFIT, SIZES, ORDER)
 """Names of checks; those of COMPARISONS compare scores."""
+RANKS, RANKS_LOST = 0.9, 0.6
+"""Rank correlation with the exact scores from which a ranking is the same, and below which it is another one."""
 MISCOVERAGE = 0.1
 """Of the bound for pairs that were not sampled."""
 
@@ -76,6 +78,18 @@ class Approximation:
     def rank_correlations(self) -> np.ndarray:
         """Spearman's, over the sampled train rows: [query]."""
         return spearman(self.scores.T.astype(np.float64), self.exact.T.astype(np.float64))
+
+    @property
+    def in_words(self) -> str:
+        """What the rank correlation says; of the distance by size nobody can say which is too far.
+
+        A method that damps or smooths more has other sizes and may rank, and forecast, as well: which distance matters
+        is for `calibrate` and retraining to say. A ranking is judged at RANKS and RANKS_LOST, as a convention.
+        """
+        mean = float(self.rank_correlations.mean())
+        if not mean >= RANKS_LOST:
+            return "ranks rows differently"
+        return "ranks rows alike" if mean >= RANKS else "ranks rows much alike"
 
     @property
     def bound(self) -> float:

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from headwater.arrays import Array, add_product, namespace, rows_within_memory, summed, transpose
+import numpy as np
+
+from headwater.arrays import Array, add_product, as_like, namespace, rows_within_memory, summed, transpose
 from headwater.blocks import Layout
 from headwater.gradients.algebra import Gradient
 from headwater.gradients.block import BlockGradient
@@ -98,28 +100,34 @@ def _with_inputs_of_all(parts: Sequence[Gradient]) -> Outer | None:
     return first
 
 
-def inner_draws(value: BlockGradient, draws: Draws, rows: slice) -> Array:
-    """Dot products of gradients [m] with every draw of some rows: [m, n, k]."""
-    products = (_inner_part(part, [draw.parts[k] for draw in draws], rows) for k, part in enumerate(value.parts))
+def inner_draws(value: BlockGradient, draws: Draws, rows: slice, chosen: np.ndarray) -> Array:
+    """Dot products of gradients [m] with some draws of some rows: [m, c].
+
+    chosen [c]: the draws' places, when these rows' n k are counted row by row.
+    """
+    products = (
+        _inner_part(part, [draw.parts[k] for draw in draws], rows, chosen) for k, part in enumerate(value.parts)
+    )
     total: Any = next(products)
     for product in products:
-        # In place where the framework can: there are m n k numbers.
+        # In place where the framework can: there are m c numbers.
         total += product
     return total
 
 
-def _inner_part(part: Gradient, draws: Sequence[Gradient], rows: slice) -> Array:
-    first = _with_inputs_of_all(draws)
+def _inner_part(part: Gradient, draws: Sequence[Gradient], rows: slice, chosen: np.ndarray) -> Array:
+    first, xp = _with_inputs_of_all(draws), namespace(part.arrays[0])
+    places, of_rows = (as_like(each, part.arrays[0], dtype=xp.int64) for each in (chosen, chosen // len(draws)))
     if first is None or not isinstance(part, Outer) or not part.positions == first.positions == 1:
-        return namespace(part.arrays[0]).stack([part.inner(draw.take(rows)) for draw in draws], axis=2)
+        products = xp.stack([part.inner(draw.take(rows)) for draw in draws], axis=2)
+        return xp.take(products.reshape((part.rows, -1)), places, axis=1)
     # (a . a') (b . b'), the first factor once for all draws of a row.
     inputs = part.a[:, 0] @ transpose(first.a[rows][:, 0])
     if part.ones and first.ones:
         inputs = inputs + 1
     outputs = _over_positions(_stacked(draws, rows))  # [n, k, o]
-    n, k, o = outputs.shape
-    found: Any = (part.b[:, 0] @ transpose(outputs.reshape((n * k, o)))).reshape((part.rows, n, k))
-    found *= inputs[:, :, None]
+    found: Any = part.b[:, 0] @ transpose(xp.take(outputs.reshape((-1, outputs.shape[2])), places, axis=0))
+    found *= xp.take(inputs, of_rows, axis=1)
     return found
 
 

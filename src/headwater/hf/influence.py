@@ -6,19 +6,22 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from headwater.arrays import is_frame
+from headwater.arrays import is_frame, to_numpy
 from headwater.blocks import Structure
-from headwater.errors import InvalidSetting
+from headwater.errors import InvalidSetting, UnsupportedModel
 from headwater.hf.losses import PerToken
 from headwater.hf.provider import HfGradientProvider
-from headwater.hf.rows import MASK, Collator, Rows, TableRows, are_texts, put_back
+from headwater.hf.rows import IDS, MASK, Collator, Rows, TableRows, are_texts, lengths, put_back
 from headwater.loaders.batches import Unpack, Unpacked, check_loader
 from headwater.loaders.forms import Form, is_pair, pair
+from headwater.loaders.texts import Text, text_of
 from headwater.methods.base import Method
 from headwater.methods.damping import Damping
+from headwater.torch.batch import TorchBatch
 from headwater.torch.influence import Checkpoint, TorchComposableInfluence
 from headwater.torch.likelihoods import Likelihood
 from headwater.torch.losses import Loss
@@ -131,8 +134,14 @@ class HfComposableInfluence(TorchComposableInfluence):
         Errors: InvalidSetting for a method that changes a row's gradient as a whole; UnsupportedModel where a row has
         one label; as `influences`.
         """
-        mapper, _, test, train = self._asked(x_test, y_test, x, y, "up")
-        provider = self._hf_provider
+        _, _, test, train = self._asked(x_test, y_test, x, y, "up")
+        given = x_test if x is None else x
+        mask = given.get(MASK) if isinstance(given, Mapping) else None
+        return put_back(self._token_scores(test, train), None if mask is None else torch.as_tensor(mask))
+
+    def _token_scores(self, test: TorchBatch, train: TorchBatch) -> torch.Tensor:
+        """Of batches in canonical form, whose positions T are."""
+        mapper, provider = self.ready(), self._hf_provider
         with self._recorded():
             factors: Any = mapper.transformed_grads(test)
         first = provider.grads(train.take(slice(0, 1)))
@@ -148,6 +157,32 @@ class HfComposableInfluence(TorchComposableInfluence):
         ]
         width = train.y.shape[1]
         padded = [nn.functional.pad(piece, (0, width - piece.shape[2])) for piece in pieces]
-        given = x_test if x is None else x
-        mask = given.get(MASK) if isinstance(given, Mapping) else None
-        return put_back(torch.cat(padded, dim=1), None if mask is None else torch.as_tensor(mask))
+        return torch.cat(padded, dim=1)
+
+    # Texts, for pages -------------------------------------------------------------------------------------------------
+
+    def tokens_of(self, batch: Any) -> list[np.ndarray] | None:
+        x = self._hf_provider.canonical(batch).x
+        ids = x.get(IDS) if isinstance(x, Mapping) else None
+        if self._rows.tokenizer is None or ids is None:
+            return None
+        values, ends = ids.cpu().numpy(), lengths(x)
+        counts = [values.shape[1]] * len(values) if ends is None else ends.tolist()
+        return [row[:count] for row, count in zip(values, counts, strict=True)]
+
+    def text_of(self, tokens: np.ndarray) -> Text:
+        """Errors: UnsupportedModel without a tokenizer."""
+        tokenizer = self._rows.tokenizer
+        if tokenizer is None:
+            raise UnsupportedModel("There is no tokenizer that makes texts of tokens: give tokenizer=.")
+        # Every token is shown, those that mean something to the model alone too.
+        return text_of(tokens.tolist(), lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    def token_scores_of(self, query: Any, train: Any) -> list[np.ndarray]:
+        """As `token_scores`: of an own token that is predicted. Errors: likewise."""
+        provider = self._hf_provider
+        train = provider.canonical(train)
+        scores = to_numpy(self._token_scores(provider.canonical(query), train)).astype(np.float64)
+        ends = lengths(train.x) if isinstance(train.x, Mapping) else None
+        counts = [scores.shape[2]] * len(train) if ends is None else ends.tolist()
+        return [scores[:, row, :count] for row, count in enumerate(counts)]

@@ -35,7 +35,6 @@ from headwater.torch.products import jacobian_product
 from headwater.torch.provider import TorchGradientProvider, undisturbed
 from headwater.torch.surroundings import autograd_on, twice_differentiable
 from headwater.torch.wrapped import unwrapped
-from headwater.types import Batch
 
 
 class HfGradientProvider(TorchGradientProvider):
@@ -130,18 +129,22 @@ class HfGradientProvider(TorchGradientProvider):
 
     # Batches ------------------------------------------------------------------------------------------------------
 
+    def canonical(self, batch: TorchBatch) -> TorchBatch:
+        """The batch as the model takes it: each row begins at its first token, on the model's device."""
+        return self._ready(batch)
+
     def _made_ready(self, batch: TorchBatch) -> TorchBatch:
         x = batch.x
         if isinstance(x, Mapping) or len(shape_of(x) or ()) == 2:
             x, y = self._columns(x, batch.y)
-            batch = TorchBatch(x, y, getattr(batch, "weights", None), getattr(batch, "ids", None))
+            batch = TorchBatch(x, y, batch.weights, batch.ids)
         elif not isinstance(x, torch.Tensor):
             raise InvalidInput(
                 f"x is {type(x).__name__}; expected a dict of tensors (input_ids, attention_mask, ...), ids [n, t], or "
                 "embeddings [n, t, d]. Strings are made tokens of in loaders, with tokenizer=."
             )
         else:
-            batch = TorchBatch(x, self._labels(batch.y, tuple(x.shape[:2])), *_extras(batch))
+            batch = TorchBatch(x, self._labels(batch.y, tuple(x.shape[:2])), batch.weights, batch.ids)
         return super()._made_ready(batch)
 
     def _columns(self, x: object, y: object) -> tuple[Columns, Any]:
@@ -287,7 +290,3 @@ class HfGradientProvider(TorchGradientProvider):
         tokens = torch.cat(found).detach()
         weights = self.row_weights(batch)
         return tokens if weights is None else tokens * weights[:, None]
-
-
-def _extras(batch: Batch) -> tuple[Any, Any]:
-    return getattr(batch, "weights", None), getattr(batch, "ids", None)

@@ -12,6 +12,7 @@ import numpy as np
 
 from headwater.arrays import dtype_of
 from headwater.errors import BatchMismatch, InvalidInput, UnsupportedModel
+from headwater.loaders.frames import missing_column
 from headwater.types import Batch
 
 
@@ -36,7 +37,7 @@ class JaxBatch(Batch[jax.Array]):
     def ready(self) -> JaxBatch:
         """With numbers as JAX has them (no float64 where it has none). Errors: InvalidInput for what is no array."""
         if self.x is None or self.y is None:
-            raise InvalidInput(f"{'x' if self.x is None else 'y'} is None; a batch needs inputs and targets.")
+            raise InvalidInput(missing_column("x" if self.x is None else "y"))
         if len(self) == 0:
             raise BatchMismatch("The batch has no rows.")
         return JaxBatch(jax.tree.map(_as_array, self.x), jax.tree.map(_as_array, self.y), self.weights, self.ids)

@@ -96,6 +96,7 @@ class Call:
         many = job.top.k if k is None else k
         if self._has_deleted():
             return Scores.open(job.scores).top(many)
+        self._check_none_comes_back()
         setup = self._loaded_with_queries()
         with self._working():
             influence = self._damped(setup, self._fitted(setup))
@@ -108,6 +109,7 @@ class Call:
                     many,
                     unit=job.score.unit,
                     normalise=job.score.normalise,
+                    explain=job.score.explain,
                     progress=self.progress,
                     store=job.scores,
                     memory=job.score.memory,
@@ -181,8 +183,10 @@ class Call:
                 k=settings.k,
                 title=settings.title,
                 lead=settings.lead,
+                token_scores=settings.token_scores,
                 predictions=setup.predictions,
                 scores=scores,
+                explain=self.job.score.explain,
                 checks=[] if judged is None else [judged.lds],
                 sections=[] if judged is None or judged.left_out is None else [left_out_section(judged.left_out)],
                 made={"command": self.command or None, "job": self.job.name or None},
@@ -276,6 +280,16 @@ class Call:
         known = read_record(self.job.store)
         return known is not None and "delete" in known.verbs and self.job.scores.is_dir()
 
+    def _check_none_comes_back(self) -> None:
+        """Errors: InvalidSetting for scores at a new damping, where rows were taken out at the others."""
+        known = read_record(self.job.store)
+        if known is not None and "delete" in known.verbs and not self.job.scores.is_dir():
+            raise InvalidSetting(
+                f"Rows were deleted from the scores in {self.job.store}, but the fitted loader still has them: "
+                f"scoring at another damping, in {self.job.scores.name}, would bring them back. Take them out of the "
+                "loader, and fit and score in another --store; or score at all dampings before rows are deleted."
+            )
+
     def _check_all_rows(self) -> None:
         """Errors: InvalidSetting where rows were taken out: `retrain` counts those of the loader."""
         if self._has_deleted():
@@ -315,12 +329,14 @@ class Call:
         return setup.influence.load(saved)
 
     def _scores(self, setup: Setup, influence: Attributor, append: bool = False) -> Scores:
+        self._check_none_comes_back()
         with self._recorded("score") as found:
             scores = influence.attribute(
                 setup.train,
                 setup.query_loader,
                 unit=self.job.score.unit,
                 normalise=self.job.score.normalise,
+                explain=self.job.score.explain,
                 by_block=self.job.score.by_block,
                 store=self.job.scores,
                 memory=self.job.score.memory,

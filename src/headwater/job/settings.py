@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from headwater.errors import InvalidSetting
+from headwater.gradients.provider import EXPLAIN
 from headwater.methods.damping import Damping, relative
 from headwater.settings import bytes_of, check_whole, check_word
 from headwater.setup_file import Setup, load_setup, split_target
@@ -65,6 +66,8 @@ class ScoreSettings:
     """"influence", or "removal": the predicted rise of the query's loss when the row is removed."""
     normalise: str | None = None
     """Directions instead of sizes, which only rank: "both" sides, or that of the "train" rows."""
+    explain: str = "label"
+    """Whose label a query has: its own ("label"), or the model's ("prediction", for which queries need none)."""
     by_block: bool = False
     """Keep each block's share."""
     memory: str | int | None = None
@@ -74,6 +77,7 @@ class ScoreSettings:
         if self.memory is not None:
             bytes_of(self.memory)
         check_word("unit", self.unit, ("influence", "removal"))
+        check_word("explain", self.explain, EXPLAIN)
         _ = self.scored_in
         if not isinstance(self.by_block, bool):
             raise InvalidSetting(f"by_block is {self.by_block!r}; expected true or false.")
@@ -109,9 +113,13 @@ class ReportSettings:
     """What stands below it."""
     k: int = 5
     """Rows at each end of a query's ranking."""
+    token_scores: bool | None = None
+    """Whether the tokens of a language model's rows are coloured by what they add; None where that is quick."""
 
     def __post_init__(self) -> None:
         check_whole("k", self.k, 1)
+        if self.token_scores is not None and not isinstance(self.token_scores, bool):
+            raise InvalidSetting(f"token_scores is {self.token_scores!r}; expected true or false.")
         for name, given in (("file", self.file), ("title", self.title or "-")):
             if not isinstance(given, str) or not given:
                 raise InvalidSetting(f"{name} is {given!r}; expected text.")

@@ -1,6 +1,6 @@
 """Data frames and their columns, as pandas has them: their numbers, and their index as the rows' ids.
 
-pandas is not imported: a frame brings its own methods.
+pandas is not imported: a frame brings its own methods. Frames of other libraries are made pandas' before (`as_pandas`).
 
     index            what the rows are called
     0, 1, ..., n-1   nothing: their positions in the loader (a RangeIndex, as pandas gives by itself)
@@ -132,3 +132,9 @@ def as_ids(given: Iterable[Any], what: str) -> np.ndarray:
     if any(whole) or ("str" in kinds and len(kinds) > 1):
         raise InvalidInput(f"{what} has labels of several kinds: {', '.join(sorted(kinds))}. Make words of them all.")
     return np.array([str(label) for label in found])
+
+
+def missing_column(name: str) -> str:
+    """What is said of a batch without x, or without y."""
+    said = f"{name} is None; a batch needs inputs and targets."
+    return f"{said} Query rows need no targets with explain='prediction'." if name == "y" else said

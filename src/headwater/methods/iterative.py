@@ -71,8 +71,8 @@ class PreconditionedMethod(ProductMethod[Preconditioned]):
     "ekfac", "kfac", "nystroem" (rank 50), "diagonal" (Hutchinson's estimate), None, or "auto": dual for few outputs,
     else EKFAC."""
     tolerance: float | None = None
-    """Relative residual of each solve; None for the square root of eps (3e-4 in float32). Where no solve is needed: the
-    error of a score, relative to the roots of what its two rows score on themselves."""
+    """Relative residual of each solve; None for the square root of eps (3e-4 in float32). A score q (C + d)^-1 g is off
+    by no more than that times |q| |(C + d)^-1 g|, and is held to it where no solve is needed."""
     allow_indefinite: bool = False
     """Solve with a Hessian although it has negative eigenvalues at the damping; refused otherwise."""
 

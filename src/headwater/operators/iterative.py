@@ -37,7 +37,7 @@ class SolveReport:
     """What was inverted: the block's name."""
     residual: np.ndarray
     """|b - (C + damping) x| / |b|, as the solver knows it; zero where b is. On a span, where nothing was solved for:
-    the largest error of a score that was measured, relative to the roots of what its rows score on themselves."""
+    the largest error of a score q (C + d)^-1 g that was measured, relative to |q| |(C + d)^-1 g|."""
     iterations: np.ndarray
     """Steps that the column took part in."""
     outcome: np.ndarray

@@ -4,10 +4,11 @@
     Sides        what the queries and the train rows are, one by one
     Drawn        some queries, and rows beside them: each card and each picture once
 
-`queries` of the data has for each: q, its id; c, its card; up, down, [number of the row in `rows`, score]; p, the
-prediction, and w, 1 if it is wrong; g, the group; s, z, the own loss in words and as a number; x, u, the power of ten
-of its scores, and in words; r, why not to trust it; f, why to look twice. Of `rows`: id, c, g and f. `images` are data
-URIs, `names` those of columns, and `kind` says how cards lie side by side. What there is not is left out.
+`queries` of the data has for each: q, its id; c, its card; up, down, [number of the row in `rows`, score, and what its
+tokens add to it, as `headwater.report.colours` says]; p, the prediction, and w, 1 if it is wrong; g, the group; s, z,
+the own loss in words and as a number; x, u, the power of ten of its scores, and in words; r, why not to trust it; f,
+why to look twice. Of `rows`: id, c, g and f. `images` are data URIs, `names` those of columns, and `kind` says how
+cards lie side by side. What there is not is left out.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from headwater.arrays import is_array, is_frame, to_numpy
 from headwater.errors import InvalidInput, NonFiniteValue, ShapeMismatch
 from headwater.evaluate.checks import Floats
 from headwater.report.cards import LABELS, Card, Deck, card_of, letters_for
+from headwater.report.colours import TokenScores
 from headwater.report.figures import Fact, Section
 from headwater.report.gather import Groups, Scale
 from headwater.report.rows import GROUPS, LISTED, Suspects
@@ -64,6 +66,7 @@ class Known:
     """What else there is to know of a score."""
     details: str = ""
     """The blocks, as a table in plain characters."""
+    tokens: TokenScores = field(default_factory=TokenScores)
 
 
 # What the rows are ----------------------------------------------------------------------------------------------------
@@ -211,6 +214,7 @@ class Sides:
     """Why not to trust a query's scores."""
     notes: Mapping[int, str]
     """What a reader should know of a train row wherever it is shown."""
+    tokens: TokenScores = field(default_factory=TokenScores)
 
     @classmethod
     def of(cls, scores: ScoreMatrix, known: Known) -> Sides:
@@ -226,6 +230,7 @@ class Sides:
             numbers("query_losses", known.query_losses, len(scores.query_ids)),
             unsolved(scores),
             _notes(known.suspects),
+            known.tokens,
         )
 
     def about_query(self, place: int, card: Mapping[str, Any]) -> dict[str, Any]:
@@ -279,8 +284,13 @@ class Drawn:
         rows = [sides.train.card(place) for place in self.place]
         asked = [sides.query.card(place) for place in queries]
         self.deck, self.kind, self.room = dealt([*rows, *asked], room)
-        self._rows = [self.deck.draw(card) for card in rows]
-        self._asked = [self.deck.draw(card) for card in asked]
+        letters, tokens = self.deck.letters, sides.tokens
+        self._rows = [
+            tokens.row(place, self.deck.draw(card), letters) for place, card in zip(self.place, rows, strict=True)
+        ]
+        self._asked = [
+            tokens.query(place, self.deck.draw(card), letters) for place, card in zip(queries, asked, strict=True)
+        ]
 
     def data(self) -> tuple[dict[str, Any], str]:
         """As the module says, and what was done to pictures so that there is room, in words."""
@@ -297,11 +307,20 @@ class Drawn:
     def queries(self) -> list[dict[str, Any]]:
         found = []
         for turn, (place, card) in enumerate(zip(self.places, self._asked, strict=True)):
-            up, down = (pairs(self.place, end[turn], scores[turn], sign) for end, scores, sign in _ends(self.top))
+            up, down = (self._pairs(place, end[turn], scores[turn], sign) for end, scores, sign in _ends(self.top))
             beside = {"up": up, "down": down, **scaled(up, down)}
             about = self.sides.about_query(place, card)
             found.append({"q": about.pop("q"), "c": about.pop("c"), **beside, **about})
         return found
+
+    def _pairs(self, query: int, places: np.ndarray, scores: np.ndarray, sign: int) -> list[list[Any]]:
+        """[number, score] of what stands at one end, the strongest first; and its tokens' numbers, if there are any."""
+        found = [(int(p), s) for p, s in zip(places.tolist(), scores.tolist(), strict=True) if s * sign > 0]
+        tokens, shown = self.sides.tokens, [len(self._rows[self.place[place]].get("w", ())) for place, _ in found]
+        return [
+            [self.place[place], float(f"{score:.6g}"), *tokens.of(query, place, count)]
+            for (place, score), count in zip(found, shown, strict=True)
+        ]
 
 
 def dealt(cards: Sequence[Card], room: int) -> tuple[Deck, str, int]:
@@ -317,13 +336,7 @@ def _ends(top: TopK) -> tuple[tuple[np.ndarray, np.ndarray, int], ...]:
     return (top.helpful_ids, top.helpful_scores, 1), (top.harmful_ids, top.harmful_scores, -1)
 
 
-def pairs(numbers: Mapping[int, int], places: np.ndarray, scores: np.ndarray, sign: int) -> list[list[float]]:
-    """[number, score] of what stands at one end, the strongest first."""
-    found = zip(places.tolist(), scores.tolist(), strict=True)
-    return [[numbers[int(place)], float(f"{score:.6g}")] for place, score in found if score * sign > 0]
-
-
-def scaled(up: Sequence[Sequence[float]], down: Sequence[Sequence[float]]) -> dict[str, Any]:
+def scaled(up: Sequence[Sequence[Any]], down: Sequence[Sequence[Any]]) -> dict[str, Any]:
     """The power of ten that these scores are shown in, if there is one."""
-    scale = Scale.of(max((abs(score) for _, score in (*up, *down)), default=0.0))
+    scale = Scale.of(max((abs(score) for _, score, *_ in (*up, *down)), default=0.0))
     return {"x": scale.power, "u": scale.in_words} if scale.power else {}

@@ -16,6 +16,7 @@ import numpy as np
 import headwater
 from headwater.errors import InvalidSetting
 from headwater.report.cases import Drawn, Known, Sides
+from headwater.report.colours import NOTE, coloured
 from headwater.report.figures import paragraphs
 from headwater.report.gather import Groups, Scale, block_sizes, gather
 from headwater.report.page import render
@@ -79,7 +80,7 @@ def _rendered(
     sections = [section.numbered(drawn.place) for section in sections]
     return render(
         **around(scores, known, [(section.place, section.title) for section in sections]),
-        notes=[note for note in (_part(shown, len(scores.query_ids)), said) if note],
+        notes=[note for note in (_part(shown, len(scores.query_ids)), said, known.tokens.values and NOTE) if note],
         sorts=_sorts(queries),
         filters=_filters(queries),
         knows_wrong=any("w" in q for q in queries),
@@ -89,6 +90,7 @@ def _rendered(
         images=data["images"],
         names=data["names"],
         kind=data["kind"],
+        coloured=coloured,
         say=lambda score, query: Scale(query.get("x", 0)).said(score),
         sections=sections,
         data=data,

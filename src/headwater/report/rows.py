@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 from markupsafe import Markup
 
-from headwater.evaluate.checks import Floats
+from headwater.evaluate.checks import Flags, Floats
 from headwater.report.figures import Bar, Bars, Curve, Curves, Figure, Grid, Points, paragraphs
 from headwater.report.gather import Gathered, Groups, Scale
 from headwater.report.text import number
@@ -16,7 +17,9 @@ from headwater.report.text import number
 LISTED = 10
 """Rows of a list, at most."""
 HIGH = 0.9
-"""Share of rows below a suspicious one, in self-influence and in own loss."""
+"""Share of rows below a suspicious one, in self-influence, where predictions are not known."""
+STANDS_OUT = 35
+"""Times the median row's loss: four standard deviations of a squared normal error, 16 / 0.455."""
 GROUPS = 16
 """Groups that a chart shows at most."""
 POINTS = 3000
@@ -181,17 +184,66 @@ class Suspects:
     leaks: Sequence[tuple[int, str]] | None = None
     """Places of train rows that are queries too, and what these are called."""
 
-    @property
+    disagrees: Flags | None = None
+    """[n]: where the model itself predicts another label than the row's own."""
+
+    @cached_property
     def mislabelled(self) -> np.ndarray:
-        """Places of rows whose label may be wrong, the most suspicious first: high in all that is known."""
+        """Places of rows that stand out (`rule`), those that are highest in all that is known first.
+
+        Another label than the one that the model predicts stands out. Where nobody knows predictions, a row does whose
+        loss (or self-influence, if no losses are known) is STANDS_OUT times the median row's: it is a squared error
+        for normal errors, whose square has the median 0.455 and is 16 at four standard deviations.
+        """
         known = [values for values in (self.self_influence, self.losses) if values is not None]
-        if not known:
+        if self.disagrees is not None:
+            chosen = self.disagrees
+        elif known and self._median > 0:
+            chosen = known[-1] > STANDS_OUT * self._median
+            if len(known) > 1:
+                chosen &= known[0] > np.quantile(known[0], HIGH)
+        else:
             return np.empty(0, dtype=np.int64)
-        ranks = np.min([np.argsort(np.argsort(v, kind="stable"), kind="stable") for v in known], axis=0)
-        n = len(ranks)
-        order = np.argsort(-ranks, kind="stable")
-        chosen: np.ndarray = order[ranks[order] >= min(HIGH * n, n - 1)]
-        return chosen
+        places = np.flatnonzero(chosen)
+        ranks = [np.argsort(np.argsort(v, kind="stable"), kind="stable")[places] for v in known]
+        return places[np.argsort(-np.min(ranks, axis=0), kind="stable")] if known else places
+
+    @property
+    def rule(self) -> str:
+        """Which rows are listed, how many there are, or that there are none."""
+        found, n = len(self.mislabelled), len(next(v for v in self._by_row if v is not None))
+        if self.disagrees is not None:
+            if not found:
+                return (
+                    "None stands out: of every row the model predicts the label that the row has. (A model that has "
+                    "learned its rows by heart agrees with wrong labels too; one that was trained without them would "
+                    "not.)"
+                )
+            return (
+                f"A row stands out where the model itself predicts another label than the row's own: "
+                f"{counted(found, 'row')} of {n:,}."
+            )
+        of = "self-influence" if self.losses is None else "own loss"
+        if self._median <= 0:
+            return f"Whether a row stands out is not said: the median row's {of} is {number(self._median, 2)}."
+        rule = (
+            f"whose {of} is more than {STANDS_OUT} times the median row's, as an error of four standard deviations is"
+        )
+        if self.losses is not None and self.self_influence is not None:
+            rule = f"{rule}, and whose self-influence is in the upper tenth"
+        if not found:
+            return f"None stands out: there is no row {rule}."
+        return f"A row stands out {rule}: {counted(found, 'row')} of {n:,}."
+
+    @property
+    def _median(self) -> float:
+        """Of what is compared with it: own losses, else self-influence."""
+        values = self.self_influence if self.losses is None else self.losses
+        return 0.0 if values is None else float(np.median(values))
+
+    @property
+    def _by_row(self) -> tuple[np.ndarray | None, ...]:
+        return self.disagrees, self.losses, self.self_influence
 
     def section(self) -> RowsSection | None:
         """None where nothing is known."""
@@ -203,11 +255,11 @@ class Suspects:
 
     def _said(self) -> str:
         found = []
-        if self.self_influence is not None or self.losses is not None:
+        if any(values is not None for values in self._by_row):
             found.append(
                 "A label that is wrong usually shows twice: the model loses much on the row itself, and the row pulls "
                 "hard on its own prediction (self-influence). High values are reasons to look, not proofs: rare but "
-                "right rows have them too."
+                "right rows have them too. " + self.rule
             )
         if self.copies is not None:
             rows = sum(map(len, self.copies))
@@ -228,7 +280,8 @@ class Suspects:
         n, marked = len(self.losses), self.mislabelled[:LISTED]
         shown = np.arange(n) if n <= POINTS else np.union1d(np.linspace(0, n - 1, POINTS).astype(np.int64), marked)
         few = "" if len(shown) == n else f" {len(shown):,} of {n:,} rows are drawn."
-        reading = f"One dot per training row; the orange ones, high in both, are listed below.{few}"
+        marks = "; the orange ones are listed below" if len(marked) else ""
+        reading = f"One dot per training row{marks}.{few}"
         places = np.flatnonzero(np.isin(shown, marked))
         losses, itself = self.losses[shown], self.self_influence[shown]
         title = "Self-influence beside the row's own loss"
@@ -237,7 +290,9 @@ class Suspects:
     def _labels(self) -> list[Listing]:
         rows = [(int(row), self._numbers(int(row)), "") for row in self.mislabelled[:LISTED]]
         known = [n for n, v in (("self-influence", self.self_influence), ("own loss", self.losses)) if v is not None]
-        return [Listing("Labels that may be wrong", f"Ranked by {' and '.join(known)}.", rows)] if rows else []
+        ranked = f"Ranked by {' and '.join(known)}." if known else ""
+        rest = f" The first {LISTED} of {len(self.mislabelled):,}." if len(self.mislabelled) > LISTED else ""
+        return [Listing("Labels that may be wrong", f"{ranked}{rest}".strip(), rows)] if rows else []
 
     def _numbers(self, row: int) -> str:
         known = (("loss", self.losses), ("self", self.self_influence))

@@ -19,7 +19,7 @@ from headwater.errors import InvalidInput
 from headwater.evaluate.audited import Audit
 from headwater.evaluate.calibration import Calibration
 from headwater.evaluate.lds import Lds
-from headwater.evaluate.verification import Verification
+from headwater.evaluate.verification import RANKS, RANKS_LOST, Verification
 from headwater.report.figures import Condition, Curve, Curves, Dots, Figure
 from headwater.report.text import number
 from headwater.store.diagnosis import Diagnosis
@@ -34,8 +34,6 @@ WORDS = {
     "bad": ("do not trust", "\N{MULTIPLICATION X}"),
     "unknown": ("not checked", "\N{EN DASH}"),
 }
-RANKS, RANKS_LOST = 0.9, 0.6
-"""Rank correlation with the exact scores from which a ranking is fine, and below which it is another one."""
 SOLVED, UNSOLVED = 0.01, 0.1
 """Relative residual up to which a solve is fine, and above which its scores are not those asked for."""
 COVERED = 0.95

@@ -18,7 +18,7 @@ from headwater.mapper import Queries, Sides, stack_queries
 from headwater.operators.iterative import unrecorded_solves
 from headwater.rows import Each, PlacedBatch, sweep_kept, within_tiles
 from headwater.run.directions import Directions
-from headwater.run.rows import check_scores, distinct, sweep_rows
+from headwater.run.rows import check_scores, distinct, joined_names, sweep_rows
 from headwater.run.shortened import Shortening, level, shorten
 from headwater.run.tiles import Scorer
 from headwater.settings import check_word
@@ -71,7 +71,7 @@ class Asked:
             return PlacedBatch(asked_about, piece.place, RowKeys.of(provider, asked_about))
 
         pieces = sweep_rows(provider, loader, Each[PlacedBatch, PlacedBatch](taken), "query rows", False, "query")
-        ids = distinct(np.concatenate([piece.names for piece in pieces]), "query")
+        ids = distinct(joined_names([piece.names for piece in pieces], "query"), "query")
         keys = np.concatenate([piece.whole_keys(provider) for piece in pieces])
         fitted = known is not None and all(bool(piece.keys.among(known).all()) for piece in pieces if piece.keys)
         return cls(pieces, ids, keys, fitted, explain=explain)

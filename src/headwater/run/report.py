@@ -7,21 +7,24 @@ and what they look like where nobody says. Rows are matched by what they are cal
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from headwater.arrays import Numbered, is_array, is_frame, to_numpy
+from headwater.arrays import Numbered, as_pandas, is_array, is_frame, to_numpy
 from headwater.errors import InvalidInput, InvalidSetting, UnsupportedModel
 from headwater.evaluate.verification import Verification
 from headwater.influence import ComposableInfluence
+from headwater.loaders.texts import Text
 from headwater.report import Card, Known, Suspects, write
+from headwater.report.colours import TokenScores
 from headwater.rows import Each, PlacedBatch, Rows
 from headwater.run.attribute import attribute
 from headwater.run.rows import sweep_rows
+from headwater.run.tokens import token_scores as scores_of_tokens
 from headwater.run.verify import ROW, verify
 from headwater.status import BlockStatus, status_of
 from headwater.store.scores import Scores
@@ -47,7 +50,9 @@ def report(
     verified: bool | None = None,
     explain: str = "label",
     own_labels: bool = False,
+    query_labels: bool = True,
     normalise: str | None = None,
+    token_scores: bool | None = None,
     progress: bool = False,
 ) -> Path:
     """See `Attributor.report`."""
@@ -59,9 +64,9 @@ def report(
         unit = "removal" if influence.method.predicts_removal and normalise is None else "influence"
         asked_for: dict[str, Any] = {"unit": unit, "by_block": False, "explain": explain, "normalise": normalise}
         scores = attribute(influence, train, query, **asked_for, progress=progress)
-    look = _Look(influence, self_influence, known.rows is None, False)
+    look = _Look(influence, self_influence, known.rows is None, True)
     seen = _Seen.of(influence, train, scores.train_ids, "own losses", look, progress)
-    asked_look = _Look(influence, False, known.queries is None, own_labels)
+    asked_look = _Look(influence, False, known.queries is None, own_labels or not query_labels, query_labels)
     asked = _Seen.of(influence, query, scores.query_ids, "query losses", asked_look, progress)
     checks = list(known.checks)
     if verified is None:
@@ -72,11 +77,20 @@ def report(
     suspects = Suspects(
         self_influence=seen.itself if given.self_influence is None else given.self_influence,
         losses=seen.losses if given.losses is None else given.losses,
+        disagrees=None if seen.said is None or seen.y is None else seen.said != seen.y,
         copies=_copies(seen.keys),
         leaks=_leaks(seen.keys, asked.keys, scores.query_ids),
     )
+    tokens = TokenScores(seen.pieces, asked.pieces)
+    if token_scores and seen.tokens is None:
+        raise InvalidSetting("token_scores=True needs rows that are texts: a language model's, with tokenizer=.")
+    if token_scores is not False and seen.tokens is not None:
+        wanted: dict[str, Any] = {"k": known.k, "explain": explain, "wanted": token_scores, "progress": progress}
+        values = scores_of_tokens(influence, train, query, scores, seen.tokens, seen.text, **wanted)
+        tokens = replace(tokens, values=values)
     found = replace(
         known,
+        tokens=tokens,
         rows=seen.card if known.rows is None and not scores.train_columns else known.rows,
         queries=asked.card if known.queries is None and not scores.query_columns else known.queries,
         suspects=suspects,
@@ -90,13 +104,28 @@ def report(
 
 
 def described_by(loader: Any) -> Any:
-    """What was given for rows, where it says by itself what they are: data frames, data sets of dicts. Else None."""
+    """What was given for rows, where it says by itself what they are: data frames, texts, data sets of dicts."""
+    loader = as_pandas(loader)
+    if isinstance(loader, tuple) and len(loader) == 2 and loader[1] is None:
+        loader = loader[0]
+    if isinstance(loader, list) and _are_texts(loader):
+        return {"text": loader}
     if isinstance(loader, tuple) and len(loader) == 2 and is_frame(loader[0]):
         return loader[0] if isinstance(loader[1], str) else loader
     if is_frame(loader):
         return loader
+    if isinstance(loader, tuple) and len(loader) == 2 and _are_texts(loader[0]) and not isinstance(loader[1], str):
+        return {"text": loader[0], "label": loader[1]} if is_array(loader[1]) or _is_list(loader[1]) else None
     numbered = isinstance(loader, Numbered) and not is_array(loader) and len(loader) > 0
     return loader if numbered and isinstance(loader[0], Mapping) else None
+
+
+def _are_texts(held: Any) -> bool:
+    return (is_array(held) or _is_list(held)) and len(held) > 0 and isinstance(held[0], str)
+
+
+def _is_list(held: Any) -> bool:
+    return isinstance(held, (list, tuple))
 
 
 def _check_same(influence: ComposableInfluence, scores: Scores) -> None:
@@ -130,6 +159,8 @@ class _Piece:
     y: np.ndarray | None
     said: np.ndarray | None
     """What the model predicts, as labels."""
+    tokens: Sequence[np.ndarray] | None
+    """Of each row, where rows are texts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +173,12 @@ class _Seen:
     x: np.ndarray | None
     y: np.ndarray | None
     said: np.ndarray | None
+    tokens: Mapping[int, np.ndarray] | None
+    """Of each row, by its place."""
+    read: Callable[[np.ndarray], Text]
     places: Mapping[Any, int]
+    texts: dict[int, Text] = field(default_factory=dict)
+    """Those that were read."""
 
     @classmethod
     def of(
@@ -156,7 +192,7 @@ class _Seen:
     ) -> _Seen:
         places = {name: place for place, name in enumerate(ids.tolist())}
         if isinstance(rows, Rows) and rows.is_kept:  # gradients alone
-            return cls(None, None, None, None, None, None, places)
+            return cls(None, None, None, None, None, None, None, influence.text_of, places)
         role = "query" if what.startswith("query") else "train"
         visitor = Each[PlacedBatch, _Piece](look)
         pieces = sweep_rows(influence.provider, rows, visitor, what, progress, role)
@@ -171,8 +207,21 @@ class _Seen:
             x=_joined([piece.x for piece in pieces], chosen, count),
             y=_joined([piece.y for piece in pieces], chosen, count),
             said=_joined([piece.said for piece in pieces], chosen, count),
+            tokens=_tokens(pieces, places),
+            read=influence.text_of,
             places=places,
         )
+
+    def text(self, place: int) -> Text:
+        assert self.tokens is not None
+        if place not in self.texts:
+            self.texts[place] = self.read(self.tokens[place])
+        return self.texts[place]
+
+    @property
+    def pieces(self) -> Callable[[int], Sequence[str]] | None:
+        """Of a row's text, by its place; None where rows are no texts."""
+        return None if self.tokens is None else lambda place: self.text(place).pieces
 
     def card(self, name: Any) -> Card | None:
         """What the row looks like, of its id."""
@@ -195,11 +244,23 @@ def _joined(parts: Sequence[np.ndarray | None], chosen: np.ndarray, count: int) 
     return found
 
 
+def _tokens(pieces: Sequence[_Piece], places: Mapping[Any, int]) -> dict[int, np.ndarray] | None:
+    """By the rows' places; None where a part is missing, as in `_joined`."""
+    found: dict[int, np.ndarray] = {}
+    for piece in pieces:
+        if piece.tokens is None:
+            return None
+        named = zip(piece.names.tolist(), piece.tokens, strict=True)
+        found |= {places[name]: tokens for name, tokens in named if name in places}
+    return found if len(found) == len(places) else None
+
+
 class _Look:
     """What is asked of each piece of a pass; what it looks like only as long as there is room."""
 
-    def __init__(self, influence: ComposableInfluence, itself: bool, look: bool, predict: bool):
+    def __init__(self, influence: ComposableInfluence, itself: bool, look: bool, predict: bool, labelled: bool = True):
         self.influence, self.itself, self.predict, self.room = influence, itself, predict, KEPT if look else 0
+        self.texts, self.labelled = KEPT, labelled
 
     def __call__(self, piece: PlacedBatch) -> _Piece:
         provider, x = self.influence.provider, self._shown(piece.batch.x)
@@ -210,18 +271,26 @@ class _Look:
             keys=None if piece.keys is None else piece.keys.content,
             itself=None if itself is None else to_numpy(itself).astype(np.float64),
             x=x,
-            y=self._labels(piece.batch.y),
+            y=self._labels(piece.batch.y) if self.labelled else None,
             said=self._predicted(piece),
+            tokens=self._tokens(piece),
         )
 
+    def _tokens(self, piece: PlacedBatch) -> Sequence[np.ndarray] | None:
+        found = self.influence.tokens_of(piece.batch)
+        self.texts -= sum(tokens.nbytes for tokens in found or ())
+        return found if self.texts >= 0 else None
+
     def _losses(self, piece: PlacedBatch) -> np.ndarray | None:
+        if not self.labelled:  # of a label that stands in for none
+            return None
         try:
             return to_numpy(self.influence.provider.losses(piece.batch)).astype(np.float64)
         except UnsupportedModel:  # the page says nothing of losses then
             return None
 
     def _predicted(self, piece: PlacedBatch) -> np.ndarray | None:
-        """Where the rows are shown with the loader's own labels, which these can be compared with."""
+        """Where rows have labels of their own, which these can be compared with."""
         if not self.predict or self._labels(piece.batch.y) is None:
             return None
         try:

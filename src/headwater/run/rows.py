@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from headwater.errors import BatchMismatch, NonFiniteValue, RowsNotFitted
+from headwater.errors import BatchMismatch, InvalidInput, NonFiniteValue, RowsNotFitted
 from headwater.gradients.provider import StructuredGradientProvider
 from headwater.influence import ComposableInfluence
 from headwater.rows import Found, Part, PlacedBatch, Rows, Visitor, sweep
@@ -72,7 +72,7 @@ class FittedRows(Visitor[PlacedBatch, "_Fitted", np.ndarray]):
             said = f"{whole.missing} of the {whole.compared} train rows are not among the rows that were fitted."
             swapped = self._swapped(whole.missing, whole.compared)
             warnings.warn(RowsNotFitted(f"{said}{swapped} {WHICH_ROWS}"), stacklevel=2)
-        return np.concatenate(whole.names)
+        return joined_names(whole.names, "train")
 
     def _swapped(self, missing: int, rows: int) -> str:
         return SWAPPED if self.queries_fitted and missing == rows else ""
@@ -112,6 +112,25 @@ def sweep_rows(
     rows = Rows.of(provider, loader, role)
     rows.glance()
     return sweep(provider, rows, visitor, what, show)
+
+
+def joined_names(parts: Sequence[np.ndarray], what: str) -> np.ndarray:
+    """What the rows of several batches are called: [n]. Errors: InvalidInput for names of several kinds."""
+    kinds = list(dict.fromkeys(_kind(part) for part in parts if len(part)))
+    if len(kinds) > 1:
+        at = sum(len(part) for part in parts[: [_kind(part) for part in parts].index(kinds[1])])
+        # As words 1 and "1" would be one row, and nobody could ask for either.
+        raise InvalidInput(
+            f"The {what} rows have ids of several kinds: {kinds[0]} in the first batch, {kinds[1]} in that of row {at}."
+            " Make words of them all (str), or whole numbers."
+        )
+    return np.concatenate(parts)
+
+
+def _kind(names: np.ndarray) -> str:
+    if names.dtype.kind == "O":
+        return "words" if all(isinstance(name, str) for name in names.tolist()) else "other things"
+    return {"i": "whole numbers", "u": "whole numbers", "U": "words", "T": "words"}.get(names.dtype.kind, "numbers")
 
 
 def distinct(ids: np.ndarray, what: str) -> np.ndarray:

@@ -18,6 +18,7 @@ from headwater.gradients.algebra import Dense, Gradient
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.outer import Outer
 from headwater.gradients.provider import BlockGradients, Fisher, Kind, OutputFunction, StructuredGradientProvider
+from headwater.loaders.frames import missing_column
 from headwater.random import row_numbers
 from headwater.sklearn.batch import FeatureBatch, SklearnBatch, bad_rows, column_names
 from headwater.sklearn.families import FEW, Array, Family, of_output
@@ -160,7 +161,7 @@ class SklearnGradientProvider(StructuredGradientProvider[SklearnBatch, Array]):
         if isinstance(batch, FeatureBatch):
             return batch
         if batch.x is None or batch.y is None:
-            raise InvalidInput(f"{'x' if batch.x is None else 'y'} is None; a batch needs inputs and targets.")
+            raise InvalidInput(missing_column("x" if batch.x is None else "y"))
         if len(batch) == 0:
             raise BatchMismatch("The batch has no rows.")
         model = self.model

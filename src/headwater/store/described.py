@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from headwater.arrays import Numbered, described, is_array, is_frame, to_numpy
+from headwater.arrays import Numbered, as_pandas, described, is_array, is_frame, to_numpy
 from headwater.errors import InvalidInput
 
 SCALARS = (bool, int, float, str, np.generic, datetime.date, datetime.timedelta)
@@ -61,6 +61,7 @@ class Described(ABC):
 
         Errors: InvalidInput for what is none of these, or does not have the rows.
         """
+        given = as_pandas(given)
         if is_frame(given):
             return _Framed(given, ids, _places([given], ids, what, positions))
         if isinstance(given, Mapping) and all(name in given for name in ids.tolist()):

@@ -43,6 +43,8 @@ def as_tensor(value: object, device: torch.device) -> torch.Tensor | None:
     if value is None:
         return None
     if isinstance(value, torch.Tensor):
+        if not (value.is_inference() or torch.is_inference_mode_enabled()):  # nearly always
+            return value.detach().to(device)
         with torch.inference_mode(False):  # a tensor made in inference mode cannot take part in autograd; its copy can
             return (value.clone() if value.is_inference() else value.detach()).to(device)
     if isinstance(value, np.ndarray) and not value.flags.writeable:

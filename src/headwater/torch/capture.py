@@ -147,13 +147,15 @@ def _slots(model: nn.Module) -> dict[str, str]:
 
     A module with two names has one place: torch would swap it twice, and put the wrong tensor back (torch 2.13).
     """
-    names = {id(t): name for name, t in chain(model.named_parameters(), model.named_buffers())}
-    return {
-        f"{prefix}.{role}" if prefix else role: names[id(tensor)]
-        for prefix, module in model.named_modules()
-        for role, tensor in chain(module._parameters.items(), module._buffers.items())
-        if tensor is not None
-    }
+    names: dict[int, str] = {}
+    found = {}
+    # One walk: the first place of a tensor is its canonical name, as in `named_parameters`.
+    for prefix, module in model.named_modules():
+        for role, tensor in chain(module._parameters.items(), module._buffers.items()):
+            if tensor is not None:
+                slot = f"{prefix}.{role}" if prefix else role
+                found[slot] = names.setdefault(id(tensor), slot)
+    return found
 
 
 def record(

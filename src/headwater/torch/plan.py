@@ -80,18 +80,15 @@ def trainable_parameters(model: nn.Module) -> list[Parameter]:
 
 def check_eval(model: nn.Module) -> None:
     """Errors: RowsInteract if the model is in train mode and that matters."""
-    mixing = [_called(name, module) for name, module in model.named_modules() if mixes_rows_always(module)]
+    modules = list(model.named_modules())
+    mixing = [_called(name, module) for name, module in modules if mixes_rows_always(module)]
     if mixing:
         raise RowsInteract(
             f"{', '.join(mixing[:4])} has no running statistics, so that it normalises with those of the batch, also "
             "in eval mode: rows act on each other and have no gradients of their own. Train with "
             "track_running_stats=True, or use a norm of single rows."
         )
-    live = [
-        _called(name, module)
-        for name, module in model.named_modules()
-        if module.training and differs_in_training(module)
-    ]
+    live = [_called(name, module) for name, module in modules if module.training and differs_in_training(module)]
     if live:
         raise RowsInteract(
             f"The model is in train mode with {', '.join(live[:4])}{' ...' if len(live) > 4 else ''}: a row's gradient "

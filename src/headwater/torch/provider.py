@@ -48,7 +48,7 @@ from headwater.gradients.provider import (
 )
 from headwater.gradients.rowwise import differing
 from headwater.gradients.together import Together
-from headwater.loaders.frames import in_numbers
+from headwater.loaders.frames import in_numbers, missing_column
 from headwater.random import row_keys, row_numbers
 from headwater.torch.batch import TorchBatch, as_tensor, differentiable_input
 from headwater.torch.capture import Recording, detached_state, own_leaves, record, run, summed_products
@@ -340,7 +340,7 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         if not isinstance(batch, TorchBatch):
             batch = TorchBatch(batch.x, batch.y, batch.weights, batch.ids)
         if batch.x is None or batch.y is None:
-            raise InvalidInput(f"{'x' if batch.x is None else 'y'} is None; a batch needs inputs and targets.")
+            raise InvalidInput(missing_column("x" if batch.x is None else "y"))
         if len(batch) == 0:
             raise BatchMismatch("The batch has no rows.")
         batch = batch.to(self.device)
@@ -407,11 +407,15 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         self, batch: TorchBatch, fisher: Fisher, *, draws: range = range(1), seed: int = 0
     ) -> list[BlockGradients]:
         batch = self._prepare(batch)
-        if fisher == "empirical" and self._plain is not None:
-            return [self.grads(batch, weighted=False)]
+        # Kronecker factors need layer inputs, which plain rows lack: a part of the rows shows that the layers' values
+        # are right.
+        few = slice(0, max(1, len(batch) // 4))  # each row costs a backward pass for every draw
         if fisher == "empirical":  # the loss's own gradients, whatever the model's output is
             found = self._trusted(batch, lambda: self._of_loss(batch, self.loss))
-            return self._blocks(found, len(batch), None)
+            own = self._blocks(found, len(batch), None)
+            if self._plain is None or is_the_same(self.grads(batch.take(few), weighted=False), own[0], few):
+                return own
+            return [self.grads(batch, weighted=False)]
 
         def choose(rows: TorchBatch, output: object) -> list[torch.Tensor]:
             # Only where a label is drawn: keys are made of the rows' content, on the host.
@@ -423,9 +427,6 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         assert grads is not None
         if self._plain is None:
             return grads
-        # Kronecker factors need layer inputs, which plain rows lack: a part of the rows shows that the layers' values
-        # are right.
-        few = slice(0, max(1, len(batch) // 4))  # each row costs a backward pass for every draw
         alone = self._by_row(rows_of(batch.take(few)), choose) or []
         if all(is_the_same(plain, layered, few) for plain, layered in zip(alone, grads, strict=True)):
             return grads
@@ -790,7 +791,9 @@ class TorchGradientProvider(StructuredGradientProvider[TorchBatch, torch.Tensor]
         weights = random_weights(blocks.values(), len(rows))
         got, kind = weighted_sums(blocks, weights), coarse(found.dtype)
         # One look at the device for all of them.
-        if not bool(torch.stack([torch.isfinite(sums).all() for sums in (weights, *got.values())]).all()):
+        # A sum is finite only if all of it is; in double, which sums of finite numbers do not exceed.
+        sums = [values.sum(dtype=torch.float64) for values in (weights, *got.values())]
+        if not bool(torch.isfinite(torch.stack(sums).sum())):
             # NaN differs from everything: the sums would blame a rule.
             return []  # refused elsewhere, by the name of the rows
         with autograd_on():

@@ -11,7 +11,7 @@ import numpy as np
 from headwater.errors import BatchMismatch
 from headwater.gradients.provider import StructuredGradientProvider
 from headwater.rows import Each, PlacedBatch
-from headwater.run.rows import distinct, sweep_rows
+from headwater.run.rows import distinct, joined_names, sweep_rows
 from headwater.trajectory.record import Step
 from headwater.trajectory.steps import Piece
 from headwater.trajectory.trajectory import Trajectory
@@ -35,7 +35,7 @@ class HeldRows:
         """One pass, without the model. Errors: BatchMismatch for ids that come twice."""
         held = Each[PlacedBatch, PlacedBatch](lambda piece: piece)
         pieces = sweep_rows(provider, loader, held, "train rows", progress)
-        names = distinct(np.concatenate([piece.names for piece in pieces]), "train")
+        names = distinct(joined_names([piece.names for piece in pieces], "train"), "train")
         batches = join([piece.batch for piece in pieces])
         starts = np.cumsum([0, *(len(batch) for batch in batches)])[:-1]
         return cls(names, batches, starts, np.argsort(names, kind="stable"))

@@ -47,21 +47,36 @@ function leftOff(card) {
   return card.m ? el("span", { class: "cut", text: ` … ${card.m.toLocaleString("en")} more characters` }) : null;
 }
 
-function texts(card) {
-  if (card.k) {
-    const pieces = card.k.map(([piece, colour, value]) => el("span", { class: colour, title: value, text: piece }));
+// The pieces of a text in the colours of one pair: what each adds to the score, in thousandths of the largest.
+function coloured(card, tokens) {
+  if (!tokens || !card.w) return null;
+  const [largest, shares] = tokens;
+  return card.w.map((piece, k) => {
+    const share = shares[k], level = Math.min(5, Math.ceil(Math.abs(share) / 200 - 0.25));
+    const value = Number(((share / 1000) * largest).toPrecision(3));
+    return [piece, level <= 0 ? "z" : (share > 0 ? "p" : "n") + level, (value < 0 ? MINUS : "+") + Math.abs(value)];
+  });
+}
+
+const whole = (card) => (card.w ? card.w.join("") : card.t);
+
+function texts(card, tokens) {
+  const drawn = card.k || coloured(card, tokens);
+  if (drawn) {
+    const pieces = drawn.map(([piece, colour, value]) => el("span", { class: colour, title: value, text: piece }));
     return el("p", { class: "text", dir: "auto" }, pieces, leftOff(card));
   }
-  if (card.t === undefined) return null;
-  if (card.t.length <= LONG * 1.2) return el("p", { class: "text", dir: "auto" }, card.t, leftOff(card));
-  const rest = el("span", { hidden: true }, card.t.slice(LONG), leftOff(card));
+  const text = whole(card);
+  if (text === undefined) return null;
+  if (text.length <= LONG * 1.2) return el("p", { class: "text", dir: "auto" }, text, leftOff(card));
+  const rest = el("span", { hidden: true }, text.slice(LONG), leftOff(card));
   const more = el("button", { type: "button", class: "more", "aria-expanded": "false", text: "… more" });
   more.addEventListener("click", () => {
     rest.hidden = !rest.hidden;
     more.textContent = rest.hidden ? "… more" : " less";
     more.setAttribute("aria-expanded", String(!rest.hidden));
   });
-  return el("p", { class: "text", dir: "auto" }, card.t.slice(0, LONG), rest, more);
+  return el("p", { class: "text", dir: "auto" }, text.slice(0, LONG), rest, more);
 }
 
 function cells(card, against) {
@@ -85,11 +100,11 @@ function cells(card, against) {
   return made;
 }
 
-function body(card, alt, against) {
-  return [picture(card, alt), texts(card), cells(card, against), card.n ? el("p", { class: "note", text: card.n }) : null];
+function body(card, alt, against, tokens) {
+  return [picture(card, alt), texts(card, tokens), cells(card, against), card.n ? el("p", { class: "note", text: card.n }) : null];
 }
 
-function row([place, score], query, largest) {
+function row([place, score, tokens], query, largest) {
   const r = data.rows[place], c = r.c, other = c.l !== undefined && query.c.l !== undefined && c.l !== query.c.l;
   const sign = score < 0 ? "harm" : "help";
   return el("li", {},
@@ -101,7 +116,7 @@ function row([place, score], query, largest) {
         r.g === undefined ? null : el("span", { class: "group", dir: "auto", title: r.g, text: r.g }),
         r.f === undefined ? null : el("span", { class: "doubt", text: r.f }))),
     bar(score, largest),
-    body(c, `${words.beside} ${r.id}` + (c.l ? `, labelled ${c.l}` : ""), query.c));
+    body(c, `${words.beside} ${r.id}` + (c.l ? `, labelled ${c.l}` : ""), query.c, tokens));
 }
 
 function end(name, sign, pairs, query, largest) {
@@ -147,7 +162,7 @@ function draw(query, place, count, link) {
 
 // The list ---------------------------------------------------------------------------------------------------------
 
-const peek = (c) => c.t || (c.k ? c.k.slice(0, 40).map(([piece]) => piece).join("") : "");
+const peek = (c) => whole(c) || (c.k ? c.k.slice(0, 40).map(([piece]) => piece).join("") : "");
 
 function item(query, href) {
   const c = query.c;

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import jax
 import numpy as np
@@ -161,14 +161,21 @@ class JaxRecorder:
         return take_tree(found)[1]
 
 
+@runtime_checkable
+class _Named(Protocol):
+    """A named tuple."""
+
+    def _asdict(self) -> dict[str, Any]: ...
+
+
 def _field(state: Any, names: Sequence[str]) -> Any:
     """What an optax state, a tuple of named tuples, or a dict has by one of these names; None where nothing has."""
     if isinstance(state, Mapping):
         return next((state[name] for name in names if name in state), None)
     if isinstance(state, tuple):
-        fields = getattr(state, "_fields", ())
+        fields = state._asdict() if isinstance(state, _Named) else {}
         for name in names:
             if name in fields:
-                return getattr(state, name)
+                return fields[name]
         return next((found for part in state if (found := _field(part, names)) is not None), None)
     return None
