@@ -224,6 +224,9 @@ def test_losses_and_methods_that_mean_nothing():
         hw.Influence(NET, "mse", "shapley")
     with pytest.raises(InvalidSetting, match=r"the class Kfac; pass its settings: hw.Kfac\(\)"):
         hw.Influence(NET, "mse", hw.Kfac)
+    for method in ("unrolled", "Source", hw.Unrolled):
+        with pytest.raises(InvalidSetting, match=r'record of the training.*pass hw\.(Unrolled|Source)\("folder"\)'):
+            hw.Influence(NET, "mse", method)
 
 
 def test_every_method_has_its_name_at_the_door():

@@ -61,7 +61,8 @@ class Board:
 
     def best(self, *, ours: bool, half_weight: bool = False) -> Row | None:
         """At the weights that were given, or at those where every row counts one half."""
-        wanted = [row for row in self.rows if row.ours == ours and row.entry.library != "baseline"]
+        others = ("baseline", "retraining")
+        wanted = [row for row in self.rows if row.ours == ours and row.entry.library not in others]
         wanted = [row for row in wanted if row.half_weight == half_weight]
         return max(wanted, key=lambda row: row.value.raw.value, default=None)
 

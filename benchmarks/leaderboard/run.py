@@ -22,7 +22,9 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,7 +37,17 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from peers import REPO, SOURCE, one_thread, peer_python, peerbench_folder  # noqa: E402
-from tasks import TASKS, WINDOW, bank, ready, save_rows, token_losses  # noqa: E402
+from tasks import (  # noqa: E402
+    TASKS,
+    WINDOW,
+    bank,
+    beginning,
+    convex_losses,
+    network_losses,
+    ready,
+    save_rows,
+    token_losses,
+)
 
 if str(SOURCE) not in sys.path:
     sys.path.insert(0, str(SOURCE))
@@ -65,6 +77,10 @@ class Ours:
     """With the training's l2 as damping: nothing is chosen."""
     half_weight: bool = False
     """At the weights where every row counts one half, with the damping that follows from the l2: nothing is chosen."""
+    normalise: str | None = None
+    """Directions instead of sizes. "both" and "train" have the same LDS: a query's own length is the same for all."""
+    recorded: bool = False
+    """Made of a record of the training, which is taken again for it."""
     dear: tuple[str, ...] = ()
     """Tasks on which it takes long at each damping, so that three are tried; elsewhere all seven decades are."""
 
@@ -114,11 +130,26 @@ OURS = {
     "logra, pca": Ours(lambda task: hw().LoGra(init="pca"), tasks=NETWORKS),
     "lorif": Ours(lambda task: hw().LoRif()),
     "factgrass": Ours(lambda task: hw().FactGrass()),
+    "ekfac, directions": Ours(lambda task: hw().Ekfac(), tasks=(*CLASSIFIERS, *LOGISTIC), normalise="both"),
+    "dual (empirical Fisher), directions": Ours(
+        lambda task: hw().Dual(), "full", (*CLASSIFIERS, *LOGISTIC), normalise="both"
+    ),
+    "unrolled": Ours(lambda folder: hw().Unrolled(folder, removals=(1 - SHARE,)), tasks=NETWORKS, recorded=True),
+    "unrolled (GGN)": Ours(
+        lambda folder: hw().Unrolled(folder, curvature="ggn", removals=()), tasks=NETWORKS, recorded=True
+    ),
+    "in-run": Ours(
+        lambda folder: hw().Unrolled(folder, curvature=None, at="step", removals=()), tasks=NETWORKS, recorded=True
+    ),
+    "source": Ours(lambda folder: hw().Source(folder), tasks=NETWORKS, recorded=True),
     "representer": Ours(lambda task: hw().Representer(l2=task.l2), "full", LOGISTIC),
 }
 LONGER = {("gospels-lm", "headwater", "cg (GGN)"): 2000, ("gospels-lm", "pydvl", "cg"): 1000}
 """Limits in CPU seconds where they are longer: ours is for calibration and all, a peer's for one damping."""
-BASELINES = ("random", "input similarity", "embedding similarity", "bm25", "loss ranking")
+BASELINES = ("random", "input similarity", "embedding similarity", "bm25", "loss ranking", "knn-shapley")
+RETRAINED = ("banzhaf", "ridge", "out-of-bag")
+"""Made of models that are trained again on other random halves than the bank's, and of nothing else."""
+REFITS = {"digits-logistic": 400, "cancer-logistic": 400, "digits-mlp": 200, "mnist-cnn": 200, "gospels-lm": 100}
 DAMPED = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 """What peers try on networks; on the convex tasks, DAMPED_L2 times the l2 of the training."""
 SOLVED = (1e-2, 3e-2, 1e-1)
@@ -169,7 +200,9 @@ class Entry:
 
 def entries(task: str) -> Iterator[Entry]:
     """All that is measured on a task."""
-    yield from (Entry(task, "baseline", name) for name in BASELINES if name != "bm25" or task == "gospels-lm")
+    without = "knn-shapley" if task == "gospels-lm" else "bm25"
+    yield from (Entry(task, "baseline", name) for name in BASELINES if name != without)
+    yield from (Entry(task, "retraining", name) for name in RETRAINED)
     yield from (Entry(task, "headwater", name) for name, ours in OURS.items() if task in ours.tasks)
     for (library, method), (tasks, dampings) in PEERS.items():
         if task in tasks:
@@ -210,6 +243,8 @@ def measure_ours(entry: Entry, file: Path) -> dict[str, Any]:
     from headwater.retraining.torch.trainer import batches
 
     found, ours = ready(entry.task), OURS[entry.method]
+    if ours.recorded:
+        return measure_recorded(found, ours, file)
     size = 4 if found.task.losses is token_losses else 256  # products of sequences are fastest on a few
     train, query = batches(found.x, found.y, size), batches(found.xq, found.yq, len(found.xq))
     keep, outputs = bank(found.task)
@@ -224,7 +259,8 @@ def measure_ours(entry: Entry, file: Path) -> dict[str, Any]:
     took("fit")
     known: dict[str, Any] = {}
     if influence.method.predicts_removal and not (ours.at_l2 or ours.half_weight):
-        chosen, rest = calibrations(influence, train, query, keep, outputs, ours.path(entry.task))
+        directions = ours.normalise is not None
+        chosen, rest = calibrations(influence, train, query, keep, outputs, ours.path(entry.task), directions)
         took("calibrate")
         amount = next(iter(chosen.chosen.values()))
         calibrated = influence.with_damping(hw().relative(amount))
@@ -240,22 +276,71 @@ def measure_ours(entry: Entry, file: Path) -> dict[str, Any]:
             known["evidence"] = evidence(influence, train)
         start = time.process_time()
         influence = calibrated
-    scores = np.asarray(influence.attribute(train, query), dtype=np.float32)
+    scores = np.asarray(influence.attribute(train, query, normalise=ours.normalise), dtype=np.float32)
     took("score")
     np.save(file.with_suffix(".npy"), scores)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {**known, "cost": cost, "peak": peak, "blocks": ours.blocks}
 
 
+def measure_recorded(found: Any, ours: Ours, file: Path) -> dict[str, Any]:
+    """Train once more, with a record of it, and ask that. What the verdict says is kept beside the scores."""
+    from headwater.trajectory.torch.trainer import train_recorded
+
+    options = {"loss": found.task.losses, "l2": found.task.l2, **found.task.training}
+    rows, query = (found.x, found.y), (found.xq, found.yq)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", hw().errors.RoughForecast)
+        start = time.process_time()
+        model = train_recorded(beginning(found.task), *rows, Path(folder) / "r", seed=0, **options)
+        method = ours.make(Path(folder) / "r")
+        influence = hw().Influence(model, found.task.losses, method, likelihood="cross_entropy").fit(rows)
+        cost = {"fit": time.process_time() - start}
+        start = time.process_time()
+        scores = np.asarray(influence.attribute(rows, query), dtype=np.float32)
+        cost["score"] = time.process_time() - start
+        verdict = "" if influence.verdict is None else str(influence.verdict)
+    np.save(file.with_suffix(".npy"), scores)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"cost": cost, "peak": peak, "verdict": verdict}
+
+
+def measure_retrained(entry: Entry, file: Path) -> dict[str, Any]:
+    """Attribution by models that were trained on other random halves than those of the bank that judges it."""
+    from headwater.evaluate import out_of_bag, plan_subsets
+    from headwater.evaluate.attributed import attribution
+
+    task = TASKS[entry.task]
+    x, y, xq, _ = task.rows()
+    plan = plan_subsets(len(x), subsets=REFITS[task.name], repeated=0, seed=1)
+    losses = convex_losses if task.training is None else network_losses
+    itself = entry.method == "out-of-bag"
+    known = file.parent / f"{task.name} refits{', train rows' if itself else ''}.npz"
+    if not known.exists():  # once for all of RETRAINED, each of which counts its cost
+        start = time.process_time()
+        outputs = losses(task, plan.keep, plan.seeds[:, 0], (x, y) if itself else None)
+        np.savez(known, outputs=outputs, seconds=time.process_time() - start)
+    kept = np.load(known)
+    outputs, cost = kept["outputs"][:, None], {"fit": float(kept["seconds"])}
+    start = time.process_time()
+    if itself:
+        scores = out_of_bag(plan.keep, outputs, len(xq))
+    else:
+        scores = np.asarray(attribution(plan.keep, outputs, entry.method))
+    cost["score"] = time.process_time() - start
+    np.save(file.with_suffix(".npy"), scores.astype(np.float32))
+    return {"cost": cost, "refits": len(plan.keep)}
+
+
 def calibrations(
-    influence: Any, train: Any, query: Any, keep: Any, outputs: Any, path: list[Any] | None
+    influence: Any, train: Any, query: Any, keep: Any, outputs: Any, path: list[Any] | None, directions: bool = False
 ) -> tuple[Any, Any]:
     """What `influence.calibrate` finds on the ten models of the selection, and on all other subsets."""
     from headwater.evaluate.calibration import choose_damping
     from headwater.run.calibrate import path_forecasts
 
     first = outputs[:SELECTION, :1]
-    found = path_forecasts(influence, train, query, keep, first, dampings=path)
+    found = path_forecasts(influence, train, query, keep, first, dampings=path, directions=directions)
     mine = {name: values[:, :SELECTION] for name, values in found.forecasts.items()}
     theirs = {name: values[:, SELECTION:] for name, values in found.forecasts.items()}
     return choose_damping(found.path, mine, first), choose_damping(found.path, theirs, outputs[SELECTION:], resamples=0)
@@ -275,7 +360,7 @@ def measure_baseline(entry: Entry, file: Path) -> dict[str, Any]:
     """Scores that know no gradient."""
     import torch
 
-    from headwater.evaluate import baselines
+    from headwater.evaluate import baselines, knn_shapley
 
     found = ready(entry.task)
     start = time.process_time()
@@ -285,6 +370,8 @@ def measure_baseline(entry: Entry, file: Path) -> dict[str, Any]:
     elif entry.method == "bm25":
         texts = [[bytes(row).decode("ascii") for row in rows.tolist()] for rows in (found.xq, found.x)]
         scores = baselines.bm25(*texts)
+    elif entry.method == "knn-shapley":
+        scores = knn_shapley(*inputs(found, sequence), found.yq.numpy(), found.y.numpy())
     elif entry.method == "loss ranking":
         with torch.no_grad():
             scores = baselines.loss_ranking(found.task.losses(found.model(found.x), found.y).numpy(), count)
@@ -320,6 +407,10 @@ def embedded(found: Any, sequence: bool) -> tuple[np.ndarray, np.ndarray]:
     return tuple((rows.mean(1) if rows.ndim == 3 else rows).numpy() for rows in seen)
 
 
+WORK = {"headwater": measure_ours, "baseline": measure_baseline, "retraining": measure_retrained}
+"""What is measured without a peer, in a process of its own."""
+
+
 # Many -----------------------------------------------------------------------------------------------------------------
 
 
@@ -330,7 +421,7 @@ def measure(entry: Entry, out: Path, limit: int) -> None:
         return
     limit = max(limit, LONGER.get((entry.task, entry.library, entry.method), 0))
     draft = out / f"{entry.name}.draft.npy"
-    if entry.library in ("headwater", "baseline"):
+    if entry.library in WORK:
         asked = json.dumps([entry.task, entry.library, entry.method])
         command = [sys.executable, str(HERE / "run.py"), "--one", asked, "--out", str(out)]
     else:
@@ -370,8 +461,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.one:
         entry = Entry(*json.loads(given.one))
-        work = measure_ours if entry.library == "headwater" else measure_baseline
-        print("JSON " + json.dumps(work(entry, given.out / f"{entry.name}.json")))
+        print("JSON " + json.dumps(WORK[entry.library](entry, given.out / f"{entry.name}.json")))
         return
     given.out.mkdir(exist_ok=True)
     (given.out / ".gitignore").write_text("*\n")
@@ -380,7 +470,7 @@ def main() -> None:
     if not given.page:
         for task in given.tasks:
             save_rows(ready(task), given.out / f"{task}.safetensors")
-        if any(entry.library not in ("headwater", "baseline") for entry in wanted):
+        if any(entry.library not in WORK for entry in wanted):
             peer_python()  # made once, before several processes ask for it
         with ThreadPoolExecutor(given.jobs) as pool:
             list(pool.map(lambda entry: measure(entry, given.out, given.limit), wanted))

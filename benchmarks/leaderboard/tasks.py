@@ -319,7 +319,7 @@ def make(task: Task) -> None:
     """Train the task's model, and retrain it on all subsets of its bank."""
     from headwater.retraining.torch.many import train_many
 
-    x, y, xq, yq = task.rows()
+    x, y, *_ = task.rows()
     task.folder.mkdir(exist_ok=True)
     file = task.folder / "model.safetensors"
     filling = bank(task)
@@ -330,13 +330,7 @@ def make(task: Task) -> None:
             filling.fill_many(partial(convex_losses, task), at_once=50, progress=True).pack()
         return
     options = {"loss": task.losses, "l2": task.l2, **task.training}
-    pretrained = task.folder / "pretrained.safetensors"
-    start: Any = task.make
-    if task.base is not None:
-        if not pretrained.exists():
-            save_file(task.base().state_dict(), pretrained)
-        start = task.make()
-        start.load_state_dict(load_file(pretrained))
+    start = beginning(task)
     if not file.exists():
         found = train_many(start, x, y, torch.ones(1, len(x)), [0], checkpoints=task.saved, **options)
         states = {task.training["steps"]: found.model(0).state_dict()}
@@ -345,12 +339,32 @@ def make(task: Task) -> None:
             states[step] = {name: value[0] for name, value in trained.items()}
         save_file({f"{s}/{k}": v.contiguous().clone() for s, kept in states.items() for k, v in kept.items()}, file)
 
-    def measure(keep: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-        models = train_many(start, x, y, keep, seeds.tolist(), **options)
-        return models.losses(xq, yq, task.losses).numpy()
-
     if filling.missing:
-        filling.fill_many(measure, at_once=16, progress=True).pack()
+        filling.fill_many(partial(network_losses, task), at_once=16, progress=True).pack()
+
+
+def beginning(task: Task) -> Any:
+    """What the training of a network starts from: a function that makes a model, or one that was pretrained."""
+    pretrained = task.folder / "pretrained.safetensors"
+    if task.base is None:
+        return task.make
+    if not pretrained.exists():
+        save_file(task.base().state_dict(), pretrained)
+    start = task.make()
+    start.load_state_dict(load_file(pretrained))
+    return start
+
+
+def network_losses(
+    task: Task, keep: np.ndarray, seeds: np.ndarray, asked: tuple[Tensor, Tensor] | None = None
+) -> np.ndarray:
+    """Losses of the queries, or of other rows that are asked about, on networks trained on what is kept: [m, q]."""
+    from headwater.retraining.torch.many import train_many
+
+    x, y, *queries = task.rows()
+    options = {"loss": task.losses, "l2": task.l2, **(task.training or {})}
+    models = train_many(beginning(task), x, y, keep, seeds.tolist(), **options)
+    return models.losses(*(queries if asked is None else asked), task.losses).numpy()
 
 
 def _regression(task: Task, x: Tensor, y: Tensor) -> Any:
@@ -374,9 +388,14 @@ def fit_convex(task: Task, x: Tensor, y: Tensor) -> nn.Module:
     return model
 
 
-def convex_losses(task: Task, keep: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-    """Losses of the queries on exact refits without what is not kept: [m, q]. The sum of losses loses its rows."""
-    x, y, xq, yq = task.rows()
+def convex_losses(
+    task: Task, keep: np.ndarray, seeds: np.ndarray, asked: tuple[Tensor, Tensor] | None = None
+) -> np.ndarray:
+    """Losses of the queries, or of other rows that are asked about, on exact refits to what is kept: [m, q].
+
+    The sum of losses loses the rows that are not."""
+    x, y, *queries = task.rows()
+    xq, yq = queries if asked is None else asked
     fitted = _regression(task, x, y)
     refits = fitted.refits([np.flatnonzero(~mask) for mask in keep])
     return refits.losses(fitted._queries(xq.double().numpy(), yq.numpy())).T

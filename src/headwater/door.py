@@ -22,7 +22,7 @@ from headwater.errors import InvalidInput, InvalidSetting, UnsupportedModel
 from headwater.gradients.provider import Fisher
 from headwater.methods.base import Method
 from headwater.methods.registry import METHODS
-from headwater.trajectory.methods import TrajectoryMethod
+from headwater.trajectory.methods import Source, TrajectoryMethod, Unrolled
 
 if TYPE_CHECKING:
     from headwater.curvature.exact import Curvature
@@ -201,12 +201,22 @@ def _of_jax(model: Any, loss: Any, method: Method | str | None, options: dict[st
 # What goes with a model -----------------------------------------------------------------------------------------------
 
 
+RECORDED: Mapping[str, type[TrajectoryMethod]] = {"unrolled": Unrolled, "source": Source}
+"""Methods that no word can ask for: they need a folder."""
+
+
 def method_of(method: Method | str | None) -> Method:
     """Errors: InvalidSetting for what is no method."""
     if isinstance(method, Method):
         return method
     names = {name: entry for entry in METHODS for name in (entry.name, entry.class_name.lower())}
     name = "ekfac" if method is None else method
+    recorded = name if isinstance(name, type) else RECORDED.get(name.lower()) if isinstance(name, str) else None
+    if recorded is not None and issubclass(recorded, TrajectoryMethod):
+        raise InvalidSetting(
+            f"method is {method!r}, which is made of a record of the training, and a word does not say where that is: "
+            f'pass hw.{recorded.__name__}("folder"), the folder that hw.record(model, optimizer, "folder") wrote.'
+        )
     if isinstance(name, type) and issubclass(name, Method):
         raise InvalidSetting(f"method is the class {name.__name__}; pass its settings: hw.{name.__name__}().")
     entry = names.get(name.lower().replace("_", "-")) if isinstance(name, str) else None

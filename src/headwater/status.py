@@ -108,6 +108,8 @@ class Status:
     blocks: Mapping[str, BlockStatus]
     fisher: str = ""
     """What stands for the Fisher information where no distribution is known behind the loss; "" where one is."""
+    instead: str = ""
+    """What `print` shows in place of the blocks, of a method that has no curvature of the trained model."""
 
     def __str__(self) -> str:
         seed = "no random numbers" if self.seed is None else f"seed {self.seed}"
@@ -116,6 +118,8 @@ class Status:
             f"{self.dtype}, {seed}, explains the {self.explained}\n"
         )
         head += f"in place of the Fisher information: {self.fisher}\n" if self.fisher else ""
+        if self.instead:
+            return f"{head}\n{self.instead}"
         names = ["block", "size", "damping", "mean", "lowest", "highest", "lowest damped", "kept", "cut", "residual"]
         rows = [[name, *_cells(block)] for name, block in self.blocks.items()]
         return head + "\n" + table([names, *rows])

@@ -488,6 +488,24 @@ class BlockMapper(ABC, Generic[TensorType, BatchType, OperatorGradientCompositio
             )
 
 
+class SizedTraining(ABC):
+    """A training that is called with the rows it keeps, and knows how many there are to keep from."""
+
+    @property
+    @abstractmethod
+    def n_rows(self) -> int:
+        """All train rows."""
+
+    def check_rows(self, rows: int) -> None:
+        """Errors: BatchMismatch where subsets are to be drawn from another number of rows."""
+        if rows != self.n_rows:
+            raise BatchMismatch(
+                f"Subsets are to be drawn from {rows} rows, and {type(self).__name__} has {self.n_rows}: what is past "
+                f"the fewer of them would never be kept, or is not there. Give rows={self.n_rows}, or the data of "
+                f"{rows} rows."
+            )
+
+
 def split(z: Any, sizes: Mapping[str, int], dim: int = -1) -> OrderedDict[str, Any]:
     """Cut `z` along `dim` into named pieces of the given sizes, in order; views where the framework has them.
 

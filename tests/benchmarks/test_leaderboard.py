@@ -110,6 +110,32 @@ def test_what_is_as_good_as_a_peer_is_not_called_better(boards, tmp_path, monkey
     assert "-0.000" not in text
 
 
+def test_models_that_are_trained_again_are_other_ones_than_those_that_judge(boards, tmp_path, monkeypatch):
+    tasks, run, page = boards
+    monkeypatch.setitem(run.REFITS, "cancer-logistic", 40)
+    task = tasks.TASKS["cancer-logistic"]
+    for library, method in (("retraining", "ridge"), ("retraining", "banzhaf"), ("baseline", "knn-shapley")):
+        entry = run.Entry("cancer-logistic", library, method)
+        assert entry in set(run.entries("cancer-logistic"))
+        found = run.WORK[library](entry, tmp_path / f"{entry.name}.json")
+        (tmp_path / f"{entry.name}.json").write_text(json.dumps(found))
+        assert np.load(tmp_path / f"{entry.name}.npy").shape == (169, 400)
+    refits = np.load(tmp_path / "cancer-logistic refits.npz")["outputs"]
+    assert not np.isin(refits[:, 0], tasks.bank(task).outputs[:, 0, 0]).any()
+    found = page.board("cancer-logistic", tmp_path)
+    assert found.best(ours=True) is None and found.best(ours=False) is None
+    assert {row.entry.method: row.value.raw.value > 0.25 for row in found.rows}["ridge"]
+
+
+@pytest.mark.slow
+def test_a_record_of_the_tasks_training_is_of_its_model(boards, tmp_path, monkeypatch):
+    tasks, run, _ = boards
+    trained = []
+    monkeypatch.setattr(tasks.np, "save", lambda file, scores: trained.append(scores.shape))
+    found = run.measure_recorded(tasks.ready("digits-mlp"), run.OURS["source"], tmp_path / "s.json")
+    assert trained == [(200, 1000)] and set(found["cost"]) == {"fit", "score"}
+
+
 DRIVER = """
 import argparse, json
 import numpy as np

@@ -5,7 +5,7 @@ from math import comb
 
 import numpy as np
 import pytest
-from sklearn.datasets import load_breast_cancer
+from sklearn.datasets import load_breast_cancer, load_diabetes
 from sklearn.ensemble import RandomForestClassifier
 
 from headwater.errors import BatchMismatch, InvalidInput, InvalidSetting, NonFiniteValue, ShapeMismatch
@@ -38,6 +38,19 @@ def test_nearest_neighbours_have_their_shapley_values(k):
     found = knn_shapley(QUERY, TRAIN, ASKED, GIVEN, k=k)
     np.testing.assert_allclose(found, expected, atol=1e-14)
     np.testing.assert_allclose(found.sum(axis=1), [utility(query, range(8)) for query in range(3)], atol=1e-14)
+
+
+def test_whole_numbers_that_are_a_regressions_targets_are_not_taken_for_classes():
+    x, targets = load_diabetes(return_X_y=True)  # 25 to 346, without a fraction
+    with pytest.raises(
+        InvalidInput, match=r"442 train labels are numbers with 214 different values.*targets='classes'"
+    ):
+        knn_shapley(x[:5], x, targets[:5], targets)
+    found = knn_shapley(x[:5], x, targets[:5], targets, targets="classes")
+    words = knn_shapley(x[:5], x, targets[:5].astype(str), targets.astype(str))  # words are classes, however many
+    np.testing.assert_array_equal(found, words)
+    few = np.arange(60) % 20
+    assert np.isfinite(knn_shapley(x[:5], x[:60], few[:5], few)).all()
 
 
 def test_rows_as_near_as_each_other_are_taken_in_order():

@@ -159,6 +159,16 @@ def test_without_a_row_it_is_the_exact_removal_of_linear_models(tmp_path):
     np.testing.assert_allclose(rises, exact, rtol=0, atol=1e-9 * np.abs(rises).max())
 
 
+@pytest.mark.parametrize("rows", [50, 70])
+def test_subsets_of_another_number_of_rows_than_a_refit_has_are_refused(rows, tmp_path):
+    options = {"queries": 12, "recipe": {}, "subsets": 4, "repeated": 0, "progress": False}
+    with pytest.raises(BatchMismatch, match=f"drawn from {rows} rows, and Refit has 60: .*rows=60"):
+        retrain(tmp_path / "bank", cells(FOREST), rows=rows, **options)
+    assert not (tmp_path / "bank").exists()
+    with pytest.raises(BatchMismatch, match=f"drawn from {rows} rows"):
+        Bank(tmp_path / "bank", plan_subsets(rows, subsets=4, repeated=0), 12, {}).fill(cells(FOREST))
+
+
 def test_a_bank_of_refits_is_forecast_by_influence(tmp_path):
     chain = make_pipeline(StandardScaler(), LogisticRegression(C=0.1))
     refit = cells(chain)

@@ -1,6 +1,8 @@
 """Scores of a trajectory have the verbs, units, stores and pages of every influence."""
 
 import copy
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -92,6 +94,31 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(case, tmp_path, monkeyp
     assert np.asarray(scores).tobytes() == whole.tobytes()
     assert len(taken) == calls[-1] < 14
     assert not (tmp_path / "s.sweep").exists()
+
+
+def test_progress_knows_how_many_steps_there_are_also_in_groups_and_asked_as_one(case, monkeypatch):
+    what, influence, query = case
+    shown = []
+
+    @contextmanager
+    def bar(what, show, total=None, unit=""):
+        done = []
+        yield SimpleNamespace(update=lambda n=1: done.append(n))
+        shown.append((what, total, sum(done)))
+
+    monkeypatch.setattr("headwater.trajectory.influence.bar", bar)
+    influence.attribute((what.x, what.y), query, progress=True)
+    monkeypatch.setattr(sweeps.Sweep, "at_once", 3)
+    influence.attribute((what.x, what.y), query, progress=True)
+    influence.top((what.x, what.y), query, 1, queries_as="mean", progress=True)
+    assert shown == [("training, backwards", steps, steps) for steps in (14, 28, 14)]
+
+
+def test_a_status_says_what_there_is(case):
+    _, influence, _ = case
+    said = str(influence.status)
+    assert "Unrolled(" in said and "14 steps, 5 states kept" in said and "20 rows held" in said
+    assert "damping" not in said and "mean" not in said
 
 
 def test_a_finished_run_is_read_without_a_sweep(case, tmp_path, monkeypatch):
@@ -195,6 +222,20 @@ def test_what_has_no_meaning_for_a_trajectory_is_refused(case, verb):
     _, influence, _ = case
     with pytest.raises(InvalidSetting, match="Scores of a trajectory have no"):
         getattr(influence, verb)([])
+
+
+def test_what_is_refused_says_what_it_would_cost_and_what_to_ask(case):
+    what, influence, query = case
+    with pytest.raises(InvalidSetting, match=r"a sweep for each row, at 1 to 1\.5 trainings.*np\.diag\(attribute"):
+        influence.self_influence((what.x, what.y))
+    with pytest.raises(InvalidSetting, match=r"each block, query and step.*hw\.Ekfac\(\) with by_block=True"):
+        influence.attribute((what.x, what.y), query, by_block=True)
+    with pytest.raises(InvalidSetting, match=r"score on itself.*hw\.Ekfac\(\) or hw\.Dual\(\) with normalise="):
+        influence.attribute((what.x, what.y), query, normalise="train")
+    some = [hw.Batch(what.x[2:4], what.y[2:4], ids=np.array([2, 3]))]
+    own = np.diag(np.asarray(influence.attribute(some, (what.x[2:4], what.y[2:4]))))
+    whole = np.asarray(influence.attribute((what.x, what.y), (what.x, what.y)))
+    np.testing.assert_allclose(own, np.diag(whole)[2:4], rtol=1e-9)
 
 
 def test_a_loader_without_the_rows_that_were_trained_on_is_refused(tmp_path):

@@ -88,6 +88,40 @@ def test_other_settings_than_those_of_the_loop_are_found_out(tmp_path):
         influence.attribute(rows, rows)
 
 
+class Forgetful:
+    """A recorder that is not told of some steps."""
+
+    def __init__(self, recorder, forgotten):
+        self.recorder, self.forgotten, self.number = recorder, forgotten, -1
+
+    def __enter__(self):
+        self.recorder.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.recorder.__exit__(*error)
+
+    def step(self, *said):
+        self.number += 1
+        if self.number not in self.forgotten:
+            self.recorder.step(*said)
+
+
+@pytest.mark.parametrize("forgotten", [4, 8])
+def test_a_forgotten_step_is_noticed_at_once_by_adams_count_and_otherwise_by_fit_or_by_the_replay(
+    forgotten, tmp_path, monkeypatch
+):
+    record = hw.record
+    monkeypatch.setattr(hw, "record", lambda *given: Forgetful(record(*given), {forgotten}))
+    if forgotten < 8:
+        with pytest.raises(InvalidInput, match=r"counted 2 steps since the last r\.step.*before step 4 of the record"):
+            loop(tmp_path / "a", optax.adamw(0.01), AdamW(0.01, weight_decay=1e-4))
+    params, rows = loop(tmp_path / "r", optax.sgd(0.2, momentum=0.9), Sgd(0.2, momentum=0.9))
+    influence = hw.Influence((apply, params), "cross_entropy", hw.Unrolled(tmp_path / "r", removals=()))
+    with pytest.raises(StaleFit, match=r"r\.step was not told of"):
+        influence.fit(rows).attribute(rows, rows)
+
+
 def test_our_trainer_is_recorded_and_goes_on(tmp_path):
     x, y = (np.asarray(t) for t in draw("mlp", 20, 0))
     params = weights(training("mlp").make())

@@ -111,13 +111,21 @@ def test_one_checkpoint_is_no_training(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_trainer_of_hugging_face_is_recorded(tmp_path):
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_trainer_of_hugging_face_is_recorded(dropout, tmp_path):
     transformers = pytest.importorskip("transformers")
     from headwater.trajectory.torch.callback import RecordCallback
 
     torch.manual_seed(0)
     config = transformers.GPT2Config(
-        vocab_size=13, n_positions=8, n_embd=8, n_layer=1, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+        vocab_size=13,
+        n_positions=8,
+        n_embd=8,
+        n_layer=1,
+        n_head=2,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
     )
     model = transformers.GPT2LMHeadModel(config)
     generator = torch.Generator().manual_seed(0)
@@ -142,6 +150,7 @@ def test_a_trainer_of_hugging_face_is_recorded(tmp_path):
     transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[callback]).train()
     record = hw.Trajectory(tmp_path / "r")
     assert record.steps == 4 and len(record.step(0).ids) == 6 and record.header.clip == 1.0
+    assert [call.rows for call in record.step(0).calls] == ([3, 3] if dropout else [])
     model.eval()
     batch = [TorchBatch({"input_ids": tokens}, labels, ids=np.arange(12))]
     influence = hw.Influence(model, method=hw.Unrolled(record, removals=())).fit(batch)

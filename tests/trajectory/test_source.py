@@ -8,8 +8,10 @@ from small_trainings import adamw, draw, sgd, training
 from torch import nn
 
 import headwater as hw
-from headwater.errors import InvalidSetting
+from headwater.errors import InvalidSetting, StaleFit
 from headwater.trajectory.functions import function_of
+from headwater.trajectory.replay import Replay
+from headwater.trajectory.torch.steps import TorchTraining
 
 RATE, MOMENTUM, STEPS = 0.05, 0.5, 40
 
@@ -138,6 +140,40 @@ def test_scores_in_a_folder_are_those_in_memory(tmp_path):
         np.testing.assert_allclose(np.asarray(stored), np.asarray(memory), rtol=1e-12)
     top = influence.top(rows, query, 2, queries_as="mean")
     assert top.helpful_scores[0, 0] == pytest.approx(np.asarray(memory).mean(0).max())
+
+
+def test_clipping_that_the_record_does_not_state_is_found_by_taking_some_steps_again(tmp_path, monkeypatch):
+    what = training("mlp", sgd, clip=0.3)
+    model = what.run(recorder=lambda m, o: hw.record(m, o, tmp_path / "r"))  # the clipping is not said
+    rows = what.x, what.y
+    with pytest.raises(StaleFit, match=r"state before step 1: 0\.weight\[\d+\] is .* and was .*clipping"):
+        hw.Influence(model, "cross_entropy", hw.Source(tmp_path / "r", segments=1)).fit(rows)
+    taken, gradient = [], TorchTraining.gradient
+    monkeypatch.setattr(TorchTraining, "gradient", lambda *a: (taken.append(1), gradient(*a))[1])
+    hw.Influence(model, "cross_entropy", hw.Source(tmp_path / "r", segments=1, replay=False)).fit(rows)
+    assert not taken
+
+
+def test_the_steps_that_are_taken_again_have_about_as_many_rows_as_there_are(tmp_path, monkeypatch):
+    """Of 60 steps of 7 rows: the first, and of the stretches those that fit, the last before others."""
+    what = training("mlp", sgd, steps=60)
+    model = what.run(recorder=lambda m, o: hw.record(m, o, tmp_path / "r"))
+    taken, forward = [], Replay.forward
+    monkeypatch.setattr(Replay, "forward", lambda self, s, number: (taken.append(number), forward(self, s, number))[1])
+    influence = hw.Influence(model, "cross_entropy", hw.Source(tmp_path / "r", segments=1)).fit((what.x, what.y))
+    assert taken == [0]  # of 20 rows; with it, no longer stretch fits
+    taken.clear()
+    assert influence.replay().verify(rows=7 * 18) == 15
+    assert taken == [0, *range(49, 60), 1, 2, 3]
+
+
+def test_a_status_says_which_states_and_rates_the_segments_have(tmp_path):
+    what = training("mlp", sgd)
+    model = what.run(recorder=lambda m, o: hw.record(m, o, tmp_path / "r", keep="all"))
+    influence = hw.Influence(model, "cross_entropy", hw.Source(tmp_path / "r", segments=2)).fit((what.x, what.y))
+    said = str(influence.status)
+    assert "14 steps, 15 states kept" in said and "20 rows held" in said and "damping" not in said
+    assert "0 to 6" in said and "2, 5" in said and "7 to 13" in said
 
 
 def test_a_segment_without_a_kept_state_is_refused(tmp_path):

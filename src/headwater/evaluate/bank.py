@@ -37,6 +37,7 @@ from headwater.settings import check_whole
 from headwater.store.draft import explained_errors, is_draft, remove_dead, write_new, write_whole
 from headwater.store.kinds import kind_of
 from headwater.store.seal import open_bytes, seal_bytes, sealed, unsealed
+from headwater.types import SizedTraining
 
 if TYPE_CHECKING:
     from headwater.store.scores import Scores
@@ -166,13 +167,20 @@ def retrain(
     train: (indices of the rows kept, seed) -> model. measure: (model) -> outputs [queries], losses unless the recipe
     says otherwise; None if `train` returns the outputs itself. recipe: what else decides the outputs, as JSON has it
     (data, architecture, steps, ...); another recipe needs another folder. alpha, subsets, runs, repeated, seed: see
-    `plan_subsets`. workers, processes: see `Bank.fill`.
+    `plan_subsets`. workers, processes: see `Bank.fill`. Errors: those of `Bank.fill`.
     """
+    check_rows(train, rows)
     plan = plan_subsets(rows, alpha=alpha, subsets=subsets, runs=runs, repeated=repeated, seed=seed)
     bank = Bank(path, plan, queries, recipe)
     return bank.fill(
         partial(_train_and_measure, train, measure), workers=workers, processes=processes, progress=progress
     )
+
+
+def check_rows(train: object, rows: int) -> None:
+    """Errors: BatchMismatch, of a training that knows how many rows it has."""
+    if isinstance(train, SizedTraining):
+        train.check_rows(rows)
 
 
 def _train_and_measure(
@@ -323,9 +331,11 @@ class Bank:
         (torch.manual_seed, numpy.random.seed) is not reproducible in threads; use processes.
         A run that fails is passed over; the error of the first is raised in the end, or after the third, with a note
         that names the subset and the seed. What others found is kept.
-        Errors: ShapeMismatch for outputs that are not (q,); NonFiniteValue naming the subset and the seed.
+        Errors: ShapeMismatch for outputs that are not (q,); NonFiniteValue naming the subset and the seed;
+        BatchMismatch where `measure` is of another number of rows and knows it, as headwater.sklearn.Refit does.
         """
         check_whole("workers", workers, 1)
+        check_rows(measure, self.keep.shape[1])
         self._read_packed()
         # Another process may have run some since.
         # A generator: looked up only when a worker is free, as runs of other processes come in meanwhile.

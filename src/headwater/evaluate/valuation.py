@@ -21,7 +21,11 @@ from numpy.typing import ArrayLike
 
 from headwater.errors import BatchMismatch, InvalidInput, ShapeMismatch
 from headwater.evaluate.checks import Floats, complete_runs, row_features, subset_mask
-from headwater.settings import check_whole
+from headwater.settings import check_whole, check_word
+
+TARGETS = ("auto", "classes")
+MANY = 20
+"""Classes above which whole numbers, of fewer than three rows each, are taken for a regression's targets."""
 
 
 def knn_shapley(
@@ -31,15 +35,20 @@ def knn_shapley(
     train_labels: ArrayLike,
     *,
     k: int = 5,
+    targets: str = "auto",
 ) -> Floats:
     """Shapley values of the train rows, for each query's label by its k nearest rows (Euclidean): [q, n].
 
     Shapes: features [q, d] and [n, d], inputs or embeddings, scaled as distances should count them; labels [q], [n].
     Of rows as near as each other, the first in the data is nearer. The values of a query add up to the share of its k
-    nearest rows that have its label. Errors: ShapeMismatch; BatchMismatch; NonFiniteValue; InvalidSetting; InvalidInput
-    for targets that are no classes.
+    nearest rows that have its label. targets: labels are classes, and nothing else: "auto" refuses numbers with a
+    fraction, and whole numbers of which most rows have one to themselves (a regression's targets); "classes" takes
+    whole numbers as they are. A regression's targets have no values here: put them into a few bins, or ask
+    `Bank.attribution`. Errors: ShapeMismatch; BatchMismatch; NonFiniteValue; InvalidSetting; InvalidInput for targets
+    that are no classes.
     """
     check_whole("k", k, 1)
+    check_word("targets", targets, TARGETS)
     query, train = row_features(query_features, "query"), row_features(train_features, "train")
     if query.shape[1] != train.shape[1]:
         raise ShapeMismatch(f"Queries have {query.shape[1]} features, train rows {train.shape[1]}.")
@@ -52,6 +61,8 @@ def knn_shapley(
         if labels.dtype.kind == "f" and (labels != np.floor(labels)).any():
             value = labels[labels != np.floor(labels)][0]
             raise InvalidInput(f"A {name} label is {value:g}: labels are classes, not a regression's targets.")
+    if targets == "auto":
+        _check_classes(given)
     count = len(train)
     places = np.arange(1, count + 1)
     share = np.minimum(k, places) / (k * places)  # of the step from row i + 1 to row i
@@ -62,6 +73,19 @@ def knn_shapley(
         steps = np.append(right[:-1] - right[1:], right[-1]) * share
         row[near] = steps[::-1].cumsum()[::-1]
     return found
+
+
+def _check_classes(labels: np.ndarray) -> None:
+    """Errors: InvalidInput for whole numbers that look like a regression's targets: most of them come once or twice."""
+    if labels.dtype.kind not in "iuf":
+        return
+    distinct = len(np.unique(labels))
+    if distinct > MANY and 3 * distinct > len(labels):
+        raise InvalidInput(
+            f"The {len(labels)} train labels are numbers with {distinct} different values: that is a regression, and "
+            "labels are classes here, equal or not. Put targets into a few bins, or ask Bank.attribution; "
+            "targets='classes' if these are classes."
+        )
 
 
 def out_of_bag(keep: ArrayLike, outputs: ArrayLike, q: int) -> Floats:

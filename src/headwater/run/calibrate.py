@@ -24,7 +24,7 @@ import numpy as np
 
 from headwater.arrays import Array, device, namespace, to_numpy, transpose
 from headwater.errors import HeadwaterError, InvalidInput, InvalidSetting, NotConverged, SingularOperator
-from headwater.evaluate.bank import Bank, plan_subsets
+from headwater.evaluate.bank import Bank, check_rows, plan_subsets
 from headwater.evaluate.calibration import EVIDENCE, choose_damping
 from headwater.evaluate.calibration import Calibration as Calibration
 from headwater.evaluate.checks import mean_over_runs, places, query_outputs, retrained_outputs
@@ -170,7 +170,11 @@ def in_unit(amount: float, unit: str) -> Damping:
 
 
 def _retrain(measure: Measure, rows: int, queries: int, subsets: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """keep [m, n] and outputs [m, 1, q] of random halves of the rows. Errors: ShapeMismatch, NonFiniteValue."""
+    """keep [m, n] and outputs [m, 1, q] of random halves of the rows.
+
+    Errors: ShapeMismatch, NonFiniteValue, BatchMismatch.
+    """
+    check_rows(measure, rows)
     plan = plan_subsets(rows, subsets=subsets, repeated=0, seed=seed)
     # One run each: more subsets say more about a damping than more runs of fewer.
     outputs = np.empty((subsets, 1, queries))

@@ -12,6 +12,7 @@ import warnings
 import zlib
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -26,11 +27,13 @@ from headwater.run.attribute import Storage
 from headwater.run.queries import Asked
 from headwater.run.rows import check_scores
 from headwater.run.tiles import Scorer
+from headwater.status import Status
 from headwater.store.scores import Scores, TopK
+from headwater.tables import table
 from headwater.trajectory.methods import Source, TrajectoryMethod, Unrolled
 from headwater.trajectory.replay import Replay
 from headwater.trajectory.rows import HeldRows
-from headwater.trajectory.source import Segment, SourceScorer, fit_segments
+from headwater.trajectory.source import Segment, SourceScorer, fit_segments, spans
 from headwater.trajectory.steps import TrainingModel
 from headwater.trajectory.sweep import Sweep
 from headwater.trajectory.trajectory import Trajectory
@@ -39,6 +42,14 @@ from headwater.types import InfluenceMode, TensorType
 
 if TYPE_CHECKING:
     from headwater.run.attribute import MakeScorer
+
+
+OWN = "that takes a sweep for each row, at 1 to 1.5 trainings: a thousand trainings for a thousand rows"
+SHARES = (
+    "a row's weight acts through all parameters of a step together, and what passed through some of them would take "
+    "another backward pass for each block, query and step. To score by some parameters alone, train with the others "
+    "frozen, or ask an inverse: hw.Ekfac() with by_block=True"
+)
 
 
 class TrajectoryInfluence(Attributor[TensorType]):
@@ -72,6 +83,9 @@ class TrajectoryInfluence(Attributor[TensorType]):
         self._held = held
         self._check_end()
         if isinstance(self.method, Source):
+            spans(self.method.trajectory, self.method.segments, self.method.checkpoints)  # refused before any step
+            if self.method.replay:
+                self.replay().verify(len(held))
             self._segments = fit_segments(self.provider_at, self.method, self.train_rows(loader), progress)
         return self
 
@@ -90,6 +104,19 @@ class TrajectoryInfluence(Attributor[TensorType]):
         return self._held
 
     @property
+    def status(self) -> Status:
+        """The record, the segments of hw.Source, and the verdict on the last scores: there is no damping to show."""
+        found = super().status
+        said = [repr(self.method.trajectory), f"{len(self.held)} rows held"]
+        if self._segments is not None:
+            cells = [["segment", "steps", "states used, before steps", "rates, summed"]]
+            cells += [segment.cells(number) for number, segment in enumerate(self._segments)]
+            said += ["", table(cells)]
+        elif self._verdict is not None:
+            said += ["", str(self._verdict)]
+        return replace(found, instead="\n".join(said))
+
+    @property
     def doubts(self) -> tuple[str, ...]:
         return () if self._verdict is None else self._verdict.doubts
 
@@ -102,16 +129,19 @@ class TrajectoryInfluence(Attributor[TensorType]):
         """Over the record's training, with the method's settings. model: another than the provider's own."""
         method = self.method
         assert isinstance(method, Unrolled)
-        own = self.training_model() if model is None else model
-        record = self.method.trajectory
-        replay = Replay(record, own, self.held.pieces, dtype=self.source.dtype, checked=model is None)
         held = self.held
-        return Sweep(replay, held.columns, len(held), method.curvature, method.at == "step", held.places)
+        return Sweep(self.replay(model), held.columns, len(held), method.curvature, method.at == "step", held.places)
+
+    def replay(self, model: TrainingModel | None = None) -> Replay:
+        """The record's steps, by the provider's model or another."""
+        own, record = self.training_model() if model is None else model, self.method.trajectory
+        return Replay(record, own, self.held.pieces, dtype=self.source.dtype, checked=model is None)
 
     def derivatives(self, asked: Asked, keep: Path | None, progress: bool) -> np.ndarray:
         """d query / d weight of every train row: [q, n]; and the verdict on it, where one is asked for."""
         sweep, queries = self.sweep(), [piece.batch for piece in asked.pieces]
-        with bar("training, backwards", progress) as shown:
+        count = len(asked.ids) if asked.share is None else 1
+        with bar("training, backwards", progress, sweep.steps_for(count)) as shown:
             tau = sweep.tau(queries, share=asked.share, keep=keep, progress=shown.update)
         method = self.method
         assert isinstance(method, Unrolled)
@@ -171,7 +201,7 @@ class TrajectoryInfluence(Attributor[TensorType]):
     ) -> Scores:
         """As `Attributor.attribute`; a sweep that was stopped goes on from the last kept state, beside the store."""
         if by_block:
-            raise _refused("by_block=True: a row's weight acts through all parameters of a step together")
+            raise _refused(f"by_block=True: {SHARES}")
         if InfluenceMode(mode) is not InfluenceMode.Up:
             raise _refused("mode='perturbation'")
         _refuse_options(options)
@@ -212,7 +242,10 @@ class TrajectoryInfluence(Attributor[TensorType]):
     # What has no meaning here -------------------------------------------------------------------------------------
 
     def self_influence(self, *_: Any, **__: Any) -> Any:
-        raise _refused("self_influence: ask attribute(train, train), a sweep for each row")
+        raise _refused(
+            f"self_influence: {OWN}. For rows that you name, np.diag(attribute(some, some)) has it, where `some` are "
+            "batches with the record's ids"
+        )
 
     def calibrate(self, *_: Any, **__: Any) -> Any:
         raise _refused("calibrate: there is no damping")
@@ -244,7 +277,7 @@ class TrajectoryInfluence(Attributor[TensorType]):
 
 def _whose(record: Trajectory) -> str:
     if record.is_ended:
-        return "Give the model that it trained."
+        return "Give the model that it trained. If this is it, r.step was not told of its last steps."
     return (
         f"That training was broken off, and step {record.steps} is its last kept state: go on with it "
         "(hw.record(..., resume=True)), or give the model that such a resumed record puts back."
@@ -257,9 +290,14 @@ def _refused(what: str) -> InvalidSetting:
 
 def _refuse_options(options: Mapping[str, Any]) -> None:
     """Errors: InvalidSetting for what belongs to an inverse, or to factors."""
-    for name in ("normalise", "query_error", "query_rank"):
+    if options.get("normalise") is not None:
+        raise _refused(
+            f"normalise=: a row's length would be the root of its score on itself, and {OWN}. Directions are those of "
+            "an inverse: hw.Ekfac() or hw.Dual() with normalise="
+        )
+    for name in ("query_error", "query_rank"):
         if options.get(name) is not None:
-            raise _refused(f"{name}=: no inverse and no query factors are there")
+            raise _refused(f"{name}=: there are no query factors")
 
 
 def _not_kept(asked: Asked) -> Asked:

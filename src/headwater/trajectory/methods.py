@@ -59,6 +59,8 @@ class Source(TrajectoryMethod):
     EKFAC fit for each state that is used. A segment of K steps with rates adding up to c (over 1 - momentum) answers a
     row's gradient by (1 - exp(-c s)) / s for each eigenvalue s of its mean Fisher, and passes on exp(-c s). Of Adam,
     the same with the Fisher scaled by the segment's mean 1 / (root + eps) on both sides, by Lanczos.
+    `fit` takes some of the record's steps again, of as many rows as there are train rows, where the record has them:
+    one pass beside two for each state.
     Damping has no meaning here. Source: Bae et al. 2024, arXiv 2405.12186. Errors: InvalidSetting.
     """
 
@@ -71,6 +73,9 @@ class Source(TrajectoryMethod):
     samples: int = 1
     """Labels drawn for each row, where they are drawn."""
     random_seed: int = 0
+    replay: bool = field(default=True, repr=False)
+    """Whether `fit` takes some steps again, and refuses those that do not come to the record's states, naming value and
+    step; False for a training that is known to have done a little more than the record says, as of mixed precision."""
 
     def __post_init__(self) -> None:
         for name, value in (("segments", self.segments), ("checkpoints", self.checkpoints), ("samples", self.samples)):

@@ -5,7 +5,9 @@
     state-00000024.npz               the model before step 24 (from 0): "w/<name>", and what the optimizer remembers,
                                      "<memory>/<name>"; "random/<generator>" where there is a random state
     steps-00000012-00000024.npz      steps 12 to 23: ids (all rows, step after step), starts [steps + 1], shares (what
-                                     each row's loss was multiplied by), rates [steps, groups, 4]
+                                     each row's loss was multiplied by), rates [steps, groups, 4]; of a model that draws
+                                     random numbers (dropout) also calls (rows of each of its calls, step after step),
+                                     call_starts [steps + 1], random [calls, bytes], the generator before each
 
 Arrays are NumPy's, without pickle, and each file is whole or not there. Steps are written before the state that they
 lead to: whatever kills a training, the folder is a shorter one, and `resume` goes on from its last state.
@@ -20,7 +22,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -51,6 +53,8 @@ class Header:
     first: int = 0
     """Steps that the optimizer had taken before the record began."""
     framework: str = ""
+    random: int = 0
+    """Bytes of a generator's state, which is kept for each of the model's calls where it draws from it; else zero."""
 
     def __post_init__(self) -> None:
         check_word("keep", self.keep, KEEP)
@@ -68,7 +72,7 @@ class Header:
             "keep": self.keep,
             "clip": self.clip,
             "first": self.first,
-        }
+        } | ({"random": self.random} if self.random else {})
 
     @property
     def state_bytes(self) -> int:
@@ -96,6 +100,14 @@ def kept_states(steps: int, keep: str) -> list[int]:
     return [step for step in range(steps + 1) if step == steps or is_kept(step, keep)]
 
 
+class Call(NamedTuple):
+    """One of a step's calls of a model that draws random numbers."""
+
+    rows: int
+    random: np.ndarray
+    """The generator's state before it, uint8."""
+
+
 @dataclass(frozen=True)
 class Step:
     """One step of the optimizer: the rows whose losses it saw, and how."""
@@ -106,16 +118,24 @@ class Step:
     """What each row's loss is multiplied by in the step's objective: its weight over the batch's total. [b]"""
     rates: tuple[Rates, ...]
     """Of each group of parameters."""
+    calls: tuple[Call, ...] = ()
+    """Of the model, with the rows in their order; empty where nothing is drawn."""
 
 
 def step_of(
-    ids: Any, weights: Any, total: float | Sequence[float] | None, rates: Sequence[Rates], mean: bool = True
+    ids: Any,
+    weights: Any,
+    total: float | Sequence[float] | None,
+    rates: Sequence[Rates],
+    mean: bool = True,
+    random: Sequence[np.ndarray] | None = None,
 ) -> Step:
     """A step from what a training loop says of it.
 
     ids: of the batch's rows; or a list of such, one for each of several batches whose gradients were averaged.
     weights: of the rows' losses, likewise; None for ones. total: what the weighted sum was divided by; None for the
-    number of rows (one, where the loss is a sum). Errors: BatchMismatch; NonFiniteValue.
+    number of rows (one, where the loss is a sum). random: the generator's state before each of the model's calls, where
+    it draws from it: one for each batch. Errors: BatchMismatch; NonFiniteValue.
     """
     several = isinstance(ids, (list, tuple)) and len(ids) > 0 and np.ndim(_host(ids[0])) == 1
     batches = [_host(batch) for batch in ids] if several else [_host(ids)]
@@ -137,7 +157,14 @@ def step_of(
     found = np.concatenate(shares)
     if not np.isfinite(found).all():
         raise NonFiniteValue("The weights of a step's rows, over their total, are not finite.")
-    return Step(np.concatenate(batches), found, tuple(rates))
+    if random is not None and len(random) != len(batches):
+        raise BatchMismatch(
+            f"The model draws random numbers, and was called {len(random)} times in train mode for the {len(batches)} "
+            "batches that r.step was told of: it is known what was drawn where each batch is one call. Give r.step a "
+            "list of batches where gradients of several were accumulated, and evaluate in eval mode."
+        )
+    calls = () if random is None else tuple(Call(len(b), state) for b, state in zip(batches, random, strict=True))
+    return Step(np.concatenate(batches), found, tuple(rates), calls)
 
 
 def _host(values: Any) -> np.ndarray:
@@ -194,7 +221,7 @@ def expected_bytes(header: Header, steps: int, rows: int) -> int:
     if steps < 0:
         raise InvalidSetting(f"steps is {steps}; expected a whole number >= 0.")
     return len(kept_states(steps, header.keep)) * header.state_bytes + steps * (
-        16 * rows + 32 * len(header.groups) + 8 + NAMED // 2
+        16 * rows + 32 * len(header.groups) + 8 + NAMED // 2 + header.random
     )
 
 
@@ -207,11 +234,19 @@ def steps_name(start: int, stop: int) -> str:
 
 
 def _steps_arrays(steps: Sequence[Step]) -> dict[str, np.ndarray]:
-    return {
+    found = {
         "ids": np.concatenate([step.ids for step in steps]),
         "shares": np.concatenate([step.shares for step in steps]),
         "starts": np.cumsum([0, *(len(step.ids) for step in steps)]),
         "rates": np.array([step.rates for step in steps], dtype=np.float64),
+    }
+    calls = [call for step in steps for call in step.calls]
+    if not calls:
+        return found
+    return found | {
+        "calls": np.array([call.rows for call in calls]),
+        "call_starts": np.cumsum([0, *(len(step.calls) for step in steps)]),
+        "random": np.stack([call.random for call in calls]),
     }
 
 

@@ -22,11 +22,13 @@ def record(model: Any, optimizer: Any, folder: str | os.PathLike[str], **options
 
     keep: which states are kept, "all", "sqrt" (before steps 0, 1, 4, 9, ...) or "log". clip: the norm that
     clip_grad_norm_ clips to, if it is called. reduction: how the training loss treats a batch's rows, "mean" or "sum".
+    random: whether the model draws random numbers in train mode, so that the generator's state before each of its calls
+    is kept (5 kB on a CPU); None looks for modules of dropout, True also says it of torch.nn.functional.dropout.
     resume: go on with a record that was broken off; the model, the optimizer's memory and torch's random state are put
     back to its last state, and `r.start` says with which step to go on. `r.bytes_for(steps, rows)` says beforehand how
     large the folder becomes.
 
-    Errors: UnsupportedModel for other optimizers, dropout and batch normalisation; AlreadySaved where there is a
+    Errors: UnsupportedModel for other optimizers, and for batch normalisation; AlreadySaved where there is a
     record; NotWritten.
     """
     kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(model).__mro__}

@@ -1,8 +1,8 @@
 """Steps of a record taken again, from its kept states; what does not come to the next kept state is refused.
 
-A record's rows, its rates and its states are what training did. That they say all of it (no dropout, no loader that
-gave other rows, no penalty beside the rows' losses, no kernel of another machine) shows only in a replay: from each
-kept state it must come to the next one.
+A record's rows, its rates and its states are what training did. That they say all of it (no other masks of dropout, no
+loader that gave other rows, no penalty beside the rows' losses, no kernel of another machine) shows only in a replay:
+from each kept state it must come to the next one.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 from headwater.arrays import precise, to_numpy
 from headwater.errors import StaleFit
 from headwater.trajectory.record import Step
-from headwater.trajectory.rules import State
+from headwater.trajectory.rules import AdamRule, Rule, State
 from headwater.trajectory.steps import Piece, TrainingModel
 from headwater.trajectory.trajectory import Trajectory
 
@@ -67,6 +68,39 @@ class Replay:
     def kept(self, number: int) -> State:
         return self.model.put(self.record.state(number))
 
+    def verify(self, rows: int) -> int:
+        """Take some of the record's steps again, from one kept state to the next: how many steps.
+
+        The shortest stretch, then the last, then others from the first on, as long as these have no more than so many
+        rows together. Left out is what cannot be taken again: steps whose rows are not known, and states without the
+        optimizer's memory, as checkpoints may have it. Errors: StaleFit, as of `backward`.
+        """
+        stretches = [(start, stop) for start, stop in pairwise(self.record.kept) if self._is_known(start, stop)]
+        if not stretches:
+            return 0
+        first = min(stretches, key=lambda stretch: stretch[1] - stretch[0])
+        taken = left = 0
+        for start, stop in dict.fromkeys([first, stretches[-1], *stretches]):
+            size = sum(len(self.record.step(number).ids) for number in range(start, stop))
+            if taken and size > left:
+                continue
+            left = (left if taken else rows) - size
+            taken += stop - start
+            before = state = self.kept(start)
+            for number in range(start, stop):
+                state = self.forward(state, number)
+            self._check(before, state, stop)
+        return taken
+
+    def _is_known(self, start: int, stop: int) -> bool:
+        first = self.record.step(start)
+        if not all(len(self.record.step(number).ids) for number in range(start, stop)):
+            return False
+        if self.record.count(start) == 1 or not any(rates.first for rates in first.rates):
+            return True
+        memory = self.record.state(start).memory
+        return any(value.any() for values in memory.values() for value in values.values())
+
     def backward(self, until: int | None = None) -> Iterator[tuple[int, State]]:
         """(step, the state before it), from the step before `until` (the end) to the first.
 
@@ -103,8 +137,11 @@ class Replay:
     def _check(self, before: State, found: State, step: int) -> None:
         kept = self.kept(step)
         tolerance = TOLERANCES.get(self.dtype, 0.1)
+        rounding = _rounding(self.record.rule, kept, self.dtype)
         for name in self.record.names:
             mine, theirs, start = (_flat(state.parameters[name]) for state in (found, kept, before))
+            if name in rounding:
+                mine, theirs, start = (np.where(rounding[name], 0.0, values) for values in (mine, theirs, start))
             # Relative to how far the step goes, and to rounding of the parameter itself.
             way = float(np.linalg.norm(theirs - start))
             far = float(np.linalg.norm(mine - theirs))
@@ -116,9 +153,25 @@ class Replay:
                     f"The replay does not come to the record's state before step {step}: {name}[{worst}] is "
                     f"{mine[worst]:.9g}, and was {theirs[worst]:.9g}; it is off by {share:.2g} "
                     f"of the way since the state before, where {tolerance:g} is allowed. Training did something that "
-                    "the record does not say: dropout, another loss (or a penalty, label smoothing, an average over "
-                    "tokens instead of rows), clipping (record(..., clip=)), other rows or weights, mixed precision."
+                    "the record does not say: dropout by a function (record(..., random=True)) or in a fused kernel, "
+                    "another loss (or a penalty, label smoothing, an average over tokens instead of rows), clipping "
+                    "(record(..., clip=)), a step that r.step was not told of, other rows or weights, mixed precision."
                 )
+
+
+def _rounding(rule: Rule, kept: State, dtype: str) -> dict[str, np.ndarray]:
+    """Which numbers of a parameter have a gradient that is rounding alone: [size], by name, where there are any.
+
+    A bias of attention's keys has no effect at all, and its gradient is what rounding left of zero. Adam divides it by
+    its own size, so that it makes whole steps of chance, which no other order of additions repeats. Their roots are
+    some 1e-7 of the largest in float32, those of other parameters 1e-2 (measured on a byte transformer).
+    """
+    if not isinstance(rule, AdamRule):
+        return {}
+    roots = {name: np.sqrt(_flat(square)) for name, square in kept.memory["square"].items()}
+    largest = max((float(root.max(initial=0.0)) for root in roots.values()), default=0.0)
+    found = {name: (root > 0) & (root <= 16 * _eps(dtype) * largest) for name, root in roots.items()}
+    return {name: some for name, some in found.items() if some.any()}
 
 
 def _flat(value: Any) -> np.ndarray:

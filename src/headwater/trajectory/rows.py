@@ -64,8 +64,26 @@ class HeldRows:
             )
 
     def pieces(self, step: Step) -> list[Piece]:
-        """The rows of a step, with their shares."""
-        return self.chosen(self.places(step.ids), step.shares)
+        """The rows of a step, with their shares; of a model that draws random numbers, call by call.
+
+        Errors: BatchMismatch where a call's rows are of several forms, so that they are no batch as it was.
+        """
+        places = self.places(step.ids)
+        if not step.calls:
+            return self.chosen(places, step.shares)
+        found, start = [], 0
+        for call in step.calls:
+            rows = slice(start, start + call.rows)
+            mine = self.chosen(places[rows], step.shares[rows])
+            if len(mine) > 1:
+                raise BatchMismatch(
+                    f"Rows {step.ids[rows][:2].tolist()} ... were one batch in training, and are of {len(mine)} "
+                    "shapes here: what dropout did to each is not known. Give rows that are padded to one length, as "
+                    "in training."
+                )
+            found.append(mine[0]._replace(random=call.random))
+            start += call.rows
+        return found
 
     def chosen(self, places: np.ndarray, shares: np.ndarray) -> list[Piece]:
         """In the order of `places` where all are in one batch, else batch by batch: see `in_order`."""

@@ -85,6 +85,9 @@ def spans(record: Trajectory, segments: int, checkpoints: int) -> list[Span]:
 class Segment:
     """What a segment does to a query's gradient on its way back."""
 
+    span: Span
+    rate: float
+    """Of its steps together: the sum of the first group's learning rates."""
     providers: Sequence[StructuredGradientProvider]
     """The model at each of its states."""
     curvature: Mapping[str, BlockDiagonalOperator[EigenKroneckerOperator]]
@@ -94,6 +97,11 @@ class Segment:
     """Weight decay that is added to the curvature: [D_block]."""
     decoupled: Mapping[str, np.ndarray]
     """Weight decay beside it, summed over the steps: [D_block]."""
+
+    def cells(self, number: int) -> list[str]:
+        """Of a table: its number, steps, states and summed rates."""
+        states = ", ".join(map(str, self.span.states))
+        return [str(number), f"{self.span.start} to {self.span.stop - 1}", states, f"{self.rate:.3g}"]
 
     def reacted(self, queries: Flat) -> Flat:
         """F q."""
@@ -167,8 +175,11 @@ def fit_segments(
         )
         speed, coupled, decoupled = speeds(record, span)
         layouts = providers[0].layouts
+        rate = sum(record.step(number).rates[0].lr for number in range(span.start, span.stop))
         found.append(
-            Segment(providers, curvature, *(_in_blocks(layouts, part) for part in (speed, coupled, decoupled)))
+            Segment(
+                span, rate, providers, curvature, *(_in_blocks(layouts, part) for part in (speed, coupled, decoupled))
+            )
         )
     return found
 

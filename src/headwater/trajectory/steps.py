@@ -16,6 +16,8 @@ class Piece(NamedTuple):
 
     batch: Any
     shares: np.ndarray
+    random: np.ndarray | None = None
+    """The generator's state before the model's call on these rows; None where it draws nothing."""
 
 
 class Point(ABC):

@@ -15,6 +15,7 @@ step); Pruthi et al. 2020, arXiv 2002.08484 (no curvature).
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +23,16 @@ from typing import Any
 
 import numpy as np
 
-from headwater.arrays import as_like, itemsize, namespace, to_numpy, working_memory_limit
+from headwater.arrays import as_like, namespace, to_numpy, working_memory_limit
 from headwater.errors import DamagedFile, NonFiniteValue
 from headwater.store.draft import write_whole
 from headwater.trajectory.replay import Replay
 from headwater.trajectory.rules import Arrays, Cotangents
 
 Progress = Callable[[int], object]
+"""Told of so many more steps."""
+WIDTHS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+"""Bytes of a number."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +52,17 @@ class Sweep:
         """Columns of rows, in the order of their ids."""
         return self.places(ids) if self.asked_places is None else self.asked_places(ids)
 
+    @property
+    def at_once(self) -> int:
+        """Queries whose cotangents, and what comes of them in a step, fit into the working memory."""
+        record = self.replay.record
+        each = sum(math.prod(shape) for shape in record.header.shapes.values()) * WIDTHS.get(self.replay.dtype, 4)
+        return max(1, int(working_memory_limit() // (each * (3 + 2 * len(record.rule.remembers)))))
+
+    def steps_for(self, queries: int) -> int:
+        """Steps that `tau` goes back for so many queries: the whole training for each group of them."""
+        return self.replay.record.steps * -(-queries // self.at_once)
+
     def tau(
         self,
         queries: Sequence[Any],
@@ -66,7 +81,7 @@ class Sweep:
         """
         grads = self._asked(queries, self.replay.last().parameters, share)
         count = len(next(iter(grads.values())))
-        size = _at_once(grads, len(self.replay.record.rule.remembers)) if group is None else group
+        size = self.at_once if group is None else group
         found = np.zeros((count, self.columns))
         for start in range(0, count, size):
             rows = slice(start, min(count, start + size))
@@ -100,6 +115,8 @@ class Sweep:
             nothing = {kind: {n: namespace(g).zeros_like(g) for n, g in grads.items()} for kind in rule.remembers}
             count = len(next(iter(grads.values())))
             found = _Swept(record.steps, np.zeros((count, self.columns)), Cotangents(dict(grads), nothing))
+        elif progress is not None and found.step < record.steps:
+            progress(record.steps - found.step)
         tau, cotangents = found.tau, found.cotangents
         clean = cotangents.memory if self.at_each_step else {}
         if self.at_each_step:
@@ -119,7 +136,9 @@ class Sweep:
             if record.clip is not None:
                 through = record.clip.pull(raw, through)
             along, products = point.pull(through)
-            np.add.at(tau.T, self.places(step.ids), along.T)  # a row may be in a step twice
+            # Calls of a model that draws random numbers are in the order of the ids, whatever batches rows are held in.
+            columns = self.replay_places(step.ids) if step.calls else self.places(step.ids)
+            np.add.at(tau.T, columns, along.T)  # a row may be in a step twice
             if not self.at_each_step:
                 moved = {name: p + products[name] for name, p in direct.parameters.items()}
                 cotangents = Cotangents(moved, direct.memory)
@@ -160,12 +179,6 @@ class _Swept:
                 return cls(int(found["step"]), found["tau"], Cotangents(parameters, kept))
         except Exception as error:  # of zipfile, NumPy and the system
             raise DamagedFile(f"{file} cannot be read ({error}); remove it, and the sweep begins anew.") from error
-
-
-def _at_once(grads: Arrays, memory: int) -> int:
-    """Queries whose cotangents, and what comes of them in a step, fit into the working memory."""
-    each = sum(int(np.prod(g.shape[1:])) * itemsize(g) for g in grads.values())
-    return max(1, int(working_memory_limit() // (each * (3 + 2 * memory))))
 
 
 def _check_finite(tau: np.ndarray, number: int) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from headwater.errors import DamagedFile, InvalidInput, NotSaved
-from headwater.trajectory.record import FORMAT, HEAD, Header, Step, Writer, state_name, steps_name
+from headwater.trajectory.record import FORMAT, HEAD, Call, Header, Step, Writer, state_name, steps_name
 from headwater.trajectory.rules import Clip, Rates, State, rule_of
 
 STATE = re.compile(r"state-(\d{8})\.npz")
@@ -51,6 +51,7 @@ class Trajectory:
             head["clip"],
             head["first"],
             head["framework"],
+            head.get("random", 0),
         )
         self.rule = self.header.rule
         self.clip = None if self.header.clip is None else Clip(self.header.clip)
@@ -118,7 +119,8 @@ class Trajectory:
         found = self._piece(place)
         k = number - self.kept[place]
         rows = slice(int(found["starts"][k]), int(found["starts"][k + 1]))
-        return Step(found["ids"][rows], found["shares"][rows], tuple(Rates(*r) for r in found["rates"][k].tolist()))
+        rates = tuple(Rates(*r) for r in found["rates"][k].tolist())
+        return Step(found["ids"][rows], found["shares"][rows], rates, _calls(found, k))
 
     def rates(self, step: Step) -> dict[str, Rates]:
         """By the name of the parameter."""
@@ -195,6 +197,14 @@ class Trajectory:
             if found and int(found[1]) >= self.steps:
                 (self.folder / name).unlink()
         return Writer(self.folder, replace(self.header), self.steps, self.steps)
+
+
+def _calls(found: dict[str, np.ndarray], k: int) -> tuple[Call, ...]:
+    """Of a model that draws random numbers, in step k of a file; of others none."""
+    if "calls" not in found:
+        return ()
+    mine = slice(int(found["call_starts"][k]), int(found["call_starts"][k + 1]))
+    return tuple(map(Call, found["calls"][mine].tolist(), found["random"][mine]))
 
 
 def open_record(record: Trajectory | str | os.PathLike[str]) -> Trajectory:

@@ -19,13 +19,14 @@ from sklearn.pipeline import Pipeline
 
 from headwater.arrays import is_frame, shape_of
 from headwater.errors import BatchMismatch, InvalidInput, InvalidSetting, NonFiniteValue, ShapeMismatch
+from headwater.types import SizedTraining
 
 Measurement = Callable[[Any, Any, Any], ArrayLike]
 """(fitted estimator, X_query, y_query) -> a number for each query [q]."""
 
 
 @dataclass(frozen=True, eq=False)
-class Refit:
+class Refit(SizedTraining):
     """Fit a clone of the estimator to some of the rows, and measure the queries: (rows kept, seed) -> [q].
 
         bank = retrain("bank", Refit(forest, X, y, X_query, y_query), rows=len(X), queries=len(X_query), recipe={...})
@@ -74,6 +75,11 @@ class Refit:
             raise InvalidSetting(f"least is {self.least}; expected a probability between 0 and 1.")
         if self.measure is None:
             self._check_loss()
+
+    @property
+    def n_rows(self) -> int:
+        """n; a bank of subsets of another number of rows is refused."""
+        return _rows(self.X)
 
     def _check_loss(self) -> None:
         name = type(self.estimator).__name__

@@ -73,6 +73,7 @@ class JaxRecorder:
         }
         self._writer: Writer | None = None
         self._last: tuple[Any, Any] = (params, self.memory)
+        self._counted: int | None = None
 
     def bytes_for(self, steps: int, rows: int = 64) -> int:
         """Of the folder after so many steps of so many rows each."""
@@ -113,14 +114,32 @@ class JaxRecorder:
     ) -> None:
         """Say which rows the last step was of, and what it came to. state: optax's, or a dict of what is remembered.
 
-        ids, weights, total: as of the torch recorder. Errors: InvalidInput where the state has no momentum or moments.
+        ids, weights, total: as of the torch recorder. A forgotten call is noticed here where the state counts its steps
+        (Adam's, a schedule's); else by the replay, at the next kept state, and of the last step by `fit`, whose model
+        is not where the record ends.
+        Errors: InvalidInput where the state has no momentum or moments, or counted other than one step more.
         """
         if self._writer is None:
             raise InvalidInput("The recorder is not open: with hw.record(params, optimizer, folder) as r: ...")
+        self._check_count(state, self._writer.step)
         self._writer.add(step_of(ids, weights, total, [self.optimizer.rates(self._writer.step)], self._mean))
         self._last = (params, state)
         if self._writer.wants():
             self._writer.keep(self._arrays(params, state))
+
+    def _check_count(self, state: Any, step: int) -> None:
+        """Where the state counts its steps (Adam's, and a schedule's). Errors: InvalidInput."""
+        count = _field(state, ("count",))
+        if count is None:
+            return
+        counted = int(to_numpy(count))
+        if self._counted is not None and counted != self._counted + 1:
+            raise InvalidInput(
+                f"The optimizer's state has counted {counted - self._counted} steps since the last r.step(ids, params, "
+                f"state), before step {step} of the record; call r.step once after each of them, with the state that "
+                "came of it."
+            )
+        self._counted = counted
 
     def _arrays(self, params: Any, state: Any) -> dict[str, np.ndarray]:
         _, leaves = take_tree(params)

@@ -4,7 +4,8 @@
     arguments = TrainingArguments(..., remove_unused_columns=False)
     Trainer(model, arguments, train_dataset=dataset, callbacks=[RecordCallback("folder")]).train()
 
-The rows' numbers come with the batches, and are taken out before the model sees them. The model's dropout is zero.
+The rows' numbers come with the batches, and are taken out before the model sees them. Where there is dropout, what it
+drew is kept: batches are padded to one length (padding="max_length"), and on a GPU attn_implementation="eager".
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ class RecordCallback(TrainerCallback):
         elif any(one.total is None for one in self._seen):  # means over each batch's tokens, averaged
             self.recorder.step(ids, weights, total=[float(tokens.sum()) for tokens in weights])
         else:  # one sum over all of them, over what the Trainer counted
-            self.recorder.step(torch.cat(ids), torch.cat(weights), total=float(self._seen[0].total))
+            total = float(self._seen[0].total) / len(ids)  # each batch's share of an average is that of the sum
+            self.recorder.step(ids, weights, total=[total] * len(ids))
         self._seen = []
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -26,7 +26,7 @@ from headwater.errors import BlockMismatch, InvalidInput, InvalidSetting, StaleF
 from headwater.torch.wrapped import unwrapped
 from headwater.trajectory.record import Header, Writer, expected_bytes, kept_states, step_of
 from headwater.trajectory.rules import AdamRule, Rates, Rule, SgdRule
-from headwater.trajectory.torch.steps import check_repeatable
+from headwater.trajectory.torch.steps import check_repeatable, draws_in_training, generator_state
 from headwater.trajectory.trajectory import Trajectory
 
 REDUCTIONS = ("mean", "sum")
@@ -53,12 +53,19 @@ class TorchRecorder:
         keep: str = "sqrt",
         clip: float | None = None,
         reduction: str = "mean",
+        random: bool | None = None,
         resume: bool = False,
     ):
         if reduction not in REDUCTIONS:
             raise InvalidSetting(f"reduction is {reduction!r}; expected one of {', '.join(map(repr, REDUCTIONS))}.")
         self.model, self.optimizer, self.folder, self._mean = unwrapped(model), optimizer, folder, reduction == "mean"
-        check_repeatable(self.model)  # now, and not when the training is over and asked about
+        drawn = any(draws_in_training(module) for module in self.model.modules()) if random is None else random
+        if drawn and self.model is not model:
+            raise UnsupportedModel(
+                f"{type(model).__name__} draws the masks of dropout in another way than the model inside it: train and "
+                "record that by itself, or train with p=0."
+            )
+        check_repeatable(self.model, drawn)  # now, and not when the training is over and asked about
         self._named = trained(self.model, optimizer)
         self._names = {id(p): name for name, p in self._named.items()}
         self._resume = resume and _is_begun(folder)
@@ -72,12 +79,15 @@ class TorchRecorder:
             clip,
             _count(optimizer, self._named),
             "torch",
+            len(self._generator()) if drawn else 0,
         )
         self.start = 0
         self._writer: Writer | None = None
         self._seen: list[Rates] = []
         self._taken = 0
-        self._hook: Any = None
+        self._hooks: list[Any] = []
+        self._drawn: list[np.ndarray] = []
+        """States of the generator before the model's calls since the last step."""
 
     def bytes_for(self, steps: int, rows: int = 64) -> int:
         """Of the folder after so many steps of so many rows each."""
@@ -97,13 +107,16 @@ class TorchRecorder:
         else:
             self._writer = Writer.new(self.folder, self.header)
             self._writer.keep(self._arrays())
-        self._hook = self.optimizer.register_step_pre_hook(self._look)
+        self._hooks = [self.optimizer.register_step_pre_hook(self._look)]
+        if self.header.random:
+            self._hooks.append(self.model.register_forward_pre_hook(self._before_call))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         writer = self._writing
         if kind is None:
             self._check_said()
@@ -125,8 +138,9 @@ class TorchRecorder:
                 "optimizer.step() was not called since the last r.step(ids); call r.step once after each of them."
             )
         ids, weights = _on_host(ids), _on_host(weights)
-        writer.add(step_of(ids, weights, total, self._seen, self._mean))
-        self._taken = 0
+        drawn = self._drawn if self.header.random else None
+        writer.add(step_of(ids, weights, total, self._seen, self._mean, drawn))
+        self._taken, self._drawn = 0, []
         if writer.wants():
             writer.keep(self._arrays())
 
@@ -148,6 +162,14 @@ class TorchRecorder:
             )
         self._seen = [rates_of(group) for group in optimizer.param_groups]
         self._taken += 1
+
+    def _before_call(self, model: nn.Module, *_: object) -> None:
+        """At the generator that the model is about to draw from."""
+        if model.training:
+            self._drawn.append(self._generator())
+
+    def _generator(self) -> np.ndarray:
+        return generator_state(next(iter(self._named.values())).device)
 
     def _check_said(self) -> None:
         if self._taken:
@@ -267,6 +289,7 @@ def _check_same(one: Header, other: Header) -> None:
         ("groups of parameters", one.groups, other.groups),
         ("keep", one.keep, other.keep),
         ("clip", one.clip, other.clip),
+        ("random state of each call", one.random, other.random),
     ):
         if mine != theirs:
             raise StaleFit(

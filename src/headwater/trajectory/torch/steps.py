@@ -7,7 +7,8 @@ vectorised backward for all of them together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from headwater.torch.plan import differs_in_training
 from headwater.torch.precision import wide
 from headwater.torch.products import batched_vjp, ggn_product
 from headwater.torch.provider import TorchGradientProvider
-from headwater.torch.surroundings import autograd_on, twice_differentiable
+from headwater.torch.surroundings import autograd_on, lock_of, twice_differentiable
 from headwater.torch.tree import dense
 from headwater.trajectory.rules import Arrays, State
 from headwater.trajectory.steps import Piece, Point, TrainingModel
@@ -31,25 +32,69 @@ from headwater.trajectory.steps import Piece, Point, TrainingModel
 Tensors = dict[str, torch.Tensor]
 
 
-def check_repeatable(model: nn.Module) -> None:
-    """Errors: UnsupportedModel for dropout and batch normalisation, in whatever mode: see `TorchTraining`."""
+def draws_in_training(module: nn.Module) -> bool:
+    """Whether, in train mode, it draws random numbers, from a generator whose state can be put back."""
+    # Recurrent layers keep a generator of their own on a GPU, and batch normalisation draws nothing: it mixes rows.
+    mixes = isinstance(module, (nn.RNNBase, nn.modules.batchnorm._BatchNorm))
+    return differs_in_training(module) and not mixes
+
+
+def check_repeatable(model: nn.Module, random: bool = False) -> None:
+    """Whatever mode it is in now. random: whether it is known what dropout drew.
+
+    Errors: UnsupportedModel for batch normalisation, and for dropout unless that is known.
+    """
     for name, module in model.named_modules():
-        if differs_in_training(module):
-            raise UnsupportedModel(
-                f"{name or 'The model'} is {type(module).__name__}, whose training steps are random or mix rows: "
-                "they cannot be taken again row by row. Train with p=0, and with layer or group norm."
+        if differs_in_training(module) and not (random and draws_in_training(module)):
+            why = (
+                "is random in training, and what it drew is not in the record: take that with hw.record in train "
+                "mode, or train with p=0"
+                if draws_in_training(module)
+                else "mixes the rows of a step, or keeps random numbers of its own: its steps cannot be taken again "
+                "row by row. Train with layer or group norm, and recurrent layers with dropout=0"
             )
+            raise UnsupportedModel(f"{name or 'The model'} is {type(module).__name__}, which {why}.")
+
+
+@contextmanager
+def drawing(model: nn.Module, random: np.ndarray | None, device: torch.device) -> Iterator[None]:
+    """In train mode, with the generator in this state; both are put back. None: the model as it is."""
+    if random is None:
+        yield
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    state = torch.as_tensor(random)
+    # The model's modes and the process's generator: one thread at a time.
+    with lock_of(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state, device)
+        else:
+            torch.set_rng_state(state)
+        model.train()
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+
+def generator_state(device: torch.device) -> np.ndarray:
+    """Of the generator that a model there draws from: [bytes], uint8."""
+    found = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    return np.array(found.numpy())
 
 
 class TorchTraining(TrainingModel):
-    """The model of a provider, in eval mode, whatever its present weights.
+    """The model of a provider, whatever its present weights: in eval mode, and where its steps drew random numbers in
+    train mode with these.
 
-    Errors: UnsupportedModel for dropout and batch normalisation: such a step is another one each time.
+    random: whether the record has what was drawn.
+    Errors: UnsupportedModel for batch normalisation, and for dropout whose numbers are not known.
     """
 
-    def __init__(self, provider: TorchGradientProvider):
-        check_repeatable(provider.model)
-        self.provider = provider
+    def __init__(self, provider: TorchGradientProvider, random: bool = False):
+        check_repeatable(provider.model, random)
+        self.provider, self.random = provider, random
         self._own: dict[str, torch.Tensor] = {n: p.detach() for n, p in provider.model.named_parameters()}
         self._fixed = detached_state(provider.model)
 
@@ -68,11 +113,14 @@ class TorchTraining(TrainingModel):
     def gradient(self, parameters: Arrays, pieces: Sequence[Piece]) -> Arrays:
         if not pieces:  # a step whose rows are not known
             return {name: torch.zeros_like(value) for name, value in parameters.items()}
-        with autograd_on(), self.provider.own_precision():
+        # Fused attention draws its masks inside a kernel of its own, and other ones than plain operations do: a replay
+        # has to be of the operations that the sweep differentiates.
+        plain = twice_differentiable() if self.random else nullcontext()
+        with autograd_on(), self.provider.own_precision(), plain:
             leaves = self.leaves(parameters)
             totals = []
             for piece in pieces:
-                losses = self.losses(self.provider.loss, leaves, self.ready(piece.batch))
+                losses = self.losses(self.provider.loss, leaves, self.ready(piece.batch), piece.random)
                 totals.append((losses * torch.as_tensor(piece.shares).to(losses)).sum())
             slopes = torch.autograd.grad(torch.stack(totals).sum(), list(leaves.values()), allow_unused=True)
         return {
@@ -94,7 +142,10 @@ class TorchTraining(TrainingModel):
         return to_numpy(losses.double())
 
     def wide(self) -> TrainingModel | None:
-        return None if self.provider.dtype == "float64" else TorchTraining(self.provider.in_float64())
+        # A GPU's masks are others in another precision.
+        if self.provider.dtype == "float64" or (self.random and self.provider.device.type != "cpu"):
+            return None
+        return TorchTraining(self.provider.in_float64(), self.random)
 
     # For points ---------------------------------------------------------------------------------------------------
 
@@ -104,12 +155,13 @@ class TorchTraining(TrainingModel):
     def ready(self, batch: TorchBatch) -> TorchBatch:
         return self.provider.as_batch(batch.x, batch.y)
 
-    def output(self, leaves: Any, batch: TorchBatch) -> Any:
-        return run(self.provider.model, {**self._fixed, **leaves}, batch.x)
+    def output(self, leaves: Any, batch: TorchBatch, random: np.ndarray | None = None) -> Any:
+        with drawing(self.provider.model, random, self.provider.device):
+            return run(self.provider.model, {**self._fixed, **leaves}, batch.x)
 
-    def losses(self, loss: Loss, leaves: Any, batch: TorchBatch) -> torch.Tensor:
+    def losses(self, loss: Loss, leaves: Any, batch: TorchBatch, random: np.ndarray | None = None) -> torch.Tensor:
         """Of each row: [n]."""
-        return wide(row_losses(loss, self.output(leaves, batch), batch.y))
+        return wide(row_losses(loss, self.output(leaves, batch, random), batch.y))
 
 
 class TorchPoint(Point):
@@ -121,7 +173,10 @@ class TorchPoint(Point):
             self.leaves = model.leaves(parameters)
             batches = [model.ready(piece.batch) for piece in pieces]
             self.batches = batches
-            each = [model.losses(model.provider.loss, self.leaves, batch) for batch in batches]
+            each = [
+                model.losses(model.provider.loss, self.leaves, batch, piece.random)
+                for batch, piece in zip(batches, pieces, strict=True)
+            ]
             self.losses = torch.cat(each)
             self.shares = torch.as_tensor(np.concatenate([piece.shares for piece in pieces])).to(self.losses)
             self.shares.requires_grad_()
@@ -156,15 +211,16 @@ class TorchPoint(Point):
     def _ggn(self, leaves: list[torch.Tensor], cotangents: list[torch.Tensor]) -> list[torch.Tensor]:
         starts = np.cumsum([0, *(len(piece.shares) for piece in self.pieces)])
         totals: list[torch.Tensor] = []
-        for start, batch in zip(starts[:-1].tolist(), self.batches, strict=True):
+        for start, batch, piece in zip(starts[:-1].tolist(), self.batches, self.pieces, strict=True):
             shares = self.shares.detach()[start : start + len(batch)]
 
-            def output(given: Sequence[torch.Tensor], batch: TorchBatch = batch) -> Any:
-                return self.model.output(dict(zip(self.leaves, given, strict=True)), batch)
+            def output(given: Sequence[torch.Tensor], batch: TorchBatch = batch, piece: Piece = piece) -> Any:
+                return self.model.output(dict(zip(self.leaves, given, strict=True)), batch, piece.random)
 
             def total(output: Any, batch: TorchBatch = batch, shares: torch.Tensor = shares) -> torch.Tensor:
                 return (row_losses(self.model.provider.loss, output, batch.y) * shares).sum()
 
-            found, _ = ggn_product(output, total, leaves, cotangents)
+            # Forward mode goes through the model once for all cotangents, where random numbers are refused.
+            found, _ = ggn_product(output, total, leaves, cotangents, forward=piece.random is None)
             totals = found if not totals else [a + b for a, b in zip(totals, found, strict=True)]
         return totals
