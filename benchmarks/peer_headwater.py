@@ -67,7 +67,7 @@ def on_themselves(make_method: Callable) -> Callable[..., np.ndarray]:
         with meter("fit"):
             influence.fit(train)
         with meter("score"):
-            found = np.asarray(influence.self_influence(train).values)
+            found = np.asarray(influence.self_influence(train))
         return np.repeat(found[:, None], len(w.xq), axis=1)
 
     return run

@@ -91,6 +91,18 @@ def solve_of(made):
     return found if isinstance(found, SpanSolve) else found.inner
 
 
+@pytest.mark.parametrize("size", [16, 48])
+def test_the_error_that_is_told_is_at_least_what_the_worst_pair_is_off(model, size):
+    solve = solve_of(influence(model, 1e-2))
+    inverse = solve.spans.span(size).inverse(DAMPING)
+    query, train = gradients(model, XQ, YQ), gradients(model, X, Y)
+    solved = np.linalg.solve(ggn(model) + DAMPING * np.eye(query.shape[1]), train.T)
+    off = query @ (inverse.apply(torch.tensor(train)).numpy().T - solved)
+    worst = np.abs(off / np.outer(np.linalg.norm(query, axis=1), np.linalg.norm(solved, axis=0))).max()
+    queries = solve.spans.curvature.source.provider.grads(TorchBatch(XQ, YQ))["full"]
+    assert solve.error(inverse, queries)[0] >= worst
+
+
 @pytest.mark.parametrize("size", [16, 48, 96])
 def test_it_is_the_inverse_of_the_curvature_projected_on_the_span(model, size):
     spans = influence(model, 1e-2).curvature["full"].approximation
@@ -145,6 +157,20 @@ def test_an_error_is_measured_on_gradients_outside_of_the_span_that_it_is_about(
     probes = spans.probes(size)
     assert probes.rows >= span.PROBES
     assert (spans.span(size).inverse(DAMPING).outside(probes) > 1e-6).all()
+
+
+@pytest.mark.parametrize("damping", [1e-4, 0.05, 5.0])
+@pytest.mark.parametrize("size", [16, 96])
+def test_the_length_of_a_solution_is_bounded_from_below_however_far_the_span_misses_it(model, size, damping):
+    made = influence(model, 1e-2, damping=damping)
+    solve = solve_of(made)
+    inverse = solve.spans.span(size).inverse(damping)
+    vectors = torch.tensor(gradients(model, X, Y)[::7])
+    found = solve._missed(inverse, vectors).solved(damping)
+    damped = ggn(model) + damping * np.eye(vectors.shape[1])
+    true = np.linalg.norm(np.linalg.solve(damped, vectors.numpy().T), axis=0)
+    assert (found > 0).all()
+    assert (found <= true * (1 + 1e-6)).all()
 
 
 def test_a_thread_that_needs_a_larger_span_leaves_others_theirs(model, monkeypatch):
