@@ -90,7 +90,7 @@ SEQUENCES = {
     "kronecker": ["kronfluence.ekfac", "headwater.ekfac", "headwater.ekfac_r4"],
 }
 SELF = ["kronfluence_self.identity", "headwater.graddot_self", "kronfluence_self.ekfac", "headwater.ekfac_self"]
-PERTURBATION = ["pydvl.perturbation@nq=4", "headwater.perturbation@nq=4"]
+PERTURBATION = ["pydvl.perturbation@nq=2,ntrain=64", "headwater.perturbation@nq=2,ntrain=64"]
 for plan in (ROW_WISE, CONVEX):
     plan["perturbation"] = PERTURBATION
 for plan in (ROW_WISE, SEQUENCES):
