@@ -1,5 +1,7 @@
 """A training with dropout is taken again with the masks that it drew: each row's weight, all else as it was."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ import headwater as hw
 from headwater.errors import BatchMismatch, StaleFit, UnsupportedModel
 from headwater.trajectory.optimizers import Sgd
 from headwater.trajectory.torch.importing import from_checkpoints
+from headwater.trajectory.torch.steps import drawing, generator_state
 
 ROWS = [0, 3, 11]
 
@@ -182,3 +185,24 @@ def test_functions_that_draw_are_said_to_and_compiled_models_are_refused(tmp_pat
     assert len(hw.Trajectory(tmp_path / "r").step(0).calls) == 1
     with pytest.raises(UnsupportedModel, match="DataParallel draws the masks"):
         hw.record(nn.DataParallel(model), optimizer, tmp_path / "s", random=True)
+
+
+def test_two_models_in_two_threads_draw_each_its_own_masks():
+    device, x = torch.device("cpu"), torch.ones(200, 50)
+    models = [nn.Sequential(nn.Dropout(0.5), nn.Linear(50, 100), nn.Dropout(0.5)) for _ in range(2)]
+    states = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        states.append(generator_state(device))
+
+    def outputs(k, times=40):
+        found = []
+        for _ in range(times):
+            with drawing(models[k], states[k], device), torch.no_grad():
+                found.append(models[k](x))
+        return found
+
+    alone = [outputs(k, 1)[0] for k in (0, 1)]
+    with ThreadPoolExecutor(2) as threads:
+        for k, found in enumerate(threads.map(outputs, (0, 1))):
+            assert all(torch.equal(output, alone[k]) for output in found)

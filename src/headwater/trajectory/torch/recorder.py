@@ -107,6 +107,7 @@ class TorchRecorder:
         else:
             self._writer = Writer.new(self.folder, self.header)
             self._writer.keep(self._arrays())
+        self._drawn = []  # of calls in a context that was left before
         self._hooks = [self.optimizer.register_step_pre_hook(self._look)]
         if self.header.random:
             self._hooks.append(self.model.register_forward_pre_hook(self._before_call))

@@ -7,6 +7,7 @@ vectorised backward for all of them together.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -30,6 +31,8 @@ from headwater.trajectory.rules import Arrays, State
 from headwater.trajectory.steps import Piece, Point, TrainingModel
 
 Tensors = dict[str, torch.Tensor]
+_generator_lock = threading.RLock()
+"""Held while torch's generator, one for the whole process, is in a record's state. Taken after a model's own lock."""
 
 
 def draws_in_training(module: nn.Module) -> bool:
@@ -64,8 +67,9 @@ def drawing(model: nn.Module, random: np.ndarray | None, device: torch.device) -
         return
     modes = [(module, module.training) for module in model.modules()]
     state = torch.as_tensor(random)
-    # The model's modes and the process's generator: one thread at a time.
-    with lock_of(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    # The model's modes and the process's generator, whichever model draws from it: one thread at a time.
+    forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with lock_of(model), _generator_lock, forked:
         if device.type == "cuda":
             torch.cuda.set_rng_state(state, device)
         else:
