@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 import headwater as hw
-from headwater.errors import BatchMismatch, StaleFit, UnsupportedModel
+from headwater.errors import BatchMismatch, InvalidInput, StaleFit, UnsupportedModel
 from headwater.trajectory.optimizers import Sgd
 from headwater.trajectory.torch.importing import from_checkpoints
 from headwater.trajectory.torch.steps import drawing, generator_state
@@ -206,3 +206,67 @@ def test_two_models_in_two_threads_draw_each_its_own_masks():
     with ThreadPoolExecutor(2) as threads:
         for k, found in enumerate(threads.map(outputs, (0, 1))):
             assert all(torch.equal(output, alone[k]) for output in found)
+
+
+def frozen():
+    """With a part in eval mode, while the rest draws."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.GELU(), nn.Dropout(0.3), nn.Linear(8, 3))
+    model[1].eval()
+    return model
+
+
+def test_a_part_that_trained_in_eval_mode_is_so_in_the_replay(tmp_path, monkeypatch):
+    what = dropped("mlp", sgd)
+    what = what.changed(make=lambda: (seeded(frozen)(), torch.manual_seed(5))[0])
+    influence, rows = scores_of(what, tmp_path / "r")
+    assert hw.Trajectory(tmp_path / "r").header.still == ("1",)
+    in_eval(what, monkeypatch)
+    query = draw("mlp", 3, 9)
+    scores = np.asarray(influence.attribute(rows, query, unit="removal"))
+    assert off(-scores[:, [11]], central_differences(what, *query, [11])) < 1e-6
+
+
+def stepped(model, folder, change=lambda step: None, **options):
+    """Two steps of two rows; `change` is called before each."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with hw.record(model, optimizer, folder, **options) as r:
+        for step in range(r.start, 2):
+            change(step)
+            optimizer.zero_grad()
+            model(torch.ones(2, 6)).sum().backward()
+            optimizer.step()
+            r.step([0, 1])
+
+
+def test_a_module_that_changes_its_mode_while_it_trains_is_named(tmp_path):
+    model = frozen()
+    with pytest.raises(InvalidInput, match=r"1 is in train mode, and was in eval mode when the recorded training"):
+        stepped(model, tmp_path / "r", lambda step: model[1].train(step == 1), keep="all")
+    with pytest.raises(InvalidInput, match=r"1 is in train mode"):  # of a record that is gone on with, too
+        stepped(model, tmp_path / "r", keep="all", resume=True)
+    model[1].eval()
+    stepped(model, tmp_path / "r", keep="all", resume=True)
+    assert hw.Trajectory(tmp_path / "r").is_ended
+
+
+def test_a_training_in_eval_mode_is_told_to_set_p_to_zero_which_is_recorded(tmp_path):
+    model = mlp().eval()
+    with pytest.raises(BatchMismatch, match="dropout does nothing: set its p to 0"):
+        stepped(model, tmp_path / "r")
+    model[2].p = 0.0
+    stepped(model, tmp_path / "s")
+    assert hw.Trajectory(tmp_path / "s").header.random == 0
+
+
+def test_a_recorder_that_is_entered_again_has_forgotten_what_was_drawn(tmp_path):
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = hw.record(model, optimizer, tmp_path / "r", resume=True)
+    with pytest.raises(KeyboardInterrupt), recorder:
+        model(torch.ones(2, 6))
+        raise KeyboardInterrupt
+    (tmp_path / "r" / "trajectory.json").unlink()
+    with recorder as r:
+        model(torch.ones(2, 6)).sum().backward()
+        optimizer.step()
+        r.step([0, 1])

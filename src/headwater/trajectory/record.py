@@ -55,6 +55,8 @@ class Header:
     framework: str = ""
     random: int = 0
     """Bytes of a generator's state, which is kept for each of the model's calls where it draws from it; else zero."""
+    still: tuple[str, ...] = ()
+    """Of such a model: modules that were in eval mode while it trained, as the dropout of a frozen part may be."""
 
     def __post_init__(self) -> None:
         check_word("keep", self.keep, KEEP)
@@ -72,7 +74,7 @@ class Header:
             "keep": self.keep,
             "clip": self.clip,
             "first": self.first,
-        } | ({"random": self.random} if self.random else {})
+        } | {name: found for name, found in (("random", self.random), ("still", list(self.still))) if found}
 
     @property
     def state_bytes(self) -> int:
@@ -157,6 +159,12 @@ def step_of(
     found = np.concatenate(shares)
     if not np.isfinite(found).all():
         raise NonFiniteValue("The weights of a step's rows, over their total, are not finite.")
+    if random is not None and not random:
+        raise BatchMismatch(
+            "The model draws random numbers in train mode, and no call of it in this step was in that. If it trains in "
+            "eval mode, dropout does nothing: set its p to 0 before hw.record, which is the same training. Else call "
+            "model.train() and model(x)."
+        )
     if random is not None and len(random) != len(batches):
         raise BatchMismatch(
             f"The model draws random numbers, and was called {len(random)} times in train mode for the {len(batches)} "
@@ -202,6 +210,11 @@ class Writer:
     def add(self, step: Step) -> None:
         self.waiting.append(step)
         self.step += 1
+
+    def tell(self, header: Header) -> None:
+        """What the first step found out, for the rest of the training."""
+        self.header = header
+        write_whole(self.folder / HEAD, json.dumps(header.as_json()).encode())
 
     def keep(self, arrays: Mapping[str, np.ndarray]) -> None:
         """The state as it is now, and the steps that led to it."""

@@ -52,6 +52,7 @@ class Trajectory:
             head["first"],
             head["framework"],
             head.get("random", 0),
+            tuple(head.get("still", ())),
         )
         self.rule = self.header.rule
         self.clip = None if self.header.clip is None else Clip(self.header.clip)

@@ -19,7 +19,8 @@ class HfTrajectoryInfluence(TrajectoryInfluence[torch.Tensor], HfComposableInflu
     """What a recorded training did to a pretrained model; options as of `HfComposableInfluence`."""
 
     def training_model(self) -> TrainingModel:
-        return TorchTraining(self._torch_provider, self.method.trajectory.header.random > 0)
+        header = self.method.trajectory.header
+        return TorchTraining(self._torch_provider, header.random > 0, header.still)
 
     def provider_at(self, parameters: Mapping[str, np.ndarray]) -> StructuredGradientProvider:
         return self._provide(at(self._given, parameters))

@@ -20,7 +20,8 @@ class TorchTrajectoryInfluence(TrajectoryInfluence[torch.Tensor], TorchComposabl
     """What a recorded training did to a torch model; options as of `TorchComposableInfluence`."""
 
     def training_model(self) -> TrainingModel:
-        return TorchTraining(self._torch_provider, self.method.trajectory.header.random > 0)
+        header = self.method.trajectory.header
+        return TorchTraining(self._torch_provider, header.random > 0, header.still)
 
     def provider_at(self, parameters: Mapping[str, np.ndarray]) -> StructuredGradientProvider:
         return self._provide(at(self._given, parameters))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -88,6 +89,10 @@ class TorchRecorder:
         self._hooks: list[Any] = []
         self._drawn: list[np.ndarray] = []
         """States of the generator before the model's calls since the last step."""
+        self._modules = dict(self.model.named_modules())
+        self._drawing = [module for module in self._modules.values() if draws_in_training(module)]
+        self._still: tuple[str, ...] | None = None
+        """Modules in eval mode at the first call that drew; None before it."""
 
     def bytes_for(self, steps: int, rows: int = 64) -> int:
         """Of the folder after so many steps of so many rows each."""
@@ -98,16 +103,17 @@ class TorchRecorder:
         return len(kept_states(steps, self.header.keep))
 
     def __enter__(self) -> Self:
+        self._drawn, self._still = [], None  # whatever was in a context that was left before
         if self._resume:
             record = Trajectory(self.folder)
             _check_same(record.header, self.header)
             self._writer = record.resumed()
             self.start = record.steps
+            self._still = record.header.still if self.start else None
             self._put_back(record)
         else:
             self._writer = Writer.new(self.folder, self.header)
             self._writer.keep(self._arrays())
-        self._drawn = []  # of calls in a context that was left before
         self._hooks = [self.optimizer.register_step_pre_hook(self._look)]
         if self.header.random:
             self._hooks.append(self.model.register_forward_pre_hook(self._before_call))
@@ -166,8 +172,24 @@ class TorchRecorder:
 
     def _before_call(self, model: nn.Module, *_: object) -> None:
         """At the generator that the model is about to draw from."""
-        if model.training:
+        if model.training or any(module.training for module in self._drawing):
+            self._look_at_modes()
             self._drawn.append(self._generator())
+
+    def _look_at_modes(self) -> None:
+        """Errors: InvalidInput, naming a module whose mode is another one than when training began."""
+        still = tuple(name for name, module in self._modules.items() if not module.training)
+        if self._still is None:
+            if still:
+                self._writing.tell(replace(self._writing.header, still=still))
+            self._still = still
+        elif still != self._still:
+            name = min(set(still) ^ set(self._still))
+            was, now = ("train", "eval") if name in still else ("eval", "train")
+            raise InvalidInput(
+                f"{name or 'The model'} is in {now} mode, and was in {was} mode when the recorded training began: a "
+                "record has one mode of each module. Keep it as it was, or record what follows into another folder."
+            )
 
     def _generator(self) -> np.ndarray:
         return generator_state(next(iter(self._named.values())).device)

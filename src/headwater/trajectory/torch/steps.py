@@ -8,7 +8,7 @@ vectorised backward for all of them together.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -60,12 +60,17 @@ def check_repeatable(model: nn.Module, random: bool = False) -> None:
 
 
 @contextmanager
-def drawing(model: nn.Module, random: np.ndarray | None, device: torch.device) -> Iterator[None]:
-    """In train mode, with the generator in this state; both are put back. None: the model as it is."""
+def drawing(
+    model: nn.Module, random: np.ndarray | None, device: torch.device, still: Collection[str] = ()
+) -> Iterator[None]:
+    """In train mode, with the generator in this state; both are put back. None: the model as it is.
+
+    still: names of modules that are in eval mode for all that.
+    """
     if random is None:
         yield
         return
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(name, module, module.training) for name, module in model.named_modules()]
     state = torch.as_tensor(random)
     # The model's modes and the process's generator, whichever model draws from it: one thread at a time.
     forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
@@ -74,11 +79,13 @@ def drawing(model: nn.Module, random: np.ndarray | None, device: torch.device) -
             torch.cuda.set_rng_state(state, device)
         else:
             torch.set_rng_state(state)
-        model.train()
         try:
+            model.train()
+            for name, module, _ in modes:
+                module.training = module.training and name not in still
             yield
         finally:
-            for module, mode in modes:
+            for _, module, mode in modes:
                 module.training = mode
 
 
@@ -92,13 +99,13 @@ class TorchTraining(TrainingModel):
     """The model of a provider, whatever its present weights: in eval mode, and where its steps drew random numbers in
     train mode with these.
 
-    random: whether the record has what was drawn.
+    random: whether the record has what was drawn. still: modules that were in eval mode all the same.
     Errors: UnsupportedModel for batch normalisation, and for dropout whose numbers are not known.
     """
 
-    def __init__(self, provider: TorchGradientProvider, random: bool = False):
+    def __init__(self, provider: TorchGradientProvider, random: bool = False, still: Collection[str] = ()):
         check_repeatable(provider.model, random)
-        self.provider, self.random = provider, random
+        self.provider, self.random, self.still = provider, random, frozenset(still)
         self._own: dict[str, torch.Tensor] = {n: p.detach() for n, p in provider.model.named_parameters()}
         self._fixed = detached_state(provider.model)
 
@@ -149,7 +156,7 @@ class TorchTraining(TrainingModel):
         # A GPU's masks are others in another precision.
         if self.provider.dtype == "float64" or (self.random and self.provider.device.type != "cpu"):
             return None
-        return TorchTraining(self.provider.in_float64(), self.random)
+        return TorchTraining(self.provider.in_float64(), self.random, self.still)
 
     # For points ---------------------------------------------------------------------------------------------------
 
@@ -160,7 +167,7 @@ class TorchTraining(TrainingModel):
         return self.provider.as_batch(batch.x, batch.y)
 
     def output(self, leaves: Any, batch: TorchBatch, random: np.ndarray | None = None) -> Any:
-        with drawing(self.provider.model, random, self.provider.device):
+        with drawing(self.provider.model, random, self.provider.device, self.still):
             return run(self.provider.model, {**self._fixed, **leaves}, batch.x)
 
     def losses(self, loss: Loss, leaves: Any, batch: TorchBatch, random: np.ndarray | None = None) -> torch.Tensor:
