@@ -1,5 +1,7 @@
 """A record says what training did, whole or as far as it came; a replay that does not come to it is refused."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,7 @@ from headwater.errors import (
 )
 from headwater.torch.batch import TorchBatch
 from headwater.trajectory.record import HEAD, is_kept, kept_states
+from headwater.trajectory.replay import _rounding
 from headwater.trajectory.torch.recorder import TorchRecorder
 from headwater.trajectory.trajectory import Trajectory
 
@@ -173,6 +176,38 @@ def test_a_bias_whose_gradient_is_rounding_is_no_reason_to_refuse_a_replay(tmp_p
     loss = lambda output, y: what.loss(output, y, reduction="none")  # noqa: E731
     influence = hw.Influence(model, loss, hw.Unrolled(tmp_path / "r", removals=())).fit((what.x, what.y))
     assert np.isfinite(np.asarray(influence.attribute((what.x, what.y), (what.x[:2], what.y[:2])))).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_in_any_precision_that_bias_alone_is_left_out_of_the_check(dtype, tmp_path):
+    what = training("gpt", adamw)
+    what = what.changed(make=lambda make=what.make: make().to(getattr(torch, dtype)))
+    _, record = recorded(what, tmp_path / "r")
+    left_out = _rounding(record.rule, record.state(14), dtype)
+    assert list(left_out) == ["qkv.bias"] and np.flatnonzero(left_out["qkv.bias"]).tolist() == list(range(8, 16))
+
+
+@pytest.mark.parametrize("penalty", [0.0, 5.0])
+def test_one_huge_gradient_does_not_take_the_others_out_of_the_check(penalty, tmp_path):
+    """Adam's steps are of one size, whatever the columns' gradients are."""
+    x, y = torch.randn(20, 8, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 3
+    x[:, 0] *= 3e6
+    model = nn.Linear(8, 3)
+    nn.init.constant_(model.weight, 0.1)
+    with torch.no_grad():
+        model.weight[:, 0] *= 1e-7
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    with hw.record(model, optimizer, tmp_path / "r") as r:
+        for _ in range(4):
+            optimizer.zero_grad()
+            unsaid = penalty * model.weight[:, 1:].pow(2).sum()
+            (nn.functional.cross_entropy(model(x), y) + unsaid).backward()
+            optimizer.step()
+            r.step(range(20))
+    method = hw.Unrolled(tmp_path / "r", curvature=None, at="step", removals=())
+    influence = hw.Influence(model, "cross_entropy", method).fit((x, y))
+    with pytest.raises(StaleFit, match="does not come to") if penalty else nullcontext():
+        influence.attribute((x, y), (x[:2], y[:2]))
 
 
 def test_a_model_that_draws_at_random_is_refused(tmp_path):

@@ -24,6 +24,10 @@ from headwater.trajectory.trajectory import Trajectory
 
 TOLERANCES = {"float64": 1e-8, "float32": 1e-3}
 """How far a replayed parameter may be from the kept one, relative to the way from state to state; halves: a tenth."""
+HALVES_ROUND = 1e-3
+"""Of the largest gradient: what is smaller may be rounding in half precision, whose sums are in float32."""
+FEW = 0.05
+"""Share of a model's numbers that may be left out of a replay's check, as their gradients are rounding."""
 
 Rows = Callable[[Step], Sequence[Piece]]
 """The rows of a step with their shares."""
@@ -163,14 +167,19 @@ def _rounding(rule: Rule, kept: State, dtype: str) -> dict[str, np.ndarray]:
     """Which numbers of a parameter have a gradient that is rounding alone: [size], by name, where there are any.
 
     A bias of attention's keys has no effect at all, and its gradient is what rounding left of zero. Adam divides it by
-    its own size, so that it makes whole steps of chance, which no other order of additions repeats. Their roots are
-    some 1e-7 of the largest in float32, those of other parameters 1e-2 (measured on a byte transformer).
+    its own size, so that it makes whole steps of chance, which no other order of additions repeats. Of a byte
+    transformer their roots are 1e-9 to 1e-7 of the largest in float32, up to 1e-4 in bfloat16, and those of other
+    parameters 1e-3 and more (measured). Where these are more than a few of all numbers, a large gradient elsewhere
+    makes them look small, and none is left out: a replay that nothing was held against would say nothing.
     """
     if not isinstance(rule, AdamRule):
         return {}
+    level = min(16 * _eps(dtype), HALVES_ROUND)
     roots = {name: np.sqrt(_flat(square)) for name, square in kept.memory["square"].items()}
     largest = max((float(root.max(initial=0.0)) for root in roots.values()), default=0.0)
-    found = {name: (root > 0) & (root <= 16 * _eps(dtype) * largest) for name, root in roots.items()}
+    found = {name: (root > 0) & (root <= level * largest) for name, root in roots.items()}
+    if sum(int(some.sum()) for some in found.values()) > FEW * sum(root.size for root in roots.values()):
+        return {}
     return {name: some for name, some in found.items() if some.any()}
 
 
@@ -179,4 +188,4 @@ def _flat(value: Any) -> np.ndarray:
 
 
 def _eps(dtype: str) -> float:
-    return {"float64": 2.2e-16, "float32": 1.2e-7}.get(dtype, 8e-3)
+    return {"float64": 2.2e-16, "float32": 1.2e-7, "float16": 9.8e-4}.get(dtype, 8e-3)
