@@ -99,6 +99,52 @@ def test_rows_that_are_held_in_other_batches_give_the_same_scores(tmp_path):
     np.testing.assert_allclose(again, scores[:, order.numpy()], rtol=1e-10, atol=1e-14)
 
 
+class Bag(nn.Module):
+    """Rows of several vectors, as many as there are."""
+
+    def __init__(self):
+        super().__init__()
+        self.each, self.drop, self.out = nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.out(self.drop(torch.tanh(self.each(x))).mean(1))
+
+
+def bags(folder, asked):
+    """An influence, and its rows in three batches, of widths 5, 5 and 7. asked: rows of each step."""
+    torch.manual_seed(0)
+    model = Bag().double()
+    held = [hw.Batch(torch.randn(6, w, 4).double(), torch.arange(6) % 3) for w in (5, 5, 7)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+    with hw.record(model, optimizer, folder) as r:
+        for rows in asked:
+            x = nn.utils.rnn.pad_sequence([held[k // 6].x[k % 6] for k in rows], batch_first=True)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), torch.tensor([k % 6 % 3 for k in rows])).backward()
+            optimizer.step()
+            r.step(rows)
+    influence = hw.Influence(model.eval(), "cross_entropy", hw.Unrolled(folder, removals=()))
+    return influence, held
+
+
+def test_a_batch_is_put_together_from_those_that_its_rows_are_held_in(tmp_path):
+    """Where they are of one form: another batch of another width is no hindrance."""
+    steps = [[8, 2, 0, 11, 5], [17, 13, 16], [3, 7]]
+    influence, held = bags(tmp_path / "r", steps)
+    queries = [held[0].take(slice(0, 2))]
+    scores = np.asarray(influence.fit(held).attribute(held, queries))
+    whole = hw.Batch(torch.cat([held[0].x, held[1].x]), torch.cat([held[0].y, held[1].y]))
+    again = np.asarray(influence.unfitted().fit([whole, held[2]]).attribute([whole, held[2]], queries))
+    np.testing.assert_allclose(scores, again, rtol=1e-10, atol=1e-14)
+    assert (scores[:, steps[0]] != 0).all()
+
+
+def test_a_batch_of_rows_of_several_widths_is_refused_with_those(tmp_path):
+    influence, held = bags(tmp_path / "r", [[0, 13]])
+    with pytest.raises(BatchMismatch, match=r"several forms here \(x \(5, 4\), y \(\); x \(7, 4\), y \(\)\)"):
+        influence.fit(held).attribute(held, held[:1])
+
+
 @pytest.mark.parametrize("curvature", ["ggn", "fisher", None])
 def test_other_curvatures_see_the_same_masks(curvature, tmp_path):
     """Of a linear model with a squared error the GGN is the Hessian, whatever is dropped."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from headwater.arrays import shape_of
 from headwater.errors import BatchMismatch
 from headwater.gradients.provider import StructuredGradientProvider
 from headwater.rows import Each, PlacedBatch
@@ -66,7 +67,8 @@ class HeldRows:
     def pieces(self, step: Step) -> list[Piece]:
         """The rows of a step, with their shares; of a model that draws random numbers, call by call.
 
-        Errors: BatchMismatch where a call's rows are of several forms, so that they are no batch as it was.
+        Errors: BatchMismatch where a call's rows are of several forms, so that they are no batch as it was; those of
+        other calls, and of batches of one form, do not matter.
         """
         places = self.places(step.ids)
         if not step.calls:
@@ -74,27 +76,51 @@ class HeldRows:
         found, start = [], 0
         for call in step.calls:
             rows = slice(start, start + call.rows)
-            mine = self.chosen(places[rows], step.shares[rows])
-            if len(mine) > 1:
-                raise BatchMismatch(
-                    f"Rows {step.ids[rows][:2].tolist()} ... were one batch in training, and are of {len(mine)} "
-                    "shapes here: what dropout did to each is not known. Give rows that are padded to one length, as "
-                    "in training."
-                )
-            found.append(mine[0]._replace(random=call.random))
+            mine = self._called(places[rows], step.shares[rows], step.ids[rows])
+            found.append(mine._replace(random=call.random))
             start += call.rows
         return found
 
+    def _called(self, places: np.ndarray, shares: np.ndarray, ids: np.ndarray) -> Piece:
+        """The rows of one call in its order, which is that of their masks, whatever batches they are held in."""
+        pieces = self.chosen(places, shares)
+        if len(pieces) == 1:
+            return pieces[0]
+        joined = join([piece.batch for piece in pieces])
+        if len(joined) > 1:
+            forms = list(dict.fromkeys(_form(piece.batch) for piece in pieces))
+            raise BatchMismatch(
+                f"Rows {ids[:2].tolist()} ... were one batch in training, and are of several forms here "
+                f"({'; '.join(forms)}): what dropout did to each is not known. Give rows that are padded to one "
+                "length, as in training."
+            )
+        order = np.argsort(self._batch_of(places), kind="stable")
+        return Piece(joined[0].take(np.argsort(order)), shares)
+
+    def _batch_of(self, places: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self.starts, places, side="right") - 1
+
     def chosen(self, places: np.ndarray, shares: np.ndarray) -> list[Piece]:
         """In the order of `places` where all are in one batch, else batch by batch: see `in_order`."""
-        of = np.searchsorted(self.starts, places, side="right") - 1
+        of = self._batch_of(places)
         return [Piece(self.batches[k].take(places[of == k] - self.starts[k]), shares[of == k]) for k in np.unique(of)]
 
     def in_order(self, places: np.ndarray) -> np.ndarray:
         """The places in the order that `chosen` has them in."""
-        of = np.searchsorted(self.starts, places, side="right") - 1
-        return places[np.argsort(of, kind="stable")]
+        return places[np.argsort(self._batch_of(places), kind="stable")]
 
     def columns(self, ids: np.ndarray) -> np.ndarray:
         """Of a step's rows, as its pieces have them."""
         return self.in_order(self.places(ids))
+
+
+def _form(batch: Any) -> str:
+    """What one row has: "x (5, 4), y ()"."""
+    return f"x {_shape(batch.x)}, y {_shape(batch.y)}"
+
+
+def _shape(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_shape(one)}" for name, one in value.items())
+    shape = shape_of(value)
+    return type(value).__name__ if shape is None else str(tuple(map(int, shape[1:])))
