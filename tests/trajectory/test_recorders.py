@@ -5,12 +5,14 @@ import pytest
 import torch
 from recorded_trainings import off
 from small_trainings import adamw, draw, seeded, sgd, training
+from torch import nn
 
 import headwater as hw
 from headwater.errors import AlreadySaved, BatchMismatch, InvalidInput, StaleFit
 from headwater.retraining.torch import train_many
 from headwater.torch.batch import TorchBatch
 from headwater.trajectory.optimizers import AdamW, Sgd
+from headwater.trajectory.replay import known_stretches
 from headwater.trajectory.torch.importing import from_checkpoints
 from headwater.trajectory.torch.trainer import train_recorded
 
@@ -74,6 +76,29 @@ def test_checkpoints_with_their_rows_are_a_record(optimizer, settings, tmp_path)
     unrolled = hw.Influence(model, "cross_entropy", hw.Unrolled(blind, removals=())).fit((what.x, what.y))
     with pytest.raises(StaleFit, match="replay"):
         unrolled.attribute((what.x, what.y), query)
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.3), nn.BatchNorm1d(8)], ids=["dropout", "norm"])
+@pytest.mark.parametrize("rows, replay", [(None, True), ([range(6)] * 4, False)], ids=["blind", "seeing"])
+def test_source_asks_of_checkpoints_no_step_that_it_does_not_take(layer, rows, replay, tmp_path):
+    """Whose steps could not be taken again."""
+    x, y = draw("mlp", 6, 0)
+    model = nn.Sequential(nn.Linear(6, 8), layer, nn.Linear(8, 3)).double().eval()
+    names = [name for name, _ in model.named_parameters()]
+    end = model.state_dict()
+    begin = {name: value + 0.1 * (name in names) for name, value in end.items()}
+    record = from_checkpoints(tmp_path / "r", {0: begin, 4: end}, Sgd(0.1), rows=rows, names=names)
+    source = hw.Source(record, segments=1, checkpoints=1, replay=replay)
+    influence = hw.Influence(model, "cross_entropy", source).fit((x, y))
+    assert np.isfinite(np.asarray(influence.attribute((x, y), (x[:2], y[:2])))).all()
+
+
+def test_adam_without_a_first_beta_still_remembers_squares(tmp_path):
+    """Checkpoints that lack them cannot be replayed from."""
+    states = {k: {"w": torch.full((2,), float(k))} for k in (0, 1, 2)}
+    for number, (own, known) in enumerate([(AdamW(0.1, betas=(0.0, 0.9)), [(0, 1)]), (Sgd(0.1), [(0, 1), (1, 2)])]):
+        record = from_checkpoints(tmp_path / str(number), states, own, rows=[[0], [0]])
+        assert known_stretches(record) == known
 
 
 class _Until:

@@ -31,7 +31,7 @@ from headwater.status import Status
 from headwater.store.scores import Scores, TopK
 from headwater.tables import table
 from headwater.trajectory.methods import Source, TrajectoryMethod, Unrolled
-from headwater.trajectory.replay import Replay
+from headwater.trajectory.replay import Replay, known_stretches
 from headwater.trajectory.rows import HeldRows
 from headwater.trajectory.source import Segment, SourceScorer, fit_segments, spans
 from headwater.trajectory.steps import TrainingModel
@@ -70,6 +70,10 @@ class TrajectoryInfluence(Attributor[TensorType]):
         """The provider's model, as its steps are taken again."""
 
     @abstractmethod
+    def weights_now(self) -> dict[str, np.ndarray]:
+        """The parameters of the provider's model, by name, whether or not its steps can be taken again."""
+
+    @abstractmethod
     def provider_at(self, parameters: Mapping[str, np.ndarray]) -> StructuredGradientProvider:
         """A provider of the same model at other parameters."""
 
@@ -84,7 +88,7 @@ class TrajectoryInfluence(Attributor[TensorType]):
         self._check_end()
         if isinstance(self.method, Source):
             spans(self.method.trajectory, self.method.segments, self.method.checkpoints)  # refused before any step
-            if self.method.replay:
+            if self.method.replay and known_stretches(self.method.trajectory):
                 self.replay().verify(len(held))
             self._segments = fit_segments(self.provider_at, self.method, self.train_rows(loader), progress)
         return self
@@ -173,7 +177,7 @@ class TrajectoryInfluence(Attributor[TensorType]):
                 "that was trained, and blocks that hold all of it."
             )
         last = record.state(record.steps).parameters
-        for name, value in self.training_model().own().items():
+        for name, value in self.weights_now().items():
             if name in last and not np.allclose(value, last[name], rtol=1e-5, atol=1e-7):
                 far = float(np.abs(value - last[name]).max())
                 raise StaleFit(

@@ -79,7 +79,7 @@ class Replay:
         rows together. Left out is what cannot be taken again: steps whose rows are not known, and states without the
         optimizer's memory, as checkpoints may have it. Errors: StaleFit, as of `backward`.
         """
-        stretches = [(start, stop) for start, stop in pairwise(self.record.kept) if self._is_known(start, stop)]
+        stretches = known_stretches(self.record)
         if not stretches:
             return 0
         first = min(stretches, key=lambda stretch: stretch[1] - stretch[0])
@@ -95,15 +95,6 @@ class Replay:
                 state = self.forward(state, number)
             self._check(before, state, stop)
         return taken
-
-    def _is_known(self, start: int, stop: int) -> bool:
-        first = self.record.step(start)
-        if not all(len(self.record.step(number).ids) for number in range(start, stop)):
-            return False
-        if self.record.count(start) == 1 or not any(rates.first for rates in first.rates):
-            return True
-        memory = self.record.state(start).memory
-        return any(value.any() for values in memory.values() for value in values.values())
 
     def backward(self, until: int | None = None) -> Iterator[tuple[int, State]]:
         """(step, the state before it), from the step before `until` (the end) to the first.
@@ -161,6 +152,23 @@ class Replay:
                     "another loss (or a penalty, label smoothing, an average over tokens instead of rows), clipping "
                     "(record(..., clip=)), a step that r.step was not told of, other rows or weights, mixed precision."
                 )
+
+
+def known_stretches(record: Trajectory) -> list[tuple[int, int]]:
+    """From one kept state to the next, where the steps can be taken again."""
+    return [(start, stop) for start, stop in pairwise(record.kept) if _is_known(record, start, stop)]
+
+
+def _is_known(record: Trajectory, start: int, stop: int) -> bool:
+    first = record.step(start)
+    if not all(len(record.step(number).ids) for number in range(start, stop)):
+        return False
+    # Momentum of zero forgets; Adam with a first beta of zero still remembers squares.
+    remembers = record.rule.is_adaptive or any(rates.first for rates in first.rates)
+    if record.count(start) == 1 or not remembers:
+        return True
+    memory = record.state(start).memory
+    return any(value.any() for values in memory.values() for value in values.values())
 
 
 def _rounding(rule: Rule, kept: State, dtype: str) -> dict[str, np.ndarray]:

@@ -44,10 +44,6 @@ class TrainingModel(ABC):
         """Arrays of NumPy as the framework's, in the dtype and at the place of the model's own."""
 
     @abstractmethod
-    def own(self) -> dict[str, np.ndarray]:
-        """The weights that the model has now, by name."""
-
-    @abstractmethod
     def at(self, parameters: Arrays, pieces: Sequence[Piece], curvature: str | None) -> Point:
         """The step's objective there. curvature: which H; None for zero."""
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from headwater.arrays import to_numpy
 from headwater.gradients.provider import StructuredGradientProvider
 from headwater.jax.influence import JaxComposableInfluence
 from headwater.trajectory.influence import TrajectoryInfluence
@@ -20,6 +21,9 @@ class JaxTrajectoryInfluence(TrajectoryInfluence[jax.Array], JaxComposableInflue
 
     def training_model(self) -> TrainingModel:
         return JaxTraining(self._jax_provider)
+
+    def weights_now(self) -> dict[str, np.ndarray]:
+        return {name: to_numpy(value) for name, value in self._jax_provider.leaves.items()}
 
     def provider_at(self, parameters: Mapping[str, np.ndarray]) -> StructuredGradientProvider:
         own = self._jax_provider.leaves

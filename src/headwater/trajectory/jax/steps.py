@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from headwater.arrays import to_numpy
 from headwater.jax.derivatives import Model, rows_alone
 from headwater.jax.losses import row_losses, split_floating
 from headwater.jax.provider import JaxGradientProvider
@@ -33,9 +32,6 @@ class JaxTraining(TrainingModel):
             return {name: jnp.asarray(value, dtype=self._own[name].dtype) for name, value in values.items()}
 
         return State(own(state.parameters), {kind: own(values) for kind, values in state.memory.items()})
-
-    def own(self) -> dict[str, np.ndarray]:
-        return {name: to_numpy(value) for name, value in self._own.items()}
 
     def at(self, parameters: Arrays, pieces: Sequence[Piece], curvature: str | None) -> Point:
         return JaxPoint(self, parameters, pieces, curvature)

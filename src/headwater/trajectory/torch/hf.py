@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
+from headwater.arrays import to_numpy
 from headwater.gradients.provider import StructuredGradientProvider
 from headwater.hf.influence import HfComposableInfluence
 from headwater.trajectory.influence import TrajectoryInfluence
@@ -21,6 +22,9 @@ class HfTrajectoryInfluence(TrajectoryInfluence[torch.Tensor], HfComposableInflu
     def training_model(self) -> TrainingModel:
         header = self.method.trajectory.header
         return TorchTraining(self._torch_provider, header.random > 0, header.still)
+
+    def weights_now(self) -> dict[str, np.ndarray]:
+        return {name: to_numpy(p) for name, p in self._torch_provider.model.named_parameters()}
 
     def provider_at(self, parameters: Mapping[str, np.ndarray]) -> StructuredGradientProvider:
         return self._provide(at(self._given, parameters))

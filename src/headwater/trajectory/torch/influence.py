@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from headwater.arrays import to_numpy
 from headwater.gradients.provider import StructuredGradientProvider
 from headwater.torch.influence import TorchComposableInfluence
 from headwater.trajectory.influence import TrajectoryInfluence
@@ -22,6 +23,9 @@ class TorchTrajectoryInfluence(TrajectoryInfluence[torch.Tensor], TorchComposabl
     def training_model(self) -> TrainingModel:
         header = self.method.trajectory.header
         return TorchTraining(self._torch_provider, header.random > 0, header.still)
+
+    def weights_now(self) -> dict[str, np.ndarray]:
+        return {name: to_numpy(p) for name, p in self._torch_provider.model.named_parameters()}
 
     def provider_at(self, parameters: Mapping[str, np.ndarray]) -> StructuredGradientProvider:
         return self._provide(at(self._given, parameters))

@@ -115,9 +115,6 @@ class TorchTraining(TrainingModel):
 
         return State(own(state.parameters), {kind: own(values) for kind, values in state.memory.items()})
 
-    def own(self) -> dict[str, np.ndarray]:
-        return {name: to_numpy(value) for name, value in self._own.items()}
-
     def at(self, parameters: Arrays, pieces: Sequence[Piece], curvature: str | None) -> Point:
         return TorchPoint(self, parameters, pieces, curvature)
 
