@@ -91,6 +91,8 @@ class TrajectoryInfluence(Attributor[TensorType]):
             if self.method.replay and known_stretches(self.method.trajectory):
                 self.replay().verify(len(held))
             self._segments = fit_segments(self.provider_at, self.method, self.train_rows(loader), progress)
+        else:
+            self.training_model()  # refused now where its steps cannot be taken again
         return self
 
     @property
