@@ -6,7 +6,15 @@ import json
 import numpy as np
 import pytest
 
-from headwater.errors import AlreadySaved, InvalidInput, InvalidSetting, NotSaved, ShapeMismatch
+from headwater.errors import (
+    AlreadySaved,
+    HeadwaterError,
+    InvalidInput,
+    InvalidSetting,
+    NonFiniteValue,
+    NotSaved,
+    ShapeMismatch,
+)
 from headwater.evaluate import lds
 from headwater.evaluate.bergson import read_bank, read_scores, write_scores
 
@@ -49,11 +57,43 @@ def test_a_bank_is_read_with_its_losses_and_its_signs(bergson, tmp_path):
     bank = read_bank(bergson, tmp_path / "bank", rows=ROWS)
     np.testing.assert_array_equal(bank.keep, KEEP)
     np.testing.assert_allclose(bank.outputs[:, 0], LOSSES, rtol=0, atol=1e-14)
-    assert bank.recipe == {"bank": "bergson", "output": "loss"}
+    assert {**bank.recipe, "digest": ""} == {"bank": "bergson", "output": "loss", "digest": ""}
     assert bank.plan.seeds.tolist() == [[42]] * SUBSETS
     assert lds(SCORES, *bank).raw.value == pytest.approx(1.0)
     again = read_bank(bergson, tmp_path / "bank", rows=ROWS)
     np.testing.assert_array_equal(again.outputs, bank.outputs)
+
+
+def test_another_bank_of_the_same_subsets_is_not_taken_for_the_one_that_is_there(bergson, tmp_path):
+    read_bank(bergson, tmp_path / "bank", rows=ROWS)
+    with pytest.raises(HeadwaterError, match="digest"):
+        read_bank(made(tmp_path / "other", 2 * LOSSES), tmp_path / "bank", rows=ROWS)
+
+
+def test_scores_that_float32_does_not_hold_are_refused_both_ways(tmp_path):
+    with pytest.raises(NonFiniteValue, match="1e\\+39"):
+        write_scores(tmp_path / "scores", [[1.0, 1e39]])
+    assert not (tmp_path / "scores").exists()
+    write_scores(tmp_path / "scores", [[1.0, 2.0]])
+    file = tmp_path / "scores" / "scores.bin"
+    content = bytearray(file.read_bytes())
+    content[8:12] = np.float32(np.inf).tobytes()
+    file.write_bytes(content)
+    with pytest.raises(InvalidInput, match="row 1 for query 0 is inf"):
+        read_scores(tmp_path / "scores", helps=False)
+
+
+@pytest.mark.parametrize("itemsize", [None, 3])
+def test_a_layout_without_a_size_or_with_too_small_a_one_is_named(tmp_path, itemsize):
+    write_scores(tmp_path / "scores", [[1.0, 2.0]])
+    file = tmp_path / "scores" / "info.json"
+    info = json.loads(file.read_text())
+    del info["dtype"]["itemsize"]
+    if itemsize is not None:
+        info["dtype"]["itemsize"] = itemsize
+    file.write_text(json.dumps(info))
+    with pytest.raises(InvalidInput, match="does not say how a row's scores lie"):
+        read_scores(tmp_path / "scores", helps=False)
 
 
 def test_without_a_summary_losses_are_known_but_for_a_constant(bergson, tmp_path):

@@ -17,6 +17,7 @@ imported. Source: github.com/EleutherAI/bergson, `validate.py`, `score/score_wri
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,10 +27,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from headwater.errors import AlreadySaved, InvalidInput, NotSaved
+from headwater.errors import AlreadySaved, InvalidInput, NonFiniteValue, NotSaved
 from headwater.evaluate.bank import Bank, Plan
 from headwater.evaluate.checks import Flags, Floats, score_matrix
 from headwater.settings import check_whole
+from headwater.store.draft import write_whole
 
 PathLike = str | os.PathLike[str]
 SUBSETS, VALIDATION, SUMMARY, INFO, BINARY = "subsets.json", "validation", "summary", "info.json", "scores.bin"
@@ -77,6 +79,8 @@ def read_bank(
         "bank": "bergson",
         **(recipe or {}),
         "output": "loss" if known else "loss minus that of the whole training",
+        # What was read: else another bank of the same subsets would be taken for the one in `path`.
+        "digest": hashlib.sha256(losses.tobytes()).hexdigest(),
     }
     bank = Bank(path, Plan(keep, seeds), losses.shape[2], asked)
     # Subsets are told by their masks, which `_read_run` has found to be all different.
@@ -237,7 +241,10 @@ def read_scores(folder: PathLike, *, helps: bool) -> Floats:
         raise InvalidInput(
             f"{Path(folder) / INFO} has scores of {sorted(set(scores))}; known are {', '.join(READABLE)}."
         )
-    kind = _record({key: layout[key] for key in ("names", "formats", "offsets", "itemsize")})
+    try:
+        kind = _record({key: layout[key] for key in ("names", "formats", "offsets", "itemsize")})
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidInput(f"{Path(folder) / INFO} does not say how a row's scores lie in the file: {error}") from error
     if not file.exists():
         raise NotSaved(f"{folder} holds no scores: there is no {BINARY} in it.")
     if file.stat().st_size != rows * kind.itemsize:
@@ -248,6 +255,9 @@ def read_scores(folder: PathLike, *, helps: bool) -> Floats:
             row = int(table[f"written_{query}"].argmin())
             raise InvalidInput(f"{file}: the score of row {row} for query {query} was not written.")
     found = np.stack([table[f"score_{query}"].astype(np.float64) for query in range(queries)])
+    if not np.isfinite(found).all():
+        query, row = np.argwhere(~np.isfinite(found))[0]
+        raise InvalidInput(f"{file}: the score of row {row} for query {query} is {found[query, row]}.")
     return found if helps else -found
 
 
@@ -265,12 +275,16 @@ def write_scores(folder: PathLike, scores: ArrayLike) -> None:
     offsets = [place for query in range(queries) for place in (8 * query, 8 * query + 4)]
     layout = {"names": names, "formats": ["float32", "bool"] * queries, "offsets": offsets, "itemsize": 8 * queries}
     table: NDArray[Any] = np.zeros(rows, dtype=_record(layout))
+    largest = float(np.abs(given).max(initial=0.0))
+    if largest > float(np.finfo(np.float32).max):
+        raise NonFiniteValue(f"A score is {largest:g}, which float32, bergson's, does not hold. Divide all of them.")
     for query in range(queries):
         table[f"score_{query}"], table[f"written_{query}"] = -given[query], True
     target.mkdir(parents=True, exist_ok=True)
-    table.tofile(target / BINARY)
+    write_whole(target / BINARY, table.tobytes())
     info = {"num_items": rows, "num_scores": queries, "dtype": layout}
-    (target / INFO).write_text(json.dumps(info, indent=2), encoding="utf-8")
+    # Last: scores without it are no scores.
+    write_whole(target / INFO, json.dumps(info, indent=2).encode())
 
 
 def _record(layout: Any) -> np.dtype[Any]:

@@ -25,7 +25,8 @@ from headwater.settings import check_whole, check_word
 
 TARGETS = ("auto", "classes")
 MANY = 20
-"""Classes above which whole numbers, of fewer than three rows each, are taken for a regression's targets."""
+"""Different whole numbers above which, where they have fewer than three rows each on average, they are taken for a
+regression's targets."""
 
 
 def knn_shapley(
@@ -42,10 +43,10 @@ def knn_shapley(
     Shapes: features [q, d] and [n, d], inputs or embeddings, scaled as distances should count them; labels [q], [n].
     Of rows as near as each other, the first in the data is nearer. The values of a query add up to the share of its k
     nearest rows that have its label. targets: labels are classes, and nothing else: "auto" refuses numbers with a
-    fraction, and whole numbers of which most rows have one to themselves (a regression's targets); "classes" takes
-    whole numbers as they are. A regression's targets have no values here: put them into a few bins, or ask
-    `Bank.attribution`. Errors: ShapeMismatch; BatchMismatch; NonFiniteValue; InvalidSetting; InvalidInput for targets
-    that are no classes.
+    fraction, and more than 20 different whole numbers with fewer than three rows each on average (as a regression's
+    targets have); "classes" takes whole numbers as they are. A regression's targets have no values here: put them into
+    a few bins, or ask `Bank.attribution`. Errors: ShapeMismatch; BatchMismatch; NonFiniteValue; InvalidSetting;
+    InvalidInput for targets that are no classes.
     """
     check_whole("k", k, 1)
     check_word("targets", targets, TARGETS)
@@ -76,14 +77,14 @@ def knn_shapley(
 
 
 def _check_classes(labels: np.ndarray) -> None:
-    """Errors: InvalidInput for whole numbers that look like a regression's targets: most of them come once or twice."""
+    """Errors: InvalidInput for whole numbers that look like a regression's targets: see MANY."""
     if labels.dtype.kind not in "iuf":
         return
     distinct = len(np.unique(labels))
     if distinct > MANY and 3 * distinct > len(labels):
         raise InvalidInput(
-            f"The {len(labels)} train labels are numbers with {distinct} different values: that is a regression, and "
-            "labels are classes here, equal or not. Put targets into a few bins, or ask Bank.attribution; "
+            f"The {len(labels)} train labels are numbers with {distinct} different values, which looks like a "
+            "regression; labels are classes here, equal or not. Put targets into a few bins, or ask Bank.attribution; "
             "targets='classes' if these are classes."
         )
 

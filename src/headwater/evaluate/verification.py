@@ -87,6 +87,8 @@ class Approximation:
         is for `calibrate` and retraining to say. A ranking is judged at RANKS and RANKS_LOST, as a convention.
         """
         mean = float(self.rank_correlations.mean())
+        if not math.isfinite(mean):
+            return "has no ranking to compare: some query's scores are all alike"
         if not mean >= RANKS_LOST:
             return "ranks rows differently"
         return "ranks rows alike" if mean >= RANKS else "ranks rows much alike"
