@@ -566,14 +566,15 @@ class Attributor(ComposableInfluence[TensorType]):
         from headwater.report.cases import TITLE, Known
         from headwater.run.report import described_by, report
 
-        own = queries is None  # then what the model says can be compared with their labels
+        own, own_rows = queries is None, rows is None  # then what the model says can be compared with their labels
         rows = described_by(train_loader) if rows is None else rows
         queries = described_by(query_loader) if queries is None else queries
         known = Known(
             rows, queries, k, title or TITLE, lead, groups, predictions, checks=checks, made=made, sections=sections
         )
         options: dict[str, Any] = {"self_influence": self_influence, "verified": verify, "progress": progress}
-        options |= {"explain": explain, "own_labels": own, "normalise": normalise, "token_scores": token_scores}
+        options |= {"explain": explain, "own_rows": own_rows, "own_labels": own, "normalise": normalise}
+        options |= {"token_scores": token_scores}
         with located():
             options["query_labels"] = not self._asks_for_labels(query_loader, explain)
             train = self._scored(train_loader)

@@ -33,6 +33,14 @@ class TokenScores:
     queries: Callable[[int], Sequence[str]] | None = None
     values: Mapping[tuple[int, int], Floats] = field(default_factory=dict)
     """[pieces] of a query and a train row, whose sum is the score."""
+    missed: int = 0
+    """Pairs whose tokens add up to another score, and are not in `values`."""
+
+    @property
+    def note(self) -> str:
+        """What a page says of them all."""
+        left = f"Of {self.missed} pairs they do not add up to the score, and are not shown." if self.missed else ""
+        return f"{NOTE} {left}".strip() if self.values else ""
 
     @cached_property
     def _coloured(self) -> set[int]:
