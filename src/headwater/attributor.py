@@ -16,7 +16,7 @@ from headwater.errors import InvalidInput, InvalidSetting
 from headwater.influence import ComposableInfluence, in_own_precision
 from headwater.loaders.batches import check_one
 from headwater.loaders.places import located
-from headwater.loaders.unlabelled import has_no_labels, repeated, with_stand_ins
+from headwater.loaders.unlabelled import StandIns, with_stand_ins
 from headwater.methods.damping import Damping
 from headwater.rows import KeptQueryRows, KeptTrainRows, Rows, Runner, first_batch
 from headwater.types import InfluenceMode, TensorType
@@ -294,27 +294,26 @@ class Attributor(ComposableInfluence[TensorType]):
         """Query rows that need only be scored: a loader's, or kept factors. Errors: as `KeptFactors`."""
         if isinstance(loader, KeptQueryRows):
             return loader.query_rows(self)
-        return self.query_rows(self._labelled(loader, train, explain))
+        return self.query_rows(self._labelled(loader, self._stand_ins(train), explain))
 
-    def _labelled(self, loader: Any, train: Rows, explain: str) -> Any:
-        """The query loader, with labels that stand in for those that the model will say.
-
-        Errors: InvalidInput where nothing shows what labels look like.
-        """
-        if not self._asks_for_labels(loader, explain):
+    def _labelled(self, loader: Any, labels: StandIns, explain: str) -> Any:
+        """The query loader, with labels that stand in for those that the model will say, where a row has none."""
+        if explain != "prediction" or isinstance(loader, (Rows, KeptQueryRows)):
             return loader
+        return with_stand_ins(as_pandas(loader), labels, self._form.target)
+
+    def _stand_ins(self, train: Rows) -> StandIns:
+        """Labels like the first train row's."""
+        return StandIns(lambda: self._first_label(train))
+
+    def _first_label(self, train: Rows) -> Any:
+        """Errors: InvalidInput where nothing shows what labels look like."""
         if train.is_kept:
             raise InvalidInput(
                 "The query rows have no labels, and kept gradients do not show what labels look like: give the train "
                 "rows' loader, or the query rows any label."
             )
-        labels = self.source.labels_of(first_batch(self.provider, train).y)
-        return with_stand_ins(as_pandas(loader), repeated(labels))
-
-    def _asks_for_labels(self, loader: Any, explain: str) -> bool:
-        """Whether query rows have no labels, and need none: the model says them."""
-        asks = explain == "prediction" and not isinstance(loader, (Rows, KeptQueryRows))
-        return asks and has_no_labels(as_pandas(loader), self._form.target)
+        return self.source.labels_of(first_batch(self.provider, train).y)
 
     @in_own_precision
     def factors(
@@ -392,7 +391,7 @@ class Attributor(ComposableInfluence[TensorType]):
         storage = Storage.of(self, store, None, worker)
         with self._recorded():
             train = self.train_rows(train_loader)
-            query = self.query_rows(self._labelled(query_loader, train, explain))
+            query = self.query_rows(self._labelled(query_loader, self._stand_ins(train), explain))
             return removal(self, train, query, groups, progress=progress, storage=storage, explain=explain)
 
     @in_own_precision
@@ -576,9 +575,9 @@ class Attributor(ComposableInfluence[TensorType]):
         options |= {"explain": explain, "own_rows": own_rows, "own_labels": own, "normalise": normalise}
         options |= {"token_scores": token_scores}
         with located():
-            options["query_labels"] = not self._asks_for_labels(query_loader, explain)
             train = self._scored(train_loader)
-            query = self.query_rows(self._labelled(query_loader, train, explain))
+            options["stand_ins"] = labels = self._stand_ins(train)
+            query = self.query_rows(self._labelled(query_loader, labels, explain))
             return report(self, train, query, path, known, scores=scores, **options)
 
     @in_own_precision

@@ -308,9 +308,9 @@ def _is_row(item: Any) -> bool:
     return scalar or len({shape[0] for shape in shapes if shape}) > 1
 
 
-def is_tensor_dataset(held: Any) -> bool:
-    """Whether it is torch's data set of two tensors, side by side: what `(x, y)` is."""
+def is_tensor_dataset(held: Any, count: int = 2) -> bool:
+    """Whether it is torch's data set of so many tensors, side by side; of two it is what `(x, y)` is."""
     kind = type(held)
     if (kind.__module__, kind.__name__) != ("torch.utils.data.dataset", "TensorDataset"):
         return False
-    return len(held.tensors) == 2
+    return len(held.tensors) == count

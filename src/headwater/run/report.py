@@ -19,6 +19,7 @@ from headwater.errors import InvalidInput, InvalidSetting, UnsupportedModel
 from headwater.evaluate.verification import Verification
 from headwater.influence import ComposableInfluence
 from headwater.loaders.texts import Text
+from headwater.loaders.unlabelled import StandIns
 from headwater.report import Card, Known, Suspects, write
 from headwater.report.colours import TokenScores
 from headwater.rows import Each, PlacedBatch, Rows
@@ -53,12 +54,15 @@ def report(
     explain: str = "label",
     own_rows: bool = False,
     own_labels: bool = False,
-    query_labels: bool = True,
+    stand_ins: StandIns | None = None,
     normalise: str | None = None,
     token_scores: bool | None = None,
     progress: bool = False,
 ) -> Path:
-    """See `Attributor.report`. own_rows, own_labels: whether `known` describes rows, and queries, by their loader."""
+    """See `Attributor.report`. own_rows, own_labels: whether `known` describes rows, and queries, by their loader.
+
+    stand_ins: labels of query rows that have none, of which the page says nothing.
+    """
     influence.ready()
     train, query = influence.train_rows(train_loader), influence.query_rows(query_loader)
     if scores is not None:
@@ -73,8 +77,8 @@ def report(
         influence,
         itself=False,
         look=known.queries is None,
-        predict=own_labels or not query_labels,
-        labelled=query_labels,
+        predict=own_labels,
+        stand_ins=stand_ins,
     )
     asked = _Seen.of(influence, query, scores.query_ids, "query losses", asked_look, progress)
     # What the loaders themselves say is of other rows than the scores are.
@@ -280,10 +284,21 @@ class _Look:
     """What is asked of each piece of a pass; what it looks like only as long as there is room."""
 
     def __init__(
-        self, influence: ComposableInfluence, *, itself: bool, look: bool, predict: bool, labelled: bool = True
+        self,
+        influence: ComposableInfluence,
+        *,
+        itself: bool,
+        look: bool,
+        predict: bool,
+        stand_ins: StandIns | None = None,
     ):
         self.influence, self.itself, self.predict, self.room = influence, itself, predict, KEPT if look else 0
-        self.texts, self.labelled = KEPT, labelled
+        self.texts, self.stand_ins = KEPT, stand_ins
+
+    @property
+    def labelled(self) -> bool:
+        """Whether all rows so far have labels of their own."""
+        return self.stand_ins is None or not self.stand_ins.used
 
     def __call__(self, piece: PlacedBatch) -> _Piece:
         provider, x = self.influence.provider, self._shown(piece.batch.x)
@@ -316,7 +331,7 @@ class _Look:
 
     def _predicted(self, piece: PlacedBatch) -> np.ndarray | None:
         """Where rows have labels of their own, which these can be compared with."""
-        if not self.predict or self._labels(piece.batch.y) is None:
+        if not (self.predict or not self.labelled) or self._labels(piece.batch.y) is None:
             return None
         try:
             return self._labels(self.influence.source.predicted(piece.batch).y)
