@@ -557,10 +557,11 @@ class Attributor(ComposableInfluence[TensorType]):
         (`headwater.report.Section`).
         self_influence: whether each train row's is computed too, in the pass that takes their losses: of a method that
         solves, a solve for each. verify: whether a dozen random pairs are computed again the slow plain way; None
-        where that is quick. token_scores: whether each token of a language model's row has the colour of what it adds
-        to the score, beside the queries that are shown (`tokenizer=` makes tokens words again); None where that is
-        quick. Errors: as `attribute` and `Scores.report`; UnsupportedModel and InvalidSetting for token scores that
-        were asked for, where tokens have none.
+        where that is quick, and then beside an exact inverse only if that is dense. token_scores: whether each token of
+        a language model's row has the colour of what it adds to the score, beside the queries that are shown
+        (`tokenizer=` makes tokens words again); None where that is quick. Errors: as `attribute` and `Scores.report`;
+        UnsupportedModel and InvalidSetting for token scores that were asked for, where tokens have none, and
+        InvalidInput where the loaders lack their rows.
         """
         from headwater.report.cases import TITLE, Known
         from headwater.run.report import described_by, report

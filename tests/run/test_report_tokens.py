@@ -127,7 +127,7 @@ def test_scores_of_more_queries_than_the_loader_has_colour_those_that_are_there(
         assert [len(query["up"][0]) == 3 for query in data["queries"]] == [k < coloured for k in range(4)]
     with pytest.raises(InvalidInput, match="lacks 2 of them, such as '2'"):
         page_of(influence, TEXTS, TEXTS[:2], tmp_path, scores=scores, token_scores=True)
-    with pytest.raises(InvalidSetting, match="the row '4', which train_loader has not"):
+    with pytest.raises(InvalidInput, match="the row '4', which train_loader has not"):
         page_of(influence, TEXTS[:4], TEXTS[:4], tmp_path, scores=scores, token_scores=True)
     page_of(influence, TEXTS[:4], TEXTS[:4], tmp_path, scores=scores)
 

@@ -10,6 +10,7 @@ import pytest
 import headwater as hw
 from headwater.cli import main
 from headwater.errors import InvalidInput
+from headwater.loaders.forms import collate
 
 ROWS, QUERIES = 24, 5
 
@@ -98,6 +99,8 @@ def test_inputs_alone_come_in_every_form_that_pairs_come_in():
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(InvalidInput, match="explain='prediction'"):
         influence.attribute(train, frame)
+    with pytest.raises(InvalidInput, match="comes in batches: a DataLoader of it"):
+        collate([q[0], q[1]], lambda _, array: array)
     with pytest.raises(InvalidInput, match="make an array of it"):
         influence.attribute(train, q.tolist(), explain="prediction")
 

@@ -257,7 +257,10 @@ def collate(rows: list[Any], own: Own) -> Any:
     if isinstance(first, Mapping):
         return {name: _column(name, [row[name] for row in rows], own) for name in first}
     if not isinstance(first, (tuple, list)):
-        raise InvalidInput(f"an item is {described(first)}; expected (x, y), or a dict with target= or unpack=.")
+        raise InvalidInput(
+            f"an item is {described(first)}; expected (x, y), or a dict with target= or unpack=; "
+            "x alone, for explain='prediction', comes in batches: a DataLoader of it."
+        )
     if len({len(row) for row in rows}) > 1:
         raise InvalidInput("some items have more entries than others.")
     names = ("x", "y") if len(first) == 2 else [f"entry {k}" for k in range(len(first))]

@@ -104,7 +104,8 @@ def report(
     )
     tokens = TokenScores(seen.pieces, asked.pieces)
     if token_scores and isinstance(seen.tokens, str):
-        raise InvalidSetting(f"token_scores=True: {seen.tokens}.")
+        kind = InvalidInput if seen.lacks else InvalidSetting
+        raise kind(f"token_scores=True: {seen.tokens}.")
     if token_scores is not False and not isinstance(seen.tokens, str):
         wanted: dict[str, Any] = {"k": known.k, "explain": explain, "wanted": token_scores, "progress": progress}
         pairs = scores_of_tokens(influence, train, query, scores, seen.tokens, seen.text, **wanted)
