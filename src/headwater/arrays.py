@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeGuard, runtime_checkable
 import array_api_compat
 import numpy as np
 
-from headwater.errors import MissingExtra
+from headwater.errors import InvalidInput, MissingExtra
 
 
 class Array(Protocol):
@@ -166,24 +166,31 @@ def is_frame(value: object) -> bool:
     return hasattr(value, "iloc")
 
 
-ARROW = "__arrow_c_stream__"
-"""What frames of other libraries (polars, pyarrow, DuckDB) have, and columns of them: Arrow's PyCapsule interface."""
+ARROW, ARROW_ARRAY = "__arrow_c_stream__", "__arrow_c_array__"
+"""What frames of other libraries (polars, pyarrow, DuckDB) have, and columns of them: Arrow's PyCapsule interface, in
+pieces or in one."""
 
 
 def as_pandas(value: Any) -> Any:
     """Frames and columns of other libraries as pandas has them, by Arrow; a tuple by its parts; all else as it is.
 
-    Their rows have no index: they are called by their positions. Errors: MissingExtra without pandas and pyarrow.
+    Their rows have no index: they are called by their positions. Errors: MissingExtra without pandas and pyarrow;
+    InvalidInput for a stream that can be read only once.
     """
     if type(value) is tuple:
         return tuple(as_pandas(part) for part in value)
-    if is_frame(value) or not hasattr(value, ARROW):
+    streams = hasattr(value, ARROW)
+    if is_frame(value) or not (streams or hasattr(value, ARROW_ARRAY)):
         return value
+    if isinstance(value, Iterator):
+        raise InvalidInput(f"A {type(value).__name__} can be read only once: pass a table of it, reader.read_all().")
     try:
         arrow, _ = import_module("pyarrow"), import_module("pandas")
     except ImportError as error:
         raise MissingExtra(str(error.name), "tables") from None
-    return (arrow.table(value) if hasattr(value, "columns") else arrow.chunked_array(value)).to_pandas()
+    if hasattr(value, "columns"):
+        return (arrow.table(value) if streams else arrow.record_batch(value)).to_pandas()
+    return (arrow.chunked_array(value) if streams else arrow.array(value)).to_pandas()
 
 
 def is_sparse(value: object) -> bool:

@@ -16,7 +16,7 @@ from headwater.errors import InvalidInput, InvalidSetting
 from headwater.influence import ComposableInfluence, in_own_precision
 from headwater.loaders.batches import check_one
 from headwater.loaders.places import located
-from headwater.loaders.unlabelled import has_no_labels, repeated, with_stand_ins
+from headwater.loaders.unlabelled import StandIns, with_stand_ins
 from headwater.methods.damping import Damping
 from headwater.rows import KeptQueryRows, KeptTrainRows, Rows, Runner, first_batch
 from headwater.types import InfluenceMode, TensorType
@@ -294,27 +294,26 @@ class Attributor(ComposableInfluence[TensorType]):
         """Query rows that need only be scored: a loader's, or kept factors. Errors: as `KeptFactors`."""
         if isinstance(loader, KeptQueryRows):
             return loader.query_rows(self)
-        return self.query_rows(self._labelled(loader, train, explain))
+        return self.query_rows(self._labelled(loader, self._stand_ins(train), explain))
 
-    def _labelled(self, loader: Any, train: Rows, explain: str) -> Any:
-        """The query loader, with labels that stand in for those that the model will say.
-
-        Errors: InvalidInput where nothing shows what labels look like.
-        """
-        if not self._asks_for_labels(loader, explain):
+    def _labelled(self, loader: Any, labels: StandIns, explain: str) -> Any:
+        """The query loader, with labels that stand in for those that the model will say, where a row has none."""
+        if explain != "prediction" or isinstance(loader, (Rows, KeptQueryRows)):
             return loader
+        return with_stand_ins(as_pandas(loader), labels, self._form.target)
+
+    def _stand_ins(self, train: Rows) -> StandIns:
+        """Labels like the first train row's."""
+        return StandIns(lambda: self._first_label(train))
+
+    def _first_label(self, train: Rows) -> Any:
+        """Errors: InvalidInput where nothing shows what labels look like."""
         if train.is_kept:
             raise InvalidInput(
                 "The query rows have no labels, and kept gradients do not show what labels look like: give the train "
                 "rows' loader, or the query rows any label."
             )
-        labels = self.source.labels_of(first_batch(self.provider, train).y)
-        return with_stand_ins(as_pandas(loader), repeated(labels))
-
-    def _asks_for_labels(self, loader: Any, explain: str) -> bool:
-        """Whether query rows have no labels, and need none: the model says them."""
-        asks = explain == "prediction" and not isinstance(loader, (Rows, KeptQueryRows))
-        return asks and has_no_labels(as_pandas(loader), self._form.target)
+        return self.source.labels_of(first_batch(self.provider, train).y)
 
     @in_own_precision
     def factors(
@@ -392,7 +391,7 @@ class Attributor(ComposableInfluence[TensorType]):
         storage = Storage.of(self, store, None, worker)
         with self._recorded():
             train = self.train_rows(train_loader)
-            query = self.query_rows(self._labelled(query_loader, train, explain))
+            query = self.query_rows(self._labelled(query_loader, self._stand_ins(train), explain))
             return removal(self, train, query, groups, progress=progress, storage=storage, explain=explain)
 
     @in_own_precision
@@ -558,26 +557,28 @@ class Attributor(ComposableInfluence[TensorType]):
         (`headwater.report.Section`).
         self_influence: whether each train row's is computed too, in the pass that takes their losses: of a method that
         solves, a solve for each. verify: whether a dozen random pairs are computed again the slow plain way; None
-        where that is quick. token_scores: whether each token of a language model's row has the colour of what it adds
-        to the score, beside the queries that are shown (`tokenizer=` makes tokens words again); None where that is
-        quick. Errors: as `attribute` and `Scores.report`; UnsupportedModel and InvalidSetting for token scores that
-        were asked for, where tokens have none.
+        where that is quick, and then beside an exact inverse only if that is dense. token_scores: whether each token of
+        a language model's row has the colour of what it adds to the score, beside the queries that are shown
+        (`tokenizer=` makes tokens words again); None where that is quick. Errors: as `attribute` and `Scores.report`;
+        UnsupportedModel and InvalidSetting for token scores that were asked for, where tokens have none, and
+        InvalidInput where the loaders lack their rows.
         """
         from headwater.report.cases import TITLE, Known
         from headwater.run.report import described_by, report
 
-        own = queries is None  # then what the model says can be compared with their labels
+        own, own_rows = queries is None, rows is None  # then what the model says can be compared with their labels
         rows = described_by(train_loader) if rows is None else rows
         queries = described_by(query_loader) if queries is None else queries
         known = Known(
             rows, queries, k, title or TITLE, lead, groups, predictions, checks=checks, made=made, sections=sections
         )
         options: dict[str, Any] = {"self_influence": self_influence, "verified": verify, "progress": progress}
-        options |= {"explain": explain, "own_labels": own, "normalise": normalise, "token_scores": token_scores}
+        options |= {"explain": explain, "own_rows": own_rows, "own_labels": own, "normalise": normalise}
+        options |= {"token_scores": token_scores}
         with located():
-            options["query_labels"] = not self._asks_for_labels(query_loader, explain)
             train = self._scored(train_loader)
-            query = self.query_rows(self._labelled(query_loader, train, explain))
+            options["stand_ins"] = labels = self._stand_ins(train)
+            query = self.query_rows(self._labelled(query_loader, labels, explain))
             return report(self, train, query, path, known, scores=scores, **options)
 
     @in_own_precision

@@ -43,7 +43,12 @@ def kinds(table):
     """As pandas', as pyarrow's, and as anybody's with the interface."""
     x, y = table.drop(columns="paid"), table.paid
     made = arrow.Table.from_pandas(x, preserve_index=False), arrow.chunked_array([y.tolist()])
-    return {"pandas": (x, y), "pyarrow": made, "foreign": (Foreign(made[0]), ForeignColumn(made[1]))}
+    return {
+        "pandas": (x, y),
+        "pyarrow": made,
+        "foreign": (Foreign(made[0]), ForeignColumn(made[1])),
+        "array": (made[0], arrow.array(y.tolist())),
+    }
 
 
 def test_frames_of_any_library_give_the_scores_of_pandas(tmp_path):
@@ -90,3 +95,15 @@ def test_without_pyarrow_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(arrays, "import_module", missing)
     with pytest.raises(MissingExtra, match=r"pyarrow.*headwater\[tables\]"):
         arrays.as_pandas(kinds(frame())["foreign"])
+
+
+def test_a_stream_that_can_be_read_once_is_refused_before_it_is_empty():
+    table = frame()
+    x, y = kinds(table)["array"]
+    influence = hw.Influence(sklearn.LogisticRegression().fit(table[["age", "income"]], table.paid)).fit((x, y))
+    for given in (x.to_reader(), (x.to_reader(), y)):
+        with pytest.raises(InvalidInput, match="RecordBatchReader can be read only once"):
+            influence.attribute((x, y), given, explain="prediction")
+    whole = influence.attribute((x, y), x, explain="prediction").values
+    for given in (x.to_batches(), [x]):
+        assert np.array_equal(influence.attribute((x, y), given, explain="prediction").values, whole)

@@ -141,6 +141,18 @@ def test_a_small_job_is_verified_unasked_and_a_page_says_so(job, tmp_path):
     assert "1 queries x 2 training rows" in page_of(job, tmp_path, checks=[found])[0]
 
 
+def test_a_verification_that_nobody_asked_for_solves_for_no_exact_inverse(job, tmp_path, monkeypatch):
+    _, train, queries = job
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 70), torch.nn.Linear(70, 3))
+    influence = TorchComposableInfluence(model, torch.nn.CrossEntropyLoss(), hw.Ekfac()).fit(train)
+    asked: list[bool] = []
+    monkeypatch.setattr("headwater.run.verify.exact_method", lambda *_: asked.append(True) or hw.Ekfac())
+    text, _ = page_of((influence, train, queries), tmp_path)
+    assert "were computed again plainly" in text and not asked
+    page_of((influence, train, queries), tmp_path, verify=True)
+    assert asked
+
+
 def test_scores_that_are_there_are_not_computed_again(job, tmp_path, monkeypatch):
     influence, train, queries = job
     scores = influence.attribute(train, queries, by_block=True)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 import headwater as hw
-from headwater.errors import InvalidSetting, UnsupportedModel
+from headwater.errors import InvalidInput, InvalidSetting, UnsupportedModel
 from headwater.hf import HfComposableInfluence
 from headwater.loaders.texts import text_of
 
@@ -116,6 +117,41 @@ def test_a_row_with_one_label_is_a_text_without_colours(tmp_path):
     assert all(len(pair) == 2 for query in data["queries"] for pair in query["up"])
     with pytest.raises(UnsupportedModel, match="one label"):
         page_of(influence, train, (TEXTS[:2], [0, 1]), tmp_path, token_scores=True)
+
+
+def test_scores_of_more_queries_than_the_loader_has_colour_those_that_are_there(tmp_path):
+    influence = language_model(hw.GradDot()).fit(TEXTS)
+    scores = influence.attribute(TEXTS, TEXTS[:4])
+    for wanted, coloured in ((None, 2), (False, 0)):
+        _, data = page_of(influence, TEXTS, TEXTS[:2], tmp_path, scores=scores, token_scores=wanted)
+        assert [len(query["up"][0]) == 3 for query in data["queries"]] == [k < coloured for k in range(4)]
+    with pytest.raises(InvalidInput, match="lacks 2 of them, such as '2'"):
+        page_of(influence, TEXTS, TEXTS[:2], tmp_path, scores=scores, token_scores=True)
+    with pytest.raises(InvalidInput, match="the row '4', which train_loader has not"):
+        page_of(influence, TEXTS[:4], TEXTS[:4], tmp_path, scores=scores, token_scores=True)
+    page_of(influence, TEXTS[:4], TEXTS[:4], tmp_path, scores=scores)
+
+
+def test_why_tokens_have_no_scores_is_said(tmp_path, monkeypatch):
+    influence = language_model(hw.GradDot()).fit(TEXTS)
+    kept = influence.gradients(TEXTS, store=tmp_path / "kept")
+    with pytest.raises(InvalidSetting, match="kept gradients are no texts"):
+        page_of(influence, kept, TEXTS[:2], tmp_path, token_scores=True)
+    monkeypatch.setattr("headwater.run.report.KEPT", 8)
+    with pytest.raises(InvalidSetting, match="tokens take more than"):
+        page_of(influence, TEXTS, TEXTS[:2], tmp_path, token_scores=True)
+
+
+def test_tokens_that_add_up_to_other_scores_are_counted_or_refused(tmp_path):
+    influence = language_model(hw.GradDot()).fit(TEXTS)
+    scores = influence.attribute(TEXTS, TEXTS[:2])
+    wrong = replace(scores, values=scores.values * np.array([[1.0], [1.5]]))
+    text, _ = page_of(influence, TEXTS, TEXTS[:2], tmp_path, scores=wrong, token_scores=True)
+    assert "Of 4 pairs they do not add up to the score" in text
+    with pytest.raises(InvalidSetting, match="of none of the"):
+        page_of(
+            influence, TEXTS, TEXTS[:2], tmp_path, scores=replace(scores, values=2 * scores.values), token_scores=True
+        )
 
 
 def test_methods_whose_tokens_add_up_to_nothing_show_texts_alone(tmp_path):

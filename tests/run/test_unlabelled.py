@@ -10,6 +10,7 @@ import pytest
 import headwater as hw
 from headwater.cli import main
 from headwater.errors import InvalidInput
+from headwater.loaders.forms import collate
 
 ROWS, QUERIES = 24, 5
 
@@ -84,6 +85,71 @@ def test_a_page_of_them_shows_what_was_said_and_no_label(make, tmp_path):
     data = json.loads(re.search(r'id="data">(.*?)</script>', page.read_text(encoding="utf-8"), re.S)[1])
     assert [query["p"] for query in data["queries"]] == [str(label) for label in said.tolist()]
     assert not any("l" in query["c"] or "w" in query or "s" in query for query in data["queries"])
+
+
+def test_inputs_alone_come_in_every_form_that_pairs_come_in():
+    pandas, sparse = pytest.importorskip("pandas"), pytest.importorskip("scipy.sparse")
+    influence, train, q, said = of_sklearn()
+    influence.fit(train)
+    expected = influence.attribute(train, (q, said)).values
+    frame, matrix = pandas.DataFrame(q), sparse.csr_array(q)
+    forms = [frame, [frame], matrix, [matrix], (matrix, None), [(frame, None)], [(q[:2], said[:2]), (q[2:], None)]]
+    for query in [*forms, [(frame[:2], None), frame[2:]]]:
+        found = influence.attribute(train, query, explain="prediction").values
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(InvalidInput, match="explain='prediction'"):
+        influence.attribute(train, frame)
+    with pytest.raises(InvalidInput, match="comes in batches: a DataLoader of it"):
+        collate([q[0], q[1]], lambda _, array: array)
+    with pytest.raises(InvalidInput, match="make an array of it"):
+        influence.attribute(train, q.tolist(), explain="prediction")
+
+
+def test_inputs_and_targets_in_a_list_are_no_two_batches():
+    influence, train, q, said = of_sklearn()
+    with pytest.raises(InvalidInput, match=r"a tuple, \(x, y\)"):
+        influence.fit(train).attribute(train, [q, said], explain="prediction")
+
+
+def test_some_labels_are_missing_and_the_first_batch_does_not_say_which(tmp_path):
+    torch = pytest.importorskip("torch")
+    influence, train, q, said = of_torch()
+    influence.fit(train)
+    expected = influence.attribute(train, (q, said)).values
+    data = torch.utils.data
+    for query in (
+        [(q[:2], said[:2]), (q[2:], None)],
+        [(q[:2], None), (q[2:], said[2:])],
+        data.TensorDataset(q),
+        data.DataLoader(data.TensorDataset(q), batch_size=2),
+    ):
+        found = influence.attribute(train, query, explain="prediction").values
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    page = influence.report(
+        train, [(q[:2], said[:2]), (q[2:], None)], tmp_path / "page.html", explain="prediction", verify=False
+    )
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page.read_text(encoding="utf-8"), re.S)[1])
+    assert [query["p"] for query in data["queries"]] == [str(label) for label in said.tolist()]
+    assert not any("l" in query["c"] or "s" in query for query in data["queries"])
+
+
+class Counted:
+    """A loader that counts how often it is read."""
+
+    def __init__(self, batch):
+        self.batch, self.reads = batch, 0
+
+    def __iter__(self):
+        self.reads += 1
+        yield self.batch
+
+
+def test_a_page_looks_once_whether_labels_are_there(tmp_path):
+    influence, train, q, said = of_torch()
+    loaders = Counted((q, said)), Counted((q, said))
+    for loader, explain in zip(loaders, ("label", "prediction"), strict=True):
+        influence.fit(train).report(train, loader, tmp_path / "page.html", explain=explain, verify=False)
+    assert loaders[1].reads == loaders[0].reads + 1
 
 
 def test_kept_gradients_do_not_show_what_labels_look_like(tmp_path):

@@ -88,6 +88,9 @@ def check_loader(loader: Any, role: str) -> None:
     elif not isinstance(loader, Iterable) and not isinstance(loader, Numbered):
         said = f"is {described(loader)}"
     if said is not None:
+        alone = loader[1] is None if isinstance(loader, tuple) and len(loader) == 2 else is_array(loader)
+        if role != "train" and (alone or is_frame(loader)):
+            said += "; queries without labels have an answer with explain='prediction'"
         raise InvalidInput(
             f"The {role} loader {said}. A loader is a list of batches, [(x, y), ...], or a DataLoader; (x, y) is all "
             "rows at once, and a Dataset gives them one by one."

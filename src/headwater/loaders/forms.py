@@ -257,7 +257,10 @@ def collate(rows: list[Any], own: Own) -> Any:
     if isinstance(first, Mapping):
         return {name: _column(name, [row[name] for row in rows], own) for name in first}
     if not isinstance(first, (tuple, list)):
-        raise InvalidInput(f"an item is {described(first)}; expected (x, y), or a dict with target= or unpack=.")
+        raise InvalidInput(
+            f"an item is {described(first)}; expected (x, y), or a dict with target= or unpack=; "
+            "x alone, for explain='prediction', comes in batches: a DataLoader of it."
+        )
     if len({len(row) for row in rows}) > 1:
         raise InvalidInput("some items have more entries than others.")
     names = ("x", "y") if len(first) == 2 else [f"entry {k}" for k in range(len(first))]
@@ -308,9 +311,9 @@ def _is_row(item: Any) -> bool:
     return scalar or len({shape[0] for shape in shapes if shape}) > 1
 
 
-def is_tensor_dataset(held: Any) -> bool:
-    """Whether it is torch's data set of two tensors, side by side: what `(x, y)` is."""
+def is_tensor_dataset(held: Any, count: int = 2) -> bool:
+    """Whether it is torch's data set of so many tensors, side by side; of two it is what `(x, y)` is."""
     kind = type(held)
     if (kind.__module__, kind.__name__) != ("torch.utils.data.dataset", "TensorDataset"):
         return False
-    return len(held.tensors) == 2
+    return len(held.tensors) == count

@@ -16,7 +16,7 @@ import numpy as np
 import headwater
 from headwater.errors import InvalidSetting
 from headwater.report.cases import Drawn, Known, Sides
-from headwater.report.colours import NOTE, coloured
+from headwater.report.colours import coloured, left_off
 from headwater.report.figures import paragraphs
 from headwater.report.gather import Groups, Scale, block_sizes, gather
 from headwater.report.page import render
@@ -80,7 +80,7 @@ def _rendered(
     sections = [section.numbered(drawn.place) for section in sections]
     return render(
         **around(scores, known, [(section.place, section.title) for section in sections]),
-        notes=[note for note in (_part(shown, len(scores.query_ids)), said, known.tokens.values and NOTE) if note],
+        notes=[note for note in (_part(shown, len(scores.query_ids)), said, known.tokens.note) if note],
         sorts=_sorts(queries),
         filters=_filters(queries),
         knows_wrong=any("w" in q for q in queries),
@@ -90,11 +90,17 @@ def _rendered(
         images=data["images"],
         names=data["names"],
         kind=data["kind"],
-        coloured=coloured,
-        say=lambda score, query: Scale(query.get("x", 0)).said(score),
+        coloured=lambda card, pair, query: coloured(card, pair, scale_of(query)),
+        left_off=lambda card, pair, query: left_off(card, pair, scale_of(query)),
+        say=lambda score, query: scale_of(query).said(score),
         sections=sections,
         data=data,
     )
+
+
+def scale_of(query: Mapping[str, Any]) -> Scale:
+    """Of a query as it is drawn."""
+    return Scale(query.get("x", 0))
 
 
 def around(scores: ScoreMatrix, known: Known, sections: Sequence[tuple[str, str]]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from headwater.errors import InvalidInput, InvalidSetting, UnsupportedModel
 from headwater.evaluate.verification import Verification
 from headwater.influence import ComposableInfluence
 from headwater.loaders.texts import Text
+from headwater.loaders.unlabelled import StandIns
 from headwater.report import Card, Known, Suspects, write
 from headwater.report.colours import TokenScores
 from headwater.rows import Each, PlacedBatch, Rows
@@ -32,6 +33,8 @@ from headwater.tables import shown, table
 
 KEPT = 64 * 2**20
 """Bytes of rows that are held to be shown, where nobody says what they are."""
+NO_TEXTS = "it needs rows that are texts, a language model's, with tokenizer="
+KEPT_ALONE = "train rows that are kept gradients are no texts any more; give their loader"
 PAIRS = {"rows": 6, "queries": 2}
 """Of a verification that the page asks for."""
 VERIFIED = 2e6
@@ -49,13 +52,17 @@ def report(
     self_influence: bool = True,
     verified: bool | None = None,
     explain: str = "label",
+    own_rows: bool = False,
     own_labels: bool = False,
-    query_labels: bool = True,
+    stand_ins: StandIns | None = None,
     normalise: str | None = None,
     token_scores: bool | None = None,
     progress: bool = False,
 ) -> Path:
-    """See `Attributor.report`."""
+    """See `Attributor.report`. own_rows, own_labels: whether `known` describes rows, and queries, by their loader.
+
+    stand_ins: labels of query rows that have none, of which the page says nothing.
+    """
     influence.ready()
     train, query = influence.train_rows(train_loader), influence.query_rows(query_loader)
     if scores is not None:
@@ -64,15 +71,29 @@ def report(
         unit = "removal" if influence.method.predicts_removal and normalise is None else "influence"
         asked_for: dict[str, Any] = {"unit": unit, "by_block": False, "explain": explain, "normalise": normalise}
         scores = attribute(influence, train, query, **asked_for, progress=progress)
-    look = _Look(influence, self_influence, known.rows is None, True)
+    look = _Look(influence, itself=self_influence, look=known.rows is None, predict=True)
     seen = _Seen.of(influence, train, scores.train_ids, "own losses", look, progress)
-    asked_look = _Look(influence, False, known.queries is None, own_labels or not query_labels, query_labels)
+    asked_look = _Look(
+        influence,
+        itself=False,
+        look=known.queries is None,
+        predict=own_labels,
+        stand_ins=stand_ins,
+    )
     asked = _Seen.of(influence, query, scores.query_ids, "query losses", asked_look, progress)
+    # What the loaders themselves say is of other rows than the scores are.
+    known = replace(
+        known,
+        rows=None if own_rows and seen.lacks else known.rows,
+        queries=None if own_labels and asked.lacks else known.queries,
+    )
     checks = list(known.checks)
+    unasked = verified is None
     if verified is None:
         verified = len(scores.train_ids) * (sum(influence.provider.sizes.values()) + ROW) <= VERIFIED
     if verified and not train.is_kept and not any(isinstance(check, Verification) for check in checks):
-        checks.append(verify(influence, train, query, **PAIRS, seed=0, tolerance=None, progress=progress))
+        # Conjugate gradients go over all rows hundreds of times, which nobody has asked for.
+        checks.append(verify(influence, train, query, **PAIRS, seed=0, solves=not unasked, progress=progress))
     given = known.suspects
     suspects = Suspects(
         self_influence=seen.itself if given.self_influence is None else given.self_influence,
@@ -82,12 +103,13 @@ def report(
         leaks=_leaks(seen.keys, asked.keys, scores.query_ids),
     )
     tokens = TokenScores(seen.pieces, asked.pieces)
-    if token_scores and seen.tokens is None:
-        raise InvalidSetting("token_scores=True needs rows that are texts: a language model's, with tokenizer=.")
-    if token_scores is not False and seen.tokens is not None:
+    if token_scores and isinstance(seen.tokens, str):
+        kind = InvalidInput if seen.lacks else InvalidSetting
+        raise kind(f"token_scores=True: {seen.tokens}.")
+    if token_scores is not False and not isinstance(seen.tokens, str):
         wanted: dict[str, Any] = {"k": known.k, "explain": explain, "wanted": token_scores, "progress": progress}
-        values = scores_of_tokens(influence, train, query, scores, seen.tokens, seen.text, **wanted)
-        tokens = replace(tokens, values=values)
+        pairs = scores_of_tokens(influence, train, query, scores, seen.tokens, seen.text, **wanted)
+        tokens = replace(tokens, values=pairs.values, missed=pairs.missed)
     found = replace(
         known,
         tokens=tokens,
@@ -159,8 +181,8 @@ class _Piece:
     y: np.ndarray | None
     said: np.ndarray | None
     """What the model predicts, as labels."""
-    tokens: Sequence[np.ndarray] | None
-    """Of each row, where rows are texts."""
+    tokens: Sequence[np.ndarray] | str
+    """Of each row; or why there are none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,10 +195,12 @@ class _Seen:
     x: np.ndarray | None
     y: np.ndarray | None
     said: np.ndarray | None
-    tokens: Mapping[int, np.ndarray] | None
-    """Of each row, by its place."""
+    tokens: Mapping[int, np.ndarray] | str
+    """Of each row, by its place; or why there are none."""
     read: Callable[[np.ndarray], Text]
     places: Mapping[Any, int]
+    lacks: bool = False
+    """Whether rows of the scores are not in the loader."""
     texts: dict[int, Text] = field(default_factory=dict)
     """Those that were read."""
 
@@ -192,7 +216,7 @@ class _Seen:
     ) -> _Seen:
         places = {name: place for place, name in enumerate(ids.tolist())}
         if isinstance(rows, Rows) and rows.is_kept:  # gradients alone
-            return cls(None, None, None, None, None, None, None, influence.text_of, places)
+            return cls(None, None, None, None, None, None, KEPT_ALONE, influence.text_of, places)
         role = "query" if what.startswith("query") else "train"
         visitor = Each[PlacedBatch, _Piece](look)
         pieces = sweep_rows(influence.provider, rows, visitor, what, progress, role)
@@ -210,10 +234,11 @@ class _Seen:
             tokens=_tokens(pieces, places),
             read=influence.text_of,
             places=places,
+            lacks=len(chosen) < count,
         )
 
     def text(self, place: int) -> Text:
-        assert self.tokens is not None
+        assert not isinstance(self.tokens, str)
         if place not in self.texts:
             self.texts[place] = self.read(self.tokens[place])
         return self.texts[place]
@@ -221,7 +246,7 @@ class _Seen:
     @property
     def pieces(self) -> Callable[[int], Sequence[str]] | None:
         """Of a row's text, by its place; None where rows are no texts."""
-        return None if self.tokens is None else lambda place: self.text(place).pieces
+        return None if isinstance(self.tokens, str) else lambda place: self.text(place).pieces
 
     def card(self, name: Any) -> Card | None:
         """What the row looks like, of its id."""
@@ -244,23 +269,37 @@ def _joined(parts: Sequence[np.ndarray | None], chosen: np.ndarray, count: int) 
     return found
 
 
-def _tokens(pieces: Sequence[_Piece], places: Mapping[Any, int]) -> dict[int, np.ndarray] | None:
-    """By the rows' places; None where a part is missing, as in `_joined`."""
+def _tokens(pieces: Sequence[_Piece], places: Mapping[Any, int]) -> dict[int, np.ndarray] | str:
+    """By the rows' places; or why there are none, where a part is missing as in `_joined`."""
     found: dict[int, np.ndarray] = {}
     for piece in pieces:
-        if piece.tokens is None:
-            return None
+        if isinstance(piece.tokens, str):
+            return piece.tokens
         named = zip(piece.names.tolist(), piece.tokens, strict=True)
         found |= {places[name]: tokens for name, tokens in named if name in places}
-    return found if len(found) == len(places) else None
+    missing = [str(name) for name, place in places.items() if place not in found]
+    return f"scores= have the row {missing[0]!r}, which train_loader has not" if missing else found
 
 
 class _Look:
     """What is asked of each piece of a pass; what it looks like only as long as there is room."""
 
-    def __init__(self, influence: ComposableInfluence, itself: bool, look: bool, predict: bool, labelled: bool = True):
+    def __init__(
+        self,
+        influence: ComposableInfluence,
+        *,
+        itself: bool,
+        look: bool,
+        predict: bool,
+        stand_ins: StandIns | None = None,
+    ):
         self.influence, self.itself, self.predict, self.room = influence, itself, predict, KEPT if look else 0
-        self.texts, self.labelled = KEPT, labelled
+        self.texts, self.stand_ins = KEPT, stand_ins
+
+    @property
+    def labelled(self) -> bool:
+        """Whether all rows so far have labels of their own."""
+        return self.stand_ins is None or not self.stand_ins.used
 
     def __call__(self, piece: PlacedBatch) -> _Piece:
         provider, x = self.influence.provider, self._shown(piece.batch.x)
@@ -276,10 +315,12 @@ class _Look:
             tokens=self._tokens(piece),
         )
 
-    def _tokens(self, piece: PlacedBatch) -> Sequence[np.ndarray] | None:
+    def _tokens(self, piece: PlacedBatch) -> Sequence[np.ndarray] | str:
         found = self.influence.tokens_of(piece.batch)
-        self.texts -= sum(tokens.nbytes for tokens in found or ())
-        return found if self.texts >= 0 else None
+        if found is None:
+            return NO_TEXTS
+        self.texts -= sum(tokens.nbytes for tokens in found)
+        return found if self.texts >= 0 else f"the rows' tokens take more than {KEPT / 2**20:g} MiB"
 
     def _losses(self, piece: PlacedBatch) -> np.ndarray | None:
         if not self.labelled:  # of a label that stands in for none
@@ -291,7 +332,7 @@ class _Look:
 
     def _predicted(self, piece: PlacedBatch) -> np.ndarray | None:
         """Where rows have labels of their own, which these can be compared with."""
-        if not self.predict or self._labels(piece.batch.y) is None:
+        if not (self.predict or not self.labelled) or self._labels(piece.batch.y) is None:
             return None
         try:
             return self._labels(self.influence.source.predicted(piece.batch).y)

@@ -8,10 +8,11 @@ and its few rows through one derivative along what comes out.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
-from headwater.errors import InvalidSetting, UnsupportedModel
+from headwater.errors import InvalidInput, InvalidSetting, UnsupportedModel
 from headwater.influence import ComposableInfluence
 from headwater.loaders.texts import Text
 from headwater.report.gather import gather
@@ -22,12 +23,22 @@ from headwater.run.rows import sweep_rows
 from headwater.store.scores import Scores
 from headwater.types import Batch, join
 
-QUICK = 2e10
+UNASKED = 2e10
 """Work, parameters times tokens of all pairs, up to which it is done unasked: some seconds on one core."""
-OFF = 0.01
+GAP = 0.01
 """By how much of their sizes tokens may miss the score, before they are taken for those of another one."""
-EXACT = {"influence", "removal"}
+SCALED = {"influence", "removal"}
 """Units whose tokens' scale is known; directions are divided by what belongs to the whole row."""
+
+
+@dataclass(frozen=True)
+class PairTokens:
+    """Of the pairs that a page shows."""
+
+    values: Mapping[tuple[int, int], np.ndarray]
+    """By places in the scores: a number for each piece of the train row's text, whose sum is the score."""
+    missed: int = 0
+    """Pairs whose tokens add up to another score than the page's."""
 
 
 def token_scores(
@@ -41,11 +52,11 @@ def token_scores(
     explain: str,
     wanted: bool | None,
     progress: bool = False,
-) -> dict[tuple[int, int], np.ndarray]:
-    """Of the pairs that a page shows, by places in the scores: a number for each piece of the train row's text.
+) -> PairTokens:
+    """tokens: numbers of each train row's tokens, by its place; text: its text. wanted: None to do it if that is quick.
 
-    tokens: numbers of each train row's tokens, by its place; text: its text. wanted: None to do it where that is quick.
-    Errors: UnsupportedModel and InvalidSetting where tokens have no scores, if it was wanted.
+    Pairs whose query the loader has not are left out. Errors, if it was wanted: UnsupportedModel and InvalidSetting
+    where tokens have no scores; InvalidInput for such a query.
     """
     top = gather(scores, k, min(SHOWN, len(scores.query_ids))).top
     pairs: dict[int, dict[int, float]] = {
@@ -57,12 +68,16 @@ def token_scores(
         for place in range(len(top.helpful_ids))
     }
     work = influence.n_parameters * sum(len(tokens[row]) for rows in pairs.values() for row in rows)
-    if wanted is None and (work > QUICK or influence.solves):
-        return {}
+    if wanted is None and (work > UNASKED or influence.solves):
+        return PairTokens({})
     asked = _rows_named(Asked.of(influence, query, explain).pieces, scores.query_ids, set(pairs))
+    if wanted:
+        _check_there(pairs, asked, scores.query_ids)
+    pairs = {place: found for place, found in pairs.items() if place in asked}
     wanted_rows = {row for rows in pairs.values() for row in rows}
     rows = _found(influence, train, scores.train_ids, wanted_rows, progress)
     values: dict[tuple[int, int], np.ndarray] = {}
+    missed = 0
     try:
         for place, found in pairs.items():
             batches = join([rows[row] for row in found])
@@ -71,10 +86,26 @@ def token_scores(
                 scaled = _scaled(share[0], score, scores)
                 if scaled is not None:
                     values[place, row] = text(row).sums(scaled)
+                else:
+                    missed += 1
     except (UnsupportedModel, InvalidSetting):  # the page shows texts without colours then
         if wanted:
             raise
-    return values
+    if wanted and missed and not values:
+        raise InvalidSetting(
+            f"token_scores=True: of none of the {missed} pairs do the tokens add up to the score. Are scores= those of "
+            "this influence, these loaders and this explain=?"
+        )
+    return PairTokens(values, missed)
+
+
+def _check_there(wanted: Iterable[int], found: Mapping[int, Batch], ids: np.ndarray) -> None:
+    missing = [str(ids[place]) for place in wanted if place not in found]
+    if missing:
+        raise InvalidInput(
+            f"token_scores=True needs the queries of scores=, and query_loader lacks {len(missing)} of them, such as "
+            f"{missing[0]!r}: give the loader that the scores are of, or leave token_scores= out."
+        )
 
 
 def _found(
@@ -102,8 +133,8 @@ def _scaled(share: np.ndarray, score: float, scores: Scores) -> np.ndarray | Non
     """Tokens' numbers in the unit of the scores: their sum is the score; None where it is not."""
     whole, size = float(share.sum()), float(np.abs(share).sum())
     if not size:
-        return None
-    if scores.unit not in EXACT:
+        return None if score else share
+    if scores.unit not in SCALED:
         return share * (score / whole) if whole * score > 0 else None
     scale = 1.0 / scores.n_train if scores.unit == "removal" else 1.0
-    return share * scale if abs(scale * whole - score) <= OFF * scale * size else None
+    return share * scale if abs(scale * whole - score) <= GAP * scale * size else None

@@ -222,9 +222,10 @@ def verify(
     queries: int = 4,
     seed: int = 0,
     tolerance: float | None = None,
+    solves: bool = True,
     progress: bool = False,
 ) -> Verification:
-    """See `ComposableInfluence.verify`.
+    """See `ComposableInfluence.verify`. solves: whether an exact inverse that is not dense is solved for.
 
     Errors: NotFittedError; StaleFit; BatchMismatch for a loader without rows; InvalidSetting.
     """
@@ -240,7 +241,7 @@ def verify(
     allowed = TOLERANCES.get(influence.source.dtype, 0.1) if tolerance is None else float(tolerance)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotConverged)  # the table says so
-        return _Verifier(influence, train_loader, asked, train, allowed, seed, progress).verification()
+        return _Verifier(influence, train_loader, asked, train, allowed, seed, solves, progress).verification()
 
 
 class _Verifier:
@@ -254,10 +255,11 @@ class _Verifier:
         train: Sample,
         tolerance: float,
         seed: int,
+        solves: bool,
         progress: bool,
     ):
         self.influence, self.loader, self.queries, self.train = influence, loader, queries, train
-        self.tolerance, self.seed, self.progress = tolerance, seed, progress
+        self.tolerance, self.seed, self.may_solve, self.progress = tolerance, seed, solves, progress
         self.mapper = influence.block_mapper
         self.joined_queries, self.joined_train = join(queries.rows), join(train.rows)
         self.ratio = train.count / queries.count
@@ -501,6 +503,8 @@ class _Verifier:
             return None, self.plain
         copied, q, n = self.plain
         rows, dense = self.train.count, max(copied.provider.sizes.values()) <= DENSE
+        if not dense and not self.may_solve:
+            return None, "it takes many products with all rows; verify(train, query) measures it"
         if self._is_too_much(copied, kind, dense):
             return None, f"too dear plainly for {rows} rows; audit(train, query) measures it in batches"
         method = exact_method(self.influence.method, kind, dense)

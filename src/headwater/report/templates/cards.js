@@ -43,28 +43,28 @@ function picture(card, alt) {
   return el("div", { class: "frame" }, el("img", { src: data.images[card.i], alt, loading: "lazy" }));
 }
 
-function leftOff(card) {
-  return card.m ? el("span", { class: "cut", text: ` … ${card.m.toLocaleString("en")} more characters` }) : null;
+function leftOff(card, tokens, power) {
+  const [largest, , rest] = tokens || [], added = rest ? `, ${said((rest / 1000) * largest, power)} in all` : "";
+  return card.m ? el("span", { class: "cut", text: ` … ${card.m.toLocaleString("en")} more characters${added}` }) : null;
 }
 
 // The pieces of a text in the colours of one pair: what each adds to the score, in thousandths of the largest.
-function coloured(card, tokens) {
+function coloured(card, tokens, power) {
   if (!tokens || !card.w) return null;
   const [largest, shares] = tokens;
   return card.w.map((piece, k) => {
     const share = shares[k], level = Math.min(5, Math.ceil(Math.abs(share) / 200 - 0.25));
-    const value = Number(((share / 1000) * largest).toPrecision(3));
-    return [piece, level <= 0 ? "z" : (share > 0 ? "p" : "n") + level, (value < 0 ? MINUS : "+") + Math.abs(value)];
+    return [piece, level <= 0 ? "z" : (share > 0 ? "p" : "n") + level, said((share / 1000) * largest, power)];
   });
 }
 
 const whole = (card) => (card.w ? card.w.join("") : card.t);
 
-function texts(card, tokens) {
-  const drawn = card.k || coloured(card, tokens);
+function texts(card, tokens, power) {
+  const drawn = card.k || coloured(card, tokens, power);
   if (drawn) {
     const pieces = drawn.map(([piece, colour, value]) => el("span", { class: colour, title: value, text: piece }));
-    return el("p", { class: "text", dir: "auto" }, pieces, leftOff(card));
+    return el("p", { class: "text", dir: "auto" }, pieces, leftOff(card, card.k ? null : tokens, power));
   }
   const text = whole(card);
   if (text === undefined) return null;
@@ -100,8 +100,8 @@ function cells(card, against) {
   return made;
 }
 
-function body(card, alt, against, tokens) {
-  return [picture(card, alt), texts(card, tokens), cells(card, against), card.n ? el("p", { class: "note", text: card.n }) : null];
+function body(card, alt, against, tokens, power) {
+  return [picture(card, alt), texts(card, tokens, power), cells(card, against), card.n ? el("p", { class: "note", text: card.n }) : null];
 }
 
 function row([place, score, tokens], query, largest) {
@@ -116,7 +116,7 @@ function row([place, score, tokens], query, largest) {
         r.g === undefined ? null : el("span", { class: "group", dir: "auto", title: r.g, text: r.g }),
         r.f === undefined ? null : el("span", { class: "doubt", text: r.f }))),
     bar(score, largest),
-    body(c, `${words.beside} ${r.id}` + (c.l ? `, labelled ${c.l}` : ""), query.c, tokens));
+    body(c, `${words.beside} ${r.id}` + (c.l ? `, labelled ${c.l}` : ""), query.c, tokens, query.x));
 }
 
 function end(name, sign, pairs, query, largest) {
