@@ -11,7 +11,7 @@ from headwater.arrays import Array, add_product, identity, rows_within_memory, t
 from headwater.curvature.means import Means, MeansVisitor, no_means, rows_of, total_weight
 from headwater.errors import InvalidSetting
 from headwater.gradients.block import BlockGradient
-from headwater.gradients.provider import BlockGradients, Fisher, StructuredGradientProvider
+from headwater.gradients.provider import Fisher, StructuredGradientProvider
 from headwater.memory import refuse_too_large
 from headwater.operators.finite import refuse_nonfinite
 from headwater.operators.structured import DenseOperator
@@ -68,24 +68,16 @@ class _DenseMeans(MeansVisitor):
         return no_means(self.provider.layouts)
 
     def add(self, whole: Means, item: PlacedBatch) -> Means:
-        weight, draws = total_weight(self.provider, item.batch), self._draws(item.batch)
-        # Summed from gradients where it is a sum of g g^T, one pass for all of it; else columns as products.
-        if draws is None:
+        weight = total_weight(self.provider, item.batch)
+        # Columns as products with unit vectors; a Fisher is summed from gradients, which costs one pass for all of it.
+        if self.kind in ("hessian", "ggn"):
             for name in self.provider.layouts:
                 whole[name].add(_by_products(self.provider, item.batch, name, self.kind), weight)
             return whole
-        for name, matrix in _by_gradients(draws, self.provider.row_weights(item.batch)).items():
+        fisher: Fisher = "empirical" if self.kind == "empirical_fisher" else self.fisher
+        for name, matrix in _by_gradients(self.provider, item.batch, fisher, self.seed).items():
             whole[name].add(matrix, weight)
         return whole
-
-    def _draws(self, batch: Batch) -> list[BlockGradients] | None:
-        if self.kind == "hessian":
-            return None
-        if self.kind == "ggn":
-            return self.provider.ggn_grads(batch)
-        return self.provider.fisher_grads(
-            batch, "empirical" if self.kind == "empirical_fisher" else self.fisher, seed=self.seed
-        )
 
 
 def _refuse_without_room(provider: StructuredGradientProvider) -> None:
@@ -113,9 +105,12 @@ def _by_products(provider: StructuredGradientProvider, batch: Batch, block: str,
     return provider.curvature_product(batch, block, identity(provider.sizes[block], like), kind)
 
 
-def _by_gradients(draws: list[BlockGradients], weights: Array | None) -> OrderedDict[str, Array]:
+def _by_gradients(
+    provider: StructuredGradientProvider, batch: Batch, fisher: Fisher, seed: int
+) -> OrderedDict[str, Array]:
+    weights = provider.row_weights(batch)
     sums: OrderedDict[str, Array] = OrderedDict()
-    for draw in draws:
+    for draw in provider.fisher_grads(batch, fisher, seed=seed):
         for name, value in draw.items():
             total: Any = sums.get(name)
             for flat, mine in _flat_pairs(value, weights):
