@@ -280,7 +280,9 @@ def test_tokens_of_a_row_have_the_colours_of_the_query_that_they_stand_beside(vi
             score = own[query, int(row.locator(".id").inner_text())]
             spans = row.locator(".text span[class]")
             said = [float(s.get_attribute("title").replace("\N{MINUS SIGN}", "-")) for s in spans.all()]
-            np.testing.assert_allclose(sum(said), score, rtol=0.02)
+            # In the unit of the score that stands beside them.
+            shown = float(row.locator(".score").first.inner_text().replace("\N{MINUS SIGN}", "-"))
+            np.testing.assert_allclose(sum(said), shown, rtol=0.02)
             up, down = ("p", "n") if score > 0 else ("n", "p")
             assert [s.get_attribute("class") for s in spans.all()] == [up + "4", down + "2", up + "5", "z", "z"]
             assert "<b>bold</b>" in spans.nth(2).inner_text()
