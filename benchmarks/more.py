@@ -30,6 +30,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+sys.path.append(str(Path(__file__).resolve().parent / "leaderboard"))
+
+from tasks import Layer
+
 FOLDER = Path(__file__).resolve().parent.parent / ".bench"
 Rows = tuple[Tensor, Tensor, Tensor, Tensor]
 """Train x, y; query x, y."""
@@ -49,29 +53,11 @@ class Residual(nn.Module):
         return functional.relu(self.straight(x) + self.two(functional.relu(self.one(x))))
 
 
-class Attention(nn.Module):
-    """A block of a transformer, attention written out."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        n, t, d = x.shape
-        q, k, v = self.qkv(functional.layer_norm(x, (d,))).view(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        later = torch.ones(t, t, dtype=torch.bool, device=x.device).triu(1)
-        meets = (q @ k.transpose(-1, -2) * (self.heads / d) ** 0.5).masked_fill(later, float("-inf")).softmax(-1)
-        x = x + self.proj((meets @ v).transpose(1, 2).reshape(n, t, d))
-        return x + self.down(functional.gelu(self.up(functional.layer_norm(x, (d,)))))
-
-
 class ByteGpt(nn.Module):
     def __init__(self, width: int = 384, layers: int = 6, heads: int = 6, positions: int = 256):
         super().__init__()
         self.token, self.place = nn.Embedding(256, width), nn.Embedding(positions, width)
-        self.blocks = nn.ModuleList(Attention(width, heads) for _ in range(layers))
+        self.blocks = nn.ModuleList(Layer(width, heads) for _ in range(layers))
         self.head = nn.Linear(width, 256, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -28,6 +28,15 @@ def batches(x: torch.Tensor, y: torch.Tensor, size: int) -> list[tuple[torch.Ten
     return list(zip(x.split(size), y.split(size), strict=True))
 
 
+def influence_of(w, method, *, blocks: str = "layer", damping=None) -> TorchComposableInfluence:
+    """Of the workload's model, with its damping where none is said."""
+    added = damping if damping is not None else hw.relative(0.1) if w.damping is None else w.damping
+    loss = w.loss_vec if w.seq else torch.nn.CrossEntropyLoss()
+    return TorchComposableInfluence(
+        w.model, loss, method=method, blocks=blocks, damping=added, likelihood="cross_entropy"
+    )
+
+
 def attribute_with(make_method: Callable, *, blocks: str = "layer", damping=None) -> Callable[..., np.ndarray]:
     """A driver method: fit on the train rows, score every pair, return scores [train, query].
 
@@ -35,11 +44,7 @@ def attribute_with(make_method: Callable, *, blocks: str = "layer", damping=None
     """
 
     def run(w, meter, args) -> np.ndarray:
-        added = damping if damping is not None else hw.relative(0.1) if w.damping is None else w.damping
-        loss = w.loss_vec if w.seq else torch.nn.CrossEntropyLoss()
-        influence = TorchComposableInfluence(
-            w.model, loss, method=make_method(), blocks=blocks, damping=added, likelihood="cross_entropy"
-        )
+        influence = influence_of(w, make_method(), blocks=blocks, damping=damping)
         train, query = batches(w.x, w.y, args.batch), batches(w.xq, w.yq, args.qbatch or len(w.xq))
         with meter("fit"):
             influence.fit(train)
@@ -48,15 +53,6 @@ def attribute_with(make_method: Callable, *, blocks: str = "layer", damping=None
         return scores.T
 
     return run
-
-
-def influence_of(w, method) -> TorchComposableInfluence:
-    """Of the workload's model, layer by layer."""
-    loss = w.loss_vec if w.seq else torch.nn.CrossEntropyLoss()
-    added = hw.relative(0.1) if w.damping is None else w.damping
-    return TorchComposableInfluence(
-        w.model, loss, method=method, blocks="layer", damping=added, likelihood="cross_entropy"
-    )
 
 
 def on_themselves(make_method: Callable) -> Callable[..., np.ndarray]:

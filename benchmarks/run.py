@@ -45,6 +45,8 @@ KRONECKER = [
     *("kronfluence.ekfac@damping=none", "headwater.ekfac_rel"),
 ]
 FEW = "@nq=16,batch=1500"  # where all 297 queries take more than 5 CPU minutes; dattri solves anew for each batch
+SELF = ["kronfluence_self.identity", "headwater.graddot_self", "kronfluence_self.ekfac", "headwater.ekfac_self"]
+PERTURBATION = ["pydvl.perturbation@nq=2,ntrain=64", "headwater.perturbation@nq=2,ntrain=64"]
 ROW_WISE = {
     "grad-dot": GRAD_DOT,
     "tracin": ["captum.tracin_sw", "captum.tracin_fast", "dattri.graddot", "headwater.tracin"],
@@ -71,6 +73,7 @@ ROW_WISE = {
     ],
     "logra": ["dattri.logra", "headwater.logra", "headwater.logra_pca", "headwater.lorif"],
     "factgrass": ["dattri.factgrass", "headwater.factgrass"],
+    "perturbation": PERTURBATION,
 }
 CONVEX = {
     **ROW_WISE,
@@ -85,16 +88,6 @@ CONVEX = {
     "lissa": ["pydvl.lissa", "dattri.lissa", "headwater.lissa"],
     "datainf": ["pydvl.ihm", "dattri.datainf", "headwater.datainf"],
 }
-SEQUENCES = {
-    "grad-dot": ["kronfluence.identity", "captum.tracin_sw", "headwater.graddot"],
-    "kronecker": ["kronfluence.ekfac", "headwater.ekfac", "headwater.ekfac_r4"],
-}
-SELF = ["kronfluence_self.identity", "headwater.graddot_self", "kronfluence_self.ekfac", "headwater.ekfac_self"]
-PERTURBATION = ["pydvl.perturbation@nq=2,ntrain=64", "headwater.perturbation@nq=2,ntrain=64"]
-for plan in (ROW_WISE, CONVEX):
-    plan["perturbation"] = PERTURBATION
-for plan in (ROW_WISE, SEQUENCES):
-    plan["self"] = SELF
 LARGE = {
     "grad-dot": ["kronfluence.identity", "captum.tracin_sw", "headwater.graddot"],
     "kronecker": ["kronfluence.ekfac", "headwater.ekfac", "headwater.ekfac_r4"],
@@ -107,8 +100,8 @@ GENERALISED_LINEAR = {
     "direct": [item + MANY for item in ("pydvl.direct", "headwater.direct", "headwater.direct_gn")],
 }
 PLAN = {  # {workload: {family: items}}
-    "W1": ROW_WISE,
-    "W3": SEQUENCES,
+    "W1": {**ROW_WISE, "self": SELF},
+    "W3": LARGE,
     "W4": CONVEX,
     "MLP": LARGE,
     "CNN": {**LARGE, "perturbation": PERTURBATION},

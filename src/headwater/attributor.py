@@ -567,6 +567,7 @@ class Attributor(ComposableInfluence[TensorType]):
         from headwater.run.report import described_by, report
 
         own, own_rows = queries is None, rows is None  # then what the model says can be compared with their labels
+        train_loader, query_loader = as_pandas(train_loader), as_pandas(query_loader)  # once for all who read them
         rows = described_by(train_loader) if rows is None else rows
         queries = described_by(query_loader) if queries is None else queries
         known = Known(

@@ -142,6 +142,19 @@ def test_a_span_costs_the_products_of_a_few_probes_and_no_pass_over_the_rows(mod
     assert f"{len(XQ)} queries, on a span; error of a score, measured, up to" in str(made.solves)
 
 
+def test_a_batch_that_is_projected_in_pieces_gives_the_same_scores(model, monkeypatch):
+    weighted = [hw.Batch(x, y, weights=torch.linspace(0.5, 2.0, len(x), dtype=x.dtype)) for x, y in batches(17)]
+    scores = {}
+    for rows in (3, 1000):
+        monkeypatch.setattr(span, "rows_within_memory", lambda *_, rows=rows: rows)
+        made = TorchComposableInfluence(
+            model, nn.CrossEntropyLoss(), method=hw.Cg(tolerance=0.1), blocks="full", damping=DAMPING
+        ).fit(weighted)
+        scores[rows] = made.attribute(weighted, batches(3, XQ, YQ)).values
+        assert all(report.on_span for report in made.solves.values())
+    np.testing.assert_allclose(scores[3], scores[1000], rtol=1e-9, atol=1e-12 * np.abs(scores[3]).max())
+
+
 def test_where_no_span_serves_the_vectors_are_solved_for(model):
     made = influence(model, 1e-9)
     scores = made.influences(XQ, YQ, X, Y).numpy()

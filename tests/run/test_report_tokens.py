@@ -37,12 +37,12 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[pad]", unk_token="[unk]")
 
 
-def language_model(method=None, **options):
+def language_model(method=None, batch_size=4, **options):
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=12, n_positions=8, n_embd=4, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
     model = GPT2LMHeadModel(config).double().eval()
     return HfComposableInfluence(
-        model, method or hw.Ekfac(), damping=hw.relative(0.3), tokenizer=tokenizer(), batch_size=4, **options
+        model, method or hw.Ekfac(), damping=hw.relative(0.3), tokenizer=tokenizer(), batch_size=batch_size, **options
     )
 
 
@@ -80,6 +80,15 @@ def test_each_pair_has_the_token_scores_of_that_pair(tmp_path):
             mine = exact[place, int(data["rows"][row]["id"])][: len(shares)]
             assert np.allclose(np.array(shares) * largest / 1000, mine, atol=1e-3 * largest)
             assert shares[0] == 0  # nothing predicts the first token
+
+
+def test_token_scores_do_not_depend_on_the_batches_of_either_side(tmp_path):
+    pages = []
+    for size in (1, 3, 6):
+        influence = language_model(hw.GradDot(), batch_size=size).fit(TEXTS)
+        _, data = page_of(influence, TEXTS, TEXTS[:3], tmp_path)
+        pages.append([[pair[2] for pair in query[end]] for query in data["queries"] for end in ("up", "down")])
+    assert pages[0] == pages[1] == pages[2]
 
 
 def test_rows_that_are_numbers_of_tokens_are_shown_as_texts_and_escaped(tmp_path):

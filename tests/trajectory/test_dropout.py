@@ -99,6 +99,14 @@ def test_rows_that_are_held_in_other_batches_give_the_same_scores(tmp_path):
     np.testing.assert_allclose(again, scores[:, order.numpy()], rtol=1e-10, atol=1e-14)
 
 
+def test_queries_one_by_one_have_the_scores_of_all_together(tmp_path):
+    influence, rows = scores_of(dropped("mlp", adamw), tmp_path / "r")
+    x, y = draw("mlp", 3, 9)
+    together = np.asarray(influence.attribute(rows, (x, y)))
+    alone = [np.asarray(influence.attribute(rows, (x[k : k + 1], y[k : k + 1])))[0] for k in range(3)]
+    np.testing.assert_allclose(alone, together, rtol=1e-10, atol=1e-14)
+
+
 class Bag(nn.Module):
     """Rows of several vectors, as many as there are."""
 

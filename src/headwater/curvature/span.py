@@ -341,6 +341,7 @@ class SpanSolve(IterativeInverse):
 
     def _rounding(self, inverse: DualInverse, value: BlockGradient) -> tuple[float, int]:
         """Of the span of all gradients: what is left is a difference of numbers of the size |v|^2 / damping."""
+        # Relative to own scores, which are no larger than |q| |(C + d)^-1 q|: these vectors' solutions are not at hand.
         squares, own = host(value.squared_norms()), host(inverse.quadratic(value))
         shares = squares[own > 0] / own[own > 0]
         return self._eps(value.like) * float(shares.max(initial=0.0)) / self.damping, 0

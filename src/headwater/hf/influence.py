@@ -15,10 +15,10 @@ from headwater.blocks import Structure
 from headwater.errors import InvalidSetting, UnsupportedModel
 from headwater.hf.losses import PerToken
 from headwater.hf.provider import HfGradientProvider
-from headwater.hf.rows import IDS, MASK, Collator, Rows, TableRows, are_texts, lengths, put_back
+from headwater.hf.rows import IDS, MASK, Collator, Rows, TableRows, lengths, put_back
 from headwater.loaders.batches import Unpack, Unpacked, check_loader
 from headwater.loaders.forms import Form, is_pair, pair
-from headwater.loaders.texts import Text, text_of
+from headwater.loaders.texts import Text, are_texts, text_of
 from headwater.methods.base import Method
 from headwater.methods.damping import Damping
 from headwater.torch.batch import TorchBatch

@@ -315,14 +315,6 @@ def _records(x: Any) -> list[dict[str, Any]]:
     return [{"text": text} for text in x]
 
 
-def are_texts(held: Any) -> bool:
-    """Whether it is a list, an array or a column of strings."""
-    if isinstance(held, list) or is_array(held) or is_frame(held):
-        first = held.iloc[0] if is_frame(held) and len(held) else held[0] if len(held) else None
-        return isinstance(first, str)
-    return False
-
-
 def _gives_rows(source: Iterable[object] | Dataset[Any]) -> bool:
     """Whether it is a sequence of strings, or of dicts without a batch axis."""
     ordered = isinstance(source, Sequence) or (isinstance(source, Dataset) and not isinstance(source, IterableDataset))

@@ -1,15 +1,26 @@
-"""A row that is a text: its pieces, and the tokens that each is made of."""
+"""Rows that are texts: the pieces of one, and the tokens that each is made of."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+from headwater.arrays import is_array, is_frame
 
 BYTES = 8
 """Tokens after which a letter that does not come to its end is taken as it is: no letter has more bytes."""
 BROKEN = "\N{REPLACEMENT CHARACTER}"
+
+
+def are_texts(held: Any) -> bool:
+    """Whether it is a list, an array or a column of strings."""
+    if isinstance(held, list) or is_array(held) or is_frame(held):
+        first = held.iloc[0] if is_frame(held) and len(held) else held[0] if len(held) else None
+        return isinstance(first, str)
+    return False
 
 
 @dataclass(frozen=True)

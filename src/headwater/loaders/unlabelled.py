@@ -17,6 +17,7 @@ import numpy as np
 from headwater.arrays import as_pandas, described, is_array, is_frame, is_sparse
 from headwater.errors import InvalidInput
 from headwater.loaders.forms import gives_rows, is_tensor_dataset, rows_of
+from headwater.loaders.texts import are_texts
 from headwater.types import Batch
 
 ALONE = (
@@ -86,10 +87,6 @@ def _has_column(held: Any, target: Any) -> bool:
     return all(name in list(held.columns) for name in names)
 
 
-def _are_texts(held: Any) -> bool:
-    return isinstance(held, list) and bool(held) and all(isinstance(text, str) for text in held)
-
-
 def with_stand_ins(held: Any, labels: StandIns, target: Any = None) -> Any:
     """What a user gave for queries, with a stand-in for the label of each row that has none.
 
@@ -104,7 +101,7 @@ def with_stand_ins(held: Any, labels: StandIns, target: Any = None) -> Any:
         return held, labels(len(held) if isinstance(held, list) else rows_of(held))
     if is_inputs_alone(held):
         return held if _has_column(held, target) else (held, labels(rows_of(held)))
-    if _are_texts(held):
+    if are_texts(held):
         return held, labels(len(held))
     return Unlabelled(held, labels, target) if _gives_batches(held) else held
 

@@ -195,18 +195,27 @@ class Suspects:
         loss (or self-influence, if no losses are known) is STANDS_OUT times the median row's: it is a squared error
         for normal errors, whose square has the median 0.455 and is 16 at four standard deviations.
         """
-        known = [values for values in (self.self_influence, self.losses) if values is not None]
-        if self.disagrees is not None:
-            chosen = self.disagrees
-        elif known and self._median > 0:
-            chosen = known[-1] > STANDS_OUT * self._median
-            if len(known) > 1:
-                chosen &= known[0] > np.quantile(known[0], HIGH)
-        else:
+        known, chosen = self._known, self._standing_out
+        if chosen is None:
             return np.empty(0, dtype=np.int64)
         places = np.flatnonzero(chosen)
         ranks = [np.argsort(np.argsort(v, kind="stable"), kind="stable")[places] for v in known]
         return places[np.argsort(-np.min(ranks, axis=0), kind="stable")] if known else places
+
+    @property
+    def _known(self) -> list[np.ndarray]:
+        return [values for values in (self.self_influence, self.losses) if values is not None]
+
+    @property
+    def _standing_out(self) -> Flags | None:
+        """[n]; None where nothing says which rows do."""
+        if self.disagrees is not None:
+            return self.disagrees
+        if self._median <= 0:
+            return None
+        known = self._known
+        found: Flags = known[-1] > STANDS_OUT * self._median
+        return found & (known[0] > np.quantile(known[0], HIGH)) if len(known) > 1 else found
 
     @property
     def rule(self) -> str:
@@ -224,7 +233,7 @@ class Suspects:
                 f"{counted(found, 'row')} of {n:,}."
             )
         of = "self-influence" if self.losses is None else "own loss"
-        if self._median <= 0:
+        if self._standing_out is None:
             return f"Whether a row stands out is not said: the median row's {of} is {number(self._median, 2)}."
         rule = (
             f"whose {of} is more than {STANDS_OUT} times the median row's, as an error of four standard deviations is"

@@ -14,17 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from headwater.arrays import Numbered, as_pandas, is_array, is_frame, to_numpy
+from headwater.arrays import Numbered, is_array, is_frame, to_numpy
 from headwater.errors import InvalidInput, InvalidSetting, UnsupportedModel
 from headwater.evaluate.verification import Verification
 from headwater.influence import ComposableInfluence
-from headwater.loaders.texts import Text
+from headwater.loaders.texts import Text, are_texts
 from headwater.loaders.unlabelled import StandIns
 from headwater.report import Card, Known, Suspects, write
 from headwater.report.colours import TokenScores
 from headwater.rows import Each, PlacedBatch, Rows
 from headwater.run.attribute import attribute
 from headwater.run.rows import sweep_rows
+from headwater.run.tokens import PairTokens
 from headwater.run.tokens import token_scores as scores_of_tokens
 from headwater.run.verify import ROW, verify
 from headwater.status import BlockStatus, status_of
@@ -73,13 +74,7 @@ def report(
         scores = attribute(influence, train, query, **asked_for, progress=progress)
     look = _Look(influence, itself=self_influence, look=known.rows is None, predict=True)
     seen = _Seen.of(influence, train, scores.train_ids, "own losses", look, progress)
-    asked_look = _Look(
-        influence,
-        itself=False,
-        look=known.queries is None,
-        predict=own_labels,
-        stand_ins=stand_ins,
-    )
+    asked_look = _Look(influence, itself=False, look=known.queries is None, predict=own_labels, stand_ins=stand_ins)
     asked = _Seen.of(influence, query, scores.query_ids, "query losses", asked_look, progress)
     # What the loaders themselves say is of other rows than the scores are.
     known = replace(
@@ -87,13 +82,7 @@ def report(
         rows=None if own_rows and seen.lacks else known.rows,
         queries=None if own_labels and asked.lacks else known.queries,
     )
-    checks = list(known.checks)
-    unasked = verified is None
-    if verified is None:
-        verified = len(scores.train_ids) * (sum(influence.provider.sizes.values()) + ROW) <= VERIFIED
-    if verified and not train.is_kept and not any(isinstance(check, Verification) for check in checks):
-        # Conjugate gradients go over all rows hundreds of times, which nobody has asked for.
-        checks.append(verify(influence, train, query, **PAIRS, seed=0, solves=not unasked, progress=progress))
+    checks = [*known.checks, *_verified(influence, train, query, scores, known, verified, progress)]
     given = known.suspects
     suspects = Suspects(
         self_influence=seen.itself if given.self_influence is None else given.self_influence,
@@ -103,12 +92,9 @@ def report(
         leaks=_leaks(seen.keys, asked.keys, scores.query_ids),
     )
     tokens = TokenScores(seen.pieces, asked.pieces)
-    if token_scores and isinstance(seen.tokens, str):
-        kind = InvalidInput if seen.lacks else InvalidSetting
-        raise kind(f"token_scores=True: {seen.tokens}.")
-    if token_scores is not False and not isinstance(seen.tokens, str):
+    if token_scores is not False:
         wanted: dict[str, Any] = {"k": known.k, "explain": explain, "wanted": token_scores, "progress": progress}
-        pairs = scores_of_tokens(influence, train, query, scores, seen.tokens, seen.text, **wanted)
+        pairs = _pairs(influence, train, query, scores, seen, **wanted)
         tokens = replace(tokens, values=pairs.values, missed=pairs.missed)
     found = replace(
         known,
@@ -125,29 +111,53 @@ def report(
     return write(scores, path, found)
 
 
+def _verified(
+    influence: ComposableInfluence,
+    train: Rows,
+    query: Rows,
+    scores: Scores,
+    known: Known,
+    wanted: bool | None,
+    progress: bool,
+) -> list[Verification]:
+    """Of a few pairs; none where it is not wanted, or there is one already. wanted: None where that is quick."""
+    quick = len(scores.train_ids) * (sum(influence.provider.sizes.values()) + ROW) <= VERIFIED
+    if not (quick if wanted is None else wanted) or train.is_kept:
+        return []
+    if any(isinstance(check, Verification) for check in known.checks):
+        return []
+    # Conjugate gradients go over all rows hundreds of times, which nobody has asked for.
+    solves = wanted is not None
+    return [verify(influence, train, query, **PAIRS, seed=0, solves=solves, progress=progress)]
+
+
+def _pairs(
+    influence: ComposableInfluence, train: Rows, query: Rows, scores: Scores, seen: _Seen, **options: Any
+) -> PairTokens:
+    """Options: of `run.tokens.token_scores`. Errors: likewise, and InvalidSetting for rows that are no texts."""
+    if not isinstance(seen.tokens, str):
+        return scores_of_tokens(influence, train, query, scores, seen.tokens, seen.text, **options)
+    if options["wanted"]:
+        kind = InvalidInput if seen.lacks else InvalidSetting
+        raise kind(f"token_scores=True: {seen.tokens}.")
+    return PairTokens({})
+
+
 def described_by(loader: Any) -> Any:
     """What was given for rows, where it says by itself what they are: data frames, texts, data sets of dicts."""
-    loader = as_pandas(loader)
     if isinstance(loader, tuple) and len(loader) == 2 and loader[1] is None:
         loader = loader[0]
-    if isinstance(loader, list) and _are_texts(loader):
+    if isinstance(loader, list) and are_texts(loader):
         return {"text": loader}
     if isinstance(loader, tuple) and len(loader) == 2 and is_frame(loader[0]):
         return loader[0] if isinstance(loader[1], str) else loader
     if is_frame(loader):
         return loader
-    if isinstance(loader, tuple) and len(loader) == 2 and _are_texts(loader[0]) and not isinstance(loader[1], str):
-        return {"text": loader[0], "label": loader[1]} if is_array(loader[1]) or _is_list(loader[1]) else None
+    if isinstance(loader, tuple) and len(loader) == 2 and are_texts(loader[0]) and not isinstance(loader[1], str):
+        labels = is_array(loader[1]) or isinstance(loader[1], (list, tuple))
+        return {"text": loader[0], "label": loader[1]} if labels else None
     numbered = isinstance(loader, Numbered) and not is_array(loader) and len(loader) > 0
     return loader if numbered and isinstance(loader[0], Mapping) else None
-
-
-def _are_texts(held: Any) -> bool:
-    return (is_array(held) or _is_list(held)) and len(held) > 0 and isinstance(held[0], str)
-
-
-def _is_list(held: Any) -> bool:
-    return isinstance(held, (list, tuple))
 
 
 def _check_same(influence: ComposableInfluence, scores: Scores) -> None:

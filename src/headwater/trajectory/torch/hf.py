@@ -7,24 +7,22 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from headwater.arrays import to_numpy
 from headwater.gradients.provider import StructuredGradientProvider
 from headwater.hf.influence import HfComposableInfluence
 from headwater.trajectory.influence import TrajectoryInfluence
 from headwater.trajectory.steps import TrainingModel
 from headwater.trajectory.torch.influence import at
-from headwater.trajectory.torch.steps import TorchTraining
+from headwater.trajectory.torch.steps import TorchTraining, weights_of
 
 
 class HfTrajectoryInfluence(TrajectoryInfluence[torch.Tensor], HfComposableInfluence):
     """What a recorded training did to a pretrained model; options as of `HfComposableInfluence`."""
 
     def training_model(self) -> TrainingModel:
-        header = self.method.trajectory.header
-        return TorchTraining(self._torch_provider, header.random > 0, header.still)
+        return TorchTraining.of(self._torch_provider, self.method.trajectory)
 
     def weights_now(self) -> dict[str, np.ndarray]:
-        return {name: to_numpy(p) for name, p in self._torch_provider.model.named_parameters()}
+        return weights_of(self._torch_provider)
 
     def provider_at(self, parameters: Mapping[str, np.ndarray]) -> StructuredGradientProvider:
         return self._provide(at(self._given, parameters))

@@ -9,23 +9,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from headwater.arrays import to_numpy
 from headwater.gradients.provider import StructuredGradientProvider
 from headwater.torch.influence import TorchComposableInfluence
 from headwater.trajectory.influence import TrajectoryInfluence
 from headwater.trajectory.steps import TrainingModel
-from headwater.trajectory.torch.steps import TorchTraining
+from headwater.trajectory.torch.steps import TorchTraining, weights_of
 
 
 class TorchTrajectoryInfluence(TrajectoryInfluence[torch.Tensor], TorchComposableInfluence):
     """What a recorded training did to a torch model; options as of `TorchComposableInfluence`."""
 
     def training_model(self) -> TrainingModel:
-        header = self.method.trajectory.header
-        return TorchTraining(self._torch_provider, header.random > 0, header.still)
+        return TorchTraining.of(self._torch_provider, self.method.trajectory)
 
     def weights_now(self) -> dict[str, np.ndarray]:
-        return {name: to_numpy(p) for name, p in self._torch_provider.model.named_parameters()}
+        return weights_of(self._torch_provider)
 
     def provider_at(self, parameters: Mapping[str, np.ndarray]) -> StructuredGradientProvider:
         return self._provide(at(self._given, parameters))

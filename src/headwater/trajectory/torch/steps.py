@@ -29,6 +29,7 @@ from headwater.torch.surroundings import autograd_on, lock_of, twice_differentia
 from headwater.torch.tree import dense
 from headwater.trajectory.rules import Arrays, State
 from headwater.trajectory.steps import Piece, Point, TrainingModel
+from headwater.trajectory.trajectory import Trajectory
 
 Tensors = dict[str, torch.Tensor]
 _generator_lock = threading.RLock()
@@ -95,6 +96,11 @@ def generator_state(device: torch.device) -> np.ndarray:
     return np.array(found.numpy())
 
 
+def weights_of(provider: TorchGradientProvider) -> dict[str, np.ndarray]:
+    """The model's parameters as they are now, by name."""
+    return {name: to_numpy(p) for name, p in provider.model.named_parameters()}
+
+
 class TorchTraining(TrainingModel):
     """The model of a provider, whatever its present weights: in eval mode, and where its steps drew random numbers in
     train mode with these.
@@ -108,6 +114,11 @@ class TorchTraining(TrainingModel):
         self.provider, self.random, self.still = provider, random, frozenset(still)
         self._own: dict[str, torch.Tensor] = {n: p.detach() for n, p in provider.model.named_parameters()}
         self._fixed = detached_state(provider.model)
+
+    @classmethod
+    def of(cls, provider: TorchGradientProvider, record: Trajectory) -> TorchTraining:
+        """As the record's training called it. Errors: as above."""
+        return cls(provider, record.header.random > 0, record.header.still)
 
     def put(self, state: State) -> State:
         def own(values: Any) -> Any:
