@@ -257,7 +257,7 @@ class Outer(Gradient):
         if again:
             return Moments(left, None, 0.0, 0.0)
         weighted, rows, positions = _counted(self.a, self.kept, weights)
-        right = _gram(None, self.a, weighted, int(self.a.shape[2]))
+        right = self.inputs_gram(weighted)
         if self.ones:
             a = self.a if weighted is None else self.a * weighted
             # The ones' row and column of sum [a, 1][a, 1]^T: sums of inputs, and in the corner how many positions there
@@ -268,6 +268,10 @@ class Outer(Gradient):
                 [xp.concat([right, column], axis=1), xp.concat([transpose(column), corner], axis=1)], axis=0
             )
         return Moments(left, right, rows, positions)
+
+    def inputs_gram(self, weights: Array | None) -> Array:
+        """The sum over rows and positions of w a a^T, [i, i]; weights [n, t or 1, 1], or None for one."""
+        return _gram(None, self.a, weights, int(self.a.shape[2]))
 
 
 def _counted(like: Array, kept: Array | None, weights: Array | None) -> tuple[Any, Any, Any]:
