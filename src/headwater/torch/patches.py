@@ -33,7 +33,7 @@ class Frame:
         """Whether correlations cost less than products of patches."""
         (kh, kw), (_, channels, height, width) = self.kernel, image.shape
         # Edges cost as much as the image itself where it is hardly larger than the kernel.
-        large = min(height - 4 * kh, width - 4 * kw) >= 0 and height * width * (channels * kh * kw) ** 2 > LARGE_PRODUCT
+        large = min(height - 2 * kh, width - 2 * kw) >= 0 and height * width * (channels * kh * kw) ** 2 > LARGE_PRODUCT
         # A convolution of a GPU may compute in TF32, unasked.
         return large and kh * kw > 1 and max(self.padding[:2]) < kw and max(self.padding[2:]) < kh and image.is_cpu
 
@@ -64,33 +64,39 @@ def patches_gram(image: torch.Tensor, weights: Any, frame: Frame) -> torch.Tenso
     channels, height, width = image.shape[1:]
     weighted = image if weights is None else image * weights
     padded = F.pad(image, (kw - 1, kw - 1, kh - 1, kh - 1))
+    every = range(height), range(width)
 
     @cache
-    def correlated(rows: range, columns: range) -> torch.Tensor:
-        """sum over u in this part of the image of x[c, u] x[c', u + d], for all distances d: [c, c', 2kh-1, 2kw-1]."""
+    def correlated(rows: range, columns: range, down: range, along: range) -> torch.Tensor:
+        """sum over u in this part of the image of x[c, u] x[c', u + d], for these distances d: [c, c', down, along]."""
         part = weighted[:, :, rows.start : rows.stop, columns.start : columns.stop]
-        seen = padded[:, :, rows.start : rows.stop + 2 * kh - 2, columns.start : columns.stop + 2 * kw - 2]
+        top, first = rows.start + down.start + kh - 1, columns.start + along.start + kw - 1
+        seen = padded[:, :, top : top + len(rows) + len(down) - 1, first : first + len(columns) + len(along) - 1]
         return _correlation(seen, part)
 
-    whole = _both_halves(_correlation(padded[:, :, :, kw - 1 :], weighted))
-    every_row, every_column = range(height), range(width)
+    whole = _both_halves(correlated(*every, range(1 - kh, kh), range(kw)))
     found = image.new_empty((channels, kh, kw, channels, kh, kw))
     for i in range(kh):
         # Pixel u = p + i - above, for output positions p: these lines of the image it does not reach.
         lines = _ends(height, i - above, kh - 1 - below - i)
         for j in range(kw):
             columns = _ends(width, j - left, kw - 1 - right - j)
-            sums = whole.clone()
-            for some in lines:
-                sums -= correlated(some, every_column)
-            for some in columns:
-                sums -= correlated(every_row, some)
-                for line in lines:
-                    sums += correlated(line, some)  # the corners were taken away twice
-            # Distance d = j' - j of the second offset from the first.
-            found[:, i, j] = sums[:, :, kh - 1 - i : 2 * kh - 1 - i, kw - 1 - j : 2 * kw - 1 - j]
-    flat = found.reshape((channels * kh * kw, channels * kh * kw))
-    return (flat + flat.T) / 2  # the two triangles differ by rounding
+            # Distance d = i' - i of the second offset from the first.
+            found[:, i, j] = whole[:, :, kh - 1 - i : 2 * kh - 1 - i, kw - 1 - j : 2 * kw - 1 - j]
+            edges = [(-1, rows, every[1]) for rows in lines] + [(-1, every[0], some) for some in columns]
+            edges += [(1, rows, some) for rows in lines for some in columns]  # corners were taken away twice
+            for sign, rows, some in edges:
+                # Farther away there is padding alone.
+                down, along = _inside(rows, range(-i, kh - i), height), _inside(some, range(-j, kw - j), width)
+                if len(down) and len(along):
+                    at = slice(down.start + i, down.stop + i), slice(along.start + j, along.stop + j)
+                    found[:, i, j, :, at[0], at[1]].add_(correlated(rows, some, down, along), alpha=sign)
+    return found.reshape((channels * kh * kw, channels * kh * kw))
+
+
+def _inside(pixels: range, distances: range, size: int) -> range:
+    """The distances at which some pixel meets another of `size`."""
+    return range(max(distances.start, 1 - pixels.stop), min(distances.stop, size - pixels.start))
 
 
 def _ends(size: int, first: int, last: int) -> list[range]:
