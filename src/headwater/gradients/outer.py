@@ -209,12 +209,12 @@ class Outer(Gradient):
         if self.positions > 1:
             return super().quadratic(weights)
         xp = namespace(self.a)
-        full = self.bordered() if weights is not None else self
-        a, b = full.a[:, 0] ** 2, full.b[:, 0] ** 2
         if weights is None:
+            a, b = self.a[:, 0], self.b[:, 0]
             # |b a^T|^2 = |a|^2 |b|^2, and the stored inputs lack the one.
-            return (xp.sum(a, axis=1) + (1 if self.ones else 0)) * xp.sum(b, axis=1)
-        return xp.sum((b @ weights) * a, axis=1)
+            return (xp.vecdot(a, a) + (1 if self.ones else 0)) * xp.vecdot(b, b)
+        full = self.bordered()
+        return xp.vecdot((full.b[:, 0] ** 2) @ weights, full.a[:, 0] ** 2)
 
     def squares(self, weights: Array | None) -> Array:
         if self.positions > 1:
