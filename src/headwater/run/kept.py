@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
@@ -25,13 +25,15 @@ from headwater.errors import BatchMismatch, InvalidInput, InvalidSetting, RulesC
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.provider import BlockGradients, StructuredGradientProvider
 from headwater.influence import ComposableInfluence
-from headwater.loaders.keys import RowKeys, is_among
+from headwater.loaders.keys import RowKeys, RowMemory, is_among
 from headwater.loaders.places import Place, here, located, move_to
 from headwater.mapper import Queries
+from headwater.methods.base import Method
 from headwater.progress import track
 from headwater.rows import Each, KeptTrainRows, PlacedBatch, Read, Rows, Visitor, first_batch, sweep
 from headwater.run.index import KeptIndex, make_index
-from headwater.run.packing import FLAT, Packed, Packing, described, is_flat, joined, unpacked
+from headwater.run.kept_fit import StoredGradients, refuse_matrices, refuse_to_fit
+from headwater.run.packing import FLAT, Packed, Packing, described, has_layers, is_flat, joined, unpacked
 from headwater.run.rows import distinct
 from headwater.run.runners import shared
 from headwater.run.runners.environment import Worker
@@ -205,6 +207,15 @@ class KeptGradients(KeptFolder, KeptTrainRows):
         refuse_others(self.path, self.identity, wanted, TOLERANCE, "another model or method")
         return KeptRows(influence, self._folder, bool(packing.operators))
 
+    def rows_to_fit(
+        self, influence: ComposableInfluence, memory: RowMemory
+    ) -> tuple[StructuredGradientProvider, KeptRows]:
+        """Their gradients as a fit of this influence reads them. Errors: as use, and as `refuse_to_fit`."""
+        refuse_to_fit(influence.method, self.identity, self.path)
+        rows = self.train_rows(influence)
+        rows.be_met(memory, influence.method if influence.method.fit_reads == "layers" else None)
+        return StoredGradients(influence.provider, self.path), rows
+
 
 # Keeping --------------------------------------------------------------------------------------------------------------
 
@@ -228,7 +239,7 @@ def keep_gradients(
     rows = influence.train_rows(loader)
     while True:
         try:
-            return _kept(influence, rows, store, packing_of(influence, form, rank), dtype, worker, progress)
+            return _kept(influence, rows, store, packing_of(influence, form, rank, dtype), dtype, worker, progress)
         except RulesChanged:  # fewer layers are left whose rules are trusted, so that this ends
             rows = influence.train_rows(loader)
 
@@ -260,9 +271,14 @@ def _kept(
     return KeptGradients(folder)
 
 
-def packing_of(influence: ComposableInfluence, form: str, rank: int | None) -> Packing:
+def number_of(dtype: str) -> Literal["float32", "float64"]:
+    """What numbers are before they are stored, and once they were read again."""
+    return "float64" if dtype == "float64" else "float32"
+
+
+def packing_of(influence: ComposableInfluence, form: str, rank: int | None, dtype: str) -> Packing:
     """Errors: InvalidSetting; for form="projected", of a method that is not fitted, or projects nothing."""
-    plain = Packing(form, rank)  # type: ignore[arg-type]
+    plain = Packing(form, rank, number=number_of(dtype))  # type: ignore[arg-type]
     if form not in ("auto", "projected"):
         return plain
     projecting = influence.is_fitted and any(
@@ -271,15 +287,16 @@ def packing_of(influence: ComposableInfluence, form: str, rank: int | None) -> P
     if form == "projected" and not projecting:
         why = "projects no gradients" if influence.is_fitted else "has to be fitted before it can project rows"
         raise InvalidSetting(f"form is 'projected', and {influence.method.describe()} {why}.")
-    return Packing(form, rank, influence.block_mapper.operators) if projecting else plain  # type: ignore[arg-type]
+    return replace(plain, operators=influence.block_mapper.operators) if projecting else plain
 
 
 def _packing(influence: ComposableInfluence, identity: Mapping[str, Any]) -> Packing:
     """How a store's rows are packed. Errors: InvalidInput for projected rows and a method that projects nothing."""
+    form, rank, dtype = identity["form"], identity["rank"], identity["dtype"]
     if not identity["projection"]:
-        return Packing("auto" if identity["form"] == "projected" else identity["form"], identity["rank"])
+        return Packing("auto" if form == "projected" else form, rank, number=number_of(dtype))
     try:
-        return packing_of(influence, "projected", None)
+        return packing_of(influence, "projected", None, dtype)
     except InvalidSetting as error:
         raise InvalidInput(f"The rows that are kept are projected: {error}") from None
 
@@ -596,6 +613,27 @@ class KeptRows(Rows):
     def glance(self) -> None:
         """Segments do not change."""
 
+    def be_met(self, memory: RowMemory, by_layers: Method[Any] | None) -> None:
+        """As a loader's rows are in a first pass. by_layers: of a method that needs what layers gave.
+
+        Errors: DamagedFile; BatchMismatch where these rows have to be others; InvalidSetting for rows that are kept as
+        matrices.
+        """
+        self.memory, found = memory, []
+        for entry in self.manifest.entries:
+            segment = self.folder.segment(entry)
+            if by_layers is not None and entry.visible and not has_layers(segment):
+                refuse_matrices(self.folder.path, by_layers.describe())
+            rows = StoredRows.of(self, entry, segment)
+            memory.compare(rows.keys, Place("train", len(found), sum(map(len, found)), len(rows)))
+            found.append(rows.keys)
+        if not self.manifest.rows:
+            raise self._empty()
+        memory.end(found, "train")
+
+    def _empty(self) -> InvalidInput:
+        return InvalidInput(f"There are no rows in {self.folder.path}: all were deleted.")
+
     def only(self, rows: Mapping[str, Sequence[int]]) -> KeptRows:
         """Of each file, these rows alone: all others are left out as deleted ones are."""
         entries = tuple(
@@ -609,7 +647,7 @@ class KeptRows(Rows):
     def pieces(self, what: str, show: bool) -> Iterator[PlacedBatch]:
         """Errors: DamagedFile; InvalidInput if there are no rows."""
         if not self.manifest.rows:
-            raise InvalidInput(f"There are no rows in {self.folder.path}: all were deleted.")
+            raise self._empty()
         outer, start = here(), 0
         entries = [entry for entry in self.manifest.entries if entry.visible]
         ahead = [self.folder.segment(entry) for entry in entries[:1]]
@@ -620,12 +658,12 @@ class KeptRows(Rows):
                 ahead[0].will_be_read()
             place = Place("train", number, start, entry.visible)
             move_to(place)
-            yield KeptBatch.of(self, entry, segment, place)
+            yield KeptBatch.of(StoredRows.of(self, entry, segment), place)
             start += entry.visible
         move_to(outer)
 
     def matrix(self, queries: Queries) -> np.ndarray | None:
-        """The queries as a float32 matrix [D, q] that kept rows [n, D] are multiplied by; None where that is not all.
+        """The queries as a matrix [D, q] in the rows' dtype, which rows are multiplied by; None if that is not all.
 
         It is, where rows meet queries as they are kept: nothing is done to them, and the product is the plain one.
         """
@@ -642,12 +680,13 @@ class KeptRows(Rows):
             if left.layout != layout or len(left.parts) != len(layout.parts):  # rows are whole, and to be projected
                 return None
             columns += [to_numpy(part.dense()).reshape((left.rows, -1)) for part in left.parts]
-        return np.ascontiguousarray(np.concatenate(columns, axis=1).astype(np.float32).T)
+        number = number_of(self.folder.identity["dtype"])
+        return np.ascontiguousarray(np.concatenate(columns, axis=1).astype(number).T)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class KeptBatch(PlacedBatch):
-    """The rows of a segment that are not deleted."""
+@dataclass(frozen=True, eq=False)
+class StoredRows:
+    """Rows of a segment that are not deleted: what is asked of a batch of them, as it was kept."""
 
     source: KeptRows
     entry: Entry
@@ -658,31 +697,91 @@ class KeptBatch(PlacedBatch):
     """Which of these, from their first on; None for all."""
 
     @classmethod
-    def of(cls, source: KeptRows, entry: Entry, segment: Segment, place: Place) -> KeptBatch:
+    def of(cls, source: KeptRows, entry: Entry, segment: Segment) -> StoredRows:
         there = np.delete(np.arange(entry.rows), entry.gone) if entry.gone else None
-        keys = keys_of(segment)
-        keys = keys if there is None else keys.take(there)
-        # Nothing asks these rows for inputs: a range says how many they are.
-        return cls(
-            range(entry.visible),
-            place,
-            keys,
-            source=source,
-            entry=entry,
-            segment=segment,
-            span=slice(0, entry.rows),
-            there=there,
-        )
+        return cls(source, entry, segment, slice(0, entry.rows), there)
 
-    def take(self, rows: slice) -> KeptBatch:
-        span, there = slice(self.span.start + rows.start, self.span.start + rows.stop), None
+    def __len__(self) -> int:
+        return self.span.stop - self.span.start if self.there is None else len(self.there)
+
+    def take(self, rows: slice) -> StoredRows:
+        start, stop, _ = rows.indices(len(self))
+        span, there = slice(self.span.start + start, self.span.start + stop), None
         if self.there is not None:
-            some = self.there[rows]
+            some = self.there[start:stop]
             span = slice(self.span.start + int(some[0]), self.span.start + int(some[-1]) + 1)
             there = some - some[0]
-        place = replace(self.place, offset=self.place.offset + rows.start)
-        keys = None if self.keys is None else self.keys.take(rows)
-        return replace(self, batch=self.batch[rows], place=place, keys=keys, span=span, there=there, _grads=[])
+        return replace(self, span=span, there=there)
+
+    @property
+    def names(self) -> np.ndarray:
+        return self._mine(self.source.folder.names(self.entry, self.segment))
+
+    @property
+    def keys(self) -> RowKeys:
+        keys = keys_of(self.segment).take(self.span)
+        return keys if self.there is None else keys.take(self.there)
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether all of the rows is in one matrix."""
+        return is_flat(self.segment)
+
+    @property
+    def weights(self) -> np.ndarray | None:
+        """float64 [n]; None if all are one."""
+        return self._each("weights")
+
+    @property
+    def self_scale(self) -> np.ndarray | None:
+        """As the provider's, float64 [n]. Errors: UnsupportedModel, as the provider's."""
+        if self.segment.about["refused"]:
+            raise UnsupportedModel(self.segment.about["refused"])
+        return self._each("self")
+
+    def grads(self) -> BlockGradients:
+        """Without weights."""
+        found = unpacked(self.segment, self.source.layouts, self.source.like, self.span)
+        if self.there is None:
+            return found
+        there = as_like(self.there, self.source.like, namespace(self.source.like).int64)
+        return OrderedDict((name, value.take(there)) for name, value in found.items())
+
+    def times(self, factors: np.ndarray | None, values: BlockGradients) -> BlockGradients:
+        """Each row times its factor [n]."""
+        if factors is None:
+            return values
+        own = as_like(factors, self.source.like)
+        return OrderedDict((block, value.weighted(own)) for block, value in values.items())
+
+    def product(self, matrix: np.ndarray) -> np.ndarray:
+        """Weighted rows on a matrix [D, q], on the memory map: [n, q]."""
+        product = self.segment.product(FLAT, matrix, self.span)
+        found = product if self.there is None else product[self.there]
+        weights = self.weights
+        if weights is not None:
+            found *= weights.astype(found.dtype)[:, None]
+        return found
+
+    def _each(self, name: str) -> np.ndarray | None:
+        return self._mine(self.segment.raw(name)) if self.segment.has(name) else None
+
+    def _mine(self, values: np.ndarray) -> np.ndarray:
+        return values[self.span] if self.there is None else values[self.span][self.there]
+
+
+@dataclass(frozen=True, eq=False)
+class KeptBatch(PlacedBatch):
+    """Rows of a segment, on their way through a run."""
+
+    batch: StoredRows
+
+    @classmethod
+    def of(cls, rows: StoredRows, place: Place) -> KeptBatch:
+        return cls(rows, place, rows.keys)
+
+    def take(self, rows: slice) -> KeptBatch:
+        return KeptBatch.of(self.batch.take(rows), replace(self.place, offset=self.place.offset + rows.start))
 
     @property
     def is_kept(self) -> bool:
@@ -690,40 +789,20 @@ class KeptBatch(PlacedBatch):
 
     @property
     def names(self) -> np.ndarray:
-        return self._mine(self.source.folder.names(self.entry, self.segment))
+        return self.batch.names
 
     def grads(self, provider: StructuredGradientProvider) -> BlockGradients:
-        return self._times("weights", self.unweighted_grads(provider))
+        return self.batch.times(self.batch.weights, self.batch.grads())
 
     def unweighted_grads(self, provider: StructuredGradientProvider) -> BlockGradients:
-        found = unpacked(self.segment, self.source.layouts, self.source.like, self.span)
-        if self.there is None:
-            return found
-        there = as_like(self.there, self.source.like, namespace(self.source.like).int64)
-        return OrderedDict((name, value.take(there)) for name, value in found.items())
+        return self.batch.grads()
 
     def self_grads(self, provider: StructuredGradientProvider) -> BlockGradients:
         """Errors: UnsupportedModel, as the provider's."""
-        if self.segment.about["refused"]:
-            raise UnsupportedModel(self.segment.about["refused"])
-        return self._times("self", self.grads(provider))
+        scale = self.batch.self_scale
+        return self.batch.times(scale, self.grads(provider))
 
     def scores(self, queries: Queries, provider: StructuredGradientProvider, by_block: bool) -> list[Array]:
         """As one matrix product on the memory map, where rows are matrices and nothing else is asked."""
-        matrix = None if by_block or not is_flat(self.segment) else self.source.matrix(queries)
-        if matrix is None:
-            return super().scores(queries, provider, by_block)
-        product = self.segment.product(FLAT, matrix, self.span)
-        found = product if self.there is None else product[self.there]
-        if self.segment.has("weights"):
-            found *= self._mine(self.segment.raw("weights")).astype(np.float32)[:, None]
-        return [found.T]
-
-    def _mine(self, values: np.ndarray) -> np.ndarray:
-        return values[self.span] if self.there is None else values[self.span][self.there]
-
-    def _times(self, name: str, values: BlockGradients) -> BlockGradients:
-        if not self.segment.has(name):
-            return values
-        factors = as_like(self._mine(self.segment.raw(name)), self.source.like)
-        return OrderedDict((block, value.weighted(factors)) for block, value in values.items())
+        matrix = None if by_block or not self.batch.is_flat else self.batch.source.matrix(queries)
+        return super().scores(queries, provider, by_block) if matrix is None else [self.batch.product(matrix).T]

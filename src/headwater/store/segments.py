@@ -1,9 +1,9 @@
 """Arrays of some rows in one file that never changes, and is mapped into memory where it is read.
 
 Layout: the format of safetensors, so that others read it too: eight bytes with the length of a JSON header, the header,
-and the arrays one after the other, rows first. Each array is stored as float32, as bfloat16, or as int8 with a float32
-scale for each row (an array of its own, "NAME.scale" [n, columns' groups]). Beside the numbers a row has keys, an id
-and a weight, which are stored as they are.
+and the arrays one after the other, rows first. Each array is stored as float32, float64, bfloat16, or as int8 with a
+float32 scale for each row (an array of its own, "NAME.scale" [n, columns' groups]). Beside the numbers a row has keys,
+an id and a weight, which are stored as they are.
 
 A checksum of the whole file is in its header: BLAKE2b of the header and of the CRC-32C of each megabyte, which a
 processor computes about as fast as it reads. It says where the file belongs too. A file is checked when a process
@@ -30,7 +30,7 @@ from headwater.settings import check_word
 from headwater.store.draft import write_whole
 from headwater.store.seal import digest
 
-Stored = Literal["float32", "bfloat16", "int8"]
+Stored = Literal["float32", "bfloat16", "int8", "float64"]
 SUFFIX = ".safetensors"
 NAMES: dict[str, str] = {
     "float64": "F64",
@@ -126,7 +126,7 @@ def write_segment(
             stored[name], stored[f"{name}.scale"] = to_int8(values, (groups or {}).get(name, [size]))
             named[f"{name}.scale"] = "F32"
         else:
-            stored[name] = to_bfloat16(values) if dtype == "bfloat16" else np.ascontiguousarray(values, np.float32)
+            stored[name] = to_bfloat16(values) if dtype == "bfloat16" else np.ascontiguousarray(values, dtype)
         named[name] = NAMES[dtype]
     return write_arrays(file, place, about, stored, named)
 
@@ -239,7 +239,7 @@ class Segment:
         return self._data[start:stop].view(kinds[entry["dtype"]]).reshape(entry["shape"])
 
     def numbers(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        """Some rows in float32: on the memory map itself, where they are stored so."""
+        """Some rows in float32, or float64: on the memory map itself, where they are stored so."""
         raw, kind = self.raw(name)[rows], self._entries[name]["dtype"]
         if kind == "BF16":
             return from_bfloat16(raw)
@@ -258,13 +258,13 @@ class Segment:
         return found.get(name) or [int(np.prod(self._entries[name]["shape"][1:]))]
 
     def product(self, name: str, queries: np.ndarray, rows: slice = slice(None)) -> np.ndarray:
-        """Dot products of rows of a matrix [n, D] with queries [D, q]: float32 [n, q].
+        """Dot products of rows of a matrix [n, D] with queries [D, q]: [n, q], of the queries' dtype.
 
         A matrix product on the memory map, a few rows after the other; bfloat16 and int8 are converted on the way.
         """
         entry = self._entries[name]
         first, last, _ = rows.indices(entry["shape"][0])
-        found = np.empty((last - first, queries.shape[1]), dtype=np.float32)
+        found = np.empty((last - first, queries.shape[1]), dtype=queries.dtype)
         step = max(1, AT_ONCE // max(1, entry["shape"][1]))
         for start in range(first, last, step):
             stop = min(start + step, last)
