@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
-from headwater.arrays import Array, accumulable, as_like, namespace, to_numpy
+from headwater.arrays import Array, accumulable, as_like, to_numpy
 from headwater.blocks import Layout
 from headwater.errors import BatchMismatch, InvalidInput, InvalidSetting, RulesChanged, UnsupportedModel
 from headwater.gradients.block import BlockGradient
@@ -33,11 +32,12 @@ from headwater.progress import track
 from headwater.rows import Each, KeptTrainRows, PlacedBatch, Read, Rows, Visitor, first_batch, sweep
 from headwater.run.index import KeptIndex, make_index
 from headwater.run.kept_fit import StoredGradients, refuse_matrices, refuse_to_fit
-from headwater.run.packing import FLAT, Packed, Packing, described, has_layers, is_flat, joined, unpacked
+from headwater.run.packing import Packed, Packing, described, has_layers, joined
 from headwater.run.rows import distinct
 from headwater.run.runners import shared
 from headwater.run.runners.environment import Worker
 from headwater.run.runners.turns import Turn, Wanted, check_worker, take_turns
+from headwater.run.stored_rows import StoredRows, keys_of
 from headwater.store.kept import ABOUT, NUMBERS, Entry, Manifest, SegmentFolder, TileFiles, refuse_others
 from headwater.store.segments import Segment, checked_dtype, packed_ids
 
@@ -574,12 +574,6 @@ def key_arrays(keys: RowKeys) -> dict[str, np.ndarray]:
     return found if keys.ids is None else {**found, "keys.ids": keys.ids, "keys.shaped": keys.shaped}  # type: ignore
 
 
-def keys_of(segment: Segment) -> RowKeys:
-    """Of the rows of a segment, deleted ones too."""
-    ids, shaped = (segment.raw(f"keys.{n}") if segment.has(f"keys.{n}") else None for n in ("ids", "shaped"))
-    return RowKeys(segment.raw("keys.content"), segment.raw("keys.weighted"), ids, shaped)
-
-
 # Use ------------------------------------------------------------------------------------------------------------------
 
 
@@ -621,15 +615,18 @@ class KeptRows(Rows):
         """
         self.memory, found = memory, []
         for entry in self.manifest.entries:
-            segment = self.folder.segment(entry)
-            if by_layers is not None and entry.visible and not has_layers(segment):
+            rows = self._stored(entry)
+            if by_layers is not None and entry.visible and not has_layers(rows.segment):
                 refuse_matrices(self.folder.path, by_layers.describe())
-            rows = StoredRows.of(self, entry, segment)
             memory.compare(rows.keys, Place("train", len(found), sum(map(len, found)), len(rows)))
             found.append(rows.keys)
         if not self.manifest.rows:
             raise self._empty()
         memory.end(found, "train")
+
+    def _stored(self, entry: Entry) -> StoredRows:
+        """Errors: DamagedFile."""
+        return StoredRows.of(self.folder, entry, self.layouts, self.like)
 
     def _empty(self) -> InvalidInput:
         return InvalidInput(f"There are no rows in {self.folder.path}: all were deleted.")
@@ -650,15 +647,15 @@ class KeptRows(Rows):
             raise self._empty()
         outer, start = here(), 0
         entries = [entry for entry in self.manifest.entries if entry.visible]
-        ahead = [self.folder.segment(entry) for entry in entries[:1]]
+        ahead = [self._stored(entry) for entry in entries[:1]]
         for number, entry in enumerate(track(entries, what, show)):
-            segment = ahead.pop()
+            rows = ahead.pop()
             if number + 1 < len(entries):  # the disk is at the next one while this is multiplied
-                ahead.append(self.folder.segment(entries[number + 1]))
-                ahead[0].will_be_read()
+                ahead.append(self._stored(entries[number + 1]))
+                ahead[0].segment.will_be_read()
             place = Place("train", number, start, entry.visible)
             move_to(place)
-            yield KeptBatch.of(StoredRows.of(self, entry, segment), place)
+            yield KeptBatch.of(rows, place, self)
             start += entry.visible
         move_to(outer)
 
@@ -685,103 +682,19 @@ class KeptRows(Rows):
 
 
 @dataclass(frozen=True, eq=False)
-class StoredRows:
-    """Rows of a segment that are not deleted: what is asked of a batch of them, as it was kept."""
-
-    source: KeptRows
-    entry: Entry
-    segment: Segment
-    span: slice
-    """Rows of the segment, one after the other."""
-    there: np.ndarray | None
-    """Which of these, from their first on; None for all."""
-
-    @classmethod
-    def of(cls, source: KeptRows, entry: Entry, segment: Segment) -> StoredRows:
-        there = np.delete(np.arange(entry.rows), entry.gone) if entry.gone else None
-        return cls(source, entry, segment, slice(0, entry.rows), there)
-
-    def __len__(self) -> int:
-        return self.span.stop - self.span.start if self.there is None else len(self.there)
-
-    def take(self, rows: slice) -> StoredRows:
-        start, stop, _ = rows.indices(len(self))
-        span, there = slice(self.span.start + start, self.span.start + stop), None
-        if self.there is not None:
-            some = self.there[start:stop]
-            span = slice(self.span.start + int(some[0]), self.span.start + int(some[-1]) + 1)
-            there = some - some[0]
-        return replace(self, span=span, there=there)
-
-    @property
-    def names(self) -> np.ndarray:
-        return self._mine(self.source.folder.names(self.entry, self.segment))
-
-    @property
-    def keys(self) -> RowKeys:
-        keys = keys_of(self.segment).take(self.span)
-        return keys if self.there is None else keys.take(self.there)
-
-    @property
-    def is_flat(self) -> bool:
-        """Whether all of the rows is in one matrix."""
-        return is_flat(self.segment)
-
-    @property
-    def weights(self) -> np.ndarray | None:
-        """float64 [n]; None if all are one."""
-        return self._each("weights")
-
-    @property
-    def self_scale(self) -> np.ndarray | None:
-        """As the provider's, float64 [n]. Errors: UnsupportedModel, as the provider's."""
-        if self.segment.about["refused"]:
-            raise UnsupportedModel(self.segment.about["refused"])
-        return self._each("self")
-
-    def grads(self) -> BlockGradients:
-        """Without weights."""
-        found = unpacked(self.segment, self.source.layouts, self.source.like, self.span)
-        if self.there is None:
-            return found
-        there = as_like(self.there, self.source.like, namespace(self.source.like).int64)
-        return OrderedDict((name, value.take(there)) for name, value in found.items())
-
-    def times(self, factors: np.ndarray | None, values: BlockGradients) -> BlockGradients:
-        """Each row times its factor [n]."""
-        if factors is None:
-            return values
-        own = as_like(factors, self.source.like)
-        return OrderedDict((block, value.weighted(own)) for block, value in values.items())
-
-    def product(self, matrix: np.ndarray) -> np.ndarray:
-        """Weighted rows on a matrix [D, q], on the memory map: [n, q]."""
-        product = self.segment.product(FLAT, matrix, self.span)
-        found = product if self.there is None else product[self.there]
-        weights = self.weights
-        if weights is not None:
-            found *= weights.astype(found.dtype)[:, None]
-        return found
-
-    def _each(self, name: str) -> np.ndarray | None:
-        return self._mine(self.segment.raw(name)) if self.segment.has(name) else None
-
-    def _mine(self, values: np.ndarray) -> np.ndarray:
-        return values[self.span] if self.there is None else values[self.span][self.there]
-
-
-@dataclass(frozen=True, eq=False)
 class KeptBatch(PlacedBatch):
     """Rows of a segment, on their way through a run."""
 
     batch: StoredRows
+    source: KeptRows = field(kw_only=True)
 
     @classmethod
-    def of(cls, rows: StoredRows, place: Place) -> KeptBatch:
-        return cls(rows, place, rows.keys)
+    def of(cls, rows: StoredRows, place: Place, source: KeptRows) -> KeptBatch:
+        return cls(rows, place, rows.keys, source=source)
 
     def take(self, rows: slice) -> KeptBatch:
-        return KeptBatch.of(self.batch.take(rows), replace(self.place, offset=self.place.offset + rows.start))
+        place = replace(self.place, offset=self.place.offset + rows.start)
+        return KeptBatch.of(self.batch.take(rows), place, self.source)
 
     @property
     def is_kept(self) -> bool:
@@ -804,5 +717,5 @@ class KeptBatch(PlacedBatch):
 
     def scores(self, queries: Queries, provider: StructuredGradientProvider, by_block: bool) -> list[Array]:
         """As one matrix product on the memory map, where rows are matrices and nothing else is asked."""
-        matrix = None if by_block or not self.batch.is_flat else self.batch.source.matrix(queries)
+        matrix = None if by_block or not self.batch.is_flat else self.source.matrix(queries)
         return super().scores(queries, provider, by_block) if matrix is None else [self.batch.product(matrix).T]

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import Any, NoReturn, Self
 
 import numpy as np
 
@@ -26,9 +26,7 @@ from headwater.gradients.provider import (
 )
 from headwater.gradients.view import ProviderView
 from headwater.methods.base import Method
-
-if TYPE_CHECKING:
-    from headwater.run.kept import StoredRows
+from headwater.run.stored_rows import StoredRows
 
 WHOLE = ("float32", "float64")
 """Of dtypes, those that keep gradients as they are."""
@@ -136,8 +134,7 @@ class StoredGradients(ProviderView):
     @staticmethod
     def _own(batch: StoredRows, values: np.ndarray | None) -> Array | None:
         """As an array beside the gradients."""
-        like = batch.source.like
-        return None if values is None else as_like(values, like)
+        return None if values is None else as_like(values, batch.like)
 
     def begin_pass(self) -> None:
         """The model is not asked."""
