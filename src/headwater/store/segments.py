@@ -267,8 +267,20 @@ class Segment:
         found = np.empty((last - first, queries.shape[1]), dtype=queries.dtype)
         step = max(1, AT_ONCE // max(1, entry["shape"][1]))
         for start in range(first, last, step):
-            stop = min(start + step, last)
-            np.matmul(self.numbers(name, slice(start, stop)), queries, out=found[start - first : stop - first])
+            few, out = slice(start, min(start + step, last)), slice(start - first, min(start + step, last) - first)
+            if entry["dtype"] == "I8":
+                found[out] = self._int8_product(name, queries, few)
+            else:
+                np.matmul(self.numbers(name, few), queries, out=found[out])
+        return found
+
+    def _int8_product(self, name: str, queries: np.ndarray, rows: slice) -> np.ndarray:
+        """[n, q]. Scales are a row's: dot products are multiplied by them, which are fewer than the row's numbers."""
+        whole, scales = self.raw(name)[rows].astype(np.float32), self.raw(f"{name}.scale")[rows]
+        columns = list(_columns(self.groups(name)))
+        found = (whole[:, columns[0]] @ queries[columns[0]]) * scales[:, :1]
+        for k, part in enumerate(columns[1:], 1):
+            found += (whole[:, part] @ queries[part]) * scales[:, k, None]
         return found
 
     @cached_property
