@@ -10,10 +10,10 @@ and the sink that `influence.top` uses; no model is in it. Beside that, in bytes
 - disk: reading the store's files by 8 MB with their pages dropped before (what one thread reads from a cold disk);
 - multiply-adds: the product of two square float32 matrices of 2,048 rows, the most that one core computes.
 
-"at most" is the share of the memory's rate that a scan can have on one core: at its most of multiply-adds, 2 for each
-number and query, it takes so many bytes a second. "of memory" is the scan's rate, once the files are in the page cache, as a share of the memory's; "of disk" is that of a
-scan with the pages dropped before, as a share of the disk's, so far as this process may drop them; "of peak" is what
-the scan multiplies, as a share of the core's most. Medians of three.
+"at most" is the share of the memory's rate that a scan can have on one core: at its most of multiply-adds, one for each
+number and query. "of memory" is the scan's rate, once the files are in the page cache, as a share of the memory's; "of
+disk" is that of a scan with the pages dropped before, as a share of the disk's, so far as this process may drop them;
+"of peak" is what the scan multiplies, as a share of the core's most. Medians of three.
 """
 
 from __future__ import annotations

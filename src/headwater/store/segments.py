@@ -43,6 +43,8 @@ NAMES: dict[str, str] = {
     "int32": "I32",
 }
 """Of dtypes in headers."""
+KINDS = {word: np.dtype(np.uint16 if kind == "bfloat16" else kind) for kind, word in NAMES.items()}
+"""In memory: bfloat16 as its bits."""
 ALIGNED = 64
 """Bytes that the arrays begin at a multiple of."""
 PIECE = 2**20
@@ -235,8 +237,7 @@ class Segment:
         """As it is stored, on the memory map: bfloat16 as its bits."""
         entry = self._entries[name]
         start, stop = entry["data_offsets"]
-        kinds = {word: np.dtype(np.uint16 if kind == "bfloat16" else kind) for kind, word in NAMES.items()}
-        return self._data[start:stop].view(kinds[entry["dtype"]]).reshape(entry["shape"])
+        return self._data[start:stop].view(KINDS[entry["dtype"]]).reshape(entry["shape"])
 
     def numbers(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """Some rows in float32, or float64: on the memory map itself, where they are stored so."""
