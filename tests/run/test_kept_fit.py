@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import warnings
+from pathlib import Path
+
 import models
 import numpy as np
 import pytest
@@ -13,6 +17,7 @@ import headwater as hw
 from headwater.errors import BatchMismatch, DamagedFile, InvalidInput, InvalidSetting
 from headwater.methods.base import Method
 from headwater.methods.registry import METHODS
+from headwater.rows import serial
 from headwater.run.runners import shared
 from headwater.sklearn import SklearnComposableInfluence
 from headwater.torch import TorchBatch, TorchComposableInfluence
@@ -318,6 +323,45 @@ def test_margins_of_rows_that_the_model_is_sure_of_are_refused(tmp_path):
     rows = made().gradients(PLAIN, store=tmp_path / "kept", form="outer", dtype="float64")
     with pytest.raises(InvalidInput, match="so sure that 1 - p is zero to rounding"):
         made().fit(rows)
+
+
+def table():
+    """Of docs/scale.md: by method, who may share its fit, and whether kept gradients may stand for its rows."""
+    text = (Path(__file__).parents[2] / "docs" / "scale.md").read_text()
+    rows = re.findall(r"^\| `hw\.(\w+)` \| ([^|]+) \| ([^|]+) \|$", text, re.M)
+    return {name: (shared, kept) for name, shared, kept in rows}
+
+
+EITHER = {"Representer": {"l2": 1.0, "tolerance": 1e9}}
+"""Settings that a method has to have; and a tolerance by which any weights are stationary, and linear."""
+
+
+def test_the_guide_s_table_of_fits_has_every_method():
+    assert list(table()) == [entry.class_name for entry in METHODS]
+
+
+@pytest.mark.parametrize("entry", METHODS, ids=lambda entry: entry.class_name)
+def test_the_guide_says_of_each_method_whether_its_fit_is_shared_and_reads_kept_gradients(entry):
+    shared_by, kept_from = table()[entry.class_name]
+    method, passes = entry.cls(**EITHER.get(entry.class_name, {})), []
+
+    def runner(visitor, read, label):
+        passes.append(visitor.is_shareable)
+        return serial(visitor, read, label)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        influence(method).fit(PLAIN, runner=runner, tile=64)
+    assert (shared_by == "yes") == all(passes), passes
+    assert shared_by == "yes" or shared_by.startswith("each by itself")
+    fits = ("weights", "gradients", "layers")
+    if kept_from == "yes":
+        assert method.fit_reads in fits
+    elif kept_from.startswith("with"):
+        name, value = re.fullmatch(r'with `(\w+)="(\w+)"`', kept_from).groups()
+        assert method.fit_reads not in fits and entry.cls(**{name: value}).fit_reads in fits
+    else:
+        assert kept_from.startswith("no: ") and method.fit_reads == "model"
 
 
 def test_every_method_says_what_its_fit_reads():

@@ -211,10 +211,6 @@ IN_STEP = """
     found["other rows"] = refused([train, other][rank])
     found["an error"] = refused([train, Broken()][rank])
     found["shares"] = refused(train, store="shares", worker="env")
-    try:
-        fitted.attribute(train, queries, store="scores")
-    except HeadwaterError as error:
-        found["scores in a folder"] = str(error)
     found["again"] = refused(train)
     if rank == 1:
         time.sleep(12)  # stays away
@@ -236,7 +232,6 @@ def test_processes_that_hold_a_model_together_go_in_step_or_say_why_not(tmp_path
         assert "have different rows" in found["other rows"]
         assert "DistributedSampler" in found["other rows"]
         assert "Leave worker= out" in found["shares"]
-        assert "Leave store= out" in found["scores in a folder"]
         assert found["again"] is None
     assert "a forward pass on [0], an error on [1]" in said[0]["an error"]
     assert said[1]["an error"] == "OSError: the disk"

@@ -106,12 +106,13 @@ class KeptGradients(KeptFolder, KeptTrainRows):
     """Gradients of train rows in a folder: `influence.gradients(loader, store=...)` makes it, `open` finds it again.
 
     It stands for the train loader in `influence.attribute`, `top` and `self_influence`, whatever the damping and the
-    queries. Opening needs no model; using it needs the model that it was made with. Errors of use: InvalidInput, naming
-    the fields in which model or method are others; DamagedFile, naming the file.
+    queries, and in `fit` where that asks for gradients alone (`run.kept_fit`). Opening needs no model; using it needs
+    the model that it was made with. Errors of use: InvalidInput, naming the fields in which model or method are others;
+    DamagedFile, naming the file.
     """
 
     kind = KIND
-    stands_for = "train rows in attribute, top and self_influence"
+    stands_for = "train rows in attribute, top, self_influence and fit"
 
     @property
     def nbytes(self) -> int:
