@@ -399,7 +399,7 @@ def first_batch(provider: StructuredGradientProvider, loader: Iterable[object]) 
         outer = here()
         first = next(iter(kept))
         move_to(outer)
-        return first.take(slice(0, min(len(first.batch), FEW))).batch  # type: ignore[no-any-return]
+        return first.take(slice(0, min(len(first.batch), FEW))).batch
     source = loader.source if isinstance(loader, Rows) else loader
     check_loader(source, "train")
     # Not compared and not remembered: a look must not use up what a pass will check.

@@ -614,13 +614,16 @@ class KeptRows(Rows):
         Errors: DamagedFile; BatchMismatch where these rows have to be others; InvalidSetting for rows that are kept as
         matrices.
         """
-        self.memory, found = memory, []
+        self.memory = memory
+        found: list[RowKeys] = []
+        start = 0
         for entry in self.manifest.entries:
             rows = self._stored(entry)
             if by_layers is not None and entry.visible and not has_layers(rows.segment):
                 refuse_matrices(self.folder.path, by_layers.describe())
-            memory.compare(rows.keys, Place("train", len(found), sum(map(len, found)), len(rows)))
+            memory.compare(rows.keys, Place("train", len(found), start, len(rows)))
             found.append(rows.keys)
+            start += len(rows)
         if not self.manifest.rows:
             raise self._empty()
         memory.end(found, "train")

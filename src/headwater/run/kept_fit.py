@@ -116,10 +116,10 @@ class StoredGradients(ProviderView):
             )
         return scale
 
-    def self_grads(self, batch: StoredRows) -> BlockGradients:  # type: ignore[override]
+    def self_grads(self, batch: StoredRows) -> BlockGradients:
         return batch.times(batch.self_scale, self.grads(batch))
 
-    def self_scale(self, batch: StoredRows) -> Array | None:  # type: ignore[override]
+    def self_scale(self, batch: StoredRows) -> Array | None:
         return self._own(batch, batch.self_scale)
 
     def row_weights(self, batch: StoredRows) -> Array | None:  # type: ignore[override]
