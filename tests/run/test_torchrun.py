@@ -162,13 +162,15 @@ IN_STEP = """
     from torch.distributed.fsdp import fully_shard
 
     import headwater as hw
+    from headwater import rows
     from headwater.errors import HeadwaterError
     from headwater.torch import TorchBatch, TorchComposableInfluence
 
     dist.init_process_group("gloo", timeout=timedelta(seconds=8))
     rank, found = dist.get_rank(), {}
     torch.manual_seed(0)
-    x, y = torch.randn(280, 5), torch.arange(280) % 3  # batches that are not joined
+    rows.FEW = 1  # batches that are not joined
+    x, y = torch.randn(280, 5), torch.arange(280) % 3
     train = [TorchBatch(x[k : k + 70], y[k : k + 70], weights=1 + x[k : k + 70, 0] ** 2) for k in range(0, 280, 70)]
     queries = [(x[:4] + 0.1, y[:4])]
 
