@@ -98,6 +98,10 @@ class MarginGradientProvider(ProviderView):
         safe = xp.where(found > 0, found, xp.ones_like(found))
         return xp.where(found > 0, safe**-0.5, xp.zeros_like(found))
 
+    def curvature_scale(self, self_scale: Array | None) -> Array | None:
+        """A train row is 1 - p times the margin's gradient, and `self_scale` one over the root of that."""
+        return None if self_scale is None else self_scale**2
+
     def one_minus_p(self, batch: Batch) -> Array:
         """1 - p, the chance of another answer than the row's target: [n]."""
         return self.margin.one_minus_p(batch)

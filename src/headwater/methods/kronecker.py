@@ -12,7 +12,7 @@ from headwater.curvature.cheapest import ekfac_inverse, kfac_inverse
 from headwater.curvature.kronecker import fit_ekfac, fit_kfac
 from headwater.errors import InvalidSetting
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
-from headwater.methods.base import Method, check_fisher
+from headwater.methods.base import FitReads, Method, check_fisher, reads_of_fisher
 from headwater.methods.damping import Damping, Relative
 from headwater.operators.algebra import LinearOperator
 from headwater.operators.kronecker import EigenKroneckerOperator, KroneckerOperator
@@ -38,6 +38,10 @@ class KroneckerMethod(Method[BlockDiagonalOperator[Piece]], Generic[Piece]):
         check_fisher(self.fisher)
         if not isinstance(self.samples, int) or self.samples < 1:
             raise InvalidSetting(f"samples is {self.samples}; expected a whole number of at least 1.")
+
+    @property
+    def fit_reads(self) -> FitReads:
+        return reads_of_fisher(self.fisher, "layers")
 
     @property
     def default_damping(self) -> Damping:

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import secrets
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -36,7 +36,7 @@ from headwater.run.rows import FittedRows, sweep_rows
 from headwater.status import BlockStatus, status_of
 from headwater.store.diagnosis import BlockDiagnosis, Diagnosis, Stationarity
 from headwater.store.draft import TOKEN
-from headwater.store.tiles import TileStore, Where
+from headwater.store.tiles import Where
 from headwater.types import Batch
 
 AT_ONCE = 512
@@ -176,13 +176,21 @@ class Sums(Accumulator[PlacedBatch, GradientSums, GradientSums]):
         return one
 
 
+class SumStore(Protocol):
+    """Where a run keeps them; see `TileStore`."""
+
+    def write_sums(self, writer: str, tiles: set[Where], sums: Mapping[str, np.ndarray]) -> None: ...
+
+    def read_sums(self) -> Iterator[tuple[set[Where], dict[str, np.ndarray]]]: ...
+
+
 class RunSums(Visitor[PlacedBatch, None, None]):
     """Gradient sums over the rows of one run; where it has a store, those that other calls left there are used.
 
     With a store, tiles that are computed are added up here (`begin`, `of` their rows, `enter`); `meet` is told of all.
     """
 
-    def __init__(self, provider: StructuredGradientProvider, store: TileStore | None):
+    def __init__(self, provider: StructuredGradientProvider, store: SumStore | None):
         self.sums = GradientSums(provider)
         self._store = store
         self._fresh: set[Where] = set()
