@@ -14,7 +14,9 @@ from zlib import crc32
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read once, when the first numerical library is loaded
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiling is most of what tests of JAX do, so it is kept short
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = (  # small programs are not split among threads, each with a copy of the whole to optimise
+    os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
 
 import pytest
 import torch
@@ -33,7 +35,7 @@ MUCH = 1_750_000_000
 """Bytes of memory beyond which a process drops what JAX compiled, which is kept for ever otherwise."""
 
 
-SAMPLES = ((40, 12), (20, 7), (12, 5), (6, 3))
+SAMPLES = ((40, 20), (20, 10), (12, 6), (6, 3))
 """(cases, n): of a test with at least so many cases one in n is fast."""
 
 

@@ -2,14 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
-import textwrap
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scripts
 from damage import left_by_a_dead_process
 
 from headwater.errors import (
@@ -118,7 +116,7 @@ def test_a_killed_process_loses_the_run_that_it_was_in(tmp_path):
             return measure(rows, seed)
         bank({str(tmp_path / "b")!r}).fill(killed)
     """
-    assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)]).returncode == -9
+    assert scripts.run(code)[0] == -9
     assert len(bank(tmp_path / "b").missing) == 7
 
 

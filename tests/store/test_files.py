@@ -2,8 +2,6 @@
 
 import os
 import resource
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scripts
 import torch
 import xarray as xr
 from damage import QUERY, TRAIN, X, Y, by_torch, damaged, exchanged, files_of, left_by_a_dead_process, network
@@ -361,8 +360,8 @@ def test_a_folder_that_cannot_be_written_to_is_said_to_be(kind, tmp_path):
 
 
 def killed(code: str, *given: Path) -> None:
-    script = f"import os, sys\nsys.path.insert(0, {SUPPORT!r})\n{textwrap.dedent(code)}"
-    assert subprocess.run([sys.executable, "-c", script, *map(str, given)], check=False).returncode == -9
+    status, said = scripts.run(f"import os, sys\n{textwrap.dedent(code)}", *given)
+    assert status == -9, said
 
 
 def test_drafts_of_killed_saves_are_removed_by_the_next(tmp_path):
@@ -437,14 +436,11 @@ def go():
 {textwrap.dedent(code)}
 """
     folder.mkdir()
-    running = [
-        subprocess.Popen([sys.executable, "-c", script, str(folder), str(k)], stdout=subprocess.PIPE, text=True)
-        for k in range(count)
-    ]
+    running = [scripts.Script(script, folder, k) for k in range(count)]
     while len(list(folder.glob("ready*"))) < count and all(process.poll() is None for process in running):
         pass
     (folder / "go").touch()
-    return [process.communicate()[0].strip() for process in running]
+    return [process.end()[1].strip() for process in running]
 
 
 def test_of_several_runs_at_once_one_has_the_folder(tmp_path):
