@@ -272,6 +272,7 @@ class RowNorms:
     def heaviest(self, share: float, most: int | None = None) -> np.ndarray:
         """Positions of the largest that make up a share of the sum, `most` at most; largest first."""
         flat = self.squares.reshape(-1)
+        # Stable: of gradients of one length the first rows are kept, whatever the machine.
         order = np.argsort(-flat, kind="stable")
         if share == 1.0:
             return order[:most]
