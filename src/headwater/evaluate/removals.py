@@ -173,7 +173,8 @@ def _agreement(
         return mean_correlation(pearson(f, t)), float(_slopes(f.reshape(-1, 1), t.reshape(-1, 1))[0])
 
     draws = resampled(len(forecasts), resamples, seed)
-    (linear, slope), *others = map(figures, (slice(None), *draws))
+    linear, slope = figures(slice(None))
+    others = [figures(draw) for draw in draws]
     # A resample may have nothing but groups with a forecast of zero.
     slopes = [draw[1] for draw in others if np.isfinite(draw[1])]
     ranked = spearman(forecasts, measured)
