@@ -300,7 +300,7 @@ class Attributor(ComposableInfluence[TensorType]):
         """The query loader, with labels that stand in for those that the model will say, where a row has none."""
         if explain != "prediction" or isinstance(loader, (Rows, KeptQueryRows)):
             return loader
-        return with_stand_ins(as_pandas(loader), labels, self._form.target)
+        return with_stand_ins(as_pandas(loader), labels, self._form)
 
     def _stand_ins(self, train: Rows) -> StandIns:
         """Labels like the first train row's."""

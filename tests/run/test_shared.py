@@ -34,6 +34,7 @@ SHARED = [
     hw.Direct(curvature="empirical_fisher"),
     hw.Kfac(),
     hw.Ekfac(),
+    hw.Ekfac(basis_share=0.2, seed=1),  # some tiles have no row of the basis
     hw.LoGra(dimension=2),
     hw.LoGra(dimension=2, init="pca"),
     hw.LoRif(dimension=2),

@@ -21,7 +21,7 @@ import numpy as np
 from headwater.arrays import Array, accumulable, add_product, as_like, device, namespace, summed, to_numpy
 from headwater.curvature.means import total_weight
 from headwater.errors import InvalidSetting, NotFittedError, UnsupportedModel
-from headwater.gradients.algebra import Gradient
+from headwater.gradients.algebra import Dense, Gradient
 from headwater.gradients.outer import Outer
 from headwater.gradients.provider import BlockGradients, StructuredGradientProvider
 from headwater.influence import ComposableInfluence
@@ -115,6 +115,10 @@ class _PartSum:
                 column = namespace(b).sum(b, axis=0)
                 self._column = column if self._column is None else self._column + column
             return part.quadratic()
+        if isinstance(part, Dense):
+            values = accumulable(part.values)
+            self.add_matrix(namespace(values).sum(values, axis=0))
+            return part.quadratic()
         if not isinstance(part, Outer):
             ones = namespace(part.arrays[0]).ones(
                 (1, part.rows), dtype=part.arrays[0].dtype, device=device(part.arrays[0])
@@ -126,7 +130,8 @@ class _PartSum:
             dense = accumulable(piece.dense())
             xp = namespace(dense)
             self.add_matrix(xp.sum(dense, axis=0))
-            squares.append(xp.sum((dense * dense).reshape((piece.rows, -1)), axis=1))
+            flat = dense.reshape((piece.rows, -1))
+            squares.append(xp.vecdot(flat, flat))
         return namespace(*squares).concat(squares, axis=0)
 
     def add_matrix(self, matrix: Array) -> None:
