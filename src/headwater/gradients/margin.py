@@ -69,6 +69,7 @@ class MarginGradientProvider(ProviderView):
         self._check(batch)
         if query or len(self._models) == 1:
             return self._for(query).grads(batch, query=query, weighted=weighted)
+        # TRAK's Q is the mean of 1 - p over models, taken before it meets any of their gradients (Park et al. 2023).
         return _scaled(self.margin.grads(batch, weighted=weighted), self._shared_one_minus_p(batch))
 
     def self_grads(self, batch: Batch) -> BlockGradients:
@@ -95,6 +96,7 @@ class MarginGradientProvider(ProviderView):
         else:
             found = _multiples(self.grads(batch), self.margin.grads(batch))
         xp = namespace(found)
+        # A row that is predicted for certain has no gradient: its own score is zero, not infinite.
         safe = xp.where(found > 0, found, xp.ones_like(found))
         return xp.where(found > 0, safe**-0.5, xp.zeros_like(found))
 

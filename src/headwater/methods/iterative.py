@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeGuard, TypeVar, get_args
 
-from headwater.curvature.dual import DualInverse, DualOperator
+from headwater.curvature.dual import DualOperator
 from headwater.curvature.exact import Curvature, check_kind
 from headwater.curvature.kronecker import fit_ekfac, fit_kfac
 from headwater.curvature.products import CurvatureOperator, fit_products
@@ -198,8 +198,7 @@ def near_inverse(preconditioner: LinearOperator, damping: float, mean: float) ->
     while True:
         try:
             found = preconditioner.inverse(shift)
-            if isinstance(found, DualInverse):
-                found.factor  # noqa: B018  # found out when it is made
+            found.prepare()  # whether it is singular is found out when it is factorised
             return found
         except SingularOperator:
             if shift >= abs(mean):
