@@ -73,6 +73,10 @@ class TrajectoryInfluence(Attributor[TensorType]):
     def weights_now(self) -> dict[str, np.ndarray]:
         """The parameters of the provider's model, by name, whether or not its steps can be taken again."""
 
+    def statistics_now(self) -> dict[str, np.ndarray]:
+        """Buffers of the provider's model, by name."""
+        return {}
+
     @abstractmethod
     def provider_at(self, parameters: Mapping[str, np.ndarray]) -> StructuredGradientProvider:
         """A provider of the same model at other parameters."""
@@ -185,6 +189,14 @@ class TrajectoryInfluence(Attributor[TensorType]):
                 raise StaleFit(
                     f"{name} of the model is off by {far:.3g} from where the record's training ended (step "
                     f"{record.steps}). {_whose(record)}"
+                )
+
+        now = self.statistics_now()
+        for name, value in record.statistics.items():
+            if name not in now or not np.allclose(now[name], value, rtol=1e-5, atol=1e-7):
+                raise StaleFit(
+                    f"{name} of the model is not what it was in training, where this batch normalisation was frozen: "
+                    "its statistics were moved since. Give the model that was trained, as it was."
                 )
 
     # Scores -------------------------------------------------------------------------------------------------------
