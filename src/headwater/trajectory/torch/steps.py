@@ -28,7 +28,7 @@ from headwater.torch.provider import TorchGradientProvider
 from headwater.torch.surroundings import autograd_on, lock_of, twice_differentiable
 from headwater.torch.tree import dense
 from headwater.trajectory.rules import Arrays, State
-from headwater.trajectory.steps import Piece, Point, TrainingModel
+from headwater.trajectory.steps import Blocks, Piece, Point, TrainingModel
 from headwater.trajectory.trajectory import Trajectory
 
 Tensors = dict[str, torch.Tensor]
@@ -250,7 +250,7 @@ class TorchPoint(Point):
     def grads(self) -> Arrays:
         return {name: g.detach() for name, g in zip(self.leaves, self.slopes, strict=True)}
 
-    def pull(self, through: Arrays) -> tuple[np.ndarray, Arrays]:
+    def pull(self, through: Arrays, blocks: Blocks = None) -> tuple[np.ndarray, Arrays]:
         cotangents: list[Any] = [through[name] for name in self.leaves]
         leaves = list(self.leaves.values())
         with autograd_on(), self.model.provider.own_precision(), twice_differentiable():
@@ -263,8 +263,14 @@ class TorchPoint(Point):
                 products = self._ggn(leaves, cotangents)
             elif self.curvature is None:
                 products = [torch.zeros_like(c) for c in cotangents]
-        tau = to_numpy((along * self.shares.detach()).detach().double())
+            each = along[None] if blocks is None else torch.stack([self._along(through, names) for names in blocks])
+        tau = to_numpy((each * self.shares.detach()).detach().double())
         return tau, {name: product.detach() for name, product in zip(self.leaves, products, strict=True)}
+
+    def _along(self, through: Arrays, names: Sequence[str]) -> torch.Tensor:
+        """<r, grad l_i> over some parameters: [q, n]."""
+        mine = dict(zip(self.leaves, self.slopes, strict=True))
+        return batched_vjp([mine[name] for name in names], [self.shares], [through[name] for name in names])[0]
 
     def _ggn(self, leaves: list[torch.Tensor], cotangents: list[torch.Tensor]) -> list[torch.Tensor]:
         starts = np.cumsum([0, *(len(piece.shares) for piece in self.pieces)])
