@@ -21,6 +21,7 @@ import common  # noqa: E402
 import torch  # noqa: E402
 
 import headwater as hw  # noqa: E402
+from headwater.gradients.likelihoods import CrossEntropy  # noqa: E402
 from headwater.torch import TorchComposableInfluence  # noqa: E402
 
 
@@ -32,9 +33,9 @@ def influence_of(w, method, *, blocks: str = "layer", damping=None) -> TorchComp
     """Of the workload's model, with its damping where none is said."""
     added = damping if damping is not None else hw.relative(0.1) if w.damping is None else w.damping
     loss = w.loss_vec if w.seq else torch.nn.CrossEntropyLoss()
-    return TorchComposableInfluence(
-        w.model, loss, method=method, blocks=blocks, damping=added, likelihood="cross_entropy"
-    )
+    # Of sequences the last axis is said: as many positions as classes would leave it open.
+    labels = CrossEntropy(class_axis=-1) if w.seq else "cross_entropy"
+    return TorchComposableInfluence(w.model, loss, method=method, blocks=blocks, damping=added, likelihood=labels)
 
 
 def attribute_with(make_method: Callable, *, blocks: str = "layer", damping=None) -> Callable[..., np.ndarray]:

@@ -343,6 +343,8 @@ VARIANTS = {
     "lorif": "logra",
 }
 """Methods that ask a provider for nothing that another does not ask for too; slow in JAX, which compiles each anew."""
+IN_JAX = "kfac"
+"""The method that is fast with the maths in JAX's arrays, each of whose operations is compiled for each shape."""
 
 
 @pytest.mark.jax
@@ -357,6 +359,22 @@ class TestJax(FrameworkSuite):
     )
     def test_factors_and_scores(self, method: str, blocks: str) -> None:
         super().test_factors_and_scores(method, blocks)
+
+    @pytest.mark.parametrize(
+        ("method", "blocks"),
+        [
+            pytest.param(m, b, marks=() if (m, b) == (IN_JAX, "layer") else pytest.mark.slow)
+            for b in STRUCTURES
+            for m in METHODS
+        ],
+    )
+    def test_factors_and_scores_in_arrays_of_jax(self, method: str, blocks: str, monkeypatch: Any) -> None:
+        monkeypatch.setattr(self, "influence", super().influence)
+        super().test_factors_and_scores(method, blocks)
+
+    def influence(self, method: Method, blocks: str, damping: Any) -> Attributor[Any]:
+        """As users have it: the maths in NumPy's arrays."""
+        return Attributor(self.provider(blocks).in_numpy(), method, damping=damping)
 
     def provider(self, blocks: str) -> Any:
         return jax_provider(blocks)

@@ -35,7 +35,7 @@ METHODS = [
     hw.BlockKrylov(curvature="ggn"),
     hw.Arnoldi(rank=4, curvature="ggn"),
     hw.Nystroem(rank=4, curvature="ggn"),
-    hw.Lissa(curvature="ggn", steps=20, rows=4),
+    hw.Lissa(curvature="ggn", steps=5, rows=4),
     hw.Kfac(),
     hw.Ekfac(),
     hw.LoGra(dimension=2),

@@ -56,7 +56,7 @@ class Attributor(ComposableInfluence[TensorType]):
         store: str | os.PathLike[str] | None = None,
         worker: Worker = (0, 1),
     ) -> Self:
-        """As `ComposableInfluence.fit`; and in a folder, by several workers.
+        """As `ComposableInfluence.fit`; and in a folder, by several workers, or of kept gradients (`gradients`).
 
         store: a folder for the sums over tiles of rows, so that the same call goes on where a stopped one ended, and
         processes on any machines that see the folder share the work. worker: (number from 0, how many), "number/many",
@@ -300,7 +300,7 @@ class Attributor(ComposableInfluence[TensorType]):
         """The query loader, with labels that stand in for those that the model will say, where a row has none."""
         if explain != "prediction" or isinstance(loader, (Rows, KeptQueryRows)):
             return loader
-        return with_stand_ins(as_pandas(loader), labels, self._form.target)
+        return with_stand_ins(as_pandas(loader), labels, self._form)
 
     def _stand_ins(self, train: Rows) -> StandIns:
         """Labels like the first train row's."""
@@ -352,8 +352,9 @@ class Attributor(ComposableInfluence[TensorType]):
 
         form: "outer" (outer products of inputs and output-gradients, as they come), "dense", "low_rank" (each row's
         gradient of a layer cut to `rank` by its singular values), "projected" (what a fitted projecting method sees),
-        or "auto": projected where the method projects, else of the first two the smaller. dtype: "float32",
+        or "auto": projected where the method projects, else of the first two the smaller. dtype: "float32", "float64",
         "bfloat16", or "int8" with a scale for each row and array. The method need not be fitted, unless it projects.
+        A fit takes them too, where it asks nothing else of rows; see docs/scale.md.
 
         The same call goes on where a stopped one ended. worker: (number from 0, how many) of processes that make the
         same call. Errors: InvalidSetting; InvalidInput for a folder of other gradients, naming what differs;

@@ -46,7 +46,7 @@ from headwater.operators.algebra import IdentityOperator, LinearOperator, Scaled
 from headwater.operators.iterative import LastSolves, SolveReport, apply_path, joined, recorded_solves
 from headwater.operators.partial_penalty import PartialPenaltyInverse, penalised
 from headwater.operators.structured import BlockDiagonalOperator
-from headwater.rows import Rows, Runner, first_batch
+from headwater.rows import KeptTrainRows, Rows, Runner, first_batch
 from headwater.types import InfluenceMode, TensorType
 
 if TYPE_CHECKING:
@@ -142,10 +142,11 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         check_one(others)
         # Layer rules may turn out not to hold in the middle of a pass: what was summed so far has another form.
         while True:
-            rows = Rows(self.source, self._read_as(loader, "train"), runner=runner, tile=tile)
+            provider, rows = self._to_fit(loader, RowMemory())
+            rows.runner, rows.tile = runner, tile
             try:
                 with located():
-                    curvature, weight = self.method.fit(self.provider, rows, progress)
+                    curvature, weight = self.method.fit(provider, rows, progress)
                 break
             except RulesChanged:  # fewer layers are left whose rules are trusted, so that this ends
                 continue
@@ -159,6 +160,12 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         self._loaders.keep(loader, rows.memory)
         self._calibration = None
         return self
+
+    def _to_fit(self, loader: Any, memory: RowMemory) -> tuple[StructuredGradientProvider, Rows]:
+        """What gives the rows' gradients to a fit, and the rows. Errors: as `KeptTrainRows`."""
+        if isinstance(loader, KeptTrainRows):
+            return loader.rows_to_fit(self, memory)
+        return self.provider, Rows(self.source, self._read_as(loader, "train"), memory=memory)
 
     def look(self, loader: Iterable[object]) -> None:
         """At the first rows, which show the blocks' parts; what is wrong with them is said where they are used."""
@@ -458,14 +465,13 @@ class ComposableInfluence(ABC, Generic[TensorType]):
         """Take what `_taken_apart` gave, in place of `fit`; `where` it was read is for messages. Errors: as `load`."""
         from headwater.curvature.saved import TakenApart, put_together
 
-        if loader is not None:  # a provider that has taken rows' gradients knows the parts of its blocks
+        if loader is not None and not isinstance(loader, KeptTrainRows):
+            # A provider that has taken rows' gradients knows the parts of its blocks.
             self.source.grads(first_batch(self.provider, self._read_as(loader, "train")))
         self._check_identity(saved, where)
         keys = arrays.get(ROW_KEYS)  # None in folders from before they were kept: then nothing is known of the rows
-        rows = None
-        if loader is not None:
-            rows = Rows(self.source, self._read_as(loader, "train"), memory=RowMemory(keys))
-        read = put_together(TakenApart(dict(saved), dict(arrays)), self.provider, self.like(), rows)
+        provider, rows = (self.provider, None) if loader is None else self._to_fit(loader, RowMemory(keys))
+        read = put_together(TakenApart(dict(saved), dict(arrays)), provider, self.like(), rows)
         curvature = self.method.checked(read)
         weights, form = self.provider.fingerprint(), self.provider.form
         self._keep(Fitted(curvature, saved["rows"], weights, form, self.source.device, keys))

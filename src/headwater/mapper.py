@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from headwater.arrays import Array, itemsize, transpose
+from headwater.arrays import Array, itemsize, transpose, working_memory_limit
 from headwater.errors import InvalidInput
 from headwater.gradients.algebra import Dense
 from headwater.gradients.block import BlockGradient, stack
@@ -167,18 +167,21 @@ class Queries:
         return sum(value.layout.size * itemsize(value.like) for value in one.values())
 
     def as_met(self, train: BlockGradients) -> BlockGradients:
-        """Train gradients in the form in which they meet dense queries as they are: dense where that is no larger.
+        """Train gradients in the form in which they meet dense queries as they are: dense where there is room for it.
 
         For all who ask for the rows, so that none makes them dense again.
         """
-        return OrderedDict((name, self._as_met(name, value)) for name, value in train.items())
+        dense = sum(value.rows * value.layout.size * itemsize(value.like) for value in train.values())
+        has_room = dense <= working_memory_limit()
+        return OrderedDict((name, self._as_met(name, value, has_room)) for name, value in train.items())
 
-    def _as_met(self, name: str, value: BlockGradient) -> BlockGradient:
+    def _as_met(self, name: str, value: BlockGradient, has_room: bool) -> BlockGradient:
         side, left = self.right[name], self.left[name]
         turned = name in self.forms or not side.keeps_rows or side.stored_layout is not None
         if turned or not all(isinstance(part, Dense) for part in left.parts):
             return value
-        return value.cheapest_form(left)
+        # Many positions meet a dense query as one matrix; without room for it, where it is no larger than they are.
+        return value.at_one_position() if has_room else value.cheapest_form(left)
 
     def scores(self, train: BlockGradients) -> ByBlock:
         """By block: [q, n]."""

@@ -341,6 +341,13 @@ class KeptTrainRows(ABC):
     def train_rows(self, influence: Any) -> Rows:
         """The rows, for a run of this influence. Errors: InvalidInput where they are of another."""
 
+    @abstractmethod
+    def rows_to_fit(self, influence: Any, memory: RowMemory) -> tuple[StructuredGradientProvider, Rows]:
+        """What a fit of this influence reads of them, and the rows; memory: of those that they have to be, if any.
+
+        Errors: InvalidInput where they are of another; InvalidSetting where the method needs more than was kept.
+        """
+
 
 class KeptQueryRows(ABC):
     """Factors of query rows that were kept: they stand for the loader in a run."""
@@ -388,6 +395,11 @@ def sweep_kept(
 
 def first_batch(provider: StructuredGradientProvider, loader: Iterable[object]) -> Batch:
     """A look at some rows, which is no pass. Errors: as `sweep`."""
+    if isinstance(loader, Rows) and (kept := loader.pieces("rows", False)) is not None:
+        outer = here()
+        first = next(iter(kept))
+        move_to(outer)
+        return first.take(slice(0, min(len(first.batch), FEW))).batch
     source = loader.source if isinstance(loader, Rows) else loader
     check_loader(source, "train")
     # Not compared and not remembered: a look must not use up what a pass will check.

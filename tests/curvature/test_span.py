@@ -109,7 +109,7 @@ def test_it_is_the_inverse_of_the_curvature_projected_on_the_span(model, size):
     assert isinstance(spans, RowSpans)
     inverse = spans.span(size).inverse(DAMPING)
     assert isinstance(inverse, SpanInverse)
-    kept = spans.span(size).gradients_kept.flat().numpy()
+    kept = spans.span(size).dual.gradients_kept.flat().numpy()
     vectors = np.linalg.svd(kept, full_matrices=False)
     within = vectors[2][vectors[1] > 1e-7 * vectors[1][0]]
     projection = within.T @ within
@@ -233,8 +233,8 @@ def test_the_span_of_all_gradients_is_exact(model, monkeypatch):
 def test_every_damping_reads_the_rows_once(model, monkeypatch):
     made = influence(model, 0.5)
     counted = []
-    images = span.SpanOperator._image_of
-    monkeypatch.setattr(span.SpanOperator, "_image_of", lambda self, rows: counted.append(1) or images(self, rows))
+    images = span.Span._image_of
+    monkeypatch.setattr(span.Span, "_image_of", lambda self, rows: counted.append(1) or images(self, rows))
     for damping in (1.0, 2.0, 3.0, 4.0):
         made.with_damping(damping).influences(XQ, YQ, X, Y)
     assert len(counted) == len(batches(17)) * len(made.curvature["full"].approximation._made)

@@ -2,15 +2,14 @@
 
 import json
 import os
-import subprocess
-import sys
-import textwrap
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scripts
 from damage import left_by_a_dead_process
+from subset_sums import measure
 
 from headwater.errors import (
     BatchMismatch,
@@ -28,10 +27,6 @@ from headwater.store.seal import sealed
 
 PLAN = plan_subsets(12, subsets=7, repeated=3, seed=4)
 RECIPE = {"model": "sum", "steps": 3}
-
-
-def measure(rows, seed):
-    return np.array([rows.sum(), len(rows) + seed / 2**21])
 
 
 def measure_many(keep, seeds):
@@ -118,7 +113,7 @@ def test_a_killed_process_loses_the_run_that_it_was_in(tmp_path):
             return measure(rows, seed)
         bank({str(tmp_path / "b")!r}).fill(killed)
     """
-    assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)]).returncode == -9
+    assert scripts.run(code)[0] == -9
     assert len(bank(tmp_path / "b").missing) == 7
 
 

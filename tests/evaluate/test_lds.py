@@ -7,7 +7,10 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 from headwater.errors import InvalidInput, InvalidSetting, NonFiniteValue, ShapeMismatch
+from headwater.evaluate import correlation
 from headwater.evaluate.bank import plan_subsets
+from headwater.evaluate.correlation import mean_correlation, mid_ranks
+from headwater.evaluate.intervals import resampled
 from headwater.evaluate.lds import ceiling, difference, forecast, lds, spearman
 from headwater.sklearn import TrainingInfluence
 from headwater.store.scores import Scores
@@ -31,6 +34,26 @@ def test_spearman_is_that_of_scipy_with_and_without_ties():
         spearman(first, second), [spearmanr(a, b)[0] for a, b in zip(first.T, second.T, strict=True)]
     )
     assert np.isnan(spearman(np.ones((5, 1)), RNG.standard_normal((5, 1)))).all()
+
+
+@pytest.mark.parametrize("at_once", [1, 700, 10**6])
+def test_draws_and_forecasts_that_are_ranked_together_have_the_numbers_of_each_alone(at_once, monkeypatch):
+    """To the last bit, with ties, columns without a correlation, and pieces that do not come out even."""
+    monkeypatch.setattr(correlation, "AT_ONCE", at_once)
+    first, second = RNG.integers(9, size=(4, 30, 7)).astype(float), RNG.standard_normal((30, 7))
+    second[:, 2] = 1.0
+    draws = resampled(30, 11, 0)
+    each = [mean_correlation(spearman(first[0][draw], second[draw])) for draw in draws]
+    assert correlation.mean_spearman(first[0], second, draws) == each
+    assert correlation.mean_spearman_of_each(first, second) == [mean_correlation(spearman(f, second)) for f in first]
+    assert correlation.mean_spearman(first[0], second, []) == []
+
+
+def test_resamples_are_not_ranked_one_by_one(monkeypatch):
+    calls = []
+    monkeypatch.setattr(correlation, "mid_ranks", lambda values: calls.append(values.shape) or mid_ranks(values))
+    lds(SCORES, KEEP, CLEAN[:, None], resamples=300)
+    assert len(calls) == 2 + 2 * -(-300 * CLEAN.size // correlation.AT_ONCE)
 
 
 def test_a_perfect_forecast_scores_one_and_a_reversed_one_minus_one():

@@ -25,6 +25,7 @@ FOLLOWS = {"flat_grads", "jacobian_prod", "block", "sizes", "n_parameters", "sel
 """What the base class makes of other answers, which are the view's own."""
 SHARED = {"as_batch", "row_weights", "row_keys", "content_keys", "explained", "settings", "normalisation", "dtype"}
 SHARED |= {"device", "coverage_fraction", "likelihood", "own_precision", "keys_by_content", "host_arrays", "views"}
+SHARED |= {"curvature_scale"}
 """What all models of an ensemble answer alike, so that the first may answer for them."""
 VIEWS = (ProviderView, NormalisedGradientProvider, MarginGradientProvider, LogitQueries, EnsembleProvider)
 

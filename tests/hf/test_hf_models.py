@@ -22,6 +22,7 @@ from hf_cases import (
     replace_modules,
     shake,
 )
+from kept_fits import KeptFits
 from models import Case
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2LMHeadModel
@@ -30,7 +31,7 @@ from truth import Truth
 import headwater as hw
 from headwater.errors import RowsInteract
 from headwater.hf import HfComposableInfluence, HfGradientProvider
-from headwater.testing import InfluenceContract, StructuredProviderContract
+from headwater.testing import StructuredProviderContract
 from headwater.torch import TorchBatch, TorchGradientProvider
 
 each_case = pytest.mark.parametrize("name", MAKERS)
@@ -85,7 +86,7 @@ class TestProviderOfBertSequence(ProviderOf):
     name, kinds = "bert sequence", ("ggn",)
 
 
-class InfluenceOf(InfluenceContract):
+class InfluenceOf(KeptFits):
     name: str
     method: object
     modes = ("up",)

@@ -57,11 +57,31 @@ class JaxProvider(StructuredProviderContract):
 
 
 class TestKernels(JaxProvider):
+    """The maths in NumPy's arrays, as users have it."""
+
     name = "kernels"
     rows = jax_models.models.TRAIN
 
+    def provider(self):
+        return provider_of(self.name).in_numpy()
+
+    def array(self, values):
+        return np.asarray(values)
+
     def slow_curvature(self, kind):
         return truth(self.name, kind)
+
+
+@pytest.mark.slow
+class TestKernelsInJax(TestKernels):
+    """JAX's arrays, each of whose operations is compiled for each shape: `test_gradients_in_numpy_are_those_in_jax` is
+    fast."""
+
+    def provider(self):
+        return provider_of(self.name)
+
+    def array(self, values):
+        return jax_models.jnp.asarray(values)
 
 
 @pytest.mark.slow

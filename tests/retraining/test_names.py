@@ -36,9 +36,8 @@ def test_a_name_that_is_nowhere_is_refused():
         headwater.sklearn.nothing  # noqa: B018
 
 
-@pytest.mark.parametrize("package", ["torch", "sklearn"])
-def test_gradients_are_there_without_what_trains_again(package):
-    code = f"import sys, headwater.{package}; print(*(name for name in sys.modules if 'retraining' in name))"
+def test_gradients_are_there_without_what_trains_again():
+    code = "import sys, headwater.torch, headwater.sklearn; print(*(n for n in sys.modules if 'retraining' in n))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.split() == []
 

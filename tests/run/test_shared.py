@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 
 import numpy as np
 import pytest
+import scripts
 import torch
 from torch import nn
 
@@ -36,6 +34,7 @@ SHARED = [
     hw.Direct(curvature="empirical_fisher"),
     hw.Kfac(),
     hw.Ekfac(),
+    hw.Ekfac(basis_share=0.2, seed=1),  # some tiles have no row of the basis
     hw.LoGra(dimension=2),
     hw.LoGra(dimension=2, init="pca"),
     hw.LoRif(dimension=2),
@@ -286,12 +285,6 @@ WORKER = """
 def test_workers_at_once_one_of_them_killed_give_the_same_bytes(tmp_path, monkeypatch):
     """The other takes over what the dead one had claimed; called again, that one only reads."""
     expected = scores(influence(hw.Ekfac()).fit(TRAIN, store=tmp_path / "alone")).tobytes().hex()
-    code = textwrap.dedent(WORKER)
-
-    def start(number, dies=0):
-        command = [sys.executable, "-c", code, os.path.dirname(__file__), str(tmp_path / "fit"), str(number), "2"]
-        return subprocess.Popen([*command, str(dies)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
     written = shared.PartStore.write
 
     def write(self, name, rows, values):
@@ -299,13 +292,13 @@ def test_workers_at_once_one_of_them_killed_give_the_same_bytes(tmp_path, monkey
         written(self, name, rows, values)
 
     monkeypatch.setattr(shared.PartStore, "write", write)  # as slow as the other
-    first = start(0, dies=2)
+    first = scripts.Script(WORKER, os.path.dirname(__file__), tmp_path / "fit", 0, 2, 2)
     while first.poll() is None and not list(tmp_path.glob("fit/**/*.claim")):
         time.sleep(0.01)
     # This process is the second worker: another one would import everything anew.
     found = scores(influence(hw.Ekfac()).fit(TRAIN, store=tmp_path / "fit", worker=(1, 2)))
-    said = first.communicate(timeout=120)
-    assert first.returncode == -signal.SIGKILL, said
+    status, said = first.end()
+    assert status == -signal.SIGKILL, said
     assert found.tobytes().hex() == expected
     again = scores(influence(hw.Ekfac()).fit(TRAIN, store=tmp_path / "fit", worker=(0, 2)))
     assert again.tobytes().hex() == expected
@@ -359,15 +352,8 @@ SCORER = """
 def test_scores_are_shared_and_a_killed_worker_is_made_up_for(tmp_path):
     fitted = influence(hw.Ekfac()).fit(TRAIN)
     expected = fitted.attribute(TRAIN, QUERIES).values.tobytes().hex()
-
-    def start(number, dies=0):
-        given = [os.path.dirname(__file__), str(tmp_path / "run"), str(number), "2", str(dies)]
-        command = [sys.executable, "-c", textwrap.dedent(SCORER), *given]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    killed = start(0, dies=3)
-    said = killed.communicate(timeout=120)
-    assert killed.returncode == -signal.SIGKILL, said
+    status, said = scripts.run(SCORER, os.path.dirname(__file__), tmp_path / "run", 0, 2, 3)
+    assert status == -signal.SIGKILL, said
     # Called again, and another worker beside it, which is this process.
     second = fitted.attribute(TRAIN, QUERIES, store=tmp_path / "run", worker=(1, 2))
     first = fitted.attribute(TRAIN, QUERIES, store=tmp_path / "run", worker=(0, 2))

@@ -99,7 +99,7 @@ def test_inputs_alone_come_in_every_form_that_pairs_come_in():
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(InvalidInput, match="explain='prediction'"):
         influence.attribute(train, frame)
-    with pytest.raises(InvalidInput, match="comes in batches: a DataLoader of it"):
+    with pytest.raises(InvalidInput, match="x alone is for queries, with explain='prediction'"):
         collate([q[0], q[1]], lambda _, array: array)
     with pytest.raises(InvalidInput, match="make an array of it"):
         influence.attribute(train, q.tolist(), explain="prediction")
@@ -117,7 +117,17 @@ def test_some_labels_are_missing_and_the_first_batch_does_not_say_which(tmp_path
     influence.fit(train)
     expected = influence.attribute(train, (q, said)).values
     data = torch.utils.data
+
+    class Inputs(data.Dataset):
+        def __len__(self):
+            return len(q)
+
+        def __getitem__(self, k):
+            return q[k]
+
     for query in (
+        Inputs(),
+        data.DataLoader(Inputs(), batch_size=2),
         [(q[:2], said[:2]), (q[2:], None)],
         [(q[:2], None), (q[2:], said[2:])],
         data.TensorDataset(q),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,13 @@ from sklearn.preprocessing import StandardScaler
 from headwater.errors import MissingExtra, Undetermined, UnsupportedModel
 from headwater.sklearn import TrainingInfluence, diagnostics
 
-sm = pytest.importorskip("statsmodels.api")
+pytest.importorskip("statsmodels")
+
+
+def sm() -> Any:
+    """Imported where it is used: that takes half a second."""
+    return import_module("statsmodels.api")
+
 
 rng = np.random.default_rng(5)
 ROWS = 40
@@ -51,8 +58,8 @@ def close(got: Any, expected: Any, tolerance: float = 1e-8) -> None:
 @pytest.mark.parametrize("framed", [True, False])
 def test_least_squares_has_statsmodels_frame(intercept: bool, framed: bool) -> None:
     x, y = (X, Y) if framed else (X.to_numpy(), Y.to_numpy())
-    design = sm.add_constant(x) if intercept else x
-    expected = sm.OLS(y, design).fit().get_influence().summary_frame()
+    design = sm().add_constant(x) if intercept else x
+    expected = sm().OLS(y, design).fit().get_influence().summary_frame()
     got = diagnostics(LinearRegression(fit_intercept=intercept).fit(x, y), x, y)
     assert list(got.columns[: len(expected.columns)]) == list(expected.columns)
     pd.testing.assert_index_equal(got.index, expected.index, exact=framed)
@@ -61,7 +68,7 @@ def test_least_squares_has_statsmodels_frame(intercept: bool, framed: bool) -> N
 
 def test_weighted_least_squares_is_that_of_rows_times_the_roots_of_weights() -> None:
     root = np.sqrt(WEIGHTS)
-    expected = sm.OLS(Y * root, sm.add_constant(X).mul(root, axis=0)).fit().get_influence().summary_frame()
+    expected = sm().OLS(Y * root, sm().add_constant(X).mul(root, axis=0)).fit().get_influence().summary_frame()
     model = LinearRegression().fit(X, Y, sample_weight=WEIGHTS)
     got = TrainingInfluence(model).fit(X, Y, sample_weight=WEIGHTS).diagnostics()
     close(got[expected.columns], expected)
@@ -89,9 +96,9 @@ SCALE = [1.0, 0.01, 100.0]
 def test_generalised_linear_models_have_statsmodels_numbers(name: str, weighted: bool) -> None:
     estimator, y, numbers, family = CASES[name]
     x, weights = X * SCALE, WEIGHTS if weighted else np.ones(ROWS)
-    log = {} if name == "logistic" else {"link": sm.families.links.Log()}
-    chosen = getattr(sm.families, family)(**log, **({"var_power": 1.5} if name == "tweedie" else {}))
-    glm = sm.GLM(np.asarray(numbers, float), sm.add_constant(x), family=chosen, var_weights=weights)
+    log = {} if name == "logistic" else {"link": sm().families.links.Log()}
+    chosen = getattr(sm().families, family)(**log, **({"var_power": 1.5} if name == "tweedie" else {}))
+    glm = sm().GLM(np.asarray(numbers, float), sm().add_constant(x), family=chosen, var_weights=weights)
     result = glm.fit(tol=1e-14, maxiter=100)
     expected = result.get_influence(observed=False)
     model = estimator.fit(x, y, sample_weight=weights)
@@ -151,7 +158,7 @@ def test_one_step_without_a_row_is_near_the_refit_of_a_penalised_logistic_regres
 def test_a_pipeline_names_what_its_steps_give() -> None:
     model = make_pipeline(StandardScaler(), LinearRegression()).fit(X, Y)
     got = TrainingInfluence(model).fit(X, Y).diagnostics()
-    expected = sm.OLS(Y, sm.add_constant(X)).fit().get_influence().summary_frame()
+    expected = sm().OLS(Y, sm().add_constant(X)).fit().get_influence().summary_frame()
     columns = [c for c in expected.columns if c != "dfb_const"]  # of centred features the intercept is another
     close(got[columns], expected[columns])
     assert list(got.index) == list(X.index)
@@ -183,7 +190,7 @@ def test_a_row_of_leverage_one_has_no_numbers_without_it_and_the_others_are_righ
     assert got.loc["r3", "hat_diag"] == pytest.approx(1.0)
     assert got.loc["r3"].drop(["hat_diag", "resid"]).isna().all()
     others = np.arange(ROWS) != 3
-    expected = sm.OLS(Y[others], sm.add_constant(X[others])).fit().get_influence().summary_frame()
+    expected = sm().OLS(Y[others], sm().add_constant(X[others])).fit().get_influence().summary_frame()
     columns = ["hat_diag", "standard_resid", "student_resid", "dffits", "dffits_internal"]
     close(got.loc[others, columns], expected[columns])
 

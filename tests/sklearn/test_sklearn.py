@@ -5,11 +5,12 @@ import sys
 
 import numpy as np
 import pytest
+from kept_fits import KeptFits
 from sklearn_cases import MAKERS, case_of
 
 import headwater as hw
 from headwater.sklearn import SklearnBatch, SklearnComposableInfluence, SklearnGradientProvider
-from headwater.testing import InfluenceContract, StructuredProviderContract
+from headwater.testing import StructuredProviderContract
 
 each_case = pytest.mark.parametrize("name", MAKERS)
 
@@ -42,7 +43,7 @@ class ProviderOf(StructuredProviderContract):
         return case.train_hessians.sum(0)
 
 
-class InfluenceOf(InfluenceContract):
+class InfluenceOf(KeptFits):
     name: str
     blocks: object = "full"
 

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headwater.errors import DamagedFile, InvalidSetting
+from headwater.store import segments
 from headwater.store.segments import Segment, checked_dtype, from_bfloat16, to_bfloat16, to_int8, write_segment
 
 RNG = np.random.default_rng(0)
@@ -47,7 +48,7 @@ def test_int8_is_off_by_half_a_scale_of_its_row_and_array(n, sizes, scale, seed)
     assert (np.abs(found * spread - values) <= 0.5001 * spread + 127 * tiny).all()
 
 
-@pytest.mark.parametrize("dtype, off", [("float32", 0), ("bfloat16", 2**-8), ("int8", 1 / 254)])
+@pytest.mark.parametrize("dtype, off", [("float32", 0), ("float64", 0), ("bfloat16", 2**-8), ("int8", 1 / 254)])
 def test_what_is_read_is_what_was_written(dtype, off, tmp_path):
     file = tmp_path / "a.safetensors"
     checksum = written(file, dtype, groups={"flat": [2, 5]})
@@ -121,6 +122,15 @@ def test_damage_that_keeps_sums_is_found(change, tmp_path):
         Segment.open(file, check=True)
 
 
+def test_the_first_product_of_a_process_uses_the_whole_buffer_of_blas_once(tmp_path):
+    segments.use_all_of_the_buffer.cache_clear()
+    file = tmp_path / "a.safetensors"
+    written(file)
+    for _ in range(3):
+        Segment.open(file).product("flat", np.ones((5, 2), dtype=np.float32))
+    assert segments.use_all_of_the_buffer.cache_info().misses == 1
+
+
 def test_a_file_that_was_checked_is_checked_again_once_it_changes(tmp_path):
     file = tmp_path / "a.safetensors"
     written(file)
@@ -130,5 +140,5 @@ def test_a_file_that_was_checked_is_checked_again_once_it_changes(tmp_path):
     file.write_bytes(content)
     with pytest.raises(DamagedFile):
         Segment.open(file)
-    with pytest.raises(InvalidSetting, match="'float64'"):
-        checked_dtype("float64")
+    with pytest.raises(InvalidSetting, match="'float16'"):
+        checked_dtype("float16")

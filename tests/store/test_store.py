@@ -1,14 +1,11 @@
 """Runs in a folder: a stopped run goes on, another run is refused, saved scores come back."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import textwrap
 
 import numpy as np
 import pytest
+import scripts
 import torch
 
 import headwater as hw
@@ -123,8 +120,7 @@ def test_a_tile_that_cannot_be_written_is_not_entered(tmp_path, monkeypatch):
 
 
 def test_a_killed_run_goes_on(tmp_path):
-    script = textwrap.dedent(
-        """
+    script = """
         import os, signal, sys
         import numpy as np
         from headwater.store.base import Tile
@@ -136,10 +132,8 @@ def test_a_killed_run_goes_on(tmp_path):
                 os.kill(os.getpid(), signal.SIGKILL)
             keys = np.arange(start, start + 3, dtype=np.uint64)
             store.write(Tile(start, keys, keys, np.full((1, 2, 3), float(start))))
-        """
-    )
-    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "run")], env=os.environ, check=False)
-    assert killed.returncode == -signal.SIGKILL
+    """
+    assert scripts.run(script, tmp_path / "run")[0] == -signal.SIGKILL
     store = TileStore(tmp_path / "run", {"run": 1}, lambda: Sizes(3, 2))
     found = [store.read(number, 0) for number in range(3)]
     assert found[0][0, 0, 0] == 0.0 and found[1][0, 0, 0] == 3.0 and found[2] is None

@@ -60,10 +60,15 @@ def damages(where: Sequence[float]) -> dict[str, Callable[[bytes], bytes | None]
     }
 
 
-def damaged(folder: Path, where: Sequence[float]) -> Iterator[str]:
-    """The folder with one file damaged in one way after another, whole again in the end; each time, what was done."""
-    for file in files_of(folder):
-        for name, damage in damages(where).items():
+def damaged(folder: Path, where: Sequence[float], ways: int | None = None) -> Iterator[str]:
+    """The folder with one file damaged in one way after another, whole again in the end; each time, what was done.
+
+    ways: so many for each file, other ones for the next; None for all.
+    """
+    all_ways = [*damages(where).items()]
+    for k, file in enumerate(files_of(folder)):
+        for turn in range(len(all_ways) if ways is None else ways):
+            name, damage = all_ways[(k + turn) % len(all_ways)]
             yield from _with(folder, file, damage(file.read_bytes()), name)
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from headwater import cli
 
 FORKS = get_context("forkserver")
-FORKS.set_forkserver_preload(["job_process", "headwater.torch", "headwater.run.attribute", "zarr"])
+FORKS.set_forkserver_preload(
+    ["job_process", "headwater.torch", "headwater.run.attribute", "headwater.evaluate.bank", "zarr"]
+)
 
 
 def start(folder: Path, words: list[str], **environment: str):

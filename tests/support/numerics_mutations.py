@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from test_solvers import F32, Counted, exact, normal, true_residual, with_spectrum
 
+import headwater as hw
 from headwater import memory
+from headwater.curvature import kronecker
 from headwater.errors import HeadwaterError
 from headwater.memory import refuse_too_large
 from headwater.methods.iterative import near_inverse
@@ -21,6 +23,7 @@ from headwater.operators.iterative import IterativeInverse
 from headwater.operators.krylov import leading_eigenpairs
 from headwater.operators.sketch import fit_nystroem, normal_vectors
 from headwater.operators.structured import DenseOperator
+from headwater.torch import layers, patches
 
 Law = Callable[[], None]
 Mutant = Callable[[], AbstractContextManager[Any]]
@@ -110,7 +113,34 @@ def what_has_no_room_is_refused() -> None:
     raise AssertionError("off by 8e14 bytes")
 
 
+def sums_from_an_image_are_those_of_its_patches() -> None:
+    torch.manual_seed(0)
+    convolution = torch.nn.Conv2d(14, 2, 3, padding=1).double()
+    x = torch.randn(3, 14, 9, 8, dtype=torch.float64)
+    found = layers.CONVOLUTION.values(convolution, x, torch.randn(3, 2, 9, 8, dtype=torch.float64), True, False)[0]
+    weights = torch.rand(3, dtype=torch.float64) + 0.5
+    a = found.a
+    truth = torch.einsum("nti,ntj,n->ij", a, a, weights)
+    off = float((found.moments(weights).right - truth).norm() / truth.norm())
+    assert off < 1e-12, f"off by {off}"
+
+
+def a_basis_of_some_rows_is_the_same_in_any_batches() -> None:
+    torch.manual_seed(0)
+    model, x, y = torch.nn.Linear(4, 3).double(), torch.randn(40, 4, dtype=torch.float64), torch.arange(40) % 3
+    method = hw.Ekfac(fisher="empirical", basis_share=0.4)
+    scores = []
+    for size, order in ((40, torch.arange(40)), (7, torch.randperm(40))):
+        batches = list(zip(x[order].split(size), y[order].split(size), strict=True))
+        fitted = hw.Influence(model, "cross_entropy", method, damping=0.01).fit(batches)
+        scores.append(fitted.attribute((x, y), (x[:5], y[:5])).values)
+    off = float(abs(scores[0] - scores[1]).max() / abs(scores[0]).max())
+    assert off < 1e-8, f"off by {off}"
+
+
 LAWS: tuple[Law, ...] = (
+    sums_from_an_image_are_those_of_its_patches,
+    a_basis_of_some_rows_is_the_same_in_any_batches,
     copies_are_found,
     eigenvalues_that_are_nearly_copies_are_found,
     spectra_without_copies_cost_no_product_more,
@@ -132,6 +162,10 @@ def _finds_nothing(self: Any, start: Any) -> bool:
 
 
 MUTANTS: dict[str, Mutant] = {
+    "every offset reaches all of the image": _replaced(patches, "_ends", lambda f: lambda *given: []),
+    "rows of a basis are chosen by their places": _replaced(
+        kronecker, "row_uniforms", lambda f: lambda keys, *given, **more: f(np.arange(len(keys)), *given, **more)
+    ),
     "nobody looks for missing copies": _replaced(
         krylov._Search, "may_lack_copies", lambda f: lambda self, coordinates: False
     ),

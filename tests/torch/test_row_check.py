@@ -719,13 +719,12 @@ def test_scripted_models_are_refused_with_what_to_pass():
         grad_dot(scripted, x, y)
 
 
-@pytest.mark.parametrize("methods", ["GradDot(), hw.Ekfac(), hw.Kfac(fisher='empirical')", "Cg(), hw.Direct()"])
-def test_first_scores_import_no_computer_algebra(methods):
+def test_first_scores_import_no_computer_algebra():
     code = (
         "import sys, torch, headwater as hw\n"
         "from headwater.torch import TorchComposableInfluence as Influence\n"
         "x, y = torch.randn(30, 4), torch.randint(3, (30,))\n"
-        f"for method in (hw.{methods}):\n"
+        "for method in (hw.GradDot(), hw.Ekfac(), hw.Kfac(fisher='empirical'), hw.Cg(), hw.Direct()):\n"
         "    influence = Influence(torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss(), method, damping=.1)\n"
         "    influence.fit([(x, y)]).attribute([(x, y)], [(x, y)])\n"
         "print([n for n in ('sympy', 'torch._dynamo') if n in sys.modules])"

@@ -40,7 +40,7 @@ from headwater.gradients.block import BlockGradient, stack
 from headwater.gradients.draws import DrawsProduct, are_single_products, principal, squared_norms
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
 from headwater.memory import refuse_too_large
-from headwater.operators.algebra import IdentityOperator, LinearOperator, rowwise_inner
+from headwater.operators.algebra import LinearOperator, rowwise_inner
 from headwater.operators.finite import refuse_nonfinite
 from headwater.operators.iterative import host
 from headwater.rows import Accumulator, Each, Found, Item, Part, Visitor
@@ -162,19 +162,30 @@ class InverseThroughRows(LinearOperator, ABC):
         raise NotImplementedError("The trace of an inverse through the rows needs its matrix: use dense().")
 
 
-class AlongRows(IdentityOperator):
+class AlongRows(LinearOperator):
     """A gradient, and beside it, as one part more, its dot products with the m fitted gradients.
 
-    <x, y> / damping - Phi x S Phi y / damping: the query's side brings the damping and S.
+    <x, y> / damping - Phi x S Phi y / damping: the query's side brings the damping and S. It takes whole blocks.
     """
 
     def __init__(self, inverse: InverseThroughRows, solved: bool):
-        super().__init__(inverse.input_size)
         self.through, self.solved = inverse, solved
 
     @property
-    def keeps_rows(self) -> bool:
-        return False
+    def input_size(self) -> int:
+        return self.through.input_size
+
+    def _apply(self, tensor: Array) -> Array:
+        """Errors: NotImplementedError: what stands beside a gradient has no place in its D numbers."""
+        raise NotImplementedError("Gradients are met along rows as blocks: use apply_block.")
+
+    def adjoint(self) -> LinearOperator:
+        """Errors: NotImplementedError."""
+        raise NotImplementedError("A gradient beside its dot products has no adjoint within the block.")
+
+    def trace(self) -> float:
+        """Errors: NotImplementedError."""
+        raise NotImplementedError("A gradient beside its dot products has no trace.")
 
     def apply_block(self, value: BlockGradient) -> BlockGradient:
         along = self.through.curvature.along(value)
@@ -261,6 +272,7 @@ class RowNorms:
     def heaviest(self, share: float, most: int | None = None) -> np.ndarray:
         """Positions of the largest that make up a share of the sum, `most` at most; largest first."""
         flat = self.squares.reshape(-1)
+        # Stable: of gradients of one length the first rows are kept, whatever the machine.
         order = np.argsort(-flat, kind="stable")
         if share == 1.0:
             return order[:most]
@@ -397,6 +409,32 @@ class DualOperator(RowSumOperator):
     def inverse(self, damping: float = 0.0) -> DualInverse:
         return DualInverse(self, damping)
 
+    def refuse_hidden(self, damping: float, largest: float) -> None:
+        """Errors: SingularOperator where rounding hides the damping, beside the largest eigenvalue."""
+        # Of the gradients' dtype, not the Gram matrix's: its entries were rounded before they came to float64.
+        like = self.curvature.like
+        rounding = float(namespace(like).finfo(like.dtype).eps) * largest
+        if not damping > rounding:
+            raise SingularOperator(
+                f"At damping {damping:g} the smallest eigenvalue is zero to rounding of the gradients (largest "
+                f"{largest:g}). Use more damping, {10 * rounding:.2g} for example, or float64."
+            )
+
+    def minus_solved(self, vectors: Array, solve: Callable[[Array], Array]) -> Array:
+        """v - Phi^T S Phi v of vectors (q, D), for S over the kept gradients: (q, m) to (q, m)."""
+        product, xp, q = self.product(vectors), namespace(vectors), int(vectors.shape[0])
+
+        def along(piece: HeldPiece) -> Array:
+            # [n, q, draws]; as q rows of n draws numbers, in the order of `kept`.
+            products = _weighted(product.project(self.draws(piece.rows)), piece.rows)
+            return xp.take(
+                xp.permute_dims(products, (1, 0, 2)).reshape((q, -1)), index_like(piece.kept, vectors), axis=1
+            )
+
+        # Two passes: Phi v has to be whole before S can be applied, and Phi^T comes after S.
+        solved = solve(xp.concat(self.sweep_held(Each(along)), axis=1))
+        return vectors - self.sweep_held(_Combination(self, vectors, solved))
+
 
 @dataclass(frozen=True, eq=False)
 class HeldPiece:
@@ -495,36 +533,16 @@ class DualInverse(InverseThroughRows):
         # W damping, not damping: Phi is not divided by the root of W.
         xp, shift = namespace(gram), self.curvature.rows * self.damping
         largest = float(xp.max(xp.sum(xp.abs(gram), axis=1)))  # no eigenvalue is larger
-        self.refuse_hidden(largest / self.curvature.rows)
+        self.curvature.refuse_hidden(self.damping, largest / self.curvature.rows)
         # Once for each damping: every query after it costs two triangular solves.
         return xp.linalg.cholesky(gram + shift * identity(int(gram.shape[0]), gram))
 
-    def refuse_hidden(self, largest: float) -> None:
-        """Errors: SingularOperator where rounding hides the damping, beside the largest eigenvalue."""
-        # Of the gradients' dtype, not the Gram matrix's: its entries were rounded before they came to float64.
-        like = self.curvature.curvature.like
-        rounding = float(namespace(like).finfo(like.dtype).eps) * largest
-        if not self.damping > rounding:
-            raise SingularOperator(
-                f"At damping {self.damping:g} the smallest eigenvalue is zero to rounding of the gradients (largest "
-                f"{largest:g}). Use more damping, {10 * rounding:.2g} for example, or float64."
-            )
+    def prepare(self) -> None:
+        _ = self.factor
 
     def _apply(self, tensor: Array) -> Array:
         vectors = tensor.reshape((-1, self.input_size))
-        product, xp, q = self.curvature.product(vectors), namespace(vectors), int(vectors.shape[0])
-
-        def along(piece: HeldPiece) -> Array:
-            # [n, q, draws]; as q rows of n draws numbers, in the order of `kept`.
-            products = _weighted(product.project(self.curvature.draws(piece.rows)), piece.rows)
-            return xp.take(
-                xp.permute_dims(products, (1, 0, 2)).reshape((q, -1)), index_like(piece.kept, vectors), axis=1
-            )
-
-        # Two passes: Phi v has to be whole before S can be applied, and Phi^T comes after S.
-        solved = self.solve(xp.concat(self.curvature.sweep_held(Each(along)), axis=1))
-        total = self.curvature.sweep_held(_Combination(self.curvature, vectors, solved))
-        return ((vectors - total) / self.damping).reshape(tensor.shape)
+        return (self.curvature.minus_solved(vectors, self.solve) / self.damping).reshape(tensor.shape)
 
     def solve(self, along: Array) -> Array:
         solved = cholesky_solve(self.factor, precise(transpose(along)))

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any, TypeVar
 
+import numpy as np
+
 from headwater.arrays import Array, accumulable, add_product, device, itemsize, namespace
 from headwater.curvature.means import WeightedMean, pack_means, positive_weight, total_weight, unpack_means
 from headwater.errors import InvalidSetting
@@ -27,13 +29,17 @@ from headwater.operators.algebra import LinearOperator
 from headwater.operators.finite import refuse_nonfinite
 from headwater.operators.kronecker import EigenKroneckerOperator, KroneckerOperator
 from headwater.operators.structured import BlockDiagonalOperator
+from headwater.random import row_uniforms
 from headwater.rows import Accumulator, PlacedBatch, Visitor, sweep
+from headwater.types import Batch
 
 Place = tuple[str, int]
 """(block name, part index)."""
 
 PartOperator = TypeVar("PartOperator", bound=LinearOperator)
 
+CHOICE = 1 << 23
+"""Number of the random draw that says which rows a basis is from: far from those of labels."""
 LARGEST_SIDE = 40_000
 """Rows of a Kronecker factor beyond which it is refused: 12.8 GB in float64, and hours to diagonalise."""
 
@@ -47,15 +53,19 @@ def fit_kfac(
     seed: int = 0,
     progress: bool = False,
     basis_only: bool = False,
+    share: float = 1.0,
 ) -> tuple[OrderedDict[str, BlockDiagonalOperator[KroneckerOperator]], float]:
     """Every block's Fisher as a Kronecker product for each part, in one pass; and the rows' total weight.
 
-    Errors: InvalidSetting for a table that is used as a linear map too (tied embeddings), unless
-    `basis_only`, when the factors' eigenvectors are all that is wanted; NonFiniteValue.
+    share: of the rows, those that the factors are from. Errors: InvalidSetting for a table that is used as a linear map
+    too (tied embeddings), unless `basis_only`, when the factors' eigenvectors are all that is wanted, and where none of
+    the rows was chosen; NonFiniteValue.
     """
-    factors = _Factors(provider, fisher, range(samples), seed, basis_only)
+    factors = _Factors(provider, fisher, range(samples), seed, basis_only, share)
     found = sweep(provider, loader, factors, "Kronecker factors", progress)
     positive_weight(found.weight)
+    if not found.moments:
+        raise InvalidSetting(f"A share of {share:g} chose none of the rows: take a larger one, or all (1).")
     parts = {place: _kronecker(place, moments) for place, moments in found.moments.items()}
     return _by_block(provider, parts), found.weight
 
@@ -77,21 +87,33 @@ class _Factors(Visitor[PlacedBatch, _Sums, _Sums]):
     draws: range
     seed: int
     basis_only: bool
+    share: float = 1.0
+    """Of the rows, those that are met; which they are, their keys say."""
     looked: list[bool] = field(default_factory=list)
     """Whether the first gradients that are met here were looked at."""
 
     def of(self, item: PlacedBatch) -> _Sums:
-        draws = self.provider.fisher_grads(item.batch, self.fisher, draws=self.draws, seed=self.seed)
+        batch, weight = self._chosen(item.batch), total_weight(self.provider, item.batch)
+        if batch is None:
+            return _Sums({}, weight)
+        draws = self.provider.fisher_grads(batch, self.fisher, draws=self.draws, seed=self.seed)
         # Before the first batch's sums are made: they would already take that memory.
         if not self.looked:
             _refuse_large_factors(draws[0])
             self.looked.append(True)
-        moments = _batch_moments(draws, self.provider.row_weights(item.batch), self.basis_only)
-        return _Sums(moments, total_weight(self.provider, item.batch))
+        return _Sums(_batch_moments(draws, self.provider.row_weights(batch), self.basis_only), weight)
+
+    def _chosen(self, batch: Batch) -> Batch | None:
+        """The rows that are met: of other batches, and in another order, they are the same."""
+        if self.share >= 1:
+            return batch
+        numbers = row_uniforms(self.provider.row_keys(batch), 1, draw=CHOICE, seed=self.seed)[:, 0, 0]
+        rows = np.flatnonzero(numbers < self.share)
+        return batch.take(rows) if len(rows) else None
 
     def merge(self, one: _Sums, other: _Sums) -> _Sums:
         for place, moments in other.moments.items():
-            one.moments[place] = one.moments[place] + moments
+            one.moments[place] = one.moments[place] + moments if place in one.moments else moments
         return _Sums(one.moments, one.weight + other.weight)
 
     @property
@@ -121,15 +143,24 @@ def fit_ekfac(
     samples: int = 1,
     seed: int = 0,
     progress: bool = False,
+    basis_share: float = 1.0,
 ) -> tuple[OrderedDict[str, BlockDiagonalOperator[EigenKroneckerOperator]], float]:
     """Every block's Fisher, diagonal in the Kronecker eigenbasis, in two passes; and the rows' total weight.
 
+    basis_share: of the rows, those that the first pass, for the basis, is of.
     Sampled labels of the second pass are independent of those that gave the basis: with the same draws the spectrum
     overfits the basis, and the scores are markedly worse.
     Errors: as `fit_kfac`; InvalidSetting if the second pass has rows of another total weight.
     """
     kfac, weight = fit_kfac(
-        provider, loader, fisher=fisher, samples=samples, seed=seed, progress=progress, basis_only=True
+        provider,
+        loader,
+        fisher=fisher,
+        samples=samples,
+        seed=seed,
+        progress=progress,
+        basis_only=True,
+        share=basis_share,
     )
     # Only the eigenvectors of KFAC's factors are used; the second pass measures the spectrum itself.
     bases = {(name, k): part.eigen for name, block in kfac.items() for k, part in enumerate(block.operators)}

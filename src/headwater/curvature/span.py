@@ -41,7 +41,7 @@ from headwater.curvature.dual import (
     AlongRows,
     DualInverse,
     DualOperator,
-    HeldRows,
+    InverseThroughRows,
     RowNorms,
     RowSumOperator,
     cholesky_solve,
@@ -81,26 +81,27 @@ PROBES = 8
 """Vectors on either side that an error is measured on."""
 
 
-class SpanOperator(DualOperator):
-    """P C P, for the span of the kept gradients."""
+@dataclass(frozen=True, eq=False)
+class Span:
+    """The span of the kept gradients, and the curvature on it: P C P."""
 
-    def __init__(self, curvature: CurvatureOperator, rows: float, held: HeldRows, counted: np.ndarray):
-        """counted: whether each gradient [n k] counts in C; all but the lightest do."""
-        super().__init__(curvature, rows, held, by_axes=True)
-        self.counted = counted
+    dual: DualOperator
+    """Of the kept gradients."""
+    counted: np.ndarray
+    """Whether each gradient [n k] counts in C; all but the lightest do."""
 
     @property
     def is_everything(self) -> bool:
-        return len(self.kept) == len(self.counted)
+        return len(self.dual.kept) == len(self.counted)
 
     @cached_property
     def visible(self) -> Array:
         """G [m, m], with directions that rounding hides raised to what can be told from zero."""
-        gram, xp = self.gram, namespace(self.gram)
+        gram, xp, m = self.dual.gram, namespace(self.dual.gram), len(self.dual.kept)
         # Where rows are alike it is singular, and known to the rounding of the gradients, and of its own factorisation.
-        entries = float(xp.finfo(self.curvature.like.dtype).eps) * float(xp.max(xp.sum(xp.abs(gram), axis=1)))
-        factors = 4 * len(self.kept) * float(xp.finfo(gram.dtype).eps) * float(xp.max(gram))
-        return gram + max(entries, factors) * identity(len(self.kept), gram)
+        entries = float(xp.finfo(self.dual.curvature.like.dtype).eps) * float(xp.max(xp.sum(xp.abs(gram), axis=1)))
+        factors = 4 * m * float(xp.finfo(gram.dtype).eps) * float(xp.max(gram))
+        return gram + max(entries, factors) * identity(m, gram)
 
     @cached_property
     def basis(self) -> Array:
@@ -110,18 +111,20 @@ class SpanOperator(DualOperator):
     @cached_property
     def image(self) -> Array:
         """A [m, m]: the curvature's products with the kept gradients, along these."""
-        return self.sweep(Total(self._image_of)) / self.rows
+        return self.dual.sweep(Total(self._image_of)) / self.dual.rows
 
     def _image_of(self, rows: DrawnRows) -> Array:
         """The batch's share of Phi F^T F Phi^T: [m, m]."""
-        draws, each, total = self.draws(rows), self.draws_per_row, None
-        step = rows_within_memory(len(self.kept) * each, self.gradients_kept.like)
+        kept = self.dual.gradients_kept
+        draws, each, total = self.dual.draws(rows), self.dual.draws_per_row, None
+        step = rows_within_memory(kept.rows * each, kept.like)
         roots = None if rows.weights is None else namespace(rows.weights).sqrt(rows.weights)
         for start in range(0, len(rows.batch), step):
             piece = slice(start, min(start + step, len(rows.batch)))
             first, last = ((rows.start + place) * each for place in (piece.start, piece.stop))
+            # The lightest gradients are in no product: hundreds of them weigh less than what is asked for.
             here = np.flatnonzero(self.counted[first:last])
-            along = inner_draws(self.gradients_kept, draws, piece, here)
+            along = inner_draws(kept, draws, piece, here)
             if roots is not None:
                 along = along * namespace(roots).take(roots[piece], index_like(here // each, roots), axis=0)
             along = precise(transpose(along))
@@ -129,34 +132,45 @@ class SpanOperator(DualOperator):
         assert total is not None
         return total
 
-    def inverse(self, damping: float = 0.0) -> DualInverse:
+    def inverse(self, damping: float) -> DualInverse | SpanInverse:
         """(P C P + damping)^-1; that of the whole where the span has all gradients."""
-        return DualInverse(self, damping) if self.is_everything else SpanInverse(self, damping)
+        return DualInverse(self.dual, damping) if self.is_everything else SpanInverse(self, damping)
 
 
-class SpanInverse(DualInverse):
+class SpanInverse(InverseThroughRows):
     """(P C P + damping)^-1."""
 
-    curvature: SpanOperator
+    def __init__(self, span: Span, damping: float):
+        super().__init__(span.dual, damping)
+        self.span = span
 
     @cached_property
     def factor(self) -> Array:
         """The lower Cholesky factor of A + d G. Errors: SingularOperator where rounding hides the damping."""
-        gram, xp = self.curvature.visible, namespace(self.curvature.gram)
-        self.refuse_hidden(float(xp.max(xp.sum(xp.abs(gram), axis=1))) / self.curvature.rows)
-        found = _cholesky(self.curvature.image + self.damping * gram)
+        gram, dual = self.span.visible, self.span.dual
+        xp = namespace(gram)
+        dual.refuse_hidden(self.damping, float(xp.max(xp.sum(xp.abs(gram), axis=1))) / dual.rows)
+        found = _cholesky(self.span.image + self.damping * gram)
         if found is None:  # along directions that the gradients do not have, all of it is rounding
-            raise SingularOperator(f"Block {self.curvature.label!r}: rounding of like rows hides {self.damping:g}.")
+            raise SingularOperator(f"Block {dual.label!r}: rounding of like rows hides {self.damping:g}.")
         return found
+
+    def prepare(self) -> None:
+        _ = self.factor
+
+    def _apply(self, tensor: Array) -> Array:
+        vectors = tensor.reshape((-1, self.input_size))
+        return (self.span.dual.minus_solved(vectors, self.solve) / self.damping).reshape(tensor.shape)
 
     def solve(self, along: Array) -> Array:
         sides = precise(transpose(along))
-        solved = cholesky_solve(self.curvature.basis, sides) - self.damping * cholesky_solve(self.factor, sides)
+        # S = G^-1 - d (A + d G)^-1: both factors are made once, and no side of m columns is solved for.
+        solved = cholesky_solve(self.span.basis, sides) - self.damping * cholesky_solve(self.factor, sides)
         return namespace(along).astype(transpose(solved), along.dtype)
 
     def outside(self, value: BlockGradient) -> np.ndarray:
         """The share of each gradient's square that lies outside of the span: [n]."""
-        inside = lower_solve(self.curvature.basis, precise(transpose(self.curvature.along(value))))
+        inside = lower_solve(self.span.basis, precise(transpose(self.curvature.along(value))))
         squares = host(value.squared_norms())
         return 1.0 - host(rowwise_inner(transpose(inside), transpose(inside))) / np.where(squares > 0, squares, 1.0)
 
@@ -180,7 +194,7 @@ class RowSpans(RowSumOperator):
     def __init__(self, curvature: CurvatureOperator, rows: float, norms: RowNorms):
         super().__init__(curvature, rows, by_axes=True)
         self.norms = norms
-        self._made: dict[int, SpanOperator] = {}
+        self._made: dict[int, Span] = {}
 
     @classmethod
     def of(cls, curvature: CurvatureOperator, rows: float) -> RowSpans:
@@ -213,17 +227,20 @@ class RowSpans(RowSumOperator):
             return min(enough, self.count) if size < self.count else None
         return min(enough, most) if size < most and enough <= most * 5 // 4 else None
 
-    def span(self, size: int) -> SpanOperator:
+    def span(self, size: int) -> Span:
         """Of the heaviest `size` gradients."""
         if size not in self._made:
             flat = self.norms.squares.reshape(-1)
             kept, counted = np.sort(self.norms.heaviest(1.0, size)), np.zeros(len(flat), dtype=bool)
             counted[self.norms.heaviest(COUNTED)] = counted[kept] = True
-            held = self.norms.held(kept)
-            self._made[size] = SpanOperator(self.curvature, self.rows, held, counted)
+            self._made[size] = Span(self._dual(kept), counted)
         return self._made[size]
 
-    def inverse(self, damping: float = 0.0) -> DualInverse:
+    def _dual(self, kept: np.ndarray) -> DualOperator:
+        """Of gradients at these positions, in order."""
+        return DualOperator(self.curvature, self.rows, self.norms.held(kept), by_axes=True)
+
+    def inverse(self, damping: float = 0.0) -> DualInverse | SpanInverse:
         """Of the part on one span: a preconditioner for the whole."""
         return self.span(min(PRECONDITIONER, self.count)).inverse(damping)
 
@@ -238,7 +255,7 @@ class RowSpans(RowSumOperator):
         among = light[: max(len(counted) - size, PROBES)]
         random = np.random.default_rng(0).permutation(len(among))[:PROBES]
         chosen = np.unique(np.concatenate([light[:PROBES], among[random]]))
-        held = DualOperator(self.curvature, self.rows, self.norms.held(chosen), by_axes=True).gradients_kept
+        held = self._dual(chosen).gradients_kept
         return held.weighted(1.0 / namespace(held.like).sqrt(held.squared_norms()))
 
 
@@ -264,9 +281,9 @@ class SpanSolve(IterativeInverse):
         super().__init__(curvature, damping, solver, None, curvature.block)
         self.spans, self._near, self.tolerance = spans, near, tolerance
         self._size: int | None = min(FIRST, spans.count)
-        self._inverses: dict[int, DualInverse | None] = {}
+        self._inverses: dict[int, DualInverse | SpanInverse | None] = {}
         self._probed: dict[SpanInverse, _Missed] = {}
-        self._last: tuple[Array, DualInverse, tuple[float, int]] | None = None
+        self._last: tuple[Array, InverseThroughRows, tuple[float, int]] | None = None
 
     @cached_property
     def preconditioner(self) -> LinearOperator:
@@ -287,7 +304,7 @@ class SpanSolve(IterativeInverse):
         inverse = self._good_enough(value, len(self.spans.norms.keys))
         return super().quadratic(value) if inverse is None else inverse.quadratic(value)
 
-    def _good_enough(self, value: BlockGradient, queries: float) -> DualInverse | None:
+    def _good_enough(self, value: BlockGradient, queries: float) -> DualInverse | SpanInverse | None:
         """The inverse on the smallest span that serves these vectors, of so many in all; None where none does."""
         # Kept for good: a fit that was loaded gives the scores of the one that was saved.
         if self._size is None or not are_single_products(value) or not self.spans.curvature.source.keep():
@@ -302,18 +319,18 @@ class SpanSolve(IterativeInverse):
             self._size = size = self.spans.larger(size, missed, self.spans.affordable(queries))
         return None
 
-    def _inverse(self, size: int) -> DualInverse | None:
+    def _inverse(self, size: int) -> DualInverse | SpanInverse | None:
         """None where rounding hides the damping."""
         if size not in self._inverses:
             found = self.spans.span(size).inverse(self.damping)
             try:
-                found.factor  # noqa: B018  # found out when it is made
+                found.prepare()
                 self._inverses[size] = found
             except SingularOperator:
                 self._inverses[size] = None
         return self._inverses[size]
 
-    def error(self, inverse: DualInverse, value: BlockGradient) -> tuple[float, int]:
+    def error(self, inverse: DualInverse | SpanInverse, value: BlockGradient) -> tuple[float, int]:
         """Of scores of these rows, relative to |q| |(C + d)^-1 g|; and products made.
 
         On a few of them, those that reach furthest out of the span among them, and gradients of train rows.
@@ -351,7 +368,7 @@ class SpanSolve(IterativeInverse):
 
     def _of_train_rows(self, inverse: SpanInverse) -> _Missed:
         if inverse not in self._probed:
-            self._probed[inverse] = self._missed(inverse, self.spans.probes(len(inverse.curvature.kept)).flat())
+            self._probed[inverse] = self._missed(inverse, self.spans.probes(len(inverse.span.dual.kept)).flat())
         return self._probed[inverse]
 
     def _suspects(self, inverse: SpanInverse, value: BlockGradient) -> Array:
@@ -390,7 +407,7 @@ class _Missed:
 class MeasuredAlongRows(AlongRows):
     """The queries' side, which tells how far it may be off: `SolveReport.residual` is the error of the scores."""
 
-    def __init__(self, solve: SpanSolve, inverse: DualInverse):
+    def __init__(self, solve: SpanSolve, inverse: DualInverse | SpanInverse):
         super().__init__(inverse, solved=True)
         self.solve, self.found = solve, inverse
 

@@ -27,7 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from headwater.errors import InvalidInput, ShapeMismatch
 from headwater.evaluate.checks import Floats, complete_runs, mean_over_runs
-from headwater.evaluate.correlation import mean_correlation, spearman
+from headwater.evaluate.correlation import mean_correlation, mean_spearman_of_each, spearman
 
 FLAT = 0.03
 """How much less LDS still counts as the plateau."""
@@ -191,7 +191,7 @@ def _lds(forecast: Floats, measured: Floats, chosen: NDArray[np.int64]) -> float
 def _best(total: Floats, measured: Floats, chosen: NDArray[np.int64]) -> int:
     """The place on the path of the best LDS over these subsets; total [k, m, q]."""
     tried = np.flatnonzero(np.isfinite(total).all(axis=(1, 2)))
-    found = np.array([_lds(total[k], measured, chosen) for k in tried])
+    found = mean_spearman_of_each([total[k][chosen] for k in tried], measured[chosen])
     return int(tried[np.argmax(found)])
 
 

@@ -146,6 +146,7 @@ class CurvePlan:
         ends = 1 + points * rankings
         own = measured[1:ends].reshape(points, rankings, -1)
         chance = measured[ends:].reshape(points, self.random, -1)
+        # Every query's output is measured on every subset; its own are on the diagonal.
         return (own[:, 0] if self.queries is None else np.einsum("fqq->fq", own)), chance
 
 

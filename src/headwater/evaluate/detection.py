@@ -29,6 +29,7 @@ def auc(scores: ArrayLike, positives: ArrayLike) -> float:
     negatives = int((~wanted).sum())
     if negatives == 0:
         raise InvalidInput(f"AUC compares positives with negatives, but all {len(wanted)} rows are positive.")
+    # A positive's rank counts all rows below it; those that are positive are taken off (Mann and Whitney 1947).
     below, below_of_positives = mid_ranks(values[:, None])[wanted], mid_ranks(values[wanted][:, None])
     negatives_below = below - below_of_positives
     return float(negatives_below.mean() / negatives)
@@ -50,6 +51,7 @@ def average_precision(scores: ArrayLike, positives: ArrayLike) -> float:
     rows_before, found_before = np.cumsum(size) - size, np.cumsum(found) - found
     g, p, s, f = (np.repeat(of_group, size) for of_group in (size, found, rows_before, found_before))
     j = np.arange(1, len(values) + 1) - s
+    # A group of one has no places before it: p - 1 is zero there, and g - 1 must not be divided by.
     expected = p / g * (f + 1 + (j - 1) * (p - 1) / np.maximum(g - 1, 1)) / (s + j)
     return float(expected.sum() / wanted.sum())
 

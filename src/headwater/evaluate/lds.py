@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from headwater.errors import ShapeMismatch
 from headwater.evaluate.checks import (
@@ -33,7 +33,7 @@ from headwater.evaluate.checks import (
     subset_mask,
     usual_runs,
 )
-from headwater.evaluate.correlation import mean_correlation
+from headwater.evaluate.correlation import mean_correlation, mean_spearman
 from headwater.evaluate.correlation import spearman as spearman
 from headwater.evaluate.intervals import Interval as Interval
 from headwater.evaluate.intervals import about, resampled
@@ -109,9 +109,8 @@ def lds(
     kept, runs, measured = retrained_outputs(keep, outputs)
     predicted = _forecast(scores, kept, measured)
     by_query = spearman(predicted, measured)
-    chosen = resampled(len(kept), resamples, seed)
     # Subsets are resampled, queries stay: what is random is which subsets were trained.
-    draws = [mean_correlation(spearman(predicted[some], measured[some])) for some in chosen]
+    draws = mean_spearman(predicted, measured, resampled(len(kept), resamples, seed))
     return Lds(
         about(mean_correlation(by_query), draws, level),
         ceiling(outputs),
@@ -137,11 +136,10 @@ def difference(
     first, second = (_forecast(given, kept, measured) for given in (scores, others))
 
     # Paired: both scores see the same subsets, so that luck with these cancels.
-    def gap(chosen: NDArray[np.int64] | slice) -> float:
-        truth = measured[chosen]
-        return mean_correlation(spearman(first[chosen], truth)) - mean_correlation(spearman(second[chosen], truth))
-
-    return about(gap(slice(None)), [gap(chosen) for chosen in resampled(len(kept), resamples, seed)], level)
+    draws = [np.arange(len(kept)), *resampled(len(kept), resamples, seed)]
+    ours, theirs = (mean_spearman(values, measured, draws) for values in (first, second))
+    gap, *gaps = np.subtract(ours, theirs).tolist()
+    return about(gap, gaps, level)
 
 
 def _forecast(scores: ArrayLike, kept: Flags, measured: Floats) -> Floats:

@@ -40,7 +40,7 @@ from headwater.evaluate.checks import (
     subset_mask,
     usual_runs,
 )
-from headwater.evaluate.correlation import mean_correlation, pearson, spearman
+from headwater.evaluate.correlation import mean_correlation, mean_spearman, pearson, spearman
 from headwater.evaluate.intervals import Interval, about, resampled
 from headwater.evaluate.lds import ceiling
 from headwater.positions import row_positions
@@ -167,25 +167,23 @@ def _agreement(
     resamples, level, seed = resampling
     forecasts, measured = predicted.T, truth.T
 
-    def figures(chosen: NDArray[np.int64] | slice) -> tuple[float, float, float]:
+    def figures(chosen: NDArray[np.int64] | slice) -> tuple[float, float]:
         f, t = forecasts[chosen], measured[chosen]
-        return (
-            mean_correlation(pearson(f, t)),
-            mean_correlation(spearman(f, t)),
-            # All queries together: a slope of each query would weigh those with hardly any effect as much.
-            float(_slopes(f.reshape(-1, 1), t.reshape(-1, 1))[0]),
-        )
+        # All queries together: a slope of each query would weigh those with hardly any effect as much.
+        return mean_correlation(pearson(f, t)), float(_slopes(f.reshape(-1, 1), t.reshape(-1, 1))[0])
 
-    draws = [figures(chosen) for chosen in resampled(len(forecasts), resamples, seed)]
-    values = figures(slice(None))
+    draws = resampled(len(forecasts), resamples, seed)
+    linear, slope = figures(slice(None))
+    others = [figures(draw) for draw in draws]
     # A resample may have nothing but groups with a forecast of zero.
-    slopes = [draw[2] for draw in draws if np.isfinite(draw[2])]
+    slopes = [draw[1] for draw in others if np.isfinite(draw[1])]
+    ranked = spearman(forecasts, measured)
     return Agreement(
-        about(values[0], [draw[0] for draw in draws], level),
-        about(values[1], [draw[1] for draw in draws], level),
-        about(values[2], slopes, level),
+        about(linear, [draw[0] for draw in others], level),
+        about(mean_correlation(ranked), mean_spearman(forecasts, measured, draws), level),
+        about(slope, slopes, level),
         pearson(forecasts, measured),
-        spearman(forecasts, measured),
+        ranked,
         _slopes(forecasts, measured),
         len(forecasts),
         runs,

@@ -71,6 +71,7 @@ def knn_shapley(
     for row, one, label in zip(found, query, asked, strict=True):
         near = np.argsort(((train - one) ** 2).sum(axis=1), kind="stable")
         right = (given[near] == label).astype(np.float64)
+        # Jia et al. 2019, theorem 1: from the farthest row inwards, each value is that of the next plus a step.
         steps = np.append(right[:-1] - right[1:], right[-1]) * share
         row[near] = steps[::-1].cumsum()[::-1]
     return found
@@ -109,5 +110,6 @@ def out_of_bag(keep: ArrayLike, outputs: ArrayLike, q: int) -> Floats:
     counts = outside.sum(axis=(0, 1))
     if not counts.all():
         raise InvalidInput(f"Every model was trained on row {int(counts.argmin())}: none can say what it thinks of it.")
+    # A run that is NaN has no weight in `outside`; 0 times NaN would be NaN all the same.
     means = (np.nan_to_num(losses) * outside).sum(axis=(0, 1)) / counts
     return np.tile(-means, (q, 1))

@@ -136,9 +136,9 @@ class Gradient(ABC):
         """sum_oi w_oi G_oi^2 of each row: [n]. Without weights, the squared norm."""
         out = []
         for _, piece in self.chunks(self.shape[0] * self.shape[1]):
-            square = piece.dense() ** 2
-            square = square if weights is None else square * weights
-            out.append(namespace(square).sum(square.reshape((piece.rows, -1)), axis=1))
+            flat = piece.dense().reshape((piece.rows, -1))
+            # A dot product, not a sum of squares: an array of the gradients' size would be written between.
+            out.append(namespace(flat).vecdot(flat, flat if weights is None else flat * weights.reshape((-1,))))
         return namespace(*out).concat(out, axis=0) if out else zeros_like(self.arrays[0], (0,))
 
     def second_moment(

@@ -107,6 +107,7 @@ class EnsembleProvider(ProviderView):
 
     def _merge(self, values: Sequence[Mapping[str, object]]) -> OrderedDict[str, Any]:
         """What each member names by its own blocks, by the ensemble's."""
+        # Blocks of different members never share parameters: the ensemble's curvature is block-diagonal in them.
         return OrderedDict((f"{k}/{name}", v) for k, value in enumerate(values) for name, v in value.items())
 
     # Gradients ----------------------------------------------------------------------------------------------------
@@ -159,6 +160,7 @@ class EnsembleProvider(ProviderView):
         """The mean over members of the chance of another answer, where the losses are minus log p/(1-p): [n]."""
         margins = [member.losses(batch) for member in self.members]
         xp = namespace(*margins)
+        # The logistic function by tanh, which no framework lacks and which does not overflow.
         return _sum([(1.0 + xp.tanh(margin / 2)) / 2 for margin in margins]) / len(margins)
 
     def labels_of(self, y: Any) -> Any:

@@ -69,6 +69,7 @@ class MarginGradientProvider(ProviderView):
         self._check(batch)
         if query or len(self._models) == 1:
             return self._for(query).grads(batch, query=query, weighted=weighted)
+        # TRAK's Q is the mean of 1 - p over models, taken before it meets any of their gradients (Park et al. 2023).
         return _scaled(self.margin.grads(batch, weighted=weighted), self._shared_one_minus_p(batch))
 
     def self_grads(self, batch: Batch) -> BlockGradients:
@@ -95,8 +96,13 @@ class MarginGradientProvider(ProviderView):
         else:
             found = _multiples(self.grads(batch), self.margin.grads(batch))
         xp = namespace(found)
+        # A row that is predicted for certain has no gradient: its own score is zero, not infinite.
         safe = xp.where(found > 0, found, xp.ones_like(found))
         return xp.where(found > 0, safe**-0.5, xp.zeros_like(found))
+
+    def curvature_scale(self, self_scale: Array | None) -> Array | None:
+        """A train row is 1 - p times the margin's gradient, and `self_scale` one over the root of that."""
+        return None if self_scale is None else self_scale**2
 
     def one_minus_p(self, batch: Batch) -> Array:
         """1 - p, the chance of another answer than the row's target: [n]."""

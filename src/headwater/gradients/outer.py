@@ -209,12 +209,12 @@ class Outer(Gradient):
         if self.positions > 1:
             return super().quadratic(weights)
         xp = namespace(self.a)
-        full = self.bordered() if weights is not None else self
-        a, b = full.a[:, 0] ** 2, full.b[:, 0] ** 2
         if weights is None:
+            a, b = self.a[:, 0], self.b[:, 0]
             # |b a^T|^2 = |a|^2 |b|^2, and the stored inputs lack the one.
-            return (xp.sum(a, axis=1) + (1 if self.ones else 0)) * xp.sum(b, axis=1)
-        return xp.sum((b @ weights) * a, axis=1)
+            return (xp.vecdot(a, a) + (1 if self.ones else 0)) * xp.vecdot(b, b)
+        full = self.bordered()
+        return xp.vecdot((full.b[:, 0] ** 2) @ weights, full.a[:, 0] ** 2)
 
     def squares(self, weights: Array | None) -> Array:
         if self.positions > 1:
@@ -257,7 +257,7 @@ class Outer(Gradient):
         if again:
             return Moments(left, None, 0.0, 0.0)
         weighted, rows, positions = _counted(self.a, self.kept, weights)
-        right = _gram(None, self.a, weighted, int(self.a.shape[2]))
+        right = self.inputs_gram(weighted)
         if self.ones:
             a = self.a if weighted is None else self.a * weighted
             # The ones' row and column of sum [a, 1][a, 1]^T: sums of inputs, and in the corner how many positions there
@@ -268,6 +268,10 @@ class Outer(Gradient):
                 [xp.concat([right, column], axis=1), xp.concat([transpose(column), corner], axis=1)], axis=0
             )
         return Moments(left, right, rows, positions)
+
+    def inputs_gram(self, weights: Array | None) -> Array:
+        """The sum over rows and positions of w a a^T, [i, i]; weights [n, t or 1, 1], or None for one."""
+        return _gram(None, self.a, weights, int(self.a.shape[2]))
 
 
 def _counted(like: Array, kept: Array | None, weights: Array | None) -> tuple[Any, Any, Any]:

@@ -128,6 +128,13 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
         """What each row of `self_grads` is of the row of `grads`: [n]; None where they are the same."""
         return None
 
+    def curvature_scale(self, self_scale: Array | None) -> Array | None:
+        """What each row of `fisher_grads(..., "empirical")` is of the row of `grads`: [n]; None for the same.
+
+        self_scale: the rows' own, by which it is known where the rows themselves are gone.
+        """
+        return None
+
     def one_minus_p(self, batch: BatchType) -> Array:
         """1 - p, the chance of another answer, where the losses are minus the margin (`of_output("margin")`): [n]."""
         return sigmoid(self.losses(batch))

@@ -82,6 +82,9 @@ class ProviderView(StructuredGradientProvider[Any, Any]):
     def losses(self, batch: Batch, *, query: bool = False) -> Array:
         return self.plain.losses(batch, query=query)
 
+    def curvature_scale(self, self_scale: Array | None) -> Array | None:
+        return self.plain.curvature_scale(self_scale)
+
     def one_minus_p(self, batch: Batch) -> Array:
         return self.plain.one_minus_p(batch)
 

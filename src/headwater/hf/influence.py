@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from headwater.arrays import is_frame, to_numpy
+from headwater.attributor import Attributor
 from headwater.blocks import Structure
 from headwater.errors import InvalidSetting, UnsupportedModel
+from headwater.gradients.coverage import Coverage
 from headwater.hf.losses import PerToken
 from headwater.hf.provider import HfGradientProvider
 from headwater.hf.rows import IDS, MASK, Collator, Rows, TableRows, lengths, put_back
@@ -22,7 +24,7 @@ from headwater.loaders.texts import Text, are_texts, text_of
 from headwater.methods.base import Method
 from headwater.methods.damping import Damping
 from headwater.torch.batch import TorchBatch
-from headwater.torch.influence import Checkpoint, TorchComposableInfluence
+from headwater.torch.checkpoints import Checkpoint, Models
 from headwater.torch.likelihoods import Likelihood
 from headwater.torch.losses import Loss
 
@@ -38,7 +40,7 @@ class Labelled(Iterable[Any]):
         return iter(TableRows(self.frame))
 
 
-class HfComposableInfluence(TorchComposableInfluence):
+class HfComposableInfluence(Attributor[torch.Tensor]):
     """Which training rows made a pretrained model do this, and by how much.
 
     model, task, per_token, measurement, likelihood: see `HfGradientProvider`. method, blocks, damping, checkpoints: as
@@ -83,26 +85,32 @@ class HfComposableInfluence(TorchComposableInfluence):
                 likelihood=likelihood,
             )
 
-        self._assemble(provide, model, method, damping, checkpoints, unpack, Form(batch_size, target, ids))
+        self._models = Models.of(provide, model, checkpoints)
+        form = Form(batch_size, target, ids)
+        super().__init__(self._models.provider, method, damping=damping, unpack=unpack, form=form)
         self._rows = Rows(
             tokenizer,
             collator,
             batch_size,
-            self._hf_provider.takes,
-            self._hf_provider.task.padding,
-            bool(self._hf_provider.task.ahead),
+            self._models.own.takes,
+            self._models.own.task.padding,
+            bool(self._models.own.task.ahead),
             target,
             ids,
         )
 
-    @property
-    def _hf_provider(self) -> HfGradientProvider:
-        assert isinstance(self._torch_provider, HfGradientProvider)
-        return self._torch_provider
+    def as_own(self, name: str, array: Any) -> Any:
+        """As `TorchComposableInfluence`."""
+        return self._models.as_own(array)
 
     @property
     def model(self) -> nn.Module:
-        return self._hf_provider.pretrained
+        return self._models.own.pretrained
+
+    @property
+    def coverage(self) -> Coverage:
+        """How many of the trainable parameters are attributed, and which are not."""
+        return self._models.own.coverage
 
     def as_batches(self, held: Any, role: str) -> Iterable[object]:
         """(x, y) of all rows as batches; texts, frames and data sets are rows, which `as_loader` makes batches of."""
@@ -122,8 +130,8 @@ class HfComposableInfluence(TorchComposableInfluence):
     def as_loader(self, loader: Iterable[object]) -> Iterable[object]:
         """Rows or batches of any kind that the class takes, as batches."""
         if isinstance(loader, Labelled):
-            return replace(self._rows, target=loader.target).batches(loader.frame, self._hf_provider)
-        return self._rows.batches(loader, self._hf_provider)
+            return replace(self._rows, target=loader.target).batches(loader.frame, self._models.own)
+        return self._rows.batches(loader, self._models.own)
 
     def token_scores(self, x_test: object, y_test: object, x: object = None, y: object = None) -> torch.Tensor:
         """What each label of a train row adds to the row's score: (N_test, N_train, T), as `influences` otherwise.
@@ -141,7 +149,7 @@ class HfComposableInfluence(TorchComposableInfluence):
 
     def _token_scores(self, test: TorchBatch, train: TorchBatch) -> torch.Tensor:
         """Of batches in canonical form, whose positions T are."""
-        mapper, provider = self.ready(), self._hf_provider
+        mapper, provider = self.ready(), self._models.own
         with self._recorded():
             factors: Any = mapper.transformed_grads(test)
         first = provider.grads(train.take(slice(0, 1)))
@@ -162,7 +170,7 @@ class HfComposableInfluence(TorchComposableInfluence):
     # Texts, for pages -------------------------------------------------------------------------------------------------
 
     def tokens_of(self, batch: Any) -> list[np.ndarray] | None:
-        x = self._hf_provider.canonical(batch).x
+        x = self._models.own.canonical(batch).x
         ids = x.get(IDS) if isinstance(x, Mapping) else None
         if self._rows.tokenizer is None or ids is None:
             return None
@@ -180,7 +188,7 @@ class HfComposableInfluence(TorchComposableInfluence):
 
     def token_scores_of(self, query: Any, train: Any) -> list[np.ndarray]:
         """As `token_scores`: of an own token that is predicted. Errors: likewise."""
-        provider = self._hf_provider
+        provider = self._models.own
         train = provider.canonical(train)
         scores = to_numpy(self._token_scores(provider.canonical(query), train)).astype(np.float64)
         ends = lengths(train.x) if isinstance(train.x, Mapping) else None

@@ -229,10 +229,13 @@ def cut(value: Any, rows: slice) -> Any:
 
 
 class Collated(Iterable[Any]):
-    """A data set of single rows, in batches, in its own order; the last one is smaller."""
+    """A data set of single rows, in batches, in its own order; the last one is smaller.
 
-    def __init__(self, source: Any, size: int, own: Own):
-        self.source, self.size, self.own = source, size, own
+    alone: an item is x itself; a batch is (x,) then.
+    """
+
+    def __init__(self, source: Any, size: int, own: Own, *, alone: bool = False):
+        self.source, self.size, self.own, self.alone = source, size, own, alone
 
     def __len__(self) -> int:
         return -(-len(self.source) // self.size)
@@ -245,7 +248,7 @@ class Collated(Iterable[Any]):
 
     def _collated(self, rows: list[Any], start: int) -> Any:
         try:
-            return collate(rows, self.own)
+            return collate([(row,) for row in rows] if self.alone else rows, self.own)
         except (InvalidInput, BatchMismatch) as error:
             last = start + len(rows) - 1
             raise InvalidInput(f"{type(self.source).__name__}, rows {start} to {last}: {error}") from error
@@ -259,7 +262,7 @@ def collate(rows: list[Any], own: Own) -> Any:
     if not isinstance(first, (tuple, list)):
         raise InvalidInput(
             f"an item is {described(first)}; expected (x, y), or a dict with target= or unpack=; "
-            "x alone, for explain='prediction', comes in batches: a DataLoader of it."
+            "x alone is for queries, with explain='prediction'."
         )
     if len({len(row) for row in rows}) > 1:
         raise InvalidInput("some items have more entries than others.")

@@ -16,12 +16,13 @@ import numpy as np
 
 from headwater.arrays import as_pandas, described, is_array, is_frame, is_sparse
 from headwater.errors import InvalidInput
-from headwater.loaders.forms import gives_rows, is_tensor_dataset, rows_of
+from headwater.loaders.forms import Collated, Form, gives_rows, is_tensor_dataset, rows_of
 from headwater.loaders.texts import are_texts
 from headwater.types import Batch
 
 ALONE = (
-    "x without labels is an array, a data frame, a sparse matrix, (x, None), or a list or loader of batches of these"
+    "x without labels is an array, a data frame, a sparse matrix, (x, None), a Dataset of x, or a list or loader of "
+    "batches of these"
 )
 
 
@@ -87,11 +88,11 @@ def _has_column(held: Any, target: Any) -> bool:
     return all(name in list(held.columns) for name in names)
 
 
-def with_stand_ins(held: Any, labels: StandIns, target: Any = None) -> Any:
+def with_stand_ins(held: Any, labels: StandIns, form: Form) -> Any:
     """What a user gave for queries, with a stand-in for the label of each row that has none.
 
-    All rows at once: an array, texts, a frame without the column `target`, a sparse matrix, (x, None), a TensorDataset
-    of x; else batches, each with labels or without. Errors: InvalidInput for a list of two arrays of as many rows.
+    All rows at once: an array, texts, a frame without the column of targets, a sparse matrix, (x, None), a Dataset of
+    x; else batches, each with labels or without. Errors: InvalidInput for a list of two arrays of as many rows.
     """
     _check_pair(held)
     if is_tensor_dataset(held, 1):
@@ -100,10 +101,12 @@ def with_stand_ins(held: Any, labels: StandIns, target: Any = None) -> Any:
         held = held[0]
         return held, labels(len(held) if isinstance(held, list) else rows_of(held))
     if is_inputs_alone(held):
-        return held if _has_column(held, target) else (held, labels(rows_of(held)))
+        return held if _has_column(held, form.target) else (held, labels(rows_of(held)))
     if are_texts(held):
         return held, labels(len(held))
-    return Unlabelled(held, labels, target) if _gives_batches(held) else held
+    if gives_rows(held) and len(held) and is_inputs_alone(held[0]):
+        held = Collated(held, form.size, lambda name, value: value, alone=True)
+    return Unlabelled(held, labels, form.target) if _gives_batches(held) else held
 
 
 def _check_pair(held: Any) -> None:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Generic, TypeGuard, TypeVar, get_args
+from typing import Generic, Literal, TypeGuard, TypeVar, get_args
 
 from headwater.errors import InvalidInput
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
@@ -17,6 +17,9 @@ from headwater.settings import check_word
 from headwater.types import field_values
 
 Curvatures = OrderedDict[str, LinearOperator]
+FitReads = Literal["weights", "gradients", "layers", "labels", "model"]
+"""What a fit asks of train rows: how much each counts; the gradients of their losses, in any form; those as inputs and
+output-gradients of layers; gradients of other labels than the rows' own; or the model itself."""
 C = TypeVar("C", bound=LinearOperator)
 """The curvature that a method fits, and inverts."""
 
@@ -82,6 +85,11 @@ class Method(ABC, Generic[C]):
         """Whether scores mean what they say only where the mean train gradient is zero."""
         return True
 
+    @property
+    def fit_reads(self) -> FitReads:
+        """What `fit` asks of train rows; up to "layers", kept gradients may stand for them."""
+        return "model"
+
     # Settings that many methods have, as a field with a default, and what holds of those that have not.
 
     @property
@@ -119,6 +127,18 @@ class Method(ABC, Generic[C]):
         """The settings in words: "Ekfac(fisher='auto', ...)"."""
         options = ", ".join(f"{declared.name}={value!r}" for declared, value in field_values(self))
         return f"{type(self).__name__}({options})"
+
+
+def reads_of_fisher(fisher: Fisher, own: FitReads = "gradients") -> FitReads:
+    """What a Fisher information needs; own: where it is of the rows' own labels."""
+    return own if fisher == "empirical" else "labels"
+
+
+def reads_of_curvature(curvature: str, fisher: Fisher) -> FitReads:
+    """What a curvature of this kind needs."""
+    if curvature == "empirical_fisher":
+        return "gradients"
+    return reads_of_fisher(fisher) if curvature == "fisher" else "model"
 
 
 def check_fisher(fisher: str) -> None:

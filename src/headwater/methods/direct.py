@@ -9,7 +9,7 @@ from typing import TypeGuard
 
 from headwater.curvature.exact import Curvature, check_kind, fit_dense
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
-from headwater.methods.base import Method, check_fisher
+from headwater.methods.base import FitReads, Method, check_fisher, reads_of_curvature
 from headwater.methods.damping import Damping, Relative
 from headwater.operators.algebra import LinearOperator
 from headwater.operators.structured import DenseOperator
@@ -36,6 +36,10 @@ class Direct(Method[DenseOperator]):
         self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool
     ) -> tuple[OrderedDict[str, DenseOperator], float]:
         return fit_dense(provider, loader, self.curvature, fisher=self.fisher, seed=self.seed, progress=progress)
+
+    @property
+    def fit_reads(self) -> FitReads:
+        return reads_of_curvature(self.curvature, self.fisher)
 
     def takes(self, curvature: LinearOperator) -> TypeGuard[DenseOperator]:
         return isinstance(curvature, DenseOperator)

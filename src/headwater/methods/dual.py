@@ -12,7 +12,7 @@ from headwater.curvature.dual import DualOperator, RowSumOperator, SwappedInvers
 from headwater.curvature.products import fit_products
 from headwater.errors import InvalidSetting
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
-from headwater.methods.base import Method, check_fisher
+from headwater.methods.base import FitReads, Method, check_fisher, reads_of_curvature
 from headwater.methods.damping import Damping, Relative
 from headwater.operators.algebra import LinearOperator
 from headwater.operators.spectrum import Spectrum
@@ -47,6 +47,10 @@ class Dual(Method[DualOperator]):
         self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool
     ) -> tuple[OrderedDict[str, DualOperator], float]:
         return fit_dual(provider, loader, self.curvature, fisher=self.fisher, seed=self.seed, progress=progress)
+
+    @property
+    def fit_reads(self) -> FitReads:
+        return reads_of_curvature(self.curvature, self.fisher)
 
     @property
     def default_damping(self) -> Damping:
@@ -93,6 +97,10 @@ class DataInf(Method[RowSumOperator]):
     ) -> tuple[OrderedDict[str, RowSumOperator], float]:
         operators, rows = fit_products(provider, loader, "empirical_fisher", progress=progress)
         return OrderedDict((name, RowSumOperator(operator, rows)) for name, operator in operators.items()), rows
+
+    @property
+    def fit_reads(self) -> FitReads:
+        return "gradients"
 
     def takes(self, curvature: LinearOperator) -> TypeGuard[RowSumOperator]:
         return isinstance(curvature, RowSumOperator)

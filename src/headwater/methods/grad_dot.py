@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from headwater.curvature.means import positive_weight, total_weight
 from headwater.gradients.normalised import NormalisedGradientProvider
 from headwater.gradients.provider import StructuredGradientProvider
-from headwater.methods.base import Curvatures, Method
+from headwater.methods.base import Curvatures, FitReads, Method
 from headwater.methods.damping import Damping
 from headwater.operators.algebra import IdentityOperator, LinearOperator
 from headwater.rows import PlacedBatch, Total, sweep
@@ -26,6 +26,10 @@ class GradDot(Method[LinearOperator]):
         rows = sweep(provider, loader, weights, "counting rows", progress)
         operators = ((name, IdentityOperator(size)) for name, size in provider.sizes.items())
         return OrderedDict(operators), positive_weight(rows)
+
+    @property
+    def fit_reads(self) -> FitReads:
+        return "weights"
 
     def invert(self, curvature: LinearOperator, damping: float) -> LinearOperator:
         return curvature

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeGuard, TypeVar, get_args
 
-from headwater.curvature.dual import DualInverse, DualOperator
+from headwater.curvature.dual import DualOperator
 from headwater.curvature.exact import Curvature, check_kind
 from headwater.curvature.kronecker import fit_ekfac, fit_kfac
 from headwater.curvature.products import CurvatureOperator, fit_products
 from headwater.curvature.span import RowSpans, SpanSolve
 from headwater.errors import IndefiniteCurvature, InvalidSetting, SingularOperator, UnsupportedLoss
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
-from headwater.methods.base import Method, check_fisher
+from headwater.methods.base import FitReads, Method, check_fisher, reads_of_curvature, reads_of_fisher
 from headwater.methods.damping import Damping, Relative
 from headwater.operators.algebra import LinearOperator
 from headwater.operators.approximated import ApproximatedOperator
@@ -83,6 +83,13 @@ class PreconditionedMethod(ProductMethod[Preconditioned]):
             raise InvalidSetting(f"preconditioner is {self.preconditioner!r}; expected one of {known}, or None.")
         if self.tolerance is not None and not 0 <= self.tolerance < 1:
             raise InvalidSetting(f"tolerance is {self.tolerance!r}; expected a number from 0 to 1, or None.")
+
+    @property
+    def fit_reads(self) -> FitReads:
+        reads = reads_of_curvature(self.curvature, self.fisher)
+        # These two are a Fisher information beside the curvature, of the labels that `fisher` says.
+        beside = reads == "gradients" and self.preconditioner in ("ekfac", "kfac")
+        return reads_of_fisher(self.fisher, "layers") if beside else reads
 
     @property
     @abstractmethod
@@ -191,8 +198,7 @@ def near_inverse(preconditioner: LinearOperator, damping: float, mean: float) ->
     while True:
         try:
             found = preconditioner.inverse(shift)
-            if isinstance(found, DualInverse):
-                found.factor  # noqa: B018  # found out when it is made
+            found.prepare()  # whether it is singular is found out when it is factorised
             return found
         except SingularOperator:
             if shift >= abs(mean):

@@ -11,6 +11,7 @@ from headwater.arrays import namespace
 from headwater.curvature.products import CurvatureOperator
 from headwater.errors import IndefiniteCurvature, InvalidSetting
 from headwater.gradients.provider import StructuredGradientProvider
+from headwater.methods.base import FitReads, reads_of_curvature
 from headwater.methods.iterative import ProductMethod
 from headwater.operators.algebra import LinearOperator
 from headwater.operators.approximated import ApproximatedOperator
@@ -38,6 +39,10 @@ class LowRankMethod(ProductMethod[Leading]):
     @property
     def keeps_leading(self) -> bool:
         return True
+
+    @property
+    def fit_reads(self) -> FitReads:
+        return reads_of_curvature(self.curvature, self.fisher)
 
     def fit(
         self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool

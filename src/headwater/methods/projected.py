@@ -17,7 +17,7 @@ from headwater.errors import InvalidSetting
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.margin import MarginGradientProvider
 from headwater.gradients.provider import Fisher, StructuredGradientProvider
-from headwater.methods.base import Method, check_fisher
+from headwater.methods.base import FitReads, Method, check_fisher, reads_of_fisher
 from headwater.methods.dual import gram_spectrum
 from headwater.operators.algebra import LinearOperator
 from headwater.operators.kronecker import KroneckerOperator
@@ -105,6 +105,10 @@ class Trak(ProjectedMethod[ProjectedOperator | DualOperator]):
             return gram_spectrum(curvature, at_most)
         return super().spectrum(curvature, at_most)
 
+    @property
+    def fit_reads(self) -> FitReads:
+        return "gradients"
+
     def view(self, provider: StructuredGradientProvider) -> StructuredGradientProvider:
         return provider if self.output == "loss" else MarginGradientProvider(provider)
 
@@ -146,6 +150,10 @@ class SidedMethod(ProjectedMethod[ProjectedOperator]):
         )
         return OrderedDict((name, self.reduce(moment)) for name, moment in moments.items()), weight
 
+    @property
+    def fit_reads(self) -> FitReads:
+        return reads_of_fisher(self.fisher)
+
     @abstractmethod
     def projections(
         self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool
@@ -177,6 +185,11 @@ class TwoSides:
     def __post_init__(self) -> None:
         _check_sizes("dimension", self.dimension)
         check_word("init", self.init, get_args(Init))
+
+    @property
+    def fit_reads(self) -> FitReads:
+        # Leading eigenvectors are those of KFAC's factors, of layers' inputs and output-gradients.
+        return reads_of_fisher(self.fisher, "gradients" if self.init == "random" else "layers")
 
     def projections(
         self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool, project: Project
@@ -246,6 +259,10 @@ class LoGra(SidedMethod):
         self.sides  # noqa: B018  # which checks them
 
     @property
+    def fit_reads(self) -> FitReads:
+        return self.sides.fit_reads
+
+    @property
     def sides(self) -> TwoSides:
         return TwoSides(self.dimension, self.init, self.fisher, self.seed)
 
@@ -284,6 +301,10 @@ class LoRif(SidedMethod):
         _check_size("rank", self.rank)
         if self.kept is not None:
             _check_size("kept", self.kept)
+
+    @property
+    def fit_reads(self) -> FitReads:
+        return self.sides.fit_reads
 
     @property
     def sides(self) -> TwoSides:

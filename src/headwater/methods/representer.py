@@ -23,7 +23,7 @@ from headwater.gradients.block import BlockGradient
 from headwater.gradients.ensemble import EnsembleProvider
 from headwater.gradients.provider import BlockGradients, OutputFunction, StructuredGradientProvider
 from headwater.gradients.view import ProviderView
-from headwater.methods.base import Curvatures
+from headwater.methods.base import Curvatures, FitReads
 from headwater.methods.grad_dot import GradDot
 from headwater.operators.algebra import IdentityOperator, ScaledOperator
 from headwater.rows import PlacedBatch, sweep
@@ -57,6 +57,11 @@ class Representer(GradDot):
     def view(self, provider: StructuredGradientProvider) -> StructuredGradientProvider:
         """Queries are explained by their logit, unless there is a measurement."""
         return provider if provider.explained != "loss" else provider.each(LogitQueries)
+
+    @property
+    def fit_reads(self) -> FitReads:
+        # What queries ask, of train rows: whether it is linear in the weights.
+        return "model"
 
     def fit(
         self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool

@@ -12,7 +12,7 @@ from typing import Any
 from headwater.errors import InvalidSetting
 from headwater.gradients.ensemble import EnsembleProvider
 from headwater.gradients.provider import StructuredGradientProvider
-from headwater.methods.base import Curvatures
+from headwater.methods.base import Curvatures, FitReads
 from headwater.methods.grad_dot import GradDot
 from headwater.operators.algebra import ScaledOperator
 
@@ -57,6 +57,11 @@ class TracIn(GradDot):
             return provider.with_weights(self.rates(len(provider.members)))
         self.rates(1)
         return provider
+
+    @property
+    def fit_reads(self) -> FitReads:
+        # How many checkpoints there are is asked of the provider itself; and rows are only counted.
+        return "model"
 
     def fit(
         self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool

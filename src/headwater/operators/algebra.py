@@ -42,6 +42,9 @@ class LinearOperator(Operator[Array, BilinearForm]):
     def adjoint(self) -> LinearOperator:
         """The transposed map."""
 
+    def prepare(self) -> None:
+        """Make now what the first product needs, so that its errors show here. Errors: as `apply`."""
+
     def repeated(self) -> AbstractContextManager[None]:
         """Around many products in a row: what they share may be kept until its end."""
         return nullcontext()

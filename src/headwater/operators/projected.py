@@ -67,6 +67,7 @@ class ProjectedOperator(LinearOperator):
         return rowwise_inner(self.core.apply(small), small)
 
     def block_sides(self, queries: BlockGradient, train_per_query: float) -> tuple[LinearOperator, LinearOperator]:
+        # The core on the queries' side, which are fewer; and train rows may then be stored before it is known.
         return ProjectionSide(self.projection, self.core), ProjectionSide(self.projection)
 
     def adjoint(self) -> ProjectedOperator:
@@ -78,6 +79,7 @@ class ProjectedOperator(LinearOperator):
         Errors: SingularOperator; in particular for a projection as wide as the data without damping.
         """
         size = self.core.input_size
+        # K numbers or more for n rows: the core has a null space, which only damping keeps from being divided by.
         if damping == 0.0 and size >= self.rows:
             raise SingularOperator(
                 f"The projection is wider than the data with zero ridge: {size} projected numbers for {self.rows} rows "

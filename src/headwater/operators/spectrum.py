@@ -33,6 +33,7 @@ class Spectrum:
         rest = 0 if size is None else size - len(found)
         counts = np.ones(len(found))
         if rest > 0:
+            # Once with its count, not value by value: D may be millions.
             found, counts = np.append(found, 0.0), np.append(counts, float(rest))
         return cls(found, counts, rounding)
 
@@ -48,6 +49,7 @@ class Spectrum:
     @classmethod
     def joined(cls, spectra: Sequence[Spectrum]) -> Spectrum:
         """Of operators side by side."""
+        # One rounding cannot speak for all: what is zero by its own operator's is made zero first.
         kept = [np.where(np.abs(s.values) <= s.rounding, 0.0, s.values) for s in spectra]
         return cls(np.concatenate(kept), np.concatenate([s.counts for s in spectra]))
 
@@ -57,6 +59,7 @@ class Spectrum:
 
     def shifted(self, shift: float) -> Spectrum:
         """Of the operator plus `shift` times the identity."""
+        # Once shifted, a zero that was computed with rounding is an eigenvalue like any other.
         return Spectrum(self.values + shift, self.counts, 0.0 if shift else self.rounding)
 
     @property

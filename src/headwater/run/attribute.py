@@ -12,6 +12,7 @@ import numpy as np
 from headwater.arrays import itemsize, to_numpy, working_memory, working_memory_limit
 from headwater.errors import InvalidInput, InvalidSetting
 from headwater.gradients.provider import BlockGradients
+from headwater.gradients.together import failures_told
 from headwater.influence import ComposableInfluence
 from headwater.memory import resident_memory
 from headwater.operators.iterative import SolveReport, joined, recorded_solves
@@ -19,20 +20,19 @@ from headwater.rows import Each, PlacedBatch, Rows, Visitor, first_batch
 from headwater.run.diagnosis import RunSums, diagnosis_of, meets_the_loss
 from headwater.run.directions import Directions
 from headwater.run.identity import fit_identity
-from headwater.run.plan import budget_of, factor_bytes, tile_sizes
+from headwater.run.plan import agreed, budget_of, factor_bytes, tile_sizes
 from headwater.run.queries import Asked, PairScorer
 from headwater.run.ranking import Ranking
 from headwater.run.rows import FittedRows, check_scores, distinct, sweep_rows
 from headwater.run.runners.environment import Worker
 from headwater.run.runners.turns import check_worker
 from headwater.run.shortened import Shortening
-from headwater.run.tiles import QuerySpan, Scorer, run_tiles
+from headwater.run.tiles import QuerySpan, Scorer, Tiles, open_tiles, run_tiles
 from headwater.store.base import MemorySink, Sink, Tile
 from headwater.store.ends import GroupSink, TopKSink
 from headwater.store.plan import Sizes
 from headwater.store.score_matrix import RANKINGS, UNIT_IN_WORDS, unit_of
 from headwater.store.scores import Scores
-from headwater.store.tiles import TileStore
 from headwater.store.topk import TopK
 from headwater.types import InfluenceMode
 
@@ -60,13 +60,7 @@ class Storage:
         append: bool = False,
     ) -> Storage:
         """Errors: InvalidSetting."""
-        together = influence.source.together
-        if together is not None and store is not None:
-            raise InvalidSetting(
-                "The model is spread over processes (FSDP2), which go through it together, and a run in a folder "
-                "leaves rows to whoever comes. Leave store= out: each process returns all scores. fit takes a store=."
-            )
-        return cls(store, memory, check_worker(worker, store, together), append)
+        return cls(store, memory, check_worker(worker, store, influence.source.together), append)
 
     def __post_init__(self) -> None:
         check_worker(self.worker, self.store)
@@ -178,7 +172,7 @@ class PairRun:
         forecast = self.unit == "removal"
         return FittedRows(self.influence, forecast, self.asked.fitted, some_are_new=self.storage.append)
 
-    def sums(self, loader: Iterable[object], store: TileStore | None) -> RunSums | None:
+    def sums(self, loader: Iterable[object], store: Tiles | None) -> RunSums | None:
         """Of train gradients, which say whether the weights are a minimum; None where they are not met."""
         # Kept gradients have a store's dtype and form; in perturbation mode gradients' derivatives are met.
         kept = isinstance(loader, Rows) and loader.is_kept
@@ -272,7 +266,7 @@ class PairRun:
             * (2 if self.by_block else 1)
             * itemsize(self.influence.like())
         )
-        if size > budget - resident_memory():
+        if size > agreed(self.influence.provider, budget - resident_memory()):
             raise InvalidSetting(
                 f"memory={self.storage.memory!r} has no room for the scores, {size / 2**20:.0f} MiB: give store=, "
                 "where they stay on disk; or use top()."
@@ -294,6 +288,10 @@ class PairRun:
 
     def stored(self, loader: Iterable[object]) -> Scores:
         """Compute what is missing; the scores stay on disk."""
+        with failures_told(self.influence.source.together):
+            return self._stored(loader)
+
+    def _stored(self, loader: Iterable[object]) -> Scores:
         if self.asked.short is not None and self.asked.short.rank is not None:
             raise InvalidSetting(
                 "query_rank= has no bound on what is lost, and of other processes' queries a run in a folder would not "
@@ -324,8 +322,8 @@ class PairRun:
             store.finish(self.asked.ids, train_ids, *self._described(seen, joined(log)))
         return Scores.open(store.path)
 
-    def store(self, loader: Iterable[object]) -> TileStore:
-        """The run's folder. Errors: as `TileStore`."""
+    def store(self, loader: Iterable[object]) -> Tiles:
+        """The run's folder. Errors: as `open_tiles`."""
         assert self.storage.store is not None
         identity = run_identity(self.influence, self.asked) | {
             "explained": self.asked.explained(self.influence),
@@ -333,15 +331,17 @@ class PairRun:
             "by_block": self.by_block,
             "mode": str(self.mode.value),
         }
-        return TileStore(self.storage.store, identity, lambda: self._sizes(loader), rounding(self.influence))
+        return open_tiles(
+            self.influence, self.storage.store, identity, lambda: self._sizes(loader), rounding(self.influence)
+        )
 
-    def spans(self, store: TileStore) -> list[QuerySpan]:
+    def spans(self, store: Tiles) -> list[QuerySpan]:
         """Of queries, each with what computes its scores."""
         step = store.sizes.queries
         parts = enumerate(self.asked.spans(step))
         return [QuerySpan(k, k * step, lambda part=part: self._scorer(part)) for k, part in parts]  # type: ignore[misc]
 
-    def tolerance(self, store: TileStore, spans: Sequence[QuerySpan]) -> float:
+    def tolerance(self, store: Tiles, spans: Sequence[QuerySpan]) -> float:
         """Of the probe, which needs the first queries' factors in any case."""
         with recorded_solves() as log:
             _ = spans[0].scorer
@@ -431,6 +431,21 @@ def stored_columns(
     query_keys: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """A run in a folder, of a scorer that has all queries: the train rows' names, and a number for each pair [q, n]."""
+    with failures_told(influence.source.together):
+        return _stored_columns(influence, loader, scorer, query_ids, fitted, verb, storage, progress, query_keys)
+
+
+def _stored_columns(
+    influence: ComposableInfluence,
+    loader: Iterable[object],
+    scorer: Scorer,
+    query_ids: np.ndarray,
+    fitted: FittedRows,
+    verb: str,
+    storage: Storage,
+    progress: bool,
+    query_keys: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray]:
     assert storage.store is not None
     train = influence.train_rows(loader)
     keys = np.empty(0, dtype=np.uint64) if query_keys is None else query_keys
@@ -443,7 +458,7 @@ def stored_columns(
     def sizes() -> Sizes:
         return _column_sizes(influence, train, len(query_ids), storage)
 
-    store = TileStore(storage.store, identity, sizes, rounding(influence))
+    store = open_tiles(influence, storage.store, identity, sizes, rounding(influence))
     train_ids = run_tiles(
         influence,
         train,

@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import secrets
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from headwater.arrays import Array, accumulable, add_product, as_like, device, namespace, summed, to_numpy
 from headwater.curvature.means import total_weight
 from headwater.errors import InvalidSetting, NotFittedError, UnsupportedModel
-from headwater.gradients.algebra import Gradient
+from headwater.gradients.algebra import Dense, Gradient
 from headwater.gradients.outer import Outer
 from headwater.gradients.provider import BlockGradients, StructuredGradientProvider
 from headwater.influence import ComposableInfluence
@@ -36,7 +36,7 @@ from headwater.run.rows import FittedRows, sweep_rows
 from headwater.status import BlockStatus, status_of
 from headwater.store.diagnosis import BlockDiagnosis, Diagnosis, Stationarity
 from headwater.store.draft import TOKEN
-from headwater.store.tiles import TileStore, Where
+from headwater.store.tiles import Where
 from headwater.types import Batch
 
 AT_ONCE = 512
@@ -115,6 +115,10 @@ class _PartSum:
                 column = namespace(b).sum(b, axis=0)
                 self._column = column if self._column is None else self._column + column
             return part.quadratic()
+        if isinstance(part, Dense):
+            values = accumulable(part.values)
+            self.add_matrix(namespace(values).sum(values, axis=0))
+            return part.quadratic()
         if not isinstance(part, Outer):
             ones = namespace(part.arrays[0]).ones(
                 (1, part.rows), dtype=part.arrays[0].dtype, device=device(part.arrays[0])
@@ -126,7 +130,8 @@ class _PartSum:
             dense = accumulable(piece.dense())
             xp = namespace(dense)
             self.add_matrix(xp.sum(dense, axis=0))
-            squares.append(xp.sum((dense * dense).reshape((piece.rows, -1)), axis=1))
+            flat = dense.reshape((piece.rows, -1))
+            squares.append(xp.vecdot(flat, flat))
         return namespace(*squares).concat(squares, axis=0)
 
     def add_matrix(self, matrix: Array) -> None:
@@ -171,13 +176,21 @@ class Sums(Accumulator[PlacedBatch, GradientSums, GradientSums]):
         return one
 
 
+class SumStore(Protocol):
+    """Where a run keeps them; see `TileStore`."""
+
+    def write_sums(self, writer: str, tiles: set[Where], sums: Mapping[str, np.ndarray]) -> None: ...
+
+    def read_sums(self) -> Iterator[tuple[set[Where], dict[str, np.ndarray]]]: ...
+
+
 class RunSums(Visitor[PlacedBatch, None, None]):
     """Gradient sums over the rows of one run; where it has a store, those that other calls left there are used.
 
     With a store, tiles that are computed are added up here (`begin`, `of` their rows, `enter`); `meet` is told of all.
     """
 
-    def __init__(self, provider: StructuredGradientProvider, store: TileStore | None):
+    def __init__(self, provider: StructuredGradientProvider, store: SumStore | None):
         self.sums = GradientSums(provider)
         self._store = store
         self._fresh: set[Where] = set()

@@ -21,12 +21,13 @@ from headwater.mapper import Queries
 from headwater.operators.algebra import LinearOperator
 from headwater.rows import KeptQueryRows, PlacedBatch, Visitor, first_batch, sweep
 from headwater.run.identity import fit_identity, fit_tolerance
-from headwater.run.kept import TILE_BYTES, KeptFolder, RowFacts, SharedSegments, key_arrays, keys_of, packed_tile
+from headwater.run.kept import TILE_BYTES, KeptFolder, RowFacts, SharedSegments, key_arrays, packed_tile
 from headwater.run.packing import Packing, unpacked
 from headwater.run.queries import Asked, ReadyQueries, flat_factors
 from headwater.run.rows import distinct
 from headwater.run.runners.environment import Worker
 from headwater.run.runners.turns import check_worker
+from headwater.run.stored_rows import keys_of
 from headwater.store.kept import SegmentFolder, refuse_others
 from headwater.store.segments import Segment, checked_dtype
 from headwater.types import InfluenceMode

@@ -11,31 +11,33 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
-from headwater.arrays import Array, accumulable, as_like, namespace, to_numpy
+from headwater.arrays import Array, accumulable, as_like, to_numpy
 from headwater.blocks import Layout
 from headwater.errors import BatchMismatch, InvalidInput, InvalidSetting, RulesChanged, UnsupportedModel
 from headwater.gradients.block import BlockGradient
 from headwater.gradients.provider import BlockGradients, StructuredGradientProvider
 from headwater.influence import ComposableInfluence
-from headwater.loaders.keys import RowKeys, is_among
+from headwater.loaders.keys import RowKeys, RowMemory, is_among
 from headwater.loaders.places import Place, here, located, move_to
 from headwater.mapper import Queries
+from headwater.methods.base import Method
 from headwater.progress import track
 from headwater.rows import Each, KeptTrainRows, PlacedBatch, Read, Rows, Visitor, first_batch, sweep
 from headwater.run.index import KeptIndex, make_index
-from headwater.run.packing import FLAT, Packed, Packing, described, is_flat, joined, unpacked
+from headwater.run.kept_fit import StoredGradients, refuse_matrices, refuse_to_fit
+from headwater.run.packing import Packed, Packing, described, has_layers, joined
 from headwater.run.rows import distinct
 from headwater.run.runners import shared
 from headwater.run.runners.environment import Worker
 from headwater.run.runners.turns import Turn, Wanted, check_worker, take_turns
+from headwater.run.stored_rows import StoredRows, keys_of
 from headwater.store.kept import ABOUT, NUMBERS, Entry, Manifest, SegmentFolder, TileFiles, refuse_others
 from headwater.store.segments import Segment, checked_dtype, packed_ids
 
@@ -104,12 +106,13 @@ class KeptGradients(KeptFolder, KeptTrainRows):
     """Gradients of train rows in a folder: `influence.gradients(loader, store=...)` makes it, `open` finds it again.
 
     It stands for the train loader in `influence.attribute`, `top` and `self_influence`, whatever the damping and the
-    queries. Opening needs no model; using it needs the model that it was made with. Errors of use: InvalidInput, naming
-    the fields in which model or method are others; DamagedFile, naming the file.
+    queries, and in `fit` where that asks for gradients alone (`run.kept_fit`). Opening needs no model; using it needs
+    the model that it was made with. Errors of use: InvalidInput, naming the fields in which model or method are others;
+    DamagedFile, naming the file.
     """
 
     kind = KIND
-    stands_for = "train rows in attribute, top and self_influence"
+    stands_for = "train rows in attribute, top, self_influence and fit"
 
     @property
     def nbytes(self) -> int:
@@ -205,6 +208,15 @@ class KeptGradients(KeptFolder, KeptTrainRows):
         refuse_others(self.path, self.identity, wanted, TOLERANCE, "another model or method")
         return KeptRows(influence, self._folder, bool(packing.operators))
 
+    def rows_to_fit(
+        self, influence: ComposableInfluence, memory: RowMemory
+    ) -> tuple[StructuredGradientProvider, KeptRows]:
+        """Their gradients as a fit of this influence reads them. Errors: as use, and as `refuse_to_fit`."""
+        refuse_to_fit(influence.method, self.identity, self.path)
+        rows = self.train_rows(influence)
+        rows.be_met(memory, influence.method if influence.method.fit_reads == "layers" else None)
+        return StoredGradients(influence.provider, self.path), rows
+
 
 # Keeping --------------------------------------------------------------------------------------------------------------
 
@@ -228,7 +240,7 @@ def keep_gradients(
     rows = influence.train_rows(loader)
     while True:
         try:
-            return _kept(influence, rows, store, packing_of(influence, form, rank), dtype, worker, progress)
+            return _kept(influence, rows, store, packing_of(influence, form, rank, dtype), dtype, worker, progress)
         except RulesChanged:  # fewer layers are left whose rules are trusted, so that this ends
             rows = influence.train_rows(loader)
 
@@ -260,9 +272,14 @@ def _kept(
     return KeptGradients(folder)
 
 
-def packing_of(influence: ComposableInfluence, form: str, rank: int | None) -> Packing:
+def number_of(dtype: str) -> Literal["float32", "float64"]:
+    """What numbers are before they are stored, and once they were read again."""
+    return "float64" if dtype == "float64" else "float32"
+
+
+def packing_of(influence: ComposableInfluence, form: str, rank: int | None, dtype: str) -> Packing:
     """Errors: InvalidSetting; for form="projected", of a method that is not fitted, or projects nothing."""
-    plain = Packing(form, rank)  # type: ignore[arg-type]
+    plain = Packing(form, rank, number=number_of(dtype))  # type: ignore[arg-type]
     if form not in ("auto", "projected"):
         return plain
     projecting = influence.is_fitted and any(
@@ -271,15 +288,16 @@ def packing_of(influence: ComposableInfluence, form: str, rank: int | None) -> P
     if form == "projected" and not projecting:
         why = "projects no gradients" if influence.is_fitted else "has to be fitted before it can project rows"
         raise InvalidSetting(f"form is 'projected', and {influence.method.describe()} {why}.")
-    return Packing(form, rank, influence.block_mapper.operators) if projecting else plain  # type: ignore[arg-type]
+    return replace(plain, operators=influence.block_mapper.operators) if projecting else plain
 
 
 def _packing(influence: ComposableInfluence, identity: Mapping[str, Any]) -> Packing:
     """How a store's rows are packed. Errors: InvalidInput for projected rows and a method that projects nothing."""
+    form, rank, dtype = identity["form"], identity["rank"], identity["dtype"]
     if not identity["projection"]:
-        return Packing("auto" if identity["form"] == "projected" else identity["form"], identity["rank"])
+        return Packing("auto" if form == "projected" else form, rank, number=number_of(dtype))
     try:
-        return packing_of(influence, "projected", None)
+        return packing_of(influence, "projected", None, dtype)
     except InvalidSetting as error:
         raise InvalidInput(f"The rows that are kept are projected: {error}") from None
 
@@ -557,12 +575,6 @@ def key_arrays(keys: RowKeys) -> dict[str, np.ndarray]:
     return found if keys.ids is None else {**found, "keys.ids": keys.ids, "keys.shaped": keys.shaped}  # type: ignore
 
 
-def keys_of(segment: Segment) -> RowKeys:
-    """Of the rows of a segment, deleted ones too."""
-    ids, shaped = (segment.raw(f"keys.{n}") if segment.has(f"keys.{n}") else None for n in ("ids", "shaped"))
-    return RowKeys(segment.raw("keys.content"), segment.raw("keys.weighted"), ids, shaped)
-
-
 # Use ------------------------------------------------------------------------------------------------------------------
 
 
@@ -596,6 +608,33 @@ class KeptRows(Rows):
     def glance(self) -> None:
         """Segments do not change."""
 
+    def be_met(self, memory: RowMemory, by_layers: Method[Any] | None) -> None:
+        """As a loader's rows are in a first pass. by_layers: of a method that needs what layers gave.
+
+        Errors: DamagedFile; BatchMismatch where these rows have to be others; InvalidSetting for rows that are kept as
+        matrices.
+        """
+        self.memory = memory
+        found: list[RowKeys] = []
+        start = 0
+        for entry in self.manifest.entries:
+            rows = self._stored(entry)
+            if by_layers is not None and entry.visible and not has_layers(rows.segment):
+                refuse_matrices(self.folder.path, by_layers.describe())
+            memory.compare(rows.keys, Place("train", len(found), start, len(rows)))
+            found.append(rows.keys)
+            start += len(rows)
+        if not self.manifest.rows:
+            raise self._empty()
+        memory.end(found, "train")
+
+    def _stored(self, entry: Entry) -> StoredRows:
+        """Errors: DamagedFile."""
+        return StoredRows.of(self.folder, entry, self.layouts, self.like)
+
+    def _empty(self) -> InvalidInput:
+        return InvalidInput(f"There are no rows in {self.folder.path}: all were deleted.")
+
     def only(self, rows: Mapping[str, Sequence[int]]) -> KeptRows:
         """Of each file, these rows alone: all others are left out as deleted ones are."""
         entries = tuple(
@@ -609,23 +648,23 @@ class KeptRows(Rows):
     def pieces(self, what: str, show: bool) -> Iterator[PlacedBatch]:
         """Errors: DamagedFile; InvalidInput if there are no rows."""
         if not self.manifest.rows:
-            raise InvalidInput(f"There are no rows in {self.folder.path}: all were deleted.")
+            raise self._empty()
         outer, start = here(), 0
         entries = [entry for entry in self.manifest.entries if entry.visible]
-        ahead = [self.folder.segment(entry) for entry in entries[:1]]
+        ahead = [self._stored(entry) for entry in entries[:1]]
         for number, entry in enumerate(track(entries, what, show)):
-            segment = ahead.pop()
+            rows = ahead.pop()
             if number + 1 < len(entries):  # the disk is at the next one while this is multiplied
-                ahead.append(self.folder.segment(entries[number + 1]))
-                ahead[0].will_be_read()
+                ahead.append(self._stored(entries[number + 1]))
+                ahead[0].segment.will_be_read()
             place = Place("train", number, start, entry.visible)
             move_to(place)
-            yield KeptBatch.of(self, entry, segment, place)
+            yield KeptBatch.of(rows, place, self)
             start += entry.visible
         move_to(outer)
 
     def matrix(self, queries: Queries) -> np.ndarray | None:
-        """The queries as a float32 matrix [D, q] that kept rows [n, D] are multiplied by; None where that is not all.
+        """The queries as a matrix [D, q] in the rows' dtype, which rows are multiplied by; None if that is not all.
 
         It is, where rows meet queries as they are kept: nothing is done to them, and the product is the plain one.
         """
@@ -642,47 +681,24 @@ class KeptRows(Rows):
             if left.layout != layout or len(left.parts) != len(layout.parts):  # rows are whole, and to be projected
                 return None
             columns += [to_numpy(part.dense()).reshape((left.rows, -1)) for part in left.parts]
-        return np.ascontiguousarray(np.concatenate(columns, axis=1).astype(np.float32).T)
+        number = number_of(self.folder.identity["dtype"])
+        return np.ascontiguousarray(np.concatenate(columns, axis=1).astype(number).T)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False)
 class KeptBatch(PlacedBatch):
-    """The rows of a segment that are not deleted."""
+    """Rows of a segment, on their way through a run."""
 
-    source: KeptRows
-    entry: Entry
-    segment: Segment
-    span: slice
-    """Rows of the segment, one after the other."""
-    there: np.ndarray | None
-    """Which of these, from their first on; None for all."""
+    batch: StoredRows
+    source: KeptRows = field(kw_only=True)
 
     @classmethod
-    def of(cls, source: KeptRows, entry: Entry, segment: Segment, place: Place) -> KeptBatch:
-        there = np.delete(np.arange(entry.rows), entry.gone) if entry.gone else None
-        keys = keys_of(segment)
-        keys = keys if there is None else keys.take(there)
-        # Nothing asks these rows for inputs: a range says how many they are.
-        return cls(
-            range(entry.visible),
-            place,
-            keys,
-            source=source,
-            entry=entry,
-            segment=segment,
-            span=slice(0, entry.rows),
-            there=there,
-        )
+    def of(cls, rows: StoredRows, place: Place, source: KeptRows) -> KeptBatch:
+        return cls(rows, place, rows.keys, source=source)
 
     def take(self, rows: slice) -> KeptBatch:
-        span, there = slice(self.span.start + rows.start, self.span.start + rows.stop), None
-        if self.there is not None:
-            some = self.there[rows]
-            span = slice(self.span.start + int(some[0]), self.span.start + int(some[-1]) + 1)
-            there = some - some[0]
         place = replace(self.place, offset=self.place.offset + rows.start)
-        keys = None if self.keys is None else self.keys.take(rows)
-        return replace(self, batch=self.batch[rows], place=place, keys=keys, span=span, there=there, _grads=[])
+        return KeptBatch.of(self.batch.take(rows), place, self.source)
 
     @property
     def is_kept(self) -> bool:
@@ -690,40 +706,20 @@ class KeptBatch(PlacedBatch):
 
     @property
     def names(self) -> np.ndarray:
-        return self._mine(self.source.folder.names(self.entry, self.segment))
+        return self.batch.names
 
     def grads(self, provider: StructuredGradientProvider) -> BlockGradients:
-        return self._times("weights", self.unweighted_grads(provider))
+        return self.batch.times(self.batch.weights, self.batch.grads())
 
     def unweighted_grads(self, provider: StructuredGradientProvider) -> BlockGradients:
-        found = unpacked(self.segment, self.source.layouts, self.source.like, self.span)
-        if self.there is None:
-            return found
-        there = as_like(self.there, self.source.like, namespace(self.source.like).int64)
-        return OrderedDict((name, value.take(there)) for name, value in found.items())
+        return self.batch.grads()
 
     def self_grads(self, provider: StructuredGradientProvider) -> BlockGradients:
         """Errors: UnsupportedModel, as the provider's."""
-        if self.segment.about["refused"]:
-            raise UnsupportedModel(self.segment.about["refused"])
-        return self._times("self", self.grads(provider))
+        scale = self.batch.self_scale
+        return self.batch.times(scale, self.grads(provider))
 
     def scores(self, queries: Queries, provider: StructuredGradientProvider, by_block: bool) -> list[Array]:
         """As one matrix product on the memory map, where rows are matrices and nothing else is asked."""
-        matrix = None if by_block or not is_flat(self.segment) else self.source.matrix(queries)
-        if matrix is None:
-            return super().scores(queries, provider, by_block)
-        product = self.segment.product(FLAT, matrix, self.span)
-        found = product if self.there is None else product[self.there]
-        if self.segment.has("weights"):
-            found *= self._mine(self.segment.raw("weights")).astype(np.float32)[:, None]
-        return [found.T]
-
-    def _mine(self, values: np.ndarray) -> np.ndarray:
-        return values[self.span] if self.there is None else values[self.span][self.there]
-
-    def _times(self, name: str, values: BlockGradients) -> BlockGradients:
-        if not self.segment.has(name):
-            return values
-        factors = as_like(self._mine(self.segment.raw(name)), self.source.like)
-        return OrderedDict((block, value.weighted(factors)) for block, value in values.items())
+        matrix = None if by_block or not self.batch.is_flat else self.source.matrix(queries)
+        return super().scores(queries, provider, by_block) if matrix is None else [self.batch.product(matrix).T]

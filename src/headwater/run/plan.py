@@ -54,11 +54,11 @@ def tile_sizes(
     rows = ROWS if first is None else min(ROWS, max(FEWEST, _round(PIECES * provider.rows_at_once(first))))
     queries, chunk, working = query_rows, float(CHUNK), None
     if budget is not None:
-        room = budget - resident_memory()
+        room = agreed(provider, budget - resident_memory())
         if room < LEAST:
             raise InvalidSetting(
                 f"memory={budget} ({budget / 2**20:.0f} MiB) is too little: the process holds "
-                f"{resident_memory() / 2**20:.0f} MiB already, and needs {LEAST / 2**20:.0f} MiB more at least."
+                f"{(budget - room) / 2**20:.0f} MiB already, and needs {LEAST / 2**20:.0f} MiB more at least."
             )
         queries = min(query_rows, max(1, int(room / 4 / (FORMS * factor))))
         working = None if first is None else _working(provider, first, room / 4)
@@ -83,7 +83,12 @@ def _working(provider: StructuredGradientProvider, first: object, room: float) -
         with peak_memory() as peak:
             provider.grads(batch)
             taken = max(peak() - before, 0)
-    return working if taken <= room else max(2**20, int(working * room / taken))
+    return agreed(provider, working if taken <= room else max(2**20, int(working * room / taken)))
+
+
+def agreed(provider: StructuredGradientProvider, number: int) -> int:
+    """What this process measured; of processes that hold the model together, the smallest that one of them did."""
+    return number if provider.together is None else provider.together.least(number)
 
 
 def plan(

@@ -45,6 +45,7 @@ from headwater.errors import (
 )
 from headwater.gradients.block import BlockGradient, stack
 from headwater.gradients.provider import BlockGradients
+from headwater.gradients.together import failures_told
 from headwater.influence import ComposableInfluence
 from headwater.methods.dual import DataInf
 from headwater.operators.algebra import LinearOperator, ScaledOperator
@@ -53,6 +54,7 @@ from headwater.rows import Each, PlacedBatch, sweep_kept
 from headwater.run.attribute import Storage, run_identity, stored_columns
 from headwater.run.queries import Asked
 from headwater.run.rows import FittedRows, check_scores, distinct, sweep_rows
+from headwater.run.runners.in_step import PartsInStep
 from headwater.run.runners.turns import Turn, Wanted, take_turns
 from headwater.run.tiles import Scorer
 from headwater.store.parts import PartStore
@@ -437,7 +439,24 @@ def _stored_groups(
     assert storage.store is not None
     members = [[str(name) for name in np.sort(group.names)] for group in groups]
     identity = run_identity(influence, asked) | {"verb": "removal of groups", "groups": members}
-    store, train = PartStore(storage.store, identity), influence.train_rows(loader)
+    together, train = influence.source.together, influence.train_rows(loader)
+    with failures_told(together):
+        store = (
+            PartStore(storage.store, identity) if together is None else PartsInStep(storage.store, identity, together)
+        )
+        return _shared_groups(influence, regions, queries, train, groups, store, storage.worker, progress)
+
+
+def _shared_groups(
+    influence: ComposableInfluence,
+    regions: Sequence[Region],
+    queries: Sequence[BlockGradient],
+    train: Iterable[object],
+    groups: Sequence[Group],
+    store: PartStore,
+    worker: tuple[int, int],
+    progress: bool,
+) -> list[Column]:
 
     def visit(wanted: Wanted) -> tuple[list[Turn], list[int]]:
         # Anew: rows that a broken pass has left in a group are none of this one's.
@@ -463,7 +482,7 @@ def _stored_groups(
         return None if found is None else (found["changes"], float(found["left"]))
 
     there = lambda _, turn: read(turn) is not None  # noqa: E731
-    turns = take_turns(visit, store.has, there, store.claims, storage.worker, store.path)
+    turns = take_turns(visit, store.has, there, store.claims, worker, store.path)
     columns = [read(turn) for turn in turns]
     return [column for column in columns if column is not None]
 

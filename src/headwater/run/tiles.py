@@ -6,10 +6,13 @@ that finds all of them there computes nothing but the probe.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,14 +20,64 @@ from headwater.arrays import working_memory, working_memory_limit
 from headwater.errors import InvalidInput
 from headwater.influence import ComposableInfluence
 from headwater.rows import PlacedBatch, Rows, Visitor
-from headwater.run.diagnosis import RunSums
+from headwater.run.diagnosis import RunSums, SumStore
 from headwater.run.rows import FittedRows, distinct, sweep_rows
+from headwater.run.runners.in_step import TilesInStep
 from headwater.run.runners.turns import Turn, Wanted, take_turns
 from headwater.store.base import Tile
+from headwater.store.claims import Claims
+from headwater.store.ledger import Line
+from headwater.store.plan import Sizes
 from headwater.store.tiles import TileStore, rows_digest, where_of
 
 PROBE_ROWS = 8
 """Of the train rows whose scores a stored run is known by."""
+
+
+class Tiles(SumStore, Protocol):
+    """The tiles of one run; see `TileStore`."""
+
+    tolerance: float
+    path: Path
+    sizes: Sizes
+    claims: Claims
+
+    @property
+    def finished_rows(self) -> int | None: ...
+
+    def line(self, number: int, queries: int) -> Line | None: ...
+
+    def whole_line(self, number: int, queries: int) -> Line | None: ...
+
+    def rows(self, number: int) -> dict[str, np.ndarray] | None: ...
+
+    def other_rows(self, start: int, stop: int) -> InvalidInput: ...
+
+    def probe(self, keys: np.ndarray, scores: np.ndarray, tolerance: float | None = None) -> None: ...
+
+    def write(self, tile: Tile) -> None: ...
+
+    def write_rows(self, number: int, ids: np.ndarray, keys: np.ndarray) -> str: ...
+
+    def reopen(self) -> None: ...
+
+    def finish(
+        self, query_ids: np.ndarray, train_ids: np.ndarray, blocks: list[str], meaning: Mapping[str, Any]
+    ) -> None: ...
+
+
+def open_tiles(
+    influence: ComposableInfluence,
+    path: str | os.PathLike[str],
+    identity: Mapping[str, Any],
+    sizes: Callable[[], Sizes],
+    tolerance: float,
+) -> Tiles:
+    """The run's folder, of this process or of those that hold the model together. Errors: as both."""
+    together = influence.source.together
+    if together is None:
+        return TileStore(path, identity, sizes, tolerance)
+    return TilesInStep(path, identity, sizes, tolerance, together)
 
 
 class Scorer(ABC):
@@ -55,7 +108,7 @@ class QuerySpan:
 def run_tiles(
     influence: ComposableInfluence,
     loader: Iterable[object],
-    store: TileStore,
+    store: Tiles,
     spans: Sequence[QuerySpan],
     *,
     fitted: FittedRows,
@@ -107,14 +160,14 @@ def run_tiles(
 
 
 def probe_run(
-    influence: ComposableInfluence, store: TileStore, span: QuerySpan, first: PlacedBatch, tolerance: float | None
+    influence: ComposableInfluence, store: Tiles, span: QuerySpan, first: PlacedBatch, tolerance: float | None
 ) -> None:
     """Compare what is computed here with what the run is known by, on the first rows. Errors: as `TileStore.probe`."""
     few = first.take(slice(0, min(PROBE_ROWS, len(first.batch))))
     store.probe(few.whole_keys(influence.provider), span.scorer.probe(few), tolerance)
 
 
-def _is_there(store: TileStore, number: int, queries: int, turn: Turn) -> bool:
+def _is_there(store: Tiles, number: int, queries: int, turn: Turn) -> bool:
     line = store.whole_line(number, queries)
     return line is not None and line["rows"] == turn.rows
 
@@ -141,7 +194,7 @@ class TilePass(Visitor[PlacedBatch, None, None]):
     def __init__(
         self,
         influence: ComposableInfluence,
-        store: TileStore,
+        store: Tiles,
         span: QuerySpan,
         wanted: Wanted,
         append: bool,

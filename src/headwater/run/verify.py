@@ -368,9 +368,23 @@ class _Verifier:
         q, n = ({name: xp.astype(g, like.dtype) for name, g in grads.items()} for grads in (q, n))
         scores = _scores_of_plain(self.mapper.operators, self.mapper, q, n)
         return [
-            Check(GRADIENTS, worst, self.tolerance),
+            Check(GRADIENTS, worst, self.tolerance, self._why_rounded() if worst > self.tolerance else ""),
             Check(PLAIN, _off(self.scores, scores), self.allowed),
         ]
+
+    def _why_rounded(self) -> str:
+        """What may explain gradients that differ from plain ones: rows that the model fits to the last digit."""
+        if self.influence.source.dtype != "float32":  # halves are allowed a tenth
+            return ""
+        losses = [np.abs(to_numpy(self.influence.source.losses(batch))) for batch in self.joined_train]
+        largest = max((float(found.max()) for found in losses), default=0.0)
+        # The slope of a loss l near zero is a difference of numbers near one (p - 1 = -l), which are rounded to eps.
+        if largest > 10 * float(np.finfo(np.float32).eps) / self.tolerance:
+            return ""
+        return (
+            f"no loss of these rows is above {largest:.1e}: float32 rounds such gradients away. Convert model and data "
+            "to float64"
+        )
 
     @cached_property
     def reference(self) -> tuple[np.ndarray, dict[str, float] | None] | str:

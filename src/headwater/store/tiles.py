@@ -150,6 +150,22 @@ class TileFolder:
         except DamagedFile:
             return None
 
+    def read_sums(self) -> Iterator[tuple[set[Where], dict[str, np.ndarray]]]:
+        """What each writer kept: the tiles, and the arrays; without what is not as it was written."""
+        for file in sorted(self.path.glob("sums-*.npz")):
+            try:
+                arrays = open_arrays(file, f"{self._belonging}/sums", "")
+            except DamagedFile:
+                continue
+            covered = arrays.pop("__tiles__")
+            yield {(int(start), int(stop), int(rows)) for start, stop, rows in covered}, arrays
+
+    def other_rows(self, start: int, stop: int) -> InvalidInput:
+        return InvalidInput(
+            f"The train loader gives other rows at {start} to {stop} than in the run stored in {self.path}. To go on "
+            "with a run, its loader must not shuffle."
+        )
+
     @property
     def finished_rows(self) -> int | None:
         """How many train rows the run has; None for one that is not finished, or whose end has to be written again."""
@@ -227,12 +243,6 @@ class TileStore(TileFolder, Sink):
                     f"{OTHER_FOLDER}"
                 )
 
-    def other_rows(self, start: int, stop: int) -> InvalidInput:
-        return InvalidInput(
-            f"The train loader gives other rows at {start} to {stop} than in the run stored in {self.path}. To go on "
-            "with a run, its loader must not shuffle."
-        )
-
     def write(self, tile: Tile) -> None:
         """Keep a tile; it counts once this returns. Errors: NotWritten; InvalidInput for one that is no tile of these.
 
@@ -281,16 +291,6 @@ class TileStore(TileFolder, Sink):
         covered = np.array(sorted(tiles), dtype=np.int64).reshape((-1, 3))
         content = seal_arrays({"__tiles__": covered, **sums}, f"{self._belonging}/sums")
         write_whole(self.path / f"sums-{writer}.npz", content)
-
-    def read_sums(self) -> Iterator[tuple[set[Where], dict[str, np.ndarray]]]:
-        """What each writer kept: the tiles, and the arrays; without what is not as it was written."""
-        for file in sorted(self.path.glob("sums-*.npz")):
-            try:
-                arrays = open_arrays(file, f"{self._belonging}/sums", "")
-            except DamagedFile:
-                continue
-            covered = arrays.pop("__tiles__")
-            yield {(int(start), int(stop), int(rows)) for start, stop, rows in covered}, arrays
 
     # The end of a run -------------------------------------------------------------------------------------------------
 

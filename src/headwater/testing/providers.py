@@ -11,6 +11,9 @@ from headwater.gradients.provider import Fisher, Kind, StructuredGradientProvide
 from headwater.testing.contract import Contract, host
 from headwater.types import Batch, GradientProvider
 
+MANY, FEW = 40, 8
+"""Parameters of a block beyond which curvature is checked along some directions in place of all; and how many."""
+
 
 class GradientProviderContract(Contract):
     """What every `headwater.types.GradientProvider` obeys.
@@ -56,7 +59,7 @@ class GradientProviderContract(Contract):
 
     def test_a_row_does_not_depend_on_the_others_in_its_batch(self) -> None:
         provider, g = self.provider(), self.random(2, self.slow_grads().shape[1])
-        cuts = [range(3), range(3, self.rows - 1), range(self.rows - 1, self.rows)]
+        cuts = [range(1), range(1, self.rows)]
         for truth, verb in [
             (self.slow_grads(), provider.flat_grads),
             (self.slow_mixed_grads(), provider.flat_mixed_grads),
@@ -67,7 +70,7 @@ class GradientProviderContract(Contract):
         self.assert_same(got, self.slow_grads() @ g.T)
 
     def test_rows_come_in_the_order_of_the_batch_and_may_repeat(self) -> None:
-        index = [*range(self.rows - 1, -1, -1), 0, 0]
+        index = [*range(self.rows - 1, 1, -1), 0, 0]  # as many as there are: what is compiled is compiled for shapes
         self.assert_same(self.provider().flat_grads(self.batch(index)), self.slow_grads()[index])
         mixed = self.slow_mixed_grads()
         if mixed is not None:
@@ -140,16 +143,20 @@ class StructuredProviderContract(GradientProviderContract):
         for kind in self.kinds:
             for name, size in provider.sizes.items():
                 batches = [self.all_rows(), self.batch(range(3)), self.batch(range(3, self.rows))]
-                eye = self.array(np.eye(size))
-                whole, *parts = (host(provider.curvature_product(batch, name, eye, kind)) for batch in batches)
-                self.assert_same(whole, whole.T)
+                # Of a large block some directions at random: what is wrong anywhere shows in all of them.
+                along = np.eye(size) if size <= MANY else self.random(FEW, size)
+                whole, *parts = (
+                    host(provider.curvature_product(batch, name, self.array(along), kind)) for batch in batches
+                )
                 self.assert_same(whole, sum(parts))
+                within = whole @ along.T
+                self.assert_same(within, within.T)
                 if kind == "ggn":
-                    lowest, highest = np.linalg.eigvalsh(whole)[[0, -1]]
+                    lowest, highest = np.linalg.eigvalsh(within)[[0, -1]]
                     assert lowest >= -self.rounding * np.finfo(whole.dtype).eps * highest
                 truth = self.slow_curvature(kind)
                 if truth is not None:
-                    self.assert_same(whole, self._pieces(self._pieces(truth)[name].T)[name].T)
+                    self.assert_same(whole, along @ self._pieces(self._pieces(truth)[name].T)[name].T)
 
     def test_fisher_gradients_of_a_row_do_not_depend_on_its_batch(self) -> None:
         provider = self.provider()

@@ -23,6 +23,7 @@ from headwater.blocks import Part, Piece
 from headwater.errors import UnsupportedModel
 from headwater.gradients.algebra import Dense, Gradient
 from headwater.gradients.outer import Outer, RowSparse
+from headwater.torch.patches import Frame, Patches
 from headwater.torch.precision import wide
 
 
@@ -91,15 +92,26 @@ def _conv_parts(m: Any, weight: str | None, bias: str | None) -> list[Part]:
 def _conv_values(m: Any, x: torch.Tensor, g: torch.Tensor, weight: bool, bias: bool) -> list[Gradient]:
     # [n, o, *space] to [n, t, o]: every output position of the kernel is one position of the sum.
     b = g.flatten(2).transpose(1, 2)
-    if m.groups == 1 or not weight:
-        return _outer(patches(m, x) if weight else b, b, weight, bias)
+    if not weight:
+        return _outer(b, b, weight, bias)
     a = patches(m, x)
+    if m.groups == 1:
+        frame = _frame(m, x)
+        return [Outer(a, b, ones=bias) if frame is None else Patches(a, b, ones=bias, image=x, frame=frame)]
     groups: list[Gradient] = [
         # Contiguous: chunks of one array would be read with strides at every ghost product.
         Outer(a_k.contiguous(), b_k.contiguous())
         for a_k, b_k in zip(a.chunk(m.groups, dim=2), b.chunk(m.groups, dim=2), strict=True)
     ]
     return groups + _outer(b, b, False, bias)
+
+
+def _frame(m: Any, x: torch.Tensor) -> Frame | None:
+    """Where sums of products of patches are cheaper from the image itself; None elsewhere."""
+    if x.ndim != 4 or m.padding_mode != "zeros" or {*m.stride, *m.dilation} != {1}:
+        return None
+    frame = Frame(tuple(m.weight.shape[2:]), tuple(m._reversed_padding_repeated_twice))
+    return frame if frame.suits(x) else None
 
 
 def patches(m: Any, x: torch.Tensor) -> torch.Tensor:

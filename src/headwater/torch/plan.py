@@ -137,7 +137,8 @@ def _layers(model: nn.Module, wanted: Collection[str]) -> list[Layer]:
         # A parametrised weight is computed anew at each call: what the layer holds is no parameter of the model.
         if rule is None or _is_parametrised(module):
             continue
-        weight, bias = (canonical.get(id(getattr(module, role, None))) for role in ("weight", "bias"))
+        own = dict(module.named_parameters(recurse=False))
+        weight, bias = (canonical.get(id(own.get(role))) for role in ("weight", "bias"))
         weight, bias = (n if n in wanted else None for n in (weight, bias))
         if weight is not None or bias is not None:
             found.append(Layer(name, module, rule, weight, bias))

@@ -12,10 +12,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import weakref
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
@@ -23,18 +24,31 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from headwater.errors import BatchMismatch, ProcessLost, UnsupportedModel
-from headwater.gradients.together import Together
+from headwater.errors import (
+    BatchMismatch,
+    DamagedFile,
+    HeadwaterError,
+    InvalidInput,
+    NotSaved,
+    NotWritten,
+    ProcessLost,
+    UnsupportedModel,
+)
+from headwater.gradients.together import Answer, Together
 from headwater.torch.wrapped import fsdp_modules, is_spread, is_within
 
-FORWARD, END, FAILED, GATHER, QUESTION = (
+FORWARD, END, FAILED, GATHER, QUESTION, PLAN, FIRST = (
     "a forward pass",
     "the end of its rows",
     "an error",
     "gathering weights",
     "looking into a folder",
+    "planning tiles",
+    "the folder, which the first looks after",
 )
-ACTS = (FORWARD, END, FAILED, GATHER, QUESTION)
+ACTS = (FORWARD, END, FAILED, GATHER, QUESTION, PLAN, FIRST)
+KINDS = {kind.__name__: kind for kind in (InvalidInput, BatchMismatch, DamagedFile, NotSaved, NotWritten)}
+"""Errors of process 0 that are raised on all as what they are; others there as `ProcessLost`."""
 REMEDY = (
     "With FSDP2 every process reads all rows, in one order: no DistributedSampler, no shuffling, and the same calls on "
     "each process."
@@ -88,6 +102,8 @@ class Shards(Together):
         self._device = mesh.device_type
         self.count = mesh.size(mesh.ndim - 1)
         self.number = mesh.get_local_rank(mesh.ndim - 1)
+        self._all_know = False
+        """Whether the last thing that the processes told each other was that one of them has failed."""
 
     # Together -----------------------------------------------------------------------------------------------------
 
@@ -98,15 +114,60 @@ class Shards(Together):
         come within the process group's timeout.
         """
         said = self._said(act, about)
+        self._all_know = act == FAILED
         if len(set(said)) > 1:
             self._refuse(said)
 
     def all_say(self, answer: bool) -> bool:
         """Errors: as `agree`."""
-        said = self._said(QUESTION, answer)
-        if any(act != QUESTION for act, _ in said):
+        return all(self._values(QUESTION, answer))
+
+    def least(self, number: int) -> int:
+        """Errors: as `agree`."""
+        return min(self._values(PLAN, number))
+
+    def first_does(self, act: Callable[[], Answer]) -> Answer:
+        """Errors: as `agree`, and those of the act."""
+        answer: dict[str, Any] = {}
+        failure: Exception | None = None
+        if self.number == 0:
+            try:
+                answer = {"found": act()}
+            except Exception as error:
+                failure, answer = error, {"failed": type(error).__name__, "said": str(error)}
+        answer = json.loads(self._from_first(json.dumps(answer).encode()))
+        if "failed" in answer:
+            self._all_know = True
+            said = f"Process 0, which looks after the folder for all {self.count}: {answer['said']}"
+            raise failure or KINDS.get(answer["failed"], ProcessLost)(said)
+        found: Answer = answer["found"]
+        return found
+
+    def tell_failure(self) -> None:
+        """Waits for the others as `agree` does."""
+        if not self._all_know:
+            with suppress(HeadwaterError):  # what this process has raised is the news
+                self.agree(FAILED)
+
+    def _from_first(self, content: bytes) -> bytes:
+        """What process 0 has. Errors: as `agree`."""
+        import torch.distributed as dist
+
+        size = self._values(FIRST, len(content))[0]
+        if self.count == 1:
+            return content
+        sent = bytearray(content if self.number == 0 else size)
+        letter = torch.frombuffer(sent, dtype=torch.uint8).to(self._device)
+        with self._waited_for(FIRST):
+            dist.broadcast(letter, dist.get_global_rank(self._group, 0), group=self._group)
+        return letter.cpu().numpy().tobytes()
+
+    def _values(self, act: str, value: int) -> list[int]:
+        """Of all processes, in their order, which are about to do the same. Errors: as `agree`."""
+        said = self._said(act, value)
+        if any(mine != act for mine, _ in said):
             self._refuse(said)
-        return all(yes for _, yes in said)
+        return [each for _, each in said]
 
     def _said(self, act: str, about: int) -> list[tuple[str, int]]:
         """What each process is about to do. Errors: ProcessLost."""
@@ -116,16 +177,25 @@ class Shards(Together):
             return [(act, about)]
         mine = torch.tensor([ACTS.index(act), about], device=self._device)
         each = [torch.empty_like(mine) for _ in range(self.count)]
-        try:
+        with self._waited_for(act):
             dist.all_gather(each, mine, group=self._group)
+        return [(ACTS[int(number)], int(value)) for number, value in each]
+
+    @contextmanager
+    def _waited_for(self, act: str) -> Iterator[None]:
+        """Errors: ProcessLost."""
+        self._all_know = True  # after an error: who has gone cannot be told
+        try:
+            yield
         except RuntimeError as error:
             raise ProcessLost(
                 f"Of the {self.count} processes that hold the model together, not all came to {act} in time, or one "
                 f"has ended: {str(error)[:200]}. {REMEDY}"
             ) from error
-        return [(ACTS[int(number)], int(value)) for number, value in each]
+        self._all_know = False
 
     def _refuse(self, said: list[tuple[str, int]]) -> NoReturn:
+        self._all_know = True
         acts = {act: [number for number, (mine, _) in enumerate(said) if mine == act] for act, _ in said}
         if len(acts) == 1:
             raise BatchMismatch(f"The {self.count} processes that hold the model have different rows. {REMEDY}")

@@ -36,10 +36,9 @@ from headwater.run.diagnosis import RunSums
 from headwater.run.queries import Asked
 from headwater.run.runners.shared import ROWS, SharedFolder, on_host, rows_of, shared_folder
 from headwater.run.runners.turns import Turn
-from headwater.run.tiles import QuerySpan, TilePass, probe_run
+from headwater.run.tiles import QuerySpan, TilePass, Tiles, probe_run
 from headwater.store.score_matrix import unit_of
 from headwater.store.scores import Scores
-from headwater.store.tiles import TileStore
 from headwater.types import InfluenceMode
 
 Make = Callable[[], tuple[ComposableInfluence[Any], Iterable[object], Iterable[object]]]
@@ -239,7 +238,7 @@ class _Job:
         self.rows: Rows = influence.train_rows(train)
         self.sums: RunSums | None = None
         self._fitted = False
-        self._scores: tuple[TileStore, Sequence[QuerySpan]] | None = None
+        self._scores: tuple[Tiles, Sequence[QuerySpan]] | None = None
 
     @classmethod
     def made(cls, setup: Make | str, folder: Path) -> _Job:
@@ -261,7 +260,7 @@ class _Job:
         unit = unit_of(known["unit"], known["normalise"])
         return PairRun(self.influence, asked, unit, known["by_block"], mode, storage, False)
 
-    def scores(self, done: Done, options: Mapping[str, Any]) -> tuple[TileStore, Sequence[QuerySpan]]:
+    def scores(self, done: Done, options: Mapping[str, Any]) -> tuple[Tiles, Sequence[QuerySpan]]:
         """The store, and spans of queries; the model is known by its probe, in every process."""
         self.fit(done, 0)
         if self._scores is None:

@@ -19,13 +19,13 @@ class HfTrajectoryInfluence(TrajectoryInfluence[torch.Tensor], HfComposableInflu
     """What a recorded training did to a pretrained model; options as of `HfComposableInfluence`."""
 
     def training_model(self) -> TrainingModel:
-        return TorchTraining.of(self._torch_provider, self.method.trajectory)
+        return TorchTraining.of(self._models.own, self.method.trajectory)
 
     def weights_now(self) -> dict[str, np.ndarray]:
-        return weights_of(self._torch_provider)
+        return weights_of(self._models.own)
 
     def statistics_now(self) -> dict[str, np.ndarray]:
         return buffers_of(self._torch_provider)
 
     def provider_at(self, parameters: Mapping[str, np.ndarray]) -> StructuredGradientProvider:
-        return self._provide(at(self._given, parameters))
+        return self._models.provide(at(self._models.given, parameters))

@@ -17,7 +17,7 @@ from torch import nn
 
 from headwater.arrays import to_numpy
 from headwater.errors import InvalidInput
-from headwater.torch.influence import Checkpoint
+from headwater.torch.checkpoints import Checkpoint
 from headwater.torch.wrapped import unwrapped
 from headwater.trajectory.optimizers import Optimizer
 from headwater.trajectory.record import Header, Step, Writer, step_of

@@ -20,16 +20,16 @@ class TorchTrajectoryInfluence(TrajectoryInfluence[torch.Tensor], TorchComposabl
     """What a recorded training did to a torch model; options as of `TorchComposableInfluence`."""
 
     def training_model(self) -> TrainingModel:
-        return TorchTraining.of(self._torch_provider, self.method.trajectory)
+        return TorchTraining.of(self._models.own, self.method.trajectory)
 
     def weights_now(self) -> dict[str, np.ndarray]:
-        return weights_of(self._torch_provider)
+        return weights_of(self._models.own)
 
     def statistics_now(self) -> dict[str, np.ndarray]:
         return buffers_of(self._torch_provider)
 
     def provider_at(self, parameters: Mapping[str, np.ndarray]) -> StructuredGradientProvider:
-        return self._provide(at(self._given, parameters))
+        return self._models.provide(at(self._models.given, parameters))
 
 
 def at(model: nn.Module, parameters: Mapping[str, np.ndarray]) -> nn.Module:

@@ -1,0 +1,83 @@
+"""Sums of products of patches from the image alone: those of the patches themselves."""
+
+import pytest
+import torch
+from torch import nn
+
+import headwater as hw
+from headwater.gradients import outer
+from headwater.gradients.outer import Outer
+from headwater.torch import layers
+from headwater.torch.patches import Frame, Patches, patches_gram
+
+SIZE = (19, 17)
+
+
+def values(convolution, x, bias=True):
+    g = torch.randn_like(convolution(x))
+    return layers.CONVOLUTION.values(convolution, x, g, True, bias)[0]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 3), (4, 2), (3, 4)])
+@pytest.mark.parametrize("padding", [0, 1, "same"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_sums_from_the_image_are_those_of_its_patches(kernel, padding, weighted):
+    torch.manual_seed(0)
+    padding = padding if padding == "same" else tuple(min(padding, k - 1) for k in kernel)
+    convolution = nn.Conv2d(14, 4, kernel, padding=padding).double()
+    x = torch.randn(5, 14, *SIZE, dtype=torch.float64)
+    found = values(convolution, x)
+    assert type(found) is Patches
+    weights = torch.rand(5, dtype=torch.float64) + 0.5 if weighted else None
+    plain = Outer(found.a, found.b, found.ones)
+    for mine, truth in zip(
+        found.moments(weights).named().values(), plain.moments(weights).named().values(), strict=True
+    ):
+        torch.testing.assert_close(torch.as_tensor(mine), torch.as_tensor(truth), rtol=1e-12, atol=1e-10)
+    a = found.a.reshape(-1, found.a.shape[2])
+    scale = torch.ones(5, dtype=torch.float64) if weights is None else weights
+    direct = torch.einsum("ni,nj,n->ij", a, a, scale.repeat_interleave(found.positions))
+    image_weights = None if weights is None else weights[:, None, None, None]
+    torch.testing.assert_close(patches_gram(x, image_weights, found.frame), direct, rtol=1e-12, atol=1e-10)
+
+
+def test_some_of_the_rows_are_those_of_their_images():
+    torch.manual_seed(0)
+    found = values(nn.Conv2d(8, 4, 3, padding=1).double(), torch.randn(6, 8, *SIZE, dtype=torch.float64))
+    some = found.take(torch.tensor([4, 1]))
+    expected = Outer(found.a[[4, 1]], found.b[[4, 1]], True).moments()
+    torch.testing.assert_close(some.moments().right, expected.right, rtol=1e-12, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"stride": 2}, {"dilation": 2}, {"padding_mode": "circular", "padding": 1}, {"groups": 2}, {"padding": 5}],
+    ids=str,
+)
+def test_other_convolutions_are_left_to_their_patches(options):
+    found = values(nn.Conv2d(8, 4, 3, **options), torch.randn(2, 8, *SIZE), bias=False)
+    assert type(found) is Outer
+
+
+def test_small_images_are_left_to_their_patches():
+    assert type(values(nn.Conv2d(64, 4, 3, padding=1), torch.randn(2, 64, 5, 5))) is Outer
+    assert not Frame((1, 1), (0, 0, 0, 0)).suits(torch.randn(2, 64, 32, 32))
+
+
+def test_a_fit_makes_no_products_of_patches(monkeypatch):
+    """The work is counted: the inputs' sums of the convolution are of 15 distances, not of 9 x 9 pairs."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(6, 4, 3, padding=1), nn.Flatten(), nn.Linear(4 * 16 * 16, 3)).eval()
+    x, y = torch.randn(12, 6, 16, 16), torch.arange(12) % 3
+    grams = []
+    gram = outer._gram
+    monkeypatch.setattr(outer, "_gram", lambda total, rows, w, size: grams.append(size) or gram(total, rows, w, size))
+    fitted = hw.Influence(model, "cross_entropy", hw.Ekfac(fisher="empirical")).fit([(x, y)])
+    assert 54 not in grams and 4 in grams
+    found = fitted.attribute((x, y), (x[:4], y[:4])).values
+    monkeypatch.setattr(Frame, "suits", lambda self, image: False)
+    plain = hw.Influence(model, "cross_entropy", hw.Ekfac(fisher="empirical")).fit([(x, y)])
+    assert 54 in grams
+    expected = plain.attribute((x, y), (x[:4], y[:4])).values
+    assert abs(found - expected).max() <= 1e-4 * abs(expected).max()
