@@ -25,7 +25,7 @@ class HfTrajectoryInfluence(TrajectoryInfluence[torch.Tensor], HfComposableInflu
         return weights_of(self._models.own)
 
     def statistics_now(self) -> dict[str, np.ndarray]:
-        return buffers_of(self._torch_provider)
+        return buffers_of(self._models.own)
 
     def provider_at(self, parameters: Mapping[str, np.ndarray]) -> StructuredGradientProvider:
         return self._models.provide(at(self._models.given, parameters))
