@@ -3,6 +3,7 @@
     python benchmarks/facts.py FOLDER [--seed 0]    train, score, print a table; goes on where it was stopped
     python benchmarks/facts.py FOLDER --retrain     and train again without what should matter
     python benchmarks/facts.py OTHER --seed 1 --leader "EKFAC, both sides" --only EKFAC    judge what seed 0 has chosen
+    python benchmarks/facts.py FOLDER --unrolled 8  the derivative of the training, too, of a question of 8 people each
 
 Synthetic people have a home town, a trade, an instrument and a pet. Of a person Bem, say:
 
@@ -30,10 +31,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -227,11 +230,16 @@ def encoded(facts: Facts) -> tuple[Encoded, Encoded]:
 
 
 def trained(
-    train: Encoded, settings: Training, left_out: Sequence[int] = (), said: Callable[[str], object] = print
+    train: Encoded,
+    settings: Training,
+    left_out: Sequence[int] = (),
+    said: Callable[[str], object] = print,
+    record: Path | None = None,
 ) -> dict[str, dict[str, Tensor]]:
     """Weights after a third and two thirds of the epochs, and in the end.
 
-    left_out: rows whose loss counts nothing; order, batches and divisors are as they would be.
+    left_out: rows whose loss counts nothing; order, batches and divisors are as they would be. record: where to keep
+    what training did.
     """
     torch.manual_seed(settings.seed)
     model = ByteModel(settings.width, settings.layers, settings.heads).requires_grad_(True)
@@ -244,21 +252,24 @@ def trained(
     steps = settings.epochs * per_epoch
     rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.rate, total_steps=steps, pct_start=0.1)
     kept, start = {}, time.process_time()
-    for epoch in range(settings.epochs):
-        total = 0.0
-        for rows in torch.randperm(len(train.x))[: per_epoch * settings.batch].split(settings.batch):
-            optimizer.zero_grad()
-            loss = (token_losses(model(train.x[rows]), train.y[rows]) * weight[rows]).mean()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            rates.step()
-            total += loss.item()
-        if (done := epoch + 1) in {settings.epochs // 3, 2 * settings.epochs // 3, settings.epochs}:
-            kept[str(done)] = {name: value.detach().clone() for name, value in model.state_dict().items()}
-        if done % 10 == 0:
-            took = time.process_time() - start
-            said(f"epoch {done} of {settings.epochs}: {total / per_epoch:.3f} nats a row, {took:.0f} CPU s")
+    with nullcontext() if record is None else hw.record(model, optimizer, record, clip=1.0) as recorder:
+        for epoch in range(settings.epochs):
+            total = 0.0
+            for rows in torch.randperm(len(train.x))[: per_epoch * settings.batch].split(settings.batch):
+                optimizer.zero_grad()
+                loss = (token_losses(model(train.x[rows]), train.y[rows]) * weight[rows]).mean()
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                rates.step()
+                total += loss.item()
+                if recorder is not None:
+                    recorder.step(rows, weight[rows])
+            if (done := epoch + 1) in {settings.epochs // 3, 2 * settings.epochs // 3, settings.epochs}:
+                kept[str(done)] = {name: value.detach().clone() for name, value in model.state_dict().items()}
+            if done % 10 == 0:
+                took = time.process_time() - start
+                said(f"epoch {done} of {settings.epochs}: {total / per_epoch:.3f} nats a row, {took:.0f} CPU s")
     return kept
 
 
@@ -307,6 +318,12 @@ OURS: Mapping[str, Ours] = {
     "DataInf": Ours(hw.DataInf()),
     "LoGra": Ours(hw.LoGra()),
     "LoGra, both sides": Ours(hw.LoGra(), "both"),
+}
+
+
+UNROLLED: Mapping[str, Mapping[str, Any]] = {
+    "Unrolled": {"curvature": "hessian"},
+    "Unrolled, in-run": {"curvature": None, "at": "step"},
 }
 
 
@@ -474,6 +491,28 @@ class Run:
         self.said(f"{name}: {time.process_time() - start:.0f} CPU s")
         return scores
 
+    def unrolled(self, asked: NDArray[np.int64], method: Mapping[str, Any]) -> Floats:
+        """Scores of the derivative of the training for some queries, [len(asked), n]. It is taken once more for it."""
+        name = f"unrolled {'-'.join(map(str, method.values()))} {zlib.crc32(asked.tobytes()):08x}"
+        return self._kept(name, partial(self._unroll, asked, method))
+
+    def _unroll(self, asked: NDArray[np.int64], method: Mapping[str, Any]) -> Floats:
+        train, queries = self.data
+        start, record = time.process_time(), self.folder / "record"
+        if not (record.exists() and hw.Trajectory(record).is_ended):
+            shutil.rmtree(record, ignore_errors=True)
+            trained(train, self.settings, said=self.said, record=record)
+            (self.folder / "training.json").write_text(json.dumps(time.process_time() - start))
+        once, start = json.loads((self.folder / "training.json").read_text()), time.process_time()
+        # All that was trained: the derivative is of the tables of bytes and places, too.
+        model = model_of(self.settings, self.models[-1].state_dict()).requires_grad_(True)
+        unrolled = hw.Unrolled(record, removals=(), **method)
+        influence = hw.Influence(model, token_losses, unrolled).fit((train.x, train.y))
+        scores = np.asarray(influence.attribute((train.x, train.y), (queries.x[asked], queries.y[asked])))
+        took = time.process_time() - start
+        self.said(f"{unrolled}: {took:.0f} CPU s, {took / once:.1f} trainings of {once:.0f} s, {len(asked)} queries")
+        return scores
+
     def losses_without(self, name: str, rows: Sequence[int]) -> Floats:
         """The answers' losses after a training without some rows: [q]."""
 
@@ -494,16 +533,19 @@ HEAD = ("ranked by", "MRR", "recall@1", "recall@5", "recall@10", "MRR without ru
 KINDS = ("first: fact", "rumour", "decoy", "echo", "others")
 
 
-def report(run: Run, methods: Mapping[str, Ours] = OURS, leader: str | None = None) -> str:
+def report(run: Run, methods: Mapping[str, Ours] = OURS, leader: str | None = None, unrolled: int = 0) -> str:
     """How well the model answers, how well each ranking finds the facts, and how far ahead of it the leader is.
 
-    leader: one of our methods, chosen elsewhere; None for the best here, in hindsight.
+    leader: one of our methods, chosen elsewhere; None for the best here, in hindsight. unrolled: of so many people one
+    question each, and the derivative of the training among the rankings.
     """
     (train, queries), ours = run.data, run.scores(methods)
     right, _ = answered(run.models[-1], queries)
-    asked = np.flatnonzero(right)
+    asked = one_of_each(run.facts, right)[:unrolled] if unrolled else np.flatnonzero(right)
     relevant = run.facts.relevant[asked]
     scores = {name: found[asked] for name, found in (ours | run.baselines()).items()}
+    if unrolled:
+        scores |= {name: run.unrolled(asked, method) for name, method in UNROLLED.items()}
     first = leader or best({name: scores[name] for name in ours}, relevant)
     lines = [[*HEAD, *KINDS, f"MRR, behind {first!r}{'' if leader else ' (in hindsight)'}"]]
     for name, found in scores.items():
@@ -514,7 +556,8 @@ def report(run: Run, methods: Mapping[str, Ours] = OURS, leader: str | None = No
     chance = np.mean([1 / len(relation.values) for relation in RELATIONS])
     return (
         f"{len(train.x)} train rows, {parameters:,} parameters. Of {len(right)} questions that are in no row, "
-        f"{right.sum()} are answered rightly ({right.mean():.2f}; by chance {chance:.2f}).\n{table(lines, left=(0,))}"
+        f"{right.sum()} are answered rightly ({right.mean():.2f}; by chance {chance:.2f}); {len(asked)} are traced.\n"
+        f"{table(lines, left=(0,))}"
     )
 
 
@@ -550,17 +593,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given.add_argument("--seed", type=int, default=0, help="of the people, and of the training")
     given.add_argument("--epochs", type=int, default=Training.epochs)
     given.add_argument("--width", type=int, default=Training.width)
+    given.add_argument("--rate", type=float, default=Training.rate)
     given.add_argument("--taught", type=int, default=TAUGHT, help="people whose questions are train rows")
     given.add_argument("--asked", type=int, default=ASKED, help="people whose questions are asked")
     given.add_argument("--only", nargs="*", default=[], help="methods whose name contains one of these")
     given.add_argument("--leader", choices=OURS, help="the method that others are compared with")
     given.add_argument("--retrain", action="store_true", help="see which rows matter, by three more trainings")
+    given.add_argument("--unrolled", type=int, default=0, help="people who are asked, and by the training's derivative")
     asked = given.parse_args(arguments)
     torch.set_num_threads(1)
-    settings = Training(epochs=asked.epochs, width=asked.width, seed=asked.seed)
+    settings = Training(epochs=asked.epochs, width=asked.width, rate=asked.rate, seed=asked.seed)
     run = Run(asked.folder, make_facts(asked.seed, asked.taught, asked.asked), settings)
     chosen = [name for name in OURS if name == asked.leader or not asked.only or any(o in name for o in asked.only)]
-    print(report(run, {name: OURS[name] for name in chosen}, asked.leader))
+    print(report(run, {name: OURS[name] for name in chosen}, asked.leader, asked.unrolled))
     if asked.retrain:
         print(retraining(run))
 

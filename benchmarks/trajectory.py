@@ -2,6 +2,7 @@
 
     python benchmarks/trajectory.py [RECIPE ...] [--removed .01 .05 .5] [--curvatures hessian ggn fisher none]
                                     [--seeds 3] [--queries 20] [--subsets 40] [--margin] [--json FILE]
+                                    [--divisor all|kept] [--weight 1]
 
 digits: an MLP 64-256-256-10 (scikit-learn's digits, 1400 train rows), SGD with momentum .9, cosine to zero, batches of
 64. text: the leaderboard's byte transformer (2 layers, width 64, 99,456 trained parameters), which has read the Old
@@ -11,6 +12,10 @@ float32.
 For each recipe and share of the rows that is removed: the LDS over 40 subsets for the same seed, and for another one
 with its ceiling (how two other seeds agree); the verdict; the cost of a sweep in trainings. Subsets are trained with
 weight zero: order, batches and divisors stay. --seeds 1: of the recorded seed alone.
+
+What a subset's steps are divided by matters where many rows go. --divisor all: each batch's rows, there or not, as a
+derivative by a row's weight has it: without half of the rows, each step is half as long. --divisor kept: the rows of a
+batch that are there, as training on fewer rows has it. --weight .5: the recorded training gives every row this weight.
 """
 
 import argparse
@@ -158,8 +163,8 @@ RECIPES = {
 # Measuring ------------------------------------------------------------------------------------------------------------
 
 
-def trained(recipe: Recipe, x, y, seed=0, weights=None, folder=None):
-    """seed: of the starting weights and of the order of the rows."""
+def trained(recipe: Recipe, x, y, seed=0, weights=None, folder=None, divisor="all"):
+    """seed: of the starting weights and of the order of the rows. divisor: see above."""
     model = recipe.make(seed)
     optimizer = recipe.optimizer([p for p in model.parameters() if p.requires_grad], recipe.lr)
     generator, steps, n = torch.Generator().manual_seed(seed + 1), recipe.steps, len(x)
@@ -172,20 +177,22 @@ def trained(recipe: Recipe, x, y, seed=0, weights=None, folder=None):
         optimizer.param_groups[0]["lr"] = recipe.lr * (1 + math.cos(math.pi * step / steps)) / 2
         optimizer.zero_grad()
         losses = recipe.losses(model(x[ids]), y[ids])
-        (losses if weights is None else losses * weights[ids]).mean().backward()
+        mine = None if weights is None else weights[ids]
+        weighted = losses if mine is None else losses * mine
+        (weighted.mean() if mine is None or divisor == "all" else weighted.sum() / mine.sum()).backward()
         optimizer.step()
         if recorder is not None:
-            recorder.step(ids)
+            recorder.step(ids, mine)
     if recorder is not None:
         recorder.__exit__(None, None, None)
     return model
 
 
-def outputs(recipe: Recipe, rows, keep, seed):
+def outputs(recipe: Recipe, rows, keep, seed, divisor):
     x, y, xq, yq = rows
     found = []
     for kept in keep:
-        model = trained(recipe, x, y, seed, torch.as_tensor(kept.astype(np.float32)))
+        model = trained(recipe, x, y, seed, torch.as_tensor(kept.astype(np.float32)), divisor=divisor)
         with torch.no_grad():
             found.append(recipe.asked(model(xq), yq).numpy())
     return np.stack(found)
@@ -210,7 +217,8 @@ def measure(name: str, given: argparse.Namespace) -> dict[str, Any]:
         start = time.process_time()
         trained(recipe, x, y)
         once = time.process_time() - start
-        model = trained(recipe, x, y, folder=Path(folder) / "r")
+        weights = None if given.weight == 1 else torch.full((len(x),), given.weight)
+        model = trained(recipe, x, y, weights=weights, folder=Path(folder) / "r")
         scores, cost = {}, {}
         for curvature in given.curvatures:
             method = hw.Unrolled(Path(folder) / "r", curvature=curvature, removals=())
@@ -233,7 +241,7 @@ def measure(name: str, given: argparse.Namespace) -> dict[str, Any]:
 
 def removal(recipe: Recipe, rows, share: float, scores: dict, given: argparse.Namespace) -> dict[str, Any]:
     keep = subsets(len(rows[0]), share, given.subsets)
-    truths = [outputs(recipe, rows, keep, seed) for seed in SEEDS[: given.seeds]]
+    truths = [outputs(recipe, rows, keep, seed, given.divisor) for seed in SEEDS[: given.seeds]]
     found: dict[str, Any] = {"removed": share}
     if len(truths) == len(SEEDS):
         agree = [_spearman(truths[1][:, q], truths[2][:, q]) for q in range(given.queries)]
@@ -262,6 +270,8 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=20)
     parser.add_argument("--subsets", type=int, default=40)
     parser.add_argument("--margin", action="store_true", help="of digits, forecast the margin in place of the loss")
+    parser.add_argument("--divisor", choices=("all", "kept"), default="all", help="of a subset's steps")
+    parser.add_argument("--weight", type=float, default=1.0, help="of every row in the recorded training")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     given.curvatures = [None if word == "none" else word for word in given.curvatures]

@@ -162,6 +162,10 @@ def test_the_whole_script_runs_on_a_handful_of_people_and_goes_on_where_it_was(t
     facts.main([str(tmp_path / "run"), *options, "--only", "grad", "--leader", "EKFAC, both sides"])
     led = capsys.readouterr().out
     assert "MRR, behind 'EKFAC, both sides'" in led and "DataInf" not in led and "its loss rises by" not in led
+    facts.main([str(tmp_path / "run"), *options, "--only", "grad-dot", "--unrolled", "3"])
+    unrolled = capsys.readouterr().out
+    assert "trainings of" in unrolled and "3 are traced" in unrolled
+    assert all(f"\n{name} " in unrolled for name in facts.UNROLLED)
     with pytest.raises(SystemExit, match="is of another run"):
         Run(tmp_path / "run", make_facts(1, 4, 4), Training(epochs=3, width=16))
 

@@ -22,7 +22,7 @@ def sweep_of(what, model, record, curvature="hessian", held=32, at_each_step=Fal
     loss = lambda output, y: what.loss(output, y)  # noqa: E731
     provider = TorchGradientProvider(model, loss)
     rows = lambda step: [Piece(TorchBatch(what.x[step.ids], what.y[step.ids]), step.shares)]  # noqa: E731
-    replay = Replay(record, TorchTraining(provider), rows, held, "float64")
+    replay = Replay(record, TorchTraining.of(provider, record), rows, held, "float64")
     return Sweep(replay, lambda ids: ids, len(what.x), curvature, at_each_step)
 
 

@@ -217,21 +217,15 @@ def test_removing_a_group_is_the_sum_of_its_rows(case):
     np.testing.assert_allclose(groups, np.stack([single[:, 0] + single[:, 3], single[:, 5]], axis=1))
 
 
-@pytest.mark.parametrize("verb", ["self_influence", "calibrate", "audit", "verify", "gradients", "factors", "save"])
+@pytest.mark.parametrize("verb", ["calibrate", "audit", "verify", "gradients", "factors", "save"])
 def test_what_has_no_meaning_for_a_trajectory_is_refused(case, verb):
     _, influence, _ = case
     with pytest.raises(InvalidSetting, match="Scores of a trajectory have no"):
         getattr(influence, verb)([])
 
 
-def test_what_is_refused_says_what_it_would_cost_and_what_to_ask(case):
-    what, influence, query = case
-    with pytest.raises(InvalidSetting, match=r"a sweep for each row, at 1 to 1\.5 trainings.*np\.diag\(attribute"):
-        influence.self_influence((what.x, what.y))
-    with pytest.raises(InvalidSetting, match=r"each block, query and step.*hw\.Ekfac\(\) with by_block=True"):
-        influence.attribute((what.x, what.y), query, by_block=True)
-    with pytest.raises(InvalidSetting, match=r"score on itself.*hw\.Ekfac\(\) or hw\.Dual\(\) with normalise="):
-        influence.attribute((what.x, what.y), query, normalise="train")
+def test_some_rows_are_asked_about_themselves_under_their_ids(case):
+    what, influence, _ = case
     some = [hw.Batch(what.x[2:4], what.y[2:4], ids=np.array([2, 3]))]
     own = np.diag(np.asarray(influence.attribute(some, (what.x[2:4], what.y[2:4]))))
     whole = np.asarray(influence.attribute((what.x, what.y), (what.x, what.y)))
@@ -282,7 +276,7 @@ def test_a_measurement_takes_the_place_of_the_loss(tmp_path):
     assert off(-np.asarray(scores)[:, 3], truth) < 1e-6
 
 
-@pytest.mark.parametrize("option", [{"normalise": "both"}, {"query_error": 0.1}, {"by_block": True}])
+@pytest.mark.parametrize("option", [{"normalise": "both"}, {"query_error": 0.1}])
 def test_options_of_inverses_are_refused(case, option):
     what, influence, query = case
     with pytest.raises(InvalidSetting, match="Scores of a trajectory have no"):

@@ -69,8 +69,8 @@ class Storage:
         budget_of(self.memory)
 
 
-MakeScorer = Callable[[Asked, float, Storage, bool], Scorer]
-"""(queries, what a score is multiplied by, storage, progress) -> what computes their scores, of all blocks together."""
+MakeScorer = Callable[[Asked, float, Storage, bool, bool], Scorer]
+"""(queries, what a score is multiplied by, storage, progress, by_block) -> what computes their scores."""
 
 
 def attribute(
@@ -181,7 +181,7 @@ class PairRun:
 
     def _scorer(self, asked: Asked) -> Scorer:
         if self.make_scorer is not None:
-            return self.make_scorer(asked, self.scale, self.storage, self.progress)
+            return self.make_scorer(asked, self.scale, self.storage, self.progress, self.by_block)
         scorer = PairScorer(self.influence, asked, self.mode, self.by_block, self.scale, self.progress, self.directions)
         self.lost = {name: max(off, self.lost.get(name, 0.0)) for name, off in scorer.lost.items()}
         return scorer
@@ -379,11 +379,16 @@ class _Score(Visitor[PlacedBatch, None, None]):
 
 
 def self_influence(
-    influence: ComposableInfluence, train_loader: Iterable[object], *, progress: bool, storage: Storage | None = None
+    influence: ComposableInfluence,
+    train_loader: Iterable[object],
+    *,
+    progress: bool,
+    storage: Storage | None = None,
+    scorer: Scorer | None = None,
 ) -> np.ndarray:
-    """See `Attributor.self_influence`."""
+    """See `Attributor.self_influence`. scorer: what computes it, [1, 1, n]; None for <Op g, g>."""
     influence.ready()
-    scorer, fitted, storage = _OnThemselves(influence), FittedRows(influence), storage or Storage()
+    scorer, fitted, storage = scorer or _OnThemselves(influence), FittedRows(influence), storage or Storage()
     if storage.store is None:
         each, working = Each[PlacedBatch, np.ndarray](lambda piece: scorer.scores(piece)[0, 0]), None
         if storage.memory is not None:

@@ -6,6 +6,7 @@ train gradients: it is a scorer of its own, and queries, tiles, stores, units an
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import warnings
@@ -21,11 +22,13 @@ import numpy as np
 from headwater.attributor import Attributor
 from headwater.errors import InvalidInput, InvalidSetting, NotFittedError, RoughForecast, StaleFit
 from headwater.gradients.provider import StructuredGradientProvider
+from headwater.influence import in_own_precision
 from headwater.progress import bar
 from headwater.rows import PlacedBatch
-from headwater.run.attribute import Storage
+from headwater.run.attribute import Storage, self_influence
 from headwater.run.queries import Asked
 from headwater.run.rows import check_scores
+from headwater.run.runners.environment import Worker
 from headwater.run.tiles import Scorer
 from headwater.status import Status
 from headwater.store.scores import Scores, TopK
@@ -34,7 +37,7 @@ from headwater.trajectory.methods import Source, TrajectoryMethod, Unrolled
 from headwater.trajectory.replay import Replay, known_stretches
 from headwater.trajectory.rows import HeldRows
 from headwater.trajectory.source import Segment, SourceScorer, fit_segments, spans
-from headwater.trajectory.steps import TrainingModel
+from headwater.trajectory.steps import Blocks, TrainingModel
 from headwater.trajectory.sweep import Sweep
 from headwater.trajectory.trajectory import Trajectory
 from headwater.trajectory.verdict import Verdict, judge
@@ -44,11 +47,14 @@ if TYPE_CHECKING:
     from headwater.run.attribute import MakeScorer
 
 
-OWN = "that takes a sweep for each row, at 1 to 1.5 trainings: a thousand trainings for a thousand rows"
-SHARES = (
-    "a row's weight acts through all parameters of a step together, and what passed through some of them would take "
-    "another backward pass for each block, query and step. To score by some parameters alone, train with the others "
-    "frozen, or ask an inverse: hw.Ekfac() with by_block=True"
+EACH = 1.25
+"""Trainings that a sweep costs for each row that is asked."""
+NO_LENGTH = (
+    "normalise=: a direction is a score over a row's length, the root of its influence on itself, and here that is no "
+    "squared length. A training that has not converged answers a row by no symmetric and positive operator: a row's "
+    "influence on itself may be negative, and no metric has both a query's gradient at the end and a row's at its "
+    "steps. Directions are those of an inverse: hw.Ekfac() or hw.Dual() with normalise=. For a ranking by relative "
+    "influence divide by the root of self_influence(rows) yourself, where that is above zero"
 )
 
 
@@ -56,8 +62,8 @@ class TrajectoryInfluence(Attributor[TensorType]):
     """An influence whose method is `hw.Unrolled` or `hw.Source`: mixed into the framework's class.
 
     fit(train) takes all rows that were trained on, called as in the record, and holds them in memory. The model is the
-    one that training came to. What needs an inverse or a gradient of its own (self_influence, calibrate, audit, kept
-    gradients and factors, shares of blocks) is refused.
+    one that training came to. What needs an inverse or a gradient of its own (calibrate, audit, kept gradients and
+    factors, normalise=) is refused.
     """
 
     method: TrajectoryMethod
@@ -72,6 +78,10 @@ class TrajectoryInfluence(Attributor[TensorType]):
     @abstractmethod
     def weights_now(self) -> dict[str, np.ndarray]:
         """The parameters of the provider's model, by name, whether or not its steps can be taken again."""
+
+    def statistics_now(self) -> dict[str, np.ndarray]:
+        """Buffers of the provider's model, by name."""
+        return {}
 
     @abstractmethod
     def provider_at(self, parameters: Mapping[str, np.ndarray]) -> StructuredGradientProvider:
@@ -131,35 +141,52 @@ class TrajectoryInfluence(Attributor[TensorType]):
         """Whether training was smooth enough for its derivative to forecast anything; of the last scores."""
         return self._verdict
 
-    def sweep(self, model: TrainingModel | None = None) -> Sweep:
+    def sweep(self, model: TrainingModel | None = None, blocks: Blocks = None) -> Sweep:
         """Over the record's training, with the method's settings. model: another than the provider's own."""
         method = self.method
         assert isinstance(method, Unrolled)
-        held = self.held
-        return Sweep(self.replay(model), held.columns, len(held), method.curvature, method.at == "step", held.places)
+        held, at_each_step = self.held, method.at == "step"
+        return Sweep(self.replay(model), held.columns, len(held), method.curvature, at_each_step, held.places, blocks)
+
+    @property
+    def parts(self) -> Blocks:
+        """Names of the record's parameters, block by block."""
+        trained = set(self.method.trajectory.names)
+        layouts = self.provider.layouts
+        return tuple(
+            tuple(p.name for p in layouts[name].block.parameters if p.name in trained) for name in self.block_names
+        )
 
     def replay(self, model: TrainingModel | None = None) -> Replay:
         """The record's steps, by the provider's model or another."""
         own, record = self.training_model() if model is None else model, self.method.trajectory
         return Replay(record, own, self.held.pieces, dtype=self.source.dtype, checked=model is None)
 
-    def derivatives(self, asked: Asked, keep: Path | None, progress: bool) -> np.ndarray:
-        """d query / d weight of every train row: [q, n]; and the verdict on it, where one is asked for."""
-        sweep, queries = self.sweep(), [piece.batch for piece in asked.pieces]
+    def derivatives(
+        self, asked: Asked, keep: Path | None, progress: bool, by_block: bool = False, judged: bool = True
+    ) -> np.ndarray:
+        """d query / d weight of every train row: [block, q, n], or [1, q, n].
+
+        judged: and the verdict on it, where the method asks for one.
+        """
+        sweep, queries = self.sweep(blocks=self.parts if by_block else None), [piece.batch for piece in asked.pieces]
         count = len(asked.ids) if asked.share is None else 1
         with bar("training, backwards", progress, sweep.steps_for(count)) as shown:
             tau = sweep.tau(queries, share=asked.share, keep=keep, progress=shown.update)
         method = self.method
         assert isinstance(method, Unrolled)
-        if method.removals and self._verdict is None:  # of several spans of queries, the first speaks for all
+        tau = tau if by_block else tau[None]
+        if (
+            judged and method.removals and self._verdict is None
+        ):  # of several spans of queries, the first speaks for all
             model = sweep.replay.model.wide()
             wide = None if model is None else self.sweep(model)
             total = len(method.removals) * method.replays
             with bar("verdict, trainings without some rows", progress, total) as shown:
                 self._verdict = judge(
-                    sweep,
+                    replace(sweep, blocks=None),
                     queries,
-                    tau,
+                    tau.sum(axis=0),
                     method.removals,
                     method.replays,
                     share=asked.share,
@@ -187,13 +214,25 @@ class TrajectoryInfluence(Attributor[TensorType]):
                     f"{record.steps}). {_whose(record)}"
                 )
 
+        now = self.statistics_now()
+        for name, value in record.statistics.items():
+            if name not in now or not np.allclose(now[name], value, rtol=1e-5, atol=1e-7):
+                raise StaleFit(
+                    f"{name} of the model is not what it was in training, where this batch normalisation was frozen: "
+                    "its statistics were moved since. Give the model that was trained, as it was."
+                )
+
     # Scores -------------------------------------------------------------------------------------------------------
 
     @property
     def _own_scorer(self) -> MakeScorer:
         if isinstance(self.method, Source):
-            return lambda asked, scale, storage, progress: SourceScorer(self, self.segments, _not_kept(asked), scale)
-        return lambda asked, scale, storage, progress: SweepScorer(self, _not_kept(asked), scale, storage, progress)
+            return lambda asked, scale, storage, progress, by_block: SourceScorer(
+                self, self.segments, _not_kept(asked), scale, by_block
+            )
+        return lambda asked, scale, storage, progress, by_block: SweepScorer(
+            self, _not_kept(asked), scale, storage, progress, by_block
+        )
 
     def attribute(
         self,
@@ -205,14 +244,18 @@ class TrajectoryInfluence(Attributor[TensorType]):
         store: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> Scores:
-        """As `Attributor.attribute`; a sweep that was stopped goes on from the last kept state, beside the store."""
-        if by_block:
-            raise _refused(f"by_block=True: {SHARES}")
+        """As `Attributor.attribute`; a sweep that was stopped goes on from the last kept state, beside the store.
+
+        by_block: what a row did to the query through its gradient in each block alone: the derivative of the query by a
+        weight on that part of the row's gradient, in every step that saw the row (of hw.Source, in every segment),
+        while what it moved goes on through the training of all parameters. The blocks sum to the whole. Of
+        hw.Unrolled, at a backward pass more for each block, query and step.
+        """
         if InfluenceMode(mode) is not InfluenceMode.Up:
             raise _refused("mode='perturbation'")
         _refuse_options(options)
         self._verdict = None
-        found = super().attribute(train_loader, query_loader, store=store, **options)
+        found = super().attribute(train_loader, query_loader, by_block=by_block, store=store, **options)
         if store is not None:
             shutil.rmtree(_beside(Path(store)), ignore_errors=True)
         _tell(() if found.diagnosis is None else found.diagnosis.doubts)
@@ -245,13 +288,38 @@ class TrajectoryInfluence(Attributor[TensorType]):
         places = {name: place for place, name in enumerate(scores.train_ids.tolist())}
         return np.stack([values[:, [places[row] for row in np.asarray(group).tolist()]].sum(1) for group in groups], 1)
 
-    # What has no meaning here -------------------------------------------------------------------------------------
+    @in_own_precision
+    def self_influence(
+        self,
+        train_loader: Iterable[object],
+        *,
+        trainings: float = 100.0,
+        store: str | os.PathLike[str] | None = None,
+        memory: int | str | None = None,
+        worker: Worker = (0, 1),
+        append: bool = False,
+        progress: bool = False,
+    ) -> np.ndarray:
+        """The score of each row on itself, asked as a query: [n], what np.diag(attribute(rows, rows)) has.
 
-    def self_influence(self, *_: Any, **__: Any) -> Any:
-        raise _refused(
-            f"self_influence: {OWN}. For rows that you name, np.diag(attribute(some, some)) has it, where `some` are "
-            "batches with the record's ids"
-        )
+        Of hw.Unrolled that is a sweep for each row, about 1.25 trainings; the rows of a batch go together as far as
+        the working memory takes them, and with a store each batch that is finished is kept. trainings: what it may
+        cost. For some of the rows give a loader of those, under the ids that the record has.
+        It may be negative: see `normalise=`, which is refused for that.
+        Errors: InvalidSetting where it would cost more than `trainings`, saying how much.
+        """
+        rows = self.train_rows(train_loader)
+        if isinstance(self.method, Unrolled) and (cost := EACH * rows.count()) > trainings:
+            raise InvalidSetting(
+                f"The influence of {rows.count()} rows on themselves is a sweep for each, about {cost:.0f} trainings "
+                f"in all, and trainings={trainings:g} are allowed. Give trainings={math.ceil(cost)}, or batches of the "
+                "rows that matter, with the record's ids."
+            )
+        storage = Storage.of(self, store, memory, worker, append)
+        with self._recorded():
+            return self_influence(self, rows, progress=progress, storage=storage, scorer=_OnItself(self))
+
+    # What has no meaning here -------------------------------------------------------------------------------------
 
     def calibrate(self, *_: Any, **__: Any) -> Any:
         raise _refused("calibrate: there is no damping")
@@ -297,10 +365,7 @@ def _refused(what: str) -> InvalidSetting:
 def _refuse_options(options: Mapping[str, Any]) -> None:
     """Errors: InvalidSetting for what belongs to an inverse, or to factors."""
     if options.get("normalise") is not None:
-        raise _refused(
-            f"normalise=: a row's length would be the root of its score on itself, and {OWN}. Directions are those of "
-            "an inverse: hw.Ekfac() or hw.Dual() with normalise="
-        )
+        raise _refused(NO_LENGTH)
     for name in ("query_error", "query_rank"):
         if options.get(name) is not None:
             raise _refused(f"{name}=: there are no query factors")
@@ -325,9 +390,17 @@ class SweepScorer(Scorer):
     """Scores of all train rows on some queries, by one sweep when the first of them are asked for."""
 
     def __init__(
-        self, influence: TrajectoryInfluence, asked: Asked, scale: float, storage: Storage, progress: bool
+        self,
+        influence: TrajectoryInfluence,
+        asked: Asked,
+        scale: float,
+        storage: Storage,
+        progress: bool,
+        by_block: bool = False,
+        judged: bool = True,
     ) -> None:
         self.influence, self.asked, self.progress = influence, asked, progress
+        self.by_block, self.judged = by_block, judged
         # A row's weight over the mean objective: n times what it is in the sum that its removal is of.
         self.scale = -influence.n_train * scale
         self.keep = None
@@ -335,26 +408,50 @@ class SweepScorer(Scorer):
             folder = _beside(Path(storage.store))
             folder.mkdir(parents=True, exist_ok=True)
             name = f"{_digest(asked.keys):08x}-{influence.method.trajectory.digest:08x}-{storage.worker[0]}"
-            self.keep = folder / name
+            self.keep = folder / (f"{name}-blocks" if by_block else name)
         self._tau: np.ndarray | None = None
 
     @property
     def tau(self) -> np.ndarray:
-        """[q, train rows of the fit]."""
+        """[block, q, train rows of the fit]."""
         if self._tau is None:
-            self._tau = self.influence.derivatives(self.asked, self.keep, self.progress)
+            self._tau = self.influence.derivatives(self.asked, self.keep, self.progress, self.by_block, self.judged)
         return self._tau
 
     def scores(self, piece: PlacedBatch) -> np.ndarray:
         places = self.influence.held.places(piece.names)
         # Rows that training did not see have no part in it.
-        found = np.where(places >= 0, self.tau[:, np.maximum(places, 0)], 0.0)[None] * self.scale
+        found = np.where(places >= 0, self.tau[..., np.maximum(places, 0)], 0.0) * self.scale
         check_scores(found, self.asked.ids, piece.names, self.influence)
         return found
 
     def probe(self, piece: PlacedBatch) -> np.ndarray:
-        """How often training saw the rows: what a run is known by beside its identity, without a sweep."""
-        return self.influence.method.trajectory.visits(piece.names).astype(np.float64)[None, None]
+        return visits(self.influence, piece)
+
+
+class _OnItself(Scorer):
+    """Scores of rows on themselves: those of a piece are asked together."""
+
+    def __init__(self, influence: TrajectoryInfluence) -> None:
+        self.influence = influence
+
+    def scores(self, piece: PlacedBatch) -> np.ndarray:
+        influence = self.influence
+        asked = Asked([piece], piece.names, piece.whole_keys(influence.provider), fitted=True)
+        scorer: Scorer
+        if isinstance(influence.method, Source):
+            scorer = SourceScorer(influence, influence.segments, asked, 1.0)
+        else:
+            scorer = SweepScorer(influence, asked, 1.0, Storage(), progress=False, judged=False)
+        return np.diagonal(scorer.scores(piece)[0])[None, None].copy()
+
+    def probe(self, piece: PlacedBatch) -> np.ndarray:
+        return visits(self.influence, piece)
+
+
+def visits(influence: TrajectoryInfluence, piece: PlacedBatch) -> np.ndarray:
+    """How often training saw the rows: what a run is known by beside its identity, without a sweep."""
+    return influence.method.trajectory.visits(piece.names).astype(np.float64)[None, None]
 
 
 def _digest(keys: np.ndarray) -> int:

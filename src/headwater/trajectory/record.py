@@ -57,6 +57,8 @@ class Header:
     """Bytes of a generator's state, which is kept for each of the model's calls where it draws from it; else zero."""
     still: tuple[str, ...] = ()
     """Of such a model: modules that were in eval mode while it trained, as the dropout of a frozen part may be."""
+    frozen: tuple[str, ...] = ()
+    """Batch normalisations, which were in eval mode; their statistics are in each kept state, as "b/name"."""
 
     def __post_init__(self) -> None:
         check_word("keep", self.keep, KEEP)
@@ -74,7 +76,12 @@ class Header:
             "keep": self.keep,
             "clip": self.clip,
             "first": self.first,
-        } | {name: found for name, found in (("random", self.random), ("still", list(self.still))) if found}
+        } | {name: found for name, found in self._seldom.items() if found}
+
+    @property
+    def _seldom(self) -> dict[str, Any]:
+        """What most models have nothing of."""
+        return {"random": self.random, "still": list(self.still), "frozen": list(self.frozen)}
 
     @property
     def state_bytes(self) -> int:

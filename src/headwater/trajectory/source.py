@@ -238,8 +238,16 @@ def _in_blocks(layouts: Mapping[str, Layout], values: Mapping[str, np.ndarray]) 
 class SourceScorer(Scorer):
     """Scores of train rows on some queries: at each state, the dot product of a query factor and a row's gradient."""
 
-    def __init__(self, influence: ComposableInfluence, segments: Sequence[Segment], asked: Asked, scale: float) -> None:
+    def __init__(
+        self,
+        influence: ComposableInfluence,
+        segments: Sequence[Segment],
+        asked: Asked,
+        scale: float,
+        by_block: bool = False,
+    ) -> None:
         self.influence, self.segments, self.asked, self.scale = influence, segments, asked, scale
+        self.by_block = by_block
         self._factors: list[tuple[StructuredGradientProvider, OrderedDict[str, BlockGradient]]] | None = None
 
     @property
@@ -265,20 +273,22 @@ class SourceScorer(Scorer):
         return found
 
     def scores(self, piece: PlacedBatch) -> np.ndarray:
-        found = self._met(piece)[None] * self.scale
+        found = self._met(piece) * self.scale
         check_scores(found, self.asked.ids, piece.names, self.influence)
         return found
 
     def _met(self, piece: PlacedBatch, weighted: bool = True) -> np.ndarray:
+        """[block, q, n], or of all blocks together [1, q, n]."""
         total: Any = None
         for provider, left in self.factors:
             grads = provider.grads(piece.batch, weighted=weighted)
-            mine = sum(to_numpy(left[name].inner(value)).astype(np.float64) for name, value in grads.items())
+            each = [to_numpy(left[name].inner(value)).astype(np.float64) for name, value in grads.items()]
+            mine = np.stack(each) if self.by_block else np.stack(each).sum(axis=0, keepdims=True)
             total = mine if total is None else total + mine
         return np.asarray(total)
 
     def probe(self, piece: PlacedBatch) -> np.ndarray:
-        return self._met(piece, weighted=False)[None]
+        return self._met(piece, weighted=False)
 
 
 def _query_grads(provider: StructuredGradientProvider, asked: Asked) -> Flat:

@@ -10,6 +10,9 @@ import numpy as np
 
 from headwater.trajectory.rules import Arrays, State
 
+Blocks = tuple[tuple[str, ...], ...] | None
+"""Names of the parameters of each block; None for all together."""
+
 
 class Piece(NamedTuple):
     """Some rows of a step, as the framework's batch, and their shares [n]."""
@@ -29,10 +32,11 @@ class Point(ABC):
         """Its gradient: [*shape] by name."""
 
     @abstractmethod
-    def pull(self, through: Arrays) -> tuple[np.ndarray, Arrays]:
-        """For cotangents r [q, *shape] of the gradient: <r, share_i grad l_i> [q, n], and H r [q, *shape] by name.
+    def pull(self, through: Arrays, blocks: Blocks = None) -> tuple[np.ndarray, Arrays]:
+        """For cotangents r [q, *shape] of the gradient: <r, share_i grad l_i> [1, q, n], and H r [q, *shape] by name.
 
-        The rows in the order of the pieces; [q, n] is in float64.
+        blocks: names of parameters that go together, each in one; [block, q, n] is then of the parameters of each.
+        The rows in the order of the pieces; [block, q, n] is in float64.
         """
 
 

@@ -6,6 +6,10 @@ p = grad f_q(w_T) is where it starts; each step's adjoint (`rules`) gives r_t, t
 the curvature H_t of its objective the next p. H is the Hessian (the exact derivative of training), the GGN, the batch's
 empirical Fisher, or zero. at="step" asks each step by itself: p = grad f_q(w_t), and nothing is carried on.
 
+By block: tau_b[q, i] has of each <r_t, share_i grad l_i> the part of the parameters in block b. It is the derivative
+by a weight that row i has in block b's gradient alone, in every step that saw it, while what that moves goes on through
+all parameters; the sum over blocks is tau.
+
 Removing row i changes f_q by about -tau[q, i]. What has been swept is kept at each kept state, where there is a place
 for it: a sweep that was stopped goes on from there, to the same bytes.
 Source: Ilyas and Engstrom 2025, arXiv 2503.13751 (the exact derivative); Wang et al. 2024, arXiv 2406.11011 (at each
@@ -28,6 +32,7 @@ from headwater.errors import DamagedFile, NonFiniteValue
 from headwater.store.draft import write_whole
 from headwater.trajectory.replay import Replay
 from headwater.trajectory.rules import Arrays, Cotangents
+from headwater.trajectory.steps import Blocks
 
 Progress = Callable[[int], object]
 """Told of so many more steps."""
@@ -47,6 +52,8 @@ class Sweep:
     at_each_step: bool = False
     asked_places: Callable[[np.ndarray], np.ndarray] | None = None
     """The same in the order of the ids; None where that is one."""
+    blocks: Blocks = None
+    """Whose parts of tau are kept apart, at a backward pass more for each block and step."""
 
     def replay_places(self, ids: np.ndarray) -> np.ndarray:
         """Columns of rows, in the order of their ids."""
@@ -73,7 +80,9 @@ class Sweep:
         progress: Progress | None = None,
         last: int | None = None,
     ) -> np.ndarray:
-        """[q, columns], float64. queries: batches of query rows; keep: a file for what a stopped sweep had.
+        """[q, columns], float64; of blocks [block, q, columns]. queries: batches of query rows.
+
+        keep: a file for what a stopped sweep had.
 
         share: all queries are asked as one, their sum times this. group: queries at once; None for as many as the
         working memory takes. The numbers do not depend on it. last: of so many last steps alone.
@@ -82,14 +91,18 @@ class Sweep:
         grads = self._asked(queries, self.replay.last().parameters, share)
         count = len(next(iter(grads.values())))
         size = self.at_once if group is None else group
-        found = np.zeros((count, self.columns))
+        found = np.zeros((self._parts, count, self.columns))
         for start in range(0, count, size):
             rows = slice(start, min(count, start + size))
             file = None if keep is None else keep.with_name(f"{keep.name}-{start:06d}.npz")
             # Each group goes through the whole training: states are replayed once for each.
             mine = {name: g[rows] for name, g in grads.items()}
-            found[rows] = self._of(queries, mine, rows, share, file, progress, last)
-        return found
+            found[:, rows] = self._of(queries, mine, rows, share, file, progress, last)
+        return found[0] if self.blocks is None else found
+
+    @property
+    def _parts(self) -> int:
+        return 1 if self.blocks is None else len(self.blocks)
 
     def _asked(self, queries: Sequence[Any], parameters: Arrays, share: float | None) -> Arrays:
         """Gradients of what is explained: of each query [q, *shape], or of all as one [1, *shape]."""
@@ -114,7 +127,7 @@ class Sweep:
         if found is None:
             nothing = {kind: {n: namespace(g).zeros_like(g) for n, g in grads.items()} for kind in rule.remembers}
             count = len(next(iter(grads.values())))
-            found = _Swept(record.steps, np.zeros((count, self.columns)), Cotangents(dict(grads), nothing))
+            found = _Swept(record.steps, np.zeros((self._parts, count, self.columns)), Cotangents(dict(grads), nothing))
         elif progress is not None and found.step < record.steps:
             progress(record.steps - found.step)
         tau, cotangents = found.tau, found.cotangents
@@ -135,10 +148,10 @@ class Sweep:
             through, direct = rule.pull(state, grads_seen, cotangents, record.rates(step), record.count(number))
             if record.clip is not None:
                 through = record.clip.pull(raw, through)
-            along, products = point.pull(through)
+            along, products = point.pull(through, self.blocks)
             # Calls of a model that draws random numbers are in the order of the ids, whatever batches rows are held in.
             columns = self.replay_places(step.ids) if step.calls else self.places(step.ids)
-            np.add.at(tau.T, columns, along.T)  # a row may be in a step twice
+            np.add.at(tau.transpose(2, 0, 1), columns, along.transpose(2, 0, 1))  # a row may be in a step twice
             if not self.at_each_step:
                 moved = {name: p + products[name] for name, p in direct.parameters.items()}
                 cotangents = Cotangents(moved, direct.memory)
@@ -156,6 +169,7 @@ class _Swept:
 
     step: int
     tau: np.ndarray
+    """[block, q, columns]."""
     cotangents: Cotangents
 
     def write(self, file: Path) -> None:

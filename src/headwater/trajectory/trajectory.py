@@ -53,6 +53,7 @@ class Trajectory:
             head["framework"],
             head.get("random", 0),
             tuple(head.get("still", ())),
+            tuple(head.get("frozen", ())),
         )
         self.rule = self.header.rule
         self.clip = None if self.header.clip is None else Clip(self.header.clip)
@@ -185,6 +186,13 @@ class Trajectory:
             )
         except KeyError as error:
             raise DamagedFile(f"{self.folder / state_name(step)} has no {error}.") from error
+
+    @cached_property
+    def statistics(self) -> dict[str, np.ndarray]:
+        """Buffers of frozen batch normalisations, which the whole training left as they are, by name."""
+        if not self.header.frozen:
+            return {}
+        return {name[2:]: value for name, value in self.arrays(self.steps).items() if name.startswith("b/")}
 
     def resumed(self) -> Writer:
         """For whoever goes on with a training that did not end: from its last kept state. Errors: InvalidInput."""

@@ -17,7 +17,7 @@ from headwater.jax.derivatives import Model, rows_alone
 from headwater.jax.losses import row_losses, split_floating
 from headwater.jax.provider import JaxGradientProvider
 from headwater.trajectory.rules import Arrays, State
-from headwater.trajectory.steps import Piece, Point, TrainingModel
+from headwater.trajectory.steps import Blocks, Piece, Point, TrainingModel
 
 
 class JaxTraining(TrainingModel):
@@ -80,14 +80,14 @@ class JaxPoint(Point):
     def grads(self) -> Arrays:
         return self.model.gradient(self.parameters, self.pieces)
 
-    def pull(self, through: Arrays) -> tuple[np.ndarray, Arrays]:
+    def pull(self, through: Arrays, blocks: Blocks = None) -> tuple[np.ndarray, Arrays]:
         along, products = [], None
         fixed, trained = self.model.fixed(self.parameters), self.model.provider.trained_model
         for x, y, shares in self.model.ready(self.pieces):
-            tau, mine = _pulled(trained, self.curvature, self.parameters, fixed, x, y, shares, through)
+            tau, mine = _pulled(trained, self.curvature, blocks, self.parameters, fixed, x, y, shares, through)
             along.append(np.asarray(tau, dtype=np.float64))
             products = mine if products is None else jax.tree.map(jnp.add, products, mine)
-        return np.concatenate(along, axis=1), dict(products)  # type: ignore[arg-type]
+        return np.concatenate(along, axis=2), dict(products)  # type: ignore[arg-type]
 
 
 def _row_losses(model: Model, parameters: Any, fixed: Any, x: Any, y: Any) -> jax.Array:
@@ -113,10 +113,11 @@ def _row_gradients(model: Model, parameters: Any, fixed: Any, x: Any, y: Any) ->
     return jax.jacrev(lambda parameters: _row_losses(model, parameters, fixed, x, y))(parameters)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _pulled(
     model: Model,
     curvature: str | None,
+    blocks: Blocks,
     parameters: Any,
     fixed: Any,
     x: Any,
@@ -124,7 +125,7 @@ def _pulled(
     shares: jax.Array,
     through: Any,
 ) -> tuple[jax.Array, Any]:
-    """share_i <r, grad l_i> [q, n], and H r, for each cotangent r."""
+    """share_i <r, grad l_i> [block, q, n], and H r, for each cotangent r."""
 
     def losses(parameters: Any) -> jax.Array:
         return _row_losses(model, parameters, fixed, x, y)
@@ -133,19 +134,25 @@ def _pulled(
     shares = shares.astype(found.dtype)
     ggn = _ggn(model, parameters, fixed, x, y, shares) if curvature == "ggn" else None
 
+    def along(parameters: Any, r: Any) -> jax.Array:
+        return jax.jvp(losses, (parameters,), (r,))[1]
+
     def one(r: Any) -> tuple[jax.Array, Any]:
-        def along(parameters: Any) -> jax.Array:
-            return jax.jvp(losses, (parameters,), (r,))[1]
-
         if curvature == "hessian":
-            tau, back = jax.vjp(along, parameters)
-            return tau * shares, back(shares)[0]
-        tau = along(parameters)
-        if curvature == "fisher":
-            return tau * shares, pull(tau * shares)[0]
-        return tau * shares, jax.tree.map(jnp.zeros_like, r) if ggn is None else ggn(r)
+            tau, back = jax.vjp(lambda parameters: along(parameters, r), parameters)
+            product = back(shares)[0]
+        else:
+            tau = along(parameters, r)
+            if curvature == "fisher":
+                product = pull(tau * shares)[0]
+            else:
+                product = jax.tree.map(jnp.zeros_like, r) if ggn is None else ggn(r)
+        if blocks is None:
+            return (tau * shares)[None], product
+        parts = [{n: v if n in names else jnp.zeros_like(v) for n, v in r.items()} for names in blocks]
+        return jnp.stack([along(parameters, part) for part in parts]) * shares, product
 
-    return jax.vmap(one)(through)
+    return jax.vmap(one, out_axes=(1, 0))(through)
 
 
 def _ggn(model: Model, parameters: Any, fixed: Any, x: Any, y: Any, shares: jax.Array) -> Any:

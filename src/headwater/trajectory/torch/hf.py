@@ -12,7 +12,7 @@ from headwater.hf.influence import HfComposableInfluence
 from headwater.trajectory.influence import TrajectoryInfluence
 from headwater.trajectory.steps import TrainingModel
 from headwater.trajectory.torch.influence import at
-from headwater.trajectory.torch.steps import TorchTraining, weights_of
+from headwater.trajectory.torch.steps import TorchTraining, buffers_of, weights_of
 
 
 class HfTrajectoryInfluence(TrajectoryInfluence[torch.Tensor], HfComposableInfluence):
@@ -23,6 +23,9 @@ class HfTrajectoryInfluence(TrajectoryInfluence[torch.Tensor], HfComposableInflu
 
     def weights_now(self) -> dict[str, np.ndarray]:
         return weights_of(self._models.own)
+
+    def statistics_now(self) -> dict[str, np.ndarray]:
+        return buffers_of(self._models.own)
 
     def provider_at(self, parameters: Mapping[str, np.ndarray]) -> StructuredGradientProvider:
         return self._models.provide(at(self._models.given, parameters))

@@ -13,7 +13,7 @@ from headwater.gradients.provider import StructuredGradientProvider
 from headwater.torch.influence import TorchComposableInfluence
 from headwater.trajectory.influence import TrajectoryInfluence
 from headwater.trajectory.steps import TrainingModel
-from headwater.trajectory.torch.steps import TorchTraining, weights_of
+from headwater.trajectory.torch.steps import TorchTraining, buffers_of, weights_of
 
 
 class TorchTrajectoryInfluence(TrajectoryInfluence[torch.Tensor], TorchComposableInfluence):
@@ -24,6 +24,9 @@ class TorchTrajectoryInfluence(TrajectoryInfluence[torch.Tensor], TorchComposabl
 
     def weights_now(self) -> dict[str, np.ndarray]:
         return weights_of(self._models.own)
+
+    def statistics_now(self) -> dict[str, np.ndarray]:
+        return buffers_of(self._models.own)
 
     def provider_at(self, parameters: Mapping[str, np.ndarray]) -> StructuredGradientProvider:
         return self._models.provide(at(self._models.given, parameters))

@@ -27,7 +27,14 @@ from headwater.errors import BlockMismatch, InvalidInput, InvalidSetting, StaleF
 from headwater.torch.wrapped import unwrapped
 from headwater.trajectory.record import Header, Writer, expected_bytes, kept_states, step_of
 from headwater.trajectory.rules import AdamRule, Rates, Rule, SgdRule
-from headwater.trajectory.torch.steps import check_repeatable, draws_in_training, generator_state
+from headwater.trajectory.torch.steps import (
+    MIXES,
+    check_repeatable,
+    draws_in_training,
+    generator_state,
+    norms_of,
+    statistics_of,
+)
 from headwater.trajectory.trajectory import Trajectory
 
 REDUCTIONS = ("mean", "sum")
@@ -66,7 +73,9 @@ class TorchRecorder:
                 f"{type(model).__name__} draws the masks of dropout in another way than the model inside it: train and "
                 "record that by itself, or train with p=0."
             )
-        check_repeatable(self.model, drawn)  # now, and not when the training is over and asked about
+        self._norms = {name: norm for name, norm in norms_of(self.model).items() if not norm.training}
+        check_repeatable(self.model, drawn, self._norms)  # now, and not when the training is over and asked about
+        self._statistics = statistics_of(self.model, self._norms)
         self._named = trained(self.model, optimizer)
         self._names = {id(p): name for name, p in self._named.items()}
         self._resume = resume and _is_begun(folder)
@@ -81,6 +90,7 @@ class TorchRecorder:
             _count(optimizer, self._named),
             "torch",
             len(self._generator()) if drawn else 0,
+            frozen=tuple(self._norms),
         )
         self.start = 0
         self._writer: Writer | None = None
@@ -127,6 +137,7 @@ class TorchRecorder:
         writer = self._writing
         if kind is None:
             self._check_said()
+            self._check_statistics()
             if writer.waiting:
                 writer.keep(self._arrays())
             writer.end()
@@ -144,11 +155,13 @@ class TorchRecorder:
             raise InvalidInput(
                 "optimizer.step() was not called since the last r.step(ids); call r.step once after each of them."
             )
+        self._check_norms()
         ids, weights = _on_host(ids), _on_host(weights)
         drawn = self._drawn if self.header.random else None
         writer.add(step_of(ids, weights, total, self._seen, self._mean, drawn))
         self._taken, self._drawn = 0, []
         if writer.wants():
+            self._check_statistics()
             writer.keep(self._arrays())
 
     @property
@@ -191,6 +204,25 @@ class TorchRecorder:
                 "record has one mode of each module. Keep it as it was, or record what follows into another folder."
             )
 
+    def _check_norms(self) -> None:
+        """Errors: InvalidInput for a batch normalisation that is in train mode now."""
+        for name, norm in self._norms.items():
+            if norm.training:
+                raise InvalidInput(
+                    f"{name or 'The model'} ({type(norm).__name__}) is in train mode, and was in eval mode when the "
+                    f"record began. It {MIXES}."
+                )
+
+    def _check_statistics(self) -> None:
+        """Errors: InvalidInput for statistics of a frozen batch normalisation that are others than at the beginning."""
+        now = statistics_of(self.model, self._norms)
+        for name, was in self._statistics.items():
+            if not np.array_equal(now[name], was, equal_nan=True):
+                raise InvalidInput(
+                    f"{name} changed during the training: a batch normalisation was in train mode in between, and "
+                    f"{MIXES}."
+                )
+
     def _generator(self) -> np.ndarray:
         return generator_state(next(iter(self._named.values())).device)
 
@@ -205,6 +237,7 @@ class TorchRecorder:
         found = {f"w/{name}": to_numpy(p) for name, p in self._named.items()}
         for kind, values in memory_of(self.optimizer, self._named).items():
             found |= {f"{kind}/{name}": to_numpy(value) for name, value in values.items()}
+        found |= {f"b/{name}": value for name, value in self._statistics.items()}
         return found | random_state()
 
     def _put_back(self, record: Trajectory) -> None:
@@ -212,6 +245,10 @@ class TorchRecorder:
         with torch.no_grad():
             for name, p in self._named.items():
                 p.copy_(torch.as_tensor(arrays[f"w/{name}"]))
+            self._statistics = record.statistics
+            buffers = dict(self.model.named_buffers())
+            for name, value in self._statistics.items():
+                buffers[name].copy_(torch.as_tensor(value))
         count = record.count(record.steps - 1)
         for name, p in self._named.items():
             state = self.optimizer.state[p]
@@ -313,6 +350,7 @@ def _check_same(one: Header, other: Header) -> None:
         ("keep", one.keep, other.keep),
         ("clip", one.clip, other.clip),
         ("random state of each call", one.random, other.random),
+        ("frozen batch normalisations", one.frozen, other.frozen),
     ):
         if mine != theirs:
             raise StaleFit(

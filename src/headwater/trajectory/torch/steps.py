@@ -21,14 +21,14 @@ from headwater.errors import UnsupportedModel
 from headwater.torch.batch import TorchBatch
 from headwater.torch.capture import detached_state, run
 from headwater.torch.losses import Loss, row_losses
-from headwater.torch.plan import differs_in_training
+from headwater.torch.plan import differs_in_training, mixes_rows_always
 from headwater.torch.precision import wide
 from headwater.torch.products import batched_vjp, ggn_product
 from headwater.torch.provider import TorchGradientProvider
 from headwater.torch.surroundings import autograd_on, lock_of, twice_differentiable
 from headwater.torch.tree import dense
 from headwater.trajectory.rules import Arrays, State
-from headwater.trajectory.steps import Piece, Point, TrainingModel
+from headwater.trajectory.steps import Blocks, Piece, Point, TrainingModel
 from headwater.trajectory.trajectory import Trajectory
 
 Tensors = dict[str, torch.Tensor]
@@ -43,17 +43,44 @@ def draws_in_training(module: nn.Module) -> bool:
     return differs_in_training(module) and not mixes
 
 
-def check_repeatable(model: nn.Module, random: bool = False) -> None:
-    """Whatever mode it is in now. random: whether it is known what dropout drew.
+def norms_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Batch normalisations that keep statistics, by name: in eval mode each is an affine map of its own buffers."""
+    kept = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    return {name: module for name, module in kept if not mixes_rows_always(module)}
 
-    Errors: UnsupportedModel for batch normalisation, and for dropout unless that is known.
+
+def statistics_of(model: nn.Module, names: Collection[str]) -> dict[str, np.ndarray]:
+    """Copies of the buffers of these modules, by name."""
+    modules = dict(model.named_modules())
+    return {
+        f"{name}.{buffer}".removeprefix("."): np.array(to_numpy(value))
+        for name in names
+        for buffer, value in modules[name].named_buffers()
+    }
+
+
+MIXES = (
+    "mixes the rows of a step in train mode: each row's outputs, and so its gradient, are those of its batch, and a "
+    "row's weight has no derivative of its own. Freeze it (.eval() before hw.record and after each model.train(): its "
+    "statistics are then in the record), or train with layer or group norm"
+)
+
+
+def check_repeatable(model: nn.Module, random: bool = False, frozen: Collection[str] = ()) -> None:
+    """Whatever mode it is in now. random: whether it is known what dropout drew. frozen: batch normalisations that
+    were in eval mode all along.
+
+    Errors: UnsupportedModel for other batch normalisation, and for dropout unless what it drew is known.
     """
+    norms = norms_of(model)
     for name, module in model.named_modules():
-        if differs_in_training(module) and not (random and draws_in_training(module)):
+        if differs_in_training(module) and not (random and draws_in_training(module)) and name not in frozen:
             why = (
                 "is random in training, and what it drew is not in the record: take that with hw.record in train "
                 "mode, or train with p=0"
                 if draws_in_training(module)
+                else MIXES
+                if name in norms
                 else "mixes the rows of a step, or keeps random numbers of its own: its steps cannot be taken again "
                 "row by row. Train with layer or group norm, and recurrent layers with dropout=0"
             )
@@ -101,24 +128,36 @@ def weights_of(provider: TorchGradientProvider) -> dict[str, np.ndarray]:
     return {name: to_numpy(p) for name, p in provider.model.named_parameters()}
 
 
+def buffers_of(provider: TorchGradientProvider) -> dict[str, np.ndarray]:
+    """The model's buffers as they are now, by name."""
+    return {name: to_numpy(value) for name, value in provider.model.named_buffers()}
+
+
 class TorchTraining(TrainingModel):
     """The model of a provider, whatever its present weights: in eval mode, and where its steps drew random numbers in
     train mode with these.
 
-    random: whether the record has what was drawn. still: modules that were in eval mode all the same.
-    Errors: UnsupportedModel for batch normalisation, and for dropout whose numbers are not known.
+    random: whether the record has what was drawn. still: modules that were in eval mode all the same. frozen: batch
+    normalisations among these, or of a model that was in eval mode as a whole.
+    Errors: UnsupportedModel for other batch normalisation, and for dropout whose numbers are not known.
     """
 
-    def __init__(self, provider: TorchGradientProvider, random: bool = False, still: Collection[str] = ()):
-        check_repeatable(provider.model, random)
-        self.provider, self.random, self.still = provider, random, frozenset(still)
+    def __init__(
+        self,
+        provider: TorchGradientProvider,
+        random: bool = False,
+        still: Collection[str] = (),
+        frozen: Collection[str] = (),
+    ):
+        check_repeatable(provider.model, random, frozen)
+        self.provider, self.random, self.still, self.frozen = provider, random, frozenset(still), frozenset(frozen)
         self._own: dict[str, torch.Tensor] = {n: p.detach() for n, p in provider.model.named_parameters()}
         self._fixed = detached_state(provider.model)
 
     @classmethod
     def of(cls, provider: TorchGradientProvider, record: Trajectory) -> TorchTraining:
         """As the record's training called it. Errors: as above."""
-        return cls(provider, record.header.random > 0, record.header.still)
+        return cls(provider, record.header.random > 0, record.header.still, record.header.frozen)
 
     def put(self, state: State) -> State:
         def own(values: Any) -> Any:
@@ -164,7 +203,7 @@ class TorchTraining(TrainingModel):
         # A GPU's masks are others in another precision.
         if self.provider.dtype == "float64" or (self.random and self.provider.device.type != "cpu"):
             return None
-        return TorchTraining(self.provider.in_float64(), self.random, self.still)
+        return TorchTraining(self.provider.in_float64(), self.random, self.still, self.frozen)
 
     # For points ---------------------------------------------------------------------------------------------------
 
@@ -211,7 +250,7 @@ class TorchPoint(Point):
     def grads(self) -> Arrays:
         return {name: g.detach() for name, g in zip(self.leaves, self.slopes, strict=True)}
 
-    def pull(self, through: Arrays) -> tuple[np.ndarray, Arrays]:
+    def pull(self, through: Arrays, blocks: Blocks = None) -> tuple[np.ndarray, Arrays]:
         cotangents: list[Any] = [through[name] for name in self.leaves]
         leaves = list(self.leaves.values())
         with autograd_on(), self.model.provider.own_precision(), twice_differentiable():
@@ -224,8 +263,14 @@ class TorchPoint(Point):
                 products = self._ggn(leaves, cotangents)
             elif self.curvature is None:
                 products = [torch.zeros_like(c) for c in cotangents]
-        tau = to_numpy((along * self.shares.detach()).detach().double())
+            each = along[None] if blocks is None else torch.stack([self._along(through, names) for names in blocks])
+        tau = to_numpy((each * self.shares.detach()).detach().double())
         return tau, {name: product.detach() for name, product in zip(self.leaves, products, strict=True)}
+
+    def _along(self, through: Arrays, names: Sequence[str]) -> torch.Tensor:
+        """<r, grad l_i> over some parameters: [q, n]."""
+        mine = dict(zip(self.leaves, self.slopes, strict=True))
+        return batched_vjp([mine[name] for name in names], [self.shares], [through[name] for name in names])[0]
 
     def _ggn(self, leaves: list[torch.Tensor], cotangents: list[torch.Tensor]) -> list[torch.Tensor]:
         starts = np.cumsum([0, *(len(piece.shares) for piece in self.pieces)])
