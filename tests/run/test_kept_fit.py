@@ -253,6 +253,7 @@ def test_a_saved_fit_is_loaded_with_kept_gradients(tmp_path):
     ("method", "said"),
     [
         (hw.Ekfac(), r"labels that the model would give.*Take fisher='empirical'"),
+        (hw.Ekfac(fisher="empirical", basis_share=0.5), "keys of random draws choose.*take basis_share=1"),
         (hw.LoGra(fisher="sampled"), "labels that the model would give"),
         (hw.Direct(curvature="fisher"), "labels that the model would give"),
         (hw.Direct(), "products with a curvature that is no sum"),

@@ -71,6 +71,15 @@ def test_frames_and_data_sets_say_by_themselves_what_their_rows_are(tmp_path):
     assert [query["c"]["l"] for query in data["queries"]] == [query["p"] for query in data["queries"]] == ["no"] * 4
 
 
+def test_columns_that_were_attached_stand_beside_what_the_rows_are(job, tmp_path):
+    influence, train, queries = job
+    scores = influence.attribute(train, queries).attach(rows={"writer": [f"hand {k % 7}" for k in range(ROWS)]})
+    _, data = page_of(job, tmp_path, scores=scores, verify=False)
+    assert data["kind"] == "images" and all("i" in row["c"] for row in data["rows"])
+    said = [row["c"]["c"][0][1] for row in data["rows"]]
+    assert said == [f"hand {int(row['id']) % 7}" for row in data["rows"]]
+
+
 def test_a_page_of_why_it_was_said(job, tmp_path):
     text, data = page_of(job, tmp_path, verify=False, explain="prediction")
     influence, train, queries = job

@@ -9,6 +9,7 @@ from headwater.gradients import outer
 from headwater.gradients.outer import Outer
 from headwater.torch import layers
 from headwater.torch.patches import Frame, Patches, patches_gram
+from headwater.torch.plan import without_padding
 
 SIZE = (19, 17)
 
@@ -63,6 +64,31 @@ def test_other_convolutions_are_left_to_their_patches(options):
 def test_small_images_are_left_to_their_patches():
     assert type(values(nn.Conv2d(64, 4, 3, padding=1), torch.randn(2, 64, 5, 5))) is Outer
     assert not Frame((1, 1), (0, 0, 0, 0)).suits(torch.randn(2, 64, 32, 32))
+
+
+def test_float32_sums_are_as_exact_as_those_of_patches():
+    torch.manual_seed(0)
+    found = values(nn.Conv2d(16, 4, 3, padding=1), torch.randn(64, 16, 32, 32).relu())
+    exact = patches_gram(found.image.double(), None, found.frame)
+    errors = [
+        (sums.double() - exact).abs().max() / exact.abs().max()
+        for sums in (found.inputs_gram(None), Outer(found.a, found.b).inputs_gram(None))
+    ]
+    assert errors[0] <= max(1.5 * errors[1], 5e-7)
+
+
+def test_no_rows_sum_to_nothing():
+    found = values(nn.Conv2d(8, 4, 3, padding=1), torch.randn(3, 8, *SIZE)).take(slice(0, 0))
+    assert not found.inputs_gram(None).any()
+
+
+def test_a_mask_of_padding_leaves_a_plain_sum_of_products():
+    found = values(nn.Conv2d(8, 4, 3, padding=1), torch.randn(3, 8, *SIZE))
+    kept = torch.rand(3, found.positions) < 0.5
+    masked = without_padding(found, kept)
+    assert type(masked) is Outer
+    a = found.a[kept]
+    torch.testing.assert_close(masked.moments().right[:-1, :-1], a.T @ a, rtol=1e-4, atol=1e-3)
 
 
 def test_a_fit_makes_no_products_of_patches(monkeypatch):

@@ -57,9 +57,9 @@ def fit_kfac(
 ) -> tuple[OrderedDict[str, BlockDiagonalOperator[KroneckerOperator]], float]:
     """Every block's Fisher as a Kronecker product for each part, in one pass; and the rows' total weight.
 
-    share: of the rows, those that the factors are from. Errors: InvalidSetting for a table that is used as a linear map
-    too (tied embeddings), unless `basis_only`, when the factors' eigenvectors are all that is wanted, and where none of
-    the rows was chosen; NonFiniteValue.
+    share: the fraction of the rows that the factors are from. Errors: InvalidSetting for a table that is used as a
+    linear map too (tied embeddings), unless `basis_only`, when the factors' eigenvectors are all that is wanted, and
+    where none of the rows was chosen; NonFiniteValue.
     """
     factors = _Factors(provider, fisher, range(samples), seed, basis_only, share)
     found = sweep(provider, loader, factors, "Kronecker factors", progress)
@@ -72,7 +72,7 @@ def fit_kfac(
 
 @dataclass
 class _Sums:
-    """Of each part's inputs and output-gradients; and the rows' total weight."""
+    """Of each part's inputs and output-gradients, over the chosen rows; and the total weight of all rows."""
 
     moments: dict[Place, Moments]
     weight: float
@@ -88,7 +88,7 @@ class _Factors(Visitor[PlacedBatch, _Sums, _Sums]):
     seed: int
     basis_only: bool
     share: float = 1.0
-    """Of the rows, those that are met; which they are, their keys say."""
+    """The fraction of the rows that the sums are over; their keys choose them."""
     looked: list[bool] = field(default_factory=list)
     """Whether the first gradients that are met here were looked at."""
 
@@ -147,7 +147,7 @@ def fit_ekfac(
 ) -> tuple[OrderedDict[str, BlockDiagonalOperator[EigenKroneckerOperator]], float]:
     """Every block's Fisher, diagonal in the Kronecker eigenbasis, in two passes; and the rows' total weight.
 
-    basis_share: of the rows, those that the first pass, for the basis, is of.
+    basis_share: the fraction of the rows that the first pass, for the basis, runs over.
     Sampled labels of the second pass are independent of those that gave the basis: with the same draws the spectrum
     overfits the basis, and the scores are markedly worse.
     Errors: as `fit_kfac`; InvalidSetting if the second pass has rows of another total weight.

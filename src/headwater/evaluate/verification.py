@@ -138,6 +138,8 @@ class Verification:
         failed, skipped = (sum(map(test, self.checks)) for test in (_failed, _skipped))
         end = "All checks that were made passed" if not failed else f"{failed} of {len(self.checks)} checks FAILED"
         end += f"; {skipped} not checked." if skipped else "."
+        if not failed and self.approximation is not None:
+            end += f" So the method is computed right. Beside the exact inverse it {self.approximation.in_words}."
         head = f"{self.method}\n{self.queries} queries x {self.rows} train rows, at random (seed {self.seed})\n"
         return f"{head}\n{lines}\n\n{end}"
 

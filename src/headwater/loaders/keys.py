@@ -202,8 +202,8 @@ class RowMemory:
 
 
 REMEDY = (
-    "Every pass needs the same rows: pass shuffle=False and no random augmentation, or batches with ids where only the "
-    "order changes."
+    "Every pass needs the same rows: pass shuffle=False and no random augmentation; or, where only the order changes, "
+    "batches with ids, such as unpack=lambda batch: (x, y, ids) makes of a data set's items that have a third entry."
 )
 
 

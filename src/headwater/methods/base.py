@@ -17,9 +17,10 @@ from headwater.settings import check_word
 from headwater.types import field_values
 
 Curvatures = OrderedDict[str, LinearOperator]
-FitReads = Literal["weights", "gradients", "layers", "labels", "model"]
+FitReads = Literal["weights", "gradients", "layers", "keys", "labels", "model"]
 """What a fit asks of train rows: how much each counts; the gradients of their losses, in any form; those as inputs and
-output-gradients of layers; gradients of other labels than the rows' own; or the model itself."""
+output-gradients of layers; these, and the keys that random numbers are drawn by; gradients of other labels than the
+rows' own; or the model itself."""
 C = TypeVar("C", bound=LinearOperator)
 """The curvature that a method fits, and inverts."""
 

@@ -107,14 +107,18 @@ class Ekfac(KroneckerMethod[EigenKroneckerOperator]):
     rank: int | None = None
     """None for the exact inverse spectrum, else how many outer products stand for it."""
     basis_share: float = 1.0
-    """Of the rows, the share that the eigenbasis is from: 0 < share <= 1. Their keys and the seed choose them."""
+    """The fraction of the rows that the eigenbasis is from, above 0, at most 1; their keys and the seed choose them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
             raise InvalidSetting(f"rank is {self.rank}; expected at least 1, or None for the exact spectrum.")
-        if not 0 < self.basis_share <= 1:
+        if not isinstance(self.basis_share, (int, float)) or not 0 < self.basis_share <= 1:
             raise InvalidSetting(f"basis_share is {self.basis_share!r}; expected more than 0 and at most 1.")
+
+    @property
+    def fit_reads(self) -> FitReads:
+        return super().fit_reads if self.basis_share == 1 or self.fisher != "empirical" else "keys"
 
     def fit(
         self, provider: StructuredGradientProvider, loader: Iterable[object], progress: bool

@@ -81,16 +81,18 @@ class Side:
     described: Described | None
     positions: bool = False
     """Whether ids are the rows' positions in their loader."""
+    attached: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Columns of the scores, which stand on the cards beside what the rows are."""
 
     @classmethod
     def of(cls, given: Any, ids: np.ndarray, columns: Mapping[str, np.ndarray], what: str, positions: bool) -> Side:
         """Errors: InvalidInput for what does not describe the rows."""
         if given is None:
-            return cls(ids, columns, None, positions)
+            return cls(ids, columns, None, positions, columns)
         found = Described.of(given, ids, what, positions)
         # A function may be slow, or draw pictures: it is asked for what is shown alone. So is what is very long.
         reads = not callable(given) and len(ids) <= READ
-        return cls(ids, {**(found.columns() if reads else {}), **columns}, found, positions)
+        return cls(ids, {**(found.columns() if reads else {}), **columns}, found, positions, columns)
 
     def item(self, place: int) -> Any:
         """What the row is; where nobody said, its columns; else None."""
@@ -102,8 +104,9 @@ class Side:
         item = self.item(place)
         if isinstance(item, Mapping) and not self.positions:  # what the row is called stands on the card already
             item = {name: value for name, value in item.items() if str(value) != str(self.ids[place])}
-        found = card_of(item)
-        label = self.label_column
+        found, label = card_of(item), self.label_column
+        more = {name: column[place] for name, column in self.attached.items() if name != label}
+        found = replace(found, columns={**more, **found.columns})
         return found if found.label or label is None else replace(found, label=one_line(self.columns[label][place]))
 
     def label(self, place: int, shown: str | None) -> Any:

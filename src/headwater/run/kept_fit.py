@@ -4,7 +4,8 @@
    `StoredGradients` answers for them with what was kept; so every method fits as it does over a loader.
 2. What a method asks beyond gradients of the rows' own losses was not kept: other labels, outputs, products with a
    curvature that is no sum of these. `Method.fit_reads` says what it asks, and it is refused before anything is read.
-3. What was rounded or cut when it was kept would be another curvature, and is refused as well; scores may be of it.
+3. What was cut when it was kept, or rounded to less than float32, would be another curvature, and is refused as well;
+   scores may be of it. Gradients of a float64 model that were kept in float32 give a fit of float32.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from headwater.methods.base import Method
 from headwater.run.stored_rows import StoredRows
 
 WHOLE = ("float32", "float64")
-"""Of dtypes, those that keep gradients as they are."""
+"""Dtypes of kept gradients that a fit may be of."""
 SURE = 100
 """Times eps: 1 - p below which a margin's gradient is not to be had from the loss's, which is 1 - p times as long."""
 LOADER = "Or give the train rows' loader."
@@ -42,6 +43,11 @@ def refuse_to_fit(method: Method[Any], identity: Mapping[str, Any], path: object
         raise InvalidSetting(
             f"{said} averages over labels that the model would give, and kept gradients are of the rows' own labels. "
             f"Take fisher='empirical' (and curvature='empirical_fisher', where there is one). {LOADER}"
+        )
+    if reads == "keys":
+        raise InvalidSetting(
+            f"{said} takes its basis from rows that the keys of random draws choose, which were not kept: take "
+            f"basis_share=1. {LOADER}"
         )
     if reads == "model":
         raise InvalidSetting(

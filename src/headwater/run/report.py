@@ -99,8 +99,8 @@ def report(
     found = replace(
         known,
         tokens=tokens,
-        rows=seen.card if known.rows is None and not scores.train_columns else known.rows,
-        queries=asked.card if known.queries is None and not scores.query_columns else known.queries,
+        rows=seen.card if known.rows is None else known.rows,
+        queries=asked.card if known.queries is None else known.queries,
         suspects=suspects,
         query_losses=asked.losses,
         predictions=asked.said if known.predictions is None else known.predictions,

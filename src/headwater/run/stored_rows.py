@@ -45,9 +45,10 @@ class StoredRows:
         return self.span.stop - self.span.start if self.there is None else len(self.there)
 
     def take(self, rows: slice) -> StoredRows:
+        """Some of them, one after the other; of what is left where some were deleted."""
         start, stop, _ = rows.indices(len(self))
         span, there = slice(self.span.start + start, self.span.start + stop), None
-        if self.there is not None:
+        if self.there is not None and stop > start:
             some = self.there[start:stop]
             span = slice(self.span.start + int(some[0]), self.span.start + int(some[-1]) + 1)
             there = some - some[0]

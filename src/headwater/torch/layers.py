@@ -23,7 +23,7 @@ from headwater.blocks import Part, Piece
 from headwater.errors import UnsupportedModel
 from headwater.gradients.algebra import Dense, Gradient
 from headwater.gradients.outer import Outer, RowSparse
-from headwater.torch.patches import Frame, Patches
+from headwater.torch.patches import Patches, frame_of, patches
 from headwater.torch.precision import wide
 
 
@@ -93,10 +93,10 @@ def _conv_values(m: Any, x: torch.Tensor, g: torch.Tensor, weight: bool, bias: b
     # [n, o, *space] to [n, t, o]: every output position of the kernel is one position of the sum.
     b = g.flatten(2).transpose(1, 2)
     if not weight:
-        return _outer(b, b, weight, bias)
+        return _outer(b, b, False, bias)
     a = patches(m, x)
     if m.groups == 1:
-        frame = _frame(m, x)
+        frame = frame_of(m, x)
         return [Outer(a, b, ones=bias) if frame is None else Patches(a, b, ones=bias, image=x, frame=frame)]
     groups: list[Gradient] = [
         # Contiguous: chunks of one array would be read with strides at every ghost product.
@@ -104,34 +104,6 @@ def _conv_values(m: Any, x: torch.Tensor, g: torch.Tensor, weight: bool, bias: b
         for a_k, b_k in zip(a.chunk(m.groups, dim=2), b.chunk(m.groups, dim=2), strict=True)
     ]
     return groups + _outer(b, b, False, bias)
-
-
-def _frame(m: Any, x: torch.Tensor) -> Frame | None:
-    """Where sums of products of patches are cheaper from the image itself; None elsewhere."""
-    if x.ndim != 4 or m.padding_mode != "zeros" or {*m.stride, *m.dilation} != {1}:
-        return None
-    frame = Frame(tuple(m.weight.shape[2:]), tuple(m._reversed_padding_repeated_twice))
-    return frame if frame.suits(x) else None
-
-
-def patches(m: Any, x: torch.Tensor) -> torch.Tensor:
-    """What each output position of a convolution sees: [n, t, channels * kernel], in memory [n, channels * kernel, t].
-
-    So they are copied whole lines of the image at a time, and meet the output-gradients, which lie the same way, as
-    they are.
-    """
-    dims = x.ndim - 2
-    # The layer's own padding, also "same" and circular: what an output sees includes it.
-    mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
-    x = F.pad(x, m._reversed_padding_repeated_twice, mode=mode)
-    for k, size in enumerate(m.weight.shape[2:]):
-        # Unfold knows no dilation: windows of the whole span, of which every dilation-th number is taken.
-        span = m.dilation[k] * (size - 1) + 1
-        x = x.unfold(2 + k, span, m.stride[k])[..., :: m.dilation[k]]
-    n, channels = x.shape[:2]
-    space, kernel = x.shape[2 : 2 + dims], x.shape[2 + dims :]
-    axes = (0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
-    return x.permute(axes).reshape(n, channels * kernel.numel(), space.numel()).transpose(1, 2)
 
 
 CONVOLUTION = Rule(parts=_conv_parts, values=_conv_values)

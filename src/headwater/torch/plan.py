@@ -266,7 +266,8 @@ def without_padding(value: Gradient, kept: torch.Tensor | None) -> Gradient:
     b = b.masked_fill(~kept.unsqueeze(2), 0.0)
     if isinstance(value, RowSparse):
         return replace(value, values=b, kept=kept)
-    return replace(value, a=inputs.masked_fill(~kept.unsqueeze(2), 0.0), b=b, kept=kept)
+    # Of whatever kind of outer products: what such a kind knows of its inputs no longer holds.
+    return Outer(inputs.masked_fill(~kept.unsqueeze(2), 0.0), b, value.ones, kept)
 
 
 def add(values: list[Gradient]) -> Gradient:
