@@ -80,7 +80,8 @@ class Patches(Outer):
     frame: Frame = field(kw_only=True)
 
     def take(self, index: slice | Array) -> Self:
-        return replace(super().take(index), image=self.image[index])
+        rows: Any = index  # a tensor of torch
+        return replace(super().take(index), image=self.image[rows])
 
     def inputs_gram(self, weights: Array | None) -> Array:
         # [n, 1, 1]: weights of positions are padding's, whose mask makes a plain `Outer` of this.
