@@ -178,6 +178,7 @@ class Queries:
     def _as_met(self, name: str, value: BlockGradient, has_room: bool) -> BlockGradient:
         side, left = self.right[name], self.left[name]
         turned = name in self.forms or not side.keeps_rows or side.stored_layout is not None
+        turned = turned or left.layout != value.layout  # projected on their way: smaller as they are
         if turned or not all(isinstance(part, Dense) for part in left.parts):
             return value
         # Many positions meet a dense query as one matrix; without room for it, where it is no larger than they are.

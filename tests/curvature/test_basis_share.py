@@ -81,7 +81,7 @@ def test_the_model_runs_for_the_chosen_rows_only(monkeypatch):
     assert counts[0] - counts[1] > 0.4 * ROWS  # of the 60 rows of the first pass, 36 or so are left out
 
 
-@pytest.mark.parametrize("share", [0, -0.1, 1.5, float("nan")])
+@pytest.mark.parametrize("share", [0, -0.1, 1.5, float("nan"), "0.5", None])
 def test_a_share_that_means_nothing_is_refused(share):
     with pytest.raises(InvalidSetting, match="basis_share"):
         hw.Ekfac(basis_share=share)
@@ -90,3 +90,9 @@ def test_a_share_that_means_nothing_is_refused(share):
 def test_a_share_that_chooses_no_row_is_refused():
     with pytest.raises(InvalidSetting, match="chose none of the rows"):
         fitted(method=hw.Ekfac(basis_share=1e-9))
+
+
+def test_chosen_rows_of_no_weight_are_none():
+    numbers = row_uniforms(IDS.numpy().astype(np.uint64), 1, draw=1 << 23, seed=0)[:, 0, 0]
+    with pytest.raises(InvalidSetting, match="chose none of the rows"):
+        fitted(weights=torch.as_tensor(numbers >= SHARE, dtype=torch.float64))

@@ -127,6 +127,7 @@ def test_some_labels_are_missing_and_the_first_batch_does_not_say_which(tmp_path
 
     for query in (
         Inputs(),
+        data.Subset(data.TensorDataset(q), range(len(q))),
         data.DataLoader(Inputs(), batch_size=2),
         [(q[:2], said[:2]), (q[2:], None)],
         [(q[:2], None), (q[2:], said[2:])],

@@ -402,6 +402,26 @@ def test_gradients_that_float32_rounds_away_are_said_to_be_that(size, said):
     assert found.passed is not said and ("Convert model and data to float64" in found.note) is said
 
 
+def test_small_losses_of_squares_explain_nothing(monkeypatch):
+    plain = TorchGradientProvider.grads
+    monkeypatch.setattr(
+        TorchGradientProvider,
+        "grads",
+        lambda self, batch, **given: type(found := plain(self, batch, **given))(
+            (name, value if self.plain else value.weighted(torch.full((len(batch),), 1.01)))
+            for name, value in found.items()
+        ),
+    )
+    torch.manual_seed(0)
+    x, y = torch.randn(12, 3), 1e-3 * torch.randn(12, 1)
+    influence = TorchComposableInfluence(nn.Linear(3, 1), nn.MSELoss(), hw.GradDot())
+    with torch.no_grad():
+        influence.provider.model.weight.mul_(1e-3)
+        influence.provider.model.bias.mul_(1e-3)
+    found = influence.fit([(x, y)]).verify([(x, y)], [(x[:3], y[:3])], rows=3)[GRADIENTS]
+    assert not found.passed and not found.note
+
+
 def test_a_model_that_does_not_run_in_float64_is_said():
     class Single(nn.Module):
         def __init__(self):

@@ -115,14 +115,13 @@ def what_has_no_room_is_refused() -> None:
 
 def sums_from_an_image_are_those_of_its_patches() -> None:
     torch.manual_seed(0)
-    convolution = torch.nn.Conv2d(14, 2, 3, padding=1).double()
-    x = torch.randn(3, 14, 9, 8, dtype=torch.float64)
-    found = layers.CONVOLUTION.values(convolution, x, torch.randn(3, 2, 9, 8, dtype=torch.float64), True, False)[0]
-    weights = torch.rand(3, dtype=torch.float64) + 0.5
-    a = found.a
-    truth = torch.einsum("nti,ntj,n->ij", a, a, weights)
+    convolution = torch.nn.Conv2d(16, 2, 3, padding=1)
+    x, weights = torch.randn(3, 16, 9, 8), torch.rand(3) + 0.5
+    found = layers.CONVOLUTION.values(convolution, x, torch.randn(3, 2, 9, 8), True, False)[0]
+    assert isinstance(found, patches.Patches), "off by what is not tried"
+    truth = torch.einsum("nti,ntj,n->ij", found.a, found.a, weights)
     off = float((found.moments(weights).right - truth).norm() / truth.norm())
-    assert off < 1e-12, f"off by {off}"
+    assert off < 1e-5, f"off by {off}"
 
 
 def a_basis_of_some_rows_is_the_same_in_any_batches() -> None:

@@ -64,7 +64,8 @@ def fit_kfac(
     factors = _Factors(provider, fisher, range(samples), seed, basis_only, share)
     found = sweep(provider, loader, factors, "Kronecker factors", progress)
     positive_weight(found.weight)
-    if not found.moments:
+    # A row of weight zero is in the sums as if it had not been chosen.
+    if not any(float(moments.left_count) > 0 for moments in found.moments.values()):
         raise InvalidSetting(f"A share of {share:g} chose none of the rows: take a larger one, or all (1).")
     parts = {place: _kronecker(place, moments) for place, moments in found.moments.items()}
     return _by_block(provider, parts), found.weight

@@ -53,11 +53,11 @@ class BlockGradient:
         positions += [1] * (len(self.parts) - len(positions))  # what stands beside the gradient itself
         return BlockGradient(self.layout, tuple(p.cheapest_form(t) for p, t in zip(self.parts, positions, strict=True)))
 
-    def at_one_position(self) -> BlockGradient:
+    def at_one_position(self) -> Self:
         """Sums over several positions made dense; what has one position, or none, as it is."""
         several = (part.positions is not None and part.positions > 1 for part in self.parts)
         parts = zip(self.parts, several, strict=True)
-        return BlockGradient(self.layout, tuple(Dense(p.dense()) if many else p for p, many in parts))
+        return replace(self, parts=tuple(Dense(p.dense()) if many else p for p, many in parts))
 
     def inner(self, other: BlockGradient) -> Array:
         """All pairs of dot products: [n, m]."""

@@ -231,10 +231,10 @@ def cut(value: Any, rows: slice) -> Any:
 class Collated(Iterable[Any]):
     """A data set of single rows, in batches, in its own order; the last one is smaller.
 
-    alone: an item is x itself; a batch is (x,) then.
+    alone: x of an item, where that is all that is wanted; a batch is (x,) then.
     """
 
-    def __init__(self, source: Any, size: int, own: Own, *, alone: bool = False):
+    def __init__(self, source: Any, size: int, own: Own, *, alone: Callable[[Any], Any] | None = None):
         self.source, self.size, self.own, self.alone = source, size, own, alone
 
     def __len__(self) -> int:
@@ -248,7 +248,7 @@ class Collated(Iterable[Any]):
 
     def _collated(self, rows: list[Any], start: int) -> Any:
         try:
-            return collate([(row,) for row in rows] if self.alone else rows, self.own)
+            return collate([(self.alone(row),) for row in rows] if self.alone is not None else rows, self.own)
         except (InvalidInput, BatchMismatch) as error:
             last = start + len(rows) - 1
             raise InvalidInput(f"{type(self.source).__name__}, rows {start} to {last}: {error}") from error

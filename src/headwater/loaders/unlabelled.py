@@ -104,8 +104,8 @@ def with_stand_ins(held: Any, labels: StandIns, form: Form) -> Any:
         return held if _has_column(held, form.target) else (held, labels(rows_of(held)))
     if are_texts(held):
         return held, labels(len(held))
-    if gives_rows(held) and len(held) and is_inputs_alone(held[0]):
-        held = Collated(held, form.size, lambda name, value: value, alone=True)
+    if gives_rows(held) and len(held) and is_inputs_alone(_alone(held[0])):
+        held = Collated(held, form.size, lambda name, value: value, alone=_alone)
     return Unlabelled(held, labels, form.target) if _gives_batches(held) else held
 
 

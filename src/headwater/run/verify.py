@@ -42,6 +42,7 @@ from headwater.evaluate.verification import (
     Verification,
 )
 from headwater.gradients.block import BlockGradient
+from headwater.gradients.likelihoods import Bernoulli, CrossEntropy
 from headwater.gradients.provider import StructuredGradientProvider
 from headwater.influence import ComposableInfluence
 from headwater.mapper import InfluenceMapper, stack_queries
@@ -374,9 +375,11 @@ class _Verifier:
 
     def _why_rounded(self) -> str:
         """What may explain gradients that differ from plain ones: rows that the model fits to the last digit."""
-        if self.influence.source.dtype != "float32":  # halves are allowed a tenth
+        source = self.influence.source
+        # Halves are allowed a tenth; and only of a log loss is the slope what is said below.
+        if source.dtype != "float32" or not isinstance(source.likelihood, (CrossEntropy, Bernoulli)):
             return ""
-        losses = [np.abs(to_numpy(self.influence.source.losses(batch))) for batch in self.joined_train]
+        losses = [np.abs(to_numpy(source.losses(batch))) for batch in self.joined_train]
         largest = max((float(found.max()) for found in losses), default=0.0)
         # The slope of a loss l near zero is a difference of numbers near one (p - 1 = -l), which are rounded to eps.
         if largest > 10 * float(np.finfo(np.float32).eps) / self.tolerance:

@@ -23,6 +23,11 @@ import torch.nn.functional as F  # noqa: N812
 from headwater.arrays import Array, summed
 from headwater.gradients.outer import LARGE_PRODUCT, Outer
 
+FEWEST = 16
+"""Channels from which correlations were faster."""
+LEFT = 16
+"""How many times more the whole image may hold than the pixels that an offset meets."""
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -34,13 +39,14 @@ class Frame:
     """Left, right, above, below: in the order of `torch.nn.functional.pad`."""
 
     def suits(self, image: torch.Tensor) -> bool:
-        """Whether correlations cost less than products of patches."""
+        """Whether correlations cost less than products of patches: in float32, of many channels."""
         (kh, kw), (_, channels, height, width) = self.kernel, image.shape
         # Edges cost as much as the image itself where it is hardly larger than the kernel; and small products are not
         # worth the calls: one row's take height x width for each of (channels kh kw)^2 pairs.
         large = min(height - 2 * kh, width - 2 * kw) >= 0 and height * width * (channels * kh * kw) ** 2 > LARGE_PRODUCT
         # A convolution of a GPU may compute in TF32, unasked.
-        return large and kh * kw > 1 and max(self.padding[:2]) < kw and max(self.padding[2:]) < kh and image.is_cpu
+        fast = image.is_cpu and image.dtype == torch.float32 and channels >= FEWEST
+        return fast and large and kh * kw > 1 and max(self.padding[:2]) < kw and max(self.padding[2:]) < kh
 
 
 def frame_of(m: Any, x: torch.Tensor) -> Frame | None:
@@ -85,7 +91,12 @@ class Patches(Outer):
 
     def inputs_gram(self, weights: Array | None) -> Array:
         # [n, 1, 1]: weights of positions are padding's, whose mask makes a plain `Outer` of this.
-        return patches_gram(self.image, None if weights is None else weights[:, :, :, None], self.frame)
+        each = None if weights is None else weights[:, :, :, None]
+        found = patches_gram(self.image, each, self.frame)
+        # Edges are taken away from the whole: where little is left beside them, what is left is their rounding.
+        squares = self.image**2 if each is None else self.image**2 * each
+        whole = squares.sum(dim=(0, 2, 3)).repeat_interleave(len(found) // self.image.shape[1])
+        return super().inputs_gram(weights) if bool((found.diagonal() * LEFT < whole).any()) else found
 
 
 def patches_gram(image: torch.Tensor, weights: Any, frame: Frame) -> torch.Tensor:
