@@ -370,3 +370,22 @@ def test_every_method_says_what_its_fit_reads():
     silent = {entry.class_name for entry in METHODS if entry.cls.fit_reads is Method.fit_reads}
     assert silent == {"Lissa", "Astra"}
     assert hw.Representer(l2=0.1).fit_reads == hw.TracIn().fit_reads == "model"
+
+
+def test_a_function_of_jax_has_to_be_shown_rows_first(tmp_path):
+    jax = pytest.importorskip("jax.numpy")
+    from headwater.jax import JaxComposableInfluence
+    from headwater.jax.losses import cross_entropy
+
+    x, y = np.random.default_rng(0).standard_normal((12, 5)).astype("float32"), np.arange(12) % 3
+    weights = jax.asarray(np.random.default_rng(1).standard_normal((5, 3)), dtype="float32")
+
+    def made(**options):
+        method = hw.Ekfac(fisher="empirical")
+        return JaxComposableInfluence(lambda w, x: x @ w, weights, cross_entropy, method, damping=0.1, **options)
+
+    rows = made().gradients([(x, y)], store=tmp_path / "kept", form="outer")
+    with pytest.raises(InvalidInput, match=r"example=x\[:2\], or call influence.look"):
+        made().fit(rows)
+    found = made(example=x[:2]).fit(rows).attribute([(x, y)], [(x[:3], y[:3])]).values
+    assert_same(found, made().fit([(x, y)]).attribute([(x, y)], [(x[:3], y[:3])]).values, 1e-4)

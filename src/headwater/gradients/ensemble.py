@@ -64,6 +64,10 @@ class EnsembleProvider(ProviderView):
     def each(self, change: Callable[[StructuredGradientProvider], StructuredGradientProvider]) -> EnsembleProvider:
         return EnsembleProvider([member.each(change) for member in self.members], self.weights)
 
+    @property
+    def needs_rows(self) -> bool:
+        return any(member.needs_rows for member in self.members)
+
     def in_float64(self) -> EnsembleProvider | None:
         copies = [member.in_float64() for member in self.members]
         found = [member for member in copies if member is not None]

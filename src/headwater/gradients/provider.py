@@ -279,6 +279,11 @@ class StructuredGradientProvider(GradientProvider[BatchType, TensorType]):
         return None
 
     @property
+    def needs_rows(self) -> bool:
+        """Whether the parts of its blocks are not known yet, as only rows show where a function uses its parameters."""
+        return False
+
+    @property
     def coverage_fraction(self) -> float:
         """The share of the model's trainable parameters that is attributed."""
         return 1.0

@@ -184,5 +184,9 @@ class ProviderView(StructuredGradientProvider[Any, Any]):
         return self.plain.device
 
     @property
+    def needs_rows(self) -> bool:
+        return self.plain.needs_rows
+
+    @property
     def coverage_fraction(self) -> float:
         return self.plain.coverage_fraction

@@ -126,6 +126,10 @@ class JaxGradientProvider(StructuredGradientProvider[JaxBatch, jax.Array]):
     # What there is ------------------------------------------------------------------------------------------------
 
     @property
+    def needs_rows(self) -> bool:
+        return not self._traced
+
+    @property
     def params(self) -> Any:
         """The parameters, as a pytree like the one that was given."""
         return self._model.tree.build(self._leaves)

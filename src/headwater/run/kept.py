@@ -213,6 +213,11 @@ class KeptGradients(KeptFolder, KeptTrainRows):
     ) -> tuple[StructuredGradientProvider, KeptRows]:
         """Their gradients as a fit of this influence reads them. Errors: as use, and as `refuse_to_fit`."""
         refuse_to_fit(influence.method, self.identity, self.path)
+        if influence.source.needs_rows:
+            raise InvalidInput(
+                "Which layers the parameters form is known once rows were seen, and kept gradients show none: make the "
+                "influence with example=x[:2], or call influence.look(loader) first."
+            )
         rows = self.train_rows(influence)
         rows.be_met(memory, influence.method if influence.method.fit_reads == "layers" else None)
         return StoredGradients(influence.provider, self.path), rows
