@@ -43,7 +43,7 @@ class Frame:
         (kh, kw), (_, channels, height, width) = self.kernel, image.shape
         # Edges cost as much as the image itself where it is hardly larger than the kernel; and small products are not
         # worth the calls: one row's take height x width for each of (channels kh kw)^2 pairs.
-        large = min(height - 2 * kh, width - 2 * kw) >= 0 and height * width * (channels * kh * kw) ** 2 > LARGE_PRODUCT
+        large = min(height - 2 * kh, width - 2 * kw) > 0 and height * width * (channels * kh * kw) ** 2 > LARGE_PRODUCT
         # A convolution of a GPU may compute in TF32, unasked.
         fast = image.is_cpu and image.dtype == torch.float32 and channels >= FEWEST
         return fast and large and kh * kw > 1 and max(self.padding[:2]) < kw and max(self.padding[2:]) < kh
