@@ -208,7 +208,7 @@ class Attributor(ComposableInfluence[TensorType]):
         self,
         train_loader: Iterable[object],
         query_loader: Iterable[object],
-        k: int,
+        k: int = 5,
         *,
         unit: str = "influence",
         normalise: str | None = None,

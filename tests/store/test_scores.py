@@ -87,6 +87,11 @@ def test_top_is_the_most_helpful_and_the_most_harmful_and_ties_go_to_the_first()
     np.testing.assert_array_equal(ends.harmful_scores, [[-1.0, 0.0, 2.0], [-4.0, -4.0, 0.5]])
 
 
+def test_five_of_each_end_are_enough_for_a_look():
+    ends = Scores(np.arange(14.0).reshape(2, 7), QUERIES, np.arange(7)).top()
+    np.testing.assert_array_equal(ends.helpful_ids, [[6, 5, 4, 3, 2]] * 2)
+
+
 def test_more_than_there_are_gives_all():
     ends = scores().top(99)
     assert ends.helpful_ids.shape == ends.harmful_ids.shape == (2, 5)

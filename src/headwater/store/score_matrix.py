@@ -173,7 +173,7 @@ class ScoreMatrix:
         size = f"{self.shape[0]} queries x {self.shape[1]} train rows"
         return f"{type(self).__name__}({size}, unit={self.unit!r}, {self.method}{partly})"
 
-    def top(self, k: int) -> TopK:
+    def top(self, k: int = 5) -> TopK:
         """The k most helpful and the k most harmful train rows of each query; with `errors`, these in a column."""
         if self.mode != "up":
             raise InvalidSetting("Scores of changed inputs have one number for each input value, and no ranking.")

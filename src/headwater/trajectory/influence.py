@@ -261,7 +261,7 @@ class TrajectoryInfluence(Attributor[TensorType]):
         _tell(() if found.diagnosis is None else found.diagnosis.doubts)
         return found
 
-    def top(self, train_loader: Iterable[object], query_loader: Iterable[object], k: int, **options: Any) -> TopK:
+    def top(self, train_loader: Iterable[object], query_loader: Iterable[object], k: int = 5, **options: Any) -> TopK:
         """As `Attributor.top`."""
         _refuse_options(options)
         self._verdict = None
