@@ -20,6 +20,7 @@ from headwater.run import plan
 from headwater.run.runners import shared, turns
 from headwater.store.claims import Claims
 from headwater.store.draft import HOST
+from headwater.store.parts import PartStore
 from headwater.store.tiles import TileStore
 from headwater.torch import TorchBatch, TorchComposableInfluence
 
@@ -185,7 +186,7 @@ def test_another_fit_is_refused(tmp_path):
 
 def test_workers_that_read_other_rows_do_not_go_on_for_ever(tmp_path, monkeypatch):
     fitted = influence(hw.Kfac())
-    monkeypatch.setattr(shared.PartStore, "read", lambda self, name, rows: None)
+    monkeypatch.setattr(PartStore, "read", lambda self, name, rows: None)
     with pytest.raises(BatchMismatch, match="other rows"):
         fitted.fit(TRAIN, store=tmp_path / "fit")
 
@@ -268,7 +269,7 @@ WORKER = """
     import headwater as hw
     rows.FEW, shared.ROWS = 1, 8
     folder, number, count, dies = sys.argv[2], *map(int, sys.argv[3:])
-    written = shared.PartStore.write
+    written = here.PartStore.write
     def write(self, name, rows, values):
         time.sleep(0.05)
         write.count += 1
@@ -276,7 +277,7 @@ WORKER = """
             os.kill(os.getpid(), signal.SIGKILL)
         written(self, name, rows, values)
     write.count = 0
-    shared.PartStore.write = write
+    here.PartStore.write = write
     found = here.scores(here.influence(hw.Ekfac()).fit(here.TRAIN, store=folder, worker=(number, count)))
     sys.stdout.write(found.tobytes().hex())
 """
@@ -285,13 +286,13 @@ WORKER = """
 def test_workers_at_once_one_of_them_killed_give_the_same_bytes(tmp_path, monkeypatch):
     """The other takes over what the dead one had claimed; called again, that one only reads."""
     expected = scores(influence(hw.Ekfac()).fit(TRAIN, store=tmp_path / "alone")).tobytes().hex()
-    written = shared.PartStore.write
+    written = PartStore.write
 
     def write(self, name, rows, values):
         time.sleep(0.05)
         written(self, name, rows, values)
 
-    monkeypatch.setattr(shared.PartStore, "write", write)  # as slow as the other
+    monkeypatch.setattr(PartStore, "write", write)  # as slow as the other
     first = scripts.Script(WORKER, os.path.dirname(__file__), tmp_path / "fit", 0, 2, 2)
     while first.poll() is None and not list(tmp_path.glob("fit/**/*.claim")):
         time.sleep(0.01)

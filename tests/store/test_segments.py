@@ -123,12 +123,12 @@ def test_damage_that_keeps_sums_is_found(change, tmp_path):
 
 
 def test_the_first_product_of_a_process_uses_the_whole_buffer_of_blas_once(tmp_path):
-    segments.use_all_of_the_buffer.cache_clear()
+    segments.warm_up_blas.cache_clear()
     file = tmp_path / "a.safetensors"
     written(file)
     for _ in range(3):
         Segment.open(file).product("flat", np.ones((5, 2), dtype=np.float32))
-    assert segments.use_all_of_the_buffer.cache_info().misses == 1
+    assert segments.warm_up_blas.cache_info().misses == 1
 
 
 def test_a_file_that_was_checked_is_checked_again_once_it_changes(tmp_path):

@@ -111,6 +111,46 @@ def test_draws_of_a_batch_meet_in_one_product_for_each_factor(many, monkeypatch)
     assert found["_gram"] == 3 * 2 * 2  # pieces of rows, layers, and a factor on each side; not for each of 3 labels
 
 
+def sequences(rows=12, positions=6, width=9):
+    """A layer whose dense gradient is larger than its positions, though less than twice as large."""
+    torch.manual_seed(0)
+    x = torch.randn(rows, positions, width, dtype=torch.float64)
+    y = torch.arange(rows) % 3
+    model = nn.Sequential(nn.Linear(width, 16), nn.Tanh(), nn.Flatten(), nn.Linear(16 * positions, 3)).double()
+    return model, x, y
+
+
+def test_gradients_of_many_positions_are_made_dense_once_for_scores_and_diagnosis(monkeypatch):
+    model, x, y = sequences()
+    assert 6 * (16 + 10) > 16 * 10 / 2
+    influence = TorchComposableInfluence(model, nn.CrossEntropyLoss(), hw.GradDot()).fit([(x, y)])
+    monkeypatch.setattr(TorchGradientProvider, "_wrong_by_autograd", lambda *given: [])  # it makes rows dense, too
+    rows_made = []
+    dense = outer.Outer.dense
+    monkeypatch.setattr(
+        outer.Outer,
+        "dense",
+        lambda self: (self.positions > 1 and rows_made.append(self.rows)) or dense(self),
+    )
+    influence.attribute([(x, y)], [(x[:4], y[:4])])
+    assert rows_made.count(12) == 1 and sum(rows_made) <= 12 + 4 + 1  # train rows, queries, and the first row's check
+
+
+@pytest.mark.parametrize("method", [hw.GradDot(), hw.Ekfac(), hw.LoGra(dimension=2)], ids=lambda m: type(m).__name__)
+def test_numbers_are_the_same_with_room_for_dense_gradients_and_without(method):
+    model, x, y = sequences()
+    batches = list(zip(x.split(5), y.split(5), strict=True))
+    influence = TorchComposableInfluence(model, nn.CrossEntropyLoss(), method, damping=0.1).fit(batches)
+    found = []
+    for room in (2**26, 1):
+        with hw.working_memory(room):
+            scores = influence.attribute(batches, [(x[:4], y[:4])], by_block=True)
+        found.append([scores.values, *scores.by_block.values()])
+        found[-1] += [np.array(block.stationarity.ratio) for block in scores.diagnosis.blocks.values()]
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
+
+
 def test_places_of_tied_and_shared_parameters_have_their_canonical_names_by_one_walk(monkeypatch):
     tied = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
     tied[2].weight = tied[0].weight

@@ -176,11 +176,7 @@ def fit_ekfac(
     # Rows are compared by `Rows` where there is one; here only their weight is known.
     if any(abs(mean.weight - weight) > 1e-6 * weight for mean in spectra.values()):
         raise InvalidSetting("The loader gave other rows in the second pass than in the first.")
-    parts = {
-        place: basis.with_spectrum(_level_null_space(basis, _finite(place, spectra[place].value)))
-        for place, basis in bases.items()
-    }
-    return _by_block(provider, parts), weight
+    return _by_block(provider, _with_spectra(bases, spectra)), weight
 
 
 def fit_mean_ekfac(
@@ -196,7 +192,6 @@ def fit_mean_ekfac(
 
     Two passes for each. Errors: as `fit_ekfac`.
     """
-    first = providers[0]
     factors = [_Factors(provider, fisher, range(samples), seed, True) for provider in providers]
     sums = [sweep(each.provider, loader, each, "Kronecker factors", progress) for each in factors]
     whole = reduce(factors[0].merge, sums)
@@ -205,14 +200,11 @@ def fit_mean_ekfac(
     draws = range(samples, 2 * samples)
     seen = [_Spectra(provider, bases, fisher, draws, seed) for provider in providers]
     spectra = reduce(seen[0].merge, [sweep(each.provider, loader, each, "EKFAC spectrum", progress) for each in seen])
-    parts = {
-        place: basis.with_spectrum(_level_null_space(basis, _finite(place, spectra[place].value)))
-        for place, basis in bases.items()
-    }
-    return _by_block(first, parts)
+    return _by_block(providers[0], _with_spectra(bases, spectra))
 
 
 Spectra = dict[Place, WeightedMean[Array]]
+"""What `_Spectra` adds up: [o, i] of each part."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,6 +244,16 @@ class _Spectra(Accumulator[PlacedBatch, Spectra, Spectra]):
     def unpack(self, values: Mapping[str, object]) -> Spectra:
         means = unpack_means(values)
         return {(name.rpartition("/")[0], int(name.rpartition("/")[2])): mean for name, mean in means.items()}
+
+
+def _with_spectra(
+    bases: Mapping[Place, EigenKroneckerOperator], spectra: Spectra
+) -> dict[Place, EigenKroneckerOperator]:
+    """The bases with the spectra that were measured in them. Errors: NonFiniteValue."""
+    return {
+        place: basis.with_spectrum(_level_null_space(basis, _finite(place, spectra[place].value)))
+        for place, basis in bases.items()
+    }
 
 
 def _level_null_space(basis: EigenKroneckerOperator, spectrum: Array) -> Array:

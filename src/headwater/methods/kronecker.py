@@ -99,7 +99,7 @@ class Ekfac(KroneckerMethod[EigenKroneckerOperator]):
     `truncation_errors` of the fitted influence says what that costs in accuracy.
 
     Two passes over the rows give the basis and then the spectrum. With `basis_share` the first runs the model on a part
-    of the rows only: at .25 a fit costs five eighths. The spectrum is the best one in whichever basis it is
+    of the rows only: at .25 a fit costs about three quarters. The spectrum is the best one in whichever basis it is
     (George et al., section 3), so that little is lost where that part has more rows, times positions, than a layer has
     inputs; benchmarks/README.md has figures.
     """

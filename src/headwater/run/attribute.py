@@ -432,57 +432,50 @@ def stored_columns(
 ) -> tuple[np.ndarray, np.ndarray]:
     """A run in a folder, of a scorer that has all queries: the train rows' names, and a number for each pair [q, n]."""
     with failures_told(influence.source.together):
-        return _stored_columns(influence, loader, scorer, query_ids, fitted, verb, storage, progress, query_keys)
+        assert storage.store is not None
+        train = influence.train_rows(loader)
+        keys = np.empty(0, dtype=np.uint64) if query_keys is None else query_keys
+        identity = fit_identity(influence) | {
+            "verb": verb,
+            "query_ids": query_ids.tolist(),
+            "query_rows": keys.tolist(),
+        }
 
+        def sizes() -> Sizes:
+            return _column_sizes(influence, train, len(query_ids), storage)
 
-def _stored_columns(
-    influence: ComposableInfluence,
-    loader: Iterable[object],
-    scorer: Scorer,
-    query_ids: np.ndarray,
-    fitted: FittedRows,
-    verb: str,
-    storage: Storage,
-    progress: bool,
-    query_keys: np.ndarray | None,
-) -> tuple[np.ndarray, np.ndarray]:
-    assert storage.store is not None
-    train = influence.train_rows(loader)
-    keys = np.empty(0, dtype=np.uint64) if query_keys is None else query_keys
-    identity = fit_identity(influence) | {
-        "verb": verb,
-        "query_ids": query_ids.tolist(),
-        "query_rows": keys.tolist(),
-    }
-
-    def sizes() -> Sizes:
-        return _column_sizes(influence, train, len(query_ids), storage)
-
-    store = open_tiles(influence, storage.store, identity, sizes, rounding(influence))
-    train_ids = run_tiles(
-        influence,
-        train,
-        store,
-        [QuerySpan(0, 0, lambda: scorer)],
-        fitted=fitted,
-        what=verb,
-        worker=storage.worker,
-        append=storage.append,
-        progress=progress,
-    )
-    if store.finished_rows != len(train_ids):
-        words: dict[str, Any] = {"unit": "removal" if verb == "removal" else "influence", "n_train": influence.n_train}
-        words |= {"method": influence.method.describe(), "damping": influence.absolute_damping}
-        words |= {"explained": influence.explained, "coverage": influence.provider.coverage_fraction, "residuals": None}
-        store.finish(query_ids, train_ids, [], words)
-    found = Scores.open(storage.store).values
-    if found.shape[1] != len(train_ids):
-        raise InvalidInput(
-            f"Of the {len(train_ids)} rows in {storage.store} {len(train_ids) - found.shape[1]} are deleted, and "
-            "numbers without names would be taken for other rows'. Compact it (headwater.store.runs.compact), and "
-            "leave the rows out of the loader."
+        store = open_tiles(influence, storage.store, identity, sizes, rounding(influence))
+        train_ids = run_tiles(
+            influence,
+            train,
+            store,
+            [QuerySpan(0, 0, lambda: scorer)],
+            fitted=fitted,
+            what=verb,
+            worker=storage.worker,
+            append=storage.append,
+            progress=progress,
         )
-    return train_ids, found
+        if store.finished_rows != len(train_ids):
+            words: dict[str, Any] = {
+                "unit": "removal" if verb == "removal" else "influence",
+                "n_train": influence.n_train,
+            }
+            words |= {"method": influence.method.describe(), "damping": influence.absolute_damping}
+            words |= {
+                "explained": influence.explained,
+                "coverage": influence.provider.coverage_fraction,
+                "residuals": None,
+            }
+            store.finish(query_ids, train_ids, [], words)
+        found = Scores.open(storage.store).values
+        if found.shape[1] != len(train_ids):
+            raise InvalidInput(
+                f"Of the {len(train_ids)} rows in {storage.store} {len(train_ids) - found.shape[1]} are deleted, and "
+                "numbers without names would be taken for other rows'. Compact it (headwater.store.runs.compact), and "
+                "leave the rows out of the loader."
+            )
+        return train_ids, found
 
 
 def _column_sizes(influence: ComposableInfluence, train: Iterable[object], queries: int, storage: Storage) -> Sizes:

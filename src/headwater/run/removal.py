@@ -54,7 +54,7 @@ from headwater.rows import Each, PlacedBatch, sweep_kept
 from headwater.run.attribute import Storage, run_identity, stored_columns
 from headwater.run.queries import Asked
 from headwater.run.rows import FittedRows, check_scores, distinct, sweep_rows
-from headwater.run.runners.in_step import PartsInStep
+from headwater.run.runners.in_step import open_parts
 from headwater.run.runners.turns import Turn, Wanted, take_turns
 from headwater.run.tiles import Scorer
 from headwater.store.parts import PartStore
@@ -441,9 +441,7 @@ def _stored_groups(
     identity = run_identity(influence, asked) | {"verb": "removal of groups", "groups": members}
     together, train = influence.source.together, influence.train_rows(loader)
     with failures_told(together):
-        store = (
-            PartStore(storage.store, identity) if together is None else PartsInStep(storage.store, identity, together)
-        )
+        store = open_parts(storage.store, identity, together)
         return _shared_groups(influence, regions, queries, train, groups, store, storage.worker, progress)
 
 

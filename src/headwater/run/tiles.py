@@ -73,7 +73,10 @@ def open_tiles(
     sizes: Callable[[], Sizes],
     tolerance: float,
 ) -> Tiles:
-    """The run's folder, of this process or of those that hold the model together. Errors: as both."""
+    """The run's folder, of this process or of those that hold the model together.
+
+    Errors: as `TileStore` and `TilesInStep`.
+    """
     together = influence.source.together
     if together is None:
         return TileStore(path, identity, sizes, tolerance)

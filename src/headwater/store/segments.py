@@ -263,7 +263,7 @@ class Segment:
 
         A matrix product on the memory map, a few rows after the other; bfloat16 and int8 are converted on the way.
         """
-        use_all_of_the_buffer()
+        warm_up_blas()
         entry = self._entries[name]
         first, last, _ = rows.indices(entry["shape"][0])
         found = np.empty((last - first, queries.shape[1]), dtype=queries.dtype)
@@ -305,7 +305,7 @@ class Segment:
 
 
 @cache
-def use_all_of_the_buffer() -> None:
+def warm_up_blas() -> None:
     """One product that is wide enough, in 2 ms, once in a process: later ones with few columns are faster then.
 
     OpenBLAS copies what it multiplies into a buffer of its own. Where only narrow products were made, most pages of it

@@ -102,8 +102,8 @@ class Shards(Together):
         self._device = mesh.device_type
         self.count = mesh.size(mesh.ndim - 1)
         self.number = mesh.get_local_rank(mesh.ndim - 1)
-        self._all_know = False
-        """Whether the last thing that the processes told each other was that one of them has failed."""
+        self._nobody_waits = False
+        """Whether a failure here would be told in vain: the others know of one, or may have gone."""
 
     # Together -----------------------------------------------------------------------------------------------------
 
@@ -114,7 +114,7 @@ class Shards(Together):
         come within the process group's timeout.
         """
         said = self._said(act, about)
-        self._all_know = act == FAILED
+        self._nobody_waits = act == FAILED
         if len(set(said)) > 1:
             self._refuse(said)
 
@@ -137,7 +137,7 @@ class Shards(Together):
                 failure, answer = error, {"failed": type(error).__name__, "said": str(error)}
         answer = json.loads(self._from_first(json.dumps(answer).encode()))
         if "failed" in answer:
-            self._all_know = True
+            self._nobody_waits = True
             said = f"Process 0, which looks after the folder for all {self.count}: {answer['said']}"
             raise failure or KINDS.get(answer["failed"], ProcessLost)(said)
         found: Answer = answer["found"]
@@ -145,7 +145,7 @@ class Shards(Together):
 
     def tell_failure(self) -> None:
         """Waits for the others as `agree` does."""
-        if not self._all_know:
+        if not self._nobody_waits:
             with suppress(HeadwaterError):  # what this process has raised is the news
                 self.agree(FAILED)
 
@@ -184,7 +184,7 @@ class Shards(Together):
     @contextmanager
     def _waited_for(self, act: str) -> Iterator[None]:
         """Errors: ProcessLost."""
-        self._all_know = True  # after an error: who has gone cannot be told
+        self._nobody_waits = True  # after an error: who has gone cannot be told
         try:
             yield
         except RuntimeError as error:
@@ -192,10 +192,10 @@ class Shards(Together):
                 f"Of the {self.count} processes that hold the model together, not all came to {act} in time, or one "
                 f"has ended: {str(error)[:200]}. {REMEDY}"
             ) from error
-        self._all_know = False
+        self._nobody_waits = False
 
     def _refuse(self, said: list[tuple[str, int]]) -> NoReturn:
-        self._all_know = True
+        self._nobody_waits = True
         acts = {act: [number for number, (mine, _) in enumerate(said) if mine == act] for act, _ in said}
         if len(acts) == 1:
             raise BatchMismatch(f"The {self.count} processes that hold the model have different rows. {REMEDY}")

@@ -50,10 +50,16 @@ class PartsInStep(PartStore):
 
     def write(self, name: str, rows: str, values: Values) -> None:
         def write() -> None:
-            PartStore.write(self, name, rows, values)
+            PartStore.write(self, name, rows, values)  # super() knows no class in here
+            # No claim is there to say that its writer has died.
             remove_dead(self._file(name).parent)
 
         self._together.first_does(write)
+
+
+def open_parts(path: str | os.PathLike[str], identity: Mapping[str, Any], together: Together | None) -> PartStore:
+    """A folder of parts, of this process or of those that hold the model together."""
+    return PartStore(path, identity) if together is None else PartsInStep(path, identity, together)
 
 
 class NoClaims(Claims):

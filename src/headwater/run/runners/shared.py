@@ -21,10 +21,9 @@ from headwater.errors import DamagedFile
 from headwater.influence import ComposableInfluence
 from headwater.rows import PlacedBatch, Read, Visitor, fold
 from headwater.run.runners.environment import Worker
-from headwater.run.runners.in_step import PartsInStep
+from headwater.run.runners.in_step import open_parts
 from headwater.run.runners.turns import Turn, Wanted, check_worker, take_turns
 from headwater.store.claims import Claims
-from headwater.store.parts import PartStore
 from headwater.store.seal import digest
 
 ROWS = 4096
@@ -163,8 +162,7 @@ def shared_folder(
     belongs |= {"blocks": blocks, "dtype": influence.source.dtype}
     together = influence.source.together
     number = check_worker(worker, store, together)
-    parts = PartStore(store, belongs) if together is None else PartsInStep(store, belongs, together)
-    return SharedFolder(parts, influence.like(), number)
+    return SharedFolder(open_parts(store, belongs, together), influence.like(), number)
 
 
 def rows_of(batch: PlacedBatch) -> bytes:
